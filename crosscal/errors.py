@@ -1,0 +1,110 @@
+"""Every error crosscal raises on purpose: what happened, where, what was got, what to do.
+
+    CrosscalError             exit code 1
+    ├── UsageError            exit code 2: the request itself is wrong
+    │   └── PlanError         a field of the plan
+    ├── CorpusError           documents: unreadable, unusable, too few
+    ├── CalibrationError      windows cannot be drawn or generated
+    ├── ModelError            a checkpoint that cannot be read
+    │   └── UnsupportedModel  a module the walker does not know how to handle
+    ├── StatisticsError       numbers a solve cannot start from
+    │   ├── EmptyStatistics
+    │   ├── NotFinite
+    │   └── NotPositiveDefinite
+    ├── StoreError            the artifact store
+    │   ├── CorruptArtifact
+    │   ├── MissingArtifact
+    │   ├── StoreConflict
+    │   └── StoreFull
+    └── EvaluationError
+"""
+
+from __future__ import annotations
+
+
+class CrosscalError(Exception):
+    """A failure with a remedy. The command line prints it as one message and exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", got: str = "", do: str = "") -> None:
+        self.what, self.where, self.got, self.do = what, where, got, do
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        if self.got:
+            head += f" (got {self.got})"
+        return f"{head}. {self.do}" if self.do else head
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions travel between processes; the default would call the class with the message alone.
+        return _rebuild, (type(self), self.what, self.where, self.got, self.do)
+
+
+def _rebuild(kind: type[CrosscalError], what: str, where: str, got: str, do: str) -> CrosscalError:
+    return kind(what, where=where, got=got, do=do)
+
+
+class UsageError(CrosscalError):
+    exit_code = 2
+
+
+class PlanError(UsageError):
+    pass
+
+
+class CorpusError(CrosscalError):
+    pass
+
+
+class CalibrationError(CrosscalError):
+    pass
+
+
+class ModelError(CrosscalError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class StatisticsError(CrosscalError):
+    pass
+
+
+class EmptyStatistics(StatisticsError):
+    pass
+
+
+class NotFinite(StatisticsError):
+    pass
+
+
+class NotPositiveDefinite(StatisticsError):
+    pass
+
+
+class StoreError(CrosscalError):
+    pass
+
+
+class CorruptArtifact(StoreError):
+    pass
+
+
+class MissingArtifact(StoreError):
+    pass
+
+
+class StoreConflict(StoreError):
+    pass
+
+
+class StoreFull(StoreError):
+    pass
+
+
+class EvaluationError(CrosscalError):
+    pass
