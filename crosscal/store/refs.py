@@ -1,0 +1,56 @@
+"""Refs: small records that change, each version a file of its own, so that no writer can overwrite another."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from crosscal.errors import CorruptArtifact, StoreConflict, StoreError
+from crosscal.store.home import Home
+from crosscal.store.keys import digest_of
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
+
+
+class Refs:
+    """Named records with history. Version numbers start at 1; writing succeeds only on top of the version read."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def versions(self, name: str) -> list[int]:
+        return [int(file.removesuffix(".json")) for file in self.home.names(_folder(name)) if file.endswith(".json")]
+
+    def read(self, name: str, version: int | None = None) -> tuple[int, dict[str, Any] | None]:
+        """(version, value) of the newest or the given version; (0, None) when there is none."""
+        version = version or max(self.versions(name), default=0)
+        content = self.home.read(f"{_folder(name)}/{version:08d}.json") if version else None
+        if content is None:
+            return 0, None
+        try:
+            record = json.loads(content)
+            if digest_of(record["value"]) != record["digest"]:
+                raise ValueError("digest")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptArtifact("a stored record is damaged", where=f"{name} v{version}") from error
+        return version, record["value"]
+
+    def append(self, name: str, expected_version: int, value: dict[str, Any]) -> int:
+        """Write the next version; `StoreConflict` when somebody else wrote it since `expected_version` was read."""
+        version = expected_version + 1
+        content = json.dumps({"value": value, "digest": digest_of(value)}, indent=1, sort_keys=True).encode()
+        newest = max(self.versions(name), default=0)
+        if newest != expected_version or not self.home.create(f"{_folder(name)}/{version:08d}.json", content):
+            raise StoreConflict("another process changed it meanwhile", where=name, do="Read it again and retry.")
+        return version
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the refs in a folder, such as `corpora`."""
+        return [f"{folder}/{name}" for name in self.home.names(f"refs/{folder}")]
+
+
+def _folder(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise StoreError("not a valid name", got=name, do="Use lower-case letters, digits, '.', '_' and '-'.")
+    return f"refs/{name}"
