@@ -1,0 +1,71 @@
+"""Cross-calibration: one Hessian out of several corpora.
+
+Source: arXiv 2502.18424 (cross-calibration, later MixCal) combines a general and an in-domain Hessian through one
+regularisation parameter. The working form here, H = Σ_k w_k · gram_k / tokens_k with Σ w_k = 1, is our reading of it:
+weights act per token, so that a corpus's size does not decide its say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscal.errors import StatisticsError, UsageError
+from crosscal.statistics.moments import InputMoments
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights over corpora, positive and summing to 1; corpora of weight 0 are left out."""
+
+    weights: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float]) -> Mixture:
+        """Raises `UsageError` for a negative weight or a sum other than 1."""
+        total = sum(weights.values())
+        if any(not w >= 0 for w in weights.values()) or not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise UsageError(
+                "mixture weights must be at least 0 and sum to 1", got=str(dict(weights)), do="For example {general: 0.5, legal: 0.5}."
+            )
+        return cls(tuple(sorted((name, float(w)) for name, w in weights.items() if w > 0)))
+
+    @classmethod
+    def alpha(cls, domain: str, alpha: float, general: str = "general") -> Mixture:
+        """(1 - alpha) general + alpha domain."""
+        return cls.of({general: 1.0 - alpha, domain: alpha} if domain != general else {general: 1.0})
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.weights)
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(self.weights)
+
+    def hessian_II(self, moments: Mapping[str, InputMoments], *, trace_normalised: bool = False, name: str = "mixture") -> Tensor:
+        """H = Σ_k w_k H_k with H_k = gram_k / tokens_k; `{general: 1}` is the general Hessian bit for bit.
+
+        `trace_normalised` scales every H_k to the mean of their traces first, so that no corpus dominates a site by the
+        scale of its activations. Raises `StatisticsError` when a corpus's moments are missing.
+        """
+        missing = [corpus for corpus in self.corpora if corpus not in moments]
+        if missing:
+            raise StatisticsError("moments are missing", where=name, got=f"no {', '.join(missing)}")
+        hessians = {corpus: moments[corpus].hessian_II(f"{name} ({corpus})") for corpus in self.corpora}
+        if len(hessians) == 1:
+            return hessians[self.corpora[0]]
+        traces = {corpus: float(hessian_II.diagonal().sum()) for corpus, hessian_II in hessians.items()}
+        mean_trace = sum(weight * traces[corpus] for corpus, weight in self.weights)
+        mixed_II = torch.zeros_like(hessians[self.corpora[0]])
+        for corpus, weight in self.weights:
+            scale = mean_trace / traces[corpus] if trace_normalised and traces[corpus] > 0 else 1.0
+            mixed_II.add_(hessians[corpus], alpha=weight * scale)
+        return mixed_II
+
+    def mean_abs_I(self, moments: Mapping[str, InputMoments]) -> Tensor:
+        """Σ_k w_k · mean |x| over corpus k."""
+        return torch.stack([moments[corpus].mean_abs_I * weight for corpus, weight in self.weights]).sum(0)

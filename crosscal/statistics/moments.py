@@ -1,0 +1,107 @@
+"""Input moments: the sums over tokens that every layer-wise method starts from.
+
+Shapes: T tokens, I inputs of the site. Sums, never means: `a + b` of two disjoint sets of tokens is exact bookkeeping,
+so shards, corpus versions and machines merge by addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
+
+PANEL_ROWS = 512  # rows of the Gram matrix per product: large enough for full matrix-multiply speed
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Sums over the tokens x that reached one input site."""
+
+    gram_II: Tensor
+    """Σ x xᵀ, symmetric."""
+    abs_sum_I: Tensor
+    """Σ |x|."""
+    sum_I: Tensor
+    """Σ x."""
+    tokens: int
+    """How many tokens were summed."""
+
+    @classmethod
+    def of(cls, input_TI: Tensor) -> InputMoments:
+        """Moments of the rows of one matrix, in its own precision."""
+        return cls(input_TI.mT @ input_TI, input_TI.abs().sum(0), input_TI.sum(0), input_TI.shape[0])
+
+    @classmethod
+    def zero(cls, inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
+        """The neutral element of `+`."""
+        return cls(torch.zeros(inputs, inputs, dtype=dtype), torch.zeros(inputs, dtype=dtype), torch.zeros(inputs, dtype=dtype), 0)
+
+    def __add__(self, other: InputMoments) -> InputMoments:
+        if self.inputs != other.inputs:
+            raise StatisticsError("moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs")
+        return InputMoments(
+            self.gram_II + other.gram_II,
+            self.abs_sum_I + other.abs_sum_I,
+            self.sum_I + other.sum_I,
+            self.tokens + other.tokens,
+        )
+
+    @property
+    def inputs(self) -> int:
+        return self.gram_II.shape[0]
+
+    def hessian_II(self, name: str = "moments") -> Tensor:
+        """H = Σ x xᵀ / tokens, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
+        if self.tokens == 0:
+            raise EmptyStatistics(
+                "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
+            )
+        if not torch.isfinite(self.gram_II.diagonal()).all():
+            raise NotFinite("the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16.")
+        return self.gram_II / self.tokens
+
+    @property
+    def mean_abs_I(self) -> Tensor:
+        return self.abs_sum_I / max(self.tokens, 1)
+
+
+class MomentsAccumulator:
+    """Adds up the moments of a stream of inputs, computing one triangle of the Gram matrix only.
+
+    Row panel i of the upper triangle is `X[:, i:i+B]ᵀ X[:, i:]`: a plain matrix product on half the work.
+    Inputs in half precision are multiplied as they are on a GPU and summed in `dtype`; on a CPU they are widened first.
+    """
+
+    def __init__(self, inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self._upper_II = torch.zeros(inputs, inputs, dtype=dtype, device=device)
+        self._abs_sum_I = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self._sum_I = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, input_TI: Tensor) -> None:
+        """Add the rows of a matrix (any leading shape is flattened to tokens)."""
+        rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
+        if not rows_TI.is_cuda:
+            rows_TI = rows_TI.to(self._upper_II.dtype)
+        for start in range(0, rows_TI.shape[1], PANEL_ROWS):
+            _add_panel(self._upper_II[start : start + PANEL_ROWS, start:], rows_TI[:, start : start + PANEL_ROWS], rows_TI[:, start:])
+        self._abs_sum_I += rows_TI.abs().sum(0, dtype=torch.float64)
+        self._sum_I += rows_TI.sum(0, dtype=torch.float64)
+        self._tokens += rows_TI.shape[0]
+
+    def moments(self) -> InputMoments:
+        """The sums so far, on the CPU."""
+        upper_II = self._upper_II.triu().cpu()
+        gram_II = upper_II + upper_II.triu(1).mT
+        dtype = gram_II.dtype
+        return InputMoments(gram_II, self._abs_sum_I.to("cpu", dtype), self._sum_I.to("cpu", dtype), self._tokens)
+
+
+def _add_panel(panel: Tensor, left_TB: Tensor, right_TI: Tensor) -> None:
+    if left_TB.is_cuda and left_TB.dtype != panel.dtype:
+        panel += torch.mm(left_TB.mT, right_TI, out_dtype=panel.dtype)  # exact products of half-precision inputs
+    else:
+        panel.addmm_(left_TB.mT.to(panel.dtype), right_TI.to(panel.dtype))
