@@ -1,0 +1,49 @@
+"""Symmetric integer grids: one scale a group, zero always on the grid. Shapes: R rows, C columns of one group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosscal.errors import UsageError
+
+BITS = range(2, 9)
+
+
+def check_grid(bits: int, group_size: int | None, inputs: int, name: str) -> None:
+    """Raises `UsageError` for bits outside 2-8 or a group size that does not divide the inputs."""
+    if bits not in BITS:
+        raise UsageError("bits must be 2 to 8", where=name, got=str(bits))
+    if group_size is not None and (group_size < 1 or inputs % group_size):
+        fitting = [size for size in (256, 128, 64, 32, 16) if inputs % size == 0]
+        raise UsageError(
+            "group_size must divide the layer's inputs",
+            where=name,
+            got=f"group_size {group_size}, {inputs} inputs",
+            do=f"Here {', '.join(map(str, fitting)) or 'none of the usual sizes'} would; null means one scale a row.",
+        )
+
+
+def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
+    """scale = max|w| / (2^(b-1) - 1/2): the largest weight falls half a step outside the highest level at most.
+
+    This is compressed-tensors' symmetric range [-2^(b-1), 2^(b-1) - 1]. The scale is rounded to the dtype it is stored in
+    before any weight is, so that what is solved is what is saved. All-zero rows get scale 1.
+    """
+    largest_R = weight_RC.abs().amax(1)
+    scale_R = largest_R / (2.0 ** (bits_R - 1) - 0.5)
+    if stored_dtype is not None:
+        scale_R = scale_R.to(stored_dtype).to(weight_RC.dtype)
+    return torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
+
+
+def to_ints(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
+    """Nearest level, halves to even, clamped to [-2^(b-1), 2^(b-1) - 1]; still in floating point."""
+    highest = 2.0 ** (bits - 1)
+    return torch.minimum(torch.maximum((weight / scale).round(), -highest), highest - 1)
+
+
+def from_ints(ints: Tensor, scale: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
+    """ints · scale, as the loader of the checkpoint will compute it."""
+    value = ints * scale
+    return value if stored_dtype is None else value.to(stored_dtype).to(value.dtype)

@@ -1,0 +1,104 @@
+"""What a method may know, and what it answers. Shapes: O outputs, I inputs, G groups of inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crosscal.errors import NotFinite, StatisticsError
+from crosscal.statistics.factor import InverseFactor, factor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One linear layer to compress: replace W by V so that tr((W - V) H (W - V)ᵀ) stays small."""
+
+    name: str
+    weight_OI: Tensor
+    hessian_II: Tensor
+    """Second moment of the inputs per token, undamped."""
+    mean_abs_I: Tensor | None = None
+    """Mean absolute input."""
+    shared_factor: InverseFactor | None = None
+    """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
+    stored_dtype: torch.dtype | None = None
+    """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the rounded weights."""
+
+    def __post_init__(self) -> None:
+        inputs = self.weight_OI.shape[1]
+        if self.hessian_II.shape != (inputs, inputs):
+            raise StatisticsError(
+                "weight and Hessian do not fit", where=self.name, got=f"{tuple(self.weight_OI.shape)} and {tuple(self.hessian_II.shape)}"
+            )
+        if not torch.isfinite(self.weight_OI).all():
+            raise NotFinite("the weight is not finite", where=self.name, do="Check the model: it is broken before compression.")
+        if not torch.isfinite(self.hessian_II).all():
+            raise NotFinite("the Hessian is not finite", where=self.name, do="Calibrate in float32 or bfloat16.")
+
+    def factor(self, damping: float) -> InverseFactor:
+        """The shared factor where it fits, otherwise a new one."""
+        if self.shared_factor is not None and self.shared_factor.damping == damping:
+            return self.shared_factor
+        return factor(self.hessian_II, damping, name=self.name)
+
+    @property
+    def dead_inputs(self) -> int:
+        return int((self.hessian_II.diagonal() == 0).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Integers and scales of a symmetric quantization: V = ints · scale, the scale shared by a group of inputs."""
+
+    ints_OI: Tensor
+    scale_OG: Tensor
+    bits: int
+    group_size: int | None
+    """Inputs per scale; None is one scale a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """A compressed layer and what it costs on the problem's own Hessian."""
+
+    weight_OI: Tensor
+    loss: float
+    """tr(ΔW H ΔWᵀ): the squared output error per token."""
+    relative_loss: float
+    """`loss` over tr(W H Wᵀ)."""
+    grid: Grid | None = None
+    damping: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros."""
+        return float((self.weight_OI == 0).double().mean())
+
+
+class Compressor(Protocol):
+    """A method with its settings: a pure function of the problem."""
+
+    def compress(self, problem: LayerProblem) -> LayerSolution: ...
+
+
+def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(D H Dᵀ) = Σ_o d_o H d_oᵀ; sums in float64."""
+    return float(((difference_OI @ hessian_II) * difference_OI).sum(dtype=torch.float64))
+
+
+def solved(
+    problem: LayerProblem, weight_OI: Tensor, *, grid: Grid | None = None, damping: float | None = None
+) -> LayerSolution:
+    """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same."""
+    original_OI = problem.weight_OI.to(weight_OI.dtype)
+    if problem.stored_dtype is not None:
+        weight_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
+    if not torch.isfinite(weight_OI).all():
+        raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
+    hessian_II = problem.hessian_II.to(weight_OI.dtype)
+    loss = max(quadratic_loss(original_OI - weight_OI, hessian_II), 0.0)
+    energy = quadratic_loss(original_OI, hessian_II)
+    return LayerSolution(weight_OI, loss, loss / energy if energy > 0 else 0.0, grid, damping)

@@ -1,0 +1,77 @@
+"""How much to remove, and exactly which: a fraction, or n kept of every m. Shapes: O outputs, I inputs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosscal.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """`fraction` of the weights removed, or, when `group` is set, all but `kept` of every `group` neighbouring inputs."""
+
+    fraction: float
+    kept: int | None = None
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, value: float | str | Sparsity) -> Sparsity:
+        """0.5 removes half; "2:4" keeps 2 of every 4 (NVIDIA's meaning). Raises `UsageError`."""
+        if isinstance(value, Sparsity):
+            return value
+        match = re.fullmatch(r"(\d+):(\d+)", value.strip()) if isinstance(value, str) else None
+        if match:
+            kept, group = int(match[1]), int(match[2])
+            if 0 <= kept <= group and group > 0:
+                return cls(1 - kept / group, kept, group)
+        elif not isinstance(value, str) and not isinstance(value, bool) and 0 <= value <= 1:
+            return cls(float(value))
+        raise UsageError("not a sparsity", got=repr(value), do='Give the fraction removed (0 to 1) or "n:m", n kept of m, such as "2:4".')
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}" if self.group else f"{self.fraction:g}"
+
+    def removed(self, weights: int) -> int:
+        """How many of so many weights go: the nearest integer, halves to even."""
+        return round(self.fraction * weights)
+
+    def check(self, inputs: int, name: str) -> None:
+        """Raises `UsageError` when the inputs do not divide into groups."""
+        if self.group and inputs % self.group:
+            raise UsageError(
+                f"{self} needs a number of inputs divisible by {self.group}", where=name, got=f"{inputs}", do="Use a fraction for this model."
+            )
+
+    def keep_OI(self, score_OI: Tensor, *, per: Literal["row", "matrix"], name: str = "layer") -> Tensor:
+        """True where a weight survives: the lowest scores go, exactly `removed` of them; among equals the earlier (row-major) goes."""
+        self.check(score_OI.shape[1], name)
+        if self.group:
+            grouped = score_OI.reshape(-1, self.group)
+            return ~lowest_per_row(grouped, self.group - (self.kept or 0)).reshape(score_OI.shape)
+        if per == "row":
+            return ~lowest_per_row(score_OI, self.removed(score_OI.shape[1]))
+        return ~lowest(score_OI, self.removed(score_OI.numel()))
+
+
+def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of every row; among equals the earlier."""
+    order_RC = score_RC.argsort(dim=1, stable=True)
+    return torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, order_RC[:, :count], True)
+
+
+def lowest(score: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
+    flat = score.reshape(-1)
+    if count <= 0 or count >= flat.numel():
+        return torch.full_like(score, count > 0, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    chosen = flat < threshold
+    ties = (flat == threshold).nonzero().reshape(-1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.reshape(score.shape)
