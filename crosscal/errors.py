@@ -1,22 +1,22 @@
 """Every error crosscal raises on purpose: what happened, where, what was got, what to do.
 
-    CrosscalError             exit code 1
-    ├── UsageError            exit code 2: the request itself is wrong
-    │   └── PlanError         a field of the plan
-    ├── CorpusError           documents: unreadable, unusable, too few
-    ├── CalibrationError      windows cannot be drawn or generated
-    ├── ModelError            a checkpoint that cannot be read
-    │   └── UnsupportedModel  a module the walker does not know how to handle
-    ├── StatisticsError       numbers a solve cannot start from
-    │   ├── EmptyStatistics
-    │   ├── NotFinite
-    │   └── NotPositiveDefinite
-    ├── StoreError            the artifact store
-    │   ├── CorruptArtifact
-    │   ├── MissingArtifact
-    │   ├── StoreConflict
-    │   └── StoreFull
-    └── EvaluationError
+CrosscalError             exit code 1
+├── UsageError            exit code 2: the request itself is wrong
+│   └── PlanError         a field of the plan
+├── CorpusError           documents: unreadable, unusable, too few
+├── CalibrationError      windows cannot be drawn or generated
+├── ModelError            a checkpoint that cannot be read
+│   └── UnsupportedModel  a module the walker does not know how to handle
+├── StatisticsError       numbers a solve cannot start from
+│   ├── EmptyStatistics
+│   ├── NotFinite
+│   └── NotPositiveDefinite
+├── StoreError            the artifact store
+│   ├── CorruptArtifact
+│   ├── MissingArtifact
+│   ├── StoreConflict
+│   └── StoreFull
+└── EvaluationError
 """
 
 from __future__ import annotations

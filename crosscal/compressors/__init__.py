@@ -1,7 +1,7 @@
 """Compression methods: one method, one file, each a frozen dataclass of its settings with a pure `compress`.
 
-To add a method: write `compressors/<name>.py` with such a class, and name it in `COMPRESSORS`. Methods made of a `ColumnRule`
-are solved together by `solve_many`; every other method is called layer by layer.
+To add a method: write `compressors/<name>.py` with such a class, and name it in `COMPRESSORS`. Methods made of a
+`ColumnRule` are solved together by `solve_many`; every other method is called layer by layer.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Columns are fixed one after another; the error of each is compensated by the col
 
     q = rule(w_j),  e = (w_j - q) / U_jj,  W[:, j:] -= e U[j, j:]          (H + λI)⁻¹ = Uᵀ U
 
-Rows do not speak to each other except when a pruning threshold is drawn, so all layers that read the same inputs, and all
-sparsities or bit widths of a sweep, run through one loop as one tall matrix. Updates are lazy on two levels, panels
+Rows do not speak to each other except when a pruning threshold is drawn, so all layers that read the same inputs,
+and all sparsities or bit widths of a sweep, run through one loop as one tall matrix. Updates are lazy on two
+levels, panels
 of 32 columns inside blocks of 128, so that nearly all work is matrix products. The matrix is held transposed, because
 the loop walks columns.
 
@@ -52,7 +53,9 @@ class ColumnRule:
             self.sparsity.check(inputs, name)
             if self.sparsity.group and (self.activation_order or PANEL_COLUMNS % self.sparsity.group):
                 raise UsageError(
-                    "n:m cannot be combined with activation order, and m must divide 32", where=name, got=str(self.sparsity)
+                    "n:m cannot be combined with activation order, and m must divide 32",
+                    where=name,
+                    got=str(self.sparsity),
                 )
         if self.bits is not None:
             check_grid(self.bits, self.group_size, inputs, name)
@@ -70,8 +73,9 @@ class Segment:
 def solve_columns(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule]) -> list[list[LayerSolution]]:
     """Solutions [rule][problem]. The problems share one Hessian, the rules one `stack_key`.
 
-    Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding; among equal
-    scores the earlier column, then the earlier row, goes first. Dead inputs have the lowest scores, so they are
+    Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding;
+    among equal scores the earlier column, then the earlier row, goes first. Dead inputs have the lowest scores, so
+    they are
     pruned first, inside the budget. Raises what `factor` raises.
     """
     rule = rules[0]
@@ -140,7 +144,9 @@ class _Loop:
             last = min(first + PANEL_COLUMNS, stop)
             for j in range(first, last):
                 self._fix_column(j, last, start, keep_BR, error_BR)
-            self.work_IR[last:stop].addmm_(self.upper_II[first:last, last:stop].mT, error_BR[first - start : last - start], alpha=-1)
+            self.work_IR[last:stop].addmm_(
+                self.upper_II[first:last, last:stop].mT, error_BR[first - start : last - start], alpha=-1
+            )
         self.work_IR[stop:].addmm_(self.upper_II[start:stop, stop:].mT, error_BR, alpha=-1)
 
     def _fix_column(self, j: int, panel_stop: int, start: int, keep_BR: Tensor | None, error_BR: Tensor) -> None:

@@ -18,7 +18,8 @@ class GPTQ:
     group_size: int | None = 128
     """Inputs per scale; None is one scale a row. Grids are fitted when the loop reaches their group."""
     activation_order: bool = False
-    """Round the inputs with the largest H_jj first; grids are then fitted beforehand, so that groups stay contiguous on disk."""
+    """Round the inputs with the largest H_jj first; grids are then fitted beforehand, so that groups stay contiguous
+    on disk."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 

@@ -27,8 +27,8 @@ def check_grid(bits: int, group_size: int | None, inputs: int, name: str) -> Non
 def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
     """scale = max|w| / (2^(b-1) - 1/2): the largest weight falls half a step outside the highest level at most.
 
-    This is compressed-tensors' symmetric range [-2^(b-1), 2^(b-1) - 1]. The scale is rounded to the dtype it is stored in
-    before any weight is, so that what is solved is what is saved. All-zero rows get scale 1.
+    This is compressed-tensors' symmetric range [-2^(b-1), 2^(b-1) - 1]. The scale is rounded to the dtype it is
+    stored in before any weight is, so that what is solved is what is saved. All-zero rows get scale 1.
     """
     largest_R = weight_RC.abs().amax(1)
     scale_R = largest_R / (2.0 ** (bits_R - 1) - 0.5)

@@ -1,4 +1,5 @@
-"""Magnitude pruning: remove the smallest |weight| of the whole matrix. Needs no data; the control for every other method.
+"""Magnitude pruning: remove the smallest |weight| of the whole matrix. Needs no data; the control for every other
+method.
 
 Shapes: O outputs, I inputs.
 """

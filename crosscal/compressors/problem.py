@@ -25,16 +25,21 @@ class LayerProblem:
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
-    """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the rounded weights."""
+    """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
+    rounded weights."""
 
     def __post_init__(self) -> None:
         inputs = self.weight_OI.shape[1]
         if self.hessian_II.shape != (inputs, inputs):
             raise StatisticsError(
-                "weight and Hessian do not fit", where=self.name, got=f"{tuple(self.weight_OI.shape)} and {tuple(self.hessian_II.shape)}"
+                "weight and Hessian do not fit",
+                where=self.name,
+                got=f"{tuple(self.weight_OI.shape)} and {tuple(self.hessian_II.shape)}",
             )
         if not torch.isfinite(self.weight_OI).all():
-            raise NotFinite("the weight is not finite", where=self.name, do="Check the model: it is broken before compression.")
+            raise NotFinite(
+                "the weight is not finite", where=self.name, do="Check the model: it is broken before compression."
+            )
         if not torch.isfinite(self.hessian_II).all():
             raise NotFinite("the Hessian is not finite", where=self.name, do="Calibrate in float32 or bfloat16.")
 

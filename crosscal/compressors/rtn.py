@@ -30,5 +30,7 @@ class RoundToNearest:
         scale_R = fit_scale_R(rows_RC, bits_R, problem.stored_dtype)
         ints_RC = to_ints(rows_RC, scale_R[:, None], bits_R[:, None])
         weight_OI = from_ints(ints_RC, scale_R[:, None], problem.stored_dtype).reshape(outputs, inputs)
-        grid = Grid(ints_RC.reshape(outputs, inputs).to(torch.int8), scale_R.reshape(outputs, -1), self.bits, self.group_size)
+        grid = Grid(
+            ints_RC.reshape(outputs, inputs).to(torch.int8), scale_R.reshape(outputs, -1), self.bits, self.group_size
+        )
         return solved(problem, weight_OI, grid=grid)

@@ -1,4 +1,5 @@
-"""Prune and quantize in one pass: each column is masked as in SparseGPT, then rounded as in GPTQ; one error repairs both.
+"""Prune and quantize in one pass: each column is masked as in SparseGPT, then rounded as in GPTQ; one error repairs
+both.
 
 Frantar & Alistarh 2023, arXiv 2301.00774, section 3.5.
 """

@@ -14,7 +14,8 @@ from crosscal.errors import UsageError
 
 @dataclass(frozen=True)
 class Sparsity:
-    """`fraction` of the weights removed, or, when `group` is set, all but `kept` of every `group` neighbouring inputs."""
+    """`fraction` of the weights removed, or, when `group` is set, all but `kept` of every `group` neighbouring
+    inputs."""
 
     fraction: float
     kept: int | None = None
@@ -32,7 +33,11 @@ class Sparsity:
                 return cls(1 - kept / group, kept, group)
         elif not isinstance(value, str) and not isinstance(value, bool) and 0 <= value <= 1:
             return cls(float(value))
-        raise UsageError("not a sparsity", got=repr(value), do='Give the fraction removed (0 to 1) or "n:m", n kept of m, such as "2:4".')
+        raise UsageError(
+            "not a sparsity",
+            got=repr(value),
+            do='Give the fraction removed (0 to 1), or n kept of m in quotes, such as "2:4".',
+        )
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.group else f"{self.fraction:g}"
@@ -45,11 +50,15 @@ class Sparsity:
         """Raises `UsageError` when the inputs do not divide into groups."""
         if self.group and inputs % self.group:
             raise UsageError(
-                f"{self} needs a number of inputs divisible by {self.group}", where=name, got=f"{inputs}", do="Use a fraction for this model."
+                f"{self} needs a number of inputs divisible by {self.group}",
+                where=name,
+                got=f"{inputs}",
+                do="Use a fraction for this model.",
             )
 
     def keep_OI(self, score_OI: Tensor, *, per: Literal["row", "matrix"], name: str = "layer") -> Tensor:
-        """True where a weight survives: the lowest scores go, exactly `removed` of them; among equals the earlier (row-major) goes."""
+        """True where a weight survives: the lowest scores go, exactly `removed` of them; among equals the earlier
+        (row-major) goes."""
         self.check(score_OI.shape[1], name)
         if self.group:
             grouped = score_OI.reshape(-1, self.group)

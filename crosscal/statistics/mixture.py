@@ -30,7 +30,9 @@ class Mixture:
         total = sum(weights.values())
         if any(not w >= 0 for w in weights.values()) or not math.isclose(total, 1.0, abs_tol=1e-6):
             raise UsageError(
-                "mixture weights must be at least 0 and sum to 1", got=str(dict(weights)), do="For example {general: 0.5, legal: 0.5}."
+                "mixture weights must be at least 0 and sum to 1",
+                got=str(dict(weights)),
+                do="For example {general: 0.5, legal: 0.5}.",
             )
         return cls(tuple(sorted((name, float(w)) for name, w in weights.items() if w > 0)))
 
@@ -46,7 +48,9 @@ class Mixture:
     def as_dict(self) -> dict[str, float]:
         return dict(self.weights)
 
-    def hessian_II(self, moments: Mapping[str, InputMoments], *, trace_normalised: bool = False, name: str = "mixture") -> Tensor:
+    def hessian_II(
+        self, moments: Mapping[str, InputMoments], *, trace_normalised: bool = False, name: str = "mixture"
+    ) -> Tensor:
         """H = Σ_k w_k H_k with H_k = gram_k / tokens_k; `{general: 1}` is the general Hessian bit for bit.
 
         `trace_normalised` scales every H_k to the mean of their traces first, so that no corpus dominates a site by the

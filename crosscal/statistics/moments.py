@@ -37,11 +37,18 @@ class InputMoments:
     @classmethod
     def zero(cls, inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
         """The neutral element of `+`."""
-        return cls(torch.zeros(inputs, inputs, dtype=dtype), torch.zeros(inputs, dtype=dtype), torch.zeros(inputs, dtype=dtype), 0)
+        return cls(
+            torch.zeros(inputs, inputs, dtype=dtype),
+            torch.zeros(inputs, dtype=dtype),
+            torch.zeros(inputs, dtype=dtype),
+            0,
+        )
 
     def __add__(self, other: InputMoments) -> InputMoments:
         if self.inputs != other.inputs:
-            raise StatisticsError("moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs")
+            raise StatisticsError(
+                "moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs"
+            )
         return InputMoments(
             self.gram_II + other.gram_II,
             self.abs_sum_I + other.abs_sum_I,
@@ -57,10 +64,14 @@ class InputMoments:
         """H = Σ x xᵀ / tokens, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
         if self.tokens == 0:
             raise EmptyStatistics(
-                "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
+                "no token ever reached this input",
+                where=name,
+                do="Calibrate on more windows; an expert may be starved.",
             )
         if not torch.isfinite(self.gram_II.diagonal()).all():
-            raise NotFinite("the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16.")
+            raise NotFinite(
+                "the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16."
+            )
         return self.gram_II / self.tokens
 
     @property
@@ -87,7 +98,11 @@ class MomentsAccumulator:
         if not rows_TI.is_cuda:
             rows_TI = rows_TI.to(self._upper_II.dtype)
         for start in range(0, rows_TI.shape[1], PANEL_ROWS):
-            _add_panel(self._upper_II[start : start + PANEL_ROWS, start:], rows_TI[:, start : start + PANEL_ROWS], rows_TI[:, start:])
+            _add_panel(
+                self._upper_II[start : start + PANEL_ROWS, start:],
+                rows_TI[:, start : start + PANEL_ROWS],
+                rows_TI[:, start:],
+            )
         self._abs_sum_I += rows_TI.abs().sum(0, dtype=torch.float64)
         self._sum_I += rows_TI.sum(0, dtype=torch.float64)
         self._tokens += rows_TI.shape[0]

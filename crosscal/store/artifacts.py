@@ -1,9 +1,9 @@
 """The store: folders named by what determines their content, complete from the moment they exist.
 
-    <home>/objects/<kind>/<key>/manifest.json + files      written aside, hashed, synced, then renamed into place
-    <home>/refs/<name>/<version>.json                      small records that change, with their history
-    <home>/staging/                                        work in progress; swept by `gc`
-    <home>/quarantine/                                     artifacts that failed verification, never deleted by itself
+<home>/objects/<kind>/<key>/manifest.json + files      written aside, hashed, synced, then renamed into place
+<home>/refs/<name>/<version>.json                      small records that change, with their history
+<home>/staging/                                        work in progress; swept by `gc`
+<home>/quarantine/                                     artifacts that failed verification, never deleted by itself
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Store:
     def publish(self, kind: str, key: str, provenance: Mapping[str, Any]) -> Iterator[Path]:
         """Give a folder to write files into; leaving the block without an exception publishes it.
 
-        When the key exists already, or another process publishes it first, this copy is discarded: equal keys mean equal content.
-        Raises `StoreFull` when the disk is full, and leaves nothing behind then.
+        When the key exists already, or another process publishes it first, this copy is discarded: equal keys mean
+        equal content. Raises `StoreFull` when the disk is full, and leaves nothing behind then.
         """
         place = _place(kind, key)
         staged = self.home.staging()

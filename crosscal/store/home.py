@@ -59,7 +59,10 @@ def disk_errors(place: str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise StoreError(
-                "the store cannot be written", where=place, got=os.strerror(error.errno), do="Choose another CROSSCAL_HOME."
+                "the store cannot be written",
+                where=place,
+                got=os.strerror(error.errno),
+                do="Choose another CROSSCAL_HOME.",
             ) from error
         raise
 
@@ -168,7 +171,9 @@ class RemoteHome:
         try:
             self.fs, self.root = fsspec.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise StoreError("this store URL cannot be opened", where=url, got=str(error), do="Install `crosscal[s3]`?") from error
+            raise StoreError(
+                "this store URL cannot be opened", where=url, got=str(error), do="Install `crosscal[s3]`?"
+            ) from error
         self.cache = Path(os.environ.get("CROSSCAL_CACHE", Path.home() / ".cache" / "crosscal"))
 
     def _at(self, place: str) -> str:
@@ -221,7 +226,9 @@ class RemoteHome:
     def names(self, place: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self._at(place), detail=False))
+            return sorted(
+                str(name).rstrip("/").rsplit("/", 1)[-1] for name in self.fs.ls(self._at(place), detail=False)
+            )
         except FileNotFoundError:
             return []
 

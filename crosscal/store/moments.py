@@ -82,7 +82,9 @@ def _unpack_triangle(reader: pa.ipc.RecordBatchFileReader, inputs: int, dtype: t
     position = 0
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
-        planes_NP[position : position + batch.num_rows] = np.stack([column.to_numpy() for column in batch.columns], axis=1)
+        planes_NP[position : position + batch.num_rows] = np.stack(
+            [column.to_numpy() for column in batch.columns], axis=1
+        )
         position += batch.num_rows
     if position != entries:
         raise ValueError(f"{position} entries instead of {entries}")
