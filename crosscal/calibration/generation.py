@@ -1,0 +1,136 @@
+"""Self-calibration: the model writes its own calibration text.
+
+Williams, Chrysostomou, Aletras: "Self-calibration for language model quantization and pruning", NAACL 2025,
+https://arxiv.org/abs/2410.17170.
+"""
+
+from __future__ import annotations
+
+# Shapes: S windows, L tokens in a window.
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule
+from crosscal.calibration.sets import CalibrationSet, WindowRequest, keep, kept
+from crosscal.calibration.stop_words import STOP_WORDS
+from crosscal.calibration.tokens import end_token, ordinary_tokens
+from crosscal.errors import CalibrationError
+from crosscal.store import Store, digest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GENERATIONS = "generations"
+MIN_MEAN_TOKENS = 8
+"""A model whose texts are shorter than this on average is not writing."""
+
+
+def generate_windows(
+    store: Store,
+    model: PreTrainedModel,
+    model_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    request: WindowRequest,
+    *,
+    temperature: TemperatureSchedule = TemperatureSchedule(),  # noqa: B008  a frozen value
+    first_tokens: Sequence[str] | None = STOP_WORDS,
+    batch: int = 8,
+    device: str = "cpu",
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationSet:
+    """Let `model` (on `device`, in eval mode) write `request.windows` windows from nothing but the start token.
+
+    Each sequence is sampled from the whole distribution until end-of-text or the length of a window; only its first
+    token is restricted, to those that read as one of `first_tokens` (None: no restriction). The sequences, start
+    tokens included, are joined in order and cut into windows. Every finished batch of sequences is stored, so that
+    an interrupted run goes on where it stopped. `progress` is called with (tokens so far, tokens needed).
+
+    Raises `CalibrationError` when no token may come first or the model hardly writes anything.
+    """
+    request, notes = request.within(max_length)
+    end = end_token(tokenizer)
+    start: Any = tokenizer.bos_token_id
+    if start is None:
+        start = end
+        notes += ("The tokenizer has no begin-of-text token: texts begin with end-of-text instead.",)
+    first_ids = None if first_tokens is None else first_token_ids(tokenizer, first_tokens)
+    settings = {
+        "source": "model",
+        "rule": 1,
+        "model": model_digest,
+        "tokenizer": tokenizer_digest,
+        "length": request.length,
+        "seed": request.seed,
+        "split": request.split,  # a held-out set is written anew, too
+        "temperature": asdict(temperature),
+        "first_ids": None if first_ids is None else digest_of(first_ids),
+        "start": start,
+        "batch": batch,
+    }
+    provenance = {**settings, "windows": request.windows}
+    if found := kept(store, provenance):
+        return found
+    writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device)
+    tokens = _generate(store, writer, settings, request, progress)
+    tokens_SL = torch.tensor(tokens[: request.windows * request.length]).reshape(request.windows, request.length)
+    return keep(store, provenance, tokens_SL, notes)
+
+
+def first_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
+    """Tokens that decode to one of the words, whatever the case and with or without a space in front."""
+    wanted = {word.lower() for word in words}
+    ids = ordinary_tokens(tokenizer)
+    decoded = tokenizer.batch_decode([[index] for index in ids])
+    found = tuple(index for index, text in zip(ids, decoded, strict=True) if text.strip().lower() in wanted)
+    if not found:
+        raise CalibrationError("no token of the vocabulary is one of the first words", do="Pass `first_tokens=None`.")
+    return found
+
+
+def readable(calibration_set: CalibrationSet, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """The first windows as text, special tokens shown."""
+    return tokenizer.batch_decode(calibration_set.tokens_SL[:count].tolist())
+
+
+def _generate(
+    store: Store,
+    writer: SequenceWriter,
+    settings: dict[str, Any],
+    request: WindowRequest,
+    progress: Callable[[int, int], None] | None,
+) -> list[int]:
+    needed = request.windows * request.length
+    most_sequences = needed / min(MIN_MEAN_TOKENS, request.length / 2) + 16 * settings["batch"]
+    tokens: list[int] = []
+    sequences = 0
+    while len(tokens) < needed:
+        if sequences > most_sequences:
+            raise CalibrationError(
+                "the model ends its texts almost at once",
+                got=f"{len(tokens) / sequences:.1f} tokens a text",
+                do="Use real documents, or another temperature.",
+            )
+        rows = _batch(store, writer, {**settings, "index": sequences // settings["batch"]})
+        tokens += chain.from_iterable(rows)
+        sequences += len(rows)
+        if progress:
+            progress(min(len(tokens), needed), needed)
+    return tokens
+
+
+def _batch(store: Store, writer: SequenceWriter, settings: dict[str, Any]) -> list[list[int]]:
+    """One batch of sequences, from the store if it was written before."""
+    key = digest_of(settings)
+    if artifact := store.find(GENERATIONS, key):
+        return json.loads(store.read_bytes(artifact, "sequences.json"))
+    rows = writer.write(settings["batch"], seed=int(key[:15], 16))
+    with store.publish(GENERATIONS, key, settings) as folder:
+        (folder / "sequences.json").write_text(json.dumps(rows))
+    return rows

@@ -1,0 +1,90 @@
+"""Sampling whole texts from a causal language model, a batch of independent ones at a time."""
+
+from __future__ import annotations
+
+# Shapes: B sequences generated together, V vocabulary.
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from crosscal.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """t_i = initial + (i / steps) (final - initial) for i <= steps, else final; i counts sampled tokens from 0.
+
+    A temperature of 0 means the likeliest token. The paper's main results are plain sampling: 1.0 throughout.
+    """
+
+    initial: float = 1.0
+    final: float = 1.0
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.initial < 0 or self.final < 0 or self.steps < 1:
+            raise UsageError("temperatures are at least 0 and steps at least 1", where="temperature", got=str(self))
+
+    def at(self, step: int) -> float:
+        if step > self.steps:
+            return self.final
+        return self.initial + step / self.steps * (self.final - self.initial)
+
+
+@dataclass(frozen=True)
+class SequenceWriter:
+    """What all texts of one set have in common."""
+
+    model: PreTrainedModel
+    start: int
+    """Token that every sequence is conditioned on, and nothing else."""
+
+    end: int
+    length: int
+    """Most tokens in a sequence, the start token among them."""
+
+    temperature: TemperatureSchedule
+    first_ids: tuple[int, ...] | None
+    """Tokens that may be sampled first; None for all."""
+
+    device: str
+
+    @torch.inference_mode()
+    def write(self, count: int, seed: int) -> list[list[int]]:
+        """`count` independent sequences, each from the start token to end-of-text or `length` tokens.
+
+        All rows begin at position 0 and none sees another, so no padding or mask is needed: what a finished row
+        goes on to produce is not taken.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        rows = [[self.start] for _ in range(count)]
+        writing = set(range(count))
+        token_B = torch.full((count,), self.start, device=self.device)
+        cache = None
+        for step in range(self.length - 1):
+            output = self.model(input_ids=token_B[:, None], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            token_B = self._sample(output.logits[:, -1].float(), step, generator)
+            for row, token in enumerate(token_B.tolist()):
+                if row in writing:
+                    rows[row].append(token)
+                    if token == self.end:
+                        writing.remove(row)
+            if not writing:
+                break
+        return rows
+
+    def _sample(self, logits_BV: torch.Tensor, step: int, generator: torch.Generator) -> torch.Tensor:
+        if step == 0 and self.first_ids is not None:
+            allowed_V = torch.zeros(logits_BV.shape[1], dtype=torch.bool, device=logits_BV.device)
+            allowed_V[list(self.first_ids)] = True
+            logits_BV = logits_BV.masked_fill(~allowed_V, -torch.inf)
+        temperature = self.temperature.at(step)
+        if temperature == 0:
+            return logits_BV.argmax(dim=-1)
+        probability_BV = torch.softmax(logits_BV / temperature, dim=-1)
+        return torch.multinomial(probability_BV, 1, generator=generator)[:, 0]

@@ -1,0 +1,36 @@
+"""Rows of a Hugging Face dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from crosscal.corpora.limits import DocumentLimits
+from crosscal.corpora.records import Document, Reject, excerpt, judge
+from crosscal.corpora.sources import HubDataset, named_split
+from crosscal.errors import CorpusError
+
+
+def read_hub(
+    dataset: HubDataset, text: str, revision: str | None, limits: DocumentLimits
+) -> Iterator[tuple[str | None, Document | Reject]]:
+    """(split, candidate) of every row. Splits that are not train, validation or test count as unnamed."""
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        splits = load_dataset(dataset.name, dataset.config, revision=revision)
+    except (OSError, ValueError, DatasetsError) as error:  # incl. not found, offline, no config
+        raise CorpusError(
+            "neither a path here nor a dataset that can be loaded from the hub",
+            where=dataset.name,
+            got=excerpt(str(error)),
+            do="Check the path, or the id as owner/name or owner/name:config.",
+        ) from error
+    assert isinstance(splits, DatasetDict)  # neither one split nor streaming was asked for
+    for split, rows in splits.items():
+        source = f"{dataset.name}/{split}"
+        if text not in rows.column_names:
+            yield None, Reject(source, 0, f"no column {text!r}", columns=tuple(rows.column_names))
+            continue
+        for number, value in enumerate(rows.select_columns([text])[text], start=1):
+            yield named_split(str(split)), judge(value, source, number, limits)

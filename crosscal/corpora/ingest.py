@@ -1,0 +1,175 @@
+"""Ingest: documents from outside become a new version of a corpus."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
+
+from crosscal.corpora.corpus import Corpus, Shard, corpus_of, digests, record_of, ref_name
+from crosscal.corpora.hub import read_hub
+from crosscal.corpora.limits import DocumentLimits
+from crosscal.corpora.readers import READERS
+from crosscal.corpora.records import Document, Reject
+from crosscal.corpora.shards import write_split
+from crosscal.corpora.sources import HubDataset, SourceFile, resolve
+from crosscal.corpora.splits import SPLITS, assign
+from crosscal.corpora.spool import Spool
+from crosscal.errors import CorpusError, StoreConflict, UsageError
+from crosscal.store import Store, digest_file, digest_of
+
+Progress = Callable[[str, int, int | None], None]
+PROGRESS_DOCUMENTS = 1000
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    corpus: Corpus
+    added_documents: int
+    duplicates: int
+    """Documents given again: within the sources, or already in the corpus."""
+
+    rejected: dict[str, int]
+    """Reason → number of lines, rows or files that were not taken."""
+
+    rejects_key: str | None
+    """Artifact of kind "rejects" whose `rejects.jsonl` shows them one by one; None when there are none."""
+
+    changed: bool
+
+
+def ingest(
+    store: Store,
+    name: str,
+    sources: Sequence[str],
+    *,
+    text: str = "text",
+    revision: str | None = None,
+    split: str | None = None,
+    replace: bool = False,
+    limits: DocumentLimits = DocumentLimits(),  # noqa: B008  a frozen value
+    progress: Progress | None = None,
+) -> IngestReport:
+    """Read files, folders, globs or hub datasets into the corpus `name`.
+
+    `text` names the column of the document. `split` puts every document into one split; otherwise files, folders and
+    hub splits called train, validation or test keep theirs and the rest is divided (see `splits.assign`). A document
+    that the corpus already holds keeps the split it has. The same documents again change nothing; new ones become
+    a shard of their own. With `replace` the corpus becomes exactly these documents: still an addition when every
+    earlier one is among them, otherwise a new list of shards. `progress` is called with (source, documents, None).
+
+    Raises `CorpusError` when a source cannot be found or nothing usable is in it, and `UsageError` for a bad name.
+    """
+    ref_name(name)
+    if split not in (None, *SPLITS):
+        raise UsageError("not a split", got=repr(split), do=f"Use one of {', '.join(SPLITS)}.")
+    found = resolve(sources)
+    with (
+        tempfile.TemporaryDirectory(prefix="crosscal-ingest-") as folder,
+        Spool(Path(folder), limits) as spool,
+    ):
+        for named, candidate in _candidates(found, text, revision, limits, progress):
+            if isinstance(candidate, Document):
+                spool.add(candidate, split or named)
+            else:
+                spool.reject(candidate)
+        spool.finish()
+        rejects_key = _publish_rejects(store, name, spool)
+        if not spool.entries:
+            raise _nothing_usable(sources, spool, text)
+        corpus, added, changed = _land(store, name, spool, replace, forced=split is not None)
+        duplicates = spool.duplicates + len(spool.entries) - added
+        return IngestReport(corpus, added, duplicates, dict(spool.rejected), rejects_key, changed)
+
+
+def _candidates(
+    found: Sequence[SourceFile | HubDataset],
+    text: str,
+    revision: str | None,
+    limits: DocumentLimits,
+    progress: Progress | None,
+) -> Iterator[tuple[str | None, Document | Reject]]:
+    count = 0
+    for source in found:
+        if isinstance(source, HubDataset):
+            rows = read_hub(source, text, revision, limits)
+        elif source.format is None:
+            rows = iter([(None, Reject(source.name, 0, "file type that is not read"))])
+        else:
+            reader = READERS[source.format]
+            rows = ((source.split, row) for row in reader(source.path, source.name, text, limits))
+        for row in rows:
+            yield row
+            count += 1
+            if progress and count % PROGRESS_DOCUMENTS == 0:
+                progress(source.name, count, None)
+    if progress:
+        progress("read", count, count)
+
+
+def _land(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
+    """Add what is new; read the corpus again and retry when another process changed it meanwhile."""
+    for attempt in Retrying(
+        retry=retry_if_exception_type(StoreConflict),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random(0, 0.2),
+        reraise=True,
+    ):
+        with attempt:
+            return _land_once(store, name, spool, replace, forced)
+    raise AssertionError("Retrying returns or raises")
+
+
+def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
+    version, record = store.refs.read(ref_name(name))
+    earlier = corpus_of(name, version, record).shards if record else ()
+    known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
+    fresh = {digest: entry.split for digest, entry in spool.entries.items() if digest not in known}
+    splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh)
+    if replace and not known.keys() <= spool.entries.keys():
+        earlier = ()
+        splits |= {digest: known[digest] for digest in spool.entries if digest in known}
+    elif not fresh and record:
+        return corpus_of(name, version, record), 0, False
+    shards = (*earlier, _publish_shard(store, spool, splits))
+    record = record_of(shards)
+    version = store.refs.append(ref_name(name), version, record)
+    return corpus_of(name, version, record), len(fresh), True
+
+
+def _publish_shard(store: Store, spool: Spool, splits: Mapping[bytes, str]) -> Shard:
+    ordered = sorted(splits)
+    members = {split: [digest for digest in ordered if splits[digest] == split] for split in SPLITS}
+    members = {split: chosen for split, chosen in members.items() if chosen}
+    shard = Shard(
+        key=digest_of({split: [digest.hex() for digest in chosen] for split, chosen in members.items()}),
+        documents={split: len(chosen) for split, chosen in members.items()},
+        characters={split: sum(spool.entries[d].characters for d in chosen) for split, chosen in members.items()},
+    )
+    with store.publish("corpora", shard.key, {"documents": shard.documents, "characters": shard.characters}) as folder:
+        for split, chosen in members.items():
+            rows = ((spool.text(digest), spool.entries[digest].source, digest) for digest in chosen)
+            write_split(folder / f"{split}.arrow", rows)
+    return shard
+
+
+def _publish_rejects(store: Store, name: str, spool: Spool) -> str | None:
+    if not spool.rejected:
+        return None
+    key = digest_file(spool.rejects_path)
+    with store.publish("rejects", key, {"corpus": name, "rejected": dict(spool.rejected)}) as folder:
+        (folder / "rejects.jsonl").write_bytes(spool.rejects_path.read_bytes())
+    return key
+
+
+def _nothing_usable(sources: Sequence[str], spool: Spool, text: str) -> CorpusError:
+    where = ", ".join(map(str, sources))
+    if set(spool.rejected) == {f"no column {text!r}"}:
+        columns = ", ".join(sorted(spool.columns_found)) or "no columns at all"
+        return CorpusError(f"no column {text!r}", where=where, got=columns, do="Name the text's column with `text`.")
+    counts = ", ".join(f"{count} {reason}" for reason, count in spool.rejected.most_common())
+    return CorpusError("no usable document", where=where, got=counts or "empty files", do="Check the files.")

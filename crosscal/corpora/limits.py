@@ -1,0 +1,36 @@
+"""What a document may look like and how much of a file is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from crosscal.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DocumentLimits:
+    """Bounds on input from outside. What lies beyond them is rejected and counted, never cut short silently."""
+
+    min_characters: int = 20
+    """Shorter documents (after stripping white space) are rejected."""
+
+    max_characters: int = 5_000_000
+    """Longer documents are rejected."""
+
+    text_file_characters: int = 20_000
+    """A plain text file longer than this is cut at blank lines into documents of about this size."""
+
+    max_line_bytes: int = 32 * 2**20
+    """A longer line (or CSV record) is rejected without being held in memory."""
+
+    max_file_bytes: int = 64 * 2**30
+    """Reading of one file stops after this many decompressed bytes."""
+
+    max_rejects_kept: int = 100_000
+    """Rejects written out one by one; further ones are only counted."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError("a limit is a whole number of at least 1", where=field.name, got=repr(value))

@@ -1,0 +1,59 @@
+"""One candidate from a file: a usable document, or a reject with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from crosscal.corpora.limits import DocumentLimits
+
+EXCERPT_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    """Stripped of white space at both ends, so that `digest` determines it."""
+
+    source: str
+    """File name relative to what was given; never an absolute path."""
+
+    digest: bytes
+    """SHA-256 of the text in UTF-8."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    source: str
+    line: int
+    """Line or row, counted from 1; 0 means the file as a whole."""
+
+    reason: str
+    excerpt: str = ""
+    columns: tuple[str, ...] = ()
+    """The columns that are there, where the text column is not."""
+
+
+def judge(text: object, source: str, line: int, limits: DocumentLimits) -> Document | Reject:
+    """Accept a text, or say why not."""
+    if not isinstance(text, str):
+        return Reject(source, line, "text is not a string", excerpt(repr(text)[:EXCERPT_CHARACTERS]))
+    text = text.strip()
+    if not text:
+        return Reject(source, line, "empty")
+    if len(text) < limits.min_characters:
+        return Reject(source, line, "too short", excerpt(text))
+    if len(text) > limits.max_characters:
+        return Reject(source, line, "too long", excerpt(text))
+    try:
+        encoded = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Reject(source, line, "lone surrogate", excerpt(text))
+    return Document(text, source, hashlib.sha256(encoded).digest())
+
+
+def excerpt(data: str | bytes) -> str:
+    """The first characters of `data`, safe to store as UTF-8 whatever it holds."""
+    head = data[:EXCERPT_CHARACTERS]
+    encoded = head.encode("utf-8", "backslashreplace") if isinstance(head, str) else head
+    return encoded.decode("utf-8", "backslashreplace")[:EXCERPT_CHARACTERS]

@@ -1,0 +1,71 @@
+"""The documents of one ingest while it runs: texts on disk, one small entry each in memory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from crosscal.corpora.limits import DocumentLimits
+from crosscal.corpora.records import Document, Reject
+from crosscal.corpora.splits import preferred
+
+
+class Entry(NamedTuple):
+    offset: int
+    bytes: int
+    characters: int
+    source: str
+    split: str | None
+
+
+class Spool:
+    """Takes documents and rejects; keeps each text once, under its digest."""
+
+    def __init__(self, folder: Path, limits: DocumentLimits) -> None:
+        self.entries: dict[bytes, Entry] = {}
+        self.duplicates = 0
+        self.rejected: Counter[str] = Counter()
+        self.columns_found: set[str] = set()
+        self.rejects_path = folder / "rejects.jsonl"
+        self._limits = limits
+        self._texts = (folder / "texts").open("w+b")
+        self._rejects = self.rejects_path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._texts.close()
+        self._rejects.close()
+
+    def add(self, document: Document, split: str | None) -> None:
+        entry = self.entries.get(document.digest)
+        if entry:
+            self.duplicates += 1
+            self.entries[document.digest] = entry._replace(split=preferred(entry.split, split))
+            return
+        encoded = document.text.encode("utf-8")
+        offset = self._texts.tell()
+        self._texts.write(encoded)
+        self.entries[document.digest] = Entry(offset, len(encoded), len(document.text), document.source, split)
+
+    def reject(self, reject: Reject) -> None:
+        if self.rejected.total() < self._limits.max_rejects_kept:
+            row = {key: value for key, value in asdict(reject).items() if value != ()}
+            self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.rejected[reject.reason] += 1
+        self.columns_found.update(reject.columns)
+
+    def finish(self) -> None:
+        """All is taken; from here on texts are read."""
+        self._rejects.close()
+        self._texts.flush()
+
+    def text(self, digest: bytes) -> str:
+        entry = self.entries[digest]
+        self._texts.seek(entry.offset)
+        return self._texts.read(entry.bytes).decode("utf-8")
