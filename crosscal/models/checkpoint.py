@@ -1,0 +1,196 @@
+"""Writes a compressed variant of a model as a checkpoint that transformers loads, and loads it back.
+
+block-00003.safetensors     a block, its unchanged tensors included; each may come from another machine
+outside-00000.safetensors   embeddings, norm, head: byte for byte the source's
+config.json, tokenizer …    the source's
+model.safetensors.index.json   written last: a folder without it is not a model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from crosscal.errors import ModelError, NotFinite
+from crosscal.models.export import PACKED, dense_linears, unpacked_weight_OI
+from crosscal.models.source import ModelSource
+from crosscal.models.weights import INDEX, Weights, tensor_names
+
+SHARD_BYTES = 2**30
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files beside the weights that a variant takes over: tokenizer, generation defaults, terms of use."""
+
+
+class VariantWriter:
+    """One variant in one folder. Blocks may be written in any order, by several processes, and writing taken up again."""
+
+    def __init__(self, folder: Path, source: ModelSource) -> None:
+        self.folder, self.source = folder, source
+        self._skeleton = source.skeleton()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has_block(self, block: int) -> bool:
+        """Whether the block's file is there; files appear complete."""
+        return self._block_file(block).is_file()
+
+    def write_block(self, block: int, changed: Mapping[str, Tensor]) -> None:
+        """Write a block with some tensors changed (names inside the block); the others are copied from the source.
+
+        A changed parameter is stored in the dtype the source stores it in. A linear may be replaced by its packed
+        tensors (`export.packed_tensors`). Raises `NotFinite` and `ModelError` naming the tensor.
+        """
+        name = self.source.block_name(block)
+        tensors = self.source.load_block(block)
+        packed = {key: value for key, value in changed.items() if key.rpartition(".")[2] in PACKED}
+        for key, value in changed.items():
+            where = f"{name}.{key}"
+            dense_key = f"{key.rpartition('.')[0]}.weight" if key in packed else key
+            if dense_key not in tensors or (key not in packed and value.shape != tensors[key].shape):
+                raise ModelError("the block holds no tensor of this name and shape", where=where, got=f"{value.shape}")
+            if key not in packed:
+                tensors[key] = value.detach().to("cpu", tensors[key].dtype)
+            if value.is_floating_point() and not torch.isfinite(value if key in packed else tensors[key]).all():
+                raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
+        dropped = {f"{key.rpartition('.')[0]}.weight" for key in packed}
+        kept = {f"{name}.{key}": value for key, value in {**tensors, **packed}.items() if key not in dropped}
+        # The hub's spelling, for instance one tensor per expert: what every reader of the family understands.
+        _save(revert_weight_conversion(self._skeleton, kept), self._block_file(block))
+
+    def read_block(self, block: int) -> dict[str, Tensor]:
+        """A written block's tensors by their names inside it, packed linears as the weights they stand for."""
+        file, prefix = self._block_file(block), f"{self.source.block_name(block)}."
+        written = Weights(dict.fromkeys(tensor_names(file), file), self._skeleton)
+        stored = written.stored([key for key in written.files if key.rpartition(".")[2] in PACKED])
+        linears = {key.rpartition(".")[0] for key in stored}
+        dense = {f"{n}.weight": unpacked_weight_OI(*(stored[f"{n}.{part}"] for part in PACKED)) for n in linears}
+        expected = set(self._skeleton.state_dict()) - set(dense)
+        dense.update(written.load(lambda key: key.startswith(prefix) and key in expected))
+        return {key.removeprefix(prefix): value for key, value in dense.items()}
+
+    def finish(self, quantization: Mapping[str, Any] | None = None) -> None:
+        """Write what lies outside the blocks, then publish the variant by writing its index.
+
+        `quantization`: what `export.quantization_config` gives; its `ignore` list is completed with every linear that
+        was written dense.
+        """
+        unwritten = [block for block in range(self.source.blocks) if not self.has_block(block)]
+        if unwritten:
+            raise ModelError("blocks are not written yet", where=str(self.folder), got=str(unwritten))
+        weights = self.source.weights
+        for number, keys in enumerate(_shards(weights, weights.keys_of(self.source.is_outside))):
+            file = self.folder / f"outside-{number:05d}.safetensors"
+            if not file.is_file():
+                _save(weights.stored(keys), file)
+        _copy_companions(self.source.path, self.folder)
+        weight_map = {
+            key: file.name for file in sorted(self.folder.glob("*.safetensors")) for key in tensor_names(file)
+        }
+        self._write_config(quantization, weight_map)
+        total_bytes = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        _write_json(self.folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+    def _write_config(self, quantization: Mapping[str, Any] | None, weight_map: Mapping[str, str]) -> None:
+        config = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
+        config.pop("auto_map", None)  # it would point at code that is not copied
+        if quantization is not None:
+            packed = {key.rpartition(".")[0] for key in weight_map if key.endswith(".weight_packed")}
+            ignore = {*quantization.get("ignore", ()), *dense_linears(self._skeleton, packed)}
+            config["quantization_config"] = {**quantization, "ignore": sorted(ignore)}
+        _write_json(self.folder / "config.json", config)
+
+    def _block_file(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.safetensors"
+
+
+def load_variant(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a checkpoint with dense weights; packed ones are unpacked. Raises `ModelError` unless every tensor was found.
+
+    transformers fills a tensor it does not find with random numbers and a warning; here that is an error.
+    """
+    if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    packed = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if _is_packed(config) else {}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **packed,
+    )
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[problem]:
+            names = ", ".join(str(key) for key in sorted(report[problem])[:4])
+            raise ModelError(
+                f"the checkpoint does not fit its model: {problem.replace('_', ' ')}", where=str(folder), got=names
+            )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _is_packed(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _shards(weights: Weights, keys: list[str]) -> Iterator[list[str]]:
+    """Groups of tensors of at most `SHARD_BYTES`, or of one larger tensor."""
+    shard: list[str] = []
+    held_bytes = 0
+    for key in keys:
+        tensor_bytes = weights.bytes_of(key)
+        if shard and held_bytes + tensor_bytes > SHARD_BYTES:
+            yield shard
+            shard, held_bytes = [], 0
+        shard.append(key)
+        held_bytes += tensor_bytes
+    if shard:
+        yield shard
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    save_file({key: _own(tensor) for key, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+    _settle(aside, file)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor that is all of its storage, as the file format asks."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _settle(aside, file)
+
+
+def _settle(aside: Path, file: Path) -> None:
+    """Give a written file its name once its content is on the disk: existing means complete."""
+    for path, then in ((aside, lambda: os.replace(aside, file)), (file.parent, lambda: None)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        then()

@@ -1,0 +1,76 @@
+"""Quantized linears in the compressed-tensors `pack-quantized` format, which transformers and vLLM load.
+
+Shapes: O outputs, I inputs, G groups of inputs that share a scale (1: one scale per row).
+
+Symmetric grids only: weight = integer * scale, integers in [-2**(bits-1), 2**(bits-1) - 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import Tensor, nn
+
+from crosscal.errors import ModelError
+from crosscal.models.sites import MatrixRef
+
+PACKED = ("weight_packed", "weight_scale", "weight_shape")
+
+
+def can_pack(matrix: MatrixRef) -> bool:
+    """Whether the format can hold this matrix: an `nn.Linear`, not a transposed one nor one expert of a stack."""
+    return matrix.expert is None and not matrix.transposed
+
+
+def packed_tensors(name: str, ints_OI: Tensor, scale_OG: Tensor, bits: int) -> dict[str, Tensor]:
+    """The tensors that stand for linear `name`. Loading gives exactly `ints_OI * scale_OG`, in the scale's dtype."""
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if int(ints_OI.min()) < lowest or int(ints_OI.max()) > highest:
+        raise ModelError(f"integers of {bits} bits lie between {lowest} and {highest}", where=name, got=_range(ints_OI))
+    return {
+        f"{name}.weight_packed": pack_to_int32(ints_OI.to("cpu", torch.int8), bits),
+        f"{name}.weight_scale": scale_OG.cpu().contiguous(),
+        f"{name}.weight_shape": torch.tensor(ints_OI.shape),
+    }
+
+
+def unpacked_weight_OI(packed: Tensor, scale_OG: Tensor, shape: Tensor) -> Tensor:
+    """The weights that packed tensors stand for."""
+    outputs, inputs = shape.tolist()
+    fitting = [bits for bits in range(1, 9) if -(-inputs * bits // 32) == packed.shape[1]]
+    if len(fitting) != 1:
+        raise ModelError("the bits of a packed weight with fewer than 32 inputs cannot be told", got=f"{inputs} inputs")
+    ints_OI = unpack_from_int32(packed, fitting[0], torch.Size((outputs, inputs)))
+    return (ints_OI.view(outputs, scale_OG.shape[1], -1).to(scale_OG.dtype) * scale_OG[..., None]).view(outputs, inputs)
+
+
+def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]) -> dict[str, Any]:
+    """What `config.json` says of the format. `ignore`: every `nn.Linear` that is not quantized (see `dense_linears`)."""
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": sorted(ignore),
+    }
+
+
+def dense_linears(model: nn.Module, packed: Iterable[str]) -> list[str]:
+    """Names of the model's `nn.Linear` modules that are not among the `packed` ones."""
+    quantized = set(packed)
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in quantized]
+
+
+def _range(ints: Tensor) -> str:
+    return f"{int(ints.min())} to {int(ints.max())}"

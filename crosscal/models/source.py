@@ -1,0 +1,192 @@
+"""A model to calibrate: a local directory or a hub id, its config, digest and weights, read a block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from crosscal.errors import ModelError
+from crosscal.models.blocks import find_blocks
+from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
+
+
+class ModelSource:
+    """A checkpoint of safetensors and the architecture its config names. Nothing of it is executed or unpickled."""
+
+    def __init__(self, path: Path, config: PretrainedConfig, revision: str | None = None) -> None:
+        self.path, self.config, self.revision = path, config, revision
+
+    @classmethod
+    def open(cls, path_or_hub_id: str | Path, revision: str | None = None) -> ModelSource:
+        """Find the model's files, fetching them from the hub if need be. Raises `ModelError`."""
+        path = _local_directory(str(path_or_hub_id), revision)
+        if not (path / "config.json").is_file():
+            raise ModelError("this is not a model directory", where=str(path), got="no config.json")
+        config = _read_config(path)
+        if not any((path / name).is_file() for name in (INDEX, SINGLE)):
+            pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+            raise ModelError(
+                "pickled weights are never read" if pickled else "the directory holds no weights",
+                where=str(path),
+                got=f"neither {INDEX} nor {SINGLE}",
+                do="Convert the model to safetensors first." if pickled else AGAIN,
+            )
+        return cls(path, config, revision)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over config.json and the content of every weight file; names of folders and files do not enter."""
+        files = [self.path / "config.json", *sorted(set(self.weights.files.values()))]
+        digests = []
+        for file in files:
+            with file.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        return hashlib.sha256(json.dumps([digests[0], sorted(digests[1:])]).encode()).hexdigest()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype the checkpoint is stored in: the config's, or else that of its first floating-point tensor."""
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        tensors = (next(iter(self.weights.stored([key]).values())) for key in self.weights.files)
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(files_by_tensor(self.path), self.skeleton())
+
+    @cached_property
+    def blocks(self) -> int:
+        """How many decoder blocks the model has."""
+        return len(find_blocks(self._layout)[1])
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest window the config allows, where it says so."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                "the model's tokenizer cannot be loaded", where=str(self.path), got=_first_line(error)
+            ) from error
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
+        config = AutoConfig.from_pretrained(
+            self.path, trust_remote_code=False, local_files_only=True
+        )  # from_config edits it
+        with accelerate.init_empty_weights(include_buffers=False):
+            try:
+                # eager: other implementations of stacked experts have no float64 kernels and no fixed order of sums
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=dtype or config.dtype or torch.float32,
+                    experts_implementation="eager",
+                    trust_remote_code=False,
+                )
+            except ValueError as error:
+                raise ModelError(
+                    "not a causal language model that transformers knows", where=str(self.path), got=_first_line(error)
+                ) from error
+        return model.eval().requires_grad_(False)
+
+    def block_name(self, block: int) -> str:
+        """E.g. `model.layers.3`."""
+        return f"{find_blocks(self._layout)[0]}.{block}"
+
+    def load_block(
+        self, block: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """One block's tensors by their names inside the block, in `dtype` or as stored."""
+        prefix = f"{self.block_name(block)}."
+        tensors = self.weights.load(lambda name: name.startswith(prefix), dtype=dtype, device=device)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def load_outside(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """What runs before the blocks (embeddings) and after them (norm), without the output head."""
+        head = self._layout.get_output_embeddings()
+        skipped = [f"{name}." for name, module in self._layout.named_modules() if module is head]
+        return self.weights.load(
+            lambda name: self.is_outside(name) and not any(name.startswith(prefix) for prefix in skipped),
+            dtype=dtype,
+            device=device,
+        )
+
+    def is_outside(self, name: str) -> bool:
+        """Whether a tensor of the model belongs to no block."""
+        return not name.startswith(f"{find_blocks(self._layout)[0]}.")
+
+    @property
+    def _layout(self) -> PreTrainedModel:
+        return self.weights.model
+
+
+def place_buffers(module: nn.Module, device: torch.device | str) -> None:
+    """Move the computed buffers of a skeleton to the device that will run it."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+
+
+def _local_directory(name: str, revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(name):
+        raise ModelError("no such model directory", where=name, do="Give a directory or a hub id such as `owner/name`.")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise ModelError(
+            "neither a directory here nor a model that the hub could give",
+            where=name,
+            got=_first_line(error),
+            do="Check the spelling, the revision and the network, or give a directory.",
+        ) from error
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError("the model's config cannot be read", where=str(path), got=_first_line(error)) from error
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization:
+        raise ModelError("the model is already quantized", where=str(path), do="Give the unquantized checkpoint.")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

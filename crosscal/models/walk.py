@@ -1,0 +1,228 @@
+"""One pass over a model, block by block: what every site's inputs add up to, for several slices of data at once.
+
+Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
+
+All batches of all slices go through block k before block k + 1. In memory are the weights of one block and, being read
+ahead, of the next; the Hessians of one block; and the hidden states of all tokens, overwritten in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from crosscal.errors import ModelError
+from crosscal.models.blocks import BlockCalls, find_blocks, returns_tuple
+from crosscal.models.capture import capture
+from crosscal.models.hidden import batches, hidden_states
+from crosscal.models.sites import Site, find_sites
+from crosscal.models.source import ModelSource, place_buffers
+from crosscal.models.weights import attached
+from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+
+Upstream = Literal["dense", "sequential"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMoments:
+    """What one block's sites saw."""
+
+    block: int
+    name: str
+    """E.g. `model.layers.3`."""
+    sites: tuple[Site, ...]
+    moments: Mapping[str, Mapping[str, InputMoments]]
+    """Slice -> site -> moments. An expert that no token of a slice was sent to has moments of 0 tokens. Empty for a
+    block that was not wanted."""
+    parameters: Mapping[str, Tensor]
+    """The block's dense parameters by their names inside it, on the walk's device, in its dtype. Not to be changed."""
+
+
+@dataclass(frozen=True)
+class WalkReport:
+    tokens: int
+    """Of all slices; each was run once (`dense`) or twice (`sequential`) through every block."""
+    blocks: int
+    seconds: float
+
+
+OnBlock = Callable[[BlockMoments], Mapping[str, Tensor] | None]
+
+
+def walk(
+    source: ModelSource,
+    slices: Mapping[str, Tensor],
+    *,
+    on_block: OnBlock,
+    upstream: Upstream = "dense",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_tokens: int = 4096,
+    wanted: Callable[[int], bool] | None = None,
+    spill_to: Path | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> WalkReport:
+    """Calibrate a model on `slices` (name -> tokens_SL, windows without padding); `on_block` is called for each block.
+
+    `upstream="dense"`: each block's input is the dense model's. One forward pass per block; `on_block` returns None.
+    `upstream="sequential"`: `on_block` returns the block's changed parameters by name (None: unchanged) and the block
+    is run again with them, so that the next block sees what the compressed model would give it.
+    `wanted(k)` false: block k is only run forward; a sequential walk then still calls `on_block`, with no moments, to
+    learn which parameters were chosen before. Nothing is computed after the last wanted block.
+    `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
+
+    Raises `UnsupportedModel` for a model that cannot be walked, `ModelError` for unreadable weights, unusable windows
+    and hidden states that are not finite.
+    """
+    started = time.monotonic()
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else source.dtype)
+    _check_windows(source, slices)
+    chosen = [block for block in range(source.blocks) if wanted is None or wanted(block)]
+    blocks = max(chosen, default=-1) + 1
+    with torch.no_grad(), ExitStack() as stack:
+        run = _enter(source, slices, stack, _Numbers(torch.device(device), dtype, batch_tokens), spill_to)
+        reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
+        ahead = read(0) if blocks else None
+        for index in range(blocks):
+            assert ahead is not None, "the first block's weights were asked for"
+            weights, ahead = ahead.result(), read(index + 1) if index + 1 < blocks else None
+            with attached(run.blocks[index], weights):
+                _one_block(
+                    run, index, source.block_name(index), on_block, upstream, index in chosen, index + 1 == blocks
+                )
+            del weights
+            if progress:
+                progress(source.block_name(index), index + 1, blocks)
+    return WalkReport(sum(tokens_SL.numel() for tokens_SL in slices.values()), blocks, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same, and the hidden states, which do not."""
+
+    blocks: nn.ModuleList
+    calls: BlockCalls
+    hidden: Mapping[str, Tensor]
+    numbers: _Numbers
+
+    def forward(self, index: int, slice_name: str, *, keep_outputs: bool) -> None:
+        """Run a block over a slice; its outputs replace its inputs, or are dropped."""
+        hidden_SLD, device = self.hidden[slice_name], self.numbers.device
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for batch in batches(hidden_SLD, self.numbers.batch_tokens):
+            output_BLD = self._run_batch(index, hidden_SLD[batch])
+            finite &= output_BLD.isfinite().all()
+            if keep_outputs:
+                hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
+        if not finite:
+            raise ModelError(
+                f"the hidden states of slice {slice_name!r} are not finite after block {index}",
+                got=str(self.numbers.dtype),
+                do="Compute in float32 or bfloat16; if they still are not, the checkpoint is damaged.",
+            )
+
+    def find_sites(self, index: int) -> tuple[Site, ...]:
+        hidden_SLD = next(iter(self.hidden.values()))
+        return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
+
+    def accumulate(
+        self, index: int, slice_name: str, sites: tuple[Site, ...], *, keep_outputs: bool
+    ) -> dict[str, InputMoments]:
+        numbers = self.numbers
+        sums = {
+            site.name: MomentsAccumulator(site.inputs, dtype=numbers.sums_dtype, device=numbers.device)
+            for site in sites
+        }
+        with capture(self.blocks[index], sites, sums):
+            self.forward(index, slice_name, keep_outputs=keep_outputs)
+        return {site.name: sums.pop(site.name).moments() for site in sites}
+
+    def _run_batch(self, index: int, hidden_BLD: Tensor) -> Tensor:
+        # A copy: a block may add to its input in place.
+        call = self.calls.of(hidden_BLD.shape[:2], index)
+        return call.run(self.blocks[index], hidden_BLD.to(self.numbers.device, copy=True))
+
+
+def _one_block(
+    run: _Run, index: int, name: str, on_block: OnBlock, upstream: Upstream, is_wanted: bool, is_last: bool
+) -> None:
+    dense, block = upstream == "dense", run.blocks[index]
+    if dense and not is_wanted:
+        for slice_name in run.hidden:
+            run.forward(index, slice_name, keep_outputs=True)
+        return
+    sites = run.find_sites(index) if is_wanted else ()
+    moments = (
+        {part: run.accumulate(index, part, sites, keep_outputs=dense and not is_last) for part in run.hidden}
+        if is_wanted
+        else {}
+    )
+    changed = on_block(BlockMoments(index, name, sites, moments, dict(block.named_parameters())))
+    assert not (dense and changed), "a dense walk hands on the dense model's outputs"
+    if dense or is_last:
+        return
+    with attached(
+        block, {key: value.to(run.numbers.device, run.numbers.dtype) for key, value in (changed or {}).items()}
+    ):
+        for slice_name in run.hidden:
+            run.forward(index, slice_name, keep_outputs=True)
+
+
+def _enter(
+    source: ModelSource, slices: Mapping[str, Tensor], stack: ExitStack, numbers: _Numbers, spill_to: Path | None
+) -> _Run:
+    """Run what comes before the blocks: the hidden states of every token, and how the model calls each block."""
+    model = source.skeleton(numbers.dtype)
+    place_buffers(model, numbers.device)
+    blocks = find_blocks(model)[1]
+    probe_BL = next(iter(slices.values()))[:1].to(numbers.device)
+    with attached(model, source.load_outside(dtype=numbers.dtype, device=numbers.device)):
+        with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
+            calls = BlockCalls(model, returns_tuple=returns_tuple(model, blocks[0], probe_BL))
+        hidden = stack.enter_context(
+            hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
+        )
+    return _Run(blocks, calls, hidden, numbers)
+
+
+def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:
+    vocabulary, longest = source.config.get_text_config().vocab_size, source.max_positions
+    if not slices:
+        raise ModelError("there is nothing to calibrate on", got="no slices")
+    for name, tokens_SL in slices.items():
+        if tokens_SL.ndim != 2 or tokens_SL.numel() == 0:
+            raise ModelError(
+                "a slice needs at least one window of tokens", where=name, got=f"shape {tuple(tokens_SL.shape)}"
+            )
+        if longest is not None and tokens_SL.shape[1] > longest:
+            raise ModelError(
+                "windows are longer than the model's positions", where=name, got=f"{tokens_SL.shape[1]} > {longest}"
+            )
+        if int(tokens_SL.min()) < 0 or int(tokens_SL.max()) >= vocabulary:
+            raise ModelError(
+                "a token is outside the model's vocabulary",
+                where=name,
+                got=f"{int(tokens_SL.min())} to {int(tokens_SL.max())}",
+                do="Draw the windows with this model's tokenizer.",
+            )

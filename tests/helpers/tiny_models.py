@@ -1,0 +1,128 @@
+"""Tiny seeded models of many families, saved as real checkpoints, and a plain reference of what their matrices see."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY = 96
+WINDOW = 24
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {key: value for key, value in COMMON.items() if key not in names}
+
+
+def configs() -> dict[str, PretrainedConfig]:
+    t = transformers
+    mixture = {**COMMON, **EXPERTS, "intermediate_size": 24}
+    no_groups = _without("num_key_value_heads")
+    falcon = {**_without("intermediate_size", "num_key_value_heads"), "bias": True}
+    return {
+        "llama": t.LlamaConfig(**COMMON),
+        "llama-tied": t.LlamaConfig(**COMMON, tie_word_embeddings=True),
+        "mistral": t.MistralConfig(**COMMON, sliding_window=8),
+        "qwen2": t.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        "qwen3": t.Qwen3Config(**COMMON, head_dim=8),
+        "gemma2": t.Gemma2Config(**COMMON, **SLIDING, head_dim=8),
+        "gemma3": t.Gemma3TextConfig(**COMMON, **SLIDING, head_dim=8),
+        "phi": t.PhiConfig(**COMMON),
+        "phi3": t.Phi3Config(**COMMON),
+        "opt": t.OPTConfig(**_without("intermediate_size", "num_key_value_heads"), ffn_dim=48, word_embed_proj_dim=16),
+        "gpt2": t.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48, bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "gpt-neox": t.GPTNeoXConfig(**no_groups),
+        "falcon-parallel": t.FalconConfig(**falcon, parallel_attn=True, multi_query=True, alibi=False),
+        "falcon-new": t.FalconConfig(**falcon, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
+        "falcon-alibi": t.FalconConfig(**falcon, parallel_attn=False, multi_query=False, alibi=True),
+        "mixtral": t.MixtralConfig(**mixture, num_local_experts=4),
+        "qwen3-moe": t.Qwen3MoeConfig(
+            **mixture, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[1]
+        ),
+        "gpt-oss": t.GptOssConfig(**mixture, **SLIDING, num_local_experts=4, head_dim=8),
+    }  # fmt: skip
+
+
+FAMILIES = tuple(configs())
+
+
+def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint of a family with random weights, large enough that nothing is close to linear or to zero."""
+    config = configs()[family]
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1) * 1.0
+            )
+    model.save_pretrained(folder)
+    return folder
+
+
+def windows(count: int, *, seed: int = 0, length: int = WINDOW) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load_plain(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def plain_grams(model: PreTrainedModel, tokens_SL: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """gram = XᵀX and the token count of every matrix of the full model, named as in the model; window by window."""
+    grams: dict[str, Tensor] = {}
+    tokens: dict[str, int] = defaultdict(int)
+
+    def add(name: str, input_TI: Tensor) -> None:
+        rows_TI = input_TI.reshape(-1, input_TI.shape[-1])
+        grams[name] = grams.get(name, 0) + rows_TI.T @ rows_TI
+        tokens[name] += len(rows_TI)
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
+        elif name.endswith("experts"):
+            handles.append(
+                module.register_forward_pre_hook(lambda module, args, name=name: _add_experts(name, module, args, add))
+            )
+    for window_L in tokens_SL:
+        model(input_ids=window_L[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return grams, dict(tokens)
+
+
+def _add_experts(name: str, module: nn.Module, args: tuple[Any, ...], add: Any) -> None:
+    """Token by token, expert by expert, from the formulas of Mixtral, Qwen3-MoE and GPT-OSS."""
+    hidden_TH, chosen_TK = args[0].reshape(-1, args[0].shape[-1]), args[1]
+    for row_H, chosen_K in zip(hidden_TH, chosen_TK, strict=True):
+        for expert in chosen_K.tolist():
+            if hasattr(module, "gate_up_proj_bias"):
+                both = row_H @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+                gate, up = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
+                inner = (up + 1) * gate * torch.sigmoid(module.alpha * gate)
+            else:
+                gate, up = (module.gate_up_proj[expert] @ row_H).chunk(2)
+                inner = gate * torch.sigmoid(gate) * up
+            add(f"{name}.{expert}.gate_up_proj", row_H[None])
+            add(f"{name}.{expert}.down_proj", inner[None])
