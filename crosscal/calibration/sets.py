@@ -66,8 +66,15 @@ def kept(store: Store, provenance: dict[str, Any]) -> CalibrationSet | None:
     artifact = store.find(KIND, digest_of(provenance))
     if artifact is None:
         return None
+    return load_set(store, artifact.key)
+
+
+def load_set(store: Store, key: str) -> CalibrationSet:
+    """The set of this key. Raises `MissingArtifact`."""
+    artifact = store.get(KIND, key)
+    provenance = {name: value for name, value in artifact.provenance.items() if name != "notes"}
     tokens_SL = _read_windows(store.path(artifact, "windows.arrow"))
-    return CalibrationSet(artifact.key, tokens_SL, provenance, tuple(artifact.provenance["notes"]))
+    return CalibrationSet(key, tokens_SL, provenance, tuple(artifact.provenance["notes"]))
 
 
 def _write_windows(path: Path, tokens_SL: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from crosscal.corpora.limits import DocumentLimits
 from crosscal.corpora.records import EXCERPT_CHARACTERS, excerpt
 
 CHUNK_BYTES = 2**18
-ZSTD_INPUT_BYTES = 2**10  # one block of 4 bytes may expand to 128 KiB: at most 32 MiB come out of this much input
+ZSTD_INPUT_BYTES = 2**8  # one block of 4 bytes may expand to 128 KiB: at most 8 MiB come out of this much input
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""Self-calibration: what the model writes is what plain sampling from it gives, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_text import tiny_llama, tiny_tokenizer
+
+from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
+from crosscal.calibration.generation import first_token_ids
+from crosscal.calibration.sampling import SequenceWriter
+from crosscal.calibration.stop_words import STOP_WORDS
+from crosscal.errors import CalibrationError, UsageError
+from crosscal.store import Store
+
+MODEL, TOKENIZER = "a" * 64, "b" * 64
+REQUEST = WindowRequest(6, 32)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def generate(store, model, request=REQUEST, **settings):
+    settings = {"batch": 3, **settings}
+    return generate_windows(store, model, MODEL, tiny_tokenizer(), TOKENIZER, request, **settings)
+
+
+def writer(model, **settings) -> SequenceWriter:
+    plain = {"start": 0, "end": 1, "length": 40, "temperature": TemperatureSchedule(), "first_ids": None}
+    return SequenceWriter(model, **{**plain, "device": "cpu", **settings})
+
+
+def sequences(store: Store) -> list[list[int]]:
+    batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["index"])
+    return [row for batch in batches for row in json.loads(store.read_bytes(batch, "sequences.json"))]
+
+
+@torch.inference_mode()
+def uncached(model, settings: SequenceWriter, count: int, seed: int) -> list[list[int]]:
+    """The whole prefix through the model at every step, rows cut at their end-of-text afterwards."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.full((count, 1), settings.start)
+    for step in range(settings.length - 1):
+        logits_BV = model(input_ids=tokens_BT, use_cache=False).logits[:, -1]
+        if step == 0 and settings.first_ids is not None:
+            forbidden = [index for index in range(logits_BV.shape[1]) if index not in settings.first_ids]
+            logits_BV[:, forbidden] = -torch.inf
+        temperature = settings.temperature.at(step)
+        if temperature == 0:
+            token_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        else:
+            token_B1 = torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1, generator=generator)
+        tokens_BT = torch.cat([tokens_BT, token_B1], dim=1)
+    return [cut(row, settings.end) for row in tokens_BT.tolist()]
+
+
+def cut(row: list[int], end: int) -> list[int]:
+    return row[: row.index(end, 1) + 1] if end in row[1:] else row
+
+
+def common_end(model) -> int:
+    """A token that the model writes often, so that rows end at different places."""
+    rows = writer(model).write(64, seed=1)
+    return int(torch.tensor([token for row in rows for token in row[5:]]).bincount().argmax())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"first_ids": (70, 71, 300)},
+        {"temperature": TemperatureSchedule(1.5, 0.7)},
+        {"temperature": TemperatureSchedule(2.0, 0.0, steps=5)},
+    ],
+)
+def test_cached_sampling_equals_uncached(model, settings):
+    sampler = writer(model, end=common_end(model), **settings)
+    rows = sampler.write(16, seed=7)
+    assert rows == uncached(model, sampler, 16, seed=7)
+    assert len({len(row) for row in rows}) > 1
+    assert sampler.write(16, seed=8) != rows
+
+
+def test_greedy_equals_generate(model):
+    greedy = writer(model, temperature=TemperatureSchedule(0.0, 0.0), length=64)
+    expected = model.generate(torch.tensor([[0]]), attention_mask=torch.ones(1, 1), do_sample=False, max_length=64)
+    assert greedy.write(2, seed=0) == [expected[0].tolist()] * 2
+
+
+def test_samples_follow_the_models_distribution(model):
+    first = torch.tensor([row[1] for row in writer(model, length=2).write(20_000, seed=0)])
+    with torch.inference_mode():
+        probability_V = model(input_ids=torch.tensor([[0]])).logits[0, -1].softmax(dim=-1)
+    expected_V = 20_000 * probability_V
+    counts_V = first.bincount(minlength=400)
+    assert ((counts_V - expected_V).abs() <= 6 * expected_V.sqrt() + 3).all()
+
+
+def test_a_generated_set_is_exactly_as_large_as_asked(store, model):
+    for request in (REQUEST, WindowRequest(1, 2), WindowRequest(7, 50, 3)):
+        generated = generate(store, model, request)
+        assert generated.tokens_SL.shape == (request.windows, request.length)
+        assert generated.tokens_SL.dtype == torch.int64
+        assert generated.notes == ()
+
+
+def test_windows_are_the_sequences_joined(store, model):
+    generated = generate(store, model, WindowRequest(60, 32))
+    rows = sequences(store)
+    stream = [token for row in rows for token in row]
+    assert generated.tokens_SL.flatten().tolist() == stream[: 60 * 32]
+    assert all(row[0] == 0 and 1 not in row[1:-1] for row in rows)
+    assert all(row[-1] == 1 or len(row) == 32 for row in rows)
+    assert any(len(row) < 32 for row in rows)
+
+
+def test_first_tokens_are_stop_words(store, model):
+    tokenizer = tiny_tokenizer()
+    generate(store, model, WindowRequest(40, 16))
+    first = [row[1] for row in sequences(store)]
+    assert len(first) >= 40
+    assert all(tokenizer.decode([token]).strip().lower() in STOP_WORDS for token in first)
+    free = generate(store, model, WindowRequest(40, 16), first_tokens=None).tokens_SL
+    assert not all(tokenizer.decode([token]).strip().lower() in STOP_WORDS for token in free[:, 1].tolist())
+
+
+def test_first_token_ids_take_any_case_and_leading_space():
+    tokenizer = tiny_tokenizer()
+    found = {tokenizer.decode([index]) for index in first_token_ids(tokenizer, ["THE", "a", "every"])}
+    assert found == {" the", "a", "A", " a", " every"} | ({"the", "The", " The"} & found)
+    with pytest.raises(CalibrationError, match="first_tokens=None"):
+        first_token_ids(tokenizer, ["extraordinarily"])
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, model):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(done: int, needed: int) -> None:
+        if done > needed / 2:
+            raise Interrupted
+
+    whole = generate(Store(tmp_path / "one"), model, batch=1)
+    store = Store(tmp_path / "two")
+    with pytest.raises(Interrupted):
+        generate(store, model, batch=1, progress=interrupt)
+    assert not list(store.keys("calibration"))
+    before = {artifact.key: artifact.created for artifact in store.list("generations")}
+    resumed = generate(store, model, batch=1)
+    after = {artifact.key: artifact.created for artifact in store.list("generations")}
+    assert torch.equal(resumed.tokens_SL, whole.tokens_SL)
+    assert resumed.key == whole.key
+    assert 0 < len(before) < len(after)
+    assert before.items() <= after.items()
+
+
+def test_more_windows_begin_with_the_fewer(store, model):
+    few = generate(store, model)
+    many = generate(store, model, WindowRequest(12, 32))
+    assert torch.equal(many.tokens_SL[:6], few.tokens_SL)
+
+
+def test_settings_that_matter_give_other_texts(store, model):
+    sets = [
+        generate(store, model),
+        generate(store, model, WindowRequest(6, 32, 1)),
+        generate(store, model, WindowRequest(6, 32, split="validation")),
+        generate(store, model, temperature=TemperatureSchedule(2.0, 1.0)),
+        generate(store, model, first_tokens=None),
+    ]
+    assert len({calibration.key for calibration in sets}) == 5
+    assert len({tuple(calibration.tokens_SL.flatten().tolist()) for calibration in sets}) == 5
+
+
+def test_what_differs_is_noted(store, model):
+    shortened = generate(store, model, WindowRequest(2, 500), max_length=40)
+    assert shortened.tokens_SL.shape == (2, 40)
+    assert shortened.notes == ("Windows have 40 tokens instead of 500: the model takes no more.",)
+    tokenizer = tiny_tokenizer(begin=False)
+    headless = generate_windows(store, model, MODEL, tokenizer, TOKENIZER, REQUEST)
+    assert headless.tokens_SL[0, 0] == tokenizer.eos_token_id
+    assert headless.notes == ("The tokenizer has no begin-of-text token: texts begin with end-of-text instead.",)
+
+
+def test_a_model_that_writes_nothing_is_an_error(store):
+    mute = tiny_llama(seed=1)
+    mute.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([1]), 100.0))
+    with pytest.raises(CalibrationError, match="ends its texts almost at once"):
+        generate(store, mute, WindowRequest(200, 64), first_tokens=None, batch=64)
+
+
+def test_temperatures():
+    schedule = TemperatureSchedule(2.0, 1.0, steps=10)
+    assert [schedule.at(step) for step in (0, 1, 5, 10, 11, 1000)] == pytest.approx([2.0, 1.9, 1.5, 1.0, 1.0, 1.0])
+    assert {TemperatureSchedule().at(step) for step in range(20)} == {1.0}
+    for wrong in ({"initial": -0.1}, {"final": -1.0}, {"steps": 0}):
+        with pytest.raises(UsageError):
+            TemperatureSchedule(**wrong)
+
+
+def test_stop_words_are_words():
+    assert len(set(STOP_WORDS)) == len(STOP_WORDS) > 120
+    assert all(word.isalpha() and word.islower() for word in STOP_WORDS)
