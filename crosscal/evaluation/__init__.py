@@ -1,1 +1,17 @@
-"""TODO"""
+"""What a model is worth: perplexity on held-out windows, accuracy on questions, and summaries of both."""
+
+from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.perplexity import perplexity, window_nll, windows_of
+from crosscal.evaluation.questions import QuestionSuite
+from crosscal.evaluation.summaries import paired_difference, pareto_front, spread
+
+__all__ = [
+    "Measurement",
+    "QuestionSuite",
+    "paired_difference",
+    "pareto_front",
+    "perplexity",
+    "spread",
+    "window_nll",
+    "windows_of",
+]

@@ -1,0 +1,215 @@
+"""Accuracy on multiple-choice questions and every other task lm-eval knows, through lm-eval itself."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.errors import EvaluationError
+from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.question_files import Question, is_question_file, read_questions, task_names
+
+_log = logging.getLogger(__name__)
+BOOTSTRAP_ITERATIONS = 1000
+"""For standard errors without a closed form; lm-eval leaves out every standard error when this is 0."""
+UNREACHABLE = (OSError, ValueError, RuntimeError, ImportError)
+"""What lm-eval and datasets raise for data behind a network, a closed licence, a retired script, a missing extra."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    name: str
+    leaves: dict[str, Any]
+    """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
+
+    @property
+    def split(self) -> str:
+        config = next(iter(self.leaves["tasks"].values())).config
+        return config.test_split or config.validation_split or "train"
+
+
+@dataclass(frozen=True)
+class QuestionSuite:
+    """Tasks read and checked once, then measured on any number of models."""
+
+    loaded: tuple[LoadedTask, ...]
+    skipped: dict[str, str]
+    """Built-in tasks that cannot be had here, with the reason."""
+    limit: int | None = None
+
+    @classmethod
+    def load(cls, tasks: Sequence[str], *, limit: int | None = None) -> QuestionSuite:
+        """Load lm-eval task names and local files of questions (see `question_files`), `limit` of each (None: all).
+
+        A damaged file or an unknown name is an `EvaluationError`; a built-in task whose data cannot be reached is kept
+        as skipped.
+        """
+        files = [task for task in tasks if is_question_file(task)]
+        names = [task for task in tasks if not is_question_file(task)]
+        with _quiet_lm_eval():
+            local = [_local_task(name, read_questions(path)) for path, name in task_names(files).items()]
+            builtin, skipped = _builtin_tasks(names)
+        return cls((*local, *builtin), skipped, limit)
+
+    def measure(self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 8) -> list[Measurement]:
+        """Every metric of every task on one model, which stays on the device it is on.
+
+        A choice is scored by its summed log-likelihood after the question and one space (`acc`), and by that sum over
+        its length in characters (`acc_norm`), with no examples in front. A prompt longer than `max_length` tokens loses
+        its beginning, as lm-eval does; a warning in the log counts them.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
+        measured: list[Measurement] = []
+        with _quiet_lm_eval():
+            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
+            for task in self.loaded:
+                measured += _measure_task(lm, task, self.limit)
+        return measured + [
+            Measurement(name, "test", "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()
+        ]
+
+
+def _local_task(name: str, questions: list[Question]) -> LoadedTask:
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = {
+        "question": [question.question for question in questions],
+        "choices": [list(question.choices) for question in questions],
+        "answer": [question.answer for question in questions],
+    }
+    config = {
+        "task": name,
+        # Handed over in memory: a path would leave a copy in the user's datasets cache.
+        "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_dict(rows)}),
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        # Bare field names: lm-eval would evaluate a rendered template that consists of digits.
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": " ",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+    return LoadedTask(name, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
+
+
+def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, str]]:
+    if not names:
+        return [], {}  # the index of built-in tasks takes ten seconds
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    loaded, skipped = [], {}
+    for name in names:
+        _check_known(name, manager.task_index)
+        try:
+            task = LoadedTask(name, dict(manager.load([name])))
+        except UNREACHABLE as error:
+            skipped[name] = f"{type(error).__name__}: {error}"
+            continue
+        if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in task.leaves["tasks"].values()):
+            skipped[name] = "it runs code written by the model, which crosscal does not"
+            continue
+        loaded.append(task)
+    return loaded, skipped
+
+
+def _check_known(name: str, known: Any) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"Did you mean {', '.join(close)}? " if close else ""
+    raise EvaluationError(
+        "neither an lm-eval task nor a file of questions (.jsonl, .jsonl.gz, .jsonl.zst)",
+        where=name,
+        do=f"{hint}`lm_eval ls tasks` lists the built-in tasks.",
+    )
+
+
+def _measure_task(lm: Any, task: LoadedTask, limit: int | None) -> list[Measurement]:
+    from lm_eval.evaluator import evaluate
+
+    started = time.perf_counter()
+    tokens = _tokens_to_read(lm, task, limit)
+    outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS)
+    seconds = time.perf_counter() - started
+    results = outcome["results"]
+    wanted = [task.name] if task.name in results else list(results)  # a tag has no row of its own, a group has
+    return [
+        Measurement(name, task.split, metric, value, stderr, tokens, seconds)
+        for name in wanted
+        for metric, value, stderr in _metrics(name, results[name])
+    ]
+
+
+def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """(metric, value, standard error) of one row of lm-eval's results: keys "metric,filter", "metric_stderr,filter"."""
+    for key, value in result.items():
+        metric, _, which = key.partition(",")
+        if not which or metric.endswith("_stderr"):
+            continue
+        if not math.isfinite(value):
+            raise EvaluationError("the result of a task is not finite", where=name, got=f"{metric} = {value}")
+        stderr = result.get(f"{metric}_stderr,{which}")
+        known = isinstance(stderr, float) and math.isfinite(stderr)  # lm-eval writes "N/A" where it has none
+        yield metric if which == "none" else key, float(value), stderr if known else None
+
+
+def _tokens_to_read(lm: Any, task: LoadedTask, limit: int | None) -> int:
+    """Tokens of all prompts with their answers. Warns of those too long for the model, refuses an answer that is."""
+    for leaf in task.leaves["tasks"].values():
+        leaf.build_all_requests(limit=limit)
+    instances = [instance for leaf in task.leaves["tasks"].values() for instance in leaf.instances]
+    texts = [[part for part in instance.args if isinstance(part, str)] for instance in instances]
+    lengths = [len(tokens) for tokens in lm.tokenizer(["".join(parts) for parts in texts], verbose=False)["input_ids"]]
+    cut = [index for index, length in enumerate(lengths) if length > lm.max_length]
+    for index in cut:
+        answer = len(lm.tokenizer(texts[index][-1], verbose=False)["input_ids"])
+        if answer >= lm.max_length:
+            raise EvaluationError(
+                "an answer is longer than the model's window",
+                where=f"{task.name}, question {instances[index].doc_id}",
+                got=f"{answer} tokens for a window of {lm.max_length}",
+                do="Leave the question out.",
+            )
+    if cut:
+        _log.warning(
+            "%s: %d of %d prompts lose their beginning to fit %d tokens", task.name, len(cut), len(texts), lm.max_length
+        )
+    return sum(min(length, lm.max_length) for length in lengths)
+
+
+def _hidden_bar(*args: Any, **kwargs: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*args, **kwargs | {"disable": True})
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """lm-eval's log at errors only and its progress bars off, both as before afterwards."""
+    from tqdm import tqdm
+
+    modules = [importlib.import_module(f"lm_eval.{name}") for name in ("api.task", "api.model", "models.huggingface")]
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    for module in modules:
+        module.tqdm = _hidden_bar  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for module in modules:
+            module.tqdm = tqdm  # type: ignore[attr-defined]

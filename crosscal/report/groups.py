@@ -1,0 +1,168 @@
+"""Variants that differ only by seed, seen as one: what the table and the plots draw."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.evaluation.summaries import spread
+from crosscal.report.rows import LayerRow, ResultRow
+
+GENERAL = "general"
+"""The corpus every plan has beside its domains."""
+DENSE = "dense"
+LEVEL = ("sparsity", "bits", "group_size")
+"""The settings that say how much is compressed."""
+Column = tuple[str, str, str]
+"""(corpus or task, split, metric)."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A mean with its uncertainty: the standard deviation over seeds where there are several, else the standard error."""
+
+    value: float
+    error: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """One method at one setting, upstream and mixture, over all its seeds."""
+
+    name: str
+    """The variant's, without the seed where there are several."""
+    variants: tuple[str, ...]
+    method: str
+    flavour: str
+    """The method, with what else tells its groups apart beside level and mixture: "gptq", "gptq, sequential"."""
+    setting: dict[str, Any]
+    upstream: str
+    mixture: dict[str, float]
+    numbers: dict[Column, Number]
+    relative_loss: float | None
+    """Mean over the matrices of all seeds, on the calibration mixture."""
+    heldout_relative_loss: float | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.method == DENSE
+
+    @property
+    def level(self) -> str:
+        """How much was compressed, in words; groups of one level may be compared."""
+        return level_of(self.setting)
+
+    @property
+    def alpha(self) -> float | None:
+        """Weight of everything that is not the general corpus; None where no data was used."""
+        return round(1.0 - self.mixture.get(GENERAL, 0.0), 9) if self.mixture else None
+
+    @property
+    def domains(self) -> frozenset[str]:
+        """The corpora other than the general one that have a weight; empty for a general-only mixture."""
+        return frozenset(corpus for corpus, weight in self.mixture.items() if weight > 0 and corpus != GENERAL)
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction removed; n:m keeps n of m."""
+        return sparsity_of(self.setting)
+
+    def perplexity(self, corpus: str) -> Number | None:
+        found = [
+            number for (name, _, metric), number in self.numbers.items() if name == corpus and metric == "perplexity"
+        ]
+        return found[0] if found else None
+
+
+def groups_of(results: Sequence[ResultRow], layers: Sequence[LayerRow]) -> list[Group]:
+    """One group for the rows that differ by seed alone, in the order of their first appearance."""
+    by_key: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in results:
+        same = [_stem(row), row.model, row.method, row.setting, row.upstream, row.mixture]
+        by_key[json.dumps(same, sort_keys=True)].append(row)
+    layers_of: dict[str, list[LayerRow]] = defaultdict(list)
+    for layer in layers:
+        layers_of[layer.variant].append(layer)
+    firsts = [rows[0] for rows in by_key.values()]
+    return [_group(rows, layers_of, _flavour(rows[0], firsts)) for rows in by_key.values()]
+
+
+def columns_of(results: Sequence[ResultRow]) -> list[Column]:
+    """Every (corpus or task, split, metric) with a number: perplexities first, then tasks, in order of appearance."""
+    seen = dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
+    return sorted(seen, key=lambda column: column[2] != "perplexity")
+
+
+def _stem(row: ResultRow) -> str:
+    """The variant's name without its seed."""
+    return row.variant.removesuffix(f"-s{row.seed}")
+
+
+def level_of(setting: dict[str, Any]) -> str:
+    """A setting's amount of compression, "50 % sparsity" or "4 bits g128", or all of it where neither is there."""
+    words = []
+    if (sparsity := setting.get("sparsity")) is not None:
+        words.append(f"{sparsity} sparsity" if isinstance(sparsity, str) else f"{100 * sparsity:g} % sparsity")
+    if (bits := setting.get("bits")) is not None:
+        group_size = setting.get("group_size")
+        words.append(f"{bits} bits" + (f" g{group_size}" if group_size and group_size > 0 else ""))
+    return ", ".join(words) or ", ".join(f"{key} {value}" for key, value in setting.items())
+
+
+def sparsity_of(setting: dict[str, Any]) -> float | None:
+    """The fraction removed that a setting asks for, written as a fraction or as n:m; None where it asks for none."""
+    sparsity = setting.get("sparsity")
+    if isinstance(sparsity, str) and ":" in sparsity:
+        kept, of = sparsity.split(":")
+        return 1.0 - int(kept) / int(of)
+    return None if sparsity is None else float(sparsity)
+
+
+def _group(rows: list[ResultRow], layers_of: dict[str, list[LayerRow]], flavour: str) -> Group:
+    first = rows[0]
+    variants = tuple(dict.fromkeys(row.variant for row in rows))
+    layers = [layer for variant in variants for layer in layers_of[variant]]
+    measured: dict[Column, list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        if row.value is not None:
+            measured[row.corpus_or_task, row.split, row.metric].append(row)
+    return Group(
+        name=variants[0] if len(variants) == 1 else _stem(first),
+        variants=variants,
+        method=first.method,
+        flavour=flavour,
+        setting=first.setting,
+        upstream=first.upstream,
+        mixture=first.mixture,
+        numbers={column: _number(found) for column, found in measured.items()},
+        relative_loss=_mean([layer.relative_loss for layer in layers]),
+        heldout_relative_loss=_mean([layer.heldout_relative_loss for layer in layers]),
+    )
+
+
+def _flavour(row: ResultRow, firsts: Sequence[ResultRow]) -> str:
+    peers = [other for other in firsts if other.method == row.method]
+    differing = [
+        key
+        for key, value in row.setting.items()
+        if key not in LEVEL and any(other.setting.get(key) != value for other in peers)
+    ]
+    words = [row.method, *(f"{key} {row.setting[key]}" for key in differing)]
+    if any(other.upstream != row.upstream for other in peers):
+        words.append(row.upstream)
+    return ", ".join(words)
+
+
+def _number(rows: list[ResultRow]) -> Number:
+    over_seeds = spread(row.value for row in rows if row.value is not None)
+    return Number(over_seeds.mean, rows[0].stderr if len(rows) == 1 else over_seeds.sd, len(rows))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

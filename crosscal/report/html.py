@@ -1,0 +1,149 @@
+"""One self-contained page for a run: no script, nothing loaded from anywhere, the same bytes for the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosscal.report.figure import COLOURS
+from crosscal.report.files import write_whole
+from crosscal.report.groups import GENERAL, Column, Group, Number, columns_of, groups_of
+from crosscal.report.headline import RULE, Best, best_variants, domains_of
+from crosscal.report.layer_plots import layer_losses
+from crosscal.report.plots import accuracies, curves, trade_off
+from crosscal.report.rows import LayerRow
+from crosscal.report.run_files import RunFiles, read_run
+from crosscal.report.table import TEXT_COLUMNS, mixture_text, number_text, summary_table
+
+MOST_LAYER_VARIANTS = 4
+MOST_FALLBACKS = 200
+"""Listed one by one; the page says how many there are beyond."""
+
+
+@dataclass(frozen=True)
+class DomainSection:
+    domain: str
+    best: list[Best]
+    charts: list[str]
+    """SVG text."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Read a run directory and write its `report.html` whole; returns its path."""
+    path = run_dir / "report.html"
+    write_whole(path, render(read_run(run_dir)))
+    return path
+
+
+def render(files: RunFiles) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number_text, mixture=mixture_text, duration=_duration, size=_size)
+    return environment.get_template("report.html.j2").render(**_context(files))
+
+
+def _context(files: RunFiles) -> dict[str, Any]:
+    groups, columns = groups_of(files.results, files.layers), columns_of(files.results)
+    sections = [_domain_section(groups, columns, domain) for domain in domains_of(groups)]
+    shown = _layer_variants(groups, sections)
+    fallbacks = [row for row in files.layers if row.fallback]
+    return {
+        "models": sorted({row.model for row in files.results}),
+        "variants": len({row.variant for row in files.results}),
+        "dense": _dense_perplexities(groups),
+        "sections": sections,
+        "rule": RULE,
+        "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
+        "table": summary_table(groups, columns),
+        "text_columns": TEXT_COLUMNS,
+        "seeds_of": {group.name: group.variants for group in groups if len(group.variants) > 1},
+        "layer_chart": layer_losses(files.layers, shown),
+        "layer_variants": (len(shown), len({row.variant for row in files.layers})),
+        "worst_layers": _worst_layers(files.layers),
+        "accuracy_chart": accuracies(groups, columns),
+        "stages": _stages(files.run),
+        "colours": COLOURS,
+        "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),
+        "fallbacks": fallbacks[:MOST_FALLBACKS],
+        "fallback_count": len(fallbacks),
+        "dead_inputs": _dead_inputs(files.layers),
+        "run": files.run,
+        "notes": [str(note) for note in files.run.get("notes") or []],
+        "samples": files.samples,
+        "plan": files.plan,
+    }
+
+
+def _domain_section(groups: Sequence[Group], columns: Sequence[Column], domain: str) -> DomainSection:
+    corpora = _perplexity_corpora(columns)
+    others = [corpus for corpus in corpora if corpus not in (GENERAL, domain) and corpus not in domains_of(groups)]
+    measured = [corpus for corpus in (GENERAL, domain) if corpus in corpora] + others
+    charts = [trade_off(groups, domain), *_curve_charts(groups, domain, measured)]
+    return DomainSection(domain, best_variants(groups, domain), [chart for chart in charts if chart])
+
+
+def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence[str]) -> list[str]:
+    charts = [curves(groups, domain, corpora, axis) for axis in ("sparsity", "bits")] if corpora else []
+    return [chart for chart in charts if chart]
+
+
+def _perplexity_corpora(columns: Sequence[Column]) -> list[str]:
+    return list(dict.fromkeys(name for name, _, metric in columns if metric == "perplexity"))
+
+
+def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
+    dense = [item for group in groups if group.is_dense for item in group.numbers.items()]
+    return [(name, number) for (name, _, metric), number in dense if metric == "perplexity"]
+
+
+def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[str]:
+    """The best of each domain at its strongest level, then the first variants, up to the limit."""
+    best = [max(section.best, key=lambda found: found.special.value).group for section in sections if section.best]
+    chosen = [group.variants[0] for group in [*best, *groups] if group.relative_loss is not None]
+    return list(dict.fromkeys(chosen))[: max(1, min(MOST_LAYER_VARIANTS, len(sections) or 2))]
+
+
+def _worst_layers(layers: Sequence[LayerRow]) -> list[LayerRow]:
+    known = [row for row in layers if row.heldout_relative_loss is not None] or list(layers)
+    return sorted(known, key=lambda row: -(row.heldout_relative_loss or row.relative_loss))[:10]
+
+
+def _dead_inputs(layers: Sequence[LayerRow]) -> list[tuple[str, int]]:
+    """Matrices with inputs that were zero on all calibration tokens: (name, most dead inputs of any variant)."""
+    most: dict[str, int] = {}
+    for row in layers:
+        if row.dead_inputs:
+            most[row.layer] = max(row.dead_inputs, most.get(row.layer, 0))
+    return list(most.items())
+
+
+def _stages(run: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(stage, seconds, percent of all stages)."""
+    stages = run.get("stages") or {}
+    total = sum(stages.values()) or 1.0
+    return [(name, seconds, 100 * seconds / total) for name, seconds in stages.items()]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,108 @@
+"""The rows of a run: `results.jsonl` (one number each) and `layers.jsonl` (one matrix each)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from crosscal.errors import CrosscalError, UsageError
+from crosscal.report.files import write_whole
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One measured number with its circumstances."""
+
+    variant: str
+    method: str
+    """`dense` for the model as it came."""
+    setting: dict[str, Any]
+    """The method's own settings: `{"sparsity": 0.5}`, `{"bits": 4, "group_size": 128}`."""
+    upstream: str
+    mixture: dict[str, float]
+    """Weight of each corpus in the Hessian; empty where no data was used."""
+    corpus_or_task: str
+    split: str
+    metric: str
+    value: float | None
+    """None exactly when `skipped` says why."""
+    stderr: float | None
+    tokens: int
+    seed: int | None
+    model: str
+    device: str
+    seconds: float
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What solving one matrix cost and lost."""
+
+    variant: str
+    layer: str
+    """Full name of the matrix, without `.weight`."""
+    block: int | None
+    site: str
+    """Name of the input shared by the linears that read the same tensor."""
+    method: str
+    setting: dict[str, Any]
+    loss: float
+    """tr(dW H dW^T) on the calibration mixture, per token."""
+    relative_loss: float
+    """loss / tr(W H W^T)."""
+    heldout_relative_loss: float | None
+    """The same ratio with the Hessian of held-out text; None where no such moments are kept."""
+    sparsity: float
+    """Fraction of zeros in the solved matrix."""
+    bits: int | None
+    damping: float | None
+    """Fraction of the mean diagonal that was added."""
+    dead_inputs: int
+    tokens: int
+    seconds: float
+    fallback: str | None = None
+
+
+Row = TypeVar("Row", ResultRow, LayerRow)
+
+
+def write_rows(path: Path, rows: Iterable[ResultRow] | Iterable[LayerRow]) -> None:
+    """Write all rows at once; a NaN or an infinity is refused, and then nothing is written."""
+    write_whole(path, "".join(_line(row, path) for row in rows))
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read the rows of a file. Fields this version does not know are ignored, a missing one is an error."""
+    with path.open(encoding="utf-8") as lines:
+        return [_parse(line, kind, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _line(row: ResultRow | LayerRow, path: Path) -> str:
+    try:
+        return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise CrosscalError(
+            "a row holds a number that is not finite, nothing was written",
+            where=f"{path}, variant {row.variant}",
+            got=repr(row),
+        ) from error
+
+
+def _parse(line: str, kind: type[Row], where: str) -> Row:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise UsageError("not a line of JSON", where=where, got=str(error)) from error
+    if not isinstance(found, dict):
+        raise UsageError("not an object", where=where)
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    missing = [name for name in required if name not in found]
+    if missing:
+        raise UsageError(
+            f"no {', '.join(missing)} in a {kind.__name__}", where=where, do="Was the file written by crosscal?"
+        )
+    return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found})

@@ -1,0 +1,56 @@
+"""What a report reads: the files of one run directory, whichever of them are there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosscal.errors import UsageError
+from crosscal.report.rows import LayerRow, ResultRow, read_rows
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The content of a run directory; only `results.jsonl` is required."""
+
+    results: list[ResultRow]
+    layers: list[LayerRow]
+    run: dict[str, Any]
+    samples: list[tuple[str, str]]
+    """(corpus, text) of calibration text that the model wrote itself."""
+    plan: str
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run directory; `UsageError` when it holds no results or a damaged file."""
+    if not (folder / "results.jsonl").is_file():
+        raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
+    layers = folder / "layers.jsonl"
+    run = _json(folder / "run.json")
+    run = run if isinstance(run, dict) else {}
+    samples = _json(folder / "samples.json") or run.get("samples")
+    plan = folder / "plan.yaml"
+    return RunFiles(
+        results=read_rows(folder / "results.jsonl", ResultRow),
+        layers=read_rows(layers, LayerRow) if layers.is_file() else [],
+        run=run,
+        samples=[_sample(sample) for sample in samples] if isinstance(samples, list) else [],
+        plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
+    )
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError("not JSON", where=str(path), got=str(error)) from error
+
+
+def _sample(sample: Any) -> tuple[str, str]:
+    if isinstance(sample, dict):
+        return str(sample.get("corpus", "")), str(sample.get("text", ""))
+    return "", str(sample)
