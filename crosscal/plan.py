@@ -109,6 +109,8 @@ class Compress(_Section):
     """Inputs of the dense model (cached), or recomputed after each compressed block as the published loops do."""
     trace_normalised: bool = False
     """Scale the Hessians of a site to one trace before mixing."""
+    fallback: Literal["keep-dense"] | None = None
+    """What to do with a matrix whose statistics cannot be solved; left out, the run stops with the reason."""
 
 
 class Evaluate(_Section):

@@ -19,6 +19,8 @@ from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
 
 GENERAL = "general"
+KEEP_DENSE = "keep-dense"
+"""The fallback a plan may name: a matrix that cannot be solved stays as it is, and the report lists it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Variant:
     upstream: str
     seed: int
     trace_normalised: bool
+    fallback: str | None = None
+    """What the plan allows for matrices that cannot be solved; None stops the run."""
 
     @property
     def compressor(self) -> Compressor:
@@ -46,7 +50,7 @@ class Variant:
     def key(self) -> str:
         """Digest of everything about the variant but its name."""
         mixture = self.mixture.as_dict() if self.mixture else None
-        return digest_of([self.method, self.settings, mixture, self.upstream, self.seed, self.trace_normalised])
+        return digest_of([self.method, self.settings, mixture, self.upstream, self.seed, self.trace_normalised, self.fallback])
 
 
 def variants(plan: CompressionPlan) -> list[Variant]:
@@ -79,7 +83,8 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
         ):
             name = _name(method, settings, mixture, upstream, entry.trace_normalised)
             name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
-            yield Variant(name, method, settings, mixture, upstream, seed, entry.trace_normalised and not data_free)
+            normalised = entry.trace_normalised and not data_free
+            yield Variant(name, method, settings, mixture, upstream, seed, normalised, entry.fallback)
 
 
 def _settings(entry: Compress, method: str, where: str) -> Iterator[tuple[tuple[str, Any], ...]]:

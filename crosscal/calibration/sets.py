@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Shapes: S windows, L tokens in a window.
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,24 @@ from crosscal.errors import UsageError
 from crosscal.store import Store, digest_of
 
 KIND = "calibration"
+WINDOWS = "windows.arrow"
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    key: str
     tokens_SL: torch.Tensor
     """int64."""
 
     provenance: dict[str, Any]
-    """All that determines the tokens."""
+    """All that determines the tokens, and nothing else."""
 
     notes: tuple[str, ...]
     """What differs from the request, in sentences for a report."""
+
+    @property
+    def key(self) -> str:
+        """What the store calls these windows."""
+        return digest_of(self.provenance)
 
 
 @dataclass(frozen=True)
@@ -53,28 +58,16 @@ class WindowRequest:
         return replace(self, length=max_length), (note,)
 
 
-def keep(store: Store, provenance: dict[str, Any], tokens_SL: torch.Tensor, notes: Sequence[str]) -> CalibrationSet:
-    """Store windows under the digest of what determined them."""
+def stored_windows(store: Store, provenance: dict[str, Any], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The windows of this provenance from the store, made and stored where they are not there yet."""
     key = digest_of(provenance)
-    with store.publish(KIND, key, {**provenance, "notes": list(notes)}) as folder:
-        _write_windows(folder / "windows.arrow", tokens_SL)
-    return CalibrationSet(key, tokens_SL, provenance, tuple(notes))
-
-
-def kept(store: Store, provenance: dict[str, Any]) -> CalibrationSet | None:
-    """The windows made from exactly this before, or None."""
-    artifact = store.find(KIND, digest_of(provenance))
+    artifact = store.find(KIND, key)
     if artifact is None:
-        return None
-    return load_set(store, artifact.key)
-
-
-def load_set(store: Store, key: str) -> CalibrationSet:
-    """The set of this key. Raises `MissingArtifact`."""
-    artifact = store.get(KIND, key)
-    provenance = {name: value for name, value in artifact.provenance.items() if name != "notes"}
-    tokens_SL = _read_windows(store.path(artifact, "windows.arrow"))
-    return CalibrationSet(key, tokens_SL, provenance, tuple(artifact.provenance["notes"]))
+        tokens_SL = make()
+        with store.publish(KIND, key, provenance) as folder:
+            _write_windows(folder / WINDOWS, tokens_SL)
+        artifact = store.get(KIND, key)
+    return _read_windows(store.path(artifact, WINDOWS))
 
 
 def _write_windows(path: Path, tokens_SL: torch.Tensor) -> None:

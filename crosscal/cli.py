@@ -1,0 +1,243 @@
+"""The command line. Every command imports what it needs when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crosscal.errors import CrosscalError, UsageError
+
+app = typer.Typer(
+    help="Calibrate once, compress every way: domain-aware pruning and quantization of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
+plan_app = typer.Typer(help="Read a plan before running it.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+app.add_typer(plan_app, name="plan")
+
+PlanFile = Annotated[Path, typer.Argument(help="The plan, a YAML file.")]
+Home = Annotated[str, typer.Option(envvar="CROSSCAL_HOME", help="The store: a folder or an fsspec URL.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: calibration.windows=64.", metavar="KEY=VALUE")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+HOME = ".crosscal"
+DEMO = "plans/demo.yaml"
+
+
+@app.command()
+def run(
+    plan: Annotated[Path | None, typer.Argument(help="The plan; left out, the embedded demo.")] = None,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<model>-<digest>.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Carry out a plan: ingest, sample, read the model, solve, evaluate, report. Run again to resume."""
+    from flows.drive import drive
+
+    record = drive(plan or _demo_plan(), overrides or [], home, str(out) if out else None)
+    if as_json:
+        print(json.dumps(record))
+    else:
+        _show_run(record)
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders, globs or hub dataset ids.")],
+    corpus: Annotated[str, typer.Option(help="Name of the corpus to add to.")],
+    text: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Annotated[str | None, typer.Option(help="Put all documents into this split.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Add documents to a corpus in the store; what is already there is not added again."""
+    from crosscal.corpora import ingest as ingest_documents
+    from crosscal.progress import reporting
+    from crosscal.store import Store
+
+    with reporting() as report:
+        done = ingest_documents(
+            Store(home),
+            corpus,
+            paths,
+            text=text,
+            split=split,
+            revision=revision,
+            progress=lambda s, n, t: report(s, n, t),
+        )
+    summary = {
+        "corpus": done.corpus.name,
+        "version": done.corpus.version,
+        "changed": done.changed,
+        "added_documents": done.added_documents,
+        "duplicates": done.duplicates,
+        "rejected": dict(done.rejected),
+    }
+    _print(summary, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory, dense or compressed.")],
+    plan: Annotated[Path, typer.Option(help="The plan that names corpora and tasks.")],
+    overrides: Set = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Measure one model on a plan's test windows and tasks."""
+    from flows.drive import evaluate_model
+
+    _print(evaluate_model(model, plan, overrides or [], home), as_json)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html again from its files."""
+    from crosscal.report import write_report
+
+    if not (run_dir / "results.jsonl").is_file():
+        raise UsageError("this is not a run directory", where=str(run_dir), got="no results.jsonl")
+    print(write_report(run_dir))
+
+
+@plan_app.command("show")
+def plan_show(plan: PlanFile, overrides: Set = None) -> None:
+    """Print the plan with every default written out."""
+    from crosscal.plan import dump_plan, load_plan
+
+    print(dump_plan(load_plan(plan, tuple(overrides or ()))), end="")
+
+
+@plan_app.command("check")
+def plan_check(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
+    """Say what a run would compute, what is cached, what it needs and whether that is there."""
+    from flows.drive import check_plan
+
+    findings = check_plan(plan, overrides or [], home)
+    _print(findings, as_json)
+    if findings["problems"]:
+        raise typer.Exit(1)
+
+
+@store_app.command("list")
+def store_list(
+    kind: Annotated[str | None, typer.Argument(help="corpora, calibration, moments, …")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """List artifacts: how many of each kind, or each of one kind."""
+    from crosscal.store import Store
+
+    artifacts = list(Store(home).list(kind))
+    if kind is None:
+        kinds = sorted({artifact.kind for artifact in artifacts})
+        rows = [
+            {"kind": k, "artifacts": len(of), "bytes": sum(a.bytes for a in of)}
+            for k in kinds
+            for of in [[a for a in artifacts if a.kind == k]]
+        ]
+    else:
+        rows = [{"key": a.key, "created": a.created, "bytes": a.bytes, **a.provenance} for a in artifacts]
+    _print_rows(rows, as_json)
+
+
+@store_app.command("verify")
+def store_verify(
+    quarantine: Annotated[bool, typer.Option(help="Set damaged artifacts aside, so that they are made anew.")] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Read every byte of every artifact and compare it with its digest."""
+    from crosscal.store import Store
+
+    checked = list(Store(home).verify(quarantine=quarantine))
+    damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
+    _print({"artifacts": len(checked), "damaged": damaged}, as_json)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    unused_days: Annotated[float | None, typer.Option(help="Also remove artifacts unused for so many days.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Remove abandoned work in progress and, on request, what has long not been used. Corpora stay."""
+    from crosscal.store import Store
+
+    removed = [{"place": p, "reason": r} for p, r in Store(home).sweep(unused_days=unused_days, dry_run=dry_run)]
+    _print_rows(removed, as_json)
+
+
+def _demo_plan() -> Path:
+    plan = Path(__file__).resolve().parents[1] / DEMO
+    if not plan.is_file():
+        raise UsageError(
+            "the demo comes with the source tree", got=f"no {plan}", do="Give a plan, or run in a checkout."
+        )
+    return plan
+
+
+def _show_run(record: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from flows.drive import summary
+
+    console = Console()
+    for line in summary(record):
+        console.print(line)
+
+
+def _print(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value))
+        return
+    for name, entry in value.items():
+        if isinstance(entry, list):
+            print(f"{name}: {len(entry) or 'none'}")
+            for item in entry:
+                print(f"  {item if isinstance(item, str) else json.dumps(item)}")
+        else:
+            print(f"{name}: {json.dumps(entry) if isinstance(entry, dict | bool) else entry}")
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print("  ".join(f"{name}={value}" for name, value in row.items()))
+    if not rows:
+        print("nothing")
+
+
+def main() -> None:
+    """Run the command line; a failure is one message and an exit code, never a traceback."""
+    _guarded(app)
+
+
+def _guarded(command: Callable[[], Any]) -> None:
+    try:
+        command()
+    except CrosscalError as error:
+        print(f"crosscal: {error}", file=sys.stderr)
+        if os.environ.get("CROSSCAL_TRACEBACK"):
+            raise
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("crosscal: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,146 @@
+"""Making the models of a run: solve blocks from the cache, write one shard per block and variant, then publish the index.
+
+A run folder being made:   models/<variant>/block-00003.safetensors     the shard; existing means complete
+                           layers/<variant>/block-00003.jsonl           its layer rows, written before the shard
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crosscal.calibration.sets import load_set
+from crosscal.errors import MissingArtifact
+from crosscal.models.checkpoint import VariantWriter
+from crosscal.models.export import quantization_config
+from crosscal.models.source import ModelSource
+from crosscal.models.walk import BlockMoments, walk
+from crosscal.progress import Report
+from crosscal.report.rows import LayerRow, read_rows, write_rows
+from crosscal.stages.moments import Cached, MomentsReport
+from crosscal.stages.sample import Sample
+from crosscal.stages.solve import BlockProblem, BlockSolution, solve_block
+from crosscal.statistics import Mixture
+from crosscal.variants import Variant
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """What every step of making a run's models needs."""
+
+    folder: Path
+    """The run directory."""
+    source: ModelSource
+    cached: Cached
+    samples: Mapping[tuple[str, int], Sample]
+    reference: Mixture
+    device: str
+
+    def writer(self, variant: Variant) -> VariantWriter:
+        return VariantWriter(self.folder / "models" / variant.name, self.source)
+
+    def rows_file(self, variant: Variant, block: int) -> Path:
+        return self.folder / "layers" / variant.name / f"block-{block:05d}.jsonl"
+
+    def problem(self, block: int, cached: Cached) -> BlockProblem:
+        sites = cached.sites(block)
+        if sites is None:
+            raise MissingArtifact("the block has not been calibrated", where=self.source.block_name(block))
+        return BlockProblem(
+            name=self.source.block_name(block),
+            block=block,
+            sites=sites,
+            parameters=self.source.load_block(block),
+            cached=cached,
+            samples=self.samples,
+            reference=self.reference,
+            device=self.device,
+        )
+
+
+def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
+    """Solve one block for all variants with dense inputs that have no shard of it yet; returns how many were solved."""
+    missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
+    if missing:
+        solutions = solve_block(shop.problem(block, shop.cached), missing)
+        for variant in missing:
+            _write(shop, variant, block, solutions[variant.name])
+    return len(missing)
+
+
+def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
+    """Solve a variant block by block, each block's inputs coming through the compressed blocks before it.
+
+    This is the loop of the published SparseGPT and GPTQ code. Its moments belong to this variant alone; they are kept under the
+    variant's key, so that solving it again reads nothing.
+    """
+    cached = Cached(shop.cached.store, shop.cached.model, f"sequential-{variant.key}", shop.cached.dtype)
+    writer = shop.writer(variant)
+    keys = _sets(shop, variant)
+    blocks = range(shop.source.blocks)
+    if all(writer.has_block(block) for block in blocks):
+        return MomentsReport(0, 0, 0, 0.0)
+    if all(cached.has(key, block) for key in keys for block in blocks):
+        for block in blocks:
+            _write(shop, variant, block, solve_block(shop.problem(block, cached), [variant])[variant.name])
+        return MomentsReport(0, sum(len(cached.sites(block) or ()) for block in blocks) * len(keys), 0, 0.0)
+    made = 0
+
+    def solve_next(seen: BlockMoments) -> Mapping[str, Tensor]:
+        nonlocal made
+        if not seen.moments:
+            return writer.read_block(seen.block)
+        made += cached.publish(seen)
+        solution = solve_block(shop.problem(seen.block, cached), [variant])[variant.name]
+        _write(shop, variant, seen.block, solution)
+        return solution.dense
+
+    done = walk(
+        shop.source,
+        {key: load_set(cached.store, key).tokens_SL for key in keys},
+        on_block=solve_next,
+        upstream="sequential",
+        device=shop.device,
+        dtype=getattr(torch, cached.dtype),
+        batch_tokens=batch_tokens,
+        wanted=lambda block: not writer.has_block(block),
+        progress=report,
+    )
+    return MomentsReport(done.tokens, 0, made, done.seconds)
+
+
+def publish_variant(shop: Workshop, variant: Variant) -> Path:
+    """Write what lies outside the blocks and the index: from now on the folder is a model."""
+    writer = shop.writer(variant)
+    bits = variant.setting.get("bits")
+    writer.finish(quantization_config(bits, variant.setting["group_size"], []) if bits else None)
+    return writer.folder
+
+
+def layer_rows(shop: Workshop, variants: Sequence[Variant]) -> list[LayerRow]:
+    """Every layer of every variant, in the plan's order."""
+    files = [shop.rows_file(variant, block) for variant in variants for block in range(shop.source.blocks)]
+    return [row for file in files for row in read_rows(file, LayerRow)]
+
+
+def discard_model(shop: Workshop, variant: Variant) -> None:
+    """Remove a model whose numbers are all that was wanted."""
+    shutil.rmtree(shop.folder / "models" / variant.name, ignore_errors=True)
+
+
+def _sets(shop: Workshop, variant: Variant) -> list[str]:
+    mixture = variant.mixture or shop.reference
+    return [key for corpus in mixture.corpora for key in shop.samples[corpus, variant.seed].sets]
+
+
+def _write(shop: Workshop, variant: Variant, block: int, solution: BlockSolution) -> None:
+    # Rows first: the shard's existence says that both are there.
+    file = shop.rows_file(variant, block)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(file, solution.rows)
+    shop.writer(variant).write_block(block, solution.changed)

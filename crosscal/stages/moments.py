@@ -1,0 +1,140 @@
+"""Reading the model over calibration sets, and finding again what was read before.
+
+One artifact per (model, calibration set, upstream, block, site, dtype). A set whose sites are all there is never read again;
+after an interruption only the blocks that are missing are summed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscal.calibration.sets import load_set
+from crosscal.models.sites import MatrixRef, Site
+from crosscal.models.source import ModelSource
+from crosscal.models.walk import BlockMoments, walk
+from crosscal.progress import Report
+from crosscal.statistics import InputMoments
+from crosscal.store import Store, digest_of
+from crosscal.store.moments import read_moments, write_moments
+
+FORMAT = 1  # of everything below; a change of meaning makes new keys
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The moments of one model under one upstream, in the store."""
+
+    store: Store
+    model: str
+    """The model's digest."""
+    upstream: str
+    """`dense`, or the key of the variant whose compressed blocks the inputs went through."""
+    dtype: str
+    """Of the activations, e.g. `float32`."""
+
+    def sites(self, block: int) -> tuple[Site, ...] | None:
+        artifact = self.store.find("sites", self._sites_key(block))
+        if artifact is None:
+            return None
+        return tuple(_site(value) for value in json.loads(self.store.read_bytes(artifact, "sites.json")))
+
+    def has(self, calibration: str, block: int) -> bool:
+        sites = self.sites(block)
+        return sites is not None and all(
+            self.store.find("moments", self._key(calibration, block, site)) for site in sites
+        )
+
+    def read(self, calibration: str, block: int, site: Site) -> InputMoments:
+        return read_moments(self.store, self.store.get("moments", self._key(calibration, block, site)))
+
+    def publish(self, seen: BlockMoments) -> int:
+        """Store one block's moments; returns the number of artifacts."""
+        for calibration, sites in seen.moments.items():
+            for site in seen.sites:
+                moments = sites[site.name]
+                provenance = {
+                    "model": self.model,
+                    "calibration": calibration,
+                    "upstream": self.upstream,
+                    "block": seen.block,
+                    "site": site.name,
+                    "dtype": self.dtype,
+                    "tokens": moments.tokens,
+                }
+                with self.store.publish("moments", self._key(calibration, seen.block, site), provenance) as folder:
+                    write_moments(folder, moments)
+        if self.sites(seen.block) is None:
+            with self.store.publish(
+                "sites", self._sites_key(seen.block), {"model": self.model, "block": seen.block}
+            ) as folder:
+                (folder / "sites.json").write_text(json.dumps([dataclasses.asdict(site) for site in seen.sites]))
+        return len(seen.moments) * len(seen.sites)
+
+    def _key(self, calibration: str, block: int, site: Site) -> str:
+        return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype])
+
+    def _sites_key(self, block: int) -> str:
+        return digest_of([FORMAT, self.model, block])
+
+
+def _site(value: dict[str, Any]) -> Site:
+    return Site(value["name"], tuple(MatrixRef(**matrix) for matrix in value["matrices"]), value["inputs"])
+
+
+@dataclass(frozen=True)
+class MomentsReport:
+    """What one reading cost: calibration tokens run through the model, and artifacts found or made."""
+
+    tokens_read: int
+    hits: int
+    misses: int
+    seconds: float
+
+    def __add__(self, other: MomentsReport) -> MomentsReport:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return MomentsReport(*(a + b for a, b in pairs))
+
+
+def collect_moments(
+    cached: Cached, source: ModelSource, calibrations: Sequence[str], *, device: str, batch_tokens: int, report: Report
+) -> MomentsReport:
+    """Make sure that the dense moments of these calibration sets are in the store, reading the model only for what is not."""
+    missing = {key: _missing_blocks(cached, key, source.blocks) for key in dict.fromkeys(calibrations)}
+    unread = [key for key, blocks in missing.items() if blocks]
+    found = sum(_count(cached, source.blocks) for key in missing if not missing[key])
+    if not unread:
+        return MomentsReport(0, found, 0, 0.0)
+    slices: Mapping[str, Tensor] = {key: load_set(cached.store, key).tokens_SL for key in unread}
+    made = 0
+
+    def keep(seen: BlockMoments) -> None:
+        nonlocal made
+        made += cached.publish(seen)
+
+    done = walk(
+        source,
+        slices,
+        on_block=keep,
+        device=device,
+        dtype=getattr(torch, cached.dtype),
+        batch_tokens=batch_tokens,
+        wanted=lambda block: any(block in missing[key] for key in unread),
+        progress=report,
+    )
+    return MomentsReport(done.tokens, found, made, done.seconds)
+
+
+def _missing_blocks(cached: Cached, calibration: str, blocks: int) -> set[int]:
+    return {block for block in range(blocks) if not cached.has(calibration, block)}
+
+
+def _count(cached: Cached, blocks: int) -> int:
+    return sum(len(cached.sites(block) or ()) for block in range(blocks))

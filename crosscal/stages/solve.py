@@ -1,0 +1,235 @@
+"""Solving one block for every variant of a sweep, from the cache: block outer, variants inner.
+
+Per site, the Hessians of each mixture are mixed once, factored once per damping, and shared by all linears, sparsities and bit
+widths. Each variant gets one safetensors shard per block and a record of its layers' losses; a shard that
+exists is complete, so a killed run goes on with the next block.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscal.compressors import LayerProblem, LayerSolution, quadratic_loss, solve_many
+from crosscal.errors import StatisticsError
+from crosscal.models.export import can_pack, packed_tensors
+from crosscal.models.sites import MatrixRef, Site, replaced_parameters
+from crosscal.report.rows import LayerRow
+from crosscal.stages.moments import Cached
+from crosscal.stages.sample import Sample, over_sets
+from crosscal.statistics import InputMoments, Mixture, factor
+from crosscal.variants import KEEP_DENSE, Variant
+
+
+@dataclass(frozen=True, eq=False)
+class BlockProblem:
+    """One block to solve: its weights and where its statistics are."""
+
+    name: str
+    block: int
+    sites: tuple[Site, ...]
+    parameters: Mapping[str, Tensor]
+    """As the checkpoint stores them."""
+    cached: Cached
+    samples: Mapping[tuple[str, int], Sample]
+    """(corpus, seed) -> what stands for it."""
+    reference: Mixture
+    """Where the loss of methods that need no data is measured."""
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSolution:
+    """One variant's answer for one block; tensors by their names inside the block."""
+
+    changed: dict[str, Tensor]
+    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones."""
+    dense: dict[str, Tensor]
+    """The changed parameters as the next block's inputs depend on them."""
+    rows: list[LayerRow]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One matrix solved for one variant."""
+
+    matrix: MatrixRef
+    solution: LayerSolution
+    row: LayerRow
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Variants that share a Hessian and a factor."""
+
+    mixture: Mixture
+    seed: int
+    trace_normalised: bool
+    damping: float | None
+
+
+def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, BlockSolution]:
+    """Solve every matrix of a block for every variant, by name. Raises `StatisticsError` naming layer, value and remedy."""
+    layers: dict[str, list[_Layer]] = {variant.name: [] for variant in variants}
+    for site in problem.sites:
+        for group, members in _grouped(problem, variants).items():
+            for variant, layer in _solve_site(problem, site, group, members):
+                layers[variant.name].append(layer)
+    return {name: _assembled(problem, solved) for name, solved in layers.items()}
+
+
+def _stored_dtype(problem: BlockProblem, matrix: MatrixRef) -> torch.dtype:
+    return problem.parameters[matrix.parameter].dtype
+
+
+def _assembled(problem: BlockProblem, layers: Sequence[_Layer]) -> BlockSolution:
+    dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.weight_OI.cpu() for layer in layers})
+    changed = dict(dense)
+    for layer in layers:
+        grid = layer.solution.grid
+        if grid is not None and can_pack(layer.matrix):
+            del changed[layer.matrix.parameter]
+            scale_OG = grid.scale_OG.to(_stored_dtype(problem, layer.matrix))
+            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, scale_OG, grid.bits))
+    return BlockSolution(changed, dense, [layer.row for layer in layers])
+
+
+def _grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[_Group, list[Variant]]:
+    groups: dict[_Group, list[Variant]] = {}
+    for variant in variants:
+        mixture = variant.mixture or problem.reference
+        group = _Group(mixture, variant.seed, variant.trace_normalised, variant.setting.get("damping"))
+        groups.setdefault(group, []).append(variant)
+    return groups
+
+
+def _solve_site(
+    problem: BlockProblem, site: Site, group: _Group, members: Sequence[Variant]
+) -> Iterator[tuple[Variant, _Layer]]:
+    started = time.monotonic()
+    where = f"{problem.name}.{site.name}"
+    try:
+        hessian_II, tokens = _mixed(problem, site, group, where)
+        problems = _layer_problems(problem, site, hessian_II, group, where)
+        answers = solve_many(problems, [variant.compressor for variant in members])
+    except StatisticsError as error:
+        if any(variant.fallback != KEEP_DENSE for variant in members):
+            raise
+        yield from _kept_dense(problem, site, members, str(error))
+        return
+    held_out_II = _held_out(problem, site, group, where)
+    seconds = (time.monotonic() - started) / (len(members) * len(problems))
+    for variant, solutions in zip(members, answers, strict=True):
+        for matrix, layer, solution in zip(site.matrices, problems, solutions, strict=True):
+            yield (
+                variant,
+                _Layer(matrix, solution, _row(problem, site, variant, layer, solution, held_out_II, tokens, seconds)),
+            )
+
+
+def _mixed(problem: BlockProblem, site: Site, group: _Group, where: str) -> tuple[Tensor, int]:
+    """The Hessian of a group, on the device, and the tokens behind it."""
+    return _read_mixture(problem, site, group, where, held_out=False)
+
+
+def _held_out(problem: BlockProblem, site: Site, group: _Group, where: str) -> Tensor | None:
+    """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
+    try:
+        return _read_mixture(problem, site, group, where, held_out=True)[0]
+    except StatisticsError:
+        return None
+
+
+def _read_mixture(
+    problem: BlockProblem, site: Site, group: _Group, where: str, *, held_out: bool
+) -> tuple[Tensor, int]:
+    samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
+    mixture = over_sets(group.mixture, samples, held_out=held_out)
+    moments: dict[str, InputMoments] = {key: problem.cached.read(key, problem.block, site) for key in mixture.corpora}
+    hessian_II = mixture.hessian_II(moments, trace_normalised=group.trace_normalised, name=where)
+    return hessian_II.to(problem.device), sum(part.tokens for part in moments.values())
+
+
+def _layer_problems(
+    problem: BlockProblem, site: Site, hessian_II: Tensor, group: _Group, where: str
+) -> list[LayerProblem]:
+    shared = factor(hessian_II, group.damping, name=where) if group.damping is not None else None
+    return [
+        LayerProblem(
+            name=f"{problem.name}.{matrix.name}",
+            weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, hessian_II.dtype),
+            hessian_II=hessian_II,
+            shared_factor=shared,
+            stored_dtype=_stored_dtype(problem, matrix),
+        )
+        for matrix in site.matrices
+    ]
+
+
+def _row(
+    problem: BlockProblem,
+    site: Site,
+    variant: Variant,
+    layer: LayerProblem,
+    solution: LayerSolution,
+    held_out_II: Tensor | None,
+    tokens: int,
+    seconds: float,
+) -> LayerRow:
+    return LayerRow(
+        variant=variant.name,
+        layer=layer.name,
+        block=problem.block,
+        site=site.name,
+        method=variant.method,
+        setting=variant.setting,
+        loss=solution.loss,
+        relative_loss=solution.relative_loss,
+        heldout_relative_loss=None if held_out_II is None else _relative_loss(layer, solution, held_out_II),
+        sparsity=solution.sparsity,
+        bits=solution.grid.bits if solution.grid else None,
+        damping=solution.damping,
+        dead_inputs=layer.dead_inputs,
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def _relative_loss(layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor) -> float:
+    energy = quadratic_loss(layer.weight_OI, hessian_II)
+    return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy if energy > 0 else 0.0
+
+
+def _kept_dense(
+    problem: BlockProblem, site: Site, members: Sequence[Variant], why: str
+) -> Iterator[tuple[Variant, _Layer]]:
+    """The plan named this fallback: the matrices stay as they are, and every one of them is listed with the reason."""
+    for variant in members:
+        for matrix in site.matrices:
+            weight_OI = matrix.weight_OI(problem.parameters)
+            solution = LayerSolution(weight_OI, 0.0, 0.0)
+            row = LayerRow(
+                variant=variant.name,
+                layer=f"{problem.name}.{matrix.name}",
+                block=problem.block,
+                site=site.name,
+                method=variant.method,
+                setting=variant.setting,
+                loss=0.0,
+                relative_loss=0.0,
+                heldout_relative_loss=None,
+                sparsity=solution.sparsity,
+                bits=None,
+                damping=None,
+                dead_inputs=0,
+                tokens=0,
+                seconds=0.0,
+                fallback=f"{KEEP_DENSE}: {why}",
+            )
+            yield variant, _Layer(matrix, solution, row)

@@ -1,0 +1,58 @@
+"""What the command line asks of the flow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crosscal.errors import UsageError
+from flows.recompress import recompress
+
+
+def drive(plan: Path, overrides: list[str], home: str, out: str | None) -> dict[str, Any]:
+    """Carry out a plan: as a Prefect flow run when `PREFECT_API_URL` names a server, directly otherwise.
+
+    Prefect's own serverless mode starts a temporary server in every process (7 to 10 seconds) that nobody looks at.
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        return recompress.fn(str(plan), overrides, home, out)
+    _probe(os.environ["PREFECT_API_URL"])
+    return recompress(str(plan), overrides, home, out)
+
+
+def summary(record: dict[str, Any]) -> Iterator[Any]:
+    """What a run ends by printing: the table, what the cache saved, where the report is."""
+    from crosscal.report import ResultRow, read_rows
+    from crosscal.report.groups import columns_of, groups_of
+    from crosscal.report.rows import LayerRow
+    from crosscal.report.table import rich_table, summary_table
+
+    run_dir = Path(record["run_dir"])
+    results = read_rows(run_dir / "results.jsonl", ResultRow)
+    layers = read_rows(run_dir / "layers.jsonl", LayerRow)
+    yield rich_table(summary_table(groups_of(results, layers), columns_of(results)))
+    for note in record["notes"]:
+        yield f"note: {note}"
+    hits, misses = record["cache"]["hits"], record["cache"]["misses"]
+    read = record["calibration_tokens_read"]
+    seconds = sum(record["stages"].values())
+    cost = f"{read:,} calibration tokens read" if read else "no forward pass for calibration"
+    yield f"{record['variants']} variants in {seconds:.0f} s; moments: {hits} from the cache, {misses} made; {cost}"
+    yield f"report: {run_dir / 'report.html'}"
+
+
+def _probe(api_url: str) -> None:
+    """A server that is down is said plainly, before anything starts."""
+    import httpx
+
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
+    except httpx.HTTPError as error:
+        raise UsageError(
+            "the Prefect server does not answer",
+            where=api_url,
+            got=str(error),
+            do="Start it (`prefect server start`), or unset PREFECT_API_URL to run without one.",
+        ) from error

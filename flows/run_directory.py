@@ -1,0 +1,60 @@
+"""A run's own folder: which run it belongs to, what it was asked, and what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from crosscal.errors import UsageError
+from crosscal.plan import CompressionPlan, dump_plan
+from crosscal.report.files import write_whole
+from crosscal.store.keys import digest_of
+from tasks.ticket import Ticket
+
+PACKAGES = ("crosscal", "torch", "transformers", "datasets", "lm-eval", "prefect", "pyarrow", "compressed-tensors")
+SOLVER = 1  # a change of what the solvers compute makes new run directories
+
+
+def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -> Path:
+    """Make or reopen the folder of exactly this run. Raises `UsageError` when `out` holds another run."""
+    inputs = {
+        "model": ticket.model,
+        "dtype": ticket.dtype,
+        "samples": [(sample["corpus"], sample["seed"], sample["parts"]) for sample in ticket.samples],
+        "variants": [(variant.name, variant.key) for variant in ticket.variants()],
+        "solver": SOLVER,
+    }
+    identity = digest_of(inputs)
+    folder = Path(out) if out else Path("runs") / f"{Path(plan.model).name}-{identity[:8]}"
+    marker = folder / "identity.json"
+    if marker.exists() and json.loads(marker.read_text())["identity"] != identity:
+        raise UsageError(
+            "this directory holds another run: model, data or variants differ",
+            where=str(folder),
+            do="Choose another --out, or remove the directory.",
+        )
+    write_whole(marker, json.dumps({"identity": identity, **inputs}, indent=1))
+    write_whole(folder / "plan.yaml", dump_plan(plan))
+    return folder.absolute()
+
+
+def write_run_record(folder: Path, record: dict[str, Any]) -> None:
+    """`run.json`: the record with versions, machine and commit."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = platform.python_version()
+    content = {**record, "versions": versions, "machine": platform.machine(), "commit": _commit()}
+    write_whole(folder / "run.json", json.dumps(content, indent=1, allow_nan=False))
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that is running, marked when it has changes; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

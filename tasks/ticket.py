@@ -1,0 +1,99 @@
+"""What tasks hand each other: a small JSON ticket, from which each rebuilds the stage's inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect.context import TaskRunContext
+from prefect.logging import get_run_logger
+
+from crosscal.errors import UsageError
+from crosscal.models.source import ModelSource
+from crosscal.plan import CompressionPlan, parse_plan
+from crosscal.progress import Report, log_lines, reporting
+from crosscal.stages.compress import Workshop
+from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.sample import Sample
+from crosscal.statistics import Mixture
+from crosscal.store import Store
+from crosscal.variants import GENERAL, Variant, variants
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One run, as far as it is known: plan and places first, then the model, then what was sampled."""
+
+    plan: dict[str, Any]
+    home: str
+    model: str = ""
+    """Digest of the model."""
+    device: str = ""
+    dtype: str = ""
+    """Of activations."""
+    run_dir: str = ""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def parsed(self) -> CompressionPlan:
+        return parse_plan(self.plan)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.home)
+
+    @property
+    def cached(self) -> Cached:
+        return Cached(self.store, self.model, DENSE, self.dtype)
+
+    def source(self) -> ModelSource:
+        plan = self.parsed
+        return ModelSource.open(plan.model, plan.revision)
+
+    def workshop(self) -> Workshop:
+        samples = [Sample.from_json(sample) for sample in self.samples]
+        corpora = {sample.corpus for sample in samples}
+        reference = GENERAL if GENERAL in corpora else samples[0].corpus
+        return Workshop(
+            folder=Path(self.run_dir),
+            source=self.source(),
+            cached=self.cached,
+            samples={(sample.corpus, sample.seed): sample for sample in samples},
+            reference=Mixture.of({reference: 1.0}),
+            device=self.device,
+        )
+
+    def variants(self, upstream: str | None = None) -> list[Variant]:
+        return [variant for variant in variants(self.parsed) if upstream in (None, variant.upstream)]
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` is a GPU where there is one. Raises `UsageError` for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("no GPU is visible to torch", where="execution.device", got=wanted, do="Use `cpu` or `auto`.")
+    return wanted
+
+
+@contextmanager
+def task_report() -> Iterator[Report]:
+    """Progress of a task: log lines in a Prefect run, a bar or log lines otherwise."""
+    if TaskRunContext.get() is not None:
+        yield log_lines(get_run_logger().info)
+    else:
+        with reporting() as report:
+            yield report
+
+
+def json_safe(value: Any) -> Any:
+    """The same value as JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+__all__ = ["Callable", "Ticket", "json_safe", "resolve_device", "task_report"]
