@@ -76,6 +76,14 @@ def test_a_drawn_set_is_found_again_as_it_was(store, shard, tmp_path):
     assert len(list(store.list("calibration"))) == 1
 
 
+def test_notes_are_about_the_request_not_about_who_drew_first(store, shard):
+    exact = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 64), max_length=64)
+    shortened = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 2048), max_length=64)
+    assert shortened.key == exact.key
+    assert exact.notes == ()
+    assert shortened.notes == ("Windows have 64 tokens instead of 2048: the model takes no more.",)
+
+
 def test_a_found_set_is_not_drawn(store, shard):
     request = WindowRequest(4, 32)
     draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, request)

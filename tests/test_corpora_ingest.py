@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 from crosscal.corpora import Corpus, DocumentLimits, documents, ingest, load_corpus
 from crosscal.corpora.corpus import digests
 from crosscal.corpora.splits import assign
-from crosscal.errors import CorpusError, UsageError
+from crosscal.errors import CorpusError, StoreConflict, UsageError
 from crosscal.store import Store
+from crosscal.store.refs import Refs
 
 SPLITS = ("train", "validation", "test")
 
@@ -243,6 +245,23 @@ def test_a_source_that_is_nothing_is_an_error_naming_it(store, tmp_path, monkeyp
         ingest(store, "general", [source])
 
 
+def test_a_word_that_is_nothing_is_an_error_naming_it(store, tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError, match="no-such-folder: neither a path here nor a dataset"):
+        ingest(store, "general", ["no-such-folder"])
+
+
+def test_a_folder_called_like_a_split_names_it(store, tmp_path):
+    write(tmp_path / "valid" / "a.jsonl", texts(0, 5))
+    write(tmp_path / "valid" / "test" / "b.jsonl", texts(5, 10))
+    shard = ingest(store, "general", [str(tmp_path / "valid")]).corpus.shards[0]
+    assert shard.documents == {"validation": 5, "test": 5}
+
+
 @pytest.mark.parametrize("name", ["", "General", "../x", "a/b", ".hidden", "x" * 65, "a b"])
 def test_corpus_names_are_checked_first(store, name):
     with pytest.raises(UsageError, match="corpus name"):
@@ -288,6 +307,37 @@ def test_two_at_once_lose_nothing(tmp_path):
     assert everything(content(store, corpus)) == sorted(texts(0, 90))
     assert corpus.version == len(corpus.shards) == 4
     assert sum(report.added_documents for report in reports) == 90
+
+
+class Overtaken:
+    """Refs where another ingest lands just before ours is appended, `times` times."""
+
+    def __init__(self, refs: Refs, overtake: Callable[[], object], times: int) -> None:
+        self.read, self._refs, self._overtake, self._times = refs.read, refs, overtake, times
+
+    def append(self, name: str, expected_version: int, value: dict) -> int:
+        if self._times:
+            self._times -= 1
+            self._overtake()
+        return self._refs.append(name, expected_version, value)
+
+
+def test_an_overtaken_ingest_reads_the_corpus_again(store, tmp_path):
+    ours, theirs = write(tmp_path / "a.jsonl", texts(0, 30)), write(tmp_path / "b.jsonl", texts(10, 40))
+    overtaken = Store(tmp_path / "home")
+    overtaken.refs = Overtaken(store.refs, lambda: ingest(store, "general", [theirs]), times=1)
+    report = ingest(overtaken, "general", [ours])
+    assert (report.corpus.version, report.added_documents, report.duplicates) == (2, 10, 20)
+    assert everything(content(store, report.corpus)) == sorted(texts(0, 40))
+
+
+def test_a_corpus_that_never_stays_still_is_a_conflict(store, tmp_path):
+    rest = [write(tmp_path / f"{index}.jsonl", texts(10 * index, 10 * index + 10)) for index in range(20)]
+    overtaken = Store(tmp_path / "home")
+    overtaken.refs = Overtaken(store.refs, lambda: ingest(store, "general", [rest.pop()]), times=20)
+    with pytest.raises(StoreConflict):
+        ingest(overtaken, "general", [write(tmp_path / "a.jsonl", texts(300, 310))])
+    assert len(rest) == 10
 
 
 def test_documents_can_be_picked_by_position(store, tmp_path):

@@ -215,6 +215,22 @@ def test_a_bad_csv_row_costs_only_itself(tmp_path, row, reason, place):
     assert read(tmp_path / "a.csv") == (GOOD, [(place + 2, reason)])
 
 
+@pytest.mark.parametrize(
+    ("header", "reasons"),
+    [(b"id,te\xffxt", ["invalid UTF-8"]), (b'id,"text', ["unclosed quote"]), (b"id,body", ["no column 'text'"])],
+)
+def test_a_csv_file_without_its_header_is_one_reject(tmp_path, header, reasons):
+    (tmp_path / "a.csv").write_bytes(header + b"\n7,a text that is long enough\n8,another one\n")
+    texts, rejects = read(tmp_path / "a.csv")
+    assert texts == []
+    assert [reason for _, reason in rejects] == reasons
+
+
+def test_blank_csv_lines_are_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text(f"\n\nid,text\n\n1,{GOOD[0]}\n\n", encoding="utf-8")
+    assert read(tmp_path / "a.csv") == (GOOD[:1], [])
+
+
 def test_long_csv_fields_are_read(tmp_path):
     (tmp_path / "a.csv").write_text(f'text\n"{"word " * 100_000}"\n', encoding="utf-8")
     texts, rejects = read(tmp_path / "a.csv", DocumentLimits())
@@ -237,7 +253,22 @@ def test_bad_parquet_cells_cost_only_themselves(tmp_path):
 
 def test_parquet_numbers_are_not_text(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == ([], [(1, "text is not a string"), (2, "text is not a string")])
+    assert read(tmp_path / "a.parquet") == ([], [(0, "text column does not hold strings")])
+
+
+def test_parquet_dictionaries_are_judged_cell_by_cell(tmp_path):
+    cells = pa.array([GOOD[0].encode(), b"\xff\xfe not UTF-8, long enough"], pa.binary())
+    words = pa.Array.from_buffers(pa.string(), 2, cells.buffers())
+    column = pa.DictionaryArray.from_arrays(pa.array([1, 0, 0], pa.int32()), words)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ([GOOD[0], GOOD[0]], [(1, "invalid UTF-8")])
+
+
+def test_a_parquet_column_name_that_is_not_utf8_is_damage(tmp_path):
+    pq.write_table(pa.table({"text": GOOD, "marker": GOOD}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"marker", b"m\xffrker"))
+    assert read(tmp_path / "a.parquet") == ([], [(0, "Parquet file is damaged, rest not read")])
 
 
 def test_damaged_parquet_never_raises(tmp_path):

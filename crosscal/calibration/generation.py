@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule
-from crosscal.calibration.sets import CalibrationSet, WindowRequest, keep, kept
+from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.calibration.tokens import end_token, ordinary_tokens
 from crosscal.errors import CalibrationError
@@ -75,12 +75,9 @@ def generate_windows(
         "batch": batch,
     }
     provenance = {**settings, "windows": request.windows}
-    if found := kept(store, provenance):
-        return found
     writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device)
-    tokens = _generate(store, writer, settings, request, progress)
-    tokens_SL = torch.tensor(tokens[: request.windows * request.length]).reshape(request.windows, request.length)
-    return keep(store, provenance, tokens_SL, notes)
+    tokens_SL = stored_windows(store, provenance, lambda: _generate(store, writer, settings, request, progress))
+    return CalibrationSet(tokens_SL, provenance, notes)
 
 
 def first_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
@@ -105,7 +102,7 @@ def _generate(
     settings: dict[str, Any],
     request: WindowRequest,
     progress: Callable[[int, int], None] | None,
-) -> list[int]:
+) -> torch.Tensor:
     needed = request.windows * request.length
     most_sequences = needed / min(MIN_MEAN_TOKENS, request.length / 2) + 16 * settings["batch"]
     tokens: list[int] = []
@@ -122,7 +119,7 @@ def _generate(
         sequences += len(rows)
         if progress:
             progress(min(len(tokens), needed), needed)
-    return tokens
+    return torch.tensor(tokens[:needed]).reshape(request.windows, request.length)
 
 
 def _batch(store: Store, writer: SequenceWriter, settings: dict[str, Any]) -> list[list[int]]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from crosscal.calibration.sets import CalibrationSet, WindowRequest, keep, kept
-from crosscal.calibration.tokens import end_token, ordinary_tokens, tokenize
+from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
+from crosscal.calibration.tokens import ordinary_tokens, tokenize
 from crosscal.corpora import Shard, documents
 from crosscal.errors import CalibrationError
 from crosscal.store import Store, digest_of
@@ -40,7 +40,6 @@ def draw_windows(
 
     Raises `CalibrationError` when the documents do not fill one window or the tokenizer has no end-of-text token.
     """
-    end_token(tokenizer)
     request, notes = request.within(max_length)
     provenance = {
         "source": "documents",
@@ -52,18 +51,10 @@ def draw_windows(
         "length": request.length,
         "seed": request.seed,
     }
-    if found := kept(store, provenance):
-        return found
-    order = np.random.Generator(np.random.PCG64(request.seed)).permutation(shard.documents.get(request.split, 0))
-    texts = documents(store, shard, request.split, order.tolist())
-    tokens = _join(tokenizer, texts, request.windows * request.length)
-    windows = min(request.windows, len(tokens) // request.length)
-    if not windows:
-        raise _too_little(shard, request, len(tokens))
-    if windows < request.windows:
-        notes += (f"{windows} windows instead of {request.windows}: the {request.split} split holds no more.",)
-    tokens_SL = torch.from_numpy(tokens[: windows * request.length]).reshape(windows, request.length)
-    return keep(store, provenance, tokens_SL, notes)
+    tokens_SL = stored_windows(store, provenance, lambda: _cut(store, shard, tokenizer, request))
+    if len(tokens_SL) < request.windows:
+        notes += (f"{len(tokens_SL)} windows instead of {request.windows}: the {request.split} split holds no more.",)
+    return CalibrationSet(tokens_SL, provenance, notes)
 
 
 def random_windows(
@@ -88,12 +79,18 @@ def random_windows(
         "seed": request.seed,
         "split": request.split,  # a held-out set is drawn anew, too
     }
-    if found := kept(store, provenance):
-        return found
-    vocabulary = np.array(ordinary_tokens(tokenizer), dtype=np.int64)
-    generator = np.random.Generator(np.random.PCG64(int(digest_of(provenance), 16)))
-    drawn = vocabulary[generator.integers(len(vocabulary), size=(request.windows, request.length))]
-    return keep(store, provenance, torch.from_numpy(drawn), notes)
+    tokens_SL = stored_windows(store, provenance, lambda: _scatter(tokenizer, request, seed=digest_of(provenance)))
+    return CalibrationSet(tokens_SL, provenance, notes)
+
+
+def _cut(store: Store, shard: Shard, tokenizer: PreTrainedTokenizerBase, request: WindowRequest) -> torch.Tensor:
+    order = np.random.Generator(np.random.PCG64(request.seed)).permutation(shard.documents.get(request.split, 0))
+    texts = documents(store, shard, request.split, order.tolist())
+    tokens = _join(tokenizer, texts, request.windows * request.length)
+    windows = min(request.windows, len(tokens) // request.length)
+    if not windows:
+        raise _too_little(shard, request, len(tokens))
+    return torch.from_numpy(tokens[: windows * request.length]).reshape(windows, request.length)
 
 
 def _join(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], enough: int) -> np.ndarray:
@@ -112,3 +109,9 @@ def _too_little(shard: Shard, request: WindowRequest, tokens: int) -> Calibratio
         got=f"{tokens} tokens in {shard.documents.get(request.split, 0)} documents",
         do="Add documents or ask for a shorter `length`.",
     )
+
+
+def _scatter(tokenizer: PreTrainedTokenizerBase, request: WindowRequest, seed: str) -> torch.Tensor:
+    vocabulary = np.array(ordinary_tokens(tokenizer), dtype=np.int64)
+    generator = np.random.Generator(np.random.PCG64(int(seed, 16)))
+    return torch.from_numpy(vocabulary[generator.integers(len(vocabulary), size=(request.windows, request.length))])

@@ -28,7 +28,7 @@ def read_hub(
         ) from error
     assert isinstance(splits, DatasetDict)  # neither one split nor streaming was asked for
     for split, rows in splits.items():
-        source = f"{dataset.name}/{split}"
+        source = f"{dataset.name}@{revision}/{split}" if revision else f"{dataset.name}/{split}"
         if text not in rows.column_names:
             yield None, Reject(source, 0, f"no column {text!r}", columns=tuple(rows.column_names))
             continue

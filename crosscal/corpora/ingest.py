@@ -17,7 +17,7 @@ from crosscal.corpora.records import Document, Reject
 from crosscal.corpora.shards import write_split
 from crosscal.corpora.sources import HubDataset, SourceFile, resolve
 from crosscal.corpora.splits import SPLITS, assign
-from crosscal.corpora.spool import Spool
+from crosscal.corpora.spool import COLUMNS_SHOWN, Spool
 from crosscal.errors import CorpusError, StoreConflict, UsageError
 from crosscal.store import Store, digest_file, digest_of
 
@@ -113,15 +113,13 @@ def _candidates(
 
 def _land(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
     """Add what is new; read the corpus again and retry when another process changed it meanwhile."""
-    for attempt in Retrying(
+    retrying = Retrying(
         retry=retry_if_exception_type(StoreConflict),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random(0, 0.2),
         reraise=True,
-    ):
-        with attempt:
-            return _land_once(store, name, spool, replace, forced)
-    raise AssertionError("Retrying returns or raises")
+    )
+    return retrying(_land_once, store, name, spool, replace, forced)
 
 
 def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
@@ -169,7 +167,7 @@ def _publish_rejects(store: Store, name: str, spool: Spool) -> str | None:
 def _nothing_usable(sources: Sequence[str], spool: Spool, text: str) -> CorpusError:
     where = ", ".join(map(str, sources))
     if set(spool.rejected) == {f"no column {text!r}"}:
-        columns = ", ".join(sorted(spool.columns_found)) or "no columns at all"
+        columns = ", ".join(sorted(spool.columns_found)[:COLUMNS_SHOWN]) or "no columns at all"
         return CorpusError(f"no column {text!r}", where=where, got=columns, do="Name the text's column with `text`.")
     counts = ", ".join(f"{count} {reason}" for reason, count in spool.rejected.most_common())
     return CorpusError("no usable document", where=where, got=counts or "empty files", do="Check the files.")

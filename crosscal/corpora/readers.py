@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from crosscal.corpora.streams import Broken, Line, lines
 
 Candidates = Iterator[Document | Reject]
 PARQUET_ROWS = 128
+COLUMNS_KEPT = 20
 
 
 def read_jsonl(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
@@ -94,20 +96,21 @@ def _paragraph(source: str, number: int, block: list[bytes]) -> tuple[int, str] 
 def read_csv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
     """Comma-separated values with a header line; quoted fields may hold line ends."""
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_line_bytes))  # a process-wide 128 KiB otherwise
-    header: list[str] | None = None
+    header: list[str] = []
     for record in records(lines(path, limits), limits.max_line_bytes):
         row = _csv_row(record, source)
         if isinstance(row, Reject):
             yield row
-        elif header is None:
+            if not header:
+                return  # without its header the file has no columns
+        elif not header:
             header = row
-            if text not in header:
+            if header and text not in header:
                 yield _no_column(source, record.number, text, header)
                 return
-        elif len(row) != len(header):
-            if row:
-                yield Reject(source, record.number, "wrong number of fields", excerpt(",".join(row)))
-        else:
+        elif row and len(row) != len(header):
+            yield Reject(source, record.number, "wrong number of fields", excerpt(",".join(row)))
+        elif row:
             yield judge(row[header.index(text)], source, record.number, limits)
 
 
@@ -127,8 +130,13 @@ def read_parquet(path: Path, source: str, text: str, limits: DocumentLimits) -> 
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            if text not in file.schema_arrow.names:
-                yield _no_column(source, 0, text, file.schema_arrow.names)
+            schema = file.schema_arrow
+            if text not in schema.names:
+                yield _no_column(source, 0, text, schema.names)
+                return
+            kind = schema.types[schema.names.index(text)]
+            if not _is_text(kind):
+                yield Reject(source, 0, "text column does not hold strings", excerpt(str(kind)))
                 return
             read_bytes = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text]):
@@ -139,32 +147,36 @@ def read_parquet(path: Path, source: str, text: str, limits: DocumentLimits) -> 
                 for cell in _cells(batch.column(0)):
                     row += 1
                     yield _cell_candidate(cell, source, row, limits)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from column names
         yield Reject(source, row, "Parquet file is damaged, rest not read", excerpt(str(error)))
 
 
-def _cells(column: pa.Array) -> list[object]:
-    # as bytes: pyarrow raises for the whole column when one string in it is not UTF-8
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.cast(pa.large_binary())
-    return column.to_pylist()
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
 
-def _cell_candidate(cell: object, source: str, row: int, limits: DocumentLimits) -> Document | Reject:
-    if isinstance(cell, bytes):
-        try:
-            cell = cell.decode("utf-8")
-        except UnicodeDecodeError:
-            return Reject(source, row, "invalid UTF-8", excerpt(cell))
-    return judge(cell, source, row, limits)
+def _cells(column: pa.Array) -> list[bytes | None]:
+    """As bytes: pyarrow raises for the whole column when one string in it is not UTF-8."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _cell_candidate(cell: bytes | None, source: str, row: int, limits: DocumentLimits) -> Document | Reject:
+    try:
+        return judge(cell if cell is None else cell.decode("utf-8"), source, row, limits)
+    except UnicodeDecodeError:
+        return Reject(source, row, "invalid UTF-8", excerpt(cell or b""))
 
 
 def _reject(source: str, broken: Broken) -> Reject:
     return Reject(source, broken.number, broken.reason, broken.excerpt)
 
 
-def _no_column(source: str, line: int, text: str, columns: Iterator[str] | list[str] | dict) -> Reject:
-    return Reject(source, line, f"no column {text!r}", columns=tuple(excerpt(name) for name in list(columns)[:50]))
+def _no_column(source: str, line: int, text: str, columns: Iterable[str]) -> Reject:
+    return Reject(source, line, f"no column {text!r}", columns=tuple(map(excerpt, islice(columns, COLUMNS_KEPT))))
 
 
 READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {

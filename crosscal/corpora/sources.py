@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from crosscal.corpora.readers import READERS
@@ -25,7 +26,7 @@ class SourceFile:
     """Relative to what was given; this is what gets stored."""
 
     split: str | None
-    """Named by the file or one of its folders, or None."""
+    """Named by the file or the nearest of its folders, or None."""
 
     format: str | None
     """A key of `READERS`; None for a file type that is not read."""
@@ -55,39 +56,25 @@ def named_split(name: str) -> str | None:
 def _resolve_one(source: str) -> list[SourceFile | HubDataset]:
     path = Path(source).expanduser()
     if path.is_file():
-        return [_known(_source_file(path, PurePosixPath(path.name)), source)]
-    if path.is_dir():
-        files = [_source_file(file, PurePosixPath(file.relative_to(path)), path.name) for file in _walk(path)]
-        if not any(file.format for file in files):
-            raise CorpusError("no readable file in this folder", where=source, do=f"Formats: {_FORMATS}.")
-        return list(files)
-    if glob.has_magic(source):
-        return list(_matches(str(path), source))
-    if _HUB_ID.fullmatch(source) and not _format(PurePosixPath(source)):
+        files = [_source_file(path, path.parent)]
+    elif path.is_dir():
+        files = [_source_file(file, path, path.name) for file in _walk(path)]
+    elif glob.has_magic(source):
+        files = [_source_file(file, _fixed_part(path)) for file in _matches(path)]
+    elif _HUB_ID.fullmatch(source) and not _format(PurePosixPath(source)):
         name, _, config = source.partition(":")
         return [HubDataset(name, config or None)]
-    raise CorpusError("no such file, folder or hub dataset", where=source, do="Check the path.")
-
-
-def _matches(pattern: str, source: str) -> Iterator[SourceFile]:
-    paths = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-    files = [path for path in paths if path.is_file()]
-    if not files:
-        raise CorpusError("the glob matches no file", where=source, do="Check the pattern.")
-    fixed = Path(*(part for part in _fixed_parts(pattern)))
-    for path in files:
-        yield _known(_source_file(path, PurePosixPath(path.relative_to(fixed))), str(path))
-
-
-def _fixed_parts(pattern: str) -> Iterator[str]:
-    for part in Path(pattern).parent.parts:
-        if glob.has_magic(part):
-            return
-        yield part
+    else:
+        raise CorpusError("no such file, folder or hub dataset", where=source, do="Check the path.")
+    if not any(file.format for file in files):
+        raise CorpusError(
+            "no file that can be read", where=source, got=f"{len(files)} files", do=f"Formats: {_FORMATS}."
+        )
+    return list(files)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
@@ -95,17 +82,24 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _source_file(path: Path, name: PurePosixPath, folder: str = "") -> SourceFile:
-    stem = name.name[: -len("".join(_suffixes(name)))] if _format(name) else name.stem
-    nearest_first = [stem, *reversed(name.parts[:-1]), folder]
-    split = next((split for part in nearest_first if (split := named_split(part))), None)
-    return SourceFile(path, str(name), split, _format(name))
+def _unreadable(error: OSError) -> None:
+    raise CorpusError("folder cannot be read", where=str(error.filename), got=str(error.strerror))
 
 
-def _known(file: SourceFile, source: str) -> SourceFile:
-    if file.format is None:
-        raise CorpusError("not a file type that can be read", where=source, do=f"Formats: {_FORMATS}.")
-    return file
+def _matches(pattern: Path) -> Iterator[Path]:
+    return (path for match in sorted(glob.glob(str(pattern), recursive=True)) if (path := Path(match)).is_file())
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder that all matches share."""
+    return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parent.parts))
+
+
+def _source_file(path: Path, folder: Path, folder_name: str = "") -> SourceFile:
+    name = PurePosixPath(path.relative_to(folder))
+    stem = name.name.removesuffix("".join(_suffixes(name)))
+    nearest_first = (stem, *reversed(name.parts[:-1]), folder_name)
+    return SourceFile(path, str(name), next(filter(None, map(named_split, nearest_first)), None), _format(name))
 
 
 def _suffixes(name: PurePosixPath) -> list[str]:

@@ -13,6 +13,8 @@ from crosscal.corpora.limits import DocumentLimits
 from crosscal.corpora.records import Document, Reject
 from crosscal.corpora.splits import preferred
 
+COLUMNS_SHOWN = 20
+
 
 class Entry(NamedTuple):
     offset: int
@@ -58,7 +60,8 @@ class Spool:
             row = {key: value for key, value in asdict(reject).items() if value != ()}
             self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rejected[reject.reason] += 1
-        self.columns_found.update(reject.columns)
+        if len(self.columns_found) < COLUMNS_SHOWN:
+            self.columns_found.update(reject.columns)
 
     def finish(self) -> None:
         """All is taken; from here on texts are read."""
