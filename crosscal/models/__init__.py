@@ -1,1 +1,24 @@
-"""TODO"""
+"""Any Hugging Face decoder, read block by block, and compressed checkpoints of it."""
+
+from crosscal.models.checkpoint import VariantWriter, load_variant
+from crosscal.models.export import can_pack, packed_tensors, quantization_config
+from crosscal.models.sites import MatrixRef, Site, find_sites, replaced_parameters
+from crosscal.models.source import ModelSource
+from crosscal.models.walk import BlockMoments, Upstream, WalkReport, walk
+
+__all__ = [
+    "BlockMoments",
+    "MatrixRef",
+    "ModelSource",
+    "Site",
+    "Upstream",
+    "VariantWriter",
+    "WalkReport",
+    "can_pack",
+    "find_sites",
+    "load_variant",
+    "packed_tensors",
+    "quantization_config",
+    "replaced_parameters",
+    "walk",
+]

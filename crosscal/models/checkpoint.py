@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from crosscal.errors import ModelError, NotFinite
@@ -32,7 +32,7 @@ COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 class VariantWriter:
-    """One variant in one folder. Blocks may be written in any order, by several processes, and writing taken up again."""
+    """One variant in one folder. Blocks may be written in any order, by several processes, and over several tries."""
 
     def __init__(self, folder: Path, source: ModelSource) -> None:
         self.folder, self.source = folder, source
@@ -63,16 +63,21 @@ class VariantWriter:
                 raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
         dropped = {f"{key.rpartition('.')[0]}.weight" for key in packed}
         kept = {f"{name}.{key}": value for key, value in {**tensors, **packed}.items() if key not in dropped}
-        # The hub's spelling, for instance one tensor per expert: what every reader of the family understands.
-        _save(revert_weight_conversion(self._skeleton, kept), self._block_file(block))
+        # The hub's spelling, for instance one tensor per expert, is what every reader of the family understands; but in
+        # a quantized checkpoint transformers takes experts spelled so to be packed, which only linears can be here.
+        _save(kept if packed else revert_weight_conversion(self._skeleton, kept), self._block_file(block))
 
-    def read_block(self, block: int) -> dict[str, Tensor]:
-        """A written block's tensors by their names inside it, packed linears as the weights they stand for."""
+    def read_block(self, block: int, *, bits: int | None = None) -> dict[str, Tensor]:
+        """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean."""
         file, prefix = self._block_file(block), f"{self.source.block_name(block)}."
         written = Weights(dict.fromkeys(tensor_names(file), file), self._skeleton)
         stored = written.stored([key for key in written.files if key.rpartition(".")[2] in PACKED])
-        linears = {key.rpartition(".")[0] for key in stored}
-        dense = {f"{n}.weight": unpacked_weight_OI(*(stored[f"{n}.{part}"] for part in PACKED)) for n in linears}
+        dense: dict[str, Tensor] = {}
+        for linear in {key.rpartition(".")[0] for key in stored}:
+            if bits is None:
+                raise ModelError("the block was written packed; reading it takes its bits", where=str(file))
+            packed, scale_OG, shape = (stored[f"{linear}.{part}"] for part in PACKED)
+            dense[f"{linear}.weight"] = unpacked_weight_OI(packed, scale_OG, shape, bits)
         expected = set(self._skeleton.state_dict()) - set(dense)
         dense.update(written.load(lambda key: key.startswith(prefix) and key in expected))
         return {key.removeprefix(prefix): value for key, value in dense.items()}
@@ -115,22 +120,22 @@ class VariantWriter:
 def load_variant(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a checkpoint with dense weights; packed ones are unpacked. Raises `ModelError` unless every tensor was found.
-
-    transformers fills a tensor it does not find with random numbers and a warning; here that is an error.
+    """Load a checkpoint with dense weights, packed ones unpacked. Raises `ModelError` unless every tensor was found:
+    transformers fills one it does not find with random numbers and a warning.
     """
     if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    packed = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if _is_packed(config) else {}
-    model, report = AutoModelForCausalLM.from_pretrained(
+    if getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True
+    model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
         folder,
+        config=config,
         dtype=dtype or "auto",
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        **packed,
     )
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[problem]:
@@ -139,10 +144,6 @@ def load_variant(
                 f"the checkpoint does not fit its model: {problem.replace('_', ' ')}", where=str(folder), got=names
             )
     return model.eval().requires_grad_(False).to(device)
-
-
-def _is_packed(config: Any) -> bool:
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _shards(weights: Weights, keys: list[str]) -> Iterator[list[str]]:
@@ -187,10 +188,14 @@ def _write_json(file: Path, value: Any) -> None:
 
 def _settle(aside: Path, file: Path) -> None:
     """Give a written file its name once its content is on the disk: existing means complete."""
-    for path, then in ((aside, lambda: os.replace(aside, file)), (file.parent, lambda: None)):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        then()
+    _sync(aside)
+    os.replace(aside, file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -37,18 +37,15 @@ def packed_tensors(name: str, ints_OI: Tensor, scale_OG: Tensor, bits: int) -> d
     }
 
 
-def unpacked_weight_OI(packed: Tensor, scale_OG: Tensor, shape: Tensor) -> Tensor:
+def unpacked_weight_OI(packed: Tensor, scale_OG: Tensor, shape: Tensor, bits: int) -> Tensor:
     """The weights that packed tensors stand for."""
     outputs, inputs = shape.tolist()
-    fitting = [bits for bits in range(1, 9) if -(-inputs * bits // 32) == packed.shape[1]]
-    if len(fitting) != 1:
-        raise ModelError("the bits of a packed weight with fewer than 32 inputs cannot be told", got=f"{inputs} inputs")
-    ints_OI = unpack_from_int32(packed, fitting[0], torch.Size((outputs, inputs)))
+    ints_OI = unpack_from_int32(packed, bits, torch.Size((outputs, inputs)))
     return (ints_OI.view(outputs, scale_OG.shape[1], -1).to(scale_OG.dtype) * scale_OG[..., None]).view(outputs, inputs)
 
 
 def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]) -> dict[str, Any]:
-    """What `config.json` says of the format. `ignore`: every `nn.Linear` that is not quantized (see `dense_linears`)."""
+    """What `config.json` says of the format. `ignore`: every `nn.Linear` that stays dense (see `dense_linears`)."""
     weights = {
         "num_bits": bits,
         "type": "int",

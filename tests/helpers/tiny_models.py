@@ -62,11 +62,11 @@ def configs() -> dict[str, PretrainedConfig]:
 FAMILIES = tuple(configs())
 
 
-def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+def save_model(
+    family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
+) -> Path:
     """A checkpoint of a family with random weights, large enough that nothing is close to linear or to zero."""
     config = configs()[family]
-    for name, value in changes.items():
-        setattr(config, name, value)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -76,6 +76,10 @@ def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32,
             )
     model.save_pretrained(folder)
     return folder
+
+
+def _random(shape: torch.Size) -> Tensor:
+    return 0.3 * torch.randn(shape) if len(shape) > 1 else 1.0 + 0.1 * torch.randn(shape)
 
 
 def windows(count: int, *, seed: int = 0, length: int = WINDOW) -> Tensor:
