@@ -66,8 +66,12 @@ def stored_windows(store: Store, provenance: dict[str, Any], make: Callable[[], 
         tokens_SL = make()
         with store.publish(KIND, key, provenance) as folder:
             _write_windows(folder / WINDOWS, tokens_SL)
-        artifact = store.get(KIND, key)
-    return _read_windows(store.path(artifact, WINDOWS))
+    return windows_by_key(store, key)
+
+
+def windows_by_key(store: Store, key: str) -> torch.Tensor:
+    """The windows of a calibration set, [S, L]. Raises `MissingArtifact`."""
+    return _read_windows(store.path(store.get(KIND, key), WINDOWS))
 
 
 def _write_windows(path: Path, tokens_SL: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crosscal.calibration.sets import load_set
+from crosscal.calibration.sets import windows_by_key
 from crosscal.errors import MissingArtifact
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import quantization_config
@@ -102,7 +102,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
 
     done = walk(
         shop.source,
-        {key: load_set(cached.store, key).tokens_SL for key in keys},
+        {key: windows_by_key(cached.store, key) for key in keys},
         on_block=solve_next,
         upstream="sequential",
         device=shop.device,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscal.calibration.sets import load_set
+from crosscal.calibration.sets import windows_by_key
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
@@ -112,7 +112,7 @@ def collect_moments(
     found = sum(_count(cached, source.blocks) for key in missing if not missing[key])
     if not unread:
         return MomentsReport(0, found, 0, 0.0)
-    slices: Mapping[str, Tensor] = {key: load_set(cached.store, key).tokens_SL for key in unread}
+    slices: Mapping[str, Tensor] = {key: windows_by_key(cached.store, key) for key in unread}
     made = 0
 
     def keep(seen: BlockMoments) -> None:
