@@ -71,9 +71,7 @@ def save_model(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1) * 1.0
-            )
+            parameter.copy_(_random(parameter.shape) * scale)
     model.save_pretrained(folder)
     return folder
 
