@@ -1,0 +1,81 @@
+"""Write the demo's corpora and questions from its grammar, or check that the files kept here are what it writes.
+
+python data/demo/make_corpora.py            # write
+python data/demo/make_corpora.py --check    # compare, exit 1 at a difference
+"""
+
+import json
+import sys
+from pathlib import Path
+from random import Random
+
+import zstandard
+from grammar.biomedical import BIOMEDICAL
+from grammar.documents import Storyteller
+from grammar.general import GENERAL
+from grammar.legal import LEGAL
+from grammar.questions import questions
+from grammar.world import Domain
+
+HERE = Path(__file__).parent
+DOMAINS = (GENERAL, BIOMEDICAL, LEGAL)
+DOCUMENTS = {
+    "general": {"test": 120, "validation": 100, "train": 800},
+    "biomedical": {"test": 120, "validation": 100, "train": 550},
+    "legal": {"test": 120, "validation": 100, "train": 550},
+}
+QUESTIONS = 120
+
+
+def splits(domain: Domain) -> dict[str, list[str]]:
+    """The documents of each split; no document occurs twice in a domain."""
+    teller = Storyteller(domain, Random(f"{domain.name} documents"))
+    counts = DOCUMENTS[domain.name]
+    distinct: dict[str, None] = {}
+    while len(distinct) < sum(counts.values()):
+        distinct[teller.document()] = None
+    documents = iter(distinct)
+    return {split: [next(documents) for _ in range(count)] for split, count in counts.items()}
+
+
+def files() -> dict[Path, str]:
+    """Every generated file, path below this folder to text."""
+    generated = {}
+    for domain in DOMAINS:
+        for split, documents in splits(domain).items():
+            rows = [{"text": text, "source": f"crosscal-demo/{domain.name}"} for text in documents]
+            generated[Path("corpora", domain.name, f"{split}.jsonl.zst")] = _lines(rows)
+        asked = questions(domain, QUESTIONS, Random(f"{domain.name} questions"))
+        generated[Path("tasks", f"{domain.name}_facts.jsonl")] = _lines(asked)
+    return generated
+
+
+def read(path: Path) -> str:
+    """The text of a generated file, unpacked if need be."""
+    packed = path.read_bytes()
+    return (zstandard.decompress(packed) if path.suffix == ".zst" else packed).decode()
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = text.encode()
+    path.write_bytes(zstandard.compress(raw, level=19) if path.suffix == ".zst" else raw)
+
+
+def _lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def main() -> int:
+    if "--check" not in sys.argv[1:]:
+        for path, text in files().items():
+            write(HERE / path, text)
+        return 0
+    different = [str(path) for path, text in files().items() if not (HERE / path).exists() or read(HERE / path) != text]
+    for path in different:
+        print(f"{path}: not what the grammar writes", file=sys.stderr)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
