@@ -203,7 +203,7 @@ def test_temperatures():
     schedule = TemperatureSchedule(2.0, 1.0, steps=10)
     assert [schedule.at(step) for step in (0, 1, 5, 10, 11, 1000)] == pytest.approx([2.0, 1.9, 1.5, 1.0, 1.0, 1.0])
     assert {TemperatureSchedule().at(step) for step in range(20)} == {1.0}
-    for wrong in ({"initial": -0.1}, {"final": -1.0}, {"steps": 0}):
+    for wrong in ({"t_init": -0.1}, {"t_final": -1.0}, {"steps": 0}):
         with pytest.raises(UsageError):
             TemperatureSchedule(**wrong)
 

@@ -201,6 +201,15 @@ def test_sources_are_stored_without_their_place(store, tmp_path):
     assert str(tmp_path).encode() not in path.read_bytes()
 
 
+def test_relative_globs_and_folders_work(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", texts(0, 5))
+    write(tmp_path / "b" / "c.jsonl", texts(5, 9))
+    assert ingest(store, "one", ["*.jsonl"]).added_documents == 5
+    assert ingest(store, "two", ["./b/../*/*.jsonl", "a.jsonl"]).added_documents == 9
+    assert ingest(store, "three", ["b"]).added_documents == 4
+
+
 def test_kept_rejects_are_bounded_counts_are_not(store, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"broken\n" * 50 + json.dumps({"text": texts(0, 1)[0]}).encode())
     report = ingest(store, "general", [str(tmp_path / "a.jsonl")], limits=DocumentLimits(max_rejects_kept=10))

@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TemperatureSchedule:
-    """t_i = initial + (i / steps) (final - initial) for i <= steps, else final; i counts sampled tokens from 0.
+    """t_i = t_init + (i / steps) (t_final - t_init) for i <= steps, else t_final; i counts sampled tokens from 0.
 
     A temperature of 0 means the likeliest token. The paper's main results are plain sampling: 1.0 throughout.
     """
 
-    initial: float = 1.0
-    final: float = 1.0
+    t_init: float = 1.0
+    t_final: float = 1.0
     steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.initial < 0 or self.final < 0 or self.steps < 1:
+        if self.t_init < 0 or self.t_final < 0 or self.steps < 1:
             raise UsageError("temperatures are at least 0 and steps at least 1", where="temperature", got=str(self))
 
     def at(self, step: int) -> float:
         if step > self.steps:
-            return self.final
-        return self.initial + step / self.steps * (self.final - self.initial)
+            return self.t_final
+        return self.t_init + step / self.steps * (self.t_final - self.t_init)
 
 
 @dataclass(frozen=True)
