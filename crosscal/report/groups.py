@@ -23,7 +23,7 @@ Column = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Number:
-    """A mean with its uncertainty: the standard deviation over seeds where there are several, else the standard error."""
+    """A mean and its uncertainty: the deviation over seeds where there are several, else the standard error."""
 
     value: float
     error: float | None

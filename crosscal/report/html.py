@@ -12,7 +12,7 @@ from crosscal.report.files import write_whole
 from crosscal.report.groups import GENERAL, Column, Group, Number, columns_of, groups_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of
 from crosscal.report.layer_plots import layer_losses
-from crosscal.report.plots import accuracies, curves, trade_off
+from crosscal.report.plots import MOST_ROWS, accuracies, curves, left_out, trade_off
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import RunFiles, read_run
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, number_text, summary_table
@@ -28,6 +28,7 @@ class DomainSection:
     best: list[Best]
     charts: list[str]
     """SVG text."""
+    left_out: str
 
 
 def write_report(run_dir: Path) -> Path:
@@ -70,7 +71,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "layer_chart": layer_losses(files.layers, shown),
         "layer_variants": (len(shown), len({row.variant for row in files.layers})),
         "worst_layers": _worst_layers(files.layers),
-        "accuracy_chart": accuracies(groups, columns),
+        "accuracy_chart": accuracies(_taken_first(groups, sections), columns),
+        "accuracy_limit": MOST_ROWS if len(groups) > MOST_ROWS else None,
         "stages": _stages(files.run),
         "colours": COLOURS,
         "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),
@@ -89,7 +91,9 @@ def _domain_section(groups: Sequence[Group], columns: Sequence[Column], domain: 
     others = [corpus for corpus in corpora if corpus not in (GENERAL, domain) and corpus not in domains_of(groups)]
     measured = [corpus for corpus in (GENERAL, domain) if corpus in corpora] + others
     charts = [trade_off(groups, domain), *_curve_charts(groups, domain, measured)]
-    return DomainSection(domain, best_variants(groups, domain), [chart for chart in charts if chart])
+    return DomainSection(
+        domain, best_variants(groups, domain), [chart for chart in charts if chart], left_out(groups, domain)
+    )
 
 
 def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence[str]) -> list[str]:
@@ -111,6 +115,12 @@ def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) 
     best = [max(section.best, key=lambda found: found.special.value).group for section in sections if section.best]
     chosen = [group.variants[0] for group in [*best, *groups] if group.relative_loss is not None]
     return list(dict.fromkeys(chosen))[: max(1, min(MOST_LAYER_VARIANTS, len(sections) or 2))]
+
+
+def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[Group]:
+    """The dense model, the groups taken for some domain, then the others."""
+    taken = {best.group.name for section in sections for best in section.best}
+    return sorted(groups, key=lambda group: (not group.is_dense, group.name not in taken))
 
 
 def _worst_layers(layers: Sequence[LayerRow]) -> list[LayerRow]:

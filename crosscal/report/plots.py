@@ -13,7 +13,7 @@ from crosscal.report.groups import GENERAL, Column, Group
 MOST_LEVELS = 5
 MOST_FLAVOURS = 6
 MOST_ALPHAS = 6
-MOST_BARS = 24
+MOST_ROWS = 24
 
 
 def trade_off(groups: Sequence[Group], domain: str) -> str | None:
@@ -50,7 +50,8 @@ def _trade_off_panel(
         if flavour in flavours:
             look = flavours.index(flavour)
             x, y = zip(*(_point(group, domain) for group in line), strict=True)
-            axis.plot(x, y, marker=MARKERS[look], color=COLOURS[look])
+            x_sd, y_sd = ([_sd(group, corpus) for group in line] for corpus in (GENERAL, domain))
+            axis.errorbar(x, y, y_sd, x_sd, marker=MARKERS[look], color=COLOURS[look], elinewidth=0.8)
         for group in (group for group in line if annotate and group.alpha is not None):
             axis.annotate(
                 f"{group.alpha:g}", _point(group, domain), xytext=(5, 4), textcoords="offset points", fontsize=8
@@ -100,9 +101,9 @@ def _curve(axis: Any, line: Sequence[Group], corpus: str, axis_name: str, marker
 
 
 def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None:
-    """Accuracy of each variant on each task, one panel a task."""
+    """Accuracy of the first MOST_ROWS groups on each task, one panel a task."""
     columns = [column for column in columns if column[2] == "acc"]
-    shown = [group for group in groups if any(column in group.numbers for column in columns)][:MOST_BARS]
+    shown = [group for group in groups if any(column in group.numbers for column in columns)][:MOST_ROWS]
     if not shown:
         return None
     with drawing("accuracies"):
@@ -119,6 +120,18 @@ def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None
         return svg_of(figure)
 
 
+def left_out(groups: Sequence[Group], domain: str | None) -> str:
+    """What the charts of one domain do not show, as a sentence; empty where they show everything."""
+    mixed = mixed_with(groups, domain)
+    counts = (
+        ("levels by themselves", MOST_LEVELS, len({group.level for group in mixed})),
+        ("methods", MOST_FLAVOURS, len({group.flavour for group in mixed})),
+        ("values of α in the curves", MOST_ALPHAS, len({group.alpha for group in mixed} - {None})),
+    )
+    parts = [f"{most} of {count} {what}" for what, most, count in counts if count > most]
+    return f"Drawn are only {', '.join(parts)}; the table has all." if parts else ""
+
+
 def mixed_with(groups: Sequence[Group], domain: str | None) -> list[Group]:
     """The compressed groups whose data were the general corpus, `domain`, or both."""
     return [group for group in groups if not group.is_dense and group.domains <= ({domain} if domain else set())]
@@ -133,6 +146,13 @@ def _point(group: Group, domain: str) -> tuple[float, float]:
     assert general, "groups without a general perplexity are left out before"
     assert special, "groups without a domain perplexity are left out before"
     return general.value, special.value
+
+
+def _sd(group: Group, corpus: str) -> float:
+    """Standard deviation over seeds. One seed has none to show: variants share their windows, so the standard error
+    over windows says little about their differences."""
+    number = group.perplexity(corpus)
+    return number.error or 0.0 if number and number.seeds > 1 else 0.0
 
 
 def _amount(group: Group, axis_name: str) -> float | None:
@@ -185,8 +205,7 @@ def _front_handles(dense: Sequence[Group]) -> list[Any]:
 def _curve_handles(flavours: Sequence[str], alphas: Sequence[float | None], dense: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    marks = {"color": INK, "linestyle": "none"}
-    handles = [Line2D([], [], marker=MARKERS[i], label=name, **marks) for i, name in enumerate(flavours)]
+    handles = [Line2D([], [], marker=m, color=INK, ls="none", label=f) for f, m in zip(flavours, MARKERS, strict=False)]
     names = ["no data" if alpha is None else f"α = {alpha:g}" for alpha in alphas]
     handles += [Line2D([], [], color=_alpha_colour(a), label=name) for a, name in zip(alphas, names, strict=True)]
     if dense:

@@ -1,0 +1,95 @@
+"""A run directory with made-up numbers, in whatever shape a report may meet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosscal.report import LayerRow, ResultRow, write_rows
+
+DENSE = {"general": 80.0, "biomedical": 50.0, "legal": 25.0, "wikitext2": 200.0}
+
+
+def result(variant: str = "dense", **changes: Any) -> ResultRow:
+    """One perplexity of the dense model, or whatever `changes` make of it."""
+    fields: dict[str, Any] = {
+        "variant": variant,
+        "method": "dense",
+        "setting": {},
+        "upstream": "dense",
+        "mixture": {},
+        "corpus_or_task": "general",
+        "split": "test",
+        "metric": "perplexity",
+        "value": 80.0,
+        "stderr": 2.0,
+        "tokens": 1000,
+        "seed": None,
+        "model": "models/tiny",
+        "device": "cpu",
+        "seconds": 1.0,
+    }
+    return ResultRow(**{**fields, **changes})
+
+
+def layer(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:
+    """One solved matrix."""
+    fields: dict[str, Any] = {
+        "layer": f"model.layers.{block}.{matrix}" if block is not None else matrix,
+        "site": "mlp.in",
+        "method": "sparsegpt",
+        "setting": {"sparsity": 0.5},
+        "loss": 3.0,
+        "relative_loss": 0.03,
+        "heldout_relative_loss": 0.04,
+        "sparsity": 0.5,
+        "bits": None,
+        "damping": 0.01,
+        "dead_inputs": 0,
+        "tokens": 32768,
+        "seconds": 0.1,
+    }
+    return LayerRow(variant=variant, block=block, **{**fields, **changes})
+
+
+def sweep(
+    *,
+    corpora: Sequence[str] = ("general", "biomedical"),
+    settings: Sequence[tuple[str, dict[str, Any]]] = (("sparsegpt", {"sparsity": 0.5}), ("gptq", {"bits": 4})),
+    alphas: Sequence[float] = (0.0, 0.5, 1.0),
+    domain: str = "biomedical",
+    seeds: Sequence[int] = (0,),
+) -> list[ResultRow]:
+    """A dense model and one variant for each setting, alpha and seed, measured on every corpus."""
+    rows = [result(corpus_or_task=corpus, value=DENSE.get(corpus, 90.0)) for corpus in corpora]
+    for number, (method, setting) in enumerate(settings):
+        for alpha in alphas:
+            mixture = {name: weight for name, weight in (("general", 1 - alpha), (domain, alpha)) if weight}
+            for seed in seeds:
+                name = f"{method}{number}-{domain}-a{alpha:g}" + (f"-s{seed}" if len(seeds) > 1 else "")
+                for corpus in corpora:
+                    worse = 1 + 0.1 * (number + 1) + (0.05 * alpha if corpus == "general" else 0.05 * (1 - alpha))
+                    rows.append(
+                        result(
+                            name,
+                            method=method,
+                            setting=setting,
+                            mixture=mixture,
+                            corpus_or_task=corpus,
+                            value=DENSE.get(corpus, 90.0) * worse + 0.1 * seed,
+                            seed=seed,
+                        )
+                    )
+    return rows
+
+
+def write_run(folder: Path, results: Sequence[ResultRow], layers: Sequence[LayerRow] = (), **run: Any) -> Path:
+    """Write the files that are given, and only those; returns the folder."""
+    write_rows(folder / "results.jsonl", results)
+    if layers:
+        write_rows(folder / "layers.jsonl", layers)
+    if run:
+        (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    return folder

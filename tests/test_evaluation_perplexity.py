@@ -1,0 +1,138 @@
+"""Laws of perplexity: it is what a slow token-by-token loop says, however the windows are batched."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
+
+import crosscal.evaluation.likelihood as room
+from crosscal.errors import EvaluationError
+from crosscal.evaluation import perplexity, window_nll, windows_of
+
+ROUNDOFF_F32 = 1e-5
+
+
+def windows(count: int = 5, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 400, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def slow_nll(model, tokens_SL: torch.Tensor) -> np.ndarray:
+    """One forward pass for each predicted token, in float64."""
+    model = model.double()
+    nll_S = []
+    for tokens_L in tokens_SL:
+        total = 0.0
+        for position in range(1, len(tokens_L)):
+            with torch.no_grad():
+                logits_V = model(input_ids=tokens_L[None, :position]).logits[0, -1]
+            total -= (logits_V[tokens_L[position]] - logits_V.logsumexp(0)).item()
+        nll_S.append(total)
+    return np.array(nll_S)
+
+
+def test_equals_a_loop_over_tokens() -> None:
+    tokens_SL = windows()
+    expected_S = slow_nll(tiny_llama(), tokens_SL)
+    measured = perplexity(tiny_llama(), tokens_SL, name="general", split="test", device="cpu")
+    mean_S = expected_S / 11
+    assert measured.value == pytest.approx(math.exp(mean_S.mean()), rel=ROUNDOFF_F32)
+    assert measured.stderr == pytest.approx(math.exp(mean_S.mean()) * np.std(mean_S, ddof=1) / math.sqrt(5), rel=1e-4)
+    assert (measured.corpus_or_task, measured.split, measured.metric) == ("general", "test", "perplexity")
+    assert measured.tokens == 60
+    np.testing.assert_allclose(window_nll(tiny_llama(), tokens_SL, device="cpu"), expected_S, rtol=ROUNDOFF_F32)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, 25, 10_000])
+def test_batches_do_not_matter(batch_tokens: int) -> None:
+    model, tokens_SL = tiny_llama(), windows()
+    whole_S = window_nll(model, tokens_SL, device="cpu")
+    torch.testing.assert_close(
+        window_nll(model, tokens_SL, device="cpu", batch_tokens=batch_tokens), whole_S, rtol=ROUNDOFF_F32, atol=0
+    )
+
+
+def test_softmax_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens_SL = tiny_llama(), windows()
+    whole_S = window_nll(model, tokens_SL, device="cpu")
+    monkeypatch.setattr(room, "SOFTMAX_ENTRIES", 3 * 400)
+    torch.testing.assert_close(window_nll(model, tokens_SL, device="cpu"), whole_S, rtol=ROUNDOFF_F32, atol=0)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    measured = perplexity(model, windows(), name="general", split="test", device="cpu")
+    assert measured.value == pytest.approx(400, rel=ROUNDOFF_F32)
+    assert measured.stderr == pytest.approx(0, abs=1e-2)
+
+
+def test_one_window_has_no_standard_error() -> None:
+    assert perplexity(tiny_llama(), windows(1), name="general", split="test", device="cpu").stderr is None
+
+
+def test_the_model_keeps_its_mode() -> None:
+    model = tiny_llama().train()
+    window_nll(model, windows(), device="cpu")
+    assert model.training
+
+
+def test_damaged_weights_are_an_error_that_names_the_corpus() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(EvaluationError, match=r"biomedical \(test\): the perplexity is not finite"):
+        perplexity(model, windows(), name="biomedical", split="test", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens_SL", "message"),
+    [
+        (torch.zeros(0, 8, dtype=torch.int64), "nothing to predict"),
+        (torch.zeros(3, 1, dtype=torch.int64), "nothing to predict"),
+        (torch.zeros(1, 129, dtype=torch.int64), "129 tokens, 128 positions"),
+        (torch.full((1, 8), 400), "ids from 400 to 400, 400 embeddings"),
+        (torch.full((1, 8), -1), "outside the model's vocabulary"),
+    ],
+)
+def test_windows_that_do_not_fit_the_model(tokens_SL: torch.Tensor, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        window_nll(tiny_llama(), tokens_SL, device="cpu")
+
+
+def test_windows_are_the_documents_joined_and_cut() -> None:
+    tokenizer = tiny_tokenizer()
+    stream = [token for text in SENTENCES for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    tokens_SL = windows_of(iter(SENTENCES), tokenizer, 8)
+    assert tokens_SL.dtype == torch.int64
+    assert tokens_SL.flatten().tolist() == stream[: len(stream) // 8 * 8]
+    assert stream[0] == tokenizer.bos_token_id
+    assert stream.count(tokenizer.eos_token_id) == len(SENTENCES)
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 7])
+def test_fewer_windows_are_spread_over_all_documents(wanted: int) -> None:
+    tokenizer = tiny_tokenizer()
+    whole_SL = windows_of(SENTENCES * 3, tokenizer, 8)
+    chosen_SL = windows_of(SENTENCES * 3, tokenizer, 8, wanted)
+    assert chosen_SL.tolist() == [whole_SL[i * len(whole_SL) // wanted].tolist() for i in range(wanted)]
+
+
+def test_more_windows_than_there_are() -> None:
+    tokenizer = tiny_tokenizer()
+    assert windows_of(SENTENCES, tokenizer, 8, 10_000).equal(windows_of(SENTENCES, tokenizer, 8))
+
+
+@pytest.mark.parametrize("texts", [[], ["short"]])
+def test_too_little_text(texts: list[str]) -> None:
+    with pytest.raises(EvaluationError, match="not enough text for one window"):
+        windows_of(texts, tiny_tokenizer(), 64)
+
+
+def test_without_special_tokens() -> None:
+    tokenizer = tiny_tokenizer(begin=False, end=False)
+    expected = [token for text in SENTENCES for token in tokenizer(text)["input_ids"]]
+    assert windows_of(SENTENCES, tokenizer, 8).flatten().tolist() == expected[: len(expected) // 8 * 8]

@@ -1,0 +1,172 @@
+"""The page: for every shape of run, complete, self-contained, inert and the same each time."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from helpers.made_up_run import layer, result, sweep, write_run
+
+from crosscal.errors import UsageError
+from crosscal.report import ResultRow, write_report
+
+EVIL = '<script>alert("$x_1$")</script>'
+
+
+def accuracies(rows: list[ResultRow]) -> list[ResultRow]:
+    """A task's row for each variant."""
+    firsts = {row.variant: row for row in rows}.values()
+    return [
+        result(
+            row.variant,
+            method=row.method,
+            setting=row.setting,
+            mixture=row.mixture,
+            seed=row.seed,
+            corpus_or_task="facts",
+            metric="acc",
+            value=0.4,
+            stderr=0.05,
+        )
+        for row in firsts
+    ]
+
+
+def all_layers(rows: list[ResultRow]) -> list:
+    variants = dict.fromkeys(row.variant for row in rows if row.method != "dense")
+    inside = [
+        layer(variant, block, matrix, dead_inputs=block, fallback="keep-dense" if block == 1 else None)
+        for variant in variants
+        for block in range(2)
+        for matrix in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    return [*inside, *(layer(variant, None, "lm_head") for variant in variants)]
+
+
+SWEEP = sweep()
+MANY = sweep(
+    settings=[("sparsegpt", {"sparsity": s / 40}) for s in range(10, 30)]
+    + [(f"m{i}", {"bits": 2 + i}) for i in range(8)],
+    alphas=[i / 8 for i in range(9)],
+)
+SHAPES: dict[str, tuple[list, list, dict]] = {
+    "dense only": ([result()], [], {}),
+    "one corpus": (sweep(corpora=("general",), alphas=(0.0,)), [], {}),
+    "domain never measured": (sweep(corpora=("general",), domain="self"), [], {}),
+    "no general corpus": (sweep(corpora=("biomedical",), alphas=(1.0,)), [], {}),
+    "sweep without layers": (SWEEP, [], {}),
+    "sweep": (SWEEP + accuracies(SWEEP), all_layers(SWEEP), {"stages": {"solve": 2.0}, "notes": ["3 rows rejected"]}),
+    "seeds": (sweep(seeds=(0, 1, 2)), all_layers(sweep(seeds=(0, 1, 2))), {}),
+    "other corpora": (sweep(corpora=("general", "biomedical", "wikitext2")), [], {}),
+    "no data needed": ([*SWEEP, result("rtn", method="rtn", setting={"bits": 4}, value=90.0)], [], {}),
+    "sparsities": (sweep(settings=[("wanda", {"sparsity": s}) for s in (0.5, 0.6, "2:4")]), [], {}),
+    "no time passed": (SWEEP, [], {"stages": {"solve": 0.0}, "cache": {"hits": 0, "misses": 0}}),
+    "one sample without a corpus": (SWEEP, [], {"samples": ["a text"], "versions": {"torch": "2.13.0"}}),
+    "strange names": (
+        [*sweep(corpora=("general", EVIL), domain=EVIL), result(EVIL), result("$x$ {{ 7 * 7 }} _y")],
+        [layer(EVIL, 0, EVIL, fallback=EVIL)],
+        {"notes": [EVIL], "samples": [{"corpus": EVIL, "text": EVIL}], "device": EVIL, "stages": {EVIL: 1.0}},
+    ),
+    "skipped task": ([result(), result(corpus_or_task="arc", value=None, stderr=None, skipped="no network")], [], {}),
+    "hundreds": (MANY + accuracies(MANY), [], {}),
+}
+
+
+class Page(HTMLParser):
+    """Text and tags of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.links = "", set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_run(tmp_path: Path, shape: str) -> None:
+    results, layers, run = SHAPES[shape]
+    path = write_report(write_run(tmp_path, results, layers, **run))
+    assert path == tmp_path / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    for row in results:
+        assert row.variant in page.text
+        assert row.corpus_or_task in page.text
+    assert all(link.startswith(("#", "data:image/png;")) for link in page.links)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "img"}
+    assert not re.search(r"@import|url\((?!['\"]?#)", text)
+    assert "None" not in page.text
+    assert "nan" not in re.findall(r"[a-z]+", page.text)
+
+
+@pytest.mark.parametrize("shape", ["sweep", "seeds", "strange names"])
+def test_the_same_files_give_the_same_bytes(tmp_path: Path, shape: str) -> None:
+    results, layers, run = SHAPES[shape]
+    first, second = (write_run(tmp_path / name, results, layers, **run) for name in "ab")
+    assert write_report(first).read_bytes() == write_report(second).read_bytes()
+    assert write_report(first).read_bytes() == write_report(second).read_bytes()
+
+
+def test_it_says_what_happened(tmp_path: Path) -> None:
+    run = {
+        "stages": {"moments": 90.0, "solve": 30.5},
+        "cache": {"hits": 3, "misses": 1},
+        "calibration_tokens_read": 65536,
+        "peak_rss_bytes": 2_340_000_000,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc123",
+        "notes": ["12 rows rejected"],
+        "samples": [{"corpus": "law", "text": "It is written."}],
+    }
+    skipped = result(corpus_or_task="arc", value=None, stderr=None, skipped="no network")
+    folder = write_run(tmp_path, [*SWEEP, skipped], all_layers(SWEEP), **run)
+    (folder / "plan.yaml").write_text("model: models/<tiny>\n", encoding="utf-8")
+    text = re.sub(r"\s+", " ", Page(write_report(folder).read_text(encoding="utf-8")).text)
+    for expected in (
+        "3 of 4 artifacts came from the store",
+        "65,536 calibration tokens",
+        "1 min 30 s",
+        "2.34 GB",
+        "torch 2.13.0",
+        "abc123",
+        "12 rows rejected",
+        "It is written.",
+        "arc was skipped: no network",
+        "12 matrices solved with a fallback",
+        "model: models/<tiny>",
+        "7 variants",
+    ):
+        assert expected in text
+
+
+def test_charts_too_large_say_what_they_leave_out(tmp_path: Path) -> None:
+    results, layers, run = SHAPES["hundreds"]
+    text = Page(write_report(write_run(tmp_path, results, layers, **run)).read_text(encoding="utf-8")).text
+    assert "Drawn are only 5 of 28 levels by themselves, 6 of 9 methods, 6 of 9 values of α in the curves" in text
+    assert "the dense model and 23 variants" in text
+
+
+def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    write_report(write_run(tmp_path, SWEEP))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no results\.jsonl here"):
+        write_report(tmp_path)
+    write_run(tmp_path, SWEEP)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"run\.json: not JSON"):
+        write_report(tmp_path)

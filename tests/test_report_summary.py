@@ -1,0 +1,149 @@
+"""Groups, table and headline: seeds together, the best of each level, the stated rule."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from helpers.made_up_run import layer, result, sweep
+
+from crosscal.report.groups import columns_of, groups_of, level_of, sparsity_of
+from crosscal.report.headline import SLACK, best_variants, domains_of
+from crosscal.report.table import mixture_text, number_text, rich_table, summary_table
+
+
+def test_seeds_are_one_group_with_mean_and_deviation() -> None:
+    rows = sweep(seeds=(0, 1, 5), alphas=(0.5,), settings=(("sparsegpt", {"sparsity": 0.5}),))
+    dense, group = groups_of(rows, [])
+    values = [row.value for row in rows if row.method == "sparsegpt" and row.corpus_or_task == "general"]
+    found = group.perplexity("general")
+    assert found is not None
+    assert (found.value, found.error, found.seeds) == pytest.approx((np.mean(values), np.std(values, ddof=1), 3))
+    assert group.name == "sparsegpt0-biomedical-a0.5"
+    assert group.variants == tuple(f"sparsegpt0-biomedical-a0.5-s{seed}" for seed in (0, 1, 5))
+    dense_number = dense.perplexity("general")
+    assert dense_number is not None
+    assert (dense_number.error, dense_number.seeds) == (2.0, 1)
+
+
+def test_variants_that_differ_in_name_alone_stay_apart() -> None:
+    rows = [result(name, method="gptq", setting={"bits": 4}, seed=0) for name in ("gptq-w4", "gptq-w4-tracenorm")]
+    assert [group.name for group in groups_of(rows, [])] == ["gptq-w4", "gptq-w4-tracenorm"]
+
+
+def test_a_flavour_says_what_tells_groups_apart() -> None:
+    settings = [{"bits": 4, "damping": 0.01}, {"bits": 4, "damping": 0.1}, {"bits": 3, "damping": 0.01}]
+    rows = [result(f"g{i}", method="gptq", setting=setting) for i, setting in enumerate(settings)]
+    rows.append(result("w", method="wanda", setting={"sparsity": 0.5, "damping": 0.3}))
+    assert [g.flavour for g in groups_of(rows, [])] == [
+        "gptq, damping 0.01",
+        "gptq, damping 0.1",
+        "gptq, damping 0.01",
+        "wanda",
+    ]
+    rows = [
+        result(f"s{i}", method="sparsegpt", upstream=upstream) for i, upstream in enumerate(("dense", "sequential"))
+    ]
+    assert [group.flavour for group in groups_of(rows, [])] == ["sparsegpt, dense", "sparsegpt, sequential"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "level", "sparsity"),
+    [
+        ({"sparsity": 0.55, "damping": 0.01}, "55 % sparsity", 0.55),
+        ({"sparsity": "2:4"}, "2:4 sparsity", 0.5),
+        ({"sparsity": "1:4"}, "1:4 sparsity", 0.75),
+        ({"bits": 4, "group_size": 128}, "4 bits g128", None),
+        ({"bits": 3, "group_size": None}, "3 bits", None),
+        ({"rank": 8}, "rank 8", None),
+        ({}, "", None),
+    ],
+)
+def test_levels(setting: dict, level: str, sparsity: float | None) -> None:
+    assert level_of(setting) == level
+    assert sparsity_of(setting) == sparsity
+
+
+def test_the_best_of_each_level_is_marked() -> None:
+    rows = sweep(alphas=(0.0, 1.0))
+    table = summary_table(groups_of(rows, []), columns_of(rows))
+    assert table.headers == ("variant", "method", "level", "mixture", "general perplexity", "biomedical perplexity")
+    best = {
+        (row[0].text, header)
+        for row in table.rows
+        for header, cell in zip(table.headers, row, strict=True)
+        if cell.best
+    }
+    assert best == {
+        (f"{method}-biomedical-a{alpha}", f"{corpus} perplexity")
+        for method in ("sparsegpt0", "gptq1")
+        for alpha, corpus in ((0, "general"), (1, "biomedical"))
+    }
+
+
+def test_accuracies_are_percent_and_the_highest_is_best() -> None:
+    shared = {"method": "gptq", "setting": {"bits": 4}, "corpus_or_task": "facts", "metric": "acc"}
+    rows = [result("low", value=0.25, stderr=0.043, **shared), result("high", value=0.5, stderr=None, **shared)]
+    table = summary_table(groups_of(rows, []), columns_of(rows))
+    assert [(row[-1].text, row[-1].best) for row in table.rows] == [("25 ± 4.3 %", False), ("50 %", True)]
+
+
+def test_losses_are_means_over_matrices() -> None:
+    layers = [layer("v", 0, "a", relative_loss=0.1), layer("v", 1, "a", relative_loss=0.3, heldout_relative_loss=None)]
+    rows = [result("v", method="sparsegpt")]
+    (group,) = groups_of(rows, layers)
+    assert (group.relative_loss, group.heldout_relative_loss) == pytest.approx((0.2, 0.04))
+    (row,) = summary_table([group], columns_of(rows)).rows
+    assert [cell.text for cell in row[-2:]] == ["20 %", "4 %"]
+
+
+def test_the_terminal_shows_names_as_they_are() -> None:
+    from rich.console import Console
+
+    rows = [result("[red]v[/red]", corpus_or_task="[bold]general")]
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(rich_table(summary_table(groups_of(rows, []), columns_of(rows))))
+    assert "[red]v[/red]" in stream.getvalue()
+    assert "[bold]general perplexity" in stream.getvalue()
+
+
+def test_texts() -> None:
+    assert mixture_text({"biomedical": 0.25, "general": 0.75}) == "0.75 general + 0.25 biomedical"
+    assert mixture_text({"general": 0.0, "biomedical": 1.0}) == "biomedical"
+    assert mixture_text({}) == "–"
+    assert number_text(None, "perplexity") == "–"
+
+
+def points(*perplexities: tuple[float, float]) -> list:
+    return [
+        result(
+            f"v{i}", method="sparsegpt", setting={"sparsity": 0.5}, mixture=mixture, corpus_or_task=corpus, value=value
+        )
+        for i, pair in enumerate(perplexities)
+        for mixture in [{"general": 1 - i / 10, "law": i / 10} if i else {"general": 1.0}]
+        for corpus, value in zip(("general", "law"), pair, strict=True)
+    ]
+
+
+def test_the_stated_rule_chooses() -> None:
+    groups = groups_of(points((100, 60), (104, 55), (100 * (1 + SLACK), 52), (100 * (1 + SLACK) + 1, 40)), [])
+    assert domains_of(groups) == ["law"]
+    (best,) = best_variants(groups, "law")
+    assert best.group.name == "v2"
+    assert best.change == pytest.approx(52 / 60 - 1)
+
+
+def test_a_dominated_variant_is_never_chosen() -> None:
+    (best,) = best_variants(groups_of(points((100, 60), (101, 61)), []), "law")
+    assert (best.group.name, best.change) == ("v0", None)
+
+
+def test_levels_are_chosen_for_separately_and_other_domains_stay_out() -> None:
+    rows = [*sweep(), *sweep(domain="legal", corpora=("general", "biomedical"), alphas=(1.0,))]
+    found = best_variants(groups_of(rows, []), "biomedical")
+    assert [(best.level, best.group.domains <= {"biomedical"}) for best in found] == [
+        ("50 % sparsity", True),
+        ("4 bits", True),
+    ]
+    assert best_variants(groups_of(rows, []), "legal") == []
