@@ -97,7 +97,19 @@ def test_a_lost_tensor_is_not_replaced_by_random_numbers(tmp_path: Path) -> None
     tensors = load_file(shard)
     del tensors[lost]
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"missing keys \(got {lost}\)"):
+    with pytest.raises(ModelError, match=rf"not in the checkpoint \(got {lost}\)"):
+        load_variant(tmp_path / "variant")
+
+
+def test_a_damaged_variant_is_a_clear_error(tmp_path: Path) -> None:
+    write_unchanged(ModelSource.open(save_model("llama", tmp_path / "model")), tmp_path / "variant")
+    shard = tmp_path / "variant" / "block-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_variant(tmp_path / "variant")
+    shard.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
         load_variant(tmp_path / "variant")
 
 

@@ -64,6 +64,15 @@ def test_float32_is_close_to_float64(family: str, tmp_path: Path) -> None:
         assert float((moments.gram_II - expected).norm()) <= ROUNDOFF_F32 * float(expected.norm()), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_a_gpu_gives_the_same(family: str, tmp_path: Path) -> None:
+    source, slices = ModelSource.open(save_model(family, tmp_path / "model")), {"all": windows(4)}
+    there, here = (collect(source, slices, dtype=torch.float64, device=device)["all"] for device in ("cuda", "cpu"))
+    assert_same(there, here, ROUNDOFF_F64)
+
+
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """Its blocks differ in their masks, so batches of other shapes must not get another block's."""
@@ -168,6 +177,7 @@ def test_nothing_runs_after_the_last_wanted_block(gemma: ModelSource) -> None:
         gemma, {"all": windows(2)}, on_block=lambda found: None, wanted=lambda block: block < 2,
         progress=lambda name, done, total: steps.append(f"{name} {done}/{total}"),
     )  # fmt: skip
+    assert walk(gemma, {"all": windows(2)}, on_block=lambda found: None, wanted=lambda block: False).blocks == 0
     assert steps == ["model.layers.0 1/2", "model.layers.1 2/2"]
     assert (report.blocks, report.tokens) == (2, 48)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -24,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from crosscal.errors import ModelError, NotFinite
 from crosscal.models.export import PACKED, dense_linears, unpacked_weight_OI
 from crosscal.models.source import ModelSource
-from crosscal.models.weights import INDEX, Weights, tensor_names
+from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
 
 SHARD_BYTES = 2**30
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -125,24 +126,24 @@ def load_variant(
     """
     if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if getattr(config, "quantization_config", None):
-        config.quantization_config["dequantize"] = True
-    model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-        folder,
-        config=config,
-        dtype=dtype or "auto",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[problem]:
-            names = ", ".join(str(key) for key in sorted(report[problem])[:4])
-            raise ModelError(
-                f"the checkpoint does not fit its model: {problem.replace('_', ' ')}", where=str(folder), got=names
-            )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None):
+            config.quantization_config["dequantize"] = True
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError("the checkpoint cannot be loaded", where=str(folder), got=str(error), do=AGAIN) from error
+    lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
+    if lost:
+        raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))
     return model.eval().requires_grad_(False).to(device)
 
 

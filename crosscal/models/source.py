@@ -80,7 +80,7 @@ class ModelSource:
     @cached_property
     def blocks(self) -> int:
         """How many decoder blocks the model has."""
-        return len(find_blocks(self._layout)[1])
+        return len(find_blocks(self.weights.model)[1])
 
     @property
     def max_positions(self) -> int | None:
@@ -117,7 +117,7 @@ class ModelSource:
 
     def block_name(self, block: int) -> str:
         """E.g. `model.layers.3`."""
-        return f"{find_blocks(self._layout)[0]}.{block}"
+        return f"{self._blocks_name}.{block}"
 
     def load_block(
         self, block: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -131,8 +131,8 @@ class ModelSource:
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """What runs before the blocks (embeddings) and after them (norm), without the output head."""
-        head = self._layout.get_output_embeddings()
-        skipped = [f"{name}." for name, module in self._layout.named_modules() if module is head]
+        head = self.weights.model.get_output_embeddings()
+        skipped = [f"{name}." for name, module in self.weights.model.named_modules() if module is head]
         return self.weights.load(
             lambda name: self.is_outside(name) and not any(name.startswith(prefix) for prefix in skipped),
             dtype=dtype,
@@ -141,11 +141,11 @@ class ModelSource:
 
     def is_outside(self, name: str) -> bool:
         """Whether a tensor of the model belongs to no block."""
-        return not name.startswith(f"{find_blocks(self._layout)[0]}.")
+        return not name.startswith(f"{self._blocks_name}.")
 
-    @property
-    def _layout(self) -> PreTrainedModel:
-        return self.weights.model
+    @cached_property
+    def _blocks_name(self) -> str:
+        return find_blocks(self.weights.model)[0]
 
 
 def place_buffers(module: nn.Module, device: torch.device | str) -> None:

@@ -88,18 +88,19 @@ def walk(
     _check_windows(source, slices)
     chosen = [block for block in range(source.blocks) if wanted is None or wanted(block)]
     blocks = max(chosen, default=-1) + 1
+    if not blocks:
+        return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
         run = _enter(source, slices, stack, _Numbers(torch.device(device), dtype, batch_tokens), spill_to)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
-        ahead = read(0) if blocks else None
+        ahead = read(0)
         for index in range(blocks):
-            assert ahead is not None, "the first block's weights were asked for"
-            weights, ahead = ahead.result(), read(index + 1) if index + 1 < blocks else None
+            weights = ahead.result()
+            if index + 1 < blocks:
+                ahead = read(index + 1)
             with attached(run.blocks[index], weights):
-                _one_block(
-                    run, index, source.block_name(index), on_block, upstream, index in chosen, index + 1 == blocks
-                )
+                _one_block(run, index, upstream, on_block, is_wanted=index in chosen, is_last=index + 1 == blocks)
             del weights
             if progress:
                 progress(source.block_name(index), index + 1, blocks)
@@ -121,6 +122,7 @@ class _Numbers:
 class _Run:
     """What stays the same, and the hidden states, which do not."""
 
+    source: ModelSource
     blocks: nn.ModuleList
     calls: BlockCalls
     hidden: Mapping[str, Tensor]
@@ -141,6 +143,10 @@ class _Run:
                 got=str(self.numbers.dtype),
                 do="Compute in float32 or bfloat16; if they still are not, the checkpoint is damaged.",
             )
+
+    def pass_on(self, index: int) -> None:
+        for slice_name in self.hidden:
+            self.forward(index, slice_name, keep_outputs=True)
 
     def find_sites(self, index: int) -> tuple[Site, ...]:
         hidden_SLD = next(iter(self.hidden.values()))
@@ -164,29 +170,25 @@ class _Run:
         return call.run(self.blocks[index], hidden_BLD.to(self.numbers.device, copy=True))
 
 
-def _one_block(
-    run: _Run, index: int, name: str, on_block: OnBlock, upstream: Upstream, is_wanted: bool, is_last: bool
-) -> None:
+def _one_block(run: _Run, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool) -> None:
     dense, block = upstream == "dense", run.blocks[index]
-    if dense and not is_wanted:
-        for slice_name in run.hidden:
-            run.forward(index, slice_name, keep_outputs=True)
-        return
-    sites = run.find_sites(index) if is_wanted else ()
-    moments = (
-        {part: run.accumulate(index, part, sites, keep_outputs=dense and not is_last) for part in run.hidden}
-        if is_wanted
-        else {}
-    )
-    changed = on_block(BlockMoments(index, name, sites, moments, dict(block.named_parameters())))
-    assert not (dense and changed), "a dense walk hands on the dense model's outputs"
-    if dense or is_last:
-        return
-    with attached(
-        block, {key: value.to(run.numbers.device, run.numbers.dtype) for key, value in (changed or {}).items()}
-    ):
-        for slice_name in run.hidden:
-            run.forward(index, slice_name, keep_outputs=True)
+    sites, moments = (), {}
+    if is_wanted:
+        sites = run.find_sites(index)
+        keep_outputs = dense and not is_last
+        moments = {name: run.accumulate(index, name, sites, keep_outputs=keep_outputs) for name in run.hidden}
+    elif dense:
+        run.pass_on(index)
+    changed: Mapping[str, Tensor] | None = None
+    if is_wanted or not dense:
+        name = run.source.block_name(index)
+        changed = on_block(BlockMoments(index, name, sites, moments, dict(block.named_parameters())))
+        assert not (dense and changed), "a dense walk hands on the dense model's outputs"
+    if not dense and not is_last:
+        # Rounded as the checkpoint will store it: the next block sees what the compressed model gives.
+        stored = {key: value.to(run.source.dtype) for key, value in (changed or {}).items()}
+        with attached(block, {key: value.to(run.numbers.device, run.numbers.dtype) for key, value in stored.items()}):
+            run.pass_on(index)
 
 
 def _enter(
@@ -203,7 +205,7 @@ def _enter(
         hidden = stack.enter_context(
             hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
         )
-    return _Run(blocks, calls, hidden, numbers)
+    return _Run(source, blocks, calls, hidden, numbers)
 
 
 def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:
