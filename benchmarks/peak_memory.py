@@ -22,7 +22,7 @@ from pathlib import Path
 
 RESULT = Path(__file__).parent / "results" / "peak_memory.json"
 MIB = 2**20
-WINDOWS, WINDOW_TOKENS, HIDDEN = 16, 128, 512
+WINDOWS, WINDOW_TOKENS, HIDDEN = 16, 128, 1024
 
 
 def make(folder: Path, blocks: int) -> None:

@@ -8,21 +8,23 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from crosscal.errors import UnsupportedModel
-from crosscal.models.blocks import BlockCalls, find_blocks, returns_tuple, stubbed
+from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs, stubbed
 from tests.helpers.tiny_models import configs, windows
 
 
 class Layer(nn.Module):
     kind = "full"
 
-    def __init__(self, several: bool) -> None:
+    def __init__(self, several: object) -> None:
         super().__init__()
         self.proj = nn.Linear(32, 32)
         self.several = several
 
     def forward(self, hidden_states: Tensor, extra: object = None) -> object:
         output = self.proj(hidden_states)
-        return (output, output.sum()) if self.several else output
+        if not self.several:
+            return output
+        return output, output.sum() if self.several is True else self.several
 
 
 class Odd(PreTrainedModel):
@@ -38,18 +40,22 @@ class Odd(PreTrainedModel):
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
         x_BLD = self.embed(input_ids)
-        extra: object = None
+        reused: object = None
         for layer in self.layers if self.habit != "reversed" else reversed(self.layers):
             assert layer.kind == "full"
-            extra = {"leaks": x_BLD.mean(1), "reads tokens": input_ids, "shares": {}}.get(self.habit)
-            x_BLD = layer(x_BLD, extra=extra) if self.habit != "skips" or layer is self.layers[0] else x_BLD
+            passed = {"leaks": x_BLD.mean(1), "reads tokens": input_ids, "shares": {}, "reuses outputs": reused}
+            extra = passed.get(self.habit)
+            if self.habit == "skips" and layer is not self.layers[0]:
+                continue
+            output = layer(x_BLD, extra=extra)
+            x_BLD, reused = output if isinstance(output, tuple) else (output, None)
             x_BLD = x_BLD * 2 if self.habit == "scales" else x_BLD
         return x_BLD
 
 
 def run_twice(habit: str) -> BlockCalls:
     model = Odd(habit).eval()
-    calls = BlockCalls(model, returns_tuple=False)
+    calls = BlockCalls(model, None)
     for seed in (0, 1):
         calls.enter(windows(2, seed=seed))
     return calls
@@ -78,10 +84,25 @@ def test_habits_that_a_walk_would_lose_are_refused(habit: str, message: str) -> 
         run_twice(habit)
 
 
-def test_a_block_with_several_outputs_is_refused() -> None:
+@torch.no_grad()
+def test_further_outputs_of_a_block_must_stay_unused() -> None:
     model = Odd("several outputs")
-    with pytest.raises(UnsupportedModel, match="more than its hidden states"), torch.no_grad():
-        returns_tuple(model, model.layers[0], windows(1))
+    further = further_outputs(model, model.layers[0], windows(1))
+    assert further is not None
+    assert further[0] is not None
+    assert further[0].isnan()
+    BlockCalls(model, further).enter(windows(2))
+    model.habit = "reuses outputs"
+    with pytest.raises(UnsupportedModel, match="depends on the output of another block"):
+        BlockCalls(model, further).enter(windows(2))
+
+
+@torch.no_grad()
+def test_an_output_that_cannot_be_watched_is_refused() -> None:
+    model = Odd("several outputs")
+    model.layers[0].several = {"shared": 1}
+    with pytest.raises(UnsupportedModel, match=r"more than its hidden states \(got dict\)"):
+        further_outputs(model, model.layers[0], windows(1))
 
 
 def test_blocks_are_back_after_an_error() -> None:

@@ -21,9 +21,10 @@ def test_streamed_tensors_are_those_of_the_loaded_model(family: str, tmp_path: P
     """Block by block and outside the blocks: each tensor once, bit for bit, experts stored one by one too."""
     folder = save_model(family, tmp_path / "model", dtype=torch.bfloat16)
     source, plain = ModelSource.open(folder), load_plain(folder, torch.bfloat16).state_dict()
-    seen = source.load_outside()
+    seen = source.load_outside(dtype=torch.bfloat16)
     for block in range(source.blocks):
-        seen |= {f"{source.block_name(block)}.{name}": tensor for name, tensor in source.load_block(block).items()}
+        tensors = source.load_block(block, dtype=torch.bfloat16)
+        seen |= {f"{source.block_name(block)}.{name}": tensor for name, tensor in tensors.items()}
     assert all(torch.equal(tensor, plain[name]) and tensor.dtype == plain[name].dtype for name, tensor in seen.items())
     assert plain.keys() - seen.keys() <= {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 

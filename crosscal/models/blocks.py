@@ -59,9 +59,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 class BlockCalls:
     """Learns, from the model itself, how its blocks are called; keeps one set of arguments per shape of batch."""
 
-    def __init__(self, model: PreTrainedModel, *, returns_tuple: bool) -> None:
-        self._model, self._blocks = model, find_blocks(model)[1]
-        self._returns_tuple = returns_tuple
+    def __init__(self, model: PreTrainedModel, further: tuple[Tensor | None, ...] | None) -> None:
+        """`further`: what `further_outputs` found of this model."""
+        self._model, self._blocks, self._further = model, find_blocks(model)[1], further
         self._calls: dict[torch.Size, tuple[BlockCall, ...]] = {}
 
     def enter(self, tokens_BL: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class BlockCalls:
         def on_call(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal hidden_BLD, poison_BLD
             name = f"block {block} of {type(self._model).__name__}"
-            entering_BLD, call = _split_arguments(args, kwargs, self._returns_tuple)
+            entering_BLD, call = _split_arguments(args, kwargs, self._further is not None)
             if block != len(calls):
                 raise UnsupportedModel("the blocks do not run once each, in order", where=name)
             if hidden_BLD is None or poison_BLD is None:
@@ -84,7 +84,7 @@ class BlockCalls:
             calls.append(call)
             if len(calls) == len(self._blocks):
                 raise StopForward
-            return (poison_BLD, None) if self._returns_tuple else poison_BLD
+            return poison_BLD if self._further is None else (poison_BLD, *self._further)
 
         with stubbed(self._blocks, on_call):
             forward(self._model, tokens_BL)
@@ -105,8 +105,14 @@ class BlockCalls:
                 )
 
 
-def returns_tuple(model: PreTrainedModel, first_block: nn.Module, tokens_BL: Tensor) -> bool:
-    """Whether blocks return (hidden states, …) or hidden states alone; `first_block` has its weights."""
+def further_outputs(
+    model: PreTrainedModel, first_block: nn.Module, tokens_BL: Tensor
+) -> tuple[Tensor | None, ...] | None:
+    """What blocks return after the hidden states, made NaN; None if they return hidden states alone.
+
+    `first_block` has its weights and is run once. Attention weights, say, are returned by some and used by no one; as
+    NaN they would show in another block's arguments if they were.
+    """
     output: Any = None
 
     def on_call(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,10 +122,14 @@ def returns_tuple(model: PreTrainedModel, first_block: nn.Module, tokens_BL: Ten
 
     with stubbed(find_blocks(model)[1], on_call):
         forward(model, tokens_BL)
-    extras = output[1:] if isinstance(output, tuple) else ()
-    if any(extra is not None for extra in extras):
-        raise UnsupportedModel("a block returns more than its hidden states", where=type(first_block).__name__)
-    return isinstance(output, tuple)
+    if isinstance(output, Tensor):
+        return None
+    if not all(extra is None or (isinstance(extra, Tensor) and extra.is_floating_point()) for extra in output[1:]):
+        kinds = ", ".join(type(extra).__name__ for extra in output[1:])
+        raise UnsupportedModel(
+            "a block returns more than its hidden states", where=type(first_block).__name__, got=kinds
+        )
+    return tuple(None if extra is None else torch.full_like(extra, torch.nan) for extra in output[1:])
 
 
 def forward(model: PreTrainedModel, tokens_BL: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crosscal.errors import ModelError
-from crosscal.models.blocks import BlockCalls, find_blocks, returns_tuple
+from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.capture import capture
 from crosscal.models.hidden import batches, hidden_states
 from crosscal.models.sites import Site, find_sites
@@ -201,7 +201,7 @@ def _enter(
     probe_BL = next(iter(slices.values()))[:1].to(numbers.device)
     with attached(model, source.load_outside(dtype=numbers.dtype, device=numbers.device)):
         with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
-            calls = BlockCalls(model, returns_tuple=returns_tuple(model, blocks[0], probe_BL))
+            calls = BlockCalls(model, further_outputs(model, blocks[0], probe_BL))
         hidden = stack.enter_context(
             hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
         )

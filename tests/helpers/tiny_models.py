@@ -55,6 +55,15 @@ def configs() -> dict[str, PretrainedConfig]:
         "qwen3-moe": t.Qwen3MoeConfig(
             **mixture, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[1]
         ),
+        "qwen2-moe": t.Qwen2MoeConfig(
+            **mixture, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40
+        ),
+        "deepseek-v3": t.DeepseekV3Config(
+            **{**mixture, "num_key_value_heads": 4}, n_routed_experts=4, moe_intermediate_size=24, n_group=2,
+            topk_group=1, kv_lora_rank=24, q_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            first_k_dense_replace=1,
+        ),
+        "bloom": t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4),
         "gpt-oss": t.GptOssConfig(**mixture, **SLIDING, num_local_experts=4, head_dim=8),
     }  # fmt: skip
 
@@ -103,9 +112,12 @@ def plain_grams(model: PreTrainedModel, tokens_SL: Tensor) -> tuple[dict[str, Te
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
-        elif name.endswith("experts"):
+        elif name.endswith(".experts"):
             handles.append(
-                module.register_forward_pre_hook(lambda module, args, name=name: _add_experts(name, module, args, add))
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: _add_experts(name, module, (*args, *kwargs.values()), add),
+                    with_kwargs=True,
+                )
             )
     for window_L in tokens_SL:
         model(input_ids=window_L[None], use_cache=False)
