@@ -14,7 +14,7 @@ from typing import Any
 
 from prefect import flow
 
-from crosscal.plan import CompressionPlan, dump_plan, load_plan
+from crosscal.plan import CompressionPlan, load_plan
 from flows.run_directory import open_run_directory, write_run_record
 from flows.steps import Stopwatch, step
 from tasks.corpora import draw_sample, ingest_corpus
@@ -65,7 +65,7 @@ def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, An
     with watch.stage("report"):
         step(make_report, str(run_dir))
     if not plan.execution.keep_models:
-        step(discard_models, ticket)
+        step(discard_models, str(run_dir))
     record["stages"] = watch.seconds
     write_run_record(run_dir, record)
     return record
@@ -95,6 +95,3 @@ def _record(
         "notes": [note for sample in ticket.samples for note in sample["notes"]],
         "variants": len(ticket.variants()),
     }
-
-
-__all__ = ["carry_out", "dump_plan", "recompress"]

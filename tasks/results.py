@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from prefect import task
 
 from crosscal.corpora import load_corpus
 from crosscal.evaluation import Measurement
-from crosscal.models.checkpoint import is_complete
 from crosscal.report import ResultRow, write_report, write_rows
 from crosscal.stages.compress import layer_rows
 from crosscal.stages.evaluate import Examination, examination, measure
@@ -34,15 +32,10 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
     with task_report() as report:
         for done, variant in enumerate(variants):
             report("measuring models", done, len(variants))
-            rows += [_row(ticket, variant, found) for found in _measured(ticket, exam, variant)]
+            rows += [_row(ticket, variant, found) for found in measure(exam, run_dir / "models" / variant.name)]
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", layer_rows(ticket.workshop(), variants))
     return len(rows)
-
-
-def _measured(ticket: Ticket, exam: Examination, variant: Variant) -> list[Measurement]:
-    folder = Path(ticket.run_dir) / "models" / variant.name
-    return measure(exam, folder)
 
 
 def _examination(ticket: Ticket, stored: dict[str, str]) -> Examination:
@@ -85,12 +78,6 @@ def make_report(run_dir: str) -> str:
 
 
 @task(name="tidy")
-def discard_models(ticket: Ticket) -> list[str]:
+def discard_models(run_dir: str) -> None:
     """Remove the models of a run that keeps only the numbers."""
-    folder = Path(ticket.run_dir) / "models"
-    names = [variant.name for variant in ticket.variants() if is_complete(folder / variant.name)]
-    shutil.rmtree(folder, ignore_errors=True)
-    return names
-
-
-__all__: list[Any] = ["discard_models", "evaluate_models", "make_report"]
+    shutil.rmtree(Path(run_dir) / "models", ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -48,6 +50,11 @@ class LayerProblem:
         if self.shared_factor is not None and self.shared_factor.damping == damping:
             return self.shared_factor
         return factor(self.hessian_II, damping, name=self.name)
+
+    @cached_property
+    def energy(self) -> float:
+        """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
+        return quadratic_loss(self.weight_OI, self.hessian_II)
 
     @property
     def dead_inputs(self) -> int:
@@ -98,12 +105,11 @@ def solved(
     problem: LayerProblem, weight_OI: Tensor, *, grid: Grid | None = None, damping: float | None = None
 ) -> LayerSolution:
     """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same."""
-    original_OI = problem.weight_OI.to(weight_OI.dtype)
     if problem.stored_dtype is not None:
         weight_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
-    if not torch.isfinite(weight_OI).all():
+    difference_OI = problem.weight_OI.to(weight_OI.dtype) - weight_OI
+    loss = quadratic_loss(difference_OI, problem.hessian_II.to(weight_OI.dtype))
+    if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
-    hessian_II = problem.hessian_II.to(weight_OI.dtype)
-    loss = max(quadratic_loss(original_OI - weight_OI, hessian_II), 0.0)
-    energy = quadratic_loss(original_OI, hessian_II)
-    return LayerSolution(weight_OI, loss, loss / energy if energy > 0 else 0.0, grid, damping)
+    loss = max(loss, 0.0)  # rounding can leave a tiny negative number where nothing was changed
+    return LayerSolution(weight_OI, loss, loss / problem.energy if problem.energy > 0 else 0.0, grid, damping)

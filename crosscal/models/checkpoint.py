@@ -37,7 +37,7 @@ class VariantWriter:
 
     def __init__(self, folder: Path, source: ModelSource) -> None:
         self.folder, self.source = folder, source
-        self._skeleton = source.skeleton()
+        self._skeleton = source.weights.model  # for names and shapes only
         folder.mkdir(parents=True, exist_ok=True)
 
     def has_block(self, block: int) -> bool:

@@ -94,7 +94,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     def solve_next(seen: BlockMoments) -> Mapping[str, Tensor]:
         nonlocal made
         if not seen.moments:
-            return writer.read_block(seen.block)
+            return writer.read_block(seen.block, bits=variant.setting.get("bits"))
         made += cached.publish(seen)
         solution = solve_block(shop.problem(seen.block, cached), [variant])[variant.name]
         _write(shop, variant, seen.block, solution)

@@ -123,14 +123,14 @@ def _solve_site(
             raise
         yield from _kept_dense(problem, site, members, str(error))
         return
-    held_out_II = _held_out(problem, site, group, where)
     seconds = (time.monotonic() - started) / (len(members) * len(problems))
-    for variant, solutions in zip(members, answers, strict=True):
-        for matrix, layer, solution in zip(site.matrices, problems, solutions, strict=True):
-            yield (
-                variant,
-                _Layer(matrix, solution, _row(problem, site, variant, layer, solution, held_out_II, tokens, seconds)),
-            )
+    held_out_II = _held_out(problem, site, group, where)
+    for matrix, layer, solutions in zip(site.matrices, problems, zip(*answers, strict=True), strict=True):
+        energy = 0.0 if held_out_II is None else quadratic_loss(layer.weight_OI, held_out_II)
+        for variant, solution in zip(members, solutions, strict=True):
+            held_out_loss = _relative_loss(layer, solution, held_out_II, energy)
+            row = _row(problem, site, variant, layer, solution, held_out_loss, tokens, seconds)
+            yield variant, _Layer(matrix, solution, row)
 
 
 def _mixed(problem: BlockProblem, site: Site, group: _Group, where: str) -> tuple[Tensor, int]:
@@ -178,7 +178,7 @@ def _row(
     variant: Variant,
     layer: LayerProblem,
     solution: LayerSolution,
-    held_out_II: Tensor | None,
+    held_out_loss: float | None,
     tokens: int,
     seconds: float,
 ) -> LayerRow:
@@ -191,7 +191,7 @@ def _row(
         setting=variant.setting,
         loss=solution.loss,
         relative_loss=solution.relative_loss,
-        heldout_relative_loss=None if held_out_II is None else _relative_loss(layer, solution, held_out_II),
+        heldout_relative_loss=held_out_loss,
         sparsity=solution.sparsity,
         bits=solution.grid.bits if solution.grid else None,
         damping=solution.damping,
@@ -201,8 +201,11 @@ def _row(
     )
 
 
-def _relative_loss(layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor) -> float:
-    energy = quadratic_loss(layer.weight_OI, hessian_II)
+def _relative_loss(
+    layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float
+) -> float | None:
+    if hessian_II is None:
+        return None
     return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy if energy > 0 else 0.0
 
 
