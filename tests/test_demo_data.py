@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ NAMES = [domain.name for domain in DOMAINS]
 SPLITS = ("train", "validation", "test")
 GUESSING = 0.4  # chance is 0.25; four standard errors of 120 questions above it
 
-PERPLEXITY_BOUND = {"general": 4.0, "biomedical": 4.0, "legal": 4.0}
-ACCURACY_BOUND = 0.9
+PERPLEXITY_BOUND = {"general": 2.5, "biomedical": 2.4, "legal": 2.2}
+ACCURACY_BOUND = 0.95
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,13 @@ def test_files_are_what_the_grammar_writes():
     assert kept == set(written)
     for path, text in written.items():
         assert read(DEMO / path) == text, path
+
+
+def test_digests_cover_every_file_and_agree():
+    lines = (DEMO / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+    kept = [path for folder in ("corpora", "tasks", "model") for path in (DEMO / folder).rglob("*") if path.is_file()]
+    assert listed == {path.relative_to(DEMO).as_posix(): sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 def test_no_document_stands_in_two_places():

@@ -4,14 +4,16 @@ python data/demo/make_corpora.py            # write
 python data/demo/make_corpora.py --check    # compare, exit 1 at a difference
 """
 
+import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import zstandard
 from grammar.biomedical import BIOMEDICAL
-from grammar.documents import Storyteller
+from grammar.documents import documents
 from grammar.general import GENERAL
 from grammar.legal import LEGAL
 from grammar.questions import questions
@@ -28,22 +30,22 @@ QUESTIONS = 120
 
 
 def splits(domain: Domain) -> dict[str, list[str]]:
-    """The documents of each split; no document occurs twice in a domain."""
-    teller = Storyteller(domain, Random(f"{domain.name} documents"))
+    """The documents of each split; none occurs twice."""
     counts = DOCUMENTS[domain.name]
-    distinct: dict[str, None] = {}
+    written = documents(domain, Random(f"{domain.name} documents"))
+    distinct: dict[str, None] = {}  # in the order written
     while len(distinct) < sum(counts.values()):
-        distinct[teller.document()] = None
-    documents = iter(distinct)
-    return {split: [next(documents) for _ in range(count)] for split, count in counts.items()}
+        distinct[next(written)] = None
+    remaining = iter(distinct)
+    return {split: list(islice(remaining, count)) for split, count in counts.items()}
 
 
 def files() -> dict[Path, str]:
     """Every generated file, path below this folder to text."""
     generated = {}
     for domain in DOMAINS:
-        for split, documents in splits(domain).items():
-            rows = [{"text": text, "source": f"crosscal-demo/{domain.name}"} for text in documents]
+        for split, split_texts in splits(domain).items():
+            rows = [{"text": text, "source": f"crosscal-demo/{domain.name}"} for text in split_texts]
             generated[Path("corpora", domain.name, f"{split}.jsonl.zst")] = _lines(rows)
         asked = questions(domain, QUESTIONS, Random(f"{domain.name} questions"))
         generated[Path("tasks", f"{domain.name}_facts.jsonl")] = _lines(asked)
@@ -67,11 +69,13 @@ def _lines(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    if "--check" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare only, and exit with 1 at a difference")
+    if not parser.parse_args().check:
         for path, text in files().items():
             write(HERE / path, text)
         return 0
-    different = [str(path) for path, text in files().items() if not (HERE / path).exists() or read(HERE / path) != text]
+    different = [path for path, text in files().items() if not (HERE / path).exists() or read(HERE / path) != text]
     for path in different:
         print(f"{path}: not what the grammar writes", file=sys.stderr)
     return 1 if different else 0

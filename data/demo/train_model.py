@@ -8,11 +8,12 @@ Suffixes: T tokens of a stream, N windows in it, D windows of a batch, S positio
 import math
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import torch
-from grammar.documents import Storyteller
+from grammar.documents import documents
 from make_corpora import DOMAINS, HERE
 from measure_model import measure, stream, texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -38,17 +39,17 @@ class Recipe:
     seed: int = 0
 
 
-def training_documents() -> list[str]:
+def training_texts() -> list[str]:
     """The training splits and many more documents of the same grammar, so that facts are learned, not documents."""
-    documents = [text for domain in DOMAINS for text in texts(domain.name, "train")]
-    kept_back = {text for domain in DOMAINS for split in ("validation", "test") for text in texts(domain.name, split)}
+    written = [text for domain in DOMAINS for text in texts(domain.name, "train")]
     for domain in DOMAINS:
-        teller = Storyteller(domain, Random(f"{domain.name} more documents"))
-        documents += [teller.document() for _ in range(MORE_DOCUMENTS[domain.name])]
-    return [document for document in documents if document not in kept_back]
+        more = documents(domain, Random(f"{domain.name} more documents"))
+        written += islice(more, MORE_DOCUMENTS[domain.name])
+    kept_back = {text for domain in DOMAINS for split in ("validation", "test") for text in texts(domain.name, split)}
+    return [text for text in written if text not in kept_back]
 
 
-def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(training: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE; encoding puts <s> in front.
 
     The prefix space makes a name at the beginning of a text the same token as the name inside it.
@@ -62,7 +63,7 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(documents, trainer)
+    bpe.train_from_iterator(training, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
     )
@@ -117,11 +118,11 @@ def train(model: LlamaForCausalLM, stream_T: Tensor, recipe: Recipe) -> None:
 
 def main(recipe: Recipe = Recipe(), folder: Path = HERE / "model") -> None:
     torch.set_num_threads(1)
-    documents = training_documents()
-    tokenizer = train_tokenizer(documents, recipe.vocabulary)
+    training = training_texts()
+    tokenizer = train_tokenizer(training, recipe.vocabulary)
     model = new_model(tokenizer, recipe)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
-    train(model.train(), stream(tokenizer, documents), recipe)
+    train(model.train(), stream(tokenizer, training), recipe)
     model.eval()
     measure(model, tokenizer)
     model.save_pretrained(folder)
