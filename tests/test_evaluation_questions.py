@@ -16,7 +16,7 @@ from helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import QuestionSuite
 from crosscal.evaluation.question_files import Question, read_questions, task_names
-from crosscal.evaluation.questions import _check_known
+from crosscal.evaluation.questions import LoadedTask, _check_known, _metrics
 
 WORDS = [word.strip(".,") for sentence in SENTENCES for word in sentence.split()]
 
@@ -217,3 +217,31 @@ def test_names_of_files() -> None:
     assert list(task_names(paths).values()) == ["law_facts", "medicine_facts", "other"]
     with pytest.raises(EvaluationError, match="same name"):
         task_names(["a/law/facts.jsonl", "b/law/facts.jsonl.zst"])
+
+
+def test_rows_of_lm_eval() -> None:
+    row = {
+        "alias": "arc",
+        "acc,none": 0.5,
+        "acc_stderr,none": "N/A",
+        "exact_match,strict": 1,
+        "exact_match_stderr,strict": 0.25,
+        "f1,none": "N/A",
+    }
+    assert list(_metrics("arc", row)) == [("acc", 0.5, None), ("exact_match,strict", 1.0, 0.25)]
+    with pytest.raises(EvaluationError, match="arc: the result of a task is not finite"):
+        list(_metrics("arc", {"acc,none": math.nan}))
+
+
+def test_a_group_is_told_by_its_mean_or_by_its_tasks(tmp_path: Path) -> None:
+    from lm_eval.api.group import AggMetricConfig, Group
+
+    suite = QuestionSuite.load([question_file(tmp_path / f"{name}.jsonl") for name in ("law", "medicine")])
+    leaves = {name: task for loaded in suite.loaded for name, task in loaded.leaves["tasks"].items()}
+    for aggregate, names in ((None, ["law", "medicine"]), ([AggMetricConfig(metric="acc")], ["facts"])):
+        group = Group(name="facts", aggregate_metric_list=aggregate)
+        for task in leaves.values():
+            group.add(task)
+        loaded = LoadedTask("facts", {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}})
+        found = QuestionSuite((loaded,), {}).measure(tiny_llama(), tiny_tokenizer(), max_length=128)
+        assert list(dict.fromkeys(m.corpus_or_task for m in found)) == names

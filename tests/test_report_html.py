@@ -62,7 +62,7 @@ SHAPES: dict[str, tuple[list, list, dict]] = {
     "other corpora": (sweep(corpora=("general", "biomedical", "wikitext2")), [], {}),
     "no data needed": ([*SWEEP, result("rtn", method="rtn", setting={"bits": 4}, value=90.0)], [], {}),
     "sparsities": (sweep(settings=[("wanda", {"sparsity": s}) for s in (0.5, 0.6, "2:4")]), [], {}),
-    "no time passed": (SWEEP, [], {"stages": {"solve": 0.0}, "cache": {"hits": 0, "misses": 0}}),
+    "no time passed": (SWEEP, [], {"commit": None, "stages": {"solve": 0.0}, "cache": {"hits": 0, "misses": 0}}),
     "one sample without a corpus": (SWEEP, [], {"samples": ["a text"], "versions": {"torch": "2.13.0"}}),
     "strange names": (
         [*sweep(corpora=("general", EVIL), domain=EVIL), result(EVIL), result("$x$ {{ 7 * 7 }} _y")],
@@ -132,7 +132,7 @@ def test_it_says_what_happened(tmp_path: Path) -> None:
     (folder / "plan.yaml").write_text("model: models/<tiny>\n", encoding="utf-8")
     text = re.sub(r"\s+", " ", Page(write_report(folder).read_text(encoding="utf-8")).text)
     for expected in (
-        "3 of 4 artifacts came from the store",
+        "3 of 4 sets of layer statistics came from the store",
         "65,536 calibration tokens",
         "1 min 30 s",
         "2.34 GB",
@@ -153,6 +153,13 @@ def test_charts_too_large_say_what_they_leave_out(tmp_path: Path) -> None:
     text = Page(write_report(write_run(tmp_path, results, layers, **run)).read_text(encoding="utf-8")).text
     assert "Drawn are only 5 of 28 levels by themselves, 6 of 9 methods, 6 of 9 values of α in the curves" in text
     assert "the dense model and 23 variants" in text
+
+
+def test_mixtures_of_several_domains_are_in_the_table_and_said_not_to_be_drawn(tmp_path: Path) -> None:
+    both = result("both", method="sparsegpt", setting={"sparsity": 0.5}, mixture={"biomedical": 0.5, "legal": 0.5})
+    text = Page(write_report(write_run(tmp_path, [*SWEEP, both])).read_text(encoding="utf-8")).text
+    assert "0.5 biomedical + 0.5 legal" in text
+    assert "Drawn are only mixtures of biomedical with general text alone; the table has all." in text
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:

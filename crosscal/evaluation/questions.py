@@ -144,12 +144,13 @@ def _measure_task(lm: Any, task: LoadedTask, limit: int | None) -> list[Measurem
     tokens = _tokens_to_read(lm, task, limit)
     outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS)
     seconds = time.perf_counter() - started
-    results = outcome["results"]
-    wanted = [task.name] if task.name in results else list(results)  # a tag has no row of its own, a group has
+    found = {name: list(_metrics(name, result)) for name, result in outcome["results"].items()}
+    if found.get(task.name):  # a tag, and a group without a mean of its own, are told by their tasks
+        found = {task.name: found[task.name]}
     return [
         Measurement(name, task.split, metric, value, stderr, tokens, seconds)
-        for name in wanted
-        for metric, value, stderr in _metrics(name, results[name])
+        for name, metrics in found.items()
+        for metric, value, stderr in metrics
     ]
 
 
@@ -157,7 +158,7 @@ def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, fl
     """(metric, value, standard error) of one row of lm-eval's results: keys "metric,filter", "metric_stderr,filter"."""
     for key, value in result.items():
         metric, _, which = key.partition(",")
-        if not which or metric.endswith("_stderr"):
+        if not which or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
             raise EvaluationError("the result of a task is not finite", where=name, got=f"{metric} = {value}")
@@ -173,7 +174,8 @@ def _tokens_to_read(lm: Any, task: LoadedTask, limit: int | None) -> int:
     instances = [instance for leaf in task.leaves["tasks"].values() for instance in leaf.instances]
     texts = [[part for part in instance.args if isinstance(part, str)] for instance in instances]
     lengths = [len(tokens) for tokens in lm.tokenizer(["".join(parts) for parts in texts], verbose=False)["input_ids"]]
-    cut = [index for index, length in enumerate(lengths) if length > lm.max_length]
+    # A prompt with an answer is cut to one window, whose last token is predicted but not read.
+    cut = [i for i, length in enumerate(lengths) if len(texts[i]) == 2 and length > lm.max_length + 1]
     for index in cut:
         answer = len(lm.tokenizer(texts[index][-1], verbose=False)["input_ids"])
         if answer >= lm.max_length:
@@ -187,7 +189,7 @@ def _tokens_to_read(lm: Any, task: LoadedTask, limit: int | None) -> int:
         _log.warning(
             "%s: %d of %d prompts lose their beginning to fit %d tokens", task.name, len(cut), len(texts), lm.max_length
         )
-    return sum(min(length, lm.max_length) for length in lengths)
+    return sum(lengths)
 
 
 def _hidden_bar(*args: Any, **kwargs: Any) -> Any:

@@ -13,10 +13,10 @@ from crosscal.evaluation.summaries import spread
 from crosscal.report.rows import LayerRow, ResultRow
 
 GENERAL = "general"
-"""The corpus every plan has beside its domains."""
+"""The corpus that domains are weighed against."""
 DENSE = "dense"
-LEVEL = ("sparsity", "bits", "group_size")
-"""The settings that say how much is compressed."""
+LEVEL = ("sparsity", "bits")
+"""The settings that say how much is compressed, and that curves are drawn over."""
 Column = tuple[str, str, str]
 """(corpus or task, split, metric)."""
 

@@ -114,7 +114,7 @@ def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) 
     """The best of each domain at its strongest level, then the first variants, up to the limit."""
     best = [max(section.best, key=lambda found: found.special.value).group for section in sections if section.best]
     chosen = [group.variants[0] for group in [*best, *groups] if group.relative_loss is not None]
-    return list(dict.fromkeys(chosen))[: max(1, min(MOST_LAYER_VARIANTS, len(sections) or 2))]
+    return list(dict.fromkeys(chosen))[: min(MOST_LAYER_VARIANTS, len(sections) or 2)]
 
 
 def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[Group]:

@@ -22,10 +22,8 @@ def trade_off(groups: Sequence[Group], domain: str) -> str | None:
     mixed = [group for group in mixed_with(groups, domain) if _has_both(group, domain)]
     if not mixed:
         return None
-    by_level: dict[str, list[Group]] = defaultdict(list)
-    for group in mixed:
-        by_level[group.level].append(group)
-    levels = [level for level, found in by_level.items() if len(found) > 1][:MOST_LEVELS]
+    by_level = _by_level(mixed)
+    levels = list(by_level)[:MOST_LEVELS]
     flavours = _first_flavours(mixed)
     with drawing(f"trade-off {domain}"):
         figure, axes = panels(1 + len(levels), columns=min(3, 1 + len(levels)))
@@ -42,20 +40,20 @@ def trade_off(groups: Sequence[Group], domain: str) -> str | None:
 def _trade_off_panel(
     axis: Any, groups: Sequence[Group], domain: str, flavours: Sequence[str], *, annotate: bool
 ) -> None:
-    points = [_point(group, domain) for group in groups]
+    points = [_point(group, domain) for group in groups if not group.is_dense]
     front = [points[index] for index in pareto_front(points)]
     axis.step(*zip(*front, strict=True), where="post", color=INK, alpha=0.35, linewidth=1.2, linestyle=(0, (1, 1.5)))
     for (flavour, _), line in _lines(groups, lambda group: (group.flavour, group.level)).items():
+        if flavour not in flavours:
+            continue
         line = sorted(line, key=lambda group: group.alpha or 0.0)
-        if flavour in flavours:
-            look = flavours.index(flavour)
-            x, y = zip(*(_point(group, domain) for group in line), strict=True)
-            x_sd, y_sd = ([_sd(group, corpus) for group in line] for corpus in (GENERAL, domain))
-            axis.errorbar(x, y, y_sd, x_sd, marker=MARKERS[look], color=COLOURS[look], elinewidth=0.8)
-        for group in (group for group in line if annotate and group.alpha is not None):
-            axis.annotate(
-                f"{group.alpha:g}", _point(group, domain), xytext=(5, 4), textcoords="offset points", fontsize=8
-            )
+        look = flavours.index(flavour)
+        x, y = zip(*(_point(group, domain) for group in line), strict=True)
+        x_sd, y_sd = ([_sd(group, corpus) for group in line] for corpus in (GENERAL, domain))
+        axis.errorbar(x, y, y_sd, x_sd, marker=MARKERS[look], color=COLOURS[look], elinewidth=0.8)
+        for group, point in zip(line, zip(x, y, strict=True), strict=True):
+            if annotate and group.alpha is not None:
+                axis.annotate(f"{group.alpha:g}", point, xytext=(5, 4), textcoords="offset points", fontsize=8)
     for group in groups:
         if group.is_dense:
             axis.plot(*_point(group, domain), marker="*", markersize=13, color=INK, linestyle="none")
@@ -120,21 +118,31 @@ def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None
         return svg_of(figure)
 
 
-def left_out(groups: Sequence[Group], domain: str | None) -> str:
+def left_out(groups: Sequence[Group], domain: str) -> str:
     """What the charts of one domain do not show, as a sentence; empty where they show everything."""
     mixed = mixed_with(groups, domain)
     counts = (
-        ("levels by themselves", MOST_LEVELS, len({group.level for group in mixed})),
+        ("levels by themselves", MOST_LEVELS, len(_by_level(mixed))),
         ("methods", MOST_FLAVOURS, len({group.flavour for group in mixed})),
         ("values of α in the curves", MOST_ALPHAS, len({group.alpha for group in mixed} - {None})),
     )
     parts = [f"{most} of {count} {what}" for what, most, count in counts if count > most]
+    if any(domain in group.domains and len(group.domains) > 1 for group in groups):
+        parts.append(f"mixtures of {domain} with general text alone")
     return f"Drawn are only {', '.join(parts)}; the table has all." if parts else ""
 
 
 def mixed_with(groups: Sequence[Group], domain: str | None) -> list[Group]:
     """The compressed groups whose data were the general corpus, `domain`, or both."""
     return [group for group in groups if not group.is_dense and group.domains <= ({domain} if domain else set())]
+
+
+def _by_level(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """The groups of each level that leaves a choice."""
+    found: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        found[group.level].append(group)
+    return {level: members for level, members in found.items() if len(members) > 1}
 
 
 def _has_both(group: Group, domain: str) -> bool:

@@ -29,7 +29,7 @@ def read_run(folder: Path) -> RunFiles:
         raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
     layers = folder / "layers.jsonl"
     run = _json(folder / "run.json")
-    run = run if isinstance(run, dict) else {}
+    run = {name: value for name, value in run.items() if value is not None} if isinstance(run, dict) else {}
     samples = _json(folder / "samples.json") or run.get("samples")
     plan = folder / "plan.yaml"
     return RunFiles(
