@@ -20,6 +20,7 @@ from crosscal.models import (
     packed_tensors,
     quantization_config,
 )
+from crosscal.models.export import unpacked_weight_OI
 from tests.helpers.tiny_models import save_model, windows
 
 
@@ -77,8 +78,6 @@ def test_packed_weights_are_integer_times_scale(family: str, bits: int, group_si
 
 @pytest.mark.parametrize(("group_size", "hidden"), [(32, 64), (64, 64)])
 def test_groups_of_usual_size(group_size: int, hidden: int) -> None:
-    from crosscal.models.export import unpacked_weight_OI
-
     ints_OI = torch.randint(-8, 8, (5, 2 * hidden))
     scale_OG = torch.rand(5, 2 * hidden // group_size)
     tensors = packed_tensors("x", ints_OI, scale_OG, 4)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from crosscal.models import experts
-from crosscal.models.sites import Site, pre_hooks
+from crosscal.models.sites import Site, input_of, pre_hooks
 from crosscal.statistics.moments import MomentsAccumulator
 
 
@@ -23,7 +23,7 @@ def capture(block: nn.Module, sites: Sequence[Site], accumulators: Mapping[str, 
     stacks = {site.matrices[0].parameter.rpartition(".")[0] for site in sites if site.matrices[0].expert is not None}
 
     def note_linear(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        accumulators[name].add(args[0] if args else next(iter(kwargs.values())))
+        accumulators[name].add(input_of(args, kwargs))
 
     def note_experts(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for expert, input_TH, input_TF in experts.routed_inputs(module, args, kwargs):

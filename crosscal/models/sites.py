@@ -79,7 +79,7 @@ def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name in seen:
             raise UnsupportedModel("this matrix is used more than once in a block", where=name)
-        seen[name] = args[0] if args else kwargs["input" if isinstance(module, nn.Linear) else "x"]
+        seen[name] = input_of(args, kwargs)
         versions[name] = seen[name]._version
 
     with pre_hooks(linears, note):
@@ -92,6 +92,11 @@ def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
         shared.setdefault((id(seen[name]), versions[name]), []).append(name)
     dense = [_linear_site(names, linears) for names in shared.values()]
     return (*dense, *(site for name, module in _experts(block) for site in _expert_sites(name, module)))
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one argument of a linear, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def is_linear(module: nn.Module) -> bool:

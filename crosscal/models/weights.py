@@ -2,7 +2,8 @@
 
 A checkpoint may name or cut its tensors differently from the modules: one tensor per expert where the module holds
 all experts stacked, an older spelling of a layer. transformers' own conversion rules are applied, to the tensors that
-are asked for and no others, so that a block can be read without the rest of the model.
+are asked for and no others, so that a block can be read without the rest of the model. (Some of what is imported for
+that is not public in transformers; a release that moves it fails at import, not in silence.)
 """
 
 from __future__ import annotations
