@@ -120,6 +120,12 @@ def test_damage_is_one_clear_error(message: str, tmp_path: Path) -> None:
         walk(ModelSource.open(folder), {"all": windows(1)}, on_block=lambda found: None)
 
 
+def test_a_stray_head_is_left_alone(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    edit_tensors(folder, lambda tensors: tensors.update({"value_head.weight": torch.ones(2)}))
+    assert walk(ModelSource.open(folder), {"all": windows(1)}, on_block=lambda found: None).blocks == 3
+
+
 def test_experts_that_do_not_fit_together_are_an_error(tmp_path: Path) -> None:
     folder = save_model("mixtral", tmp_path / "model")
     name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"

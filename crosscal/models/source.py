@@ -130,14 +130,17 @@ class ModelSource:
     def load_outside(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """What runs before the blocks (embeddings) and after them (norm), without the output head."""
+        """What runs before the blocks (embeddings) and after them (norm), without the output head.
+
+        Tensors outside the blocks that the model has no place for, such as another head, are left alone.
+        """
         head = self.weights.model.get_output_embeddings()
-        skipped = [f"{name}." for name, module in self.weights.model.named_modules() if module is head]
-        return self.weights.load(
-            lambda name: self.is_outside(name) and not any(name.startswith(prefix) for prefix in skipped),
-            dtype=dtype,
-            device=device,
-        )
+        heads = tuple(f"{name}." for name, module in self.weights.model.named_modules() if module is head)
+
+        def wanted(name: str) -> bool:
+            return self.is_outside(name) and not name.startswith(heads) and name not in self.weights.strays
+
+        return self.weights.load(wanted, dtype=dtype, device=device)
 
     def is_outside(self, name: str) -> bool:
         """Whether a tensor of the model belongs to no block."""
