@@ -27,12 +27,12 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
     from crosscal.report import ResultRow, read_rows
     from crosscal.report.groups import columns_of, groups_of
     from crosscal.report.rows import LayerRow
-    from crosscal.report.table import rich_table, summary_table
+    from crosscal.report.terminal import terminal_table
 
     run_dir = Path(record["run_dir"])
     results = read_rows(run_dir / "results.jsonl", ResultRow)
     layers = read_rows(run_dir / "layers.jsonl", LayerRow)
-    yield rich_table(summary_table(groups_of(results, layers), columns_of(results)))
+    yield terminal_table(groups_of(results, layers), columns_of(results))
     for note in record["notes"]:
         yield f"note: {note}"
     hits, misses = record["cache"]["hits"], record["cache"]["misses"]

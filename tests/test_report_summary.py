@@ -10,7 +10,8 @@ from helpers.made_up_run import layer, result, sweep
 
 from crosscal.report.groups import columns_of, groups_of, level_of, sparsity_of
 from crosscal.report.headline import SLACK, best_variants, domains_of
-from crosscal.report.table import mixture_text, number_text, rich_table, summary_table
+from crosscal.report.table import mixture_text, number_text, summary_table
+from crosscal.report.terminal import terminal_table
 
 
 def test_seeds_are_one_group_with_mean_and_deviation() -> None:
@@ -103,9 +104,9 @@ def test_the_terminal_shows_names_as_they_are() -> None:
 
     rows = [result("[red]v[/red]", corpus_or_task="[bold]general")]
     stream = io.StringIO()
-    Console(file=stream, width=200).print(rich_table(summary_table(groups_of(rows, []), columns_of(rows))))
+    Console(file=stream, width=200).print(terminal_table(groups_of(rows, []), columns_of(rows)))
     assert "[red]v[/red]" in stream.getvalue()
-    assert "[bold]general perplexity" in stream.getvalue()
+    assert "[bold]general" in stream.getvalue()
 
 
 def test_texts() -> None:

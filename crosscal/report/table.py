@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from crosscal.report.groups import GENERAL, Column, Group, Number
-
-if TYPE_CHECKING:
-    import rich.table
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
@@ -39,7 +35,7 @@ def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> Summary
     heldout = any(group.heldout_relative_loss is not None for group in groups)
     headers = ["variant", "method", "level", "mixture", *map(_column_header, columns)]
     headers += ["relative loss"] * losses + ["held-out loss"] * heldout
-    best = _best_by_level(groups, columns)
+    best = best_by_level(groups, columns)
     rows = []
     for group in groups:
         words = (group.name, group.flavour, group.level or "–", mixture_text(group.mixture))
@@ -50,20 +46,6 @@ def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> Summary
     seeds = max((number.seeds for group in groups for number in group.numbers.values()), default=1)
     errors = "± standard error" + (", or standard deviation over n seeds where n is given" if seeds > 1 else "")
     return SummaryTable(tuple(headers), tuple(rows), errors)
-
-
-def rich_table(table: SummaryTable) -> rich.table.Table:
-    """The table for a terminal; the best of each level in bold."""
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(caption=f"{table.errors}. Bold: the best at its level.", header_style="")
-    for position, header in enumerate(table.headers):
-        shown.add_column(Text(header), justify="left" if position < TEXT_COLUMNS else "right")
-    for row in table.rows:
-        # As Text, because a name in square brackets would be taken for markup.
-        shown.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    return shown
 
 
 def number_text(number: Number | None, metric: str) -> str:
@@ -97,7 +79,7 @@ def _number_cell(group: Group, column: Column, best: dict[tuple[str, Column], fl
     return Cell(number_text(number, column[2]), number is not None and best.get((group.level, column)) == number.value)
 
 
-def _best_by_level(groups: Sequence[Group], columns: Sequence[Column]) -> dict[tuple[str, Column], float]:
+def best_by_level(groups: Sequence[Group], columns: Sequence[Column]) -> dict[tuple[str, Column], float]:
     """The best value of each column at each level that has several variants."""
     values: dict[tuple[str, Column], list[float]] = defaultdict(list)
     for group in groups:
