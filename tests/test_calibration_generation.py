@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_text import tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
 from crosscal.calibration.generation import first_token_ids

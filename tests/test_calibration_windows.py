@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_text import tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 from crosscal.calibration import (
     WindowRequest,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError

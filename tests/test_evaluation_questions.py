@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import QuestionSuite

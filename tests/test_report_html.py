@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers.made_up_run import layer, result, sweep, write_run
+from tests.helpers.made_up_run import layer, result, sweep, write_run
 
 from crosscal.errors import UsageError
 from crosscal.report import ResultRow, write_report

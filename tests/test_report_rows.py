@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.made_up_run import layer, result, sweep
+from tests.helpers.made_up_run import layer, result, sweep
 
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.report import LayerRow, ResultRow, read_rows, write_rows

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from helpers.made_up_run import layer, result, sweep
+from tests.helpers.made_up_run import layer, result, sweep
 
 from crosscal.report.groups import columns_of, groups_of, level_of, sparsity_of
 from crosscal.report.headline import SLACK, best_variants, domains_of
@@ -102,11 +102,11 @@ def test_losses_are_means_over_matrices() -> None:
 def test_the_terminal_shows_names_as_they_are() -> None:
     from rich.console import Console
 
-    rows = [result("[red]v[/red]", corpus_or_task="[bold]general")]
+    rows = [result("[red]v[/red]", corpus_or_task="[b]law")]
     stream = io.StringIO()
     Console(file=stream, width=200).print(terminal_table(groups_of(rows, []), columns_of(rows)))
     assert "[red]v[/red]" in stream.getvalue()
-    assert "[bold]general" in stream.getvalue()
+    assert "[b]law" in stream.getvalue()
 
 
 def test_texts() -> None:

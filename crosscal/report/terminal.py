@@ -16,7 +16,7 @@ _SHORT = {"perplexity": "ppl", "acc": "acc %"}
 
 
 def terminal_table(groups: Sequence[Group], columns: Sequence[Column]) -> rich.table.Table:
-    """A row for each variant, a column for each perplexity and accuracy (in percent); the best of each level in bold."""
+    """A row for each variant, a column for each perplexity and accuracy (in percent); the best of a level in bold."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -26,9 +26,8 @@ def terminal_table(groups: Sequence[Group], columns: Sequence[Column]) -> rich.t
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="")
     table.add_column("variant", no_wrap=True)
     for name, _, metric in shown:
-        table.add_column(
-            Text(f"{name.replace('_', chr(10))}\n{_SHORT.get(metric, metric)}"), justify="right", no_wrap=True
-        )
+        lines = [*map(_shortened, name.split("_")), _SHORT.get(metric, metric)]
+        table.add_column(Text("\n".join(lines)), justify="right", no_wrap=True)
     for group in groups:
         cells = [Text(group.name)]  # as Text, because a name in square brackets would be taken for markup
         for column in shown:
@@ -43,3 +42,8 @@ def _text(number: Number | None, metric: str) -> str:
     if number is None:
         return "–"
     return f"{100 * number.value:.1f}" if metric.startswith("acc") else f"{number.value:.4g}"
+
+
+def _shortened(word: str) -> str:
+    """At most seven characters, so that a name, three perplexities and three accuracies fit in 80 columns."""
+    return word if len(word) <= 7 else f"{word[:6]}…"
