@@ -1,0 +1,94 @@
+"""Writes the generated tables of benchmarks/README.md, between their marks, from results/*.json.
+
+    python benchmarks/table.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views below.
+Prose around the tables is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from records import RESULTS
+
+README = Path(__file__).parent / "README.md"
+MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CORPORA = ("general", "biomedical", "legal")
+Rows = list[dict[str, Any]]
+
+
+def read(name: str) -> Rows:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(headers), *map(list, rows)]
+    rule = ["---"] * len(lines[0])
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def circumstances(rows: Rows) -> str:
+    found = dict.fromkeys(f"{row['device']}, {row['date']}, commit {row['commit']}" for row in rows)
+    return f"\n{'; '.join(found)}.\n"
+
+
+def plain(name: str) -> str:
+    """Every row of a result file."""
+    rows = read(name)
+    cells = ([row["case"], row["figure"], number(row["value"]), spread(row), row["unit"]] for row in rows)
+    return markdown(("case", "figure", "value", "±", "unit"), cells) + circumstances(rows)
+
+
+def grid() -> str:
+    """One row a variant, one column a corpus; ± is the standard error over test windows."""
+    rows = read("testbed_grid")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = f"{number(row['value'])} ± {number(row['spread'])}"
+        by_case.setdefault(row["case"].removeprefix("grid "), {})[row["figure"].removesuffix(" perplexity")] = cell
+    cells = ([name, *(values.get(corpus, "–") for corpus in CORPORA)] for name, values in by_case.items())
+    return markdown(("variant", *CORPORA), cells) + circumstances(rows)
+
+
+def draws() -> str:
+    """Mean ± standard deviation over draws, and the paired change against general-only calibration."""
+    rows = read("testbed_draws")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        digits = "{:+.1f} ± {:.1f} %" if row["unit"] == "%" else "{:.1f} ± {:.1f}"
+        by_case.setdefault(row["case"].removeprefix("draws "), {})[row["figure"]] = digits.format(row["value"], row["spread"])
+    headers = ["setting, mixture"]
+    figures = []
+    for corpus in CORPORA:
+        headers += [corpus, f"{corpus}, change"]
+        figures += [f"{corpus} perplexity", f"{corpus} against general"]
+    cells = ([name, *(values.get(figure, "") for figure in figures)] for name, values in by_case.items())
+    return markdown(headers, cells) + circumstances(rows)
+
+
+VIEWS: dict[str, Callable[[], str]] = {"testbed-grid": grid, "testbed-draws": draws}
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def spread(row: dict[str, Any]) -> str:
+    return number(row.get("spread"))
+
+
+def main() -> None:
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"{match[1]}\n{VIEWS[name]() if name in VIEWS else plain(name)}\n{match[3]}"
+
+    README.write_text(MARK.sub(table, README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
