@@ -2,15 +2,15 @@
 
 <home>/objects/<kind>/<key>/manifest.json + files      written aside, hashed, synced, then renamed into place
 <home>/refs/<name>/<version>.json                      small records that change, with their history
-<home>/staging/                                        work in progress; swept by `gc`
+<home>/staging/  <home>/users/                         work in progress, and since when which process is at work
 <home>/quarantine/                                     artifacts that failed verification, never deleted by itself
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import time
@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.errors import CorruptArtifact, MissingArtifact, StoreError
-from crosscal.store.home import MANIFEST, LocalHome, disk_errors, open_home
-from crosscal.store.keys import canonical_json, digest_file, digest_of
+from crosscal.store.home import MANIFEST, Home, disk_errors
+from crosscal.store.keys import digest_file, digest_of
+from crosscal.store.local_home import LocalHome
 from crosscal.store.refs import Refs
+from crosscal.store.remote_home import RemoteHome
 
 FORMAT = 1
+KEPT_KINDS = ("corpora",)
+"""Documents may not be had again; everything else can be computed again."""
 _KIND = re.compile(r"[a-z][a-z-]{0,31}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _DAMAGED = "Run `crosscal store verify --quarantine`, then the same command again: what is missing is made anew."
@@ -52,9 +56,9 @@ class Store:
 
     def __init__(self, home: str | Path) -> None:
         self.location = str(home)
-        self.home = open_home(self.location)
+        self.home: Home = _open_home(self.location)
         self.refs = Refs(self.home)
-        self._verified: set[tuple[str, str]] = set()  # files already hashed by this object
+        self._verified: set[tuple[str, str, str]] = set()  # files whose digest this object has checked
 
     @contextmanager
     def publish(self, kind: str, key: str, provenance: Mapping[str, Any]) -> Iterator[Path]:
@@ -66,7 +70,7 @@ class Store:
         place = _place(kind, key)
         staged = self.home.staging()
         try:
-            with disk_errors(self.location):
+            with disk_errors(str(staged.parent)):
                 yield staged
                 _write_manifest(staged, kind, key, dict(provenance))
             self.home.publish(staged, place)
@@ -75,14 +79,13 @@ class Store:
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """The artifact, or None; `CorruptArtifact` when its manifest is damaged."""
-        place = f"{_place(kind, key)}/{MANIFEST}"
-        content = self.home.read(place)
-        if content is None:
-            return None
-        self.home.touch(place)
-        return _parse_manifest(content, kind, key)
+        artifact = self._look(kind, key)
+        if artifact:
+            self.home.use(_place(kind, key))
+        return artifact
 
     def get(self, kind: str, key: str) -> Artifact:
+        """The artifact. Raises `MissingArtifact`, `CorruptArtifact`."""
         artifact = self.find(kind, key)
         if artifact is None:
             raise MissingArtifact(
@@ -91,18 +94,18 @@ class Store:
         return artifact
 
     def path(self, artifact: Artifact, name: str) -> Path:
-        """A local path to one file, its digest checked (once per file and store object)."""
-        place, entry = f"{_place(artifact.kind, artifact.key)}/{name}", artifact.files[name]
-        path = self.home.local(place, entry["sha256"])
-        if path is None:
-            raise CorruptArtifact("a stored file is gone", where=place, do=_DAMAGED)
-        if (place, entry["sha256"]) not in self._verified:
-            if digest_file(path) != entry["sha256"]:
-                if not isinstance(self.home, LocalHome):
-                    path.unlink()  # a damaged download is not kept
-                raise CorruptArtifact("a stored file does not match its digest", where=place, do=_DAMAGED)
-            self._verified.add((place, entry["sha256"]))
-        return path
+        """A local path to one file, its digest checked once per store object. Raises `CorruptArtifact`."""
+        place, sha256 = _place(artifact.kind, artifact.key), artifact.files[name]["sha256"]
+        for _ in range(2):  # a damaged local copy of a remote file is fetched once more
+            path = self.home.local(place, name, sha256)
+            if path is None:
+                raise CorruptArtifact("a stored file is gone", where=f"{place}/{name}", do=_DAMAGED)
+            if (place, name, sha256) in self._verified or digest_file(path) == sha256:
+                self._verified.add((place, name, sha256))
+                return path
+            if not self.home.forget(path):
+                break
+        raise CorruptArtifact("a stored file does not match its digest", where=f"{place}/{name}", do=_DAMAGED)
 
     def read_bytes(self, artifact: Artifact, name: str) -> bytes:
         return self.path(artifact, name).read_bytes()
@@ -111,55 +114,77 @@ class Store:
         """Every readable artifact; damaged manifests are for `verify`."""
         for found_kind, key in self.keys(kind):
             try:
-                artifact = self.find(found_kind, key)
-            except CorruptArtifact:
+                artifact = self._look(found_kind, key)
+            except StoreError:
                 continue
             if artifact:
                 yield artifact
 
     def keys(self, kind: str | None = None) -> Iterator[tuple[str, str]]:
+        """(kind, key) of everything that is there, readable or not."""
         for found_kind in [kind] if kind else self.home.names("objects"):
             for key in self.home.names(f"objects/{found_kind}"):
-                if _KEY.fullmatch(key):
+                if _KIND.fullmatch(found_kind) and _KEY.fullmatch(key):
                     yield found_kind, key
 
     def verify(self, *, quarantine: bool = False) -> Iterator[tuple[str, str, str | None]]:
-        """Read every byte of every artifact: yields (kind, key, problem or None). Damaged ones may be set aside."""
-        for kind, key in self.keys():
-            problem = self._problem(kind, key)
-            if problem and quarantine:
-                self.home.move(_place(kind, key), f"quarantine/{kind}-{key}-{time.time_ns()}")
-            yield kind, key, problem
+        """Read every byte of every artifact: yields (kind, key, problem or None). Damaged ones may be set aside.
 
-    def _problem(self, kind: str, key: str) -> str | None:
-        self._verified.clear()
-        try:
-            artifact = self.find(kind, key)
-            if artifact is None:
-                return "no manifest"
-            for name in artifact.files:
-                self.path(artifact, name)
-        except CorruptArtifact as error:
-            return error.what
-        return None
+        A folder without a manifest is not an artifact: it may be on its way up to an object store.
+        """
+        for kind, key in self.keys():
+            try:
+                artifact = self._look(kind, key)
+                if artifact is None:
+                    continue
+                self._check_files(artifact)
+            except CorruptArtifact as error:
+                if quarantine:
+                    self.home.move(_place(kind, key), f"quarantine/{kind}-{key}-{time.time_ns()}")
+                yield kind, key, error.what
+            except (StoreError, OSError) as error:
+                yield kind, key, str(error)
+            else:
+                yield kind, key, None
 
     def sweep(self, *, unused_days: float | None = None, dry_run: bool = False) -> Iterator[tuple[str, str]]:
         """Remove abandoned work in progress and, on request, artifacts unused for so long: yields (place, reason).
 
-        Corpora stay whatever their age: documents may not be had again, everything else can be computed again.
+        Whatever has been used since the first of the processes now at work began stays, however few the days; so do
+        corpora.
         """
-        now = time.time()
-        for name in self.home.names("staging"):
-            if not _alive(int(name.split("-")[0])):
-                if not dry_run:
-                    self.home.remove(f"staging/{name}")
-                yield f"staging/{name}", "abandoned"
-        for kind, key in list(self.keys()) if unused_days is not None else []:
-            place = _place(kind, key)
-            if kind != "corpora" and self.home.age_seconds(f"{place}/{MANIFEST}", now) > (unused_days or 0) * 86400:
-                if not dry_run:
-                    self.home.remove(place)
-                yield place, f"unused for {unused_days:g} days"
+        doomed = [(place, "abandoned") for place in self.home.leftovers()]
+        if unused_days is not None:
+            before = min(time.time() - unused_days * 86400, self.home.in_use_since())
+            unused = (_place(kind, key) for kind, key in self.keys() if kind not in KEPT_KINDS)
+            doomed += [
+                (place, f"unused for {unused_days:g} days")
+                for place in unused
+                if self.home.read(f"{place}/{MANIFEST}") is not None and self.home.unused_since(place) < before
+            ]
+        for place, reason in doomed:
+            if not dry_run:
+                self.home.remove(place)
+            yield place, reason
+
+    def _look(self, kind: str, key: str) -> Artifact | None:
+        content = self.home.read(f"{_place(kind, key)}/{MANIFEST}")
+        return None if content is None else _parse_manifest(content, kind, key)
+
+    def _check_files(self, artifact: Artifact) -> None:
+        place = _place(artifact.kind, artifact.key)
+        for name, file in artifact.files.items():
+            found = self.home.digest(place, name, file["sha256"])
+            if found != file["sha256"]:
+                problem = "does not match its digest" if found else "is gone"
+                raise CorruptArtifact(f"{name} {problem}", where=place, do=_DAMAGED)
+
+
+def _open_home(location: str) -> Home:
+    scheme, separator, path = location.partition("://")
+    if separator and scheme not in ("file", "local"):
+        return RemoteHome(location)
+    return LocalHome(Path(path if separator else location).expanduser())
 
 
 def _place(kind: str, key: str) -> str:
@@ -168,14 +193,9 @@ def _place(kind: str, key: str) -> str:
     return f"objects/{kind}/{key}"
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("crosscal", "torch", "pyarrow")}
 
 
 def _write_manifest(staged: Path, kind: str, key: str, provenance: dict[str, Any]) -> None:
@@ -187,7 +207,7 @@ def _write_manifest(staged: Path, kind: str, key: str, provenance: dict[str, Any
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "provenance": provenance,
         "files": files,
-        "versions": {name: importlib.metadata.version(name) for name in ("crosscal", "torch", "pyarrow")},
+        "versions": _versions(),
     }
     manifest = {**body, "digest": digest_of(body)}
     (staged / MANIFEST).write_bytes(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())
@@ -206,6 +226,3 @@ def _parse_manifest(content: bytes, kind: str, key: str) -> Artifact:
         raise StoreError("written by another version of crosscal", where=where, got=f"format {manifest['format']}")
     fields = ("kind", "key", "provenance", "files", "versions", "created")
     return Artifact(**{field: manifest[field] for field in fields})
-
-
-__all__ = ["Artifact", "Store", "canonical_json"]

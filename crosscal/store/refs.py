@@ -10,6 +10,7 @@ from crosscal.errors import CorruptArtifact, StoreConflict, StoreError
 from crosscal.store.home import Home
 from crosscal.store.keys import digest_of
 
+_VERSION = re.compile(r"(\d{8})\.json")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
@@ -20,10 +21,15 @@ class Refs:
         self.home = home
 
     def versions(self, name: str) -> list[int]:
-        return [int(file.removesuffix(".json")) for file in self.home.names(_folder(name)) if file.endswith(".json")]
+        """Version numbers, ascending."""
+        matches = (_VERSION.fullmatch(file) for file in self.home.names(_folder(name)))
+        return [int(match[1]) for match in matches if match]
 
     def read(self, name: str, version: int | None = None) -> tuple[int, dict[str, Any] | None]:
-        """(version, value) of the newest or the given version; (0, None) when there is none."""
+        """(version, value) of the newest or the given version; (0, None) when there is none.
+
+        Raises `CorruptArtifact` for a damaged record.
+        """
         version = version or max(self.versions(name), default=0)
         content = self.home.read(f"{_folder(name)}/{version:08d}.json") if version else None
         if content is None:
@@ -33,7 +39,11 @@ class Refs:
             if digest_of(record["value"]) != record["digest"]:
                 raise ValueError("digest")
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArtifact("a stored record is damaged", where=f"{name} v{version}") from error
+            raise CorruptArtifact(
+                "a stored record is damaged",
+                where=f"{_folder(name)}/{version:08d}.json",
+                do="Remove that file of the store: the version before it counts again.",
+            ) from error
         return version, record["value"]
 
     def append(self, name: str, expected_version: int, value: dict[str, Any]) -> int:
