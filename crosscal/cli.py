@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -32,6 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 HOME = ".crosscal"
 DEMO = "plans/demo.yaml"
+INTERRUPTED = 130
 
 
 @app.command()
@@ -90,16 +91,21 @@ def ingest(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model directory, dense or compressed.")],
+    model: Annotated[Path, typer.Argument(help="A model directory, dense or compressed.")],
     plan: Annotated[Path, typer.Option(help="The plan that names corpora and tasks.")],
     overrides: Set = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Measure one model on a plan's test windows and tasks."""
-    from flows.drive import evaluate_model
+    from crosscal.plan import load_plan
+    from flows.evaluate import evaluate_model
 
-    _print(evaluate_model(model, plan, overrides or [], home), as_json)
+    rows = evaluate_model(model, load_plan(plan, tuple(overrides or ())), home)
+    if not as_json:
+        shown = ("variant", "corpus_or_task", "metric", "value", "stderr", "tokens", "skipped")
+        rows = [{name: row[name] for name in shown if row[name] is not None} for row in rows]
+    _print_rows(rows, as_json)
 
 
 @app.command()
@@ -123,9 +129,10 @@ def plan_show(plan: PlanFile, overrides: Set = None) -> None:
 @plan_app.command("check")
 def plan_check(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
     """Say what a run would compute, what is cached, what it needs and whether that is there."""
-    from flows.drive import check_plan
+    from crosscal.plan import load_plan
+    from flows.preflight import check_plan
 
-    findings = check_plan(plan, overrides or [], home)
+    findings = check_plan(load_plan(plan, tuple(overrides or ())), home)
     _print(findings, as_json)
     if findings["problems"]:
         raise typer.Exit(1)
@@ -197,9 +204,9 @@ def _show_run(record: dict[str, Any]) -> None:
 
     from flows.drive import summary
 
-    console = Console()
+    console = Console(soft_wrap=True)
     for line in summary(record):
-        console.print(line)
+        console.print(line, markup=False, highlight=False)
 
 
 def _print(value: dict[str, Any], as_json: bool) -> None:
@@ -210,9 +217,19 @@ def _print(value: dict[str, Any], as_json: bool) -> None:
         if isinstance(entry, list):
             print(f"{name}: {len(entry) or 'none'}")
             for item in entry:
-                print(f"  {item if isinstance(item, str) else json.dumps(item)}")
+                print(f"  {_readable(item)}")
         else:
-            print(f"{name}: {json.dumps(entry) if isinstance(entry, dict | bool) else entry}")
+            print(f"{name}: {_readable(entry)}")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name}={_amount(name, entry)}" for name, entry in value.items())
+    return str(value)
+
+
+def _amount(name: str, value: Any) -> str:
+    return f"{value / 1e6:,.1f}MB" if name.endswith("bytes") and isinstance(value, int) else str(value)
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -220,24 +237,39 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows))
         return
     for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))
+        print(_readable(row))
     if not rows:
         print("nothing")
 
 
 def main() -> None:
-    """Run the command line; a failure is one message and an exit code, never a traceback."""
-    _guarded(app)
-
-
-def _guarded(command: Callable[[], Any]) -> None:
+    """Run the command line; a failure is one message and an exit code. A traceback means a bug in crosscal."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # Prefect and the hub's client would send usage statistics
+    _log_to_stderr()
     try:
-        command()
+        app()
     except CrosscalError as error:
-        print(f"crosscal: {error}", file=sys.stderr)
-        if os.environ.get("CROSSCAL_TRACEBACK"):
-            raise
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("crosscal: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail(error, error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written: the machine's state, not a bug
+        _fail(error, 1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("crosscal: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise
+
+
+def _fail(error: Exception, exit_code: int) -> NoReturn:
+    if os.environ.get("CROSSCAL_TRACEBACK"):
+        raise error
+    print(f"crosscal: {error}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _log_to_stderr() -> None:
+    """Stages and slow steps as log lines with the time of day; for `crosscal`'s own loggers only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("crosscal")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

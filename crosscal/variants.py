@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from crosscal.compressors import COMPRESSORS, DATA_FREE, Compressor, Sparsity
-from crosscal.errors import PlanError
+from crosscal.errors import PlanError, UsageError
 from crosscal.plan import Compress, CompressionPlan
 from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
@@ -50,7 +51,8 @@ class Variant:
     def key(self) -> str:
         """Digest of everything about the variant but its name."""
         mixture = self.mixture.as_dict() if self.mixture else None
-        return digest_of([self.method, self.settings, mixture, self.upstream, self.seed, self.trace_normalised, self.fallback])
+        parts = [self.method, self.settings, mixture, self.upstream, self.seed, self.trace_normalised, self.fallback]
+        return digest_of(parts)
 
 
 def variants(plan: CompressionPlan) -> list[Variant]:
@@ -68,6 +70,16 @@ def variants(plan: CompressionPlan) -> list[Variant]:
     ]
 
 
+def samples_needed(plan: CompressionPlan) -> list[tuple[str, int]]:
+    """The (corpus, seed) pairs that some variant's mixture uses; methods that need no data have their loss measured on
+    the general corpus, or else the first."""
+    found = variants(plan)
+    used = {(name, variant.seed) for variant in found if variant.mixture for name in variant.mixture.corpora}
+    reference = GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora))
+    used |= {(reference, variant.seed) for variant in found if variant.mixture is None}
+    return [(name, seed) for seed in plan.seeds for name in plan.corpora if (name, seed) in used]
+
+
 def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Variant]:
     for method in entry.method:
         if method not in COMPRESSORS:
@@ -75,16 +87,27 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
                 "unknown method", where=f"{where}.method", got=method, do=f"Methods: {', '.join(COMPRESSORS)}."
             )
         data_free = method in DATA_FREE
-        mixtures = [None] if data_free else list(_mixtures(plan, entry, where))
+        with _said_of(where):
+            mixtures = [None] if data_free else list(_mixtures(plan, entry, where))
+            settings_list = list(_settings(entry, method, where))
         upstreams = ["dense"] if data_free else entry.upstream
         seeds = plan.seeds[:1] if data_free else plan.seeds
-        for settings, mixture, upstream, seed in itertools.product(
-            _settings(entry, method, where), mixtures, upstreams, seeds
-        ):
+        for settings, mixture, upstream, seed in itertools.product(settings_list, mixtures, upstreams, seeds):
             name = _name(method, settings, mixture, upstream, entry.trace_normalised)
             name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
             normalised = entry.trace_normalised and not data_free
             yield Variant(name, method, settings, mixture, upstream, seed, normalised, entry.fallback)
+
+
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """A setting that a method or a mixture refuses is said of its place in the plan."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except UsageError as error:
+        raise PlanError(error.what, where=where, got=error.got, do=error.do) from error
 
 
 def _settings(entry: Compress, method: str, where: str) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -97,10 +120,10 @@ def _settings(entry: Compress, method: str, where: str) -> Iterator[tuple[tuple[
             )
         if getattr(entry, name) is not None and name not in fields and len(entry.method) == 1:
             raise PlanError(f"{method} has no `{name}`", where=where, do="Remove it, or choose another method.")
-    axes = [[(name, _plain(name, value)) for value in getattr(entry, name)] for name in fields]
+    axes = [[(name, value) for value in getattr(entry, name)] for name in fields]
     for combination in itertools.product(*axes):
         COMPRESSORS[method](**dict(combination))  # the settings' own checks speak now, not hours later
-        yield combination
+        yield tuple((name, _plain(name, value)) for name, value in combination)
 
 
 def _plain(name: str, value: Any) -> Any:

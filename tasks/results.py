@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,33 +11,38 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.evaluation import Measurement
 from crosscal.report import ResultRow, write_report, write_rows
-from crosscal.stages.compress import layer_rows
+from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.evaluate import Examination, examination, measure
 from crosscal.variants import Variant
+from tasks.options import PLAIN
 from tasks.ticket import Ticket, task_report
 
 DENSE = "dense"
 
 
-@task(name="evaluate")
+@task(name="evaluate", task_run_name="evaluate models", **PLAIN)
 def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
     """Measure the dense model and every variant, and write `results.jsonl` and `layers.jsonl`; returns the rows.
 
     `stored` gives the store's name of every corpus of documents.
     """
     variants, run_dir = ticket.variants(), Path(ticket.run_dir)
-    exam = _examination(ticket, stored)
-    rows = [_row(ticket, None, found) for found in measure(exam, ticket.source().path)]
+    exam = examination_of(ticket, stored)
+    rows = [result_row(ticket, None, found) for found in measure(exam, ticket.source().path)]
+    shop = ticket.workshop()
     with task_report() as report:
         for done, variant in enumerate(variants):
             report("measuring models", done, len(variants))
-            rows += [_row(ticket, variant, found) for found in measure(exam, run_dir / "models" / variant.name)]
+            rows += [result_row(ticket, variant, found) for found in measure(exam, run_dir / "models" / variant.name)]
+            if not ticket.parsed.execution.keep_models:
+                discard_model(shop, variant)
     write_rows(run_dir / "results.jsonl", rows)
-    write_rows(run_dir / "layers.jsonl", layer_rows(ticket.workshop(), variants))
+    write_rows(run_dir / "layers.jsonl", layer_rows(shop, variants))
     return len(rows)
 
 
-def _examination(ticket: Ticket, stored: dict[str, str]) -> Examination:
+def examination_of(ticket: Ticket, stored: dict[str, str]) -> Examination:
+    """The plan's test windows and tasks."""
     plan = ticket.parsed
     corpora = [
         dataclasses.replace(load_corpus(ticket.store, stored[name]), name=name) for name in plan.perplexity_corpora
@@ -57,7 +61,8 @@ def _examination(ticket: Ticket, stored: dict[str, str]) -> Examination:
     )
 
 
-def _row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
+def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
+    """A measurement with its circumstances; no variant is the dense model."""
     return ResultRow(
         variant=variant.name if variant else DENSE,
         method=variant.method if variant else DENSE,
@@ -71,13 +76,7 @@ def _row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultR
     )
 
 
-@task(name="report")
+@task(name="report", task_run_name="write report", **PLAIN)
 def make_report(run_dir: str) -> str:
     """Write `report.html`; returns its path."""
     return str(write_report(Path(run_dir)))
-
-
-@task(name="tidy")
-def discard_models(run_dir: str) -> None:
-    """Remove the models of a run that keeps only the numbers."""
-    shutil.rmtree(Path(run_dir) / "models", ignore_errors=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +57,7 @@ class Ticket:
     def workshop(self) -> Workshop:
         samples = [Sample.from_json(sample) for sample in self.samples]
         corpora = {sample.corpus for sample in samples}
-        reference = GENERAL if GENERAL in corpora else samples[0].corpus
+        reference = next((sample.corpus for sample in samples if GENERAL not in corpora), GENERAL)
         return Workshop(
             folder=Path(self.run_dir),
             source=self.source(),
@@ -89,11 +88,3 @@ def task_report() -> Iterator[Report]:
     else:
         with reporting() as report:
             yield report
-
-
-def json_safe(value: Any) -> Any:
-    """The same value as JSON would give it back."""
-    return json.loads(json.dumps(value))
-
-
-__all__ = ["Callable", "Ticket", "json_safe", "resolve_device", "task_report"]

@@ -1,0 +1,53 @@
+"""Measuring one model directory on a plan's test windows and tasks: `crosscal evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from crosscal.calibration import tokenizer_digest
+from crosscal.errors import ModelError, UsageError
+from crosscal.evaluation import Measurement
+from crosscal.plan import CompressionPlan
+from crosscal.report import ResultRow
+from crosscal.stages.evaluate import measure
+from crosscal.variants import variants
+from flows.quiet import quiet_libraries
+from tasks.corpora import ingest_corpus
+from tasks.model import identify
+from tasks.results import examination_of, result_row
+from tasks.ticket import Ticket
+
+GIVEN = "given"
+"""Method of a model that is neither the plan's own nor named like one of its variants."""
+
+
+def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[str, Any]]:
+    """Rows as in `results.jsonl`. A folder named like a variant of the plan is taken to be that variant.
+
+    Raises `UsageError` when the model's tokenizer is not the plan's: perplexities over other tokens do not compare.
+    """
+    quiet_libraries()
+    if not (model / "config.json").is_file():
+        raise ModelError("this is not a model directory", where=str(model), got="no config.json")
+    ticket = Ticket(plan.model_dump(mode="json"), home)
+    known = identify(ticket)
+    ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
+    if tokenizer_digest(model) != tokenizer_digest(ticket.source().path):
+        raise UsageError(
+            "the model's tokenizer is not that of the plan's model",
+            where=str(model),
+            do=f"Measure it on windows of its own: --set model={model.absolute()}.",
+        )
+    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in plan.perplexity_corpora}
+    found = measure(examination_of(ticket, stored), model)
+    return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]
+
+
+def _row(ticket: Ticket, plan: CompressionPlan, model: Path, found: Measurement) -> ResultRow:
+    variant = next((variant for variant in variants(plan) if variant.name == model.absolute().name), None)
+    row = result_row(ticket, variant, found)
+    if variant is not None or model.resolve() == Path(plan.model).resolve():
+        return row
+    return dataclasses.replace(row, variant=model.absolute().name, method=GIVEN, upstream=GIVEN)

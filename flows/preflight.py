@@ -1,0 +1,220 @@
+"""What a run will do and need, said before it starts: `crosscal plan check`.
+
+Nothing is drawn, generated or stored here. What cannot be known yet is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from crosscal.calibration import tokenizer_digest
+from crosscal.corpora import load_corpus
+from crosscal.corpora.sources import resolve
+from crosscal.errors import CorpusError, CrosscalError
+from crosscal.models.source import ModelSource
+from crosscal.plan import CompressionPlan, Documents, SelfGenerated
+from crosscal.stages.moments import Cached
+from crosscal.stages.preflight import (
+    BlockShape,
+    block_shapes,
+    existing_parent,
+    is_read,
+    moments_bytes,
+    reading_bytes,
+    solving_bytes,
+    stored_sets,
+)
+from crosscal.variants import Variant, samples_needed, variants
+from tasks.corpora import stored_name
+from tasks.model import identify
+from tasks.refusals import refusals
+from tasks.ticket import Ticket
+
+
+def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
+    """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
+    asked = variants(plan)
+    findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
+    problems = [str(error) for error in _missing_sources(plan)]
+    ticket = Ticket(plan.model_dump(mode="json"), home)
+    try:
+        known = identify(ticket)
+        source = ticket.source()
+        ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
+        shapes = block_shapes(source, ticket.cached)
+        problems += [str(error) for error in refusals(plan, source, shapes)]
+    except CrosscalError as error:
+        return {**findings, "problems": [*problems, str(error)]}
+    readings = [_reading(ticket, plan, source, name, seed) for name, seed in samples_needed(plan)]
+    again = [_reading_again(ticket, source, variant, readings) for variant in ticket.variants("sequential")]
+    memory = _memory(ticket, source, shapes, readings)
+    disk = _disk(ticket, source, shapes, readings, again)
+    findings |= {
+        "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype},
+        "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
+        "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),
+        "memory": memory,
+        "disk": disk,
+    }
+    return {**findings, "problems": problems + _shortages(memory, disk)}
+
+
+def _missing_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
+    for documents in plan.document_corpora.values():
+        if documents.path is not None:
+            try:
+                resolve([documents.path] if isinstance(documents.path, str) else documents.path)
+            except CorpusError as error:
+                yield error
+
+
+def _reading(ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int) -> dict[str, Any]:
+    """What is known of one corpus in one draw, as of its last ingest."""
+    wanted = _sets_wanted(ticket, plan, source, name, seed)
+    calibration = plan.calibration
+    length = min(calibration.length, source.max_positions or calibration.length)
+    found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
+    if wanted is None:
+        tokens = (calibration.windows + calibration.held_out_windows) * length
+        return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
+    keys = stored_sets(ticket.store, wanted)
+    tokens = [one["windows"] * length for one in wanted]
+    cached = [is_read(ticket.cached, key, source.blocks) for key in keys]
+    unread = sum(t for t, is_cached in zip(tokens, cached, strict=True) if not is_cached)
+    state = "cached" if all(cached) else "to read" if all(keys) else "not sampled yet"
+    return {**found, "sets": keys, "state": state, "tokens_to_read": unread, "tokens_cached": sum(tokens) - unread}
+
+
+def _sets_wanted(
+    ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int
+) -> list[dict[str, Any]] | None:
+    """How the calibration and held-out sets of a corpus will be described in the store; None before it is ingested."""
+    calibration, origin = plan.calibration, plan.corpora[name]
+    length = min(calibration.length, source.max_positions or calibration.length)
+    asked = {"train": calibration.windows, "validation": calibration.held_out_windows}
+    common = {"tokenizer": tokenizer_digest(source.path), "length": length, "seed": seed}
+    if not isinstance(origin, Documents):
+        kind = {"source": "model", "model": ticket.model} if isinstance(origin, SelfGenerated) else {}
+        kind = kind or {"source": "vocabulary"}
+        return [{**common, **kind, "split": split, "windows": windows} for split, windows in asked.items()]
+    try:
+        corpus = load_corpus(ticket.store, stored_name(name, origin))
+    except CorpusError:
+        return None
+    wanted, seen_characters = [], 0
+    for shard in corpus.shards:  # each later shard gets its share of the windows, as in `crosscal.stages.sample`
+        characters = shard.characters.get("train", 0)
+        seen_characters += characters
+        share = characters / seen_characters if seen_characters else 0.0
+        for split, windows in asked.items():
+            shares = {"split": split, "windows": max(1, round(windows * share))}
+            wanted.append({**common, "source": "documents", "shard": shard.key, **shares})
+    return wanted
+
+
+def _reading_again(
+    ticket: Ticket, source: ModelSource, variant: Variant, readings: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A sequential variant reads the windows of its mixture through its own compressed blocks."""
+    mine = [
+        reading
+        for reading in readings
+        if variant.mixture and reading["corpus"] in variant.mixture.corpora and reading["seed"] == variant.seed
+    ]
+    cached = Cached(ticket.store, ticket.model, f"sequential-{variant.key}", ticket.dtype)
+    keys = [key for reading in mine for key in reading["sets"] or [None]]
+    tokens = sum(reading["tokens_to_read"] + reading["tokens_cached"] for reading in mine)
+    is_cached = all(is_read(cached, key, source.blocks) for key in keys)
+    state = "cached" if is_cached else "to read"
+    found = {"variant": variant.name, "seed": variant.seed, "sets": keys, "state": state}
+    return {**found, "tokens_to_read": 0 if is_cached else tokens, "tokens_cached": tokens if is_cached else 0}
+
+
+def _memory(
+    ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape], readings: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """An estimate, above what this process uses already. One corpus is read at a time."""
+    unread = [reading for reading in readings if reading["tokens_to_read"]]
+    skeleton, config = source.weights.model, source.config.get_text_config()
+    inside = sum(shape.parameters for shape in shapes)
+    reading = reading_bytes(
+        shapes,
+        outside=sum(parameter.numel() for parameter in skeleton.parameters()) - inside,
+        hidden=config.hidden_size,
+        tokens=max((reading["tokens_to_read"] for reading in unread), default=0),
+        sets=max((len(reading["sets"] or (0, 0)) for reading in unread), default=0),
+        itemsize=getattr(torch, ticket.dtype).itemsize,
+    )
+    mixed = max((len(reading["sets"] or (0, 0)) for reading in readings), default=0)
+    solving = solving_bytes(shapes, variants=len(ticket.variants("dense")), sets=mixed)
+    free = torch.cuda.mem_get_info(ticket.device)[0] if ticket.device.startswith("cuda") else None
+    return {
+        "device": ticket.device,
+        "reading_bytes": reading if unread else 0,
+        "solving_bytes": solving if ticket.variants() else 0,
+        "free_bytes": psutil.virtual_memory().available if free is None else free,
+    }
+
+
+def _disk(
+    ticket: Ticket,
+    source: ModelSource,
+    shapes: Sequence[BlockShape],
+    readings: Sequence[dict[str, Any]],
+    again: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """An estimate of what the store and the run directory will grow by. All models stand on the disk before they are
+    measured, whether they are kept or not; a model whose blocks are solved already is counted again."""
+    sets = sum(len(reading["sets"] or (0, 0)) for reading in [*readings, *again] if reading["state"] != "cached")
+    checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
+    is_remote = "://" in ticket.home
+    return {
+        "store_bytes": moments_bytes(shapes, sets),
+        "models_bytes": checkpoint * len(ticket.variants()),
+        "store_free_bytes": None if is_remote else _free(Path(ticket.home)),
+        "models_free_bytes": _free(Path.cwd()),
+        "is_one_disk": not is_remote and _device_of(Path(ticket.home)) == _device_of(Path.cwd()),
+    }
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(existing_parent(folder)).free
+
+
+def _device_of(folder: Path) -> int:
+    return existing_parent(folder).stat().st_dev
+
+
+def _shortages(memory: dict[str, Any], disk: dict[str, Any]) -> list[str]:
+    found = []
+    for use, remedy in (
+        ("reading", "Lower calibration.windows or calibration.length."),
+        ("solving", "Split `compress` into several plans: all variants of a block are solved at once."),
+    ):
+        if memory[f"{use}_bytes"] > memory["free_bytes"]:
+            amounts = f"about {_gb(memory[f'{use}_bytes'])} needed, {_gb(memory['free_bytes'])} free"
+            found.append(f"too little memory for {use} on {memory['device']} (got {amounts}). {remedy}")
+    store, models = disk["store_bytes"], disk["models_bytes"]
+    if disk["is_one_disk"]:
+        store = models = store + models
+    for place, needed, free in (
+        ("store", store, disk["store_free_bytes"]),
+        ("run directory", models, disk["models_free_bytes"]),
+    ):
+        if free is not None and needed > free:
+            amounts = f"about {_gb(needed)} needed, {_gb(free)} free"
+            found.append(
+                f"too little disk for the {place} (got {amounts}). Free space, `crosscal store gc`, or move it."
+            )
+    return found
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,34 @@
+"""How every task runs: results are small JSON values that are never stored, since the artifact store is the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from prefect import State, Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+
+from crosscal.errors import StoreConflict
+
+PLAIN: dict[str, Any] = {"persist_result": False, "result_serializer": "json", "cache_policy": NO_CACHE}
+"""Prefect would otherwise hash the arguments, and pickle results wherever persistence is on."""
+TRANSIENT = (ConnectionError, TimeoutError, httpx.TransportError, StoreConflict)
+
+
+def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a network, or another process, is behind a failure: only then a second try can go better."""
+    return has_transient_cause(state.data)
+
+
+def has_transient_cause(error: object) -> bool:
+    seen = error
+    while isinstance(seen, BaseException):
+        if isinstance(seen, TRANSIENT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+RETRIED: dict[str, Any] = {**PLAIN, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": is_transient}
+"""For tasks that read from the hub or a remote store."""

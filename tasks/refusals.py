@@ -1,0 +1,59 @@
+"""What a run refuses before it starts, because it would fail hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from crosscal.calibration.tokens import end_token
+from crosscal.compressors import Sparsity
+from crosscal.compressors.grid import check_grid
+from crosscal.errors import CrosscalError, UsageError
+from crosscal.evaluation import QuestionSuite
+from crosscal.models.source import ModelSource
+from crosscal.plan import CompressionPlan
+from crosscal.stages.preflight import BlockShape
+from crosscal.variants import Variant, variants
+
+
+def check_request(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> None:
+    """Raises the first thing that would stop the run hours later."""
+    for error in refusals(plan, source, shapes):
+        raise error
+
+
+def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> Iterator[CrosscalError]:
+    """Everything that would stop the run later: settings that do not fit the model, tasks that do not exist."""
+    try:
+        end_token(source.tokenizer())
+    except CrosscalError as error:
+        yield error
+    yield from misfits(variants(plan), shapes)
+    try:
+        QuestionSuite.load(plan.evaluate.tasks, limit=plan.evaluate.limit)
+    except CrosscalError as error:
+        yield error
+
+
+def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[UsageError]:
+    """Group sizes and n:m patterns that do not divide the inputs of some site; each setting is said once."""
+    said: set[tuple[str, Any, int]] = set()
+    for variant in asked:
+        for shape in shapes:
+            for site, inputs in shape.sites:
+                error = _misfit(variant, f"{variant.name}, {shape.name}.{site}", inputs)
+                setting = (error.what, error.do, inputs) if error else None
+                if error and setting not in said:
+                    said.add((error.what, error.do, inputs))
+                    yield error
+
+
+def _misfit(variant: Variant, where: str, inputs: int) -> UsageError | None:
+    try:
+        if "sparsity" in variant.setting:
+            Sparsity.parse(variant.setting["sparsity"]).check(inputs, where)
+        if "bits" in variant.setting:
+            check_grid(variant.setting["group_size"], inputs, where)
+    except UsageError as error:
+        return error
+    return None
