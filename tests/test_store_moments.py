@@ -1,0 +1,143 @@
+"""Laws of the codec of moments: every bit comes back, what cannot be solved from is not stored, damage is an error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from crosscal.errors import CorruptArtifact, NotFinite
+from crosscal.statistics import InputMoments
+from crosscal.store import Artifact, Store, digest_of
+from crosscal.store import moments as codec
+from crosscal.store.moments import read_moments, write_moments
+
+KEY = digest_of("moments")
+
+
+def activations(inputs: int, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Correlated inputs whose scales spread log-normally, as those of language models do."""
+    chance = torch.Generator().manual_seed(inputs)
+    mixing_II = torch.eye(inputs) + torch.randn(inputs, inputs, generator=chance) / inputs**0.5
+    scale_I = torch.randn(inputs, generator=chance).exp()
+    return (torch.randn(tokens, inputs, generator=chance) @ mixing_II * scale_I).to(dtype)
+
+
+def made(inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
+    moments = InputMoments.of(activations(inputs, 50, dtype))
+    return replace(moments, gram_II=moments.gram_II.triu() + moments.gram_II.triu(1).mT)
+
+
+def publish(store: Store, moments: InputMoments) -> Artifact:
+    with store.publish("moments", KEY, {}) as folder:
+        write_moments(folder, moments)
+    return store.get("moments", KEY)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 63, 64, 65, 257, 700])
+def test_every_bit_comes_back(tmp_path: Path, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "BATCH_ENTRIES", 10_000)  # several batches
+    moments = made(inputs, dtype)
+    back = read_moments(store := Store(tmp_path), publish(store, moments))
+    assert back.tokens == moments.tokens
+    for name in ("gram_II", "abs_sum_I", "sum_I"):
+        assert getattr(back, name).dtype == dtype
+        assert bits(getattr(back, name)) == bits(getattr(moments, name))
+
+
+def test_extreme_numbers_come_back(tmp_path: Path) -> None:
+    least, most = torch.finfo(torch.float32).tiny / 8, torch.finfo(torch.float32).max
+    gram_II = torch.tensor([[most, -0.0, least], [-0.0, 0.0, -most], [least, -most, -least]])
+    moments = InputMoments(gram_II, torch.tensor([most, 0.0, least]), torch.tensor([-most, -0.0, least]), 0)
+    back = read_moments(store := Store(tmp_path), publish(store, moments))
+    assert bits(back.gram_II) == bits(gram_II)
+    assert bits(back.sum_I) == bits(moments.sum_I)
+
+
+def test_moments_of_a_starved_expert_come_back(tmp_path: Path) -> None:
+    back = read_moments(store := Store(tmp_path), publish(store, InputMoments.zero(40)))
+    assert back.tokens == 0
+    assert not back.gram_II.any()
+
+
+def test_a_matrix_takes_less_than_45_percent(tmp_path: Path) -> None:
+    artifact = publish(Store(tmp_path), InputMoments.of(activations(512, 2048)))
+    assert artifact.bytes < 0.45 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["gram_II", "abs_sum_I", "sum_I"])
+def test_what_is_not_finite_is_not_stored(tmp_path: Path, value: float, name: str) -> None:
+    moments, store = made(20), Store(tmp_path)
+    tensor = getattr(moments, name).clone()
+    tensor[..., 7] = value
+    if name == "gram_II":
+        tensor[7, :] = value
+    with pytest.raises(NotFinite):
+        publish(store, replace(moments, **{name: tensor}))
+    assert store.find("moments", KEY) is None
+
+
+def rewritten(folder: Path, *, metadata: dict[str, str] | None = None, drop_rows: int = 0, planes: int = 4) -> None:
+    with pa.memory_map(str(folder / "gram.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    table = table.slice(drop_rows).select(range(planes))
+    lies = {name.encode(): value.encode() for name, value in (metadata or {}).items()}
+    schema = table.schema.with_metadata({**table.schema.metadata, **lies})
+    with pa.ipc.new_file(str(folder / "gram.arrow"), schema) as writer:
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+
+def other_vectors(folder: Path, length: int, kind: pa.DataType) -> None:
+    table = pa.table({name: pa.array([1.0] * length, kind) for name in ("abs_sum", "sum")})
+    with pa.ipc.new_file(str(folder / "vectors.arrow"), table.schema) as writer:
+        writer.write_table(table)
+
+
+LIES = {
+    "more inputs": lambda f: rewritten(f, metadata={"inputs": "21"}),
+    "fewer inputs": lambda f: rewritten(f, metadata={"inputs": "19"}),
+    "absurdly many inputs": lambda f: rewritten(f, metadata={"inputs": str(10**9)}),
+    "no inputs": lambda f: rewritten(f, metadata={"inputs": "0"}),
+    "no number": lambda f: rewritten(f, metadata={"inputs": "many"}),
+    "negative tokens": lambda f: rewritten(f, metadata={"tokens": "-1"}),
+    "wider numbers": lambda f: rewritten(f, metadata={"dtype": "float64"}),
+    "unknown numbers": lambda f: rewritten(f, metadata={"dtype": "int128"}),
+    "a missing entry": lambda f: rewritten(f, drop_rows=1),
+    "a missing plane": lambda f: rewritten(f, planes=3),
+    "no header": lambda f: (f / "gram.arrow").write_bytes((f / "vectors.arrow").read_bytes()),
+    "cut short": lambda f: (f / "gram.arrow").write_bytes((f / "gram.arrow").read_bytes()[:-200]),
+    "not Arrow": lambda f: (f / "gram.arrow").write_bytes(b"something else"),
+    "empty": lambda f: (f / "vectors.arrow").write_bytes(b""),
+    "short vectors": lambda f: other_vectors(f, 19, pa.float32()),
+    "wide vectors": lambda f: other_vectors(f, 20, pa.float64()),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_is_not_what_it_says_is_an_error_though_its_digest_is_right(tmp_path: Path, lie: str) -> None:
+    store = Store(tmp_path)
+    with store.publish("moments", KEY, {}) as folder:
+        write_moments(folder, made(20))
+        LIES[lie](folder)
+    with pytest.raises(CorruptArtifact, match="stored moments cannot be read"):
+        read_moments(store, store.get("moments", KEY))
+
+
+@pytest.mark.parametrize("name", ["gram.arrow", "vectors.arrow"])
+def test_a_flipped_bit_is_found_before_it_is_decoded(tmp_path: Path, name: str) -> None:
+    artifact = publish(Store(tmp_path), made(20))
+    file = tmp_path / "objects" / "moments" / KEY / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CorruptArtifact, match="digest"):
+        read_moments(Store(tmp_path), artifact)
