@@ -1,0 +1,78 @@
+"""Claim: a sweep reads the model once per corpus, and what was read once is never read again.
+
+    python benchmarks/reuse.py TESTBED
+
+A sweep of 16 variants (8 sparsities, 2 mixtures) on a small real model; the same plan in a new run directory; one more
+sparsity; and the same plan after 1 % new documents landed in the domain's folder. The figures are calibration tokens run
+through the model, and seconds of calibration and of solving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from records import record, write
+
+from crosscal.plan import parse_plan
+from flows.recompress import carry_out
+
+SPARSITIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
+LANDED = 0.01
+
+
+def split_off(source: Path, folder: Path) -> list[bytes]:
+    """Copy a corpus without the last 1 % of its training documents, which are returned."""
+    shutil.copytree(source, folder)
+    lines = zstandard.decompress((source / "train.jsonl.zst").read_bytes(), max_output_size=1 << 30).splitlines()
+    kept = len(lines) - round(LANDED * len(lines))
+    (folder / "train.jsonl.zst").chmod(0o644)
+    (folder / "train.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines[:kept]) + b"\n"))
+    return lines[kept:]
+
+
+def plan(testbed: Path, domain: Path, sparsities: list[float]) -> dict[str, Any]:
+    return {
+        "model": str(testbed / "models" / "llama-mix-8m"),
+        "corpora": {"general": str(testbed / "corpora" / "general"), "biomedical": str(domain)},
+        "calibration": {"windows": 128, "length": 256, "held_out_windows": 16},
+        "compress": [{"method": "sparsegpt", "sparsity": sparsities, "domain": "biomedical", "alpha": [0, 0.5]}],
+        "evaluate": {"windows": 2},
+        "execution": {"device": "cpu", "keep_models": False},
+    }
+
+
+def figures(case: str, run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        record(case, "calibration tokens read", run["calibration_tokens_read"], "tokens"),
+        record(case, "calibration", run["stages"]["moments"], "s"),
+        record(case, "solve", run["stages"]["solve"], "s"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("testbed", type=Path)
+    testbed = parser.parse_args().testbed.resolve()
+    with tempfile.TemporaryDirectory() as place:
+        folder, home = Path(place), f"{place}/home"
+        landed = split_off(testbed / "corpora" / "biomedical", folder / "biomedical")
+
+        def run(case: str, sparsities: list[float]) -> list[dict[str, Any]]:
+            out = f"{place}/{len(list(folder.iterdir()))}"
+            return figures(case, carry_out(parse_plan(plan(testbed, folder / "biomedical", sparsities)), home, out))
+
+        rows = run("16 variants, two corpora", SPARSITIES)
+        rows += run("the same plan again, other run directory", SPARSITIES)
+        rows += run("one more sparsity", [0.45])
+        (folder / "biomedical" / "landed.jsonl").write_bytes(b"\n".join(landed) + b"\n")
+        rows += run("the same plan after 1 % new documents", SPARSITIES)
+    write("reuse", rows)
+
+
+if __name__ == "__main__":
+    main()
