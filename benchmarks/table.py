@@ -2,8 +2,8 @@
 
     python benchmarks/table.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views below.
-Prose around the tables is written by hand.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views
+below. Prose around the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def draws() -> str:
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
         digits = "{:+.1f} ± {:.1f} %" if row["unit"] == "%" else "{:.1f} ± {:.1f}"
-        by_case.setdefault(row["case"].removeprefix("draws "), {})[row["figure"]] = digits.format(row["value"], row["spread"])
+        cell = digits.format(row["value"], row["spread"])
+        by_case.setdefault(row["case"].removeprefix("draws "), {})[row["figure"]] = cell
     headers = ["setting, mixture"]
     figures = []
     for corpus in CORPORA:
