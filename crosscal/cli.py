@@ -44,9 +44,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Carry out a plan: ingest, sample, read the model, solve, evaluate, report. Run again to resume."""
+    plan = plan or _demo_plan()
+    logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
     from flows.drive import drive
 
-    record = drive(plan or _demo_plan(), overrides or [], home, str(out) if out else None)
+    record = drive(plan, overrides or [], home, str(out) if out else None)
     if as_json:
         print(json.dumps(record))
     else:
@@ -147,9 +149,14 @@ def store_list(
     """List artifacts: how many of each kind, or each of one kind."""
     from crosscal.store import Store
 
-    artifacts = list(Store(home).list(kind))
+    store = Store(home)
+    kinds = sorted({found for found, _ in store.keys()})
+    if kind is not None and kind not in kinds:
+        raise UsageError(
+            "no such kind in the store", where=home, got=kind, do=f"Kinds: {', '.join(kinds) or 'none yet'}."
+        )
+    artifacts = list(store.list(kind))
     if kind is None:
-        kinds = sorted({artifact.kind for artifact in artifacts})
         rows = [
             {"kind": k, "artifacts": len(of), "bytes": sum(a.bytes for a in of)}
             for k in kinds

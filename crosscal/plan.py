@@ -227,17 +227,18 @@ def _apply(data: dict[str, Any], override: str) -> None:
         ) from error
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_FILE = re.compile(r".*\.(txt|jsonl?|csv|parquet)(\.gz|\.zst)?", re.IGNORECASE)
 
 
 def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
     def absolute(path: str) -> str:
-        if "://" in path or Path(path).expanduser().is_absolute():
-            return str(Path(path).expanduser()) if "://" not in path else path
-        here = base / path
-        if here.exists() or any(character in path for character in "*?[") or not _HUB_ID.fullmatch(path):
-            return str(here.resolve() if here.exists() else here)
-        return path  # a hub id
+        if "://" in path:
+            return path
+        here = base / Path(path).expanduser()  # an absolute path stays what it is
+        if here.exists():
+            return str(here.resolve())
+        return path if _HUB_ID.fullmatch(path) and not _FILE.fullmatch(path) else str(here)
 
     corpora = dict(plan.corpora)
     for name, source in plan.document_corpora.items():

@@ -1,0 +1,5 @@
+"""`python -m crosscal` is `crosscal`."""
+
+from crosscal.cli import main
+
+main()

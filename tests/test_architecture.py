@@ -1,0 +1,125 @@
+"""The rooms of the house: who may import whom, and what nobody does.
+
+Imports point down only. The table says what each room may import of crosscal and of other packages; a room that needs
+more is a change of design, made here on purpose.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(file for top in ("crosscal", "flows", "tasks") for file in (ROOT / top).rglob("*.py"))
+MOST_LINES = 300
+
+EDGES = {"store", "corpora", "calibration", "models", "evaluation", "report"}
+PURE = {"statistics", "compressors"}
+ROOMS = {
+    # room: (rooms it may import, packages it may import besides the standard library)
+    "errors": (set(), set()),
+    "statistics": ({"errors"}, {"torch"}),
+    "compressors": ({"errors", "statistics"}, {"torch"}),
+    "progress": ({"errors"}, {"rich"}),
+    "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
+    "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
+    "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
+    "models": (
+        {"errors", "statistics"},
+        {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "compressed_tensors", "numpy"},
+    ),
+    "evaluation": ({"errors"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "zstandard", "numpy"}),
+    "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
+    "plan": ({"errors"}, {"pydantic", "yaml"}),
+    "variants": ({"errors", "plan", *PURE, "store"}, set()),
+    "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy"}),
+    "cli": ({"errors", "progress", "plan", "corpora", "store", "report", "flows"}, {"typer", "rich"}),
+    "__main__": ({"cli"}, set()),
+    "__init__": ({"errors", "plan", "variants", *PURE, *EDGES}, set()),
+}
+ORCHESTRATED = {
+    "tasks": {"prefect", "httpx", "torch"},
+    "flows": {"prefect", "httpx", "torch", "transformers", "psutil"},
+}
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether at the top of the file) of every import, those for type checkers alone included."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tops = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in tops) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            for alias in node.names:
+                # `from crosscal import errors` and `from crosscal.errors import X` are both of the room `errors`
+                yield (f"crosscal.{alias.name}" if node.module == "crosscal" else str(node.module)), id(node) in tops
+
+
+def room_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "crosscal" else parts[0]
+
+
+def target(module: str) -> tuple[str, bool]:
+    """(room or package, whether it is ours)."""
+    top, *rest = module.split(".")
+    if top == "crosscal":
+        return (rest[0] if rest else "__init__"), True
+    return top, top in ORCHESTRATED
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_down(file: Path) -> None:
+    room = room_of(file)
+    for module, _ in imports(file):
+        name, is_ours = target(module)
+        if room in ORCHESTRATED:
+            assert name != "cli" or not is_ours
+            assert (room, name) != ("tasks", "flows"), "tasks do not know the order of the steps"
+            allowed = is_ours or name in ORCHESTRATED[room]
+        elif is_ours:
+            allowed = name == room or name in ROOMS[room][0]
+        else:
+            allowed = name in ROOMS[room][1]
+        assert allowed or name in sys.stdlib_module_names, f"{room} may not import {module}"
+
+
+def test_the_table_names_every_room() -> None:
+    assert {room_of(file) for file in FILES} == set(ROOMS) | set(ORCHESTRATED)
+
+
+def test_the_command_line_imports_the_flow_only_inside_its_commands() -> None:
+    tops = {target(module)[0] for module, is_top in imports(ROOT / "crosscal/cli.py") if is_top}
+    assert tops - set(sys.stdlib_module_names) == {"typer", "errors"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_are_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) < MOST_LINES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_is_unpickled_and_no_code_comes_with_a_model(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    modules = {module.split(".")[0] for module, _ in imports(file)}
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        assert ast.unparse(call.func) not in ("torch.load", "torch.save", "eval", "exec"), f"line {call.lineno}"
+        for keyword in call.keywords:
+            if keyword.arg in ("trust_remote_code", "allow_pickle"):
+                is_off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                assert is_off, f"line {call.lineno}: {keyword.arg}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_error_is_swallowed_wholesale(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler) and not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+            caught = ast.unparse(node.type) if node.type else ""
+            assert caught not in ("", "Exception", "BaseException"), f"line {node.lineno}"

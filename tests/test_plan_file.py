@@ -1,0 +1,100 @@
+"""Plans: every default is written back, paths belong to the plan's folder, mistakes are named with a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crosscal.errors import PlanError
+from crosscal.plan import dump_plan, load_plan, parse_plan
+
+LEAST = {"model": "owner/name", "corpora": {"general": None}}
+
+
+def written(folder: Path, content: dict) -> Path:
+    file = folder / "plan.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_every_default_is_written_back_and_equal_after_reloading(tmp_path: Path) -> None:
+    content = {
+        **LEAST,
+        "corpora": {"general": "general.txt", "own": "self", "noise": "random", "two": {"path": ["a.txt", "b.txt"]}},
+        "compress": [{"method": "sparsegpt", "sparsity": [0.5, "2:4"]}],
+    }
+    plan = load_plan(written(tmp_path, content))
+    text = dump_plan(plan)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert load_plan(written(elsewhere, yaml.safe_load(text))) == plan
+    dumped = yaml.safe_load(text)
+    assert dumped["calibration"] == {
+        "windows": 128,
+        "length": 2048,
+        "seed": 0,
+        "held_out_windows": 16,
+        "batch_tokens": 4096,
+    }
+    assert dumped["compress"][0]["damping"] == [0.01]
+    assert dumped["compress"][0]["upstream"] == ["dense"]
+    assert dumped["corpora"]["own"]["t_init"] == 1.0
+    assert dumped["execution"] == {"device": "auto", "keep_models": True}
+
+
+def test_relative_paths_belong_to_the_plans_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "model").mkdir()
+    content = {
+        "model": "model",
+        "corpora": {"general": "texts", "later": "*.jsonl", "hub": "owner/data", "absolute": "/data/x.jsonl"},
+        "evaluate": {"tasks": ["questions.jsonl", "arc_easy"]},
+    }
+    written(tmp_path, content)
+    monkeypatch.chdir("/")
+    plan = load_plan(tmp_path / "plan.yaml")
+    paths = {name: source.path for name, source in plan.document_corpora.items()}
+    assert plan.model == str(tmp_path / "model")
+    assert paths["general"] == [str(tmp_path / "texts")]
+    assert paths["later"] == [str(tmp_path / "*.jsonl")]
+    assert paths["hub"] == ["owner/data"]
+    assert paths["absolute"] == ["/data/x.jsonl"]
+    assert plan.evaluate.tasks == [str(tmp_path / "questions.jsonl"), "arc_easy"]
+
+
+def test_overrides_reach_every_field(tmp_path: Path) -> None:
+    file = written(tmp_path, {**LEAST, "compress": [{"method": "wanda", "sparsity": 0.5}]})
+    overrides = ("calibration.windows=7", "compress.0.sparsity=[0.1, 0.2]", "evaluate.limit=3", "corpora.noise=random")
+    plan = load_plan(file, overrides)
+    assert plan.calibration.windows == 7
+    assert plan.compress[0].sparsity == [0.1, 0.2]
+    assert plan.evaluate.limit == 3
+    assert plan.corpora["noise"].source == "random"
+
+
+@pytest.mark.parametrize("override", ["windows", "compress.7.alpha=1", "compress.x.alpha=1", "model.name=1", "a=[1"])
+def test_an_override_that_names_no_field_is_refused(tmp_path: Path, override: str) -> None:
+    file = written(tmp_path, {**LEAST, "compress": [{"method": "wanda", "sparsity": 0.5}]})
+    with pytest.raises(PlanError):
+        load_plan(file, (override,))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"modle": "x"}, "did you mean `model`"),
+        ({"calibration": {"window": 3}}, "did you mean `windows`"),
+        ({"calibration": {"windows": 0}}, "calibration.windows"),
+        ({"compress": [{"sparsity": 0.5}]}, "compress.0.method: this field is needed"),
+        ({"compress": [{"method": "wanda", "sparsity": 0.5, "domain": "law"}]}, "no corpus 'law'"),
+        ({"compress": [{"method": "wanda", "sparsity": 0.5, "alpha": 1.5}]}, "less than or equal to 1"),
+        ({"evaluate": {"perplexity": ["law"]}}, "no corpus of documents"),
+        ({"corpora": {"General!": "x"}}, "General!"),
+        ({"corpora": {}}, "corpora"),
+    ],
+)
+def test_mistakes_are_named(change: dict, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        parse_plan({**LEAST, **change})

@@ -1,0 +1,118 @@
+"""Variants: the product of the axes, each model once, each name usable as a folder."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from crosscal.compressors import COMPRESSORS
+from crosscal.errors import PlanError
+from crosscal.plan import parse_plan
+from crosscal.variants import samples_needed, variants
+
+CORPORA = {"general": None, "legal": None, "biomedical": None}
+
+
+def expand(*entries: dict, **changes) -> list:
+    return variants(parse_plan({"model": "m", "corpora": CORPORA, "compress": list(entries), **changes}))
+
+
+def test_a_list_on_any_axis_is_swept() -> None:
+    found = expand(
+        {
+            "method": ["sparsegpt", "wanda"],
+            "sparsity": [0.5, "2:4"],
+            "domain": ["legal", "biomedical"],
+            "alpha": [0.5, 1],
+            "upstream": ["dense", "sequential"],
+        }
+    )
+    assert len(found) == 2 * 2 * 2 * 2 * 2
+    assert len({variant.key for variant in found}) == len(found)
+
+
+def test_a_model_asked_for_twice_is_made_once() -> None:
+    # alpha 0 is the general corpus alone, whatever the domain; a data-free method ignores mixture, seed and upstream
+    alone = expand({"method": "wanda", "sparsity": 0.5, "domain": ["legal", "biomedical"], "alpha": 0})
+    assert [variant.name for variant in alone] == ["wanda-50-general"]
+    free = expand(
+        {
+            "method": "magnitude",
+            "sparsity": 0.5,
+            "domain": ["legal", "biomedical"],
+            "upstream": ["dense", "sequential"],
+        },
+        {"method": "magnitude", "sparsity": [0.5]},
+        calibration={"seed": [0, 1]},
+    )
+    assert [variant.name for variant in free] == ["magnitude-50"]
+    same = expand(
+        {"method": "wanda", "sparsity": 0.5, "domain": "legal", "alpha": 0.5},
+        {"method": "wanda", "sparsity": 0.5, "mixture": {"general": 0.5, "legal": 0.5}},
+    )
+    assert len(same) == 1
+
+
+def test_names_are_unique_and_safe_as_folders() -> None:
+    found = expand(
+        {
+            "method": list(COMPRESSORS),
+            "sparsity": [0.5, 0.55, 0.555, 0, 1, "2:4", "1:4"],
+            "bits": [2, 4, 8],
+            "group_size": [128, 32, None],
+            "damping": [0.01, 0.1],
+            "activation_order": [True, False],
+            "domain": "legal",
+            "alpha": [0, 1 / 3, 0.5, 1],
+            "trace_normalised": True,
+        },
+        {"method": "wanda", "sparsity": 0.5, "mixture": [{"general": 0.2, "legal": 0.3, "biomedical": 0.5}]},
+        {"method": "wanda", "sparsity": 0.5, "mixture": [{"legal": 0.5, "biomedical": 0.5}], "fallback": "keep-dense"},
+        {"method": "wanda", "sparsity": 0.5, "mixture": [{"legal": 0.5, "biomedical": 0.5}]},
+        calibration={"seed": [0, 1]},
+    )
+    names = [variant.name for variant in found]
+    assert len(set(names)) == len(names)
+    assert len({name.lower() for name in names}) == len(names)  # some disks do not tell case apart
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,199}", name) for name in names)
+
+
+def test_seeds_repeat_what_depends_on_data() -> None:
+    found = expand({"method": "wanda", "sparsity": 0.5}, {"method": "rtn", "bits": 4}, calibration={"seed": [0, 3]})
+    assert [(variant.name, variant.seed) for variant in found] == [
+        ("wanda-50-general-s0", 0),
+        ("wanda-50-general-s3", 3),
+        ("rtn-w4g128", 0),
+    ]
+
+
+def test_only_corpora_of_some_mixture_are_sampled() -> None:
+    plan = {"model": "m", "corpora": CORPORA, "calibration": {"seed": [0, 1]}}
+    entry = {"method": "wanda", "sparsity": 0.5, "domain": "legal", "alpha": 1}
+    assert samples_needed(parse_plan({**plan, "compress": [entry]})) == [("legal", 0), ("legal", 1)]
+    free = {"method": "rtn", "bits": 4}
+    assert samples_needed(parse_plan({**plan, "compress": [free]})) == [("general", 0)]
+    assert samples_needed(parse_plan(plan)) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"method": "sparsegtp", "sparsity": 0.5}, r"compress\.0\.method: unknown method.*sparsegpt"),
+        ({"method": "wanda"}, "needs `sparsity`"),
+        ({"method": "wanda", "sparsity": 0.5, "bits": 4}, "has no `bits`"),
+        ({"method": "gptq", "bits": 9}, r"compress\.0: bits must be 2 to 8 \(got 9\)"),
+        ({"method": "wanda", "sparsity": 124}, r'compress\.0: not a sparsity .*in quotes, such as "2:4"'),
+        ({"method": "wanda", "sparsity": "5:4"}, "not a sparsity"),
+        ({"method": "wanda", "sparsity": 0.5, "mixture": {"general": 0.5}}, r"compress\.0: .*sum to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_runs(entry: dict, says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        expand(entry)
+
+
+def test_a_domain_mixed_with_a_general_corpus_needs_one() -> None:
+    with pytest.raises(PlanError, match="a corpus named `general`"):
+        expand({"method": "wanda", "sparsity": 0.5, "domain": "legal"}, corpora={"legal": None})
