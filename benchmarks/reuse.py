@@ -2,9 +2,9 @@
 
     python benchmarks/reuse.py TESTBED
 
-A sweep of 16 variants (8 sparsities, 2 mixtures) on a small real model; the same plan in a new run directory; one more
-sparsity; and the same plan after 1 % new documents landed in the domain's folder. The figures are calibration tokens run
-through the model, and seconds of calibration and of solving.
+A sweep of 16 variants (8 sparsities, 2 mixtures) on a small real model; the same plan in a new run directory; one
+more sparsity; and the same plan after 1 % new documents landed in the domain's folder. The figures are calibration
+tokens run through the model, and seconds of calibration and of solving.
 """
 
 from __future__ import annotations
