@@ -6,9 +6,13 @@ To add a method: write `compressors/<name>.py` with such a class, and name it in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import torch
+
 from crosscal.compressors.column_loop import solve_columns
+from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.gptq import GPTQ
 from crosscal.compressors.magnitude import Magnitude
 from crosscal.compressors.problem import Compressor, Grid, LayerProblem, LayerSolution, quadratic_loss
@@ -34,20 +38,25 @@ DATA_FREE = frozenset({"magnitude", "rtn"})
 def solve_many(problems: Sequence[LayerProblem], compressors: Sequence[Compressor]) -> list[list[LayerSolution]]:
     """Solutions [compressor][problem] for layers that share one Hessian; the same as calling `compress` on each.
 
-    Column methods with a common damping, group size and order run as one stacked loop.
+    Column methods with a common damping, group size and order run as one stacked loop, one for each stored dtype.
+    Raises what `compress` raises.
     """
-    solutions: dict[int, list[LayerSolution]] = {}
-    stacks: dict[tuple[object, ...], list[int]] = {}
-    for index, compressor in enumerate(compressors):
+    layers: dict[torch.dtype | None, list[int]] = {}
+    for index, problem in enumerate(problems):
+        layers.setdefault(problem.stored_dtype, []).append(index)
+    solutions: dict[tuple[int, int], LayerSolution] = {}
+    stacks: dict[tuple[object, ...], dict[int, ColumnRule]] = {}
+    for setting, compressor in enumerate(compressors):
         rule = getattr(compressor, "rule", None)
         if rule is None:
-            solutions[index] = [compressor.compress(problem) for problem in problems]
+            solutions.update({(setting, i): compressor.compress(problem) for i, problem in enumerate(problems)})
         else:
-            stacks.setdefault(rule.stack_key, []).append(index)
-    for indices in stacks.values():
-        rules = [compressors[index].rule for index in indices]  # pyright: ignore[reportAttributeAccessIssue]
-        solutions.update(zip(indices, solve_columns(problems, rules), strict=True))
-    return [solutions[index] for index in range(len(compressors))]
+            stacks.setdefault(rule.stack_key, {})[setting] = rule
+    for rules, members in itertools.product(stacks.values(), layers.values()):
+        answers = solve_columns([problems[i] for i in members], list(rules.values()))
+        places = itertools.product(rules, members)
+        solutions.update(zip(places, itertools.chain.from_iterable(answers), strict=True))
+    return [[solutions[setting, i] for i in range(len(problems))] for setting in range(len(compressors))]
 
 
 __all__ = [

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crosscal.compressors.column_loop import ColumnRule, solve_columns
+from crosscal.compressors.column_loop import solve_columns
+from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.problem import LayerProblem, LayerSolution
 
 
@@ -22,6 +23,9 @@ class GPTQ:
     on disk."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
+
+    def __post_init__(self) -> None:
+        self.rule.check_settings()
 
     @property
     def rule(self) -> ColumnRule:

@@ -8,13 +8,22 @@ from torch import Tensor
 from crosscal.errors import UsageError
 
 BITS = range(2, 9)
+TIE_BREAK = 1e-6
+"""By how much scales are short: a row whose largest weight is negative would have it exactly between two levels, and
+roundoff would decide. It goes to the outer one."""
 
 
-def check_grid(bits: int, group_size: int | None, inputs: int, name: str) -> None:
-    """Raises `UsageError` for bits outside 2-8 or a group size that does not divide the inputs."""
+def check_settings(bits: int, group_size: int | None) -> None:
+    """What can be said before a layer is seen. Raises `UsageError`."""
     if bits not in BITS:
-        raise UsageError("bits must be 2 to 8", where=name, got=str(bits))
-    if group_size is not None and (group_size < 1 or inputs % group_size):
+        raise UsageError("bits must be 2 to 8", got=str(bits))
+    if group_size is not None and group_size < 1:
+        raise UsageError("group_size must be positive", got=str(group_size), do="null means one scale a row.")
+
+
+def check_grid(group_size: int | None, inputs: int, name: str) -> None:
+    """Raises `UsageError` for a group size that does not divide the inputs."""
+    if group_size is not None and inputs % group_size:
         fitting = [size for size in (256, 128, 64, 32, 16) if inputs % size == 0]
         raise UsageError(
             "group_size must divide the layer's inputs",
@@ -25,13 +34,13 @@ def check_grid(bits: int, group_size: int | None, inputs: int, name: str) -> Non
 
 
 def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
-    """scale = max|w| / (2^(b-1) - 1/2): the largest weight falls half a step outside the highest level at most.
+    """scale = max|w| / (2^(b-1) - 1/2), one a row: the ends of the range lie half a step beyond the outer levels.
 
     This is compressed-tensors' symmetric range [-2^(b-1), 2^(b-1) - 1]. The scale is rounded to the dtype it is
     stored in before any weight is, so that what is solved is what is saved. All-zero rows get scale 1.
     """
     largest_R = weight_RC.abs().amax(1)
-    scale_R = largest_R / (2.0 ** (bits_R - 1) - 0.5)
+    scale_R = largest_R / (2.0 ** (bits_R - 1) - 0.5) * (1 - TIE_BREAK)
     if stored_dtype is not None:
         scale_R = scale_R.to(stored_dtype).to(weight_RC.dtype)
     return torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))

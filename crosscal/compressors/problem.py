@@ -10,18 +10,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crosscal.errors import NotFinite, StatisticsError
+from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """One linear layer to compress: replace W by V so that tr((W - V) H (W - V)ᵀ) stays small."""
+    """One linear layer to compress: replace W by V so that tr((W - V) H (W - V)ᵀ) stays small.
+
+    Raises `StatisticsError` for a Hessian of another shape or dtype than the weight, `NotFinite`,
+    `NotPositiveDefinite` for a negative diagonal.
+    """
 
     name: str
     weight_OI: Tensor
+    """In float32 or float64: what it is solved in."""
     hessian_II: Tensor
-    """Second moment of the inputs per token, undamped."""
+    """Second moment of the inputs per token, undamped, in the weight's dtype."""
     mean_abs_I: Tensor | None = None
     """Mean absolute input."""
     shared_factor: InverseFactor | None = None
@@ -38,12 +43,25 @@ class LayerProblem:
                 where=self.name,
                 got=f"{tuple(self.weight_OI.shape)} and {tuple(self.hessian_II.shape)}",
             )
+        if self.hessian_II.dtype != self.weight_OI.dtype:
+            raise StatisticsError(
+                "weight and Hessian must have one dtype",
+                where=self.name,
+                got=f"{self.weight_OI.dtype} and {self.hessian_II.dtype}",
+            )
         if not torch.isfinite(self.weight_OI).all():
             raise NotFinite(
                 "the weight is not finite", where=self.name, do="Check the model: it is broken before compression."
             )
         if not torch.isfinite(self.hessian_II).all():
             raise NotFinite("the Hessian is not finite", where=self.name, do="Calibrate in float32 or bfloat16.")
+        if (self.hessian_II.diagonal() < 0).any():
+            raise NotPositiveDefinite(
+                "the Hessian has a negative mean square",
+                where=self.name,
+                got=f"{float(self.hessian_II.diagonal().min()):g} on the diagonal",
+                do="It is not a second moment: read the model again.",
+            )
 
     def factor(self, damping: float) -> InverseFactor:
         """The shared factor where it fits, otherwise a new one."""
@@ -58,6 +76,7 @@ class LayerProblem:
 
     @property
     def dead_inputs(self) -> int:
+        """How many inputs were always zero: H_jj = 0."""
         return int((self.hessian_II.diagonal() == 0).sum())
 
 
@@ -104,12 +123,30 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
 def solved(
     problem: LayerProblem, weight_OI: Tensor, *, grid: Grid | None = None, damping: float | None = None
 ) -> LayerSolution:
-    """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same."""
+    """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same.
+
+    Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
+    """
     if problem.stored_dtype is not None:
         weight_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
-    difference_OI = problem.weight_OI.to(weight_OI.dtype) - weight_OI
-    loss = quadratic_loss(difference_OI, problem.hessian_II.to(weight_OI.dtype))
+    difference_OI = problem.weight_OI - weight_OI
+    loss = quadratic_loss(difference_OI, problem.hessian_II)
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
-    loss = max(loss, 0.0)  # rounding can leave a tiny negative number where nothing was changed
+    if loss < 0:
+        loss = _zero_if_roundoff(loss, difference_OI, problem)
     return LayerSolution(weight_OI, loss, loss / problem.energy if problem.energy > 0 else 0.0, grid, damping)
+
+
+def _zero_if_roundoff(loss: float, difference_OI: Tensor, problem: LayerProblem) -> float:
+    # For a second moment, |d H dᵀ| summed term by term is at most I · Σ_j d_j² H_jj: its roundoff is the allowance.
+    diagonal_loss = float((difference_OI.square() @ problem.hessian_II.diagonal()).sum())
+    allowance = torch.finfo(difference_OI.dtype).eps * difference_OI.shape[1] * diagonal_loss
+    if loss < -allowance:
+        raise NotPositiveDefinite(
+            "the Hessian is not positive semidefinite",
+            where=problem.name,
+            got=f"a squared error of {loss:g}",
+            do="It is not a second moment: read the model again.",
+        )
+    return 0.0

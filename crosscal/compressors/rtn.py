@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crosscal.compressors.grid import check_grid, fit_scale_R, from_ints, to_ints
+from crosscal.compressors.grid import check_grid, check_settings, fit_scale_R, from_ints, to_ints
 from crosscal.compressors.problem import Grid, LayerProblem, LayerSolution, solved
 
 
@@ -20,10 +20,13 @@ class RoundToNearest:
     group_size: int | None = 128
     """Inputs per scale; None is one scale a row."""
 
+    def __post_init__(self) -> None:
+        check_settings(self.bits, self.group_size)
+
     def compress(self, problem: LayerProblem) -> LayerSolution:
         """V = scale · round(W / scale)."""
         outputs, inputs = problem.weight_OI.shape
-        check_grid(self.bits, self.group_size, inputs, problem.name)
+        check_grid(self.group_size, inputs, problem.name)
         columns = self.group_size or inputs
         rows_RC = problem.weight_OI.reshape(-1, columns)
         bits_R = torch.full((len(rows_RC),), float(self.bits), dtype=rows_RC.dtype, device=rows_RC.device)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crosscal.compressors.column_loop import ColumnRule, solve_columns
+from crosscal.compressors.column_loop import solve_columns
+from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.problem import LayerProblem, LayerSolution
 from crosscal.compressors.sparsity import Sparsity
 
@@ -21,6 +22,7 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
+        self.rule.check_settings()
 
     @property
     def rule(self) -> ColumnRule:

@@ -31,7 +31,7 @@ class Sparsity:
             kept, group = int(match[1]), int(match[2])
             if 0 <= kept <= group and group > 0:
                 return cls(1 - kept / group, kept, group)
-        elif not isinstance(value, str) and not isinstance(value, bool) and 0 <= value <= 1:
+        elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
             return cls(float(value))
         raise UsageError(
             "not a sparsity",

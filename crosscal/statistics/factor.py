@@ -32,27 +32,29 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     if not torch.isfinite(hessian_II).all():
         raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
     diagonal_I = hessian_II.diagonal()
-    mean = float(diagonal_I.mean())
-    if mean <= 0:
-        raise EmptyStatistics("every input of this site was zero", where=name, do="Check the calibration windows.")
     dead_I = diagonal_I == 0
-    damped_II = hessian_II.clone()
-    damped_II.diagonal().add_(damping * mean)
+    if dead_I.all():
+        raise EmptyStatistics("every input of this site was zero", where=name, do="Check the calibration windows.")
+    mean = float(diagonal_I.mean(dtype=torch.float64))
+    reversed_II = hessian_II.flip(0, 1)
+    reversed_II.diagonal().add_(damping * mean)
     if damping == 0:
-        damped_II.diagonal().masked_fill_(dead_I, mean)
-    lower_II, failed_at = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        reversed_II.diagonal().masked_fill_(dead_I.flip(0), mean)
+    lower_II, failed_at = torch.linalg.cholesky_ex(reversed_II)
     if int(failed_at) != 0:
-        raise NotPositiveDefinite(
-            "the damped Hessian is not positive definite",
-            where=name,
-            got=f"damping {damping:g}, Cholesky failed at column {hessian_II.shape[0] - int(failed_at)}",
-            do=f"Raise damping (to {max(10 * damping, 0.01):g}, say) or calibrate on more tokens than inputs.",
-        )
-    root_II = lower_II.flip(0, 1)
-    identity_II = torch.eye(len(diagonal_I), dtype=hessian_II.dtype, device=hessian_II.device)
-    upper_II = torch.linalg.solve_triangular(root_II, identity_II, upper=True)
+        column = len(hessian_II) - int(failed_at)  # the reversed matrix was factored from the last column on
+        raise _not_positive_definite(name, damping, f"Cholesky failed at column {column}")
+    identity_II = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
+    upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
     if not torch.isfinite(upper_II).all():
-        raise NotPositiveDefinite(
-            "the damped Hessian is singular", where=name, got=f"damping {damping:g}", do="Raise damping."
-        )
+        raise _not_positive_definite(name, damping, "its inverse overflows")
     return InverseFactor(upper_II, damping, dead_I)
+
+
+def _not_positive_definite(name: str, damping: float, why: str) -> NotPositiveDefinite:
+    return NotPositiveDefinite(
+        "the damped Hessian is not positive definite",
+        where=name,
+        got=f"damping {damping:g}, {why}",
+        do=f"Raise damping (to {max(10 * damping, 0.01):g}, say) or calibrate on more tokens than inputs.",
+    )

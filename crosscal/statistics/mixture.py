@@ -20,7 +20,7 @@ from crosscal.statistics.moments import InputMoments
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights over corpora, positive and summing to 1; corpora of weight 0 are left out."""
+    """Weights over corpora, positive and summing to 1; corpora of weight 0 are left out. Made by `of` or `alpha`."""
 
     weights: tuple[tuple[str, float], ...]
 
@@ -38,11 +38,12 @@ class Mixture:
 
     @classmethod
     def alpha(cls, domain: str, alpha: float, general: str = "general") -> Mixture:
-        """(1 - alpha) general + alpha domain."""
+        """(1 - alpha) general + alpha domain. Raises `UsageError` for an alpha outside 0 to 1."""
         return cls.of({general: 1.0 - alpha, domain: alpha} if domain != general else {general: 1.0})
 
     @property
     def corpora(self) -> tuple[str, ...]:
+        """Names, sorted."""
         return tuple(name for name, _ in self.weights)
 
     def as_dict(self) -> dict[str, float]:
@@ -53,12 +54,11 @@ class Mixture:
     ) -> Tensor:
         """H = Σ_k w_k H_k with H_k = gram_k / tokens_k; `{general: 1}` is the general Hessian bit for bit.
 
-        `trace_normalised` scales every H_k to the mean of their traces first, so that no corpus dominates a site by the
-        scale of its activations. Raises `StatisticsError` when a corpus's moments are missing.
+        `trace_normalised` scales every H_k to the weighted mean of their traces first, so that no corpus dominates a
+        site by the scale of its activations; the trace of the mixture stays what it was. Raises `StatisticsError` when
+        a corpus's moments are missing or of another width, `EmptyStatistics`, `NotFinite`.
         """
-        missing = [corpus for corpus in self.corpora if corpus not in moments]
-        if missing:
-            raise StatisticsError("moments are missing", where=name, got=f"no {', '.join(missing)}")
+        self._check(moments, name)
         hessians = {corpus: moments[corpus].hessian_II(f"{name} ({corpus})") for corpus in self.corpora}
         if len(hessians) == 1:
             return hessians[self.corpora[0]]
@@ -69,6 +69,14 @@ class Mixture:
             scale = mean_trace / traces[corpus] if trace_normalised and traces[corpus] > 0 else 1.0
             mixed_II.add_(hessians[corpus], alpha=weight * scale)
         return mixed_II
+
+    def _check(self, moments: Mapping[str, InputMoments], name: str) -> None:
+        missing = [corpus for corpus in self.corpora if corpus not in moments]
+        if missing:
+            raise StatisticsError("moments are missing", where=name, got=f"no {', '.join(missing)}")
+        widths = {corpus: moments[corpus].inputs for corpus in self.corpora}
+        if len(set(widths.values())) > 1:
+            raise StatisticsError("moments of different sites cannot be mixed", where=name, got=f"inputs {widths}")
 
     def mean_abs_I(self, moments: Mapping[str, InputMoments]) -> Tensor:
         """Σ_k w_k · mean |x| over corpus k."""

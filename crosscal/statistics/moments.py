@@ -31,8 +31,12 @@ class InputMoments:
 
     @classmethod
     def of(cls, input_TI: Tensor) -> InputMoments:
-        """Moments of the rows of one matrix, in its own precision."""
-        return cls(input_TI.mT @ input_TI, input_TI.abs().sum(0), input_TI.sum(0), input_TI.shape[0])
+        """Moments of the rows of one matrix, summed in its own precision or float32, whichever is wider."""
+        accumulator = MomentsAccumulator(
+            input_TI.shape[-1], dtype=torch.promote_types(input_TI.dtype, torch.float32), device=input_TI.device
+        )
+        accumulator.add(input_TI)
+        return accumulator.moments()
 
     @classmethod
     def zero(cls, inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
@@ -45,6 +49,7 @@ class InputMoments:
         )
 
     def __add__(self, other: InputMoments) -> InputMoments:
+        """Moments of both sets of tokens. Raises `StatisticsError` when the numbers of inputs differ."""
         if self.inputs != other.inputs:
             raise StatisticsError(
                 "moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs"
@@ -68,6 +73,7 @@ class InputMoments:
                 where=name,
                 do="Calibrate on more windows; an expert may be starved.",
             )
+        # Σ x² bounds every product sum (Cauchy-Schwarz), so a finite diagonal is a finite matrix.
         if not torch.isfinite(self.gram_II.diagonal()).all():
             raise NotFinite(
                 "the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16."
@@ -76,6 +82,7 @@ class InputMoments:
 
     @property
     def mean_abs_I(self) -> Tensor:
+        """Σ |x| / tokens; zero without tokens."""
         return self.abs_sum_I / max(self.tokens, 1)
 
 
@@ -83,7 +90,8 @@ class MomentsAccumulator:
     """Adds up the moments of a stream of inputs, computing one triangle of the Gram matrix only.
 
     Row panel i of the upper triangle is `X[:, i:i+B]ᵀ X[:, i:]`: a plain matrix product on half the work.
-    Inputs in half precision are multiplied as they are on a GPU and summed in `dtype`; on a CPU they are widened first.
+    Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
+    `dtype` first. The vectors are summed in float64 and handed out in `dtype`.
     """
 
     def __init__(self, inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
@@ -93,9 +101,14 @@ class MomentsAccumulator:
         self._tokens = 0
 
     def add(self, input_TI: Tensor) -> None:
-        """Add the rows of a matrix (any leading shape is flattened to tokens)."""
+        """Add the rows of a matrix (any leading shape is flattened to tokens). Raises `StatisticsError` on a wrong
+        width."""
+        if input_TI.shape[-1] != len(self._upper_II):
+            raise StatisticsError(
+                "inputs of another width", got=f"{input_TI.shape[-1]} instead of {len(self._upper_II)}"
+            )
         rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
-        if not rows_TI.is_cuda:
+        if not _multiplies_as_is(rows_TI, self._upper_II.dtype):
             rows_TI = rows_TI.to(self._upper_II.dtype)
         for start in range(0, rows_TI.shape[1], PANEL_ROWS):
             _add_panel(
@@ -108,15 +121,21 @@ class MomentsAccumulator:
         self._tokens += rows_TI.shape[0]
 
     def moments(self) -> InputMoments:
-        """The sums so far, on the CPU."""
-        upper_II = self._upper_II.triu().cpu()
-        gram_II = upper_II + upper_II.triu(1).mT
+        """The sums so far, copied to the CPU: what is added later does not change them."""
+        gram_II = self._upper_II.triu().cpu()  # the panels on the diagonal also filled some of the lower triangle
+        gram_II += gram_II.triu(1).mT
         dtype = gram_II.dtype
-        return InputMoments(gram_II, self._abs_sum_I.to("cpu", dtype), self._sum_I.to("cpu", dtype), self._tokens)
+        abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
+        return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
 
 
-def _add_panel(panel: Tensor, left_TB: Tensor, right_TI: Tensor) -> None:
-    if left_TB.is_cuda and left_TB.dtype != panel.dtype:
-        panel += torch.mm(left_TB.mT, right_TI, out_dtype=panel.dtype)  # exact products of half-precision inputs
+def _multiplies_as_is(rows_TI: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies these rows exactly and sums in `dtype` without widening them first."""
+    return rows_TI.is_cuda and rows_TI.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+
+
+def _add_panel(panel_BI: Tensor, left_TB: Tensor, right_TI: Tensor) -> None:
+    if left_TB.dtype == panel_BI.dtype:
+        panel_BI.addmm_(left_TB.mT, right_TI)
     else:
-        panel.addmm_(left_TB.mT.to(panel.dtype), right_TI.to(panel.dtype))
+        panel_BI += torch.mm(left_TB.mT, right_TI, out_dtype=panel_BI.dtype)

@@ -1,0 +1,222 @@
+"""What holds for every method, setting and precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from crosscal.compressors import (
+    COMPRESSORS,
+    DATA_FREE,
+    GPTQ,
+    Compressor,
+    LayerProblem,
+    LayerSolution,
+    Magnitude,
+    RoundToNearest,
+    SparseGPT,
+    SparseGPTQ,
+    Sparsity,
+    Wanda,
+)
+from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError, UsageError
+from tests.helpers.problems import layer, true_loss, with_hessian
+
+HALF, TWO_OF_FOUR, DENSE, NOTHING = (Sparsity.parse(value) for value in (0.5, "2:4", 0.0, 1.0))
+CASES: list[Compressor] = [
+    *(method(sparsity) for method in (Magnitude, Wanda, SparseGPT) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
+    SparseGPT(HALF, damping=0.1),
+    *(RoundToNearest(bits, group) for bits, group in ((2, 32), (4, None), (8, 160))),
+    *(GPTQ(bits, group, order) for bits, group in ((2, 32), (4, None), (8, 160)) for order in (False, True)),
+    *(SparseGPTQ(sparsity, 4, 32) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
+]
+LOSS_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}  # float32: D H Dᵀ cancels up to the condition number
+
+
+def label(value: object) -> str:
+    return str(value).replace("torch.", "").replace("Sparsity", "")
+
+
+def test_every_method_is_tried() -> None:
+    assert {type(case) for case in CASES} == set(COMPRESSORS.values())
+    assert {COMPRESSORS[name] for name in DATA_FREE} == {Magnitude, RoundToNearest}
+
+
+def bits_of(problem: LayerProblem) -> list[torch.Tensor]:
+    return [problem.weight_OI.clone(), problem.hessian_II.clone()]
+
+
+@pytest.mark.parametrize("stored_dtype", [None, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=label)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_pure_deterministic_and_honest(case: Compressor, dtype: torch.dtype, stored_dtype: torch.dtype | None) -> None:
+    problem = layer(dtype=dtype, stored_dtype=stored_dtype)
+    before = bits_of(problem)
+    solution, again = case.compress(problem), case.compress(problem)
+    assert all(torch.equal(a, b) for a, b in zip(before, bits_of(problem), strict=True))
+    assert torch.equal(solution.weight_OI, again.weight_OI)
+    assert solution.loss == again.loss
+    assert solution.weight_OI.dtype == dtype
+    assert solution.weight_OI.shape == problem.weight_OI.shape
+    if stored_dtype is not None:
+        assert torch.equal(solution.weight_OI, solution.weight_OI.to(stored_dtype).to(dtype))
+    energy = torch.einsum("oi,ij,oj->", *(t.double() for t in (before[0], before[1], before[0]))).item()
+    assert solution.loss == pytest.approx(true_loss(problem, solution), rel=LOSS_TOLERANCE[dtype])
+    assert solution.relative_loss == pytest.approx(true_loss(problem, solution) / energy, rel=LOSS_TOLERANCE[dtype])
+    assert solution.damping == getattr(case, "damping", None)
+    _check_zeros(case, problem, solution)
+
+
+def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> None:
+    sparsity = getattr(case, "sparsity", DENSE)
+    zeros = int((solution.weight_OI == 0).sum())
+    if isinstance(case, Magnitude | Wanda | SparseGPT):
+        assert zeros == sparsity.fraction * solution.weight_OI.numel()
+        assert solution.grid is None
+        if sparsity == DENSE:
+            assert torch.equal(solution.weight_OI, problem.weight_OI)
+            assert solution.loss == solution.relative_loss == 0.0
+    else:
+        assert zeros >= sparsity.fraction * solution.weight_OI.numel()
+        assert solution.grid is not None
+    if sparsity == NOTHING:
+        assert not solution.weight_OI.any()
+        assert solution.relative_loss == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if type(c) in (Magnitude, Wanda)], ids=label)
+def test_masks_keep_the_survivors_as_they_were(case: Compressor) -> None:
+    problem = layer()
+    weight_OI = case.compress(problem).weight_OI
+    assert torch.equal(weight_OI[weight_OI != 0], problem.weight_OI[weight_OI != 0])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if type(c) in (Magnitude, RoundToNearest)], ids=label)
+def test_methods_without_data_ignore_the_hessian(case: Compressor) -> None:
+    problem = layer()
+    other = with_hessian(problem, torch.eye(160, dtype=torch.float64))
+    assert torch.equal(case.compress(problem).weight_OI, case.compress(other).weight_OI)
+
+
+def test_wanda_is_weight_times_input_norm() -> None:
+    problem = layer(5, 12)
+    score_OI = problem.weight_OI.abs() * problem.hessian_II.diagonal().sqrt()
+    weight_OI = Wanda(Sparsity.parse(0.25)).compress(problem).weight_OI
+    for row, scores in zip(weight_OI.tolist(), score_OI.tolist(), strict=True):
+        removed = sorted(range(12), key=scores.__getitem__)[:3]
+        assert [i for i, weight in enumerate(row) if weight == 0] == sorted(removed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_silent_inputs_cost_nothing(case: Compressor) -> None:
+    """Of two layers that differ in the weights of dead inputs only, the live ones are answered alike (quantization
+    with one scale a group is left out: the dead weights are on its grid too)."""
+    if getattr(case, "bits", None):
+        case = dataclasses.replace(case, group_size=1)  # pyright: ignore[reportArgumentType]
+    if isinstance(case, Magnitude | SparseGPT | SparseGPTQ | Wanda) and case.sparsity not in (DENSE, NOTHING):
+        return  # budgets move between live and dead inputs: see test_compressors_sparsity
+    dead = [3, 40, 41, 159]
+    problem = layer(dead=dead)
+    other_OI = problem.weight_OI.clone()
+    other_OI[:, dead] *= -7
+    other = LayerProblem(problem.name, other_OI, problem.hessian_II)
+    alive_I = problem.hessian_II.diagonal() != 0
+    assert problem.dead_inputs == 4
+    solutions = case.compress(problem), case.compress(other)
+    torch.testing.assert_close(solutions[0].weight_OI[:, alive_I], solutions[1].weight_OI[:, alive_I], rtol=0, atol=0)
+    assert solutions[0].loss == pytest.approx(solutions[1].loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=label)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_layer_of_zeros_stays_zero(case: Compressor, dtype: torch.dtype) -> None:
+    problem = layer(dtype=dtype)
+    solution = case.compress(LayerProblem("zeros", torch.zeros_like(problem.weight_OI), problem.hessian_II))
+    assert not solution.weight_OI.any()
+    assert solution.loss == solution.relative_loss == 0.0
+
+
+def test_problems_that_make_no_sense_name_the_layer() -> None:
+    good = layer(4, 8)
+    weight_OI, hessian_II = good.weight_OI, good.hessian_II
+    bad_weight_OI, bad_hessian_II, negative_II = weight_OI.clone(), hessian_II.clone(), hessian_II.clone()
+    bad_weight_OI[1, 2], bad_hessian_II[3, 4], negative_II[5, 5] = float("nan"), float("inf"), -1.0
+    wrong = [
+        (weight_OI, hessian_II[:7, :7], StatisticsError, "do not fit"),
+        (weight_OI, hessian_II.float(), StatisticsError, "one dtype"),
+        (bad_weight_OI, hessian_II, NotFinite, "weight"),
+        (weight_OI, bad_hessian_II, NotFinite, "Hessian"),
+        (weight_OI, negative_II, NotPositiveDefinite, "negative"),
+    ]
+    for weight, hessian, error, why in wrong:
+        with pytest.raises(error, match=why) as caught:
+            LayerProblem("blocks.7.out", weight, hessian)
+        assert caught.value.where == "blocks.7.out"
+
+
+@pytest.mark.parametrize(
+    "case", [GPTQ(2, 4), RoundToNearest(2, 4), *(method(HALF) for method in (Magnitude, Wanda, SparseGPT))], ids=label
+)
+def test_an_indefinite_hessian_is_never_solved(case: Compressor) -> None:
+    """[[1, 2], [2, 1]] in every pair: rows of equal weights gain from any change of both, rows of one sign lose."""
+    hessian_II = torch.block_diag(*[torch.tensor([[1.0, -2.0], [-2.0, 1.0]], dtype=torch.float64)] * 4)
+    weight_OI = torch.tensor([[0.3, 0.31, 0.32, 0.33, 1.0, 1.01, 1.02, 1.03]] * 2, dtype=torch.float64)
+    with pytest.raises(NotPositiveDefinite) as caught:
+        case.compress(LayerProblem("blocks.7.out", weight_OI, hessian_II))
+    assert caught.value.where == "blocks.7.out"
+
+
+def test_silence_everywhere_is_an_error_where_data_is_needed() -> None:
+    problem = with_hessian(layer(4, 8), torch.zeros(8, 8, dtype=torch.float64))
+    assert Magnitude(HALF).compress(problem).relative_loss == 0.0
+    for compressor in (SparseGPT(HALF), GPTQ(4, None), GPTQ(4, None, True), SparseGPTQ(HALF, 4, None)):
+        with pytest.raises(StatisticsError, match=r"blocks\.0\.linear: every input"):
+            compressor.compress(problem)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (GPTQ, {"bits": 1}),
+        (GPTQ, {"bits": 9}),
+        (GPTQ, {"bits": 4, "group_size": 0}),
+        (GPTQ, {"bits": 4, "damping": -0.1}),
+        (GPTQ, {"bits": 4, "damping": float("nan")}),
+        (RoundToNearest, {"bits": 16}),
+        (RoundToNearest, {"bits": 4, "group_size": -1}),
+        (SparseGPT, {"sparsity": 0.5, "damping": float("inf")}),
+        (SparseGPT, {"sparsity": "2:12"}),
+        (SparseGPT, {"sparsity": 2}),
+        (SparseGPTQ, {"sparsity": 0.5, "bits": 1}),
+        (Wanda, {"sparsity": "half"}),
+        (Magnitude, {"sparsity": -1}),
+    ],
+)
+def test_bad_settings_are_refused_before_any_layer_is_seen(method: type, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        method(**settings)
+
+
+@pytest.mark.parametrize("case", [GPTQ(4, 3), RoundToNearest(4, 3), SparseGPTQ(HALF, 4, 3)], ids=label)
+def test_groups_must_divide_the_inputs(case: Compressor) -> None:
+    with pytest.raises(UsageError, match=r"blocks\.0\.linear: .*got group_size 3, 160 inputs.*32, 16"):
+        case.compress(layer())
+
+
+def test_tiny_weights_in_half_precision_overflow_loudly() -> None:
+    problem = layer(4, 8, stored_dtype=torch.float16)
+    huge = LayerProblem("huge", problem.weight_OI * 1e6, problem.hessian_II, stored_dtype=torch.float16)
+    with pytest.raises(NotFinite, match="huge"):
+        Magnitude(HALF).compress(huge)
+
+
+def test_a_shared_factor_is_used_where_its_damping_fits() -> None:
+    problem = layer()
+    shared = dataclasses.replace(problem, shared_factor=problem.factor(0.01))
+    assert shared.factor(0.01) is shared.shared_factor
+    assert shared.factor(0.02) is not shared.shared_factor
+    for compressor in (SparseGPT(HALF), SparseGPT(HALF, damping=0.02), GPTQ(4, 32, True)):
+        assert torch.equal(compressor.compress(shared).weight_OI, compressor.compress(problem).weight_OI)

@@ -1,0 +1,141 @@
+"""Cross-calibration laws: weights act per token, so only the weights decide which corpus is heard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError, UsageError
+from crosscal.statistics import InputMoments, Mixture
+from tests.helpers.problems import correlated_inputs_TI
+
+GENERAL_TI = correlated_inputs_TI(120, 12, seed=1)
+DOMAIN_TI = 3 * correlated_inputs_TI(50, 12, seed=2)
+LEGAL_TI = correlated_inputs_TI(31, 12, seed=3)
+MOMENTS = {
+    "general": InputMoments.of(GENERAL_TI),
+    "domain": InputMoments.of(DOMAIN_TI),
+    "legal": InputMoments.of(LEGAL_TI),
+}
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def second_moment_II(input_TI: Tensor) -> Tensor:
+    return torch.einsum("ti,tj->ij", input_TI, input_TI) / len(input_TI)
+
+
+@pytest.mark.parametrize("trace_normalised", [False, True])
+def test_weight_one_is_that_corpus_bit_for_bit(trace_normalised: bool) -> None:
+    for mixture in (Mixture.of({"general": 1, "domain": 0}), Mixture.alpha("domain", 0.0)):
+        mixed_II = mixture.hessian_II(MOMENTS, trace_normalised=trace_normalised)
+        assert torch.equal(mixed_II, MOMENTS["general"].hessian_II())
+    domain_II = Mixture.alpha("domain", 1.0).hessian_II(MOMENTS, trace_normalised=trace_normalised)
+    assert torch.equal(domain_II, MOMENTS["domain"].hessian_II())
+
+
+def test_a_corpus_of_weight_zero_needs_no_moments() -> None:
+    assert Mixture.of({"general": 1.0, "domain": 0.0}).corpora == ("general",)
+    Mixture.of({"general": 1.0, "domain": 0.0}).hessian_II({"general": MOMENTS["general"]})
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+def test_mixes_second_moments_per_token(alpha: float) -> None:
+    expected_II = (1 - alpha) * second_moment_II(GENERAL_TI) + alpha * second_moment_II(DOMAIN_TI)
+    assert_close(Mixture.alpha("domain", alpha).hessian_II(MOMENTS), expected_II)
+
+
+def test_duplicating_a_domain_changes_nothing() -> None:
+    mixture = Mixture.alpha("domain", 0.3)
+    twice = {**MOMENTS, "domain": MOMENTS["domain"] + MOMENTS["domain"]}
+    assert torch.equal(mixture.hessian_II(twice), mixture.hessian_II(MOMENTS))
+    assert torch.equal(mixture.mean_abs_I(twice), mixture.mean_abs_I(MOMENTS))
+
+
+def test_concatenation_is_the_mixture_by_token_counts() -> None:
+    alpha = len(DOMAIN_TI) / (len(GENERAL_TI) + len(DOMAIN_TI))
+    joined_TI = torch.cat([GENERAL_TI, DOMAIN_TI])
+    joined = MOMENTS["general"] + MOMENTS["domain"]
+    mixture = Mixture.alpha("domain", alpha)
+    assert_close(mixture.hessian_II(MOMENTS), second_moment_II(joined_TI))
+    assert_close(mixture.hessian_II(MOMENTS), joined.hessian_II())
+    assert_close(mixture.mean_abs_I(MOMENTS), joined_TI.abs().mean(0))
+
+
+def test_several_domains_in_any_order() -> None:
+    mixture = Mixture.of({"legal": 0.3, "general": 0.5, "domain": 0.2})
+    expected_II = (
+        0.5 * second_moment_II(GENERAL_TI) + 0.2 * second_moment_II(DOMAIN_TI) + 0.3 * second_moment_II(LEGAL_TI)
+    )
+    assert_close(mixture.hessian_II(MOMENTS), expected_II)
+    assert mixture == Mixture.of({"domain": 0.2, "legal": 0.3, "general": 0.5})
+    assert mixture.as_dict() == {"domain": 0.2, "general": 0.5, "legal": 0.3}
+
+
+def test_the_mixture_is_symmetric_and_leaves_the_moments_alone() -> None:
+    before = {name: moments.gram_II.clone() for name, moments in MOMENTS.items()}
+    mixed_II = Mixture.of({"general": 0.4, "domain": 0.3, "legal": 0.3}).hessian_II(MOMENTS, trace_normalised=True)
+    assert torch.equal(mixed_II, mixed_II.mT)
+    assert all(torch.equal(MOMENTS[name].gram_II, gram_II) for name, gram_II in before.items())
+
+
+def test_trace_normalisation_forgets_the_scale_of_a_corpus_and_keeps_the_trace() -> None:
+    mixture = Mixture.alpha("domain", 0.4)
+    mixed_II = mixture.hessian_II(MOMENTS, trace_normalised=True)
+    louder_II = mixture.hessian_II({**MOMENTS, "domain": InputMoments.of(100 * DOMAIN_TI)}, trace_normalised=True)
+    assert_close(louder_II / louder_II.trace(), mixed_II / mixed_II.trace())
+    assert_close(mixed_II.trace(), mixture.hessian_II(MOMENTS).trace())
+    shares = [second_moment_II(rows_TI) / second_moment_II(rows_TI).trace() for rows_TI in (GENERAL_TI, DOMAIN_TI)]
+    assert_close(mixed_II / mixed_II.trace(), 0.6 * shares[0] + 0.4 * shares[1])
+
+
+def test_trace_normalisation_allows_a_corpus_of_zeros() -> None:
+    silent = {**MOMENTS, "domain": InputMoments.of(torch.zeros_like(DOMAIN_TI))}
+    mixed_II = Mixture.alpha("domain", 0.4).hessian_II(silent, trace_normalised=True)
+    assert_close(mixed_II / mixed_II.trace(), second_moment_II(GENERAL_TI) / second_moment_II(GENERAL_TI).trace())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"a": 0.5}, {"a": 0.5, "b": 0.6}, {"a": 1.5, "b": -0.5}, {"a": float("nan"), "b": 1.0}, {"a": float("inf")}],
+)
+def test_bad_weights(weights: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="sum to 1"):
+        Mixture.of(weights)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_bad_alpha(alpha: float) -> None:
+    with pytest.raises(UsageError):
+        Mixture.alpha("domain", alpha)
+
+
+def test_alpha_of_the_general_corpus_is_the_general_corpus() -> None:
+    assert Mixture.alpha("general", 0.7) == Mixture.of({"general": 1.0})
+
+
+def test_missing_moments_are_named() -> None:
+    with pytest.raises(StatisticsError, match=r"blocks\.2\.qkv: .*no domain, legal"):
+        Mixture.of({"general": 0.5, "domain": 0.2, "legal": 0.3}).hessian_II(
+            {"general": MOMENTS["general"]}, name="blocks.2.qkv"
+        )
+
+
+def test_sites_of_another_width_are_refused() -> None:
+    with pytest.raises(StatisticsError, match="'domain': 3"):
+        Mixture.alpha("domain", 0.5).hessian_II({**MOMENTS, "domain": InputMoments.zero(3, torch.float64)})
+
+
+def test_a_corpus_without_tokens_is_named() -> None:
+    with pytest.raises(EmptyStatistics, match=r"qkv \(domain\)"):
+        Mixture.alpha("domain", 0.5).hessian_II({**MOMENTS, "domain": InputMoments.zero(12, torch.float64)}, name="qkv")
+
+
+def test_a_corpus_that_is_not_finite_is_named() -> None:
+    broken_TI = DOMAIN_TI.clone()
+    broken_TI[3, 4] = float("nan")
+    with pytest.raises(NotFinite, match=r"qkv \(domain\)"):
+        Mixture.alpha("domain", 0.5).hessian_II({**MOMENTS, "domain": InputMoments.of(broken_TI)}, name="qkv")

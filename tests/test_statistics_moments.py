@@ -1,0 +1,143 @@
+"""Moments are sums over tokens: however the tokens arrive, the sums are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
+from crosscal.statistics import InputMoments, MomentsAccumulator
+from crosscal.statistics.moments import PANEL_ROWS
+from tests.helpers.problems import correlated_inputs_TI
+
+ROUNDOFF_F64 = 1e-12
+ROUNDOFF_F32 = 2e-6  # of the diagonal: a few units in the last place for the few hundred tokens summed here
+
+
+def accumulated(*batches: Tensor, dtype: torch.dtype = torch.float64) -> InputMoments:
+    accumulator = MomentsAccumulator(batches[0].shape[-1], dtype=dtype)
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator.moments()
+
+
+def assert_same(a: InputMoments, b: InputMoments, tolerance: float = ROUNDOFF_F64) -> None:
+    assert a.tokens == b.tokens
+    size_II = b.gram_II.double().diagonal().sqrt().outer(b.gram_II.double().diagonal().sqrt())
+    assert ((a.gram_II.double() - b.gram_II.double()).abs() <= tolerance * size_II).all()
+    for mine_I, theirs_I in ((a.abs_sum_I, b.abs_sum_I), (a.sum_I, b.sum_I)):
+        assert ((mine_I.double() - theirs_I.double()).abs() <= tolerance * b.abs_sum_I.double()).all()
+
+
+def reference(input_TI: Tensor) -> InputMoments:
+    """Token by token, in float64."""
+    rows_TI = input_TI.double()
+    gram_II = torch.zeros(rows_TI.shape[1], rows_TI.shape[1], dtype=torch.float64)
+    for row_I in rows_TI:
+        gram_II += torch.outer(row_I, row_I)
+    return InputMoments(gram_II, rows_TI.abs().sum(0), rows_TI.sum(0), len(rows_TI))
+
+
+@pytest.mark.parametrize("inputs", [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 1100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ROUNDOFF_F64), (torch.float32, ROUNDOFF_F32)])
+def test_equals_the_sum_over_tokens(inputs: int, dtype: torch.dtype, tolerance: float) -> None:
+    input_TI = correlated_inputs_TI(40, inputs, seed=1).to(dtype)
+    moments = accumulated(input_TI, dtype=dtype)
+    assert moments.gram_II.dtype == moments.abs_sum_I.dtype == moments.sum_I.dtype == dtype
+    assert_same(moments, reference(input_TI), tolerance)
+    assert torch.equal(moments.gram_II, moments.gram_II.mT)
+
+
+@pytest.mark.parametrize("sizes", [(300,), (1,) * 20 + (280,), (7, 200, 93), (150, 0, 150)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ROUNDOFF_F64), (torch.float32, ROUNDOFF_F32)])
+def test_any_batch_size_and_order(sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    input_TI = correlated_inputs_TI(300, 33, seed=2).to(dtype)
+    expected = reference(input_TI)
+    shuffled_TI = input_TI[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
+    assert_same(accumulated(*shuffled_TI.split(list(sizes)), dtype=dtype), expected, tolerance)
+
+
+def test_sums_of_sets_are_moments_of_their_union() -> None:
+    input_TI = correlated_inputs_TI(90, 20, seed=4)
+    a, b, c = (accumulated(part) for part in input_TI.split([10, 30, 50]))
+    assert_same(a + b + c, accumulated(input_TI))
+    assert_same((a + b) + c, a + (b + c))
+    for left, right in zip(vars(a + b).values(), vars(b + a).values(), strict=True):
+        assert left == right if isinstance(left, int) else torch.equal(left, right)
+
+
+def test_zero_is_neutral_bit_for_bit() -> None:
+    a = accumulated(correlated_inputs_TI(9, 5, seed=5))
+    total = a + InputMoments.zero(5, torch.float64)
+    assert total.tokens == a.tokens
+    assert torch.equal(total.gram_II, a.gram_II)
+    assert torch.equal(total.abs_sum_I, a.abs_sum_I)
+    assert torch.equal(total.sum_I, a.sum_I)
+
+
+def test_leading_shapes_are_tokens() -> None:
+    input_TI = correlated_inputs_TI(24, 6, seed=6)
+    flat = accumulated(input_TI)
+    for shape in ((2, 12, 6), (2, 3, 4, 6), (24, 1, 6)):
+        assert torch.equal(accumulated(input_TI.reshape(shape)).gram_II, flat.gram_II)
+    one = accumulated(input_TI[0])
+    assert one.tokens == 1
+    assert torch.equal(one.gram_II, torch.outer(input_TI[0], input_TI[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_the_wide_dtype(dtype: torch.dtype) -> None:
+    input_TI = correlated_inputs_TI(400, 16, seed=7).to(dtype)
+    assert_same(accumulated(input_TI, dtype=torch.float32), reference(input_TI), ROUNDOFF_F32)
+    assert_same(InputMoments.of(input_TI), reference(input_TI), ROUNDOFF_F32)
+    assert InputMoments.of(input_TI).gram_II.dtype == torch.float32
+
+
+def test_inputs_that_need_gradients_leave_no_graph() -> None:
+    input_TI = correlated_inputs_TI(4, 3, seed=8).requires_grad_()
+    assert not accumulated(input_TI).gram_II.requires_grad
+
+
+def test_moments_are_a_snapshot() -> None:
+    accumulator = MomentsAccumulator(3, dtype=torch.float64)
+    accumulator.add(torch.ones(2, 3, dtype=torch.float64))
+    before = accumulator.moments()
+    accumulator.add(torch.ones(2, 3, dtype=torch.float64))
+    assert before.tokens == 2
+    assert torch.equal(before.gram_II, torch.full((3, 3), 2.0, dtype=torch.float64))
+    assert torch.equal(before.sum_I, torch.full((3,), 2.0, dtype=torch.float64))
+    assert accumulator.moments().tokens == 4
+
+
+def test_nothing_added_is_zero_and_has_no_hessian() -> None:
+    for moments in (accumulated(torch.zeros(0, 4)), accumulated(torch.zeros(2, 0, 4)), InputMoments.zero(4)):
+        assert moments.tokens == 0
+        assert not moments.gram_II.any()
+        assert not moments.mean_abs_I.any()
+        with pytest.raises(EmptyStatistics, match=r"blocks\.1\.experts\.7"):
+            moments.hessian_II("blocks.1.experts.7")
+
+
+def test_hessian_and_means_are_per_token() -> None:
+    input_TI = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
+    moments = InputMoments.of(input_TI)
+    assert torch.equal(moments.hessian_II(), torch.tensor([[5.0, -1.0], [-1.0, 2.0]], dtype=torch.float64))
+    assert torch.equal(moments.mean_abs_I, torch.tensor([2.0, 1.0], dtype=torch.float64))
+    assert torch.equal(moments.sum_I, torch.tensor([4.0, -2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_inputs_that_are_not_finite_or_overflow_are_named(bad: float) -> None:
+    input_TI = torch.ones(4, 3)
+    input_TI[2, 1] = bad
+    with pytest.raises(NotFinite, match="the site"):
+        accumulated(input_TI, dtype=torch.float32).hessian_II("the site")
+
+
+def test_widths_must_agree() -> None:
+    with pytest.raises(StatisticsError, match="3 and 4"):
+        InputMoments.zero(3) + InputMoments.zero(4)
+    for inputs, width in ((4, 3), (1, 5), (512, 600)):
+        with pytest.raises(StatisticsError, match=f"{width} instead of {inputs}"):
+            MomentsAccumulator(inputs).add(torch.ones(2, width))
