@@ -52,9 +52,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             seconds = [measured(moments, Path(folder)) for _ in range(repeats)]
             stored_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
-        rows.append(
-            records.record(case, "stored bytes over full matrix", round(stored_bytes / matrix_bytes, 4), "ratio")
-        )
+        rows.append(records.record(case, "stored over full matrix", round(stored_bytes / matrix_bytes, 4), "ratio"))
         for figure, times in zip(("write", "read"), zip(*seconds, strict=True), strict=True):
             speeds = [matrix_bytes / each / 1e6 for each in times]
             spread = round(statistics.stdev(speeds)) if repeats > 1 else None

@@ -1,4 +1,4 @@
-"""Making the models of a run: solve blocks from the cache, write one shard per block and variant, then publish the index.
+"""Making the models of a run: solve blocks from the cache, write one shard per block and variant, then the index.
 
 A run folder being made:   models/<variant>/block-00003.safetensors     the shard; existing means complete
                            layers/<variant>/block-00003.jsonl           its layer rows, written before the shard
@@ -6,6 +6,7 @@ A run folder being made:   models/<variant>/block-00003.safetensors     the shar
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.moments import Cached, MomentsReport
-from crosscal.stages.sample import Sample
+from crosscal.stages.sample import Sample, over_sets
 from crosscal.stages.solve import BlockProblem, BlockSolution, solve_block
 from crosscal.statistics import Mixture
+from crosscal.store import digest_of
 from crosscal.variants import Variant
+
+FORMAT = 1  # of sequential solutions; a change of what solvers compute makes new keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,42 +80,40 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
 def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
     """Solve a variant block by block, each block's inputs coming through the compressed blocks before it.
 
-    This is the loop of the published SparseGPT and GPTQ code. Its moments belong to this variant alone; they are kept under the
-    variant's key, so that solving it again reads nothing.
+    This is the loop of the published SparseGPT and GPTQ code. Its moments belong to this variant on these windows
+    alone; they are kept, so that solving it again reads nothing.
     """
-    cached = Cached(shop.cached.store, shop.cached.model, f"sequential-{variant.key}", shop.cached.dtype)
-    writer = shop.writer(variant)
-    keys = _sets(shop, variant)
-    blocks = range(shop.source.blocks)
-    if all(writer.has_block(block) for block in blocks):
-        return MomentsReport(0, 0, 0, 0.0)
-    if all(cached.has(key, block) for key in keys for block in blocks):
-        for block in blocks:
-            _write(shop, variant, block, solve_block(shop.problem(block, cached), [variant])[variant.name])
-        return MomentsReport(0, sum(len(cached.sites(block) or ()) for block in blocks) * len(keys), 0, 0.0)
-    made = 0
+    mixture = variant.mixture or shop.reference
+    samples = {corpus: shop.samples[corpus, variant.seed] for corpus in mixture.corpora}
+    sets = [key for sample in samples.values() for key in sample.sets]
+    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over_sets(mixture, samples)))
+    writer, blocks = shop.writer(variant), range(shop.source.blocks)
+    unwritten = [block for block in blocks if not writer.has_block(block)]
+    if all(cached.has(key, block) for key in sets for block in unwritten):
+        for block in unwritten:
+            _solve_alone(shop, cached, variant, block)
+        return MomentsReport(0, sum(len(cached.sites(block) or ()) for block in unwritten) * len(sets), 0, 0.0)
+    misses = 0
 
     def solve_next(seen: BlockMoments) -> Mapping[str, Tensor]:
-        nonlocal made
+        nonlocal misses
         if not seen.moments:
             return writer.read_block(seen.block, bits=variant.setting.get("bits"))
-        made += cached.publish(seen)
-        solution = solve_block(shop.problem(seen.block, cached), [variant])[variant.name]
-        _write(shop, variant, seen.block, solution)
-        return solution.dense
+        misses += cached.publish(seen)
+        return _solve_alone(shop, cached, variant, seen.block).dense
 
     done = walk(
         shop.source,
-        {key: windows_by_key(cached.store, key) for key in keys},
+        {key: windows_by_key(cached.store, key) for key in sets},
         on_block=solve_next,
         upstream="sequential",
         device=shop.device,
         dtype=getattr(torch, cached.dtype),
         batch_tokens=batch_tokens,
-        wanted=lambda block: not writer.has_block(block),
+        wanted=lambda block: block in unwritten,
         progress=report,
     )
-    return MomentsReport(done.tokens, 0, made, done.seconds)
+    return MomentsReport(done.tokens, 0, misses, done.seconds)
 
 
 def publish_variant(shop: Workshop, variant: Variant) -> Path:
@@ -133,9 +135,15 @@ def discard_model(shop: Workshop, variant: Variant) -> None:
     shutil.rmtree(shop.folder / "models" / variant.name, ignore_errors=True)
 
 
-def _sets(shop: Workshop, variant: Variant) -> list[str]:
-    mixture = variant.mixture or shop.reference
-    return [key for corpus in mixture.corpora for key in shop.samples[corpus, variant.seed].sets]
+def _sequential(variant: Variant, sets: Mixture) -> str:
+    """What determines a variant's compressed blocks: names of corpora do not, the windows behind them do."""
+    return f"sequential-{digest_of([FORMAT, variant.key, sets.weights])}"
+
+
+def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -> BlockSolution:
+    solution = solve_block(shop.problem(block, cached), [variant])[variant.name]
+    _write(shop, variant, block, solution)
+    return solution
 
 
 def _write(shop: Workshop, variant: Variant, block: int, solution: BlockSolution) -> None:

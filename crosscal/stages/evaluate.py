@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from crosscal.calibration import tokenizer_digest
 from crosscal.corpora import Corpus, documents
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
 from crosscal.models.checkpoint import load_variant
@@ -20,6 +24,8 @@ from crosscal.store.keys import canonical_json
 
 FORMAT = 1
 QUESTION_BATCH = 32
+QUESTION_TOKENS = 2048
+"""For models without a longest window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,9 @@ class Examination:
     store: Store
     windows: dict[str, torch.Tensor]
     """Corpus -> test windows [S, L]."""
+    max_length: int
+    """Tokens a question may have with its answer."""
+    tokenizer_digest: str
     tokenizer: PreTrainedTokenizerBase
     suite: QuestionSuite
     tasks: tuple[str, ...]
@@ -39,9 +48,18 @@ class Examination:
 
     def key(self, weights: str) -> str:
         """Digest of the weights and of everything they are measured on."""
-        windows = {name: digest_of(tokens_SL.tolist()) for name, tokens_SL in self.windows.items()}
-        tasks = [digest_file(Path(task)) if Path(task).is_file() else task for task in self.tasks]
-        return digest_of([FORMAT, weights, windows, tasks, self.limit, str(self.dtype)])
+        return digest_of([FORMAT, weights, self._windows_digest, self._questions, str(self.dtype)])
+
+    @functools.cached_property
+    def _windows_digest(self) -> str:
+        return digest_of({name: tokens_SL.tolist() for name, tokens_SL in self.windows.items()})
+
+    @functools.cached_property
+    def _questions(self) -> list[Any]:
+        if not self.tasks:
+            return []
+        tasks = [[Path(task).name, digest_file(Path(task))] if Path(task).is_file() else task for task in self.tasks]
+        return [tasks, self.limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
 
 
 def examination(
@@ -59,15 +77,26 @@ def examination(
 ) -> Examination:
     """Cut the test windows and load the tasks, once for all models of a run."""
     tokenizer = source.tokenizer()
-    length = min(length, source.max_positions or length)
+    positions = source.max_positions
+    length = min(length, positions or length)
 
     def cut(corpus: Corpus) -> torch.Tensor:
         texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
         return windows_of(texts, tokenizer, length, windows)
 
-    tokens = {corpus.name: cut(corpus) for corpus in corpora}
-    suite = QuestionSuite.load(tasks, limit=limit)
-    return Examination(store, tokens, tokenizer, suite, tuple(tasks), limit, batch_tokens, device, dtype)
+    return Examination(
+        store,
+        {corpus.name: cut(corpus) for corpus in corpora},
+        positions or QUESTION_TOKENS,
+        tokenizer_digest(source.path),
+        tokenizer,
+        QuestionSuite.load(tasks, limit=limit),
+        tuple(tasks),
+        limit,
+        batch_tokens,
+        device,
+        dtype,
+    )
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -77,7 +106,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def measure(exam: Examination, folder: Path) -> list[Measurement]:
-    """Every measurement of one model folder."""
+    """Every measurement of one model folder. With a task skipped nothing is kept: it may be reachable next time."""
     weights = checkpoint_digest(folder)
     key = exam.key(weights)
     artifact = exam.store.find("evaluations", key)
@@ -89,8 +118,8 @@ def measure(exam: Examination, folder: Path) -> list[Measurement]:
         for name, tokens_SL in exam.windows.items()
     ]
     if exam.tasks:
-        positions = model.config.get_text_config().max_position_embeddings
-        found += exam.suite.measure(model, exam.tokenizer, max_length=positions, batch_size=QUESTION_BATCH)
-    with exam.store.publish("evaluations", key, {"weights": weights}) as staged:
-        (staged / "measurements.json").write_bytes(canonical_json([dataclasses.asdict(value) for value in found]))
+        found += exam.suite.measure(model, exam.tokenizer, max_length=exam.max_length, batch_size=QUESTION_BATCH)
+    if not any(value.skipped for value in found):
+        with exam.store.publish("evaluations", key, {"weights": weights}) as staged:
+            (staged / "measurements.json").write_bytes(canonical_json([dataclasses.asdict(value) for value in found]))
     return found

@@ -1,7 +1,7 @@
 """Reading the model over calibration sets, and finding again what was read before.
 
-One artifact per (model, calibration set, upstream, block, site, dtype). A set whose sites are all there is never read again;
-after an interruption only the blocks that are missing are summed.
+One artifact per (model, calibration set, upstream, block, site, dtype). A set whose sites are all there is never read
+again; after an interruption only the blocks that are missing are summed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Cached:
     model: str
     """The model's digest."""
     upstream: str
-    """`dense`, or the key of the variant whose compressed blocks the inputs went through."""
+    """`dense`, or what determines the compressed blocks that the inputs went through."""
     dtype: str
     """Of the activations, e.g. `float32`."""
 
@@ -56,27 +56,32 @@ class Cached:
         return read_moments(self.store, self.store.get("moments", self._key(calibration, block, site)))
 
     def publish(self, seen: BlockMoments) -> int:
-        """Store one block's moments; returns the number of artifacts."""
+        """Store one block's moments, leaving what is there; returns the number of artifacts made."""
+        made = 0
         for calibration, sites in seen.moments.items():
             for site in seen.sites:
-                moments = sites[site.name]
-                provenance = {
-                    "model": self.model,
-                    "calibration": calibration,
-                    "upstream": self.upstream,
-                    "block": seen.block,
-                    "site": site.name,
-                    "dtype": self.dtype,
-                    "tokens": moments.tokens,
-                }
-                with self.store.publish("moments", self._key(calibration, seen.block, site), provenance) as folder:
-                    write_moments(folder, moments)
+                key = self._key(calibration, seen.block, site)
+                if self.store.find("moments", key) is None:
+                    with self.store.publish("moments", key, self._provenance(calibration, seen, site)) as folder:
+                        write_moments(folder, sites[site.name])
+                    made += 1
+        # Last: without its sites a block counts as unread.
         if self.sites(seen.block) is None:
-            with self.store.publish(
-                "sites", self._sites_key(seen.block), {"model": self.model, "block": seen.block}
-            ) as folder:
+            provenance = {"model": self.model, "block": seen.block}
+            with self.store.publish("sites", self._sites_key(seen.block), provenance) as folder:
                 (folder / "sites.json").write_text(json.dumps([dataclasses.asdict(site) for site in seen.sites]))
-        return len(seen.moments) * len(seen.sites)
+        return made
+
+    def _provenance(self, calibration: str, seen: BlockMoments, site: Site) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "calibration": calibration,
+            "upstream": self.upstream,
+            "block": seen.block,
+            "site": site.name,
+            "dtype": self.dtype,
+            "tokens": seen.moments[calibration][site.name].tokens,
+        }
 
     def _key(self, calibration: str, block: int, site: Site) -> str:
         return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype])
@@ -106,18 +111,19 @@ class MomentsReport:
 def collect_moments(
     cached: Cached, source: ModelSource, calibrations: Sequence[str], *, device: str, batch_tokens: int, report: Report
 ) -> MomentsReport:
-    """Make sure that the dense moments of these calibration sets are in the store, reading the model only for what is not."""
-    missing = {key: _missing_blocks(cached, key, source.blocks) for key in dict.fromkeys(calibrations)}
-    unread = [key for key, blocks in missing.items() if blocks]
-    found = sum(_count(cached, source.blocks) for key in missing if not missing[key])
+    """See that the dense moments of these calibration sets are in the store; the model is read for what is not."""
+    blocks = range(source.blocks)
+    missing = {key: {block for block in blocks if not cached.has(key, block)} for key in dict.fromkeys(calibrations)}
+    hits = sum(len(cached.sites(block) or ()) for found in missing.values() for block in blocks if block not in found)
+    unread = [key for key, found in missing.items() if found]
     if not unread:
-        return MomentsReport(0, found, 0, 0.0)
+        return MomentsReport(0, hits, 0, 0.0)
     slices: Mapping[str, Tensor] = {key: windows_by_key(cached.store, key) for key in unread}
-    made = 0
+    misses = 0
 
     def keep(seen: BlockMoments) -> None:
-        nonlocal made
-        made += cached.publish(seen)
+        nonlocal misses
+        misses += cached.publish(seen)
 
     done = walk(
         source,
@@ -129,12 +135,4 @@ def collect_moments(
         wanted=lambda block: any(block in missing[key] for key in unread),
         progress=report,
     )
-    return MomentsReport(done.tokens, found, made, done.seconds)
-
-
-def _missing_blocks(cached: Cached, calibration: str, blocks: int) -> set[int]:
-    return {block for block in range(blocks) if not cached.has(calibration, block)}
-
-
-def _count(cached: Cached, blocks: int) -> int:
-    return sum(len(cached.sites(block) or ()) for block in range(blocks))
+    return MomentsReport(done.tokens, hits, misses, done.seconds)

@@ -1,16 +1,21 @@
 """From a corpus to the windows that stand for it: one calibration set and one held-out set per shard.
 
-A corpus grows by shards, and each shard is sampled on its own, so that a landed shard costs only its own tokens. The first shard
-gets the plan's number of windows; shard k later gets its share, windows · characters_k / (characters_1 + … + characters_k),
-rounded, at least one. In the Hessian every shard counts by its share of the corpus's characters, however many windows it had:
-H = Σ_k share_k · gram_k / tokens_k. Nothing read before is ever drawn anew.
+A corpus grows by shards, and each shard is sampled on its own, so that a landed shard costs only its own tokens.
+Shard k gets its share of the corpus as it then was, windows · characters_k / (characters_1 + … + characters_k),
+rounded, at least one; so the first gets all of the plan's windows, and nothing read before is ever drawn anew. In the Hessian
+every shard counts by its share of the characters, however many windows it had: H = Σ_k share_k · gram_k / tokens_k.
+A shard that does not fill one window, or none of held-out text, is left out with a note.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from crosscal.calibration import (
     CalibrationSet,
@@ -64,13 +69,21 @@ class Sample:
         return cls(value["corpus"], value["seed"], parts, tuple(value["notes"]))
 
 
-def over_sets(mixture: Mixture, samples: dict[str, Sample], *, held_out: bool = False) -> Mixture:
-    """A mixture of corpora as a mixture of the calibration sets that stand for them."""
+def over_sets(
+    mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False, empty: Collection[str] = ()
+) -> Mixture:
+    """A mixture of corpora as a mixture of the calibration sets that stand for them.
+
+    `empty`: sets of which no token reached the site in question, as happens to an expert; a corpus's other shards take
+    their share. A corpus that has only such sets keeps them, and solving will say that the site is starved.
+    """
     weights: dict[str, float] = {}
     for corpus, weight in mixture.weights:
-        for part in samples[corpus].parts:
-            key = part.held_out if held_out else part.calibration
-            weights[key] = weights.get(key, 0.0) + weight * part.share
+        shares = [(part.held_out if held_out else part.calibration, part.share) for part in samples[corpus].parts]
+        shares = [(key, share) for key, share in shares if key not in empty] or shares
+        total = sum(share for _, share in shares)
+        for key, share in shares:
+            weights[key] = weights.get(key, 0.0) + weight * share / total
     return Mixture.of(weights)
 
 
@@ -141,14 +154,17 @@ def sample_self(
     device: str,
     report: Report,
 ) -> Sample:
-    """Text that the model writes itself (arXiv 2410.17170); `first_tokens` None means English stop words, [] any token."""
+    """Text that the model writes itself (arXiv 2410.17170); `first_tokens` None means English stop words, [] any token.
+
+    The model is loaded only if something is still to be written.
+    """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
     words = STOP_WORDS if first_tokens is None else first_tokens or None
 
     def generated(request: WindowRequest) -> CalibrationSet:
         return generate_windows(
             store,
-            model,
+            cast(PreTrainedModel, lambda **inputs: loaded()(**inputs)),
             source.digest,
             tokenizer,
             digest,
@@ -160,7 +176,7 @@ def sample_self(
             progress=lambda done, total: report(f"{name}: writing", done, total),
         )
 
-    model = load_variant(source.path, device=device)
+    loaded = functools.cache(lambda: load_variant(source.path, device=device))
     calibration = generated(draw.calibration(draw.windows))
     held_out = generated(draw.held_out(draw.held_out_windows))
     return Sample(name, draw.seed, (_part(calibration, held_out, 1.0),), calibration.notes)

@@ -1,23 +1,23 @@
 """Solving one block for every variant of a sweep, from the cache: block outer, variants inner.
 
-Per site, the Hessians of each mixture are mixed once, factored once per damping, and shared by all linears, sparsities and bit
-widths. Each variant gets one safetensors shard per block and a record of its layers' losses; a shard that
-exists is complete, so a killed run goes on with the next block.
+Per site, the Hessians of each mixture are mixed and factored once per damping, and shared by all linears, sparsities
+and bit widths.
 
 Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crosscal.compressors import LayerProblem, LayerSolution, quadratic_loss, solve_many
-from crosscal.errors import StatisticsError
+from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
@@ -74,12 +74,18 @@ class _Group:
     damping: float | None
 
 
+_Read = Callable[[str], InputMoments]
+"""Moments of a calibration set at the site being solved."""
+
+
 def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, BlockSolution]:
-    """Solve every matrix of a block for every variant, by name. Raises `StatisticsError` naming layer, value and remedy."""
+    """Solve every matrix of a block for every variant, by name. Raises `StatisticsError` naming the layer."""
     layers: dict[str, list[_Layer]] = {variant.name: [] for variant in variants}
     for site in problem.sites:
+        # Groups share their corpora: each set is read once. One site's moments are held, no more.
+        read = functools.cache(functools.partial(problem.cached.read, block=problem.block, site=site))
         for group, members in _grouped(problem, variants).items():
-            for variant, layer in _solve_site(problem, site, group, members):
+            for variant, layer in _solve_site(problem, site, read, group, members):
                 layers[variant.name].append(layer)
     return {name: _assembled(problem, solved) for name, solved in layers.items()}
 
@@ -110,12 +116,12 @@ def _grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[_Group,
 
 
 def _solve_site(
-    problem: BlockProblem, site: Site, group: _Group, members: Sequence[Variant]
+    problem: BlockProblem, site: Site, read: _Read, group: _Group, members: Sequence[Variant]
 ) -> Iterator[tuple[Variant, _Layer]]:
     started = time.monotonic()
     where = f"{problem.name}.{site.name}"
     try:
-        hessian_II, tokens = _mixed(problem, site, group, where)
+        hessian_II, tokens = _read_mixture(problem, read, group, where)
         problems = _layer_problems(problem, site, hessian_II, group, where)
         answers = solve_many(problems, [variant.compressor for variant in members])
     except StatisticsError as error:
@@ -124,7 +130,7 @@ def _solve_site(
         yield from _kept_dense(problem, site, members, str(error))
         return
     seconds = (time.monotonic() - started) / (len(members) * len(problems))
-    held_out_II = _held_out(problem, site, group, where)
+    held_out_II = _held_out(problem, read, group, where)
     for matrix, layer, solutions in zip(site.matrices, problems, zip(*answers, strict=True), strict=True):
         energy = 0.0 if held_out_II is None else quadratic_loss(layer.weight_OI, held_out_II)
         for variant, solution in zip(members, solutions, strict=True):
@@ -133,25 +139,24 @@ def _solve_site(
             yield variant, _Layer(matrix, solution, row)
 
 
-def _mixed(problem: BlockProblem, site: Site, group: _Group, where: str) -> tuple[Tensor, int]:
-    """The Hessian of a group, on the device, and the tokens behind it."""
-    return _read_mixture(problem, site, group, where, held_out=False)
-
-
-def _held_out(problem: BlockProblem, site: Site, group: _Group, where: str) -> Tensor | None:
+def _held_out(problem: BlockProblem, read: _Read, group: _Group, where: str) -> Tensor | None:
     """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
     try:
-        return _read_mixture(problem, site, group, where, held_out=True)[0]
-    except StatisticsError:
+        return _read_mixture(problem, read, group, where, held_out=True)[0]
+    except EmptyStatistics:
         return None
 
 
 def _read_mixture(
-    problem: BlockProblem, site: Site, group: _Group, where: str, *, held_out: bool
+    problem: BlockProblem, read: _Read, group: _Group, where: str, *, held_out: bool = False
 ) -> tuple[Tensor, int]:
+    """The Hessian of a group, on the device, and the tokens behind it."""
     samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
     mixture = over_sets(group.mixture, samples, held_out=held_out)
-    moments: dict[str, InputMoments] = {key: problem.cached.read(key, problem.block, site) for key in mixture.corpora}
+    moments = {key: read(key) for key in mixture.corpora}
+    empty = [key for key in moments if moments[key].tokens == 0]
+    if empty:
+        mixture = over_sets(group.mixture, samples, held_out=held_out, empty=empty)
     hessian_II = mixture.hessian_II(moments, trace_normalised=group.trace_normalised, name=where)
     return hessian_II.to(problem.device), sum(part.tokens for part in moments.values())
 

@@ -1,116 +1,87 @@
-"""A tiny model, two tiny corpora and a plan in one folder, and the command line called as a user calls it."""
+"""The stages of a run on a tiny model and made-up windows."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import logging
-import random
-import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import yaml
+import torch
 
-from crosscal.cli import main
-from tests.helpers.tiny_text import SENTENCES, tiny_llama
+from crosscal.calibration.sets import stored_windows
+from crosscal.models import ModelSource
+from crosscal.progress import silent
+from crosscal.stages.compress import Workshop
+from crosscal.stages.moments import DENSE, Cached, MomentsReport, collect_moments
+from crosscal.stages.sample import Part, Sample
+from crosscal.statistics import Mixture
+from crosscal.store import Store, digest_of
+from crosscal.variants import Variant
+from tests.helpers.tiny_text import tiny_llama
 
-DOCUMENTS = {"train": 60, "validation": 20, "test": 20}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder with `model/`, `general/`, `legal/` and `plan.yaml`; the store is `home/`, the run directory `run/`."""
-
-    folder: Path
-
-    @property
-    def plan(self) -> Path:
-        return self.folder / "plan.yaml"
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    def write_plan(self, **changes: Any) -> Path:
-        content = {
-            "model": "model",
-            "corpora": {"general": "general", "legal": "legal"},
-            "calibration": {"windows": 8, "length": 32, "held_out_windows": 4},
-            "compress": [{"method": "sparsegpt", "sparsity": 0.5, "domain": "legal", "alpha": [0, 0.5]}],
-            "evaluate": {"windows": 4},
-            "execution": {"device": "cpu"},
-        }
-        self.plan.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-        return self.plan
-
-    def run(self, *extra: str) -> dict[str, Any]:
-        """`crosscal run plan.yaml --json`, which must succeed; its record."""
-        options = ("--home", str(self.home), "--json")
-        out = () if "--out" in extra else ("--out", str(self.run_dir))
-        done = crosscal("run", str(self.plan), *options, *out, *extra)
-        assert done.code == 0, done.err
-        return json.loads(done.out)
+VOCABULARY = 400
+LENGTH = 32
 
 
-def make_place(folder: Path) -> Place:
-    place = Place(folder)
-    tiny_llama(folder / "model")
-    write_corpus(folder / "general", seed=1)
-    write_corpus(folder / "legal", seed=2)
-    place.write_plan()
-    return place
+def tiny_source(folder: Path, dtype: torch.dtype = torch.float32) -> ModelSource:
+    tiny_llama().to(dtype).save_pretrained(folder)
+    return ModelSource.open(folder)
 
 
-def write_corpus(folder: Path, *, seed: int) -> None:
-    folder.mkdir(parents=True)
-    for split, count in DOCUMENTS.items():
-        write_documents(folder / f"{split}.jsonl", seed=f"{seed}-{split}", count=count)
+def windows(count: int, seed: int, low: int = 3, high: int = VOCABULARY) -> torch.Tensor:
+    return torch.randint(low, high, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def write_documents(file: Path, *, seed: str, count: int) -> None:
-    """Documents of six sentences in random order, no two alike."""
-    chance = random.Random(seed)
-    texts = (f"{seed} {number}: " + " ".join(chance.choices(SENTENCES, k=6)) for number in range(count))
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def keep_windows(store: Store, tokens_SL: torch.Tensor) -> str:
+    provenance = {"made for a test": digest_of(tokens_SL.tolist())}
+    stored_windows(store, provenance, lambda: tokens_SL)
+    return digest_of(provenance)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
+def sample(store: Store, corpus: str, *shards: torch.Tensor) -> Sample:
+    """One part per shard, its share that of its windows; of each the last two windows are held out."""
+    total = sum(map(len, shards))
+    parts = [
+        Part(
+            keep_windows(store, tokens_SL[:-2]),
+            keep_windows(store, tokens_SL[-2:]),
+            len(tokens_SL) / total,
+            tokens_SL[:-2].numel(),
+            tokens_SL[-2:].numel(),
+        )
+        for tokens_SL in shards
+    ]
+    return Sample(corpus, 0, tuple(parts))
 
 
-def crosscal(*arguments: str) -> Outcome:
-    """The command line in this process, from its arguments to its exit code."""
-    out, err, logger = io.StringIO(), io.StringIO(), logging.getLogger("crosscal")
-    handlers, propagate = list(logger.handlers), logger.propagate
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            with mock.patch.object(sys, "argv", ["crosscal", *arguments]):
-                main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
-    return Outcome(code, out.getvalue(), err.getvalue())
+def dense_cache(store: Store, source: ModelSource, dtype: str = "float32") -> Cached:
+    return Cached(store, source.digest, DENSE, dtype)
 
 
-def subprocess_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "crosscal", *arguments]
+def collect(cached: Cached, source: ModelSource, calibrations: list[str]) -> MomentsReport:
+    return collect_moments(cached, source, calibrations, device="cpu", batch_tokens=64, report=silent)
 
 
-def values(results: Path) -> list[tuple[Any, ...]]:
-    """What a run measured, without how long it took."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    fields = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "seed")
-    return [tuple(row[name] for name in fields) for row in rows]
+def variant(name: str, method: str, mixture: Mapping[str, float] | None, **more: Any) -> Variant:
+    settings = {key: value for key, value in more.items() if key not in ("upstream", "fallback", "trace_normalised")}
+    return Variant(
+        name,
+        method,
+        tuple(settings.items()),
+        None if mixture is None else Mixture.of(mixture),
+        more.get("upstream", "dense"),
+        0,
+        more.get("trace_normalised", False),
+        more.get("fallback"),
+    )
+
+
+def workshop(folder: Path, store: Store, source: ModelSource, *samples: Sample) -> Workshop:
+    return Workshop(
+        folder=folder,
+        source=source,
+        cached=dense_cache(store, source),
+        samples={(each.corpus, each.seed): each for each in samples},
+        reference=Mixture.of({samples[0].corpus: 1.0}),
+        device="cpu",
+    )

@@ -1,0 +1,333 @@
+"""Laws of making models: cached equals uncached, a killed run goes on, reported losses are true ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crosscal.errors import NotPositiveDefinite, StatisticsError
+from crosscal.models import ModelSource
+from crosscal.models.checkpoint import load_variant
+from crosscal.progress import silent
+from crosscal.stages import compress
+from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.sample import Part, Sample, over_sets
+from crosscal.stages.solve import solve_block
+from crosscal.statistics import InputMoments, Mixture
+from crosscal.store import Store
+from crosscal.variants import Variant
+from tests.helpers.tiny_run import collect, dense_cache, keep_windows, sample, tiny_source, variant, windows, workshop
+
+ROUNDOFF_F32 = 1e-4
+MIXED = {"general": 0.25, "legal": 0.75}
+VARIANTS = [
+    variant("sparse", "sparsegpt", MIXED, sparsity=0.5, damping=0.01),
+    variant("two-of-four", "sparsegpt", MIXED, sparsity="2:4", damping=0.01),
+    variant("general", "wanda", {"general": 1.0}, sparsity=0.5),
+    variant("quantized", "gptq", MIXED, bits=4, group_size=32, damping=0.01),
+    variant("ordered", "gptq", {"legal": 1.0}, bits=3, group_size=32, activation_order=True, damping=0.05),
+    variant("rounded", "rtn", None, bits=4, group_size=32),
+    variant("magnitude", "magnitude", None, sparsity=0.5),
+    variant("normalised", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, trace_normalised=True),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    return tiny_source(tmp_path / "model")
+
+
+def samples(store: Store) -> tuple[Sample, Sample]:
+    general = sample(store, "general", windows(10, seed=1))
+    return general, sample(store, "legal", windows(6, seed=2, high=100), windows(4, seed=3, high=50))
+
+
+def calibrated(folder: Path, store: Store, source: ModelSource) -> Workshop:
+    shop = workshop(folder, store, source, *samples(store))
+    for each in shop.samples.values():
+        collect(shop.cached, source, each.sets)
+    return shop
+
+
+def compress_all(shop: Workshop, variants: list[Variant] = VARIANTS) -> None:
+    for block in range(shop.source.blocks):
+        compress_block(shop, block, variants)
+    for each in variants:
+        publish_variant(shop, each)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def rows_without_times(folder: Path) -> dict[str, list[dict]]:
+    return {
+        str(file.relative_to(folder)): [{**json.loads(line), "seconds": None} for line in file.read_text().splitlines()]
+        for file in sorted((folder / "layers").rglob("*.jsonl"))
+    }
+
+
+def test_cached_is_uncached_and_a_sweep_is_its_variants(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    """Solved in one sweep from one store, and one by one from moments read anew: the same to the last bit."""
+    compress_all(calibrated(tmp_path / "sweep", store, source))
+    other = Store(tmp_path / "another home")
+    for each in VARIANTS:
+        compress_all(calibrated(tmp_path / "alone", other, source), [each])
+    assert contents(tmp_path / "sweep" / "models") == contents(tmp_path / "alone" / "models")
+    assert rows_without_times(tmp_path / "sweep") == rows_without_times(tmp_path / "alone")
+
+
+def test_each_set_is_read_once_per_site(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    shop = calibrated(tmp_path / "run", store, source)
+    read: list[tuple] = []
+
+    class Counting(type(shop.cached)):
+        def read(self, calibration, block, site) -> InputMoments:
+            read.append((calibration, block, site.name))
+            return super().read(calibration, block, site)
+
+    counting = Counting(**{f.name: getattr(shop.cached, f.name) for f in dataclasses.fields(shop.cached)})
+    compress_block(dataclasses.replace(shop, cached=counting), 0, VARIANTS)
+    assert len(read) == len(set(read)) == 4 * sum(len(each.sets) for each in shop.samples.values())
+
+
+def test_a_killed_run_goes_on_and_solves_only_what_is_missing(
+    tmp_path: Path, store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress_all(calibrated(tmp_path / "undisturbed", store, source))
+    shop = calibrated(tmp_path / "killed", store, source)
+    write, solved = compress._write, []
+
+    def die(shop: Workshop, each: Variant, *args) -> None:
+        if each.name == "quantized":
+            raise KeyboardInterrupt
+        write(shop, each, *args)
+
+    monkeypatch.setattr(compress, "_write", die)
+    with pytest.raises(KeyboardInterrupt):
+        compress_block(shop, 0, VARIANTS)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        compress, "solve_block", lambda problem, todo: solved.extend(todo) or solve_block(problem, todo)
+    )
+    assert compress_block(shop, 0, VARIANTS) == len(VARIANTS) - 3
+    assert [each.name for each in solved] == [each.name for each in VARIANTS[3:]]
+    assert compress_block(shop, 0, VARIANTS) == 0
+    compress_all(shop)
+    assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
+    assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
+
+
+def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> dict[str, float]:
+    """tr(dW H dWᵀ) / tr(W H Wᵀ) in float64 from nothing but the files of the checkpoints and of the store."""
+    dense = load_file(shop.source.path / "model.safetensors")
+    model, found = load_variant(shop.folder / "models" / each.name), {}
+    for block, site in ((block, site) for block in range(2) for site in shop.cached.sites(block) or ()):
+        hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
+        for corpus, weight in (each.mixture or shop.reference).weights:
+            for part in shop.samples[corpus, 0].parts:
+                moments = shop.cached.read(part.held_out if held_out else part.calibration, block, site)
+                hessian_II += weight * part.share * moments.gram_II.double() / moments.tokens
+        for layer in (f"model.layers.{block}.{matrix.name}" for matrix in site.matrices):
+            dense_OI = dense[f"{layer}.weight"].double()
+            error_OI = dense_OI - model.get_parameter(f"{layer}.weight").detach().double()
+            found[layer] = float((error_OI @ hessian_II * error_OI).sum() / (dense_OI @ hessian_II * dense_OI).sum())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, dtype: torch.dtype) -> None:
+    shop = calibrated(tmp_path / "run", store, tiny_source(tmp_path / "narrow", dtype))
+    chosen = [each for each in VARIANTS if not each.trace_normalised]
+    compress_all(shop, chosen)
+    for each in chosen:
+        rows = layer_rows(shop, [each])
+        assert all(row.relative_loss > 0 and row.fallback is None for row in rows)
+        reported = {row.layer: row.relative_loss for row in rows}
+        assert reported == pytest.approx(true_relative_losses(shop, each, held_out=False), rel=ROUNDOFF_F32)
+        reported = {row.layer: row.heldout_relative_loss for row in rows}
+        assert reported == pytest.approx(true_relative_losses(shop, each, held_out=True), rel=ROUNDOFF_F32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_models_hold_exactly_the_solved_weights(tmp_path: Path, store: Store, dtype: torch.dtype) -> None:
+    shop = calibrated(tmp_path / "run", store, tiny_source(tmp_path / "narrow", dtype))
+    each = VARIANTS[3]
+    compress_all(shop, [each])
+    model = load_variant(tmp_path / "run" / "models" / each.name)
+    for block in range(2):
+        solution = solve_block(shop.problem(block, shop.cached), [each])[each.name]
+        assert not any(name.endswith("proj.weight") for name in solution.changed)
+        assert len(solution.dense) == 7
+        for name, tensor in solution.dense.items():
+            assert torch.equal(model.get_parameter(f"model.layers.{block}.{name}"), tensor)
+
+
+# --- sequential ------------------------------------------------------------------------------------------------------
+
+
+SEQUENTIAL = [
+    variant("sequential", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, upstream="sequential"),
+    variant("packed", "gptq", MIXED, bits=4, group_size=32, damping=0.01, upstream="sequential"),
+]
+
+
+def sequentially(shop: Workshop, each: Variant):
+    done = compress_sequential(shop, each, batch_tokens=64, report=silent)
+    publish_variant(shop, each)
+    return done
+
+
+@pytest.mark.parametrize("each", SEQUENTIAL, ids=lambda each: each.name)
+def test_a_sequential_model_made_again_reads_nothing_and_is_the_same(
+    tmp_path: Path, store: Store, source: ModelSource, each: Variant
+) -> None:
+    parts = samples(store)
+    tokens = sum(part.tokens + part.held_out_tokens for one in parts for part in one.parts)
+    first = sequentially(workshop(tmp_path / "first", store, source, *parts), each)
+    assert (first.tokens_read, first.hits, first.misses) == (tokens, 0, 2 * 4 * 6)
+    second = sequentially(workshop(tmp_path / "second", store, source, *parts), each)
+    assert (second.tokens_read, second.hits, second.misses) == (0, 2 * 4 * 6, 0)
+    assert contents(tmp_path / "first" / "models") == contents(tmp_path / "second" / "models")
+    assert rows_without_times(tmp_path / "first") == rows_without_times(tmp_path / "second")
+
+
+@pytest.mark.parametrize("each", SEQUENTIAL, ids=lambda each: each.name)
+def test_a_killed_sequential_run_goes_on_to_the_same_model(
+    tmp_path: Path, store: Store, source: ModelSource, each: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Store(tmp_path / "another home")
+    sequentially(workshop(tmp_path / "undisturbed", other, source, *samples(other)), each)
+    shop, write = workshop(tmp_path / "killed", store, source, *samples(store)), compress._write
+
+    def die(shop: Workshop, one: Variant, block: int, *args) -> None:
+        if block == 1:
+            raise KeyboardInterrupt
+        write(shop, one, block, *args)
+
+    monkeypatch.setattr(compress, "_write", die)
+    with pytest.raises(KeyboardInterrupt):
+        sequentially(shop, each)
+    monkeypatch.undo()
+    sequentially(shop, each)
+    assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
+    assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
+
+
+def test_dense_and_sequential_agree_on_the_first_block_and_differ_after_it(
+    tmp_path: Path, store: Store, source: ModelSource
+) -> None:
+    shop, dense = calibrated(tmp_path / "run", store, source), VARIANTS[0]
+    compress_all(shop, [dense])
+    sequentially(shop, SEQUENTIAL[0])
+    one, other = (load_variant(shop.folder / "models" / each.name) for each in (dense, SEQUENTIAL[0]))
+    for name, parameter in one.named_parameters():
+        same = torch.equal(parameter, other.get_parameter(name))
+        assert same == (".layers.1." not in name or "norm" in name), name
+
+
+def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
+    tmp_path: Path, store: Store, source: ModelSource
+) -> None:
+    """Both runs mix `general` with `legal`, and `general` is the same: what lies upstream of it is not."""
+    general, legal = samples(store)
+    sequentially(workshop(tmp_path / "earlier", store, source, general, legal), SEQUENTIAL[0])
+    other_legal = sample(store, "legal", windows(6, seed=9, low=200))
+    sequentially(workshop(tmp_path / "later", store, source, general, other_legal), SEQUENTIAL[0])
+
+    fresh = Store(tmp_path / "fresh")
+    parts = samples(fresh)[0], sample(fresh, "legal", windows(6, seed=9, low=200))
+    sequentially(workshop(tmp_path / "alone", fresh, source, *parts), SEQUENTIAL[0])
+    assert contents(tmp_path / "later" / "models") == contents(tmp_path / "alone" / "models")
+
+
+# --- what cannot be solved -------------------------------------------------------------------------------------------
+
+
+def starved(tmp_path: Path, store: Store, source: ModelSource) -> Workshop:
+    """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` has no inverse."""
+    few = Part(keep_windows(store, windows(1, 5)), keep_windows(store, windows(1, 6)), 1.0, 32, 32)
+    shop = workshop(tmp_path / "run", store, source, Sample("general", 0, (few,)))
+    collect(shop.cached, source, shop.samples["general", 0].sets)
+    return shop
+
+
+def test_what_cannot_be_solved_is_an_error_that_names_the_layer(
+    tmp_path: Path, store: Store, source: ModelSource
+) -> None:
+    each = variant("undamped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.0)
+    with pytest.raises(NotPositiveDefinite, match=r"model\.layers\.0\.mlp\.down_proj: .*Raise damping"):
+        compress_block(starved(tmp_path, store, source), 0, [each])
+
+
+def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
+    tmp_path: Path, store: Store, source: ModelSource
+) -> None:
+    shop = starved(tmp_path, store, source)
+    each = variant("undamped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.0, fallback="keep-dense")
+    sound = variant("damped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.01)
+    compress_all(shop, [each, sound])
+    rows = {row.layer: row for row in layer_rows(shop, [each])}
+    kept = {name for name, row in rows.items() if row.fallback}
+    assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} <= kept
+    assert all(row.fallback is None for row in layer_rows(shop, [sound]))
+    dense = load_file(source.path / "model.safetensors")
+    model = load_variant(shop.folder / "models" / "undamped")
+    for name, row in rows.items():
+        weight = model.get_parameter(f"{name}.weight")
+        assert torch.equal(weight, dense[f"{name}.weight"]) == (name in kept)
+        if row.fallback:
+            assert row.fallback.startswith("keep-dense: ")
+            assert "not positive definite" in row.fallback
+            assert (row.relative_loss, row.tokens) == (0.0, 0)
+
+
+# --- from corpora to sets --------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store, source: ModelSource) -> None:
+    general, legal = samples(store)
+    by_name: Mapping[str, Sample] = {"general": general, "legal": legal}
+    mixture = over_sets(Mixture.of(MIXED), by_name)
+    expected = {general.parts[0].calibration: 0.25}
+    expected |= {legal.parts[0].calibration: 0.75 * 0.6, legal.parts[1].calibration: 0.75 * 0.4}
+    assert mixture.as_dict() == pytest.approx(expected)
+    held_out = over_sets(Mixture.of(MIXED), by_name, held_out=True)
+    assert set(held_out.corpora) == {part.held_out for one in by_name.values() for part in one.parts}
+
+
+def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(tmp_path: Path, store: Store) -> None:
+    source = tiny_source(tmp_path / "model")
+    tokens_SL = windows(9, seed=0)
+    keys = [keep_windows(store, part) for part in (tokens_SL, tokens_SL[:3], tokens_SL[3:])]
+    cached = dense_cache(store, source)
+    collect(cached, source, keys)
+    whole = Sample("a", 0, (Part(keys[0], keys[0], 1.0, 0, 0),))
+    shards = Sample("a", 0, (Part(keys[1], keys[1], 3 / 9, 0, 0), Part(keys[2], keys[2], 6 / 9, 0, 0)))
+    for site in cached.sites(1) or ():
+        moments = {key: cached.read(key, 1, site) for key in keys}
+        one, two = (over_sets(Mixture.of({"a": 1.0}), {"a": each}).hessian_II(moments) for each in (whole, shards))
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * float(one.abs().max()))
+
+
+def test_the_share_of_a_shard_that_never_reached_a_site_goes_to_the_others(store: Store) -> None:
+    _, legal = samples(store)
+    first, second = (part.calibration for part in legal.parts)
+    only = Mixture.of({"legal": 1.0})
+    assert over_sets(only, {"legal": legal}, empty=[first]).as_dict() == {second: 1.0}
+    starving = over_sets(only, {"legal": legal}, empty=[first, second])
+    assert set(starving.corpora) == {first, second}
+    moments = {key: InputMoments.zero(4) for key in (first, second)}
+    with pytest.raises(StatisticsError, match="no token ever reached"):
+        starving.hessian_II(moments)
