@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(case: str, figure: str, value: float, unit: str, spread: float | None = None) -> dict[str, Any]:
-    """One figure; `spread` is a standard deviation or error, as the benchmark says."""
+    """One figure; `spread` is a standard deviation, error or half range, as the benchmark says."""
     return {"case": case, "figure": figure, "value": value, "unit": unit, "spread": spread}
 
 
 def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None) -> Path:
     """Write a benchmark's rows with device, date and commit."""
     circumstances = {
-        "device": device or f"{platform.machine()} CPU",
+        "device": device or cpu(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
     }
@@ -28,6 +31,32 @@ def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None) 
     path = RESULTS / f"{claim}.json"
     path.write_text(json.dumps([{**row, **circumstances} for row in rows], indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def median_record(case: str, figure: str, values: Sequence[float], unit: str) -> dict[str, Any]:
+    """The median of repeats; the spread is half the distance between the largest and the smallest."""
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
+    return record(case, figure, statistics.median(values), unit, spread)
+
+
+def cpu() -> str:
+    """The processor's model and the number of threads that torch uses, e.g. "AMD EPYC 9B14, 2 threads"."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def load_average() -> float:
+    """Running processes over the last minute: what else the machine was doing, the benchmark's own threads included."""
+    return os.getloadavg()[0]
 
 
 def commit() -> str:

@@ -1,0 +1,101 @@
+"""crosscal's side of a comparison, through the product's own stages: `run_crosscal.py JOB`.
+
+The store is empty at the start. Held-out windows are read and every layer's held-out loss is measured, as in every run
+of crosscal; the peers do neither. `again` in the job solves further sparsities afterwards, on the stored moments.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from job import Clock, answer, bytes_below, read_job, windows
+
+from crosscal.calibration.sets import stored_windows
+from crosscal.models import ModelSource
+from crosscal.plan import parse_plan
+from crosscal.progress import silent
+from crosscal.stages.compress import Workshop, compress_block, compress_sequential, publish_variant
+from crosscal.stages.moments import DENSE, Cached, collect_moments
+from crosscal.stages.sample import Part, Sample
+from crosscal.statistics import Mixture
+from crosscal.store import Store, digest_of
+from crosscal.variants import Variant, variants
+
+BATCH_TOKENS = 4096  # the plan's default
+
+
+def stored(store: Store, corpus: str, tokens_SL: torch.Tensor) -> str:
+    provenance = {"benchmark": corpus}
+    stored_windows(store, provenance, lambda: tokens_SL)
+    return digest_of(provenance)
+
+
+def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torch.Tensor) -> Sample:
+    calibration, held_out = stored(store, corpus, tokens_SL), stored(store, f"{corpus} held out", held_out_SL)
+    return Sample(corpus, 0, (Part(calibration, held_out, 1.0, tokens_SL.numel(), held_out_SL.numel()),))
+
+
+def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:
+    """Each corpus has an equal part of the windows, so that all of them together are what a peer reads."""
+    parts = zip(
+        job["corpora"],
+        windows(job, "calibration").chunk(len(job["corpora"])),
+        windows(job, "held_out").chunk(len(job["corpora"])),
+        strict=True,
+    )
+    return {(corpus, 0): sample(store, corpus, tokens_SL, held_out_SL) for corpus, tokens_SL, held_out_SL in parts}
+
+
+def planned(job: dict[str, Any], compress: Sequence[dict[str, Any]]) -> list[Variant]:
+    corpora = dict.fromkeys(job["corpora"], job["windows"])
+    return variants(parse_plan({"model": job["model"], "corpora": corpora, "compress": list(compress)}))
+
+
+def solve(shop: Workshop, wanted: Sequence[Variant]) -> None:
+    for block in range(shop.source.blocks):
+        compress_block(shop, block, wanted)
+
+
+def run(job: dict[str, Any], folder: Path, clock: Clock) -> Workshop:
+    source, store = ModelSource.open(job["model"]), Store(folder / "store")
+    cached = Cached(store, source.digest, DENSE, "float32")
+    drawn = samples(store, job)
+    shop = Workshop(folder / "run", source, cached, drawn, Mixture.of({job["corpora"][0]: 1.0}), "cpu")
+    wanted = planned(job, job["compress"])
+    if wanted[0].upstream == "sequential":
+        with clock.stage("moments and solve"):
+            for variant in wanted:
+                compress_sequential(shop, variant, batch_tokens=BATCH_TOKENS, report=silent)
+    else:
+        keys = [key for part in drawn.values() for key in part.sets]
+        with clock.stage("moments"):
+            collect_moments(cached, source, keys, device="cpu", batch_tokens=BATCH_TOKENS, report=silent)
+        with clock.stage("solve"):
+            solve(shop, wanted)
+    with clock.stage("publish"):
+        for variant in wanted:
+            publish_variant(shop, variant)
+    return shop
+
+
+def main() -> None:
+    job, clock = read_job(), Clock()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with clock.stage("all"):
+            shop = run(job, folder, clock)
+        for compress in job["again"]:
+            with clock.stage(compress["label"]):
+                solve(shop, planned(job, compress["compress"]))
+        if job["out"]:
+            shutil.copytree(folder / "run" / "models" / planned(job, job["compress"])[0].name, job["out"])
+        answer(clock, store_bytes=bytes_below(folder / "store"), models_bytes=bytes_below(folder / "run"))
+
+
+if __name__ == "__main__":
+    main()

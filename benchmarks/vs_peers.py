@@ -1,0 +1,197 @@
+"""Claim: one variant, and above all a sweep, costs a fraction of what llm-compressor takes, at no worse an error.
+
+    python benchmarks/vs_peers.py [--testbed TESTBED] [--repeats 3] [--tiny]
+
+llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get the
+same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a third
+process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on disk, without
+imports. crosscal also reads the held-out windows and measures every layer on them, which the peer does not. Each ratio is
+made inside one repeat; the rows hold medians, and half ranges as spread. The peer's time for a sweep is its time for
+one variant, measured, times the number of variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records import cpu_model, load_average, median_record, record, write
+
+VERSION = "0.14.0.1"
+PACKAGES = ("torch==2.13.0", f"llmcompressor=={VERSION}")
+HERE = Path(__file__).parent / "peers"
+METHODS: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
+    "sparsegpt-2:4": {"method": "sparsegpt", "sparsity": "2:4"},
+    "gptq": {"method": "gptq", "bits": 4, "activation_order": True},
+    "wanda": {"method": "wanda", "sparsity": 0.5},
+}
+ONE_MORE = {"label": "one more sparsity", "compress": [{"method": "sparsegpt", "sparsity": 0.55}]}
+EIGHT_MORE = {
+    "label": "eight more sparsities",
+    "compress": [{"method": "sparsegpt", "sparsity": [0.3, 0.35, 0.4, 0.45, 0.6, 0.65, 0.7, 0.75]}],
+}
+SWEEP = {
+    "method": "sparsegpt",
+    "sparsity": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "2:4", "4:8"],
+    "domain": "biomedical",
+    "alpha": [0.25, 0.75],
+}
+SWEEP_VARIANTS = 16
+PEER = "llm-compressor"
+Answer = dict[str, Any]
+
+
+def peer_python() -> Path:
+    """The interpreter of the peer's environment, made on the first call."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "crosscal-benchmarks" / f"llmcompressor-{VERSION}"
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        venv.create(folder, with_pip=True)
+    if subprocess.run([python, "-c", "import llmcompressor"], capture_output=True).returncode:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    return python
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One case, and how its processes are started."""
+
+    case: Any
+    folder: Path
+    threads: int
+
+    def models(self, method: str) -> dict[str, Path]:
+        names = (PEER, "crosscal dense", "crosscal sequential")
+        return {name: self.folder / f"{method.replace(':', 'of')} {name}" for name in names}
+
+    def call(self, python: str | Path, script: str, **job: Any) -> Answer:
+        files = {"model": str(self.case.model), "windows": str(self.case.windows)}
+        argument = json.dumps({**files, "threads": self.threads, "group_size": self.case.group_size, **job})
+        variables = {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [python, str(HERE / script), argument],
+            env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), **variables},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{script} failed on {argument}\n{done.stderr[-4000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def peer(self, method: str, out: Path) -> Answer:
+        return self.call(peer_python(), "run_llmcompressor.py", method=method, out=str(out), batch_size=1)
+
+    def own(self, compress: list[dict[str, Any]], corpora: list[str], out: Path | None, again: list[Any]) -> Answer:
+        job = {"compress": compress, "corpora": corpora, "again": again, "out": str(out) if out else None}
+        return self.call(sys.executable, "run_crosscal.py", **job)
+
+    def one_variant(self, method: str, repeat: int) -> dict[str, Answer]:
+        """Every contender once; the models of the first repeat are kept."""
+        outs = self.models(method) if repeat == 0 else dict.fromkeys(self.models(method))
+        setting = METHODS[method] | ({"group_size": self.case.group_size} if method == "gptq" else {})
+        again = [ONE_MORE, EIGHT_MORE] if method == "sparsegpt" else []
+        with tempfile.TemporaryDirectory(dir=self.folder) as aside:
+            peer = self.peer(method, outs[PEER] or Path(aside, "model"))
+        dense = self.own([setting], ["general"], outs["crosscal dense"], again)
+        sequential = self.own([setting | {"upstream": "sequential"}], ["general"], outs["crosscal sequential"], [])
+        return {PEER: peer, "crosscal dense": dense, "crosscal sequential": sequential}
+
+
+def contest(it: Contest, methods: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    answers: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
+    sweeps: list[Answer] = []
+    for repeat in range(repeats):
+        for method in methods:
+            for name, answer in it.one_variant(method, repeat).items():
+                answers[method][name].append(answer)
+                print(it.case.name, method, name, f"{wall(answer):.2f} s", f"{answer['peak_mib']:.0f} MiB", flush=True)
+            if method == "sparsegpt":
+                sweeps.append(it.own([SWEEP], ["general", "biomedical"], None, []))
+                print(it.case.name, "sweep", f"{wall(sweeps[-1]):.2f} s", flush=True)
+    for method, by_name in answers.items():
+        case = f"{it.case.name}, {method}"
+        for name, found in by_name.items():
+            yield from cost_rows(f"{case}, {name}", found)
+            if name != PEER:
+                ratios = [wall(peer) / wall(own) for peer, own in zip(by_name[PEER], found, strict=True)]
+                yield median_record(f"{case}, {name}", "times faster than llm-compressor", ratios, "ratio")
+        yield from error_rows(it, method, case)
+    if sweeps:
+        yield from sweep_rows(it.case.name, answers["sparsegpt"], sweeps)
+
+
+def wall(answer: Answer, stage: str = "all") -> float:
+    return answer["stages"][stage]["wall"]
+
+
+def cost_rows(case: str, found: list[Answer]) -> Iterator[dict[str, Any]]:
+    for stage in found[0]["stages"]:
+        for kind in ("wall", "cpu"):
+            seconds = [answer["stages"][stage][kind] for answer in found]
+            yield median_record(case, f"{stage}, {kind} time", seconds, "s")
+    yield median_record(case, "peak memory of the process", [answer["peak_mib"] for answer in found], "MiB")
+
+
+def error_rows(it: Contest, method: str, case: str) -> Iterator[dict[str, Any]]:
+    models = {name: str(folder) for name, folder in it.models(method).items()}
+    for name, figures in it.call(sys.executable, "evaluate.py", models=models).items():
+        for figure in ("calibration error", "held-out error", "sparsity"):
+            yield record(f"{case}, {name}", figure, figures[figure], "ratio")
+        spread = figures["perplexity stderr"]
+        yield record(f"{case}, {name}", "held-out perplexity", figures["perplexity"], "perplexity", spread)
+
+
+def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: list[Answer]) -> Iterator[dict[str, Any]]:
+    where = f"{case}, sweep of {SWEEP_VARIANTS}, crosscal dense"
+    yield from cost_rows(where, sweeps)
+    ratios = [SWEEP_VARIANTS * wall(peer) / wall(sweep) for peer, sweep in zip(one[PEER], sweeps, strict=True)]
+    yield median_record(where, f"times faster than {SWEEP_VARIANTS} runs of llm-compressor", ratios, "ratio")
+    pairs = list(zip(one[PEER], one["crosscal dense"], strict=True))
+    for label, count in (("one more sparsity", 1), ("eight more sparsities", 8)):
+        ratios = [count * wall(peer, "solve") / wall(own, label) for peer, own in pairs]
+        yield median_record(
+            f"{case}, sparsegpt, crosscal dense", f"{label} on cached moments, over the peer's solve", ratios, "ratio"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--testbed", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script; nothing is written")
+    options = parser.parse_args()
+    sys.path.insert(0, str(HERE))
+    from case import random_case, testbed_case
+
+    rows = [record("circumstances", "load average before", load_average(), "processes")]
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, part) for part in ("random", "testbed")]
+        for folder in folders:
+            folder.mkdir()
+        cases = [random_case(folders[0], tiny=options.tiny)]
+        cases += [testbed_case(folders[1], options.testbed)] if options.testbed else []
+        for case in cases:
+            rows += contest(Contest(case, case.model.parent, options.threads), options.methods, options.repeats)
+    rows.append(record("circumstances", "load average after", load_average(), "processes"))
+    for row in rows:
+        print(f"{row['case']} | {row['figure']} | {row['value']:.4g} | {row['spread'] or 0:.2g} | {row['unit']}")
+    if not options.tiny:
+        write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} threads")
+
+
+if __name__ == "__main__":
+    main()
