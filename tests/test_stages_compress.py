@@ -133,7 +133,7 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
     """tr(dW H dWᵀ) / tr(W H Wᵀ) in float64 from nothing but the files of the checkpoints and of the store."""
     dense = load_file(shop.source.path / "model.safetensors")
     model, found = load_variant(shop.folder / "models" / each.name), {}
-    for block, site in ((block, site) for block in range(2) for site in shop.cached.sites(block) or ()):
+    for block, site in [(index, site) for index in (0, 1) for site in shop.cached.sites(index) or ()]:
         hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
         for corpus, weight in (each.mixture or shop.reference).weights:
             for part in shop.samples[corpus, 0].parts:

@@ -2,9 +2,10 @@
 
 A corpus grows by shards, and each shard is sampled on its own, so that a landed shard costs only its own tokens.
 Shard k gets its share of the corpus as it then was, windows · characters_k / (characters_1 + … + characters_k),
-rounded, at least one; so the first gets all of the plan's windows, and nothing read before is ever drawn anew. In the Hessian
-every shard counts by its share of the characters, however many windows it had: H = Σ_k share_k · gram_k / tokens_k.
-A shard that does not fill one window, or none of held-out text, is left out with a note.
+rounded, at least one; so the first gets all of the plan's windows, and nothing read before is ever drawn anew. In
+the Hessian every shard counts by its share of the characters, however many windows it had:
+H = Σ_k share_k · gram_k / tokens_k. A shard that does not fill one window, or none of held-out text, is left out with
+a note.
 """
 
 from __future__ import annotations

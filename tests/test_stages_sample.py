@@ -1,0 +1,120 @@
+"""Laws of sampling: a landed shard costs its own tokens, text that was written is not written again."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from crosscal.calibration import TemperatureSchedule
+from crosscal.calibration.sets import windows_by_key
+from crosscal.corpora import Corpus, ingest, load_corpus
+from crosscal.errors import CalibrationError
+from crosscal.models import ModelSource
+from crosscal.progress import silent
+from crosscal.stages import sample as stage
+from crosscal.stages.describe import SHOWN_CHARACTERS, readable_samples, sample_quality
+from crosscal.stages.sample import Draw, Sample, sample_documents, sample_random, sample_self
+from crosscal.store import Store
+from tests.helpers.tiny_text import SENTENCES, tiny_llama
+
+DRAW = Draw(windows=8, length=32, seed=0, held_out_windows=2)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    tiny_llama(tmp_path / "model")
+    return ModelSource.open(tmp_path / "model")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def land(store: Store, folder: Path, name: str, count: int, *, seed: int, sentences: int = 6) -> Corpus:
+    """Ingest `count` documents that no other seed makes."""
+    chance, file = random.Random(seed), folder / f"{name}-{seed}.jsonl"
+    texts = [f"{seed} {index} " + " ".join(chance.choices(SENTENCES, k=sentences)) for index in range(count)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ingest(store, name, [str(file)])
+    return load_corpus(store, name)
+
+
+def test_a_landed_shard_is_sampled_by_its_share_and_changes_no_earlier_set(
+    store: Store, source: ModelSource, tmp_path: Path
+) -> None:
+    first = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW)
+    corpus = land(store, tmp_path, "legal", 20, seed=2)
+    second = sample_documents(store, corpus, source, DRAW)
+    assert [part.share for part in first.parts] == [1.0]
+    characters = [shard.characters["train"] for shard in corpus.shards]
+    shares = [count / sum(characters) for count in characters]
+    assert [part.share for part in second.parts] == pytest.approx(shares)
+    assert (second.parts[0].calibration, second.parts[0].held_out) == (
+        first.parts[0].calibration,
+        first.parts[0].held_out,
+    )
+    assert first.parts[0].tokens == DRAW.windows * DRAW.length
+    assert second.parts[1].tokens == round(DRAW.windows * shares[1]) * DRAW.length
+    assert second.parts[1].held_out_tokens == max(1, round(DRAW.held_out_windows * shares[1])) * DRAW.length
+    assert Sample.from_json(json.loads(json.dumps(second.as_json()))) == second
+    for part in second.parts:
+        assert windows_by_key(store, part.calibration).numel() == part.tokens
+
+
+def test_a_shard_that_fills_no_window_is_left_out_with_a_note(
+    store: Store, source: ModelSource, tmp_path: Path
+) -> None:
+    whole = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW)
+    after = sample_documents(store, land(store, tmp_path, "legal", 1, seed=2), source, DRAW)
+    assert after.parts == whole.parts
+    assert any("legal: shard 2 of 2 is left out" in note for note in after.notes)
+    with pytest.raises(CalibrationError, match="tiny"):
+        sample_documents(store, land(store, tmp_path, "tiny", 1, seed=3, sentences=1), source, DRAW)
+
+
+def test_held_out_windows_come_from_other_documents(store: Store, source: ModelSource, tmp_path: Path) -> None:
+    part = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW).parts[0]
+    drawn = {tuple(window) for window in windows_by_key(store, part.calibration).tolist()}
+    held_out = {tuple(window) for window in windows_by_key(store, part.held_out).tolist()}
+    assert len(held_out) == DRAW.held_out_windows
+    assert not drawn & held_out
+
+
+def test_text_that_was_written_is_found_again_without_loading_the_model(
+    store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Path] = []
+    load = stage.load_variant
+    monkeypatch.setattr(stage, "load_variant", lambda path, **more: loads.append(path) or load(path, **more))
+
+    def written() -> Sample:
+        return sample_self(
+            store, "self", source, DRAW, temperature=TemperatureSchedule(), first_tokens=[], device="cpu", report=silent
+        )
+
+    first = written()
+    assert len(loads) == 1
+    assert written() == first
+    assert len(loads) == 1
+    assert first.parts[0].tokens == DRAW.windows * DRAW.length
+    assert first.parts[0].calibration != first.parts[0].held_out
+
+
+def test_samples_are_described_in_text_and_numbers(store: Store, source: ModelSource, tmp_path: Path) -> None:
+    corpus = land(store, tmp_path, "legal", 60, seed=1)
+    legal = sample_documents(store, corpus, source, DRAW)
+    other_seed = sample_documents(store, corpus, source, Draw(8, 32, 1, 2))
+    noise = sample_random(store, "noise", source, Draw(8, 128, 0, 2))
+    everything = [legal, noise, other_seed]
+    shown = readable_samples(store, source, everything, per_corpus=3)
+    assert [entry["corpus"] for entry in shown] == ["legal"] * 3 + ["noise"] * 3
+    assert shown[0]["text"] == source.tokenizer().decode(windows_by_key(store, legal.parts[0].calibration)[0])
+    assert all(len(entry["text"]) <= SHOWN_CHARACTERS + 2 for entry in shown)
+    quality = json.loads(json.dumps(sample_quality(store, source, everything), allow_nan=False))
+    assert list(quality) == ["legal", "noise"]
+    assert quality["noise"]["ngram_diversity"] > quality["legal"]["ngram_diversity"]
+    assert quality["noise"]["zipf_coefficient"] < quality["legal"]["zipf_coefficient"]
