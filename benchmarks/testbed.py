@@ -5,8 +5,8 @@
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Two plans run through the product itself:
 
 * the grid: every method and setting, alpha 0, .25, .5, .75, 1 for both domains, one draw of calibration windows;
-* the draws: SparseGPT at 60 %, 70 % and 2:4 and GPTQ at 3 bits, alpha 0, .5, 1, five draws each, so that differences are
-  paired over draws; also with self-generated text in place of the general corpus, and with random tokens.
+* the draws: SparseGPT at 60 %, 70 % and 2:4 and GPTQ at 3 bits, alpha 0, .5, 1, five draws each, so that differences
+  are paired over draws; also with self-generated text in place of the general corpus, and with random tokens.
 
 Perplexity of one variant is a row; the draws add mean, standard deviation, and paired differences against alpha 0.
 """

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
 from crosscal.calibration.generation import first_token_ids
@@ -15,6 +14,7 @@ from crosscal.calibration.sampling import SequenceWriter
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.errors import CalibrationError, UsageError
 from crosscal.store import Store
+from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = "a" * 64, "b" * 64
 REQUEST = WindowRequest(6, 32)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 from crosscal.calibration import (
     WindowRequest,
@@ -22,6 +21,7 @@ from crosscal.calibration import (
 from crosscal.corpora import Shard, documents, ingest
 from crosscal.errors import CalibrationError, UsageError
 from crosscal.store import Store
+from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 TOKENIZER = "0" * 64
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import perplexity, window_nll, windows_of
+from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 ROUNDOFF_F32 = 1e-5
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import QuestionSuite
 from crosscal.evaluation.question_files import Question, read_questions, task_names
 from crosscal.evaluation.questions import LoadedTask, _check_known, _metrics
+from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 WORDS = [word.strip(".,") for sentence in SENTENCES for word in sentence.split()]
 

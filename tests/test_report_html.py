@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.helpers.made_up_run import layer, result, sweep, write_run
 
 from crosscal.errors import UsageError
 from crosscal.report import ResultRow, write_report
+from tests.helpers.made_up_run import layer, result, sweep, write_run
 
 EVIL = '<script>alert("$x_1$")</script>'
 

@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.helpers.made_up_run import layer, result, sweep
 
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.report import LayerRow, ResultRow, read_rows, write_rows
 from crosscal.report.rows import Row
+from tests.helpers.made_up_run import layer, result, sweep
 
 RESULTS = [*sweep(), result(value=None, stderr=None, skipped="no network"), result("naïve ☃ <b>")]
 LAYERS = [layer("a", 0, "mlp.up_proj"), layer("a", None, "lm_head", fallback="keep-dense", heldout_relative_loss=None)]

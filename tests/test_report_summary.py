@@ -6,12 +6,12 @@ import io
 
 import numpy as np
 import pytest
-from tests.helpers.made_up_run import layer, result, sweep
 
 from crosscal.report.groups import columns_of, groups_of, level_of, sparsity_of
 from crosscal.report.headline import SLACK, best_variants, domains_of
 from crosscal.report.table import mixture_text, number_text, summary_table
 from crosscal.report.terminal import terminal_table
+from tests.helpers.made_up_run import layer, result, sweep
 
 
 def test_seeds_are_one_group_with_mean_and_deviation() -> None:
