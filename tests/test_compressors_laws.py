@@ -191,6 +191,7 @@ def test_silence_everywhere_is_an_error_where_data_is_needed() -> None:
         (SparseGPT, {"sparsity": "2:12"}),
         (SparseGPT, {"sparsity": 2}),
         (SparseGPTQ, {"sparsity": 0.5, "bits": 1}),
+        (SparseGPTQ, {"sparsity": "2:4", "bits": 4, "group_size": 6}),
         (Wanda, {"sparsity": "half"}),
         (Magnitude, {"sparsity": -1}),
     ],

@@ -51,7 +51,8 @@ def solve_columns(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule])
         raise StatisticsError("layers solved together must share a Hessian and a stored dtype", where=first.name)
     segments = _segments(problems, rules)
     order_I, shared = _ordered_factor(first, rule)
-    loop = _Loop(segments, order_I, shared, rule)
+    original_IR = torch.cat([problem.weight_OI.mT for problem in problems], dim=1).repeat(1, len(rules))
+    loop = _Loop(segments, original_IR, order_I, shared)
     for start in range(0, len(order_I), rule.block_columns):
         loop.solve_block(start, min(start + rule.block_columns, len(order_I)))
     solutions = [loop.solution(segment) for segment in segments]
@@ -79,17 +80,18 @@ def _ordered_factor(problem: LayerProblem, rule: ColumnRule) -> tuple[Tensor, In
 class _Loop:
     """The state of one pass: the stacked weights, fixed so far up to some column."""
 
-    def __init__(self, segments: list[Segment], order_I: Tensor, shared: InverseFactor, rule: ColumnRule) -> None:
-        self.segments, self.order_I, self.rule, self.shared = segments, order_I, rule, shared
+    def __init__(self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: InverseFactor) -> None:
+        self.segments, self.order_I, self.shared = segments, order_I, shared
+        self.rule = segments[0].rule  # for what all rules of the stack have in common
         self.upper_II = shared.upper_II
         self.diagonal_I = shared.upper_II.diagonal()
-        self.work_IR = torch.cat([s.problem.weight_OI.mT[order_I] for s in segments], dim=1)
+        self.work_IR = original_IR[order_I] if self.rule.activation_order else original_IR
         self.pruning = any(s.rule.sparsity for s in segments)
         self.groups = {s.rule.sparsity.group for s in segments if s.rule.sparsity and s.rule.sparsity.group}
-        if rule.bits is not None:
-            self._prepare_grid()
+        if self.rule.bits is not None:
+            self._prepare_grid(original_IR)
 
-    def _prepare_grid(self) -> None:
+    def _prepare_grid(self, original_IR: Tensor) -> None:
         inputs, rows = self.work_IR.shape
         outputs = torch.tensor([len(s.problem.weight_OI) for s in self.segments])
         bits = torch.tensor([float(s.rule.bits or 0) for s in self.segments])
@@ -100,7 +102,6 @@ class _Loop:
         self.ints_IR = torch.zeros_like(self.work_IR, dtype=torch.int8)
         self.group_of = (self.order_I // self.columns).tolist()  # by position in the walk
         if self.rule.activation_order:
-            original_IR = torch.cat([s.problem.weight_OI.mT for s in self.segments], dim=1)
             for group, part_CR in enumerate(original_IR.split(self.columns)):
                 self.scale_GR[group] = fit_scale_R(part_CR.mT, self.bits_R, self.stored_dtype)
 
@@ -177,11 +178,16 @@ class _Loop:
                 keep_BR[j - start : j - start + sparsity.group, segment.rows] = ~drop_RC.mT
 
     def solution(self, segment: Segment) -> LayerSolution:
-        back_I = self.order_I.argsort()
-        weight_OI = self.work_IR[:, segment.rows][back_I].mT.contiguous()
+        weight_OI = self._by_input(self.work_IR, segment.rows)
         grid = None
         if segment.rule.bits is not None:
-            ints_OI = self.ints_IR[:, segment.rows][back_I].mT.contiguous()
+            ints_OI = self._by_input(self.ints_IR, segment.rows)
             scale_OG = self.scale_GR[:, segment.rows].mT.contiguous()
             grid = Grid(ints_OI, scale_OG, segment.rule.bits, segment.rule.group_size)
         return solved(segment.problem, weight_OI, grid=grid, damping=self.shared.damping)
+
+    def _by_input(self, walked_IR: Tensor, rows: slice) -> Tensor:
+        """Rows of one segment as [O, I], the inputs back in their own order."""
+        if self.rule.activation_order:
+            walked_IR = walked_IR[self.order_I.argsort()]
+        return walked_IR[:, rows].mT.contiguous()

@@ -46,6 +46,12 @@ class ColumnRule:
                 got=str(self.sparsity),
                 do="Use 2:4 or 4:8, or a fraction.",
             )
+        if group and self.bits is not None and (self.group_size or group) % group:
+            raise UsageError(
+                "n:m needs a group_size divisible by m",
+                got=f"{self.sparsity} and group_size {self.group_size}",
+                do="Use 32, 64 or 128, or null for one scale a row.",
+            )
 
     def check(self, inputs: int, name: str) -> None:
         """Whether a layer of so many inputs can be solved. Raises `UsageError`."""

@@ -1,4 +1,7 @@
-"""How much to remove, and exactly which: a fraction, or n kept of every m. Shapes: O outputs, I inputs."""
+"""How much to remove, and exactly which: a fraction, or n kept of every m.
+
+Shapes: O outputs, I inputs, R rows, C columns.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,17 +74,20 @@ class Sparsity:
 
 def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of every row; among equals the earlier."""
-    order_RC = score_RC.argsort(dim=1, stable=True)
-    return torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, order_RC[:, :count], True)
+    if count <= 0 or count >= score_RC.shape[1]:
+        return torch.full_like(score_RC, count > 0, dtype=torch.bool)
+    threshold_R1 = _kth_lowest_R1(score_RC, count)
+    below_RC, tied_RC = score_RC < threshold_R1, score_RC == threshold_R1
+    room_R1 = count - below_RC.sum(1, keepdim=True)
+    return below_RC | (tied_RC & (tied_RC.cumsum(1) <= room_R1))
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
-    flat = score.reshape(-1)
-    if count <= 0 or count >= flat.numel():
-        return torch.full_like(score, count > 0, dtype=torch.bool)
-    threshold = flat.kthvalue(count).values
-    chosen = flat < threshold
-    ties = (flat == threshold).nonzero().reshape(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen.reshape(score.shape)
+    return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
+
+
+def _kth_lowest_R1(score_RC: Tensor, k: int) -> Tensor:
+    if score_RC.is_cpu:  # numpy selects more than ten times as fast as torch there
+        return torch.from_numpy(np.partition(score_RC.numpy(), k - 1, axis=1)[:, k - 1 : k])
+    return score_RC.kthvalue(k, dim=1, keepdim=True).values
