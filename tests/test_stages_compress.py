@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,14 +40,38 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut would leave is not asked here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Per dtype a model, and a store that holds its dense moments; tests work on copies of the store."""
+    folder = tmp_path_factory.mktemp("made")
+    for dtype in (torch.float32, torch.bfloat16):
+        source, store = tiny_source(folder / str(dtype) / "model", dtype), Store(folder / str(dtype) / "home")
+        calibrated(folder / "run", store, source)
+    return folder
+
+
+@pytest.fixture(params=[torch.float32], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> ModelSource:
-    return tiny_source(tmp_path / "model")
+def store(tmp_path: Path, made: Path, dtype: torch.dtype) -> Store:
+    return Store(shutil.copytree(made / str(dtype) / "home", tmp_path / "home"))
+
+
+@pytest.fixture
+def source(made: Path, dtype: torch.dtype) -> ModelSource:
+    return ModelSource.open(made / str(dtype) / "model")
+
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True)
 
 
 def samples(store: Store) -> tuple[Sample, Sample]:
@@ -146,9 +172,9 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, dtype: torch.dtype) -> None:
-    shop = calibrated(tmp_path / "run", store, tiny_source(tmp_path / "narrow", dtype))
+@both_dtypes
+def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    shop = calibrated(tmp_path / "run", store, source)
     chosen = [each for each in VARIANTS if not each.trace_normalised]
     compress_all(shop, chosen)
     for each in chosen:
@@ -160,9 +186,9 @@ def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, dt
         assert reported == pytest.approx(true_relative_losses(shop, each, held_out=True), rel=ROUNDOFF_F32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_models_hold_exactly_the_solved_weights(tmp_path: Path, store: Store, dtype: torch.dtype) -> None:
-    shop = calibrated(tmp_path / "run", store, tiny_source(tmp_path / "narrow", dtype))
+@both_dtypes
+def test_packed_models_hold_exactly_the_solved_weights(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    shop = calibrated(tmp_path / "run", store, source)
     each = VARIANTS[3]
     compress_all(shop, [each])
     model = load_variant(tmp_path / "run" / "models" / each.name)
@@ -296,7 +322,7 @@ def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
 # --- from corpora to sets --------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store, source: ModelSource) -> None:
+def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store) -> None:
     general, legal = samples(store)
     by_name: Mapping[str, Sample] = {"general": general, "legal": legal}
     mixture = over_sets(Mixture.of(MIXED), by_name)
@@ -307,8 +333,7 @@ def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store, source: 
     assert set(held_out.corpora) == {part.held_out for one in by_name.values() for part in one.parts}
 
 
-def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(tmp_path: Path, store: Store) -> None:
-    source = tiny_source(tmp_path / "model")
+def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(store: Store, source: ModelSource) -> None:
     tokens_SL = windows(9, seed=0)
     keys = [keep_windows(store, part) for part in (tokens_SL, tokens_SL[:3], tokens_SL[3:])]
     cached = dense_cache(store, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from crosscal.store import Store
 from tests.helpers.tiny_run import collect, dense_cache, keep_windows, tiny_source, windows
 
 ROUNDOFF_F32 = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut would leave is not asked here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
