@@ -2,12 +2,12 @@
 
     python benchmarks/vs_peers.py [--testbed TESTBED] [--repeats 3] [--tiny]
 
-llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get the
-same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a third
-process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on disk, without
-imports. crosscal also reads the held-out windows and measures every layer on them, which the peer does not. Each ratio is
-made inside one repeat; the rows hold medians, and half ranges as spread. The peer's time for a sweep is its time for
-one variant, measured, times the number of variants.
+llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get
+the same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a
+third process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on
+disk, without imports. crosscal also reads the held-out windows and measures every layer on them, which the peer does
+not. Each ratio is made inside one repeat; the rows hold medians, and half ranges as spread. The peer's time for a sweep
+is its time for one variant, measured, times the number of variants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two cases of a comparison: a model folder with float32 weights and a file of windows, the same for every contender.
+"""The cases of a comparison: a model folder with float32 weights and a file of windows, the same for every contender.
 
 Shapes: S windows, L tokens.
 """
@@ -36,7 +36,7 @@ class Case:
 
 
 def random_case(folder: Path, *, tiny: bool = False) -> Case:
-    """A Llama with seeded random weights and uniformly random tokens: compares implementations, says nothing of quality."""
+    """A Llama with seeded random weights and random tokens: compares implementations, says nothing of quality."""
     hidden, intermediate, blocks, windows, length = (128, 256, 2, 8, 64) if tiny else (512, 1408, 6, 64, 512)
     config = LlamaConfig(
         vocab_size=4096,

@@ -1,7 +1,7 @@
 """Judges compressed models of one case alike, whoever made them: `evaluate.py JOB`.
 
-The relative error of a linear is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with H = Σ x xᵀ of the dense model's inputs, in float64, over
-the calibration windows and over held-out ones; the figure is the mean over linears. Perplexity: held-out windows.
+The relative error of a linear is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with H = Σ x xᵀ of the dense model's inputs, in float64,
+over the calibration windows and over held-out ones; the figure is the mean over linears. Perplexity: held-out windows.
 Shapes: S windows, L tokens, T tokens of a window, O outputs, I inputs.
 """
 

@@ -1,4 +1,4 @@
-"""A job of a comparison: one process, one JSON argument in, one line of JSON out. Imported on both sides, so torch only.
+"""A job of a comparison: a process with a JSON argument in and a line of JSON out. Both sides import it, so torch only.
 
 Shapes: S windows, L tokens.
 """
