@@ -150,7 +150,7 @@ def store_list(
     from crosscal.store import Store
 
     store = Store(home)
-    kinds = sorted({found for found, _ in store.keys()})
+    kinds = sorted({found for found, _ in store.keys()})  # noqa: SIM118  not a mapping
     if kind is not None and kind not in kinds:
         raise UsageError(
             "no such kind in the store", where=home, got=kind, do=f"Kinds: {', '.join(kinds) or 'none yet'}."

@@ -23,7 +23,7 @@ from flows.run_directory import open_run_directory, write_run_record
 from flows.steps import Stopwatch, step, step_report
 from tasks.corpora import draw_sample, ingest_corpus
 from tasks.model import identify_model, publish_models, read_moments, solve_block, solve_sequential
-from tasks.results import evaluate_models, make_report
+from tasks.results import describe_samples, evaluate_models, make_report
 from tasks.ticket import Ticket
 
 
@@ -55,6 +55,7 @@ def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, An
         ticket = dataclasses.replace(ticket, samples=samples)
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
+        quality = step(describe_samples, ticket)
     with watch.stage("moments"):
         readings = [step(read_moments, ticket, sample) for sample in samples]
     with watch.stage("solve"):
@@ -67,7 +68,7 @@ def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, An
         step(publish_models, ticket)
     with watch.stage("evaluate"):
         step(evaluate_models, ticket, stored)
-    record = _record(ticket, watch, corpora, readings)
+    record = _record(ticket, watch, corpora, readings) | {"calibration_quality": quality}
     write_run_record(run_dir, record)
     with watch.stage("report"):
         step(make_report, str(run_dir))

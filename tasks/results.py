@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from prefect import task
@@ -11,8 +13,11 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.evaluation import Measurement
 from crosscal.report import ResultRow, write_report, write_rows
+from crosscal.report.files import write_whole
 from crosscal.stages.compress import discard_model, layer_rows
+from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, examination, measure
+from crosscal.stages.sample import Sample
 from crosscal.variants import Variant
 from tasks.options import PLAIN
 from tasks.ticket import Ticket, task_report
@@ -74,6 +79,15 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         device=ticket.device,
         **dataclasses.asdict(found),
     )
+
+
+@task(name="describe", task_run_name="describe calibration", **PLAIN)
+def describe_samples(ticket: Ticket) -> dict[str, Any]:
+    """Write `samples.json`, some of each corpus's calibration text; returns the quality of all of it in numbers."""
+    samples = [Sample.from_json(sample) for sample in ticket.samples]
+    shown = readable_samples(ticket.store, ticket.source(), samples, per_corpus=2)
+    write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
+    return sample_quality(ticket.store, ticket.source(), samples)
 
 
 @task(name="report", task_run_name="write report", **PLAIN)

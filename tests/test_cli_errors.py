@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.tiny_run import Place, crosscal, make_place, write_documents
+from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
 from tests.helpers.tiny_text import tiny_tokenizer
 
 PRUNE = {"method": "wanda", "sparsity": 0.5}
