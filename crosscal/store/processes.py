@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ def is_gone(process: str, idle_seconds: float) -> bool:
     return idle_seconds > ELSEWHERE_SECONDS
 
 
+@functools.cache
 def _machine() -> str:
     """Where a process number means one process: a host and, on Linux, a process namespace of it."""
     namespace = Path("/proc/self/ns/pid")
