@@ -10,6 +10,7 @@ matrix a second, median over the repeats; the spread is their standard deviation
 from __future__ import annotations
 
 import argparse
+import platform
 import statistics
 import tempfile
 import time
@@ -59,7 +60,7 @@ def main() -> None:
             rows.append(records.record(case, figure, round(statistics.median(speeds)), "MB/s", spread))
     for row in rows:
         print(f"{row['case']}, {row['figure']}: {row['value']} {row['unit']}")
-    records.write("codec", rows, device=f"{torch.get_num_threads()} CPU threads")
+    records.write("codec", rows, device=f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
