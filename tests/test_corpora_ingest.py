@@ -362,3 +362,16 @@ def test_progress_is_reported(store, tmp_path):
     path = write(tmp_path / "a.jsonl", texts(0, 2500))
     ingest(store, "general", [path], progress=lambda *step: seen.append(step))
     assert seen == [("a.jsonl", 1000, None), ("a.jsonl", 2000, None), ("read", 2500, 2500)]
+
+
+def test_a_shard_set_aside_as_damaged_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    source = tmp_path / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document number {i} of the corpus"}) + "\n" for i in range(20)))
+    first = ingest(store, "corpus", [str(source)], replace=True).corpus
+    damaged = tmp_path / "home" / "objects" / "corpora" / first.shards[0].key / "train.arrow"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert [problem for _, _, problem in Store(tmp_path / "home").verify(quarantine=True) if problem]
+    again = ingest(Store(tmp_path / "home"), "corpus", [str(source)], replace=True).corpus
+    assert again.shards == first.shards
+    assert list(documents(store, again.shards[0], "train"))

@@ -125,6 +125,8 @@ def _land(store: Store, name: str, spool: Spool, replace: bool, forced: bool) ->
 def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
     version, record = store.refs.read(ref_name(name))
     earlier = corpus_of(name, version, record).shards if record else ()
+    if replace:  # all documents are at hand: a shard that was set aside as damaged is made again from them
+        earlier = tuple(shard for shard in earlier if store.find("corpora", shard.key))
     known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
     fresh = {digest: entry.split for digest, entry in spool.entries.items() if digest not in known}
     splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh)
