@@ -19,13 +19,13 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 
 @contextmanager
-def reporting(log: Callable[[str], None] = logging.getLogger("crosscal").info) -> Iterator[Report]:
-    """A report that draws bars when standard error is a terminal and otherwise calls `log` every ten seconds."""
+def reporting() -> Iterator[Report]:
+    """A report that draws bars when standard error is a terminal and otherwise logs every ten seconds."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report
     else:
-        yield log_lines(log)
+        yield log_lines(logging.getLogger("crosscal").info)
 
 
 def log_lines(log: Callable[[str], None]) -> Report:

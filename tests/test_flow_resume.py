@@ -15,6 +15,8 @@ import pytest
 from crosscal.store import Store
 from tests.helpers.tiny_place import Place, make_place, run_alone, values
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["flows.drive", "tests.helpers.tiny_place"])
 SECONDS = 90
