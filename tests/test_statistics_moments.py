@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics import InputMoments, MomentsAccumulator
-from crosscal.statistics.moments import PANEL_ROWS
+from crosscal.statistics.moments import LEAST_PANEL_ROWS
 from tests.helpers.problems import correlated_inputs_TI
 
 ROUNDOFF_F64 = 1e-12
@@ -39,7 +39,7 @@ def reference(input_TI: Tensor) -> InputMoments:
     return InputMoments(gram_II, rows_TI.abs().sum(0), rows_TI.sum(0), len(rows_TI))
 
 
-@pytest.mark.parametrize("inputs", [1, 2, PANEL_ROWS - 1, PANEL_ROWS, PANEL_ROWS + 1, 1100])
+@pytest.mark.parametrize("inputs", [1, 2, LEAST_PANEL_ROWS - 1, LEAST_PANEL_ROWS, LEAST_PANEL_ROWS + 1, 1100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ROUNDOFF_F64), (torch.float32, ROUNDOFF_F32)])
 def test_equals_the_sum_over_tokens(inputs: int, dtype: torch.dtype, tolerance: float) -> None:
     input_TI = correlated_inputs_TI(40, inputs, seed=1).to(dtype)

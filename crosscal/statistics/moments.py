@@ -13,7 +13,9 @@ from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 
-PANEL_ROWS = 512  # rows of the Gram matrix per product: large enough for full matrix-multiply speed
+PANELS = 8  # of the Gram matrix: 1/8 of the triangle is computed needlessly, in products large enough for full speed
+LEAST_PANEL_ROWS, MOST_PANEL_ROWS = 96, 256  # thinner products are slower than what they save; these are thick enough
+SUM_ENTRIES = 2**19  # that a CPU sums in the moments' own precision, and in its cache, before the float64 totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,8 @@ class MomentsAccumulator:
 
     Row panel i of the upper triangle is `X[:, i:i+B]ᵀ X[:, i:]`: a plain matrix product on half the work.
     Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
-    `dtype` first. The vectors are summed in float64 and handed out in `dtype`.
+    `dtype` first. The vectors are summed in `dtype` over some hundred rows, in float64 from there on, and handed out in
+    `dtype`.
     """
 
     def __init__(self, inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
@@ -110,14 +113,13 @@ class MomentsAccumulator:
         rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
         if not _multiplies_as_is(rows_TI, self._upper_II.dtype):
             rows_TI = rows_TI.to(self._upper_II.dtype)
-        for start in range(0, rows_TI.shape[1], PANEL_ROWS):
-            _add_panel(
-                self._upper_II[start : start + PANEL_ROWS, start:],
-                rows_TI[:, start : start + PANEL_ROWS],
-                rows_TI[:, start:],
-            )
-        self._abs_sum_I += rows_TI.abs().sum(0, dtype=torch.float64)
-        self._sum_I += rows_TI.sum(0, dtype=torch.float64)
+        rows = _panel_rows(rows_TI.shape[1])
+        for start in range(0, rows_TI.shape[1], rows):
+            stop = start + rows
+            _add_panel(self._upper_II[start:stop, start:], rows_TI[:, start:stop], rows_TI[:, start:])
+        for part_TI in rows_TI.split(max(len(rows_TI), 1) if rows_TI.is_cuda else -(-SUM_ENTRIES // rows_TI.shape[1])):
+            self._abs_sum_I += part_TI.abs().sum(0, dtype=self._upper_II.dtype)
+            self._sum_I += part_TI.sum(0, dtype=self._upper_II.dtype)
         self._tokens += rows_TI.shape[0]
 
     def moments(self) -> InputMoments:
@@ -127,6 +129,11 @@ class MomentsAccumulator:
         dtype = gram_II.dtype
         abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
         return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
+
+
+def _panel_rows(inputs: int) -> int:
+    """Rows of a panel: a multiple of 16."""
+    return min(max(-(-inputs // (16 * PANELS)) * 16, LEAST_PANEL_ROWS), MOST_PANEL_ROWS)
 
 
 def _multiplies_as_is(rows_TI: Tensor, dtype: torch.dtype) -> bool:
