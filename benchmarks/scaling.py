@@ -206,7 +206,7 @@ def main() -> None:
     before = record("circumstances", "load average before", load_average(), "processes")
     rows = [before, *grid(options.repeats, options.threads)]
     rows.append(record("circumstances", "load average after", load_average(), "processes"))
-    write("scaling", rows, device=f"{cpu_model()}, {options.threads} threads")
+    write("scaling", rows, device=f"{cpu_model()}, {options.threads} thread(s)")
 
 
 if __name__ == "__main__":

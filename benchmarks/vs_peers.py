@@ -14,6 +14,7 @@ of variants.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -55,6 +56,7 @@ PEER = "llm-compressor"
 Answer = dict[str, Any]
 
 
+@functools.cache
 def peer_python() -> Path:
     """The interpreter of the peer's environment, made on the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -119,24 +121,30 @@ def contest(it: Contest, methods: list[str], repeats: int) -> Iterator[dict[str,
     for repeat, method in turns:
         for name, answer in it.one_variant(method, repeat).items():
             answers[method][name].append(answer)
-            print(it.case.name, method, name, f"{wall(answer):.2f} s", f"{answer['peak_mib']:.0f} MiB", flush=True)
+            print(
+                it.case.name,
+                method,
+                name,
+                f"{spent(answer, 'wall'):.2f} s",
+                f"{answer['peak_mib']:.0f} MiB",
+                flush=True,
+            )
         if method == CLAIMED:
             sweeps.append(it.own([SWEEP], ["general", "biomedical"], None, []))
-            print(it.case.name, "sweep", f"{wall(sweeps[-1]):.2f} s", flush=True)
+            print(it.case.name, "sweep", f"{spent(sweeps[-1], 'wall'):.2f} s", flush=True)
     for method, by_name in answers.items():
         case = f"{it.case.name}, {method}"
         for name, found in by_name.items():
             yield from cost_rows(f"{case}, {name}", found)
             if name != PEER:
-                ratios = [wall(peer) / wall(own) for peer, own in zip(by_name[PEER], found, strict=True)]
-                yield median_record(f"{case}, {name}", "times faster than llm-compressor", ratios, "ratio")
+                yield from ratio_rows(f"{case}, {name}", 1, by_name[PEER], found)
     yield from error_rows(it, methods)
     if sweeps:
         yield from sweep_rows(it.case.name, answers[CLAIMED], sweeps)
 
 
-def wall(answer: Answer, stage: str = "all") -> float:
-    return answer["stages"][stage]["wall"]
+def spent(answer: Answer, kind: str, stage: str = "all") -> float:
+    return answer["stages"][stage][kind]
 
 
 def cost_rows(case: str, found: list[Answer]) -> Iterator[dict[str, Any]]:
@@ -159,14 +167,21 @@ def error_rows(it: Contest, methods: list[str]) -> Iterator[dict[str, Any]]:
 def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: list[Answer]) -> Iterator[dict[str, Any]]:
     where = f"{case}, sweep of {SWEEP_VARIANTS}, crosscal dense"
     yield from cost_rows(where, sweeps)
-    ratios = [SWEEP_VARIANTS * wall(peer) / wall(sweep) for peer, sweep in zip(one[PEER], sweeps, strict=True)]
-    yield median_record(where, f"times faster than {SWEEP_VARIANTS} runs of llm-compressor", ratios, "ratio")
+    yield from ratio_rows(where, SWEEP_VARIANTS, one[PEER], sweeps)
     pairs = list(zip(one[PEER], one["crosscal dense"], strict=True))
     for label, count in (("one more sparsity", 1), ("eight more sparsities", 8)):
-        ratios = [count * wall(peer, "solve") / wall(own, label) for peer, own in pairs]
-        yield median_record(
-            f"{case}, sparsegpt, crosscal dense", f"{label} on cached moments, over the peer's solve", ratios, "ratio"
-        )
+        for kind in ("wall", "cpu"):
+            ratios = [count * spent(peer, kind, "solve") / spent(own, kind, label) for peer, own in pairs]
+            figure = f"{label} on cached moments, the peer's solve over it, {kind} time"
+            yield median_record(f"{case}, sparsegpt, crosscal dense", figure, ratios, "ratio")
+
+
+def ratio_rows(case: str, runs: int, peers: list[Answer], own: list[Answer]) -> Iterator[dict[str, Any]]:
+    """The peer's time for so many runs over crosscal's, in wall time and in CPU time (which bears a busy machine)."""
+    for kind in ("wall", "cpu"):
+        ratios = [runs * spent(peer, kind) / spent(mine, kind) for peer, mine in zip(peers, own, strict=True)]
+        label = PEER if runs == 1 else f"{runs} runs of {PEER}"
+        yield median_record(case, f"{label} over crosscal, {kind} time", ratios, "ratio")
 
 
 def main() -> None:
@@ -193,7 +208,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['case']} | {row['figure']} | {row['value']:.4g} | {row['spread'] or 0:.2g} | {row['unit']}")
     if not options.tiny:
-        write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} threads")
+        write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} thread(s)")
 
 
 if __name__ == "__main__":

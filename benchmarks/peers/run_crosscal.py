@@ -42,10 +42,12 @@ def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torc
 
 def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:
     """Each corpus has an equal part of the windows, so that all of them together are what a peer reads."""
+    calibration_SL, held_out_SL = windows(job, "calibration"), windows(job, "held_out")
+    held_out_SL = held_out_SL[: len(calibration_SL) // 8]  # the share that a plan has by default
     parts = zip(
         job["corpora"],
-        windows(job, "calibration").chunk(len(job["corpora"])),
-        windows(job, "held_out").chunk(len(job["corpora"])),
+        calibration_SL.chunk(len(job["corpora"])),
+        held_out_SL.chunk(len(job["corpora"])),
         strict=True,
     )
     return {(corpus, 0): sample(store, corpus, tokens_SL, held_out_SL) for corpus, tokens_SL, held_out_SL in parts}
