@@ -1,6 +1,6 @@
 """Writes the generated tables of benchmarks/README.md, between their marks, from results/*.json.
 
-    python benchmarks/table.py
+    python benchmarks/table.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views
 below. Prose around the tables is written by hand.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,21 @@ def spread(row: dict[str, Any]) -> str:
     return number(row.get("spread"))
 
 
-def main() -> None:
+def rendered(text: str) -> str:
+    """The text with every table made anew."""
+
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         return f"{match[1]}\n{VIEWS[name]() if name in VIEWS else plain(name)}\n{match[3]}"
 
-    README.write_text(MARK.sub(table, README.read_text(encoding="utf-8")), encoding="utf-8")
+    return MARK.sub(table, text)
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv[1:]:
+        sys.exit("benchmarks/README.md is behind results/: make table" if rendered(text) != text else 0)
+    README.write_text(rendered(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
