@@ -77,7 +77,9 @@ VIEWS: dict[str, Callable[[], str]] = {"testbed-grid": grid, "testbed-draws": dr
 
 
 def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def spread(row: dict[str, Any]) -> str:
