@@ -73,7 +73,25 @@ def draws() -> str:
     return markdown(headers, cells) + circumstances(rows)
 
 
-VIEWS: dict[str, Callable[[], str]] = {"testbed-grid": grid, "testbed-draws": draws}
+def peers() -> str:
+    """One row a contender: time, memory and errors; `results/vs_peers.json` has every stage."""
+    rows = read("vs_peers")
+    figures = {
+        "all, wall time": "wall s",
+        "peak memory of the process": "peak MiB",
+        "calibration error": "error, calibration",
+        "held-out error": "error, held-out",
+        "held-out perplexity": "perplexity, held-out",
+    }
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["figure"] in figures:
+            by_case.setdefault(row["case"], {})[row["figure"]] = number(row["value"])
+    cells = ([case, *(values.get(figure, "") for figure in figures)] for case, values in by_case.items())
+    return markdown(("case", *figures.values()), cells) + circumstances(rows)
+
+
+VIEWS: dict[str, Callable[[], str]] = {"testbed-grid": grid, "testbed-draws": draws, "peers": peers}
 
 
 def number(value: float | None) -> str:
