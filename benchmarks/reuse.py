@@ -19,7 +19,7 @@ import zstandard
 from records import record, write
 
 from crosscal.plan import parse_plan
-from flows.recompress import carry_out
+from flows.pipeline import carry_out
 
 SPARSITIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 LANDED = 0.01

@@ -1,30 +1,16 @@
-"""The whole way: documents in, compressed and measured models and a report out.
-
-Run it with `crosscal run`, or deploy it (`deployment.yaml`). Whatever is complete already (corpora, windows, moments,
-blocks, measurements) is found in the store or the run directory and not made again: a killed run is resumed by running
-it again.
-"""
+"""The flow that carries out a plan. Run it with `crosscal run`, or deploy it (`deployment.yaml`)."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
-from crosscal.plan import CompressionPlan, load_plan
-from crosscal.variants import samples_needed
+from crosscal.plan import load_plan
+from flows.pipeline import carry_out
 from flows.quiet import quiet_libraries
-from flows.run_directory import open_run_directory, write_run_record
-from flows.steps import Stopwatch, step, step_report
-from tasks.corpora import draw_sample, ingest_corpus
-from tasks.model import identify_model, publish_models, read_moments, solve_block, solve_sequential
-from tasks.results import describe_samples, evaluate_models, make_report
-from tasks.ticket import Ticket
 
 
 @flow(name="recompress", flow_run_name="{plan_path}", persist_result=False, result_serializer="json")
@@ -38,68 +24,3 @@ def recompress(
     quiet_libraries()
     plan = load_plan(Path(plan_path), tuple(overrides or ()))
     return carry_out(plan, home or os.environ.get("CROSSCAL_HOME", ".crosscal"), out)
-
-
-def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, Any]:
-    """The steps in their order. A call of this function inside a Prefect flow run shows each step as a task run."""
-    watch = Stopwatch()
-    ticket = Ticket(plan.model_dump(mode="json"), home)
-    with watch.stage("ingest"):
-        known = step(identify_model, ticket)
-        ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-        corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
-    stored = {name: corpus["stored"] for name, corpus in corpora.items()}
-    with watch.stage("sample"):
-        needed = samples_needed(plan)
-        samples = [step(draw_sample, ticket, name, stored.get(name, name), seed) for name, seed in needed]
-        ticket = dataclasses.replace(ticket, samples=samples)
-        run_dir = open_run_directory(ticket, plan, out)
-        ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
-        quality = step(describe_samples, ticket)
-    with watch.stage("moments"):
-        readings = [step(read_moments, ticket, sample) for sample in samples]
-    with watch.stage("solve"):
-        if ticket.variants("dense"):
-            with step_report() as report:
-                for block in range(known["blocks"]):
-                    step(solve_block, ticket, block)
-                    report("solving blocks", block + 1, known["blocks"])
-        readings += [step(solve_sequential, ticket, variant.name) for variant in ticket.variants("sequential")]
-        step(publish_models, ticket)
-    with watch.stage("evaluate"):
-        step(evaluate_models, ticket, stored)
-    record = _record(ticket, watch, corpora, readings) | {"calibration_quality": quality}
-    write_run_record(run_dir, record)
-    with watch.stage("report"):
-        step(make_report, str(run_dir))
-    record["stages"] = watch.seconds
-    write_run_record(run_dir, record)
-    return record
-
-
-def _record(
-    ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "run_dir": ticket.run_dir,
-        "model": ticket.model,
-        "device": ticket.device,
-        "dtype": ticket.dtype,
-        "stages": dict(watch.seconds),
-        "cache": {"hits": sum(r["hits"] for r in readings), "misses": sum(r["misses"] for r in readings)},
-        "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "corpora": corpora,
-        "notes": [*_rejections(corpora), *(note for sample in ticket.samples for note in sample["notes"])],
-        "variants": len(ticket.variants()),
-    }
-
-
-def _rejections(corpora: dict[str, Any]) -> Iterator[str]:
-    """What ingest did not take, a sentence for each corpus."""
-    for name, corpus in corpora.items():
-        count = sum(corpus["rejected"].values())
-        if count:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in corpus["rejected"].items())
-            lines = f"objects/rejects/{corpus['rejects_key']}/rejects.jsonl"
-            yield f"{name}: {count} documents rejected ({reasons}); one by one in the store's {lines}."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
-from flows.recompress import carry_out
+from flows.pipeline import carry_out
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "data" / "demo"

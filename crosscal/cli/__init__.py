@@ -1,0 +1,60 @@
+"""The command line. Every command imports what it needs when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from crosscal.cli import plans, runs, stores
+from crosscal.errors import CrosscalError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Calibrate once, compress every way: domain-aware pruning and quantization of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (runs.run, runs.ingest, runs.evaluate, runs.report):
+    app.command()(command)
+app.add_typer(stores.app, name="store")
+app.add_typer(plans.app, name="plan")
+
+
+def main() -> None:
+    """Run the command line; a failure is one message and an exit code. A traceback means a bug in crosscal."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # Prefect and the hub's client would send usage statistics
+    # Idle threads of torch sleep instead of spinning: on a shared machine spinning made evaluation 6 times as slow.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _log_to_stderr()
+    try:
+        app()
+    except CrosscalError as error:
+        _fail(error, error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written: the machine's state, not a bug
+        _fail(error, 1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("crosscal: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise
+
+
+def _fail(error: Exception, exit_code: int) -> NoReturn:
+    if os.environ.get("CROSSCAL_TRACEBACK"):
+        raise error
+    print(f"crosscal: {error}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _log_to_stderr() -> None:
+    """Stages and slow steps as log lines with the time of day; for `crosscal`'s own loggers only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("crosscal")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

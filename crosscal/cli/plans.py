@@ -1,0 +1,30 @@
+"""Read a plan before running it."""
+
+from __future__ import annotations
+
+import typer
+
+from crosscal.cli.options import HOME, Home, Json, PlanFile, Set
+from crosscal.cli.printing import print_value
+
+app = typer.Typer(help="Read a plan before running it.", no_args_is_help=True)
+
+
+@app.command("show")
+def show(plan: PlanFile, overrides: Set = None) -> None:
+    """Print the plan with every default written out."""
+    from crosscal.plan import dump_plan, load_plan
+
+    print(dump_plan(load_plan(plan, tuple(overrides or ()))), end="")
+
+
+@app.command("check")
+def check(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
+    """Say what a run would compute, what is cached, what it needs and whether that is there."""
+    from crosscal.plan import load_plan
+    from flows.preflight import check_plan
+
+    findings = check_plan(load_plan(plan, tuple(overrides or ())), home)
+    print_value(findings, as_json)
+    if findings["problems"]:
+        raise typer.Exit(1)

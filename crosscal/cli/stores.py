@@ -1,0 +1,70 @@
+"""Look after the artifact store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.printing import print_rows, print_value
+from crosscal.errors import UsageError
+
+app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_artifacts(
+    kind: Annotated[str | None, typer.Argument(help="corpora, calibration, moments, …")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """List artifacts: how many of each kind, or each of one kind."""
+    from crosscal.store import Store
+
+    store = Store(home)
+    kinds = sorted({found for found, _ in store.keys()})  # noqa: SIM118  not a mapping
+    if kind is not None and kind not in kinds:
+        raise UsageError(
+            "no such kind in the store", where=home, got=kind, do=f"Kinds: {', '.join(kinds) or 'none yet'}."
+        )
+    artifacts = list(store.list(kind))
+    if kind is None:
+        rows = [
+            {"kind": k, "artifacts": len(of), "bytes": sum(a.bytes for a in of)}
+            for k in kinds
+            for of in [[a for a in artifacts if a.kind == k]]
+        ]
+    else:
+        rows = [{"key": a.key, "created": a.created, "bytes": a.bytes, **a.provenance} for a in artifacts]
+    print_rows(rows, as_json)
+
+
+@app.command("verify")
+def verify(
+    quarantine: Annotated[bool, typer.Option(help="Set damaged artifacts aside, so that they are made anew.")] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Read every byte of every artifact and compare it with its digest."""
+    from crosscal.store import Store
+
+    checked = list(Store(home).verify(quarantine=quarantine))
+    damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
+    print_value({"artifacts": len(checked), "damaged": damaged}, as_json)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command("gc")
+def collect_garbage(
+    unused_days: Annotated[float | None, typer.Option(help="Also remove artifacts unused for so many days.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Remove abandoned work in progress and, on request, what has long not been used. Corpora stay."""
+    from crosscal.store import Store
+
+    removed = [{"place": p, "reason": r} for p, r in Store(home).sweep(unused_days=unused_days, dry_run=dry_run)]
+    print_rows(removed, as_json)
