@@ -131,6 +131,20 @@ class Execution(_Section):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
     keep_models: bool = True
     """Keep `models/<variant>` after its evaluation; false keeps the numbers alone."""
+    runner: Literal["threads", "dask"] = "threads"
+    """`dask`: windows are read and blocks are solved by the workers of a Dask cluster, which share the store."""
+    address: Annotated[str, Field(pattern=r"^(tcp|tls)://[^/\s]+$")] | None = None
+    """The scheduler of a running cluster, tcp://host:port; left out, workers are started on this machine."""
+    workers: int | None = Field(None, ge=1)
+    """How many to start on this machine; left out, two."""
+    part_tokens: int = Field(65536, ge=1)
+    """Most calibration tokens that a worker reads at a time. The sums depend on it in their last digits."""
+
+    @model_validator(mode="after")
+    def _is_one_cluster(self) -> Execution:
+        if (self.address is not None) + (self.workers is not None) > (self.runner == "dask"):
+            raise ValueError("`runner: dask` takes an address or a number of workers; other runners take neither")
+        return self
 
 
 class CompressionPlan(_Section):

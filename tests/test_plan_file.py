@@ -41,7 +41,30 @@ def test_every_default_is_written_back_and_equal_after_reloading(tmp_path: Path)
     assert dumped["compress"][0]["damping"] == [0.01]
     assert dumped["compress"][0]["upstream"] == ["dense"]
     assert dumped["corpora"]["own"]["t_init"] == 1.0
-    assert dumped["execution"] == {"device": "auto", "keep_models": True}
+    assert dumped["execution"] == {
+        "device": "auto",
+        "keep_models": True,
+        "runner": "threads",
+        "address": None,
+        "workers": None,
+        "part_tokens": 65536,
+    }
+
+
+@pytest.mark.parametrize(
+    ("execution", "said"),
+    [
+        ({"workers": 2}, "runner: dask"),
+        ({"runner": "dask", "workers": 2, "address": "tcp://scheduler:8786"}, "an address or a number"),
+        ({"runner": "dask", "address": "http://scheduler:8787"}, "execution.address"),
+        ({"runner": "dask", "workers": 0}, "execution.workers"),
+        ({"runner": "ray"}, "'threads' or 'dask'"),
+    ],
+)
+def test_a_cluster_is_asked_for_in_one_way(tmp_path: Path, execution: dict[str, object], said: str) -> None:
+    content = {"model": "model", "corpora": {"general": "general.txt"}, "execution": execution}
+    with pytest.raises(PlanError, match=said):
+        load_plan(written(tmp_path, content))
 
 
 def test_relative_paths_belong_to_the_plans_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
