@@ -156,7 +156,7 @@ class CompressionPlan(_Section):
     calibration: Calibration = Calibration()  # pyright: ignore[reportCallIssue]
     compress: list[Compress] = []
     evaluate: Evaluate = Evaluate()  # pyright: ignore[reportCallIssue]
-    execution: Execution = Execution()
+    execution: Execution = Execution()  # pyright: ignore[reportCallIssue]
 
     @property
     def seeds(self) -> list[int]:
