@@ -27,6 +27,7 @@ ROOMS = {
     "progress": ({"errors"}, {"rich"}),
     "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
+    "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
     "models": (
         {"errors", "statistics"},
@@ -37,7 +38,7 @@ ROOMS = {
     "plan": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
     "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy"}),
-    "cli": ({"errors", "progress", "plan", "corpora", "store", "report", "flows"}, {"typer", "rich"}),
+    "cli": ({"errors", "progress", "plan", "corpora", "store", "landing", "report", "flows"}, {"typer", "rich"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"errors", "plan", "variants", *PURE, *EDGES}, set()),
 }

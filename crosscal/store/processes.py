@@ -8,7 +8,11 @@ import platform
 import re
 from pathlib import Path
 
+import psutil
+
 ELSEWHERE_SECONDS = 7 * 86400
+CLOCK_SECONDS = 5.0
+"""Less than this between two starts is one start: the machine's clock is set now and then."""
 
 
 def this_process() -> str:
@@ -22,6 +26,27 @@ def is_gone(process: str, idle_seconds: float) -> bool:
     if machine == _machine() and number.isdigit():
         return not _is_alive(int(number))
     return idle_seconds > ELSEWHERE_SECONDS
+
+
+def is_here(process: str) -> bool:
+    """Whether a process is, or was, one of this machine, so that it can be seen."""
+    return process.rpartition("-")[0] == _machine()
+
+
+@functools.cache
+def process_started() -> float:
+    """When this process started, in seconds since 1970: numbers of processes are given out again."""
+    return psutil.Process().create_time()
+
+
+def is_ended(process: str, started: float) -> bool:
+    """Whether a process of this machine has ended, even if another has its number now."""
+    try:
+        return abs(psutil.Process(int(process.rpartition("-")[2])).create_time() - started) > CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False  # somebody else's
 
 
 @functools.cache

@@ -1,0 +1,89 @@
+"""A landing place that is a folder. Links are followed only inside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from crosscal.errors import UsageError
+from crosscal.landing.items import Item, LandedFile
+
+CHUNK_BYTES = 2**20
+
+
+class LocalPlace:
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        if not self.root.is_dir():
+            raise UsageError(
+                "the landing place is no folder", where=str(root), do="Make it, with a folder for each domain."
+            )
+
+    def items(self, folder: str = "") -> Iterator[Item]:
+        try:
+            names = sorted(os.listdir(self.root / folder))
+        except OSError as error:
+            yield Item("", problem=f"the folder cannot be read: {error.strerror}")
+            return
+        for name in names:
+            item = self._item(self.root / folder / name)
+            if item is not None:
+                yield item
+
+    def read(self, path: str, most_bytes: int) -> bytes:
+        with _opened(self._inside(self.root / path)) as stream:
+            return stream.read(most_bytes)
+
+    def fetch(self, file: LandedFile, to: Path) -> str | None:
+        """What is hashed is what was copied: a writer who comes back changes nothing that is used."""
+        with _opened(self._inside(self.root / file.domain / file.name)) as stream, to.open("wb") as copy:
+            digest = copy_hashed(stream, copy, file.bytes)
+            after = os.fstat(stream.fileno())
+        same = (after.st_size, after.st_mtime) == (file.bytes, file.modified)
+        return digest if same else None
+
+    def _item(self, path: Path) -> Item | None:
+        try:
+            found = self._inside(path).stat()
+        except FileNotFoundError:
+            return Item(path.name, problem="a link to nothing") if path.is_symlink() else None  # it went meanwhile
+        except PermissionError as error:
+            return Item(path.name, problem=str(error.strerror))
+        except (OSError, RuntimeError) as error:  # the latter for links in a circle
+            return Item(path.name, problem=str(error))
+        if stat.S_ISDIR(found.st_mode):
+            return Item(path.name, is_folder=True)
+        if not stat.S_ISREG(found.st_mode):
+            return Item(path.name, problem="neither a file nor a folder")
+        return Item(path.name, bytes=found.st_size, modified=found.st_mtime)
+
+    def _inside(self, path: Path) -> Path:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(self.root):
+            raise OSError("a link that leads out of the landing place")
+        return real
+
+
+def copy_hashed(stream: BinaryIO, copy: BinaryIO, most_bytes: int) -> str | None:
+    """Copy a stream of exactly so many bytes; its SHA-256, or None when there are more or fewer."""
+    digest, left = hashlib.sha256(), most_bytes
+    while chunk := stream.read(min(CHUNK_BYTES, left + 1)):
+        left -= len(chunk)
+        if left < 0:
+            return None
+        digest.update(chunk)
+        copy.write(chunk)
+    return None if left else digest.hexdigest()
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Neither a link put there a moment ago nor a pipe that nobody writes to is waited for."""
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError("not a file")
+    return stream

@@ -1,0 +1,108 @@
+"""The landing place, <landing>/<domain>/<file>, and which of its files are complete.
+
+A file is complete once `<file>.done` stands beside it (empty, or {"sha256": …, "bytes": …}, which is checked when the
+file is read), or once nothing has touched it for `settle_seconds`. Names beginning with a dot, and *.part, *.tmp and
+*.done, are no documents. Whatever else cannot be taken is a `Refusal` with its reason; the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crosscal.corpora.corpus import ref_name
+from crosscal.errors import UsageError
+from crosscal.landing.items import Item, LandedFile, Place, Refusal
+from crosscal.landing.local_place import LocalPlace
+from crosscal.landing.remote_place import RemotePlace
+
+MARKER = ".done"
+UNFINISHED = (".part", ".tmp", MARKER)
+MARKER_BYTES = 4096
+NAME_CHARACTERS = 200
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def open_place(landing: str) -> Place:
+    """Raises `UsageError` for a place that cannot be opened."""
+    scheme, separator, path = landing.partition("://")
+    if separator and scheme not in ("file", "local"):
+        return RemotePlace(landing)
+    return LocalPlace(Path(path if separator else landing))
+
+
+def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
+    """Every complete file of every domain, and what cannot be taken, in the order of names."""
+    place = open_place(landing) if isinstance(landing, str) else landing
+    for item in place.items():
+        if item.name.startswith("."):
+            continue
+        problem = item.problem or _domain_problem(item)
+        if problem:
+            yield refusal("", item.name, problem)
+        else:
+            yield from _of_domain(place, item.name, settle_seconds)
+
+
+def _of_domain(place: Place, domain: str, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
+    items = list(place.items(domain))
+    names = {item.name for item in items}
+    for item in items:
+        if item.name.startswith(".") or item.name.endswith(UNFINISHED):
+            continue
+        problem = item.problem or _file_problem(item)
+        marker = f"{item.name}{MARKER}"
+        if problem:
+            yield refusal(domain, item.name, problem)
+        elif marker in names:
+            yield _marked(place, domain, item, f"{domain}/{marker}")
+        elif item.modified is not None and time.time() - item.modified >= settle_seconds:
+            yield LandedFile(domain, item.name, item.bytes, item.modified)
+
+
+def refusal(domain: str, name: str, reason: str, signature: str = "") -> Refusal:
+    shown = name if name.isprintable() else ascii(name)[1:-1]
+    return Refusal(domain, shown[:NAME_CHARACTERS], reason, signature)
+
+
+def _domain_problem(item: Item) -> str | None:
+    if not item.is_folder:
+        return "not in a folder that names its domain"
+    try:
+        ref_name(item.name)
+    except UsageError:
+        return "the folder's name is no name of a corpus: lower-case letters, digits, '.', '_' and '-', at most 64"
+    return None
+
+
+def _file_problem(item: Item) -> str | None:
+    if item.is_folder:
+        return "a folder within a domain's folder; only files directly in it are taken"
+    return None if item.name.isprintable() else "an unprintable name"
+
+
+def _marked(place: Place, domain: str, item: Item, marker: str) -> LandedFile | Refusal:
+    try:
+        promised = _promise(place.read(marker, MARKER_BYTES))
+    except (ValueError, OSError) as error:
+        return refusal(domain, item.name, f"its {MARKER} marker is not understood: {error}")
+    return LandedFile(domain, item.name, item.bytes, item.modified, promised.get("sha256"), promised.get("bytes"))
+
+
+def _promise(content: bytes) -> dict[str, Any]:
+    """What a marker says of its file; an empty one says nothing. Raises `ValueError`."""
+    if not content.strip():
+        return {}
+    promised = json.loads(content)
+    if not isinstance(promised, dict) or not promised.keys() <= {"sha256", "bytes"}:
+        raise ValueError('not {"sha256": …, "bytes": …}')
+    sha256, size = promised.get("sha256"), promised.get("bytes")
+    if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ValueError("sha256 is not 64 hexadecimal digits")
+    if size is not None and not (isinstance(size, int) and not isinstance(size, bool) and size >= 0):
+        raise ValueError("bytes is not a whole number")
+    return promised

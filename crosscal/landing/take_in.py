@@ -1,0 +1,119 @@
+"""One sweep of the landing place: every complete new file is ingested once, by content, and recorded.
+
+The order makes a crash harmless: landed, ingested into the corpus, asked for, recorded as ingested. A sweep that was
+cut off ingests the same documents again, which changes nothing, and carries on from there. Nothing is announced here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosscal.corpora import DocumentLimits, ingest
+from crosscal.errors import CorpusError
+from crosscal.landing.items import LandedFile, Place, Refusal
+from crosscal.landing.ledger import Ledger
+from crosscal.landing.place import complete_files, open_place, refusal
+from crosscal.landing.records import state
+from crosscal.store import Store
+
+MOST_FILE_BYTES = 16 * 2**30
+MOST_RATIO = 200
+FREE_BYTES = 64 * 2**20
+"""A compressed file is read up to 200 times its size, and always up to 64 MiB: text shrinks to a third or a tenth."""
+LIMITS = DocumentLimits(max_file_bytes=MOST_FILE_BYTES)
+_log = logging.getLogger("crosscal")
+
+
+@dataclass(frozen=True)
+class Landed:
+    """What a sweep did with one file: `ingested`, `refused`, or `known` for content that had landed before."""
+
+    domain: str
+    name: str
+    state: str
+    version: int | None = None
+    """Of the corpus, once the file is in it."""
+    added_documents: int = 0
+    reason: str | None = None
+
+
+def take_in(store: Store, landing: str, settle_seconds: float = 10.0, limits: DocumentLimits = LIMITS) -> list[Landed]:
+    """Sweep once. What was seen before and has not changed is neither read nor returned."""
+    ledger, place = Ledger(store), open_place(landing)
+    signatures = functools.cache(lambda domain: _signatures(ledger, domain))
+    done: list[Landed | None] = []
+    for found in complete_files(place, settle_seconds):
+        if isinstance(found, Refusal):
+            done.append(_refuse(ledger, found))
+        elif (found.name, found.signature) not in signatures(found.domain):
+            done.append(_take(store, ledger, place, found, limits))
+    return [one for one in done if one is not None]
+
+
+def _signatures(ledger: Ledger, domain: str) -> set[tuple[str, str]]:
+    """Name and signature of every file whose way into the corpus has ended."""
+    settled = (entry for entry in ledger.files(domain) if entry.state in ("ingested", "refused"))
+    refused = {(each["name"], each["signature"]) for each in ledger.refusals() if each["domain"] == domain}
+    return refused | {pair for entry in settled for pair in entry.names.items()}
+
+
+def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, limits: DocumentLimits) -> Landed | None:
+    if found.bytes > limits.max_file_bytes:
+        reason = f"{found.bytes:,} bytes are more than the {limits.max_file_bytes:,} that are taken"
+        return _refuse(ledger, refusal(found.domain, found.name, reason))
+    if found.promised_bytes not in (None, found.bytes):
+        reason = f"it has {found.bytes:,} bytes, its marker says {found.promised_bytes:,}"
+        return _refuse(ledger, refusal(found.domain, found.name, reason))
+    with tempfile.TemporaryDirectory(prefix="crosscal-landing-") as folder:
+        copy = Path(folder, found.name)
+        try:
+            sha256 = place.fetch(found, copy)
+        except OSError as error:
+            return _refuse(ledger, refusal(found.domain, found.name, f"it cannot be read: {error.strerror or error}"))
+        if sha256 is None:
+            _log.info("%s/%s changed while it was read; the next sweep takes it", found.domain, found.name)
+            return None
+        if found.sha256 not in (None, sha256):
+            reason = f"its digest is {sha256[:16]}…, its marker says {str(found.sha256)[:16]}…"
+            return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
+        return _ingest(store, ledger, found, sha256, copy, limits)
+
+
+def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: Path, limits: DocumentLimits) -> Landed:
+    def record(name: str | None, **facts: object) -> None:
+        ledger.record(file, sha256, None if name is None else state(name, **facts))
+
+    known = ledger.file(file.domain, sha256)
+    if known is not None and known.state in ("ingested", "refused"):
+        record(None)
+        return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
+    record("landed")
+    most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
+    bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
+    try:
+        report = ingest(store, file.domain, [str(copy)], limits=bounded)
+    except CorpusError as error:
+        reason = f"{error.what} ({error.got})" if error.got else error.what
+        record("refused", reason=reason)
+        _log.warning("%s/%s is not taken: %s", file.domain, file.name, reason)
+        return Landed(file.domain, file.name, "refused", reason=reason)
+    version = report.corpus.version
+    ledger.request(file.domain, version)
+    facts = {"documents": report.added_documents, "duplicates": report.duplicates, "rejected": report.rejected or None}
+    record("ingested", version=version, **facts)
+    _log.info("%s v%d: %d documents of %s", file.domain, version, report.added_documents, file.name)
+    return Landed(file.domain, file.name, "ingested", version, report.added_documents)
+
+
+def _refuse(ledger: Ledger, found: Refusal) -> Landed | None:
+    """Recorded and warned of once; None when it was before."""
+    if not ledger.refuse(found):
+        return None
+    where = "/".join(part for part in (found.domain, found.name) if part)
+    _log.warning("%s is not taken: %s", where, found.reason)
+    return Landed(found.domain, found.name, "refused", reason=found.reason)
