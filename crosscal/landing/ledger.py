@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.errors import StoreError
-from crosscal.landing.items import Refusal
+from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.records import again_on_conflict, now, update
 from crosscal.landing.runs import FINISHED, HasEnded, Run, Runs, is_dead, nobody_knows
 from crosscal.store import Store, digest_of
@@ -72,13 +72,11 @@ class Ledger:
         _, value = self.refs.read(_file_name(domain, sha256))
         return None if value is None else _entry(domain, value)
 
-    def record(
-        self, domain: str, sha256: str, name: str, signature: str, bytes: int, line: dict[str, Any] | None
-    ) -> None:
+    def record(self, file: LandedFile, sha256: str, line: dict[str, Any] | None) -> None:
         """Note a file's name and, unless the file has come that far already, the next line of its history."""
 
         def change(value: dict[str, Any] | None) -> dict[str, Any] | None:
-            value = value or {"sha256": sha256, "bytes": bytes, "names": {}, "states": []}
+            value = value or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
             is_new = line is not None and line["state"] not in [known["state"] for known in value["states"]]
             states = [*value["states"], line] if is_new else value["states"]
             changed = {**value, "names": {**value["names"], file.name: file.signature}, "states": states}
