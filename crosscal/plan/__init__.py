@@ -1,0 +1,35 @@
+"""The whole run in one typed file: what to read, how to calibrate, what to solve, what to measure, what to publish.
+
+A plan is read from YAML and checked once, here; every default is written back by `dump_plan`. Relative paths are
+relative to the plan file. `$domain` stands for a domain that is named when the plan is read.
+"""
+
+from crosscal.plan.domain import WORD
+from crosscal.plan.files import dump_plan, load_plan, parse_plan
+from crosscal.plan.sections import (
+    Calibration,
+    Compress,
+    CompressionPlan,
+    Documents,
+    Evaluate,
+    Execution,
+    Publish,
+    RandomTokens,
+    SelfGenerated,
+)
+
+__all__ = [
+    "WORD",
+    "Calibration",
+    "Compress",
+    "CompressionPlan",
+    "Documents",
+    "Evaluate",
+    "Execution",
+    "Publish",
+    "RandomTokens",
+    "SelfGenerated",
+    "dump_plan",
+    "load_plan",
+    "parse_plan",
+]

@@ -1,0 +1,138 @@
+"""Plans as files: read, overridden, checked, written back."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from crosscal.errors import PlanError
+from crosscal.plan.domain import with_domain
+from crosscal.plan.sections import (
+    Calibration,
+    Compress,
+    CompressionPlan,
+    Documents,
+    Evaluate,
+    Execution,
+    Publish,
+    RandomTokens,
+    SelfGenerated,
+)
+
+
+def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
+    """Read a plan, apply `key.path=value` overrides, fill in the domain. Raises `PlanError` naming field and remedy."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            "the plan cannot be read", where=str(path), got=str(error), do="Give the path of a YAML file."
+        ) from error
+    try:
+        data = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise PlanError("the plan is not valid YAML", where=str(path), got=str(error).replace("\n", " ")) from error
+    if not isinstance(data, dict):
+        raise PlanError(
+            "a plan is a mapping of fields",
+            where=str(path),
+            got=type(data).__name__,
+            do="Start with `model:` and `corpora:`.",
+        )
+    for override in overrides:
+        _apply(data, override)
+    return parse_plan(with_domain(data, domain, str(path)), str(path), path.absolute().parent)
+
+
+def parse_plan(data: dict[str, Any], where: str = "plan", base: Path | None = None) -> CompressionPlan:
+    """Check a mapping; relative paths are resolved against `base`."""
+    try:
+        plan = CompressionPlan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError(_explain(error), where=where) from error
+    return _resolve(plan, base) if base else plan
+
+
+def dump_plan(plan: CompressionPlan) -> str:
+    """The plan with every default written out, as YAML that `load_plan` reads back to an equal plan."""
+    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise PlanError("--set needs key=value", got=override, do="For example --set calibration.windows=64.")
+    *parents, last = key.split(".")
+    node: Any = data
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise PlanError(
+            "--set names no field of the plan", got=override, do="Lists are counted from 0: compress.0.alpha=[0,1]."
+        ) from error
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_FILE = re.compile(r".*\.(txt|jsonl?|csv|parquet)(\.gz|\.zst)?", re.IGNORECASE)
+
+
+def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
+    def absolute(path: str) -> str:
+        if "://" in path:
+            return path
+        here = base / Path(path).expanduser()  # an absolute path stays what it is
+        if here.exists():
+            return str(here.resolve())
+        return path if _HUB_ID.fullmatch(path) and not _FILE.fullmatch(path) else str(here)
+
+    corpora = dict(plan.corpora)
+    for name, source in plan.document_corpora.items():
+        if source.path is not None:
+            paths = [source.path] if isinstance(source.path, str) else source.path
+            corpora[name] = source.model_copy(update={"path": [absolute(path) for path in paths]})
+    tasks = [absolute(task) if task.endswith((".jsonl", ".zst", ".gz")) else task for task in plan.evaluate.tasks]
+    evaluate = plan.evaluate.model_copy(update={"tasks": tasks})
+    return plan.model_copy(update={"model": absolute(plan.model), "corpora": corpora, "evaluate": evaluate})
+
+
+def _fields(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section a location points into, for suggestions."""
+    sections: dict[str, type[BaseModel]] = {
+        "calibration": Calibration,
+        "compress": Compress,
+        "evaluate": Evaluate,
+        "execution": Execution,
+        "publish": Publish,
+    }
+    if len(location) == 1:
+        return list(CompressionPlan.model_fields)
+    section = sections.get(str(location[0]))
+    if location[0] == "corpora":
+        kinds = {"self": SelfGenerated, "random": RandomTokens}
+        section = kinds.get(str(location[2]) if len(location) > 2 else "", Documents)
+    return list(section.model_fields) if section else []
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        field = ".".join(str(part) for part in location if part not in ("documents",)) or "plan"
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"
+            lines.append(f"{field}: unknown field; {remedy}")
+        elif problem["type"] == "missing":
+            lines.append(f"{field}: this field is needed")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = f" (got {problem['input']!r:.80})" if location else ""
+            lines.append(f"{field}: {message}{got}" if location else message)
+    return "; ".join(dict.fromkeys(lines))
