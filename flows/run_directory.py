@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -29,7 +30,8 @@ def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -
         "solver": SOLVER,
     }
     identity = digest_of(inputs)
-    folder = Path(out) if out else Path("runs") / f"{Path(plan.model).name}-{identity[:8]}"
+    runs = Path(os.environ.get("CROSSCAL_RUNS", "runs"))
+    folder = Path(out) if out else runs / f"{Path(plan.model).name}-{identity[:8]}"
     marker = folder / "identity.json"
     if marker.exists() and json.loads(marker.read_text())["identity"] != identity:
         raise UsageError(

@@ -1,0 +1,151 @@
+"""What `crosscal deploy` puts on a server, in one small file: how many GPUs, where documents land, what runs when.
+
+`plans/service.yaml` is one. Folders are relative to that file; plans are named as in the checkout, since a worker of
+another machine has its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from crosscal.errors import UsageError
+
+
+def _five_fields(cron: str) -> str:
+    if not re.fullmatch(r"\S+( \S+){4}", cron.strip()):
+        raise ValueError('a cron has five fields: "minute hour day month weekday"')
+    return cron.strip()
+
+
+def _in_the_checkout(plan: str) -> str:
+    if Path(plan).is_absolute() or ".." in Path(plan).parts:
+        raise ValueError("plans are named as in the checkout, such as plans/landing.yaml")
+    return plan
+
+
+Cron = Annotated[str, AfterValidator(_five_fields)]
+PlanName = Annotated[str, AfterValidator(_in_the_checkout)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Watch(_Section):
+    """When the landing place is looked at: a cron (at most once a minute) or a number of seconds."""
+
+    cron: Cron | None = None
+    every_seconds: int | None = Field(None, ge=5)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Watch:
+        if (self.cron is None) == (self.every_seconds is None):
+            raise ValueError("give either cron or every_seconds")
+        return self
+
+
+class Sweep(_Section):
+    cron: Cron = "0 3 * * 0"
+    plan: PlanName = "plans/several_domains.yaml"
+
+
+class Housekeeping(_Section):
+    cron: Cron = "30 4 * * *"
+    unused_days: float | None = Field(None, gt=0)
+    """Remove artifacts that were not used for so long; null keeps them all."""
+    stuck_minutes: float = Field(60.0, gt=0)
+    """A run without a sign of life for so long is closed as crashed."""
+
+
+class ServiceConfig(_Section):
+    gpus: int = Field(1, ge=1, le=64)
+    """One worker and one compression at a time for each."""
+    landing: str
+    """Folder or fsspec URL: documents of a domain land in <landing>/<domain>/."""
+    home: str = "../.crosscal"
+    """The store: a folder or an fsspec URL."""
+    runs: str = "../runs"
+    """Folder of the run directories."""
+    plan: PlanName = "plans/landing.yaml"
+    """What is carried out for a landed domain, `$domain` filled in."""
+    settle_seconds: float = Field(10.0, ge=0)
+    """A file is complete when nobody wrote to it for so long, or at once with a `.done` beside it."""
+    timezone: str = "UTC"
+    watch: Watch = Watch(cron="* * * * *", every_seconds=None)
+    sweep: Sweep = Sweep()
+    housekeeping: Housekeeping = Housekeeping()  # pyright: ignore[reportCallIssue]
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError("not a time zone such as UTC or Europe/Berlin") from error
+        return name
+
+    @field_validator("landing", "home")
+    @classmethod
+    def _holds_no_secret(cls, place: str) -> str:
+        if "@" in place.partition("://")[2].split("/")[0]:
+            raise ValueError("no keys in a URL: parameters are shown in the UI; the worker's environment holds them")
+        return place
+
+    @model_validator(mode="after")
+    def _object_stores_know_no_use(self) -> ServiceConfig:
+        if "://" in self.home and self.housekeeping.unused_days is not None:
+            raise ValueError("housekeeping.unused_days: an object store does not know what is unused; leave it null")
+        return self
+
+
+def load_service(path: Path) -> ServiceConfig:
+    """Read a service file; its folders come back absolute. Raises `UsageError` naming the field and the remedy."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        what = "the service file cannot be read"
+        got = str(error).replace("\n", " ")
+        raise UsageError(what, where=str(path), got=got, do="plans/service.yaml is an example.") from error
+    if not isinstance(data, dict):
+        raise UsageError("a service file is a mapping of fields", where=str(path), got=type(data).__name__)
+    try:
+        config = ServiceConfig.model_validate(data)
+    except ValidationError as error:
+        raise UsageError("; ".join(map(_explain, error.errors())), where=str(path)) from error
+    base = path.absolute().parent
+    places = {name: _absolute(getattr(config, name), base) for name in ("landing", "home", "runs")}
+    return config.model_copy(update=places)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown word."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+
+
+def _absolute(place: str, base: Path) -> str:
+    return place if "://" in place else str((base / Path(place).expanduser()).resolve())
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        sections = {"watch": Watch, "sweep": Sweep, "housekeeping": Housekeeping}
+        section = sections.get(location[0], ServiceConfig) if len(location) > 1 else ServiceConfig
+        return f"{field}: unknown field; {suggestion(location[-1], section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{field}: this field is needed"
+    message = problem["msg"].removeprefix("Value error, ")
+    is_shown = not isinstance(problem["input"], dict) and "@" not in str(problem["input"])  # no secrets in messages
+    got = f" (got {problem['input']!r:.80})" if is_shown else ""
+    return f"{field}: {message}{got}" if field else message

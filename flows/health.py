@@ -1,0 +1,54 @@
+"""Whether the Prefect server answers, said plainly before anything starts."""
+
+from __future__ import annotations
+
+import os
+
+import httpx
+
+from crosscal.errors import CrosscalError, UsageError
+
+
+def probe(api_url: str) -> None:
+    """Raises `UsageError` when no server answers there."""
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UsageError(
+            "the Prefect server does not answer",
+            where=api_url,
+            got=str(error),
+            do="Start it (`prefect server start`), or unset PREFECT_API_URL to run without one.",
+        ) from error
+
+
+def server_needed(for_what: str) -> str:
+    """The server's URL, once it has answered and let us in.
+
+    Raises `UsageError` when none is named, `CrosscalError` when it is down or refuses.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    api_url = os.environ.get("PREFECT_API_URL")
+    if not api_url:
+        raise UsageError(
+            f"{for_what} needs a Prefect server, and PREFECT_API_URL names none",
+            do="Start one (`prefect server start`) and set PREFECT_API_URL=http://127.0.0.1:4200/api.",
+        )
+    try:
+        probe(api_url)
+        with get_client(sync_client=True) as client:
+            client.read_work_pools(limit=1)
+    except UsageError as error:
+        do = "Start it (`prefect server start`), or correct PREFECT_API_URL."
+        raise CrosscalError(error.what, where=error.where, got=error.got, do=do) from error
+    except PrefectHTTPStatusError as error:
+        refused = error.response.status_code in (401, 403)
+        raise CrosscalError(
+            "the Prefect server refuses us" if refused else "the Prefect server answers with an error",
+            where=api_url,
+            got=f"status {error.response.status_code}",
+            do="Set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING." if refused else "",
+        ) from error
+    return api_url

@@ -1,0 +1,63 @@
+"""The flow that looks after the store and the server: verifies, sets aside, removes, and closes what died."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+from crosscal.store import Store
+from flows.stuck_runs import close_stuck_runs, note_process
+
+MOST_SHOWN = 50
+"""Lines of each list in the artifact and the log; the counts are always of all."""
+
+
+@flow(name="housekeeping", persist_result=False, result_serializer="json", on_running=[note_process])
+def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: float = 60.0) -> dict[str, Any]:
+    """Verify every artifact, quarantine damaged ones, remove what is abandoned or unused, close runs that died."""
+    closed = close_stuck_runs(stuck_minutes)
+    report = {**look_after(Store(home), unused_days), "closed": closed}
+    get_run_logger().info(json.dumps(shortened(report)))
+    create_markdown_artifact(markdown(report), key="housekeeping", description="What housekeeping found and did.")
+    return report
+
+
+def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
+    """Counts, damaged artifacts (set aside: the next run makes them anew) and what was removed."""
+    checked = list(store.verify(quarantine=True))
+    damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
+    removed = [{"place": place, "reason": reason} for place, reason in store.sweep(unused_days=unused_days)]
+    return {"artifacts": len(checked), "damaged": damaged, "removed": removed}
+
+
+def shortened(report: dict[str, Any]) -> dict[str, Any]:
+    """The same with lists no longer than anybody reads."""
+    return {name: value[:MOST_SHOWN] if isinstance(value, list) else value for name, value in report.items()}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page: a sentence, then a table for each list that is not empty."""
+    names = ("damaged", "removed", "closed")
+    damaged, removed, closed = (len(report[name]) for name in names)
+    counts = f"{report['artifacts']} artifacts verified; {damaged} damaged and set aside; {removed} removed"
+    parts = [f"{counts}; {closed} runs closed."]
+    for name in names:
+        if report[name]:
+            parts.append(f"## {name.capitalize()}\n\n{_table(report[name][:MOST_SHOWN])}")
+            if len(report[name]) > MOST_SHOWN:
+                parts.append(f"and {len(report[name]) - MOST_SHOWN} more")
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([_cell(row[name]) for name in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")[:200]

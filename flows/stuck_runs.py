@@ -1,0 +1,105 @@
+"""Flow runs that say Running though nobody works on them, and how they are told from those that only take long.
+
+Every flow notes its process on its run as it starts. On the machine of that process the answer is exact: it lives, or
+it has ended (a number that another process has by now included). A process of another machine cannot be seen; its run
+counts as stuck when it gave no sign of life for `stuck_minutes`: no change of state, no log line, no heartbeat.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    LogFilter,
+    LogFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import LogSort
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.states import Crashed
+
+from crosscal.store.processes import is_ended, is_here, process_started, this_process
+
+FLOWS = ("recompress", "watch", "housekeeping")
+PROCESS, STARTED = "crosscal.process", "crosscal.process.started"
+HEARTBEAT = "prefect.flow-run.heartbeat"
+AT_WORK = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+PAGE = 200
+
+
+def note_process(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
+    """A flow's `on_running` hook: which process works on this run."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(flow_run.id, {PROCESS: this_process(), STARTED: process_started()})
+
+
+def close_stuck_runs(stuck_minutes: float) -> list[dict[str, str]]:
+    """Close as Crashed what nobody works on any more; which runs, and why."""
+    closed = []
+    with get_client(sync_client=True) as client:
+        for run in list(runs_in(client, *AT_WORK)):
+            reason = _why_stuck(client, run, stuck_minutes)
+            # Read again: a run that completed just now also has no process any more.
+            if reason and (state := client.read_flow_run(run.id).state) and state.type in AT_WORK:
+                _close(client, run, reason)
+                closed.append({"run": run.name, "id": str(run.id), "reason": reason})
+    return closed
+
+
+def runs_in(client: SyncPrefectClient, *states: StateType, flows: tuple[str, ...] = FLOWS) -> Iterator[FlowRun]:
+    """Runs of our flows in these states."""
+    of_ours = FlowFilter(name=FlowFilterName(any_=list(flows)))
+    in_states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
+    offset = 0
+    while page := client.read_flow_runs(flow_filter=of_ours, flow_run_filter=in_states, limit=PAGE, offset=offset):
+        yield from page
+        offset += len(page)
+
+
+def _why_stuck(client: SyncPrefectClient, run: FlowRun, stuck_minutes: float) -> str | None:
+    process, started = run.labels.get(PROCESS), run.labels.get(STARTED)
+    if isinstance(process, str) and isinstance(started, int | float) and is_here(process):
+        return f"its process {process.rpartition('-')[2]} has ended" if is_ended(process, started) else None
+    since = _last_sign(client, run)
+    silent_minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
+    return f"no sign of life since {since:%Y-%m-%d %H:%M} UTC" if silent_minutes > stuck_minutes else None
+
+
+def _last_sign(client: SyncPrefectClient, run: FlowRun) -> datetime.datetime:
+    assert run.state is not None
+    since: datetime.datetime = run.state.timestamp
+    logs = client.read_logs(
+        LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=1, sort=LogSort.TIMESTAMP_DESC
+    )
+    heartbeats = client.read_events(
+        EventFilter(
+            event=EventNameFilter(name=[HEARTBEAT]),
+            resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
+            occurred=EventOccurredFilter(since=since),
+        ),
+        limit=1,
+    )
+    return max([since, *(log.timestamp for log in logs), *(event.occurred for event in heartbeats.events)])
+
+
+def _close(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
+    """Task runs first: nothing looks at those of a run that is over."""
+    at_work = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=list(AT_WORK))))
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+    message = f"Closed by crosscal: {reason}."
+    for task_run in client.read_task_runs(flow_run_filter=only, task_run_filter=at_work):
+        client.set_task_run_state(task_run.id, Crashed(message=message), force=True)
+    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
