@@ -8,23 +8,42 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from prefect.task_runners import TaskRunner
 
 from crosscal.plan import CompressionPlan
 from crosscal.variants import samples_needed
+from flows.cluster import cluster
 from flows.run_directory import open_run_directory, write_run_record
-from flows.steps import Stopwatch, step, step_report
+from flows.steps import Stopwatch, step, step_each, step_report
 from tasks.corpora import draw_sample, ingest_corpus
-from tasks.model import identify_model, publish_models, read_moments, solve_block, solve_sequential
+from tasks.model import (
+    identify_model,
+    parts_to_read,
+    publish_models,
+    read_moments,
+    read_part,
+    solve_block,
+    solve_sequential,
+    take_block,
+    unsolved_blocks,
+)
 from tasks.results import describe_samples, evaluate_models, make_report
 from tasks.ticket import Ticket
 
 
-def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, Any]:
-    """The steps in their order. A call of this function inside a Prefect flow run shows each step as a task run."""
+def carry_out(
+    plan: CompressionPlan, home: str, out: str | None, mark: Callable[[str], None] = lambda state: None
+) -> dict[str, Any]:
+    """The steps in their order. A call of this function inside a Prefect flow run shows each step as a task run.
+
+    `mark` is told "recompressed" once the models are there and "evaluated" once they are measured.
+    """
     watch = Stopwatch()
-    ticket = Ticket(plan.model_dump(mode="json"), home)
+    ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
     with watch.stage("ingest"):
         known = step(identify_model, ticket)
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
@@ -37,18 +56,17 @@ def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, An
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
         quality = step(describe_samples, ticket)
-    with watch.stage("moments"):
-        readings = [step(read_moments, ticket, sample) for sample in samples]
-    with watch.stage("solve"):
-        if ticket.variants("dense"):
-            with step_report() as report:
-                for block in range(known["blocks"]):
-                    step(solve_block, ticket, block)
-                    report("solving blocks", block + 1, known["blocks"])
-        readings += [step(solve_sequential, ticket, variant.name) for variant in ticket.variants("sequential")]
-        step(publish_models, ticket)
+    with cluster(plan.execution) as workers:
+        with watch.stage("moments"):
+            readings = list(_read(workers, ticket))
+        with watch.stage("solve"):
+            _solve(workers, ticket)
+            readings += [step(solve_sequential, ticket, variant.name) for variant in ticket.variants("sequential")]
+            step(publish_models, ticket)
+    mark("recompressed")
     with watch.stage("evaluate"):
         step(evaluate_models, ticket, stored)
+    mark("evaluated")
     record = _record(ticket, watch, corpora, readings) | {"calibration_quality": quality}
     write_run_record(run_dir, record)
     with watch.stage("report"):
@@ -56,6 +74,23 @@ def carry_out(plan: CompressionPlan, home: str, out: str | None) -> dict[str, An
     record["stages"] = watch.seconds
     write_run_record(run_dir, record)
     return record
+
+
+def _read(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
+    """See that all moments are in the store. Workers read parts of the windows, which then are added up."""
+    parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
+    yield from step_each(workers, read_part, parts)
+    yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
+
+
+def _solve(workers: TaskRunner | None, ticket: Ticket) -> None:
+    """Bring every block of every variant with dense inputs into the run directory."""
+    unsolved = unsolved_blocks(ticket)
+    with step_report() as report:
+        solved = step_each(workers, solve_block, [{"ticket": ticket, "block": block} for block in unsolved])
+        for done, block in enumerate(solved, start=1):
+            take_block(ticket, block)
+            report("solving blocks", done, len(unsolved))
 
 
 def _record(
@@ -68,6 +103,7 @@ def _record(
         "dtype": ticket.dtype,
         "stages": dict(watch.seconds),
         "cache": {"hits": sum(r["hits"] for r in readings), "misses": sum(r["misses"] for r in readings)},
+        "calibration_tokens": sum(p["tokens"] + p["held_out_tokens"] for s in ticket.samples for p in s["parts"]),
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.context import FlowRunContext
+from prefect.futures import as_completed
 from prefect.logging import get_run_logger
+from prefect.task_runners import TaskRunner
 
-from crosscal.progress import Report, reporting, silent
+from crosscal.progress import Report, reporting
+from tasks.artifacts import progress_shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,11 +29,25 @@ def step(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return task.fn(*args, **kwargs)
 
 
+def step_each(runner: TaskRunner | None, task: Task[P, R], calls: Iterable[Mapping[str, Any]]) -> Iterator[R]:
+    """Run a task once for each set of arguments, on a cluster where there is one; results come as they are done.
+
+    A worker that is lost costs what it was doing, which another does again. Without a cluster, one after another:
+    a task uses all cores by itself.
+    """
+    if runner is None:
+        yield from (step(task, **call) for call in calls)
+        return
+    for future in as_completed([runner.submit(task, parameters=dict(call)) for call in calls]):
+        yield future.result()
+
+
 @contextmanager
 def step_report() -> Iterator[Report]:
-    """Progress over the steps of a stage; a flow run shows them as its task runs already."""
+    """Progress over the steps of a stage: an artifact of a flow run, a bar or log lines otherwise."""
     if FlowRunContext.get() is not None:
-        yield silent
+        with progress_shown("blocks") as report:
+            yield report
     else:
         with reporting() as report:
             yield report

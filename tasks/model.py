@@ -9,8 +9,10 @@ from prefect import task
 
 from crosscal.stages.compress import compress_block, compress_sequential, publish_variant
 from crosscal.stages.moments import collect_moments
+from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
 from crosscal.stages.sample import Sample
+from crosscal.stages.solved_blocks import collect_block, publish_block
 from tasks.options import PLAIN, RETRIED
 from tasks.refusals import check_request
 from tasks.ticket import Ticket, resolve_device, task_report
@@ -34,14 +36,41 @@ def identify_model(ticket: Ticket) -> dict[str, Any]:
     return known
 
 
+def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:
+    """What workers have to read, in loads for one of them each; nothing where there are no workers."""
+    if not ticket.has_workers:
+        return []
+    sets = [key for sample in ticket.samples for key in Sample.from_json(sample).sets]
+    found = loads(ticket.cached, ticket.source().blocks, sets, ticket.parsed.execution.part_tokens)
+    return [[dataclasses.asdict(part) for part in load] for load in found]
+
+
+@task(name="moments-part", task_run_name="read part {number}", **RETRIED)
+def read_part(ticket: Ticket, number: int, load: list[dict[str, Any]]) -> dict[str, Any]:
+    """Read the model over some parts of calibration sets, on a worker."""
+    with task_report() as report:
+        done = read_parts(
+            ticket.cached,
+            ticket.source_on_worker(),
+            [Part(**part) for part in load],
+            device=ticket.device,
+            batch_tokens=ticket.parsed.calibration.batch_tokens,
+            report=lambda what, count, total: report(f"part {number}: reading", count, total),
+        )
+    return dataclasses.asdict(done)
+
+
 @task(name="moments", task_run_name="read {sample[corpus]}, seed {sample[seed]}", **RETRIED)
 def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
-    """Read the model over one corpus's windows, unless the store has all of it."""
+    """Read the model over one corpus's windows, unless the store has all of it, or add up what workers read of them."""
+    sets, source = Sample.from_json(sample).sets, ticket.source()
+    if ticket.has_workers:
+        return dataclasses.asdict(add_parts(ticket.cached, source.blocks, sets, ticket.parsed.execution.part_tokens))
     with task_report() as report:
         done = collect_moments(
             ticket.cached,
-            ticket.source(),
-            Sample.from_json(sample).sets,
+            source,
+            sets,
             device=ticket.device,
             batch_tokens=ticket.parsed.calibration.batch_tokens,
             report=lambda what, count, total: report(f"{sample['corpus']}: reading", count, total),
@@ -49,10 +78,31 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(done)
 
 
-@task(name="solve-block", task_run_name="solve block {block}", **PLAIN)
+def unsolved_blocks(ticket: Ticket) -> list[int]:
+    """Blocks that the run directory lacks for some variant with dense inputs."""
+    shop, variants = ticket.workshop(), ticket.variants("dense")
+    writers = [shop.writer(variant) for variant in variants]
+    return [block for block in range(shop.source.blocks) if not all(writer.has_block(block) for writer in writers)]
+
+
+@task(name="solve-block", task_run_name="solve block {block}", **RETRIED)
 def solve_block(ticket: Ticket, block: int) -> int:
-    """Solve one block for every variant with dense inputs."""
-    return compress_block(ticket.workshop(), block, ticket.variants("dense"))
+    """Solve one block for every variant with dense inputs: into the run directory, or by a worker into the store.
+
+    Returns the block.
+    """
+    variants = ticket.variants("dense")
+    if ticket.has_workers:
+        publish_block(dataclasses.replace(ticket.workshop(), source=ticket.source_on_worker()), block, variants)
+    else:
+        compress_block(ticket.workshop(), block, variants)
+    return block
+
+
+def take_block(ticket: Ticket, block: int) -> None:
+    """See that a solved block is in the run directory; without workers it is."""
+    if ticket.has_workers:
+        collect_block(ticket.workshop(), block, ticket.variants("dense"))
 
 
 @task(name="solve-sequential", task_run_name="solve {name}", **PLAIN)

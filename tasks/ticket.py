@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,16 +14,17 @@ import torch
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
-from crosscal.errors import UsageError
+from crosscal.errors import ModelError, UsageError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, parse_plan
-from crosscal.progress import Report, log_lines, reporting
+from crosscal.progress import Report, each, log_lines, reporting
 from crosscal.stages.compress import Workshop
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import Mixture
 from crosscal.store import Store
 from crosscal.variants import GENERAL, Variant, variants
+from tasks.artifacts import progress_shown
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,24 @@ class Ticket:
         plan = self.parsed
         return ModelSource.open(plan.model, plan.revision)
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes, perhaps of other machines, read windows and solve blocks: they share the store."""
+        return self.parsed.execution.runner == "dask"
+
+    def source_on_worker(self) -> ModelSource:
+        """The model as this machine sees it. Raises `ModelError` when it is not there, or not the run's."""
+        plan = self.parsed
+        remedy = "Every worker must see the same model: a hub id, or a folder of a shared disk."
+        try:
+            source = self.source()
+        except ModelError as error:
+            raise ModelError(error.what, where=f"{platform.node()}, {plan.model}", got=error.got, do=remedy) from error
+        if _digest(source.path, tuple(_stamps(source.path))) != self.model:
+            raise ModelError("another model than the run's", where=f"{platform.node()}, {plan.model}", do=remedy)
+        resolve_device(self.device)
+        return source
+
     def workshop(self) -> Workshop:
         samples = [Sample.from_json(sample) for sample in self.samples]
         corpora = {sample.corpus for sample in samples}
@@ -71,6 +92,17 @@ class Ticket:
         return [variant for variant in variants(self.parsed) if upstream in (None, variant.upstream)]
 
 
+def _stamps(folder: Path) -> Iterator[tuple[str, int, int]]:
+    for file in sorted(folder.iterdir()):
+        yield file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1)
+def _digest(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    """A model's digest, made once in a process as long as its files stay what they are."""
+    return ModelSource.open(folder).digest
+
+
 def resolve_device(wanted: str) -> str:
     """`auto` is a GPU where there is one. Raises `UsageError` for a device that is not there."""
     if wanted == "auto":
@@ -82,9 +114,10 @@ def resolve_device(wanted: str) -> str:
 
 @contextmanager
 def task_report() -> Iterator[Report]:
-    """Progress of a task: log lines in a Prefect run, a bar or log lines otherwise."""
+    """Progress of a task: log lines and an artifact in a Prefect run, a bar or log lines otherwise."""
     if TaskRunContext.get() is not None:
-        yield log_lines(get_run_logger().info)
+        with progress_shown() as shown:
+            yield each(log_lines(get_run_logger().info), shown)
     else:
         with reporting() as report:
             yield report

@@ -28,7 +28,6 @@ ROOMS = {
     "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
-    "publication": ({"errors", "store"}, set()),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
     "models": (
         {"errors", "statistics"},
@@ -37,22 +36,15 @@ ROOMS = {
     "evaluation": ({"errors"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "zstandard", "numpy"}),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors"}, {"pydantic", "yaml"}),
-    "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
     "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy"}),
-    "cli": (
-        {"errors", "progress", "plan", "service", "corpora", "store", "landing", "publication", "report", "flows"},
-        {"typer", "rich"},
-    ),
+    "cli": ({"errors", "progress", "plan", "corpora", "store", "landing", "report", "flows"}, {"typer", "rich"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"errors", "plan", "variants", *PURE, *EDGES}, set()),
 }
 ORCHESTRATED = {
     "tasks": {"prefect", "httpx", "torch"},
-    "flows": {
-        *("prefect", "prefect_dask", "dask", "distributed", "httpx", "pydantic", "yaml"),
-        *("torch", "transformers", "psutil"),
-    },
+    "flows": {"prefect", "prefect_dask", "dask", "distributed", "httpx", "torch", "transformers", "psutil"},
 }
 
 

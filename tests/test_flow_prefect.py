@@ -63,7 +63,7 @@ def test_a_flow_run_does_what_a_plain_run_does(place: Place) -> None:
     assert record["calibration_tokens_read"] == 0
     assert values(place.folder / "run2" / "results.jsonl") == before
     assert json.loads((place.folder / "run2" / "run.json").read_text())["variants"] == 2
-    assert task_runs(str(place.plan)) == sorted(TASK_RUNS)
+    assert task_runs("plan · sparsegpt 50 % · alpha 0, 0.5") == sorted(TASK_RUNS)
     assert stored_results() == results_before, "results are not persisted, so nothing can be pickled"
 
 
@@ -82,7 +82,7 @@ def test_an_error_is_one_message_with_its_exit_code(place: Place, capfd: pytest.
 
 def test_only_what_a_network_may_mend_is_tried_again() -> None:
     tried_again = {each.name for each in TASKS if each.retries}
-    assert tried_again == {"identify", "ingest", "sample", "moments"}
+    assert tried_again == {"identify", "ingest", "sample", "moments-part", "moments", "solve-block"}
     for each in TASKS:
         assert each.persist_result is False
         assert each.task_run_name
@@ -110,7 +110,13 @@ def test_a_lost_connection_is_tried_again_and_a_mistake_is_not(server: str) -> N
 
 
 TASKS = (
-    *(corpora.ingest_corpus, corpora.draw_sample, model.identify_model, model.read_moments, model.solve_block),
-    *(model.solve_sequential, model.publish_models, results.describe_samples, results.evaluate_models),
+    *(corpora.ingest_corpus, corpora.draw_sample, model.identify_model, model.read_part, model.read_moments),
+    *(
+        model.solve_block,
+        model.solve_sequential,
+        model.publish_models,
+        results.describe_samples,
+        results.evaluate_models,
+    ),
     results.make_report,
 )

@@ -68,6 +68,13 @@ class VariantWriter:
         # a quantized checkpoint transformers takes experts spelled so to be packed, which only linears can be here.
         _save(kept if packed else revert_weight_conversion(self._skeleton, kept), self._block_file(block))
 
+    def adopt_block(self, block: int, shard: Path) -> None:
+        """Take over a block's file that was written elsewhere."""
+        file = self._block_file(block)
+        aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        shutil.copyfile(shard, aside)
+        _settle(aside, file)
+
     def read_block(self, block: int, *, bits: int | None = None) -> dict[str, Tensor]:
         """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean."""
         file, prefix = self._block_file(block), f"{self.source.block_name(block)}."

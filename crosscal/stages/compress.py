@@ -51,6 +51,12 @@ class Workshop:
     def rows_file(self, variant: Variant, block: int) -> Path:
         return self.folder / "layers" / variant.name / f"block-{block:05d}.jsonl"
 
+    def write_rows(self, variant: Variant, block: int, rows: Sequence[LayerRow]) -> None:
+        """To be called before the shard is written: the shard's existence says that both are there."""
+        file = self.rows_file(variant, block)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, rows)
+
     def problem(self, block: int, cached: Cached) -> BlockProblem:
         sites = cached.sites(block)
         if sites is None:
@@ -147,8 +153,5 @@ def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -
 
 
 def _write(shop: Workshop, variant: Variant, block: int, solution: BlockSolution) -> None:
-    # Rows first: the shard's existence says that both are there.
-    file = shop.rows_file(variant, block)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(file, solution.rows)
+    shop.write_rows(variant, block, solution.rows)
     shop.writer(variant).write_block(block, solution.changed)

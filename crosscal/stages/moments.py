@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Cached:
     """`dense`, or what determines the compressed blocks that the inputs went through."""
     dtype: str
     """Of the activations, e.g. `float32`."""
+    kind: str = "moments"
+    """Of the artifacts."""
 
     def sites(self, block: int) -> tuple[Site, ...] | None:
         artifact = self.store.find("sites", self._sites_key(block))
@@ -48,22 +51,24 @@ class Cached:
 
     def has(self, calibration: str, block: int) -> bool:
         sites = self.sites(block)
-        return sites is not None and all(
-            self.store.find("moments", self._key(calibration, block, site)) for site in sites
-        )
+        return sites is not None and all(self.has_site(calibration, block, site) for site in sites)
+
+    def has_site(self, calibration: str, block: int, site: Site) -> bool:
+        return self.store.find(self.kind, self._key(calibration, block, site)) is not None
 
     def read(self, calibration: str, block: int, site: Site) -> InputMoments:
-        return read_moments(self.store, self.store.get("moments", self._key(calibration, block, site)))
+        return read_moments(self.store, self.store.get(self.kind, self._key(calibration, block, site)))
+
+    def discard(self, calibration: str, block: int, site: Site) -> None:
+        self.store.discard(self.kind, self._key(calibration, block, site))
 
     def publish(self, seen: BlockMoments) -> int:
         """Store one block's moments, leaving what is there; returns the number of artifacts made."""
         made = 0
         for calibration, sites in seen.moments.items():
             for site in seen.sites:
-                key = self._key(calibration, seen.block, site)
-                if self.store.find("moments", key) is None:
-                    with self.store.publish("moments", key, self._provenance(calibration, seen, site)) as folder:
-                        write_moments(folder, sites[site.name])
+                if not self.has_site(calibration, seen.block, site):
+                    self.publish_site(calibration, seen.block, site, sites[site.name])
                     made += 1
         # Last: without its sites a block counts as unread.
         if self.sites(seen.block) is None:
@@ -72,16 +77,18 @@ class Cached:
                 (folder / "sites.json").write_text(json.dumps([dataclasses.asdict(site) for site in seen.sites]))
         return made
 
-    def _provenance(self, calibration: str, seen: BlockMoments, site: Site) -> dict[str, Any]:
-        return {
+    def publish_site(self, calibration: str, block: int, site: Site, moments: InputMoments) -> None:
+        provenance = {
             "model": self.model,
             "calibration": calibration,
             "upstream": self.upstream,
-            "block": seen.block,
+            "block": block,
             "site": site.name,
             "dtype": self.dtype,
-            "tokens": seen.moments[calibration][site.name].tokens,
+            "tokens": moments.tokens,
         }
+        with self.store.publish(self.kind, self._key(calibration, block, site), provenance) as folder:
+            write_moments(folder, moments)
 
     def _key(self, calibration: str, block: int, site: Site) -> str:
         return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype])
@@ -112,13 +119,26 @@ def collect_moments(
     cached: Cached, source: ModelSource, calibrations: Sequence[str], *, device: str, batch_tokens: int, report: Report
 ) -> MomentsReport:
     """See that the dense moments of these calibration sets are in the store; the model is read for what is not."""
+    windows = {key: partial(windows_by_key, cached.store, key) for key in calibrations}
+    return read_windows(cached, source, windows, device=device, batch_tokens=batch_tokens, report=report)
+
+
+def read_windows(
+    cached: Cached,
+    source: ModelSource,
+    windows: Mapping[str, Callable[[], Tensor]],
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report,
+) -> MomentsReport:
+    """As `collect_moments`, for windows_SL by the key of their moments; only what is read is asked for."""
     blocks = range(source.blocks)
-    missing = {key: {block for block in blocks if not cached.has(key, block)} for key in dict.fromkeys(calibrations)}
+    missing = {key: {block for block in blocks if not cached.has(key, block)} for key in windows}
     hits = sum(len(cached.sites(block) or ()) for found in missing.values() for block in blocks if block not in found)
     unread = [key for key, found in missing.items() if found]
     if not unread:
         return MomentsReport(0, hits, 0, 0.0)
-    slices: Mapping[str, Tensor] = {key: windows_by_key(cached.store, key) for key in unread}
     misses = 0
 
     def keep(seen: BlockMoments) -> None:
@@ -127,7 +147,7 @@ def collect_moments(
 
     done = walk(
         source,
-        slices,
+        {key: windows[key]() for key in unread},
         on_block=keep,
         device=device,
         dtype=getattr(torch, cached.dtype),

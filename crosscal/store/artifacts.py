@@ -93,6 +93,10 @@ class Store:
             )
         return artifact
 
+    def discard(self, kind: str, key: str) -> None:
+        """Remove an artifact that nobody needs any more; it may be gone already."""
+        self.home.remove(_place(kind, key))
+
     def path(self, artifact: Artifact, name: str) -> Path:
         """A local path to one file, its digest checked once per store object. Raises `CorruptArtifact`."""
         place, sha256 = _place(artifact.kind, artifact.key), artifact.files[name]["sha256"]
