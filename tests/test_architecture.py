@@ -28,6 +28,7 @@ ROOMS = {
     "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
+    "publication": ({"errors", "store"}, set()),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
     "models": (
         {"errors", "statistics"},

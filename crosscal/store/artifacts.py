@@ -155,12 +155,13 @@ class Store:
         """Remove abandoned work in progress and, on request, artifacts unused for so long: yields (place, reason).
 
         Whatever has been used since the first of the processes now at work began stays, however few the days; so do
-        corpora.
+        corpora, and models that are or were published: a pointer may be rolled back to them.
         """
         doomed = [(place, "abandoned") for place in self.home.leftovers()]
         if unused_days is not None:
             before = min(time.time() - unused_days * 86400, self.home.in_use_since())
-            unused = (_place(kind, key) for kind, key in self.keys() if kind not in KEPT_KINDS)
+            kept = {("models", key) for key in self.refs.published_models()}
+            unused = (_place(*name) for name in self.keys() if name[0] not in KEPT_KINDS and name not in kept)
             doomed += [
                 (place, f"unused for {unused_days:g} days")
                 for place in unused

@@ -55,6 +55,15 @@ class Refs:
             raise StoreConflict("another process changed it meanwhile", where=name, do="Read it again and retry.")
         return version
 
+    def published_models(self) -> set[str]:
+        """Keys of all models that some move of some domain's pointer named (see `crosscal.publication`).
+
+        Raises `CorruptArtifact` for a damaged record: then nobody knows what may be removed.
+        """
+        moves = [(name, version) for name in self.names("published") for version in self.versions(name)]
+        values = (self.read(name, version)[1] for name, version in moves)
+        return {value["model"] for value in values if value is not None}
+
     def names(self, folder: str) -> list[str]:
         """Names of the refs in a folder, such as `corpora`."""
         return [f"{folder}/{name}" for name in self.home.names(f"refs/{folder}")]

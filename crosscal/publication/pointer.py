@@ -1,0 +1,76 @@
+"""The published model of a domain: ref `published/<domain>`, each version a move of the pointer, never rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.errors import UsageError
+from crosscal.store import Store
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where the pointer stood after one move."""
+
+    domain: str
+    number: int
+    facts: dict[str, Any]
+    """`model` (key), `variant`, `corpus_version`, `perplexity` of both models, `run_id`, `run_dir`, `plan`, `at`; and
+    `restored`, the number of an earlier move, when it was rolled back to that."""
+
+    @property
+    def model(self) -> str:
+        return self.facts["model"]
+
+    @property
+    def corpus_version(self) -> int:
+        return self.facts["corpus_version"]
+
+    @property
+    def origin(self) -> int:
+        """The move by which this model was first published."""
+        return self.facts.get("restored", self.number)
+
+
+class Published:
+    """The pointers in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.refs = store.refs
+
+    def domains(self) -> list[str]:
+        return [name.removeprefix("published/") for name in self.refs.names("published")]
+
+    def current(self, domain: str) -> Pointer | None:
+        number, facts = self.refs.read(_name(domain))
+        return None if facts is None else Pointer(domain, number, facts)
+
+    def history(self, domain: str) -> list[Pointer]:
+        """Every move, the oldest first."""
+        return [self._move(domain, number) for number in self.refs.versions(_name(domain))]
+
+    def move(self, domain: str, from_: Pointer | None, facts: dict[str, Any]) -> Pointer:
+        """Point to another model. Raises `StoreConflict` when the pointer moved since `from_` was read."""
+        number = self.refs.append(_name(domain), from_.number if from_ else 0, facts)
+        return Pointer(domain, number, facts)
+
+    def roll_back(self, domain: str, at: str) -> Pointer:
+        """Point to the model before the present one again. Raises `UsageError` when there is none."""
+        current = self.current(domain)
+        if current is None:
+            raise UsageError("nothing is published for this domain", got=domain)
+        if current.origin == 1:
+            raise UsageError("no model was published before this one", where=domain, got=f"move {current.number}")
+        previous = self._move(domain, current.origin - 1)
+        facts = {**previous.facts, "restored": previous.origin, "rolled_back_from": current.number, "at": at}
+        return self.move(domain, current, facts)
+
+    def _move(self, domain: str, number: int) -> Pointer:
+        _, facts = self.refs.read(_name(domain), number)
+        assert facts is not None
+        return Pointer(domain, number, facts)
+
+
+def _name(domain: str) -> str:
+    return f"published/{domain}"

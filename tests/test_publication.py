@@ -1,0 +1,122 @@
+"""The published model of a domain: the policy as a table, a pointer that never forgets, models kept and loadable."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from crosscal.errors import ModelError, StoreConflict, UsageError
+from crosscal.publication import Published, Rule, decide, model_folder, publish_model
+from crosscal.publication.models import copy_model
+from crosscal.store import Store
+from tests.helpers.tiny_text import tiny_llama
+
+RULE = Rule("legal", tolerance=0.02, guard={"general": 0.05})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("legal", "general", "published", "is_published", "reason"),
+    [
+        (10.0, 20.0, None, True, "first model"),
+        (math.inf, 20.0, None, False, "not measured on legal"),
+        (10.0, math.nan, None, False, "not measured on general"),
+        (9.0, 20.0, (10.0, 20.0), True, "legal 9 against 10 (-10.0%)"),
+        (10.0, 20.0, (10.0, 20.0), True, "+0.0%"),
+        (10.19, 20.9, (10.0, 20.0), True, "+1.9%"),
+        (10.21, 20.0, (10.0, 20.0), False, "legal 10.21 against 10 (+2.1%), at most 2.0% is allowed"),
+        (9.0, 21.1, (10.0, 20.0), False, "general 21.1 against 20 (+5.5%), at most 5.0% is allowed"),
+        (math.nan, 20.0, (10.0, 20.0), False, "not measured"),
+        (10.0, 20.0, (math.nan, 20.0), False, "worse"),
+    ],
+)
+def test_policy(
+    legal: float, general: float, published: tuple[float, float] | None, is_published: bool, reason: str
+) -> None:
+    earlier = None if published is None else dict(zip(("legal", "general"), published, strict=True))
+    decision = decide(RULE, {"legal": legal, "general": general}, earlier)
+    assert decision.is_published == is_published
+    assert reason in decision.reason
+
+
+def test_a_guard_on_the_domain_itself_does_not_widen_its_tolerance() -> None:
+    rule = Rule("legal", tolerance=0.0, guard={"legal": 9.0})
+    assert not decide(rule, {"legal": 10.1}, {"legal": 10.0}).is_published
+
+
+def facts(model: str) -> dict[str, object]:
+    return {"model": model, "corpus_version": 1}
+
+
+def test_the_pointer_goes_back_and_forth_and_forgets_nothing(store: Store) -> None:
+    published = Published(store)
+    with pytest.raises(UsageError, match="nothing is published"):
+        published.roll_back("legal", "now")
+    for model in "abc":
+        published.move("legal", published.current("legal"), facts(model))
+    assert published.roll_back("legal", "now").model == "b"
+    assert published.roll_back("legal", "now").model == "a"
+    with pytest.raises(UsageError, match="before this one"):
+        published.roll_back("legal", "now")
+    published.move("legal", published.current("legal"), facts("d"))
+    assert published.roll_back("legal", "now").model == "a"
+    assert [move.model for move in published.history("legal")] == list("abcbada")
+    assert published.domains() == ["legal"]
+
+
+def test_of_two_that_move_it_at_once_one_is_told(store: Store) -> None:
+    published = Published(store)
+    published.move("legal", None, facts("a"))
+    seen = published.current("legal")
+    published.move("legal", seen, facts("b"))
+    with pytest.raises(StoreConflict):
+        published.move("legal", seen, facts("c"))
+
+
+def test_a_published_model_loads_and_shares_the_disk(store: Store, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "run")
+    (tmp_path / "run" / "x.safetensors.7.partial").write_bytes(b"half")
+    key = publish_model(store, tmp_path / "run", {"domain": "legal"})
+    assert publish_model(store, tmp_path / "run", {"domain": "other"}) == key
+    folder = model_folder(store, key, tmp_path / "aside")
+    assert (folder / "model.safetensors").samefile(tmp_path / "run" / "model.safetensors")
+    assert not (tmp_path / "aside").exists()
+    copy = copy_model(store, key, tmp_path / "copy")
+    for place in (folder, copy):
+        loaded = AutoModelForCausalLM.from_pretrained(place)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(UsageError, match="not empty"):
+        copy_model(store, key, tmp_path / "copy")
+
+
+def test_from_a_remote_store_a_folder_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
+    tiny_llama(tmp_path / "run")
+    store = Store(f"memory://{tmp_path.name}-models")
+    folder = model_folder(store, publish_model(store, tmp_path / "run", {}), tmp_path / "aside")
+    assert folder == tmp_path / "aside"
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_without_a_model_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a model directory"):
+        publish_model(store, tmp_path, {})
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_the_sweep_keeps_every_model_that_was_published(store: Store, tmp_path: Path, is_published: bool) -> None:
+    tiny_llama(tmp_path / "run")
+    key = publish_model(store, tmp_path / "run", {})
+    if is_published:
+        Published(store).move("legal", None, facts(key))
+        Published(store).move("legal", Published(store).current("legal"), facts("0" * 64))
+    removed = [place for place, _ in store.sweep(unused_days=0)]
+    assert removed == ([] if is_published else [f"objects/models/{key}"])
