@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crosscal.errors import UsageError
 from crosscal.plan import load_plan
 from flows.cluster import needs_server, temporary_server
+from flows.health import probe
 from flows.recompress import recompress
 
 
@@ -24,7 +24,7 @@ def drive(plan: Path, overrides: list[str], home: str, out: str | None) -> dict[
             return recompress.fn(str(plan), overrides, home, out)
         with temporary_server():
             return recompress(str(plan), overrides, home, out)
-    _probe(os.environ["PREFECT_API_URL"])
+    probe(os.environ["PREFECT_API_URL"])
     return recompress(str(plan), overrides, home, out)
 
 
@@ -47,18 +47,3 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
     cost = f"{read:,} calibration tokens read" if read else "no forward pass for calibration"
     yield f"{record['variants']} variants in {seconds:.0f} s; moments: {hits} from the cache, {misses} made; {cost}"
     yield f"report: {run_dir / 'report.html'}"
-
-
-def _probe(api_url: str) -> None:
-    """A server that is down is said plainly, before anything starts."""
-    import httpx
-
-    try:
-        httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
-    except httpx.HTTPError as error:
-        raise UsageError(
-            "the Prefect server does not answer",
-            where=api_url,
-            got=str(error),
-            do="Start it (`prefect server start`), or unset PREFECT_API_URL to run without one.",
-        ) from error

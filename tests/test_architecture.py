@@ -37,15 +37,22 @@ ROOMS = {
     "evaluation": ({"errors"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "zstandard", "numpy"}),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors"}, {"pydantic", "yaml"}),
+    "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
     "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy"}),
-    "cli": ({"errors", "progress", "plan", "corpora", "store", "landing", "report", "flows"}, {"typer", "rich"}),
+    "cli": (
+        {"errors", "progress", "plan", "service", "corpora", "store", "landing", "publication", "report", "flows"},
+        {"typer", "rich"},
+    ),
     "__main__": ({"cli"}, set()),
     "__init__": ({"errors", "plan", "variants", *PURE, *EDGES}, set()),
 }
 ORCHESTRATED = {
     "tasks": {"prefect", "httpx", "torch"},
-    "flows": {"prefect", "prefect_dask", "dask", "distributed", "httpx", "torch", "transformers", "psutil"},
+    "flows": {
+        *("prefect", "prefect_dask", "dask", "distributed", "httpx", "pydantic", "yaml"),
+        *("torch", "transformers", "psutil"),
+    },
 }
 
 
