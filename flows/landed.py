@@ -1,0 +1,119 @@
+"""Recompressing a landed domain: while something is pending, claim it, carry out the plan, decide about publishing.
+
+However often and in whatever order a domain is announced, each newest version is carried out once: the ledger is asked,
+not the event. Versions that land during a run are one more turn of the loop, on the newest.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+
+from crosscal.corpora.corpus import ref_name
+from crosscal.errors import StoreError
+from crosscal.landing import Ledger, Run
+from crosscal.plan import CompressionPlan, load_plan
+from crosscal.store import Store
+from flows.holders import has_ended
+from flows.pipeline import carry_out
+from flows.shown import tag_run
+from flows.steps import step
+from tasks.announce import KEPT, PUBLISHED, tell
+from tasks.publication import decide_publication
+from tasks.ticket import Ticket
+
+REASON_CHARACTERS = 1000
+
+
+def recompress_domain(
+    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str
+) -> dict[str, Any]:
+    """All that is pending for a domain: `runs`, one for each turn, and a `message`. The name may come from an event."""
+    ref_name(domain)
+    ledger, runs = Ledger(Store(home)), []
+    while (run := ledger.claim(domain, _run_id(), has_ended)) is not None:
+        runs.append(_carry_out(ledger, run, plan_path, overrides, home, out))
+    message = "; ".join(run["message"] for run in runs) or why_nothing(ledger, domain)
+    _log().info(message)
+    return {"domain": domain, "message": message, "runs": runs}
+
+
+def why_nothing(ledger: Ledger, domain: str) -> str:
+    """A sentence for a run that found nothing to do."""
+    last = ledger.runs.newest(domain)
+    if (version := ledger.given_up(domain)) is not None and last is not None:
+        return (
+            f"{domain} v{version} was given up: {last.states[-1].get('reason', last.state)}; "
+            f"`crosscal ingest … --corpus {domain} --announce`, or a new version, starts again"
+        )
+    if ledger.requested(domain) is None:
+        return f"nothing is pending for {domain}: nothing of that name has landed"
+    if last is not None and last.is_open:
+        return f"nothing to do for {domain}: run {last.number} ({last.run_id}) works on v{last.version}"
+    return f"nothing is pending for {domain}: v{last.version if last else 0} is {last.state if last else 'done'}"
+
+
+def _carry_out(
+    ledger: Ledger, run: Run, plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None
+) -> dict[str, Any]:
+    """One turn. Whatever ends it is in the ledger: a failure counts as an attempt, an interruption hardly."""
+    try:
+        plan = load_plan(plan_path, overrides, run.domain)
+        tag_run(plan, run.domain)
+        folder = str(Path(out) / f"{run.domain}-v{run.version}") if out else None
+        record = carry_out(plan, home, folder, mark=lambda name: ledger.mark(run, name) and None)
+        decision = _decide(plan, home, record, run)
+        used = record["corpora"][run.domain]["version"]
+        facts = {name: decision[name] for name in ("reason", "model", "variant", "perplexity") if name in decision}
+        ledger.mark(run, decision["outcome"], version=used, run_dir=record["run_dir"], **facts)
+    except Exception as error:
+        _close(ledger, run, "failed", str(error) or type(error).__name__)
+        raise
+    except BaseException:
+        _close(ledger, run, "abandoned", "interrupted")
+        raise
+    message = _summary(run.domain, used, record, decision)
+    _log().info(message)
+    event = PUBLISHED if decision["outcome"] == "published" else KEPT
+    tell(event, f"crosscal.model.{run.domain}", {"domain": run.domain, "version": used, **facts})
+    return {"version": used, "message": message, "run_dir": record["run_dir"], **decision, "record": record}
+
+
+def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) -> dict[str, Any]:
+    if plan.publish is None:
+        return {"outcome": "kept", "reason": "the plan has no section `publish`"}
+    known = {name: record[name] for name in ("model", "device", "dtype", "run_dir")}
+    ticket = Ticket(plan.model_dump(mode="json"), home, **known)
+    stored = {name: corpus["stored"] for name, corpus in record["corpora"].items()}
+    used = record["corpora"][run.domain]["version"]
+    return step(decide_publication, ticket, stored, run.domain, used, run.run_id)
+
+
+def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[str, Any]) -> str:
+    read, total = record["calibration_tokens_read"], record["calibration_tokens"]
+    return (
+        f"{domain} v{version}: {read:,} calibration tokens read of {total:,} in the mixture; "
+        f"{decision['outcome']}: {decision['reason']}"
+    )
+
+
+def _close(ledger: Ledger, run: Run, outcome: str, reason: str) -> None:
+    """A run that another took over stays as that one left it."""
+    with suppress(StoreError):
+        ledger.mark(run, outcome, reason=reason[:REASON_CHARACTERS])
+
+
+def _run_id() -> str:
+    context = FlowRunContext.get()
+    is_known = context is not None and context.flow_run is not None
+    return str(context.flow_run.id) if is_known else f"local-{secrets.token_hex(6)}"
+
+
+def _log() -> Any:
+    return get_run_logger() if FlowRunContext.get() is not None else logging.getLogger("crosscal")

@@ -1,0 +1,38 @@
+"""Events. They wake, and may be lost: whatever matters stands in the ledger before one is emitted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import httpx
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL
+
+LANDED, PUBLISHED, KEPT = "crosscal.corpus.landed", "crosscal.model.published", "crosscal.model.kept"
+PROBE_SECONDS = 5
+_log = logging.getLogger("crosscal")
+
+
+def announce(domain: str, version: int) -> bool:
+    """Say that a version of a domain's corpus waits for a recompression; False, and said, when nobody can hear it."""
+    return tell(LANDED, f"crosscal.corpus.{domain}", {"domain": domain, "version": version})
+
+
+def tell(event: str, resource: str, payload: dict[str, Any]) -> bool:
+    """Emit an event and wait until it is sent. Without a server that answers nothing is emitted."""
+    url = PREFECT_API_URL.value()
+    if not url:
+        _log.info("%s is not announced: no Prefect server is named by PREFECT_API_URL", resource)
+        return False
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=PROBE_SECONDS).raise_for_status()
+    except httpx.HTTPError as error:
+        _log.warning(
+            "%s is not announced: %s does not answer (%s); the next watch makes up for it", resource, url, error
+        )
+        return False
+    emit_event(event, resource={"prefect.resource.id": resource}, payload=payload)
+    EventsWorker.instance().drain()
+    return True
