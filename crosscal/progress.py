@@ -28,6 +28,16 @@ def reporting() -> Iterator[Report]:
         yield log_lines(logging.getLogger("crosscal").info)
 
 
+def each(*reports: Report) -> Report:
+    """One report for several that listen."""
+
+    def report(what: str, done: int, total: int | None) -> None:
+        for listener in reports:
+            listener(what, done, total)
+
+    return report
+
+
 def log_lines(log: Callable[[str], None]) -> Report:
     """A report that logs at most every ten seconds."""
     last = time.monotonic()

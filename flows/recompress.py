@@ -9,18 +9,36 @@ from typing import Any
 from prefect import flow
 
 from crosscal.plan import load_plan
+from flows.landed import recompress_domain
 from flows.pipeline import carry_out
 from flows.quiet import quiet_libraries
+from flows.shown import run_name, shown, tag_run
 
 
-@flow(name="recompress", flow_run_name="{plan_path}", persist_result=False, result_serializer="json")
+@flow(name="recompress", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def recompress(
-    plan_path: str, overrides: list[str] | None = None, home: str | None = None, out: str | None = None
+    plan_path: str,
+    overrides: list[str] | None = None,
+    home: str | None = None,
+    out: str | None = None,
+    domain: str | None = None,
 ) -> dict[str, Any]:
     """Carry out a plan; returns the run's record, as in `run.json`.
 
-    `home` is the store (CROSSCAL_HOME, `.crosscal`), `out` the run directory (`runs/<model>-<digest>`).
+    `home` is the store (CROSSCAL_HOME, `.crosscal`), `out` the run directory (`runs/<model>-<digest>`). With `domain`
+    the plan's $domain is filled in and the ledger says what is to be done (see `flows.landed`): the record then has
+    `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version.
     """
     quiet_libraries()
-    plan = load_plan(Path(plan_path), tuple(overrides or ()))
-    return carry_out(plan, home or os.environ.get("CROSSCAL_HOME", ".crosscal"), out)
+    home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
+    return shown(lambda: _recompress(Path(plan_path), tuple(overrides or ()), home, out, domain))
+
+
+def _recompress(
+    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str | None
+) -> dict[str, Any]:
+    if domain is not None:
+        return recompress_domain(plan_path, overrides, home, out, domain)
+    plan = load_plan(plan_path, overrides)
+    tag_run(plan, None)
+    return carry_out(plan, home, out)

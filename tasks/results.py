@@ -19,6 +19,7 @@ from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, examination, measure
 from crosscal.stages.sample import Sample
 from crosscal.variants import Variant
+from tasks.artifacts import show_run
 from tasks.options import PLAIN
 from tasks.ticket import Ticket, task_report
 
@@ -41,6 +42,7 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
             rows += [result_row(ticket, variant, found) for found in measure(exam, run_dir / "models" / variant.name)]
             if not ticket.parsed.execution.keep_models:
                 discard_model(shop, variant)
+        report("measuring models", len(variants), len(variants))
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", layer_rows(shop, variants))
     return len(rows)
@@ -92,5 +94,7 @@ def describe_samples(ticket: Ticket) -> dict[str, Any]:
 
 @task(name="report", task_run_name="write report", **PLAIN)
 def make_report(run_dir: str) -> str:
-    """Write `report.html`; returns its path."""
-    return str(write_report(Path(run_dir)))
+    """Write `report.html`, and show on the run's page what fits there; returns the report's path."""
+    path = write_report(Path(run_dir))
+    show_run(Path(run_dir))
+    return str(path)

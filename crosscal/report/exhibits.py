@@ -1,0 +1,134 @@
+"""What of a run is shown where its report cannot be opened: the table, the trade-off and the files, small and bounded.
+
+Cells and pages are plain values (strings, Markdown); who shows them is not known here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosscal.report.groups import Column, Group, columns_of, groups_of
+from crosscal.report.headline import RULE, Best, best_variants, domains_of
+from crosscal.report.plots import trade_off
+from crosscal.report.rows import LayerRow, ResultRow, read_rows
+from crosscal.report.table import number_text
+
+MOST_ROWS = 100
+MOST_COLUMNS = 12
+MOST_TABLE_BYTES = 32 * 1024
+MOST_PICTURE_BYTES = 192 * 1024
+"""Of one picture; the demo's has 60 kB."""
+MOST_PICTURES = 3
+MOST_NOTES = 20
+MOST_WORDS = 300
+"""Characters of one note."""
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: list[dict[str, str]]
+    about: str
+    """What the numbers are, and what was left out."""
+
+
+def measured(run_dir: Path) -> tuple[list[Group], list[Column]]:
+    """The groups and columns of a run directory."""
+    results = read_rows(run_dir / "results.jsonl", ResultRow)
+    return groups_of(results, read_rows(run_dir / "layers.jsonl", LayerRow)), columns_of(results)
+
+
+def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
+    """A row for each variant, the dense model and those to take first; perplexities with their change against dense."""
+    wanted = [column for column in columns if column[2] != "acc_norm"]
+    shown, dense = wanted[:MOST_COLUMNS], next((group for group in groups if group.is_dense), None)
+    rows: list[dict[str, str]] = []
+    room = MOST_TABLE_BYTES - 2
+    for group in _taken_first(groups)[:MOST_ROWS]:
+        row = {"variant": group.name} | {_header(column): _cell(group, dense, column) for column in shown}
+        room -= len(json.dumps(row)) + 2
+        if room < 0:
+            break
+        rows.append(row)
+    about = "Perplexity on test texts and its change against the dense model; accuracy of tasks. "
+    counts = ((len(rows), len(groups), "variants"), (len(shown), len(wanted), "measures"))
+    missing = [f"{most} of {count} {what}" for most, count, what in counts if most < count]
+    return Table(rows, about + (f"Shown are {' and '.join(missing)}; results.jsonl has all." if missing else ""))
+
+
+def trade_off_page(groups: Sequence[Group]) -> str | None:
+    """Markdown with the chart and the variants to take for each domain; None where there is nothing to weigh."""
+    domains = domains_of(groups)
+    parts = [part for domain in domains[:MOST_PICTURES] for part in _weighed(groups, domain)]
+    if len(domains) > MOST_PICTURES:
+        parts.append(f"Shown are {MOST_PICTURES} of {len(domains)} domains; report.html has all.")
+    return "\n\n".join(parts) or None
+
+
+def files_page(run_dir: Path, record: dict[str, Any]) -> str:
+    """Markdown that says where report and models stand: paths, for a browser follows no link from a page to a file."""
+    places = {"report": "report.html", "models": "models/", "numbers": "results.jsonl", "plan": "plan.yaml"}
+    kept = {what: run_dir / name for what, name in places.items() if (run_dir / name).exists()}
+    lines = [f"- {what}: {_code(str(path))}" for what, path in kept.items()]
+    read, cache = record["calibration_tokens_read"], record["cache"]
+    cost = f"{read:,} calibration tokens read" if read else "no forward pass for calibration"
+    cost += f"; moments: {cache['hits']} from the cache, {cache['misses']} made."
+    notes = [_code(str(note)[:MOST_WORDS]) for note in record.get("notes") or []]
+    more = [f"{len(notes) - MOST_NOTES} more notes stand in run.json."] if len(notes) > MOST_NOTES else []
+    return "\n\n".join(["\n".join(lines), cost, *notes[:MOST_NOTES], *more])
+
+
+def picture(svg: str) -> str | None:
+    """A chart as Markdown, on white so that it reads on dark pages too; None when it is too large."""
+    start, end, rest = svg.partition(">")
+    white = '<rect width="100%" height="100%" fill="white"/>'
+    data = (start + end + white + rest).replace("currentColor", "#1a1b1c").encode()
+    text = f"![general against domain perplexity](data:image/svg+xml;base64,{base64.b64encode(data).decode()})"
+    return text if len(text) <= MOST_PICTURE_BYTES else None
+
+
+def _weighed(groups: Sequence[Group], domain: str) -> Iterator[str]:
+    best = best_variants(groups, domain)
+    chart = trade_off(groups, domain)
+    if not best or chart is None:
+        return
+    yield f"## {domain}"
+    yield picture(chart) or "The chart is too large for this page; report.html has it."
+    head = f"| level | take | general | {domain} | against general-only |\n|---|---|---|---|---|\n"
+    yield head + "\n".join(map(_best_row, best[:MOST_ROWS]))
+    yield RULE
+
+
+def _best_row(best: Best) -> str:
+    numbers = (number_text(best.general, "perplexity"), number_text(best.special, "perplexity"))
+    change = "–" if best.change is None else f"{100 * best.change:+.1f} %"
+    return f"| {best.level} | {best.group.name} | {numbers[0]} | {numbers[1]} | {change} |"
+
+
+def _taken_first(groups: Sequence[Group]) -> list[Group]:
+    """The dense model, what to take for some domain, then the others in the plan's order."""
+    taken = {best.group.name for domain in domains_of(groups) for best in best_variants(groups, domain)}
+    return sorted(groups, key=lambda group: (not group.is_dense, group.name not in taken))
+
+
+def _header(column: Column) -> str:
+    name, split, metric = column
+    where = "" if split == "test" else f" ({split})"
+    return f"{name[:40]}{where}" + ("" if metric == "perplexity" else f" {metric[:20]}")
+
+
+def _cell(group: Group, dense: Group | None, column: Column) -> str:
+    number = group.numbers.get(column)
+    before = dense.numbers.get(column) if dense and dense is not group else None
+    if number is None or before is None or column[2] != "perplexity":
+        return number_text(number, column[2])
+    return f"{number_text(number, column[2])} ({100 * (number.value / before.value - 1):+.1f} %)"
+
+
+def _code(text: str) -> str:
+    """As code, so that nothing in it is taken for markup."""
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"

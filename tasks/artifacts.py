@@ -1,0 +1,139 @@
+"""What Prefect's pages show of a run beside its states: progress, the results, the trade-off, where the files are.
+
+Outside a flow run nothing happens. An artifact shows and does not decide: one that cannot be made is logged, and the
+run goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from crosscal.progress import Report, silent
+
+UPDATE_EVERY_SECONDS = 5.0
+"""An update costs some 40 ms: below 1 % of the time."""
+MOST_BYTES = 640 * 1024
+"""Of any artifact, whatever its maker promised."""
+MOST_REASONS = 50
+FAILURES = (httpx.HTTPError, PrefectException, RuntimeError, ValueError, OSError)
+"""What Prefect's client raises when its server is gone, slow, or refuses."""
+
+
+def show_run(run_dir: Path) -> None:
+    """The results, the trade-off and the places of a finished run, each as an artifact of the running task."""
+    if not in_run():
+        return
+    from crosscal.report.exhibits import files_page, measured, results_table, trade_off_page
+
+    groups, columns = measured(run_dir)
+    table, subject = results_table(groups, columns), subject_of_run()
+    _make(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
+    page = trade_off_page(groups)
+    if page:
+        _make(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description="What to take.")
+    files = files_page(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
+    where = "Where the files are, on the machine that carried out the run."
+    _make(create_markdown_artifact, key=f"{subject}-files", markdown=files, description=where)
+
+
+def show_decision(domain: str, outcome: str, reasons: Sequence[str]) -> None:
+    """Why a new model was published, or kept and not published: `outcome` in a few words, then reasons in Markdown."""
+    lines = [f"- {reason[:500]}" for reason in reasons[:MOST_REASONS]]
+    page = "\n".join([f"## {domain}: {outcome[:200]}", "", *lines])
+    _make(create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=outcome[:200])
+
+
+@contextmanager
+def progress_shown(name: str | None = None) -> Iterator[Report]:
+    """A report that moves a progress artifact `progress-<name>`; left out, the name is that of the running task."""
+    if not in_run():
+        yield silent
+        return
+    task_run = TaskRunContext.get()
+    bar = _Bar(f"progress-{_slug(name or (task_run.task.name if task_run else 'run'))}")
+    yield bar.report
+    bar.finish()
+
+
+def in_run() -> bool:
+    return FlowRunContext.get() is not None or TaskRunContext.get() is not None
+
+
+def subject_of_run() -> str:
+    """What artifacts of several runs have in common: the landed domain, or else the plan's name."""
+    context = FlowRunContext.get()
+    parameters = context.parameters or {} if context else {}
+    return _slug(str(parameters.get("domain") or Path(str(parameters.get("plan_path", "run"))).stem))
+
+
+class _Bar:
+    """One progress artifact on the server, made by the first report and moved every few seconds."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._artifact: UUID | None = None
+        self._next = 0.0
+        self._last: tuple[str, int, int | None] | None = None
+
+    def report(self, what: str, done: int, total: int | None) -> None:
+        self._last = what, done, total
+        if time.monotonic() >= self._next:
+            self._show()
+            self._next = time.monotonic() + UPDATE_EVERY_SECONDS
+
+    def finish(self) -> None:
+        """Show the last report."""
+        if self._last and self._next < float("inf"):
+            self._show()
+
+    def _show(self) -> None:
+        assert self._last is not None
+        what, done, total = self._last
+        percent = 100.0 * min(done, total) / total if total else 0.0
+        about = f"{what[:100]}: {done:,}" + (f" of {total:,}" if total else "")
+        if self._artifact is None:
+            self._artifact = _make(create_progress_artifact, key=self._key, progress=percent, description=about)
+        else:
+            self._artifact = _make(update_progress_artifact, self._artifact, percent, about)
+        if self._artifact is None:  # the server does not answer: no second wait for it
+            self._next = float("inf")
+
+
+def _make(make: Callable[..., UUID], *args: Any, **kwargs: Any) -> UUID | None:
+    """Make or change an artifact with one try; None when there is no flow run, or it failed."""
+    if not in_run():
+        return None
+    size = len(json.dumps(kwargs, default=str))
+    if size > MOST_BYTES:
+        logging.getLogger("crosscal").warning("artifact %s left out: %d bytes", kwargs.get("key"), size)
+        return None
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return make(*args, **kwargs)
+    except FAILURES as error:
+        logging.getLogger("crosscal").warning("no artifact was made: %s", error)
+        return None
+
+
+def _slug(name: str) -> str:
+    """A part of an artifact's key: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[:64].strip("-") or "run"

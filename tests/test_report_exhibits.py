@@ -1,0 +1,115 @@
+"""What is shown of a run elsewhere: right numbers, bounded sizes, and a word for whatever was left out."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+from crosscal.report import ResultRow
+from crosscal.report.exhibits import (
+    MOST_COLUMNS,
+    MOST_NOTES,
+    MOST_PICTURE_BYTES,
+    MOST_PICTURES,
+    MOST_ROWS,
+    MOST_TABLE_BYTES,
+    Table,
+    files_page,
+    picture,
+    results_table,
+    trade_off_page,
+)
+from crosscal.report.groups import columns_of, groups_of
+from tests.helpers.made_up_run import result, sweep
+
+RECORD = {"calibration_tokens_read": 768, "cache": {"hits": 3, "misses": 4}}
+
+
+def table(rows: list[ResultRow]) -> Table:
+    return results_table(groups_of(rows, []), columns_of(rows))
+
+
+def page(rows: list[ResultRow]) -> str:
+    return trade_off_page(groups_of(rows, [])) or ""
+
+
+def test_cells_hold_the_perplexity_and_its_change_against_dense() -> None:
+    rows = table(sweep()).rows
+    assert rows[0] == {"variant": "dense", "general": "80 ± 2", "biomedical": "50 ± 2"}
+    (half,) = [row for row in rows if row["variant"] == "sparsegpt0-biomedical-a0.5"]
+    assert half == {
+        "variant": "sparsegpt0-biomedical-a0.5",
+        "general": "90 ± 2 (+12.5 %)",
+        "biomedical": "56.25 ± 2 (+12.5 %)",
+    }
+
+
+def test_what_to_take_stands_first_and_the_rest_in_the_plans_order() -> None:
+    names = [row["variant"] for row in table(sweep()).rows]
+    assert names == [
+        "dense",
+        *("sparsegpt0-biomedical-a1", "gptq1-biomedical-a1"),
+        *("sparsegpt0-biomedical-a0", "sparsegpt0-biomedical-a0.5", "gptq1-biomedical-a0", "gptq1-biomedical-a0.5"),
+    ]
+
+
+def test_accuracies_are_percentages_without_a_change() -> None:
+    rows = [*sweep(), result(corpus_or_task="facts", metric="acc", value=0.5, stderr=None)]
+    assert table(rows).rows[0]["facts acc"] == "50 %"
+
+
+def test_a_table_of_any_sweep_is_small_and_says_what_it_leaves_out() -> None:
+    settings = [("sparsegpt", {"sparsity": number / 1000}) for number in range(1, 300)]
+    many = table(sweep(settings=settings))
+    assert 20 < len(many.rows) <= MOST_ROWS
+    assert len(json.dumps(many.rows)) <= MOST_TABLE_BYTES
+    assert f"{len(many.rows)} of 898 variants" in many.about
+    assert "of" not in table(sweep()).about.split("tasks.")[1]
+
+
+def test_many_and_long_columns_are_bounded_too() -> None:
+    tasks = [result(corpus_or_task=f"{number}" + "x" * 5000, metric="acc", value=0.5) for number in range(40)]
+    wide = table([*sweep(), *tasks])
+    assert len(wide.rows) == 7
+    assert len(wide.rows[0]) == 1 + MOST_COLUMNS
+    assert f"{MOST_COLUMNS} of 42 measures" in wide.about
+    assert len(json.dumps(wide.rows)) <= MOST_TABLE_BYTES
+
+
+def test_the_page_has_the_chart_on_white_and_what_to_take() -> None:
+    text = page(sweep())
+    (data,) = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)\)", text)
+    svg = base64.b64decode(data).decode()
+    root = ElementTree.fromstring(svg)
+    assert (root[0].tag.rpartition("}")[2], root[0].attrib["fill"]) == ("rect", "white")
+    assert "currentColor" not in svg
+    assert "| 50 % sparsity | sparsegpt0-biomedical-a1 | 92 ± 2 | 55 ± 2 | -4.3 % |" in text
+
+
+def test_the_page_is_bounded_in_pictures_and_bytes() -> None:
+    domains = [f"domain{number}" for number in range(6)]
+    rows = [row for domain in domains for row in sweep(corpora=("general", domain), domain=domain)]
+    text = page(rows)
+    assert text.count("data:image") == MOST_PICTURES
+    assert f"{MOST_PICTURES} of 6 domains" in text
+    assert len(text) < MOST_PICTURES * (MOST_PICTURE_BYTES + 8000)
+    assert picture(f"<svg>{'x' * MOST_PICTURE_BYTES}</svg>") is None
+
+
+def test_without_a_domain_there_is_nothing_to_weigh() -> None:
+    assert page([result()]) == ""
+
+
+def test_files_are_named_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "report.html").touch()
+    notes = ["`code` | and\nlines", *("x" * 9000 for _ in range(30))]
+    text = files_page(tmp_path, {**RECORD, "notes": notes})
+    assert f"- report: `{tmp_path}/report.html`" in text
+    assert "models" not in text, "this run kept none"
+    assert "768 calibration tokens read; moments: 3 from the cache, 4 made." in text
+    assert "`'code' | and lines`" in text
+    assert f"{31 - MOST_NOTES} more notes" in text
+    assert len(text) < 10_000
