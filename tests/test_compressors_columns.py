@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosscal.compressors import GPTQ, Magnitude, RoundToNearest, SparseGPT, SparseGPTQ, Sparsity, Wanda, solve_many
-from crosscal.compressors.sparsity import lowest
+from crosscal.compressors.selection import lowest
 from crosscal.errors import NotPositiveDefinite, StatisticsError
 from crosscal.statistics import factor
 from tests.helpers.problems import BLOCK, layer, reference_columns, true_loss, with_hessian

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors import GPTQ, LayerProblem, Magnitude, RoundToNearest, SparseGPT, SparseGPTQ, Sparsity, Wanda
-from crosscal.compressors.sparsity import lowest
+from crosscal.compressors.selection import lowest
 from tests.helpers.problems import layer
 
 SEEDS = range(40)

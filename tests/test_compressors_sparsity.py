@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosscal.compressors import Compressor, Magnitude, SparseGPT, Sparsity, Wanda
-from crosscal.compressors.sparsity import lowest, lowest_per_row
+from crosscal.compressors.selection import lowest, lowest_per_row
 from crosscal.errors import UsageError
 from tests.helpers.problems import layer
 

@@ -10,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from crosscal.compressors.selection import count_true
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
-from crosscal.statistics.factor import InverseFactor, factor
+from crosscal.statistics.factor import HessianFactor, factor
+from crosscal.statistics.finite import all_finite
 
-PANEL_INPUTS = 256  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
+PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class LayerProblem:
     """Second moment of the inputs per token, undamped, in the weight's dtype."""
     mean_abs_I: Tensor | None = None
     """Mean absolute input."""
-    shared_factor: InverseFactor | None = None
+    shared_factor: HessianFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
     """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
@@ -51,11 +53,11 @@ class LayerProblem:
                 where=self.name,
                 got=f"{self.weight_OI.dtype} and {self.hessian_II.dtype}",
             )
-        if not torch.isfinite(self.weight_OI).all():
+        if not all_finite(self.weight_OI):
             raise NotFinite(
                 "the weight is not finite", where=self.name, do="Check the model: it is broken before compression."
             )
-        if not torch.isfinite(self.hessian_II).all():
+        if not all_finite(self.hessian_II):
             raise NotFinite("the Hessian is not finite", where=self.name, do="Calibrate in float32 or bfloat16.")
         if (self.hessian_II.diagonal() < 0).any():
             raise NotPositiveDefinite(
@@ -65,7 +67,7 @@ class LayerProblem:
                 do="It is not a second moment: read the model again.",
             )
 
-    def factor(self, damping: float) -> InverseFactor:
+    def factor(self, damping: float) -> HessianFactor:
         """The shared factor where it fits, otherwise a new one."""
         if self.shared_factor is not None and self.shared_factor.damping == damping:
             return self.shared_factor
@@ -108,7 +110,7 @@ class LayerSolution:
     @property
     def sparsity(self) -> float:
         """Fraction of exact zeros."""
-        return float((self.weight_OI == 0).double().mean())
+        return count_true(self.weight_OI == 0) / self.weight_OI.numel()
 
 
 class Compressor(Protocol):
@@ -123,28 +125,37 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=difference_OI.device)
     for start in range(0, len(hessian_II), PANEL_INPUTS):
         stop = start + PANEL_INPUTS
-        own_OB = difference_OI[:, start:stop]
-        product_OB = difference_OI[:, stop:] @ hessian_II[stop:, start:stop] * 2
-        product_OB.addmm_(own_OB, hessian_II[start:stop, start:stop])
-        total += product_OB.mul_(own_OB).sum(dtype=torch.float64)
+        panel_IB = hessian_II[start:, start:stop].clone()
+        panel_IB[PANEL_INPUTS:] *= 2
+        product_OB = difference_OI[:, start:] @ panel_IB
+        total += product_OB.mul_(difference_OI[:, start:stop]).sum(1).sum(dtype=torch.float64)
     return float(total)
 
 
 def solved(
-    problem: LayerProblem, weight_OI: Tensor, *, grid: Grid | None = None, damping: float | None = None
+    problem: LayerProblem,
+    weight_OI: Tensor,
+    *,
+    grid: Grid | None = None,
+    damping: float | None = None,
+    loss: float | None = None,
 ) -> LayerSolution:
     """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same.
 
-    Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
+    `loss`: that of `weight_OI`, where the method knows it; it is used when rounding changes no weight. Raises
+    `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
     """
-    if problem.stored_dtype is not None:
-        weight_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
-    difference_OI = problem.weight_OI - weight_OI
-    loss = quadratic_loss(difference_OI, problem.hessian_II)
+    if problem.stored_dtype is not None and problem.stored_dtype != weight_OI.dtype:
+        rounded_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
+        loss = loss if torch.equal(rounded_OI, weight_OI) else None
+        weight_OI = rounded_OI
+    if loss is None:
+        difference_OI = problem.weight_OI - weight_OI
+        loss = quadratic_loss(difference_OI, problem.hessian_II)
+        if loss < 0:
+            loss = _zero_if_roundoff(loss, difference_OI, problem)
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
-    if loss < 0:
-        loss = _zero_if_roundoff(loss, difference_OI, problem)
     return LayerSolution(weight_OI, loss, loss / problem.energy if problem.energy > 0 else 0.0, grid, damping)
 
 

@@ -1,6 +1,6 @@
 """How much to remove, and exactly which: a fraction, or n kept of every m.
 
-Shapes: O outputs, I inputs, R rows, C columns.
+Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from crosscal.compressors.selection import lowest, lowest_per_row
 from crosscal.errors import UsageError
 
 
@@ -70,24 +69,3 @@ class Sparsity:
         if per == "row":
             return ~lowest_per_row(score_OI, self.removed(score_OI.shape[1]))
         return ~lowest(score_OI, self.removed(score_OI.numel()))
-
-
-def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest of every row; among equals the earlier."""
-    if count <= 0 or count >= score_RC.shape[1]:
-        return torch.full_like(score_RC, count > 0, dtype=torch.bool)
-    threshold_R1 = _kth_lowest_R1(score_RC, count)
-    below_RC, tied_RC = score_RC < threshold_R1, score_RC == threshold_R1
-    room_R1 = count - below_RC.sum(1, keepdim=True)
-    return below_RC | (tied_RC & (tied_RC.cumsum(1) <= room_R1))
-
-
-def lowest(score: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
-    return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
-
-
-def _kth_lowest_R1(score_RC: Tensor, k: int) -> Tensor:
-    if score_RC.is_cpu:  # numpy selects more than ten times as fast as torch there
-        return torch.from_numpy(np.partition(score_RC.numpy(), k - 1, axis=1)[:, k - 1 : k])
-    return score_RC.kthvalue(k, dim=1, keepdim=True).values

@@ -1,35 +1,50 @@
-"""The damped inverse Cholesky factor that SparseGPT and GPTQ walk along. Shapes: I inputs."""
+"""The damped Cholesky factor that SparseGPT and GPTQ walk along. Shapes: I inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, NotPositiveDefinite
+from crosscal.statistics.finite import all_finite
 
 
 @dataclass(frozen=True, eq=False)
-class InverseFactor:
-    """U, upper triangular, with (H + λ I)⁻¹ = Uᵀ U and λ = damping · mean(diag H)."""
+class HessianFactor:
+    """R, upper triangular, with H + λ I = R Rᵀ and λ = damping · mean(diag H).
 
-    upper_II: Tensor
+    Its inverse U = R⁻¹ is the factor that the papers walk along, (H + λ I)⁻¹ = Uᵀ U. R itself serves as well: the
+    errors of the columns before j move column j by D_{<j} R_{<j,j} / R_jj, D being what they were changed by
+    (LDLQ, Chee et al. 2023, arXiv 2307.13304, who show that it is GPTQ). So nothing large is ever inverted.
+    """
+
+    root_II: Tensor
     damping: float
     """λ as a fraction of the Hessian's mean diagonal."""
+    shift: float
+    """λ, what was added to the diagonal of every input that is not dead."""
     dead_I: Tensor
     """Inputs that were always zero: H_jj = 0."""
 
+    @cached_property
+    def upper_II(self) -> Tensor:
+        """U = R⁻¹, upper triangular."""
+        identity_II = torch.eye(len(self.root_II), dtype=self.root_II.dtype, device=self.root_II.device)
+        return torch.linalg.solve_triangular(self.root_II, identity_II, upper=True)
 
-def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> InverseFactor:
-    """Factor the inverse of a damped Hessian with one Cholesky and one triangular solve.
 
-    With J the exchange matrix, J (H + λI) J = L Lᵀ gives H + λI = R Rᵀ for the upper triangular R = J L J, so U = R⁻¹.
-    A dead input (H_jj = 0) is uncoupled from all others, so its unit only needs to be positive; without damping it
-    gets the mean diagonal. Raises `NotFinite`, `EmptyStatistics` (all inputs dead), `NotPositiveDefinite`; nothing
-    is ever substituted.
+def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> HessianFactor:
+    """Factor a damped Hessian with one Cholesky, from the last input to the first.
+
+    With J the exchange matrix, J (H + λI) J = L Lᵀ gives H + λI = R Rᵀ for the upper triangular R = J L J. A dead
+    input (H_jj = 0) is uncoupled from all others, so its unit only needs to be positive; without damping it gets the
+    mean diagonal. Raises `NotFinite`, `EmptyStatistics` (all inputs dead), `NotPositiveDefinite`; nothing is ever
+    substituted.
     """
-    if not torch.isfinite(hessian_II).all():
+    if not all_finite(hessian_II):
         raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
     diagonal_I = hessian_II.diagonal()
     dead_I = diagonal_I == 0
@@ -44,11 +59,10 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     if int(failed_at) != 0:
         column = len(hessian_II) - int(failed_at)  # the reversed matrix was factored from the last column on
         raise _not_positive_definite(name, damping, f"Cholesky failed at column {column}")
-    identity_II = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
-    upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
-    if not torch.isfinite(upper_II).all():
+    root_II = lower_II.flip(0, 1)
+    if not all_finite(root_II.diagonal().reciprocal()):
         raise _not_positive_definite(name, damping, "its inverse overflows")
-    return InverseFactor(upper_II, damping, dead_I)
+    return HessianFactor(root_II, damping, damping * mean, dead_I)
 
 
 def _not_positive_definite(name: str, damping: float, why: str) -> NotPositiveDefinite:

@@ -1,0 +1,60 @@
+"""Which rows of the stack belong to which layer under which rule, and which of their weights are to go."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscal.compressors.column_rule import ColumnRule
+from crosscal.compressors.panel import Pattern
+from crosscal.compressors.problem import LayerProblem
+from crosscal.compressors.selection import lowest
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of the stack that belong to one layer under one rule."""
+
+    problem: LayerProblem
+    rule: ColumnRule
+    rows: slice
+
+
+def segments_of(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule]) -> list[Segment]:
+    """Rule by rule, layer by layer. Raises `UsageError` for settings that do not fit a layer."""
+    segments, first = [], 0
+    for rule, problem in itertools.product(rules, problems):
+        outputs, inputs = problem.weight_OI.shape
+        rule.check(inputs, problem.name)
+        segments.append(Segment(problem, rule, slice(first, first + outputs)))
+        first += outputs
+    return segments
+
+
+def patterns(segments: Sequence[Segment]) -> list[Pattern]:
+    """The rows with n:m masks; neighbours of one pattern are drawn together."""
+    found: list[Pattern] = []
+    for sparsity, same in itertools.groupby(segments, lambda segment: segment.rule.sparsity):
+        if sparsity and sparsity.group:
+            rows = [segment.rows for segment in same]
+            found.append(Pattern(slice(rows[0].start, rows[-1].stop), sparsity.kept or 0, sparsity.group))
+    return found
+
+
+def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_B: Tensor) -> Tensor:
+    """1 where a block's weights go, for the fractional sparsities: every layer's lowest w² / U_jj² (2301.00774,
+    eq. 5), drawn once for the block that begins at `start`."""
+    stop = start + len(work_BR)
+    drop_BR = torch.zeros_like(work_BR)
+    for segment in segments:
+        sparsity = segment.rule.sparsity
+        if sparsity and not sparsity.group:
+            outputs = len(segment.problem.weight_OI)
+            count = sparsity.removed(stop * outputs) - sparsity.removed(start * outputs)
+            score_BO = (work_BR[:, segment.rows] * score_B[:, None]).square_()
+            drop_BR[:, segment.rows] = lowest(score_BO, count)
+    return drop_BR

@@ -1,0 +1,85 @@
+"""Exactly so many of the lowest scores; among equals the earlier. Shapes: R rows, C columns, M members of a group, P
+pairs of them."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLED = 64
+"""Of so many scores one is looked at first, to know about where the threshold lies."""
+WORTH_SAMPLING = 2**14
+"""Scores from which on that is faster than selecting at once."""
+
+
+def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of every row; among equals the earlier."""
+    if count <= 0 or count >= score_RC.shape[1]:
+        return torch.full_like(score_RC, count > 0, dtype=torch.bool)
+    threshold_R1 = _kth_lowest_R1(score_RC, count)
+    chosen_RC = score_RC <= threshold_R1
+    if count_true(chosen_RC) == count * len(score_RC):
+        return chosen_RC  # no row has more than it needs: nothing is tied at its threshold
+    below_RC, tied_RC = score_RC < threshold_R1, score_RC == threshold_R1
+    room_R1 = count - below_RC.sum(1, keepdim=True)
+    return below_RC | (tied_RC & (tied_RC.cumsum(1) <= room_R1))
+
+
+def lowest(score: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
+    return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
+
+
+def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of every column of a few rows; among equals the earlier.
+
+    A score's rank is how many come before it, and b comes before a, for b < a, when s_b <= s_a. Comparing all pairs
+    beats sorting as long as groups are small.
+    """
+    later_P, earlier_P, vote_MP = _pairs(len(score_MR))
+    votes_PR = (score_MR[earlier_P] <= score_MR[later_P]).to(score_MR.dtype)
+    behind_M1 = torch.arange(len(score_MR) - 1, -1, -1, device=score_MR.device)[:, None]  # all later, until they vote
+    return vote_MP.to(score_MR) @ votes_PR + behind_M1 < count
+
+
+def count_true(mask: Tensor) -> int:
+    """How many are True; numpy counts several times as fast as torch on a CPU."""
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
+
+
+@functools.cache
+def _pairs(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs b < a of group members, and by how much `s_b <= s_a` moves the ranks: a up, b down."""
+    later_P, earlier_P = torch.tril_indices(size, size, offset=-1)
+    vote_MP = torch.zeros(size, len(later_P))
+    pairs = torch.arange(len(later_P))
+    vote_MP[later_P, pairs], vote_MP[earlier_P, pairs] = 1.0, -1.0
+    return later_P, earlier_P, vote_MP
+
+
+def _kth_lowest_R1(score_RC: Tensor, k: int) -> Tensor:
+    if not score_RC.is_cpu:
+        return score_RC.kthvalue(k, dim=1, keepdim=True).values
+    score_rc = score_RC.numpy()  # numpy selects more than ten times as fast as torch there
+    if len(score_rc) == 1 and score_rc.size >= WORTH_SAMPLING:
+        return torch.from_numpy(_kth_lowest(score_rc[0], k).reshape(1, 1))
+    return torch.from_numpy(np.partition(score_rc, k - 1, axis=1)[:, k - 1 : k])
+
+
+def _kth_lowest(score_N: np.ndarray, k: int) -> np.ndarray:
+    """The k-th lowest of many: a sorted sample gives two bounds, and only what lies between them is searched.
+
+    A sample of S has about k S / N scores below the threshold, give or take √S / 2; four times that misses once in
+    many thousand draws, and then all scores are searched.
+    """
+    sample_S = np.sort(score_N[::SAMPLED])
+    expected, slack = k * len(sample_S) // len(score_N), 2 * int(len(sample_S) ** 0.5) + 1
+    least, most = sample_S[max(expected - slack, 0)], sample_S[min(expected + slack, len(sample_S) - 1)]
+    below = np.count_nonzero(score_N < least) if expected > slack else 0
+    between_N = score_N[(score_N >= least) & (score_N <= most)] if below else score_N[score_N <= most]
+    if not below < k <= below + len(between_N):
+        return np.partition(score_N, k - 1)[k - 1]
+    return np.partition(between_N, k - below - 1)[k - below - 1]
