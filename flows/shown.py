@@ -67,7 +67,7 @@ def shown(work: Callable[[], dict[str, Any]]) -> Any:
         record = work()
     except CrosscalError as error:
         return Failed(message=str(error), data=error)
-    return Completed(message=record.get("message") or cost_message(record), data=record)
+    return Completed(name=_state_name(record), message=record.get("message") or cost_message(record), data=record)
 
 
 def cost_message(record: dict[str, Any]) -> str:
@@ -76,6 +76,14 @@ def cost_message(record: dict[str, Any]) -> str:
     seconds = sum(record["stages"].values())
     new = f"{read:,} calibration tokens read" if read or cache["misses"] else "nothing new to read"
     return f"{record['variants']} variants in {seconds:.0f} s; {new}"
+
+
+def _state_name(record: dict[str, Any]) -> str:
+    """What the page's badge says of a completed run: what became of a landed domain's model."""
+    if "runs" not in record:
+        return "Completed"
+    outcomes = {run["outcome"] for run in record["runs"]}
+    return "Published" if "published" in outcomes else "Kept" if outcomes else "Nothing new"
 
 
 def _version(home: str | None, domain: str) -> str:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ UPDATE_EVERY_SECONDS = 5.0
 """An update costs some 40 ms: below 1 % of the time."""
 MOST_BYTES = 640 * 1024
 """Of any artifact, whatever its maker promised."""
-MOST_REASONS = 50
+MOST_WORDS = 300
+"""Characters of a description."""
 FAILURES = (httpx.HTTPError, PrefectException, RuntimeError, ValueError, OSError)
 """What Prefect's client raises when its server is gone, slow, or refuses."""
 
@@ -55,11 +56,14 @@ def show_run(run_dir: Path) -> None:
     _make(create_markdown_artifact, key=f"{subject}-files", markdown=files, description=where)
 
 
-def show_decision(domain: str, outcome: str, reasons: Sequence[str]) -> None:
-    """Why a new model was published, or kept and not published: `outcome` in a few words, then reasons in Markdown."""
-    lines = [f"- {reason[:500]}" for reason in reasons[:MOST_REASONS]]
-    page = "\n".join([f"## {domain}: {outcome[:200]}", "", *lines])
-    _make(create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=outcome[:200])
+def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None:
+    """Why a new model was published, or kept and not published; `decided` as in `decision_page`."""
+    if not in_run():
+        return
+    from crosscal.report.exhibits import decision_page
+
+    page, about = decision_page(domain, version, decided), f"{decided['outcome']}: {decided['reason']}"
+    _make(create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=about[:MOST_WORDS])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from crosscal.report import ResultRow
 from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
+from tasks.artifacts import show_decision
 from tasks.options import PLAIN
 from tasks.results import DENSE, examination_of
 from tasks.ticket import Ticket
@@ -58,7 +59,9 @@ def decide_publication(
         outcome = "published" if decision.is_published or already else "kept"
         return {"outcome": outcome, "reason": decision.reason, **facts}
 
-    return again_on_conflict(attempt)
+    decided = again_on_conflict(attempt)
+    show_decision(domain, version, decided)
+    return decided
 
 
 def candidate_of(rule: Publish, run_dir: Path) -> str:

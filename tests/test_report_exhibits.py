@@ -17,6 +17,7 @@ from crosscal.report.exhibits import (
     MOST_ROWS,
     MOST_TABLE_BYTES,
     Table,
+    decision_page,
     files_page,
     picture,
     results_table,
@@ -113,3 +114,22 @@ def test_files_are_named_where_they_are(tmp_path: Path) -> None:
     assert "`'code' | and lines`" in text
     assert f"{31 - MOST_NOTES} more notes" in text
     assert len(text) < 10_000
+
+
+def test_a_decision_is_said_with_its_numbers() -> None:
+    decided = {
+        "outcome": "kept",
+        "reason": "worse: legal 27 against 25 (+8.0%), at most 0.0% is allowed",
+        "variant": "sparsegpt-50-legal-a0.5",
+        "model": "ab12",
+        "run_dir": "runs/x",
+        "perplexity": {"candidate": {"general": 90.0, "legal": 27.0}, "published": {"legal": 25.0}},
+    }
+    text = decision_page("legal", 7, decided)
+    assert text.startswith("## legal v7: kept\n\nworse: legal 27 against 25")
+    assert "| legal | 27 | 25 | +8.0 % |" in text
+    assert "| general | 90 | – | – |" in text
+    first = decision_page(
+        "legal", 1, decided | {"reason": "x" * 9000, "perplexity": {"candidate": {}, "published": None}}
+    )
+    assert len(first) < 2000

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,23 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
     return "\n\n".join(["\n".join(lines), cost, *notes[:MOST_NOTES], *more])
 
 
+def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
+    """Markdown that says why a landed domain's model was published, or kept and not published.
+
+    `decided`: outcome, reason, variant, model (its key in the store), run_dir, and perplexity: candidate and published.
+    """
+    numbers = decided["perplexity"]
+    candidate, published = numbers["candidate"], numbers["published"] or {}
+    head = "| corpus | new | published before | change |\n|---|---|---|---|\n"
+    rows = [_compared(corpus, candidate[corpus], published.get(corpus)) for corpus in list(candidate)[:MOST_COLUMNS]]
+    facts = [f"- variant: {_code(decided['variant'])}", f"- model in the store: {_code(decided['model'])}"]
+    facts.append(f"- run directory: {_code(decided['run_dir'])}")
+    reason = decided["reason"][: 4 * MOST_WORDS]
+    return "\n\n".join(
+        [f"## {domain} v{version}: {decided['outcome']}", reason, head + "\n".join(rows), "\n".join(facts)]
+    )
+
+
 def picture(svg: str) -> str | None:
     """A chart as Markdown, on white so that it reads on dark pages too; None when it is too large."""
     start, end, rest = svg.partition(">")
@@ -107,6 +124,11 @@ def _best_row(best: Best) -> str:
     numbers = (number_text(best.general, "perplexity"), number_text(best.special, "perplexity"))
     change = "–" if best.change is None else f"{100 * best.change:+.1f} %"
     return f"| {best.level} | {best.group.name} | {numbers[0]} | {numbers[1]} | {change} |"
+
+
+def _compared(corpus: str, new: float, before: float | None) -> str:
+    earlier, change = ("–", "–") if before is None else (f"{before:.4g}", f"{100 * (new / before - 1):+.1f} %")
+    return f"| {corpus} | {new:.4g} | {earlier} | {change} |"
 
 
 def _taken_first(groups: Sequence[Group]) -> list[Group]:
