@@ -47,13 +47,13 @@ def show_run(run_dir: Path) -> None:
 
     groups, columns = measured(run_dir)
     table, subject = results_table(groups, columns), subject_of_run()
-    _make(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
+    make_artifact(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
     page = trade_off_page(groups)
     if page:
-        _make(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description="What to take.")
+        make_artifact(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description="What to take.")
     files = files_page(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
     where = "Where the files are, on the machine that carried out the run."
-    _make(create_markdown_artifact, key=f"{subject}-files", markdown=files, description=where)
+    make_artifact(create_markdown_artifact, key=f"{subject}-files", markdown=files, description=where)
 
 
 def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None:
@@ -63,7 +63,9 @@ def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None
     from crosscal.report.exhibits import decision_page
 
     page, about = decision_page(domain, version, decided), f"{decided['outcome']}: {decided['reason']}"
-    _make(create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=about[:MOST_WORDS])
+    make_artifact(
+        create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=about[:MOST_WORDS]
+    )
 
 
 @contextmanager
@@ -115,14 +117,14 @@ class _Bar:
         percent = 100.0 * min(done, total) / total if total else 0.0
         about = f"{what[:100]}: {done:,}" + (f" of {total:,}" if total else "")
         if self._artifact is None:
-            self._artifact = _make(create_progress_artifact, key=self._key, progress=percent, description=about)
+            self._artifact = make_artifact(create_progress_artifact, key=self._key, progress=percent, description=about)
         else:
-            self._artifact = _make(update_progress_artifact, self._artifact, percent, about)
+            self._artifact = make_artifact(update_progress_artifact, self._artifact, percent, about)
         if self._artifact is None:  # the server does not answer: no second wait for it
             self._next = float("inf")
 
 
-def _make(make: Callable[..., UUID], *args: Any, **kwargs: Any) -> UUID | None:
+def make_artifact(make: Callable[..., UUID], *args: Any, **kwargs: Any) -> UUID | None:
     """Make or change an artifact with one try; None when there is no flow run, or it failed."""
     if not in_run():
         return None

@@ -6,16 +6,23 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 from prefect.testing.utilities import prefect_test_harness
 
 from crosscal.errors import CorpusError
-from tasks import corpora, model, results
+from tasks import artifacts, corpora, model, results
+from tasks.artifacts import MOST_BYTES
 from tasks.options import RETRIED
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
 
@@ -67,6 +74,58 @@ def test_a_flow_run_does_what_a_plain_run_does(place: Place) -> None:
     assert stored_results() == results_before, "results are not persisted, so nothing can be pickled"
 
 
+def newest_run() -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
+def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> None:
+    place.run("--out", str(place.folder / "run2"), "--home", str(place.folder / "home2"))
+    run = newest_run()
+    assert set(run.tags) == {"model:model", "sparsegpt"}
+    assert run.state
+    assert run.state.name == "Completed"
+    assert run.state.message
+    assert run.state.message.startswith("2 variants in ")
+    assert run.state.message.endswith("768 calibration tokens read")
+    made = artifacts_of(run)
+    bars = ("progress-ingest", "progress-moments", "progress-blocks", "progress-evaluate")
+    assert made.keys() == {*bars, "plan-results", "plan-trade-off", "plan-files"}
+    for key in bars:
+        assert made[key].data == 100
+    assert [row["variant"] for row in json.loads(str(made["plan-results"].data))] == [
+        *("dense", "sparsegpt-50-general", "sparsegpt-50-legal-a0.5")
+    ]
+    assert str(place.folder / "run2" / "report.html") in str(made["plan-files"].data)
+    assert len(str(made["plan-trade-off"].data)) < MOST_BYTES
+
+
+def artifacts_of(run: FlowRun) -> dict[str, Artifact]:
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC)
+        return {str(artifact.key): artifact for artifact in reversed(found)}
+
+
+def test_an_artifact_that_cannot_be_made_is_a_warning(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    def carry_on() -> str:
+        update = partial(update_progress_artifact, progress=50.0)
+        assert artifacts.make_artifact(update, artifact_id=uuid4()) is None, "there is no such artifact"
+        assert artifacts.make_artifact(create_markdown_artifact, key="large", markdown="x" * MOST_BYTES) is None
+        return "went on"
+
+    with caplog.at_level("WARNING", "crosscal"):
+        assert flow(carry_on, name="carry on")() == "went on"
+    assert [record.levelname for record in caplog.records if record.name == "crosscal"] == ["WARNING"] * 2
+
+
+def test_outside_a_flow_run_nothing_is_shown(tmp_path: Path) -> None:
+    artifacts.show_run(tmp_path / "nowhere")
+    artifacts.show_decision("legal", 1, {})
+    with artifacts.progress_shown("blocks") as report:
+        report("solving blocks", 1, 2)
+
+
 def stored_results() -> list[str]:
     folder = PREFECT_LOCAL_STORAGE_PATH.value()
     return sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -78,6 +137,10 @@ def test_an_error_is_one_message_with_its_exit_code(place: Place, capfd: pytest.
     assert done.code == 2
     assert "group_size must divide" in done.err.splitlines()[-1]
     assert "Traceback" not in done.err + "".join(capfd.readouterr())
+    state = newest_run().state
+    assert state
+    assert state.is_failed()
+    assert f"crosscal: {state.message}" == done.err.splitlines()[-1], "the page says what the terminal says"
 
 
 def test_only_what_a_network_may_mend_is_tried_again() -> None:
