@@ -13,19 +13,21 @@ from flows.health import probe
 from flows.recompress import recompress
 
 
-def drive(plan: Path, overrides: list[str], home: str, out: str | None) -> dict[str, Any]:
-    """Carry out a plan: as a Prefect flow run when `PREFECT_API_URL` names a server, directly otherwise.
+def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None) -> dict[str, Any]:
+    """Carry out a plan, for a landed domain if one is named.
 
+    That is a Prefect flow run when `PREFECT_API_URL` names a server, and done directly otherwise:
     Prefect's own serverless mode starts a temporary server in every process (7 to 10 seconds) that nobody looks at.
     Only a plan for a Dask cluster needs it, because workers tell a server how their tasks go.
     """
+    asked = load_plan(plan, tuple(overrides), domain)  # a slip of the pen is no failed attempt in the ledger
     if not os.environ.get("PREFECT_API_URL"):
-        if not needs_server(load_plan(plan, tuple(overrides)).execution):
-            return recompress.fn(str(plan), overrides, home, out)
+        if not needs_server(asked.execution):
+            return recompress.fn(str(plan), overrides, home, out, domain)
         with temporary_server():
-            return recompress(str(plan), overrides, home, out)
+            return recompress(str(plan), overrides, home, out, domain)
     probe(os.environ["PREFECT_API_URL"])
-    return recompress(str(plan), overrides, home, out)
+    return recompress(str(plan), overrides, home, out, domain)
 
 
 def summary(record: dict[str, Any]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from prefect import task
 from crosscal.calibration import tokenizer_digest
 from crosscal.errors import MissingArtifact, PlanError
 from crosscal.landing.records import again_on_conflict, now
-from crosscal.plan import Publish
+from crosscal.plan import BEST, Publish
 from crosscal.publication import Decision, Pointer, Published, Rule, decide, model_folder, publish_model
 from crosscal.report import ResultRow
 from crosscal.report.rows import read_rows
@@ -23,8 +23,6 @@ from tasks.artifacts import show_decision
 from tasks.options import PLAIN
 from tasks.results import DENSE, examination_of
 from tasks.ticket import Ticket
-
-BEST = "best"
 
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)
@@ -65,14 +63,15 @@ def decide_publication(
 
 
 def candidate_of(rule: Publish, run_dir: Path) -> str:
-    """The variant a plan names, or the best on its domain. Raises `PlanError` when the run has no such variant."""
+    """The variant a plan names, or the one of lowest perplexity on its domain."""
+    if rule.variant != BEST:
+        return rule.variant
     rows = read_rows(run_dir / "results.jsonl", ResultRow)
     measured = [row for row in rows if (row.metric, row.corpus_or_task) == ("perplexity", rule.domain)]
     found = {row.variant: math.inf if row.value is None else row.value for row in measured if row.variant != DENSE}
-    if not found or rule.variant not in (BEST, *found):
-        known = ", ".join(found) or "none"
-        raise PlanError("there is no such variant", where="publish.variant", got=rule.variant, do=f"Variants: {known}.")
-    return min(found, key=lambda name: found[name]) if rule.variant == BEST else rule.variant
+    if not found:
+        raise PlanError("there is no model to publish", where="compress", do="Add an entry to `compress`.")
+    return min(found, key=lambda name: found[name])
 
 
 def _decide(

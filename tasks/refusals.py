@@ -8,12 +8,14 @@ from typing import Any
 from crosscal.calibration.tokens import end_token
 from crosscal.compressors import Sparsity
 from crosscal.compressors.grid import check_grid
-from crosscal.errors import CrosscalError, UsageError
+from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.source import ModelSource
-from crosscal.plan import CompressionPlan
+from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
 from crosscal.variants import Variant, variants
+
+MOST_NAMED = 12
 
 
 def check_request(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> None:
@@ -28,7 +30,12 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
         end_token(source.tokenizer())
     except CrosscalError as error:
         yield error
-    yield from misfits(variants(plan), shapes)
+    asked = variants(plan)
+    yield from misfits(asked, shapes)
+    names = [variant.name for variant in asked]
+    if plan.publish is not None and plan.publish.variant not in (BEST, *names):
+        known = f"Variants: {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
+        yield PlanError("there is no such variant", where="publish.variant", got=plan.publish.variant, do=known)
     try:
         QuestionSuite.load(plan.evaluate.tasks, limit=plan.evaluate.limit)
     except CrosscalError as error:

@@ -26,7 +26,10 @@ HEAVY = (
     "numpy",
     "yaml",
 )
-COMMANDS = ("run", "ingest", "evaluate", "report", "store list", "store verify", "store gc", "plan show", "plan check")
+COMMANDS = (
+    *("run", "ingest", "evaluate", "report", "ledger", "publish", "deploy"),
+    *("store list", "store verify", "store gc", "plan show", "plan check"),
+)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, plans, runs, stores
+from crosscal.cli import deploying, plans, publishing, runs, stores
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -19,7 +19,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (runs.run, runs.ingest, runs.evaluate, runs.report, deploying.deploy):
+for command in (
+    runs.run,
+    runs.ingest,
+    runs.evaluate,
+    runs.report,
+    publishing.ledger,
+    publishing.publish,
+    deploying.deploy,
+):
     app.command()(command)
 app.add_typer(stores.app, name="store")
 app.add_typer(plans.app, name="plan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,15 +21,19 @@ def run(
     plan: Annotated[Path | None, typer.Argument(help="The plan; left out, the embedded demo.")] = None,
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<model>-<digest>.")] = None,
+    domain: Annotated[str | None, typer.Option(help="A landed domain that the plan's $domain stands for.")] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Carry out a plan: ingest, sample, read the model, solve, evaluate, report. Run again to resume."""
+    """Carry out a plan: ingest, sample, read the model, solve, evaluate, report. Run again to resume.
+
+    With --domain the ledger says whether there is anything to do, and the best model is published as the plan says.
+    """
     plan = plan or _demo_plan()
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
     from flows.drive import drive
 
-    record = drive(plan, overrides or [], home, str(out) if out else None)
+    record = drive(plan, overrides or [], home, str(out) if out else None, domain)
     if as_json:
         print(json.dumps(record))
     else:
@@ -36,8 +41,11 @@ def run(
 
 
 def ingest(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders, globs or hub dataset ids.")],
-    corpus: Annotated[str, typer.Option(help="Name of the corpus to add to.")],
+    paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs or hub dataset ids.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Name of the corpus to add to.")] = None,
+    landing: Annotated[str | None, typer.Option(help="Instead: take in what landed in <landing>/<domain>/.")] = None,
+    settle: Annotated[float, typer.Option(help="Seconds without a change after which a landed file is whole.")] = 10.0,
+    announce: Annotated[bool, typer.Option("--announce", help="Have it recompressed: ledger, then an event.")] = False,
     text: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     split: Annotated[str | None, typer.Option(help="Put all documents into this split.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
@@ -45,13 +53,45 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Add documents to a corpus in the store; what is already there is not added again."""
+    if landing is not None and (paths or corpus):
+        raise UsageError("--landing takes neither paths nor --corpus: the folders name the domains", got=landing)
+    if landing is not None:
+        _take_in(landing, settle, announce, home, as_json)
+    elif paths and corpus:
+        _ingest(paths, corpus, announce, text, split, revision, home, as_json)
+    else:
+        raise UsageError("nothing to ingest", do="Give PATH… and --corpus NAME, or --landing DIR.")
+
+
+def _take_in(landing: str, settle: float, announce: bool, home: str, as_json: bool) -> None:
+    from crosscal.landing import take_in
+    from crosscal.store import Store
+
+    rows = [asdict(one) for one in take_in(Store(home), landing, settle)]
+    print_rows([{name: value for name, value in row.items() if value not in (None, 0)} for row in rows], as_json)
+    if announce:
+        _announce(home, None)
+
+
+def _ingest(
+    paths: list[str],
+    corpus: str,
+    announce: bool,
+    text: str,
+    split: str | None,
+    revision: str | None,
+    home: str,
+    as_json: bool,
+) -> None:
     from crosscal.corpora import ingest as ingest_documents
+    from crosscal.landing.by_hand import record_ingest
     from crosscal.progress import reporting
     from crosscal.store import Store
 
+    store = Store(home)
     with reporting() as report:
         done = ingest_documents(
-            Store(home),
+            store,
             corpus,
             paths,
             text=text,
@@ -67,7 +107,20 @@ def ingest(
         "duplicates": done.duplicates,
         "rejected": dict(done.rejected),
     }
+    if announce:
+        record_ingest(store, paths, done)
+        summary["announced"] = _announce(home, [corpus])
     print_value(summary, as_json)
+
+
+def _announce(home: str, domains: list[str] | None) -> dict[str, bool]:
+    """These domains, or whatever is pending → whether the event was sent.
+
+    Where it was not, the log says why, and the next watch makes up for it.
+    """
+    from flows.waking import announce_pending
+
+    return announce_pending(home, domains)
 
 
 def evaluate(
@@ -107,10 +160,14 @@ def _demo_plan() -> Path:
 
 
 def _show_run(record: dict[str, Any]) -> None:
+    """A run, or every turn of a domain's and what came of it."""
     from rich.console import Console
 
     from flows.drive import summary
 
     console = Console(soft_wrap=True)
-    for line in summary(record):
-        console.print(line, markup=False, highlight=False)
+    for one in [run["record"] for run in record["runs"]] if "runs" in record else [record]:
+        for line in summary(one):
+            console.print(line, markup=False, highlight=False)
+    if "message" in record:
+        console.print(record["message"], markup=False, highlight=False)

@@ -7,6 +7,7 @@ relative to the plan file. `$domain` stands for a domain that is named when the 
 from crosscal.plan.domain import WORD
 from crosscal.plan.files import dump_plan, load_plan, parse_plan
 from crosscal.plan.sections import (
+    BEST,
     Calibration,
     Compress,
     CompressionPlan,
@@ -19,6 +20,7 @@ from crosscal.plan.sections import (
 )
 
 __all__ = [
+    "BEST",
     "WORD",
     "Calibration",
     "Compress",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+BEST = "best"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -143,7 +144,7 @@ class Publish(_Section):
 
     domain: Name
     """The corpus on whose test split both are compared."""
-    variant: str = "best"
+    variant: str = BEST
     """The candidate, by name; `best` has the lowest perplexity on the domain."""
     tolerance: float = Field(0.0, ge=0)
     """How much worse on the domain the new model may be, as a fraction of perplexity."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscal.errors import ModelError, UsageError
 from crosscal.store import Store, digest_file, digest_of
+from crosscal.store.local_home import LocalHome
 
 MODELS = "models"
 UNFINISHED = ".partial"
@@ -42,6 +43,12 @@ def model_folder(store: Store, key: str, aside: Path) -> Path:
         if not (aside / name).exists():
             _linked(path, aside / name)
     return aside
+
+
+def local_folder(store: Store, key: str) -> Path | None:
+    """Where a model lies on this machine; None for a remote store. Nothing is checked or fetched."""
+    store.get(MODELS, key)
+    return store.home.root / "objects" / MODELS / key if isinstance(store.home, LocalHome) else None
 
 
 def copy_model(store: Store, key: str, to: Path) -> Path:

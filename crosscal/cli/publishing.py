@@ -1,0 +1,88 @@
+"""What landed and what came of it: the ledger, and the published model of a domain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.printing import print_rows
+from crosscal.errors import UsageError
+
+
+def ledger(
+    domain: Annotated[str | None, typer.Argument(help="One domain with its files and runs; left out, all.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Show what landed, what waits, what was tried and what came of it."""
+    from crosscal.landing import Ledger
+    from crosscal.landing.status import overview, whole_way
+    from crosscal.store import Store
+
+    found = Ledger(Store(home))
+    if domain is None:
+        refused = found.refusals()
+        if as_json:
+            print(json.dumps({"domains": overview(found), "refused": refused}))
+            return
+        print_rows(overview(found), as_json=False)
+        for each in refused:
+            print(f"refused: {each['domain']}/{each['name']}: {each['reason']}")
+        return
+    if domain not in found.domains():
+        known = ", ".join(found.domains()) or "none yet"
+        raise UsageError("nothing of this domain has landed", where=home, got=domain, do=f"Domains: {known}.")
+    way = whole_way(found, domain)
+    print(json.dumps(way)) if as_json else _show(way)
+
+
+def publish(
+    domain: Annotated[str, typer.Argument(help="The domain whose published model is meant.")],
+    rollback: Annotated[bool, typer.Option("--rollback", help="Publish the model before this one again.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Copy the published model into this new folder.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Show the published model of a domain and its history, take it out, or go back to the one before."""
+    from crosscal.landing.records import now
+    from crosscal.publication import Published
+    from crosscal.publication.models import copy_model, local_folder
+    from crosscal.store import Store
+
+    store = Store(home)
+    published = Published(store)
+    current = published.roll_back(domain, now()) if rollback else published.current(domain)
+    if current is None:
+        known = ", ".join(published.domains()) or "none yet"
+        raise UsageError("nothing is published for this domain", where=home, got=domain, do=f"Published: {known}.")
+    path = copy_model(store, current.model, to) if to else local_folder(store, current.model)
+    history = [{"move": move.number, **move.facts} for move in published.history(domain)]
+    if as_json:
+        shown = {"domain": domain, "move": current.number, **current.facts}
+        print(json.dumps({**shown, "path": None if path is None else str(path.absolute()), "history": history}))
+        return
+    for move in history:
+        print(_move(move, is_current=move["move"] == current.number))
+    print(f"model: {path or 'in a remote store; --to DIR copies it out'}")
+
+
+def _move(move: dict[str, Any], is_current: bool) -> str:
+    origin = f"back to move {move['restored']}" if "restored" in move else move.get("reason", "")
+    mark = "*" if is_current else " "
+    return f"{mark} {move['move']}  {move['at']}  v{move['corpus_version']}  {move['variant']}  {origin}"
+
+
+def _show(way: dict[str, Any]) -> None:
+    print(f"{way['domain']} v{way['version']}: {way['state']}")
+    for file in way["files"]:
+        print(f"  {', '.join(file['names'])}: {' → '.join(line['state'] for line in file['states'])}")
+    for run in way["runs"]:
+        last = run["states"][-1]
+        reason = f": {last['reason']}" if "reason" in last else ""
+        print(f"  run {run['number']} of v{run['version']} ({run['run_id']}): {last['state']} {last['at']}{reason}")
+    for each in way["refused"]:
+        print(f"  refused: {each['name']}: {each['reason']}")

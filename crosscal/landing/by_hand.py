@@ -1,0 +1,27 @@
+"""Documents that somebody ingests by hand and announces: in the ledger they are like those that landed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crosscal.corpora import IngestReport
+from crosscal.corpora.sources import HubDataset, resolve
+from crosscal.landing.items import LandedFile
+from crosscal.landing.ledger import Ledger
+from crosscal.landing.records import state
+from crosscal.store import Store, digest_file, digest_of
+
+
+def record_ingest(store: Store, sources: Sequence[str], report: IngestReport) -> None:
+    """Note the sources of an ingest, and ask for a recompression, again if earlier ones failed."""
+    ledger, domain, version = Ledger(store), report.corpus.name, report.corpus.version
+    for source in resolve(sources):
+        if isinstance(source, HubDataset):
+            file, sha256 = LandedFile(domain, source.name, 0, None), digest_of([source.name, source.config])
+        else:
+            found = source.path.stat()
+            file = LandedFile(domain, source.path.name, found.st_size, found.st_mtime)
+            sha256 = digest_file(source.path)
+        ledger.record(file, sha256, state("landed"))
+        ledger.record(file, sha256, state("ingested", version=version))
+    ledger.request(domain, version, again=True)

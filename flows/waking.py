@@ -1,0 +1,16 @@
+"""Waking the service from the command line, where something was ingested by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from crosscal.landing import Ledger
+from crosscal.store import Store
+from tasks.announce import announce
+
+
+def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:
+    """Announce the domains (left out, all) that wait for a run: domain → whether the event was sent."""
+    ledger = Ledger(Store(home))
+    pending = {domain: ledger.pending(domain) for domain in (ledger.domains() if domains is None else domains)}
+    return {domain: announce(domain, version) for domain, version in pending.items() if version is not None}

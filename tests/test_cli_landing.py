@@ -1,0 +1,134 @@
+"""From the command line: documents land, a run is asked for and done, the model stands published, and goes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers.tiny_place import Outcome, Place, crosscal, make_place, write_documents
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A place whose domain `legal` is to land: the plan names it by $domain."""
+    place = make_place(tmp_path)
+    place.write_plan(
+        corpora={"general": "general", "$domain": {}},
+        compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain", "alpha": [0, 0.5]}],
+        publish={"domain": "$domain", "tolerance": 0.5},
+    )
+    return place
+
+
+def said(place: Place, *arguments: str) -> Any:
+    done = asked(place, *arguments)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def asked(place: Place, *arguments: str) -> Outcome:
+    return crosscal(*arguments, "--home", str(place.home), "--json")
+
+
+def run_domain(place: Place) -> dict[str, Any]:
+    return said(place, "run", str(place.plan), "--domain", "legal", "--out", str(place.folder / "runs"))
+
+
+def test_from_landing_to_published_and_back(place: Place) -> None:
+    landing = place.folder / "landing"
+    (landing / "legal").mkdir(parents=True)
+    (landing / "Legal Texts").mkdir()
+    for split in ("train", "validation", "test"):
+        (place.folder / "legal" / f"{split}.jsonl").rename(landing / "legal" / f"{split}.jsonl")
+    rows = said(place, "ingest", "--landing", str(landing), "--settle", "0", "--announce")
+    assert sorted(row["state"] for row in rows) == ["ingested", "ingested", "ingested", "refused"]
+    found = said(place, "ledger")
+    assert [(row["domain"], row["version"], row["state"]) for row in found["domains"]] == [("legal", 3, "waiting")]
+    assert [each["name"] for each in found["refused"]] == ["Legal Texts"]
+
+    first = run_domain(place)
+    assert first["message"].startswith("legal v3: ")
+    assert "published: the first model of this domain" in first["message"]
+    assert run_domain(place)["message"] == "nothing is pending for legal: v3 is published"
+
+    write_documents(place.folder / "more.jsonl", seed="more", count=20)
+    added = said(place, "ingest", str(place.folder / "more.jsonl"), "--corpus", "legal", "--announce")
+    assert (added["version"], added["announced"]) == (4, {"legal": False})
+    second = run_domain(place)["runs"][0]
+    assert second["outcome"] == "published"
+    assert second["record"]["calibration_tokens_read"] < second["record"]["calibration_tokens"] / 2
+
+    shown = said(place, "publish", "legal")
+    assert (shown["move"], shown["corpus_version"], shown["model"]) == (2, 4, second["model"])
+    assert shown["perplexity"]["published"] is not None
+    back = said(place, "publish", "legal", "--rollback", "--to", str(place.folder / "out"))
+    assert back["model"] == first["runs"][0]["model"]
+    assert [move["corpus_version"] for move in back["history"]] == [3, 4, 3]
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(path) for path in (said(place, "publish", "legal")["path"], back["path"])
+    )
+    assert all(torch.equal(one.state_dict()[name], value) for name, value in other.state_dict().items())
+
+    way = said(place, "ledger", "legal")
+    assert [run["states"][-1]["state"] for run in way["runs"]] == ["published", "published"]
+    steps = ["landed", "ingested", "claimed", "recompressed", "evaluated", "published"]
+    assert [[line["state"] for line in file["states"]] for file in way["files"]] == [steps] * 4
+    for command in (("ledger",), ("ledger", "legal"), ("publish", "legal")):
+        assert crosscal(*command, "--home", str(place.home)).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("publish", "legal"), "nothing is published for this domain"),
+        (("publish", "legal", "--rollback"), "nothing is published for this domain"),
+        (("publish", "../legal"), "not a valid name"),
+        (("ledger", "legal"), "nothing of this domain has landed"),
+        (("ingest",), "nothing to ingest"),
+        (("ingest", "x.jsonl"), "nothing to ingest"),
+        (("ingest", "--landing", "nowhere"), "the landing place is no folder"),
+        (("ingest", "x.jsonl", "--landing", "nowhere"), "takes neither paths nor --corpus"),
+    ],
+)
+def test_mistakes_are_one_message(place: Place, arguments: tuple[str, ...], message: str) -> None:
+    done = asked(place, *arguments)
+    assert done.code in (1, 2)
+    assert message in done.err.splitlines()[-1]
+
+
+def test_a_mistake_in_the_plan_is_no_attempt(place: Place) -> None:
+    said(place, "ingest", str(place.folder / "legal"), "--corpus", "legal", "--announce")
+    done = asked(place, "run", str(place.plan), "--domain", "legal", "--set", "publish.variant=7")
+    assert done.code == 2
+    assert said(place, "ledger", "legal")["runs"] == []
+
+
+def test_asking_again_starts_the_attempts_anew(place: Place) -> None:
+    ingest = ("ingest", str(place.folder / "legal"), "--corpus", "legal", "--announce")
+    said(place, *ingest)
+    run = ("run", str(place.plan), "--domain", "legal", "--set", "publish.variant=nonsense")
+    for _ in range(3):
+        done = asked(place, *run)
+        assert (done.code, "there is no such variant" in done.err) == (2, True)
+    assert "was given up" in run_domain(place)["message"]
+    assert said(place, "ledger")["domains"][0]["state"] == "given up"
+    said(place, *ingest)
+    assert said(place, "ledger")["domains"][0]["state"] == "waiting"
+    assert run_domain(place)["runs"][0]["outcome"] == "published"
+
+
+def test_a_file_still_being_written_waits(place: Place) -> None:
+    file = place.folder / "landing" / "legal" / "a.jsonl"
+    file.parent.mkdir(parents=True)
+    write_documents(file, seed="a", count=5)
+    landing = ("ingest", "--landing", str(place.folder / "landing"))
+    assert said(place, *landing) == []
+    os.utime(file, (time.time() - 11, time.time() - 11))
+    assert said(place, *landing)[0]["added_documents"] == 5
