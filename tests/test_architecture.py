@@ -23,7 +23,8 @@ ROOMS = {
     # room: (rooms it may import, packages it may import besides the standard library)
     "errors": (set(), set()),
     "statistics": ({"errors"}, {"torch"}),
-    "compressors": ({"errors", "statistics"}, {"torch", "numpy"}),  # numpy selects faster than torch on a CPU
+    # numpy selects faster than torch on a CPU; Triton comes with torch where there is a GPU
+    "compressors": ({"errors", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),
     "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),

@@ -2,14 +2,17 @@
 
     q = rule(w_j),  e_j = (w_j - q) R_jj,  W[:, k] -= e_j U[j, k] for k > j           U = R⁻¹ of the panel
 
-One column is a handful of vector operations over all rows.
+One column is a handful of vector operations over all rows; on a GPU the panel is one kernel, which walks the columns
+inside (`triton_panel`). Both take the same decisions by the same arithmetic.
 
 Shapes: C columns of the panel, R stacked rows, M columns of an n:m group, P pairs of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +70,24 @@ class FixedPanel:
 
 
 def fix_panel(panel: Panel) -> FixedPanel:
+    """Fix every column of a panel, by the fastest way its device and dtype have."""
+    return _fastest(panel.weight_CR.device.type, panel.weight_CR.dtype)(panel)
+
+
+@functools.cache
+def _fastest(device: str, dtype: torch.dtype) -> Callable[[Panel], FixedPanel]:
+    if device == "cuda" and dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from crosscal.compressors.triton_panel import fix_panel_triton
+
+        return fix_panel_triton
+    return fix_panel_torch
+
+
+def fix_panel_torch(panel: Panel) -> FixedPanel:
     """One column at a time, in plain torch."""
     weight_CR = panel.weight_CR.clone()
     drop_CR = None if panel.drop_CR is None else panel.drop_CR.clone()
-    error_CR = torch.empty_like(weight_CR)
+    error_CR = torch.zeros_like(weight_CR)
     ints_CR = None if panel.rounding is None else torch.empty_like(weight_CR)
     for j, (column_R, error_R) in enumerate(zip(weight_CR.unbind(), error_CR.unbind(), strict=True)):
         if drop_CR is not None:

@@ -1,0 +1,107 @@
+"""The GPU's kernel against its twin in plain torch: on a GPU compiled, elsewhere through Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from crosscal.compressors import GPTQ, LayerProblem, SparseGPT, SparseGPTQ, Sparsity, solve_many
+from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
+from tests.helpers.problems import layer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Kernel = Callable[[Panel], FixedPanel]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined, and when it runs
+        pytest.importorskip("triton")
+        yield importlib.import_module("crosscal.compressors.triton_panel").fix_panel_triton
+
+
+def panel(columns: int, rows: int, **settings: Any) -> Panel:
+    generator = torch.Generator().manual_seed(columns * rows)
+    weight_CR = torch.randn(columns, rows + 3, generator=generator)[:, :rows]
+    weight_CR[:, 1] = weight_CR[:, 0].abs().round()  # ties
+    root_CC = torch.randn(columns, columns, generator=generator).triu(1) * 0.2 + torch.diag(
+        0.5 + torch.rand(columns, generator=generator)
+    )
+    upper_CC = torch.linalg.inv(root_CC).contiguous()
+    score_C = root_CC.diagonal().clone()
+    score_C[columns // 2] = 0.0
+    asked = Panel(weight_CR, upper_CC, root_CC.diagonal(), score_C, **settings)
+    return moved(asked)
+
+
+def moved(value: Any) -> Any:
+    """A dataclass with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE)
+    if isinstance(value, Panel | Rounding):
+        return type(value)(**{name: moved(part) for name, part in vars(value).items()})
+    return value
+
+
+def drops(columns: int, rows: int) -> torch.Tensor:
+    return (torch.rand(columns, rows, generator=torch.Generator().manual_seed(3)) < 0.4).float()
+
+
+def rounding(columns: int, rows: int, stored_dtype: torch.dtype | None) -> Rounding:
+    scale_CR = 0.1 + torch.rand(columns, rows, generator=torch.Generator().manual_seed(4))
+    bits_R = torch.tensor([2.0, 4.0, 8.0])[torch.arange(rows) % 3]
+    return Rounding(scale_CR, bits_R, stored_dtype)
+
+
+PATTERNS = [Pattern(slice(10, 40), 2, 4), Pattern(slice(40, 75), 1, 8)]
+CASES = {
+    "fraction": (32, 150, {"drop_CR": drops(32, 150)}),
+    "narrow": (7, 70, {"drop_CR": drops(7, 70)}),
+    "patterns beside fractions": (32, 90, {"drop_CR": drops(32, 90), "patterns": PATTERNS}),
+    "patterns in a narrow panel": (24, 75, {"drop_CR": drops(24, 75), "patterns": PATTERNS}),
+    "grid": (32, 90, {"rounding": rounding(32, 90, None)}),
+    "grid stored as bfloat16": (32, 66, {"rounding": rounding(32, 66, torch.bfloat16)}),
+    "grid stored as float16": (16, 66, {"rounding": rounding(16, 66, torch.float16)}),
+    "both": (
+        32,
+        90,
+        {"drop_CR": drops(32, 90), "patterns": PATTERNS, "rounding": rounding(32, 90, torch.bfloat16)},
+    ),
+    "neither": (32, 20, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_is_its_twin(kernel: Kernel, case: str) -> None:
+    columns, rows, settings = CASES[case]
+    asked = panel(columns, rows, **settings)
+    before_CR = asked.weight_CR.clone()
+    expected, found = fix_panel_torch(asked), kernel(asked)
+    assert torch.equal(asked.weight_CR, before_CR)
+    assert torch.equal(found.weight_CR == 0, expected.weight_CR == 0)
+    torch.testing.assert_close(found.weight_CR, expected.weight_CR, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.error_CR, expected.error_CR, rtol=1e-5, atol=1e-5)
+    if expected.ints_CR is None:
+        assert found.ints_CR is None
+    else:
+        assert found.ints_CR is not None
+        assert torch.equal(found.ints_CR, expected.ints_CR)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+def test_a_gpu_solves_as_a_cpu_does() -> None:
+    settings = [*(SparseGPT(Sparsity.parse(s)) for s in (0.3, 0.5, "2:4", "4:8")), GPTQ(4, 32)]
+    settings.append(SparseGPTQ(Sparsity.parse(0.5), 4, 32))
+    own = layer(96, 288, dtype=torch.float32)
+    there = LayerProblem(own.name, own.weight_OI.cuda(), own.hessian_II.cuda())
+    for (cpu,), (gpu,) in zip(solve_many([own], settings), solve_many([there], settings), strict=True):
+        assert gpu.weight_OI.is_cuda
+        assert ((gpu.weight_OI.cpu() == 0) == (cpu.weight_OI == 0)).double().mean() > 0.99
+        assert gpu.loss == pytest.approx(cpu.loss, rel=1e-2)
