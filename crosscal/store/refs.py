@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from typing import Any
 
 from crosscal.errors import CorruptArtifact, StoreConflict, StoreError
@@ -49,7 +50,9 @@ class Refs:
     def append(self, name: str, expected_version: int, value: dict[str, Any]) -> int:
         """Write the next version; `StoreConflict` when somebody else wrote it since `expected_version` was read."""
         version = expected_version + 1
-        content = json.dumps({"value": value, "digest": digest_of(value)}, indent=1, sort_keys=True).encode()
+        # Two writers of one value are told apart: only one of them wrote this version.
+        record = {"value": value, "digest": digest_of(value), "writer": secrets.token_hex(8)}
+        content = json.dumps(record, indent=1, sort_keys=True).encode()
         newest = max(self.versions(name), default=0)
         if newest != expected_version or not self.home.create(f"{_folder(name)}/{version:08d}.json", content):
             raise StoreConflict("another process changed it meanwhile", where=name, do="Read it again and retry.")

@@ -26,14 +26,20 @@ from crosscal.store.keys import digest_file
 
 R = TypeVar("R")
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_CARRIERS = ("aiohttp", "aiobotocore", "botocore", "urllib3")
+"""Libraries under some file systems, whose errors of transport are no OSErrors."""
 
 
 class ShortRead(OSError):
     """Fewer bytes came than the object has."""
 
 
+def _is_of_transport(error: BaseException) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CARRIERS
+
+
 _retried = retry(
-    retry=retry_if_exception(lambda error: isinstance(error, OSError) and not isinstance(error, _ANSWERS)),
+    retry=retry_if_exception(lambda error: _is_of_transport(error) and not isinstance(error, _ANSWERS)),
     stop=stop_after_attempt(5),
     wait=wait_exponential(multiplier=0.2, max=5),
     reraise=True,
@@ -60,14 +66,23 @@ class RemoteHome:
             return False
         files = json.loads((staged / MANIFEST).read_bytes())["files"]
         for name, file in files.items():
-            self._do(self.fs.put_file, str(staged / name), self._file(place, name, file["sha256"]))
-        self._do(self.fs.pipe_file, self._at(f"{place}/{MANIFEST}"), (staged / MANIFEST).read_bytes())
+            self._write(self.fs.put_file, str(staged / name), self._file(place, name, file["sha256"]))
+        self._write(self.fs.pipe_file, self._at(f"{place}/{MANIFEST}"), (staged / MANIFEST).read_bytes())
         return True
 
     def create(self, place: str, content: bytes) -> bool:
-        """Atomic where the backend has conditional writes, as S3 has."""
-        with contextlib.suppress(FileExistsError):  # made by another, or by a try of ours whose answer was lost
-            self._do(self.fs.pipe_file, self._at(place), content, mode="create")
+        """Atomic where the backend has conditional writes, as S3 has (If-None-Match).
+
+        A refusal may mean another's record, or one of ours whose answer was lost: contents tell them apart, so no two
+        writers may write the same.
+        """
+        try:
+            self._write(self.fs.pipe_file, self._at(place), content, mode="create")
+        except FileExistsError:
+            pass
+        except StoreError:  # some servers refuse without saying which condition it was
+            if self.read(place) is None:
+                raise
         return self.read(place) == content
 
     def read(self, place: str) -> bytes | None:
@@ -120,7 +135,8 @@ class RemoteHome:
 
     def remove(self, place: str) -> None:
         for name in sorted(self.names(place), key=lambda name: name != MANIFEST):
-            self._do(self.fs.rm_file, self._at(f"{place}/{name}"))
+            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+                self._do(self.fs.rm_file, self._at(f"{place}/{name}"))
 
     def use(self, place: str) -> None:
         """Object stores keep no time of last use."""
@@ -162,6 +178,14 @@ class RemoteHome:
         if stored_bytes not in (None, got_bytes):
             raise ShortRead(f"{path}: {got_bytes} bytes of {stored_bytes}")
 
+    def _write(self, move: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        try:
+            return self._do(move, *args, **kwargs)
+        except FileNotFoundError as error:
+            raise StoreError(
+                "the store cannot be written", where=self.url, got=str(error), do="Does the bucket exist?"
+            ) from error
+
     def _do(self, move: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """One move on the file system, retried while it fails for a reason that may pass."""
         self.fs.invalidate_cache()
@@ -169,7 +193,9 @@ class RemoteHome:
             return _retried(functools.partial(move, *args, **kwargs))()
         except (FileNotFoundError, FileExistsError):
             raise
-        except OSError as error:
+        except Exception as error:
+            if not _is_of_transport(error):
+                raise
             raise StoreError(
                 "the store does not answer", where=self.url, got=str(error), do="Check network, address and rights."
             ) from error
