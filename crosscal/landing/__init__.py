@@ -1,9 +1,9 @@
 """From a landing place to the store: which files are complete, what became of each, which domain waits for a run."""
 
+from crosscal.landing.intake import Landed, take_in
 from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.ledger import Entry, Ledger
 from crosscal.landing.place import complete_files
 from crosscal.landing.runs import Run
-from crosscal.landing.take_in import Landed, take_in
 
 __all__ = ["Entry", "Landed", "LandedFile", "Ledger", "Refusal", "Run", "complete_files", "take_in"]
