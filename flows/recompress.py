@@ -13,9 +13,16 @@ from flows.landed import recompress_domain
 from flows.pipeline import carry_out
 from flows.quiet import quiet_libraries
 from flows.shown import run_name, shown, tag_run
+from flows.stuck_runs import note_process
 
 
-@flow(name="recompress", flow_run_name=run_name, persist_result=False, result_serializer="json")
+@flow(
+    name="recompress",
+    flow_run_name=run_name,
+    on_running=[note_process],
+    persist_result=False,
+    result_serializer="json",
+)
 def recompress(
     plan_path: str,
     overrides: list[str] | None = None,

@@ -9,16 +9,15 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from typing import Any
-from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 
-from crosscal.landing import Ledger, Run, take_in
+from crosscal.landing import Ledger, take_in
 from crosscal.store import Store
+from flows.holders import has_ended
 from flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from tasks.announce import announce
 
@@ -45,28 +44,17 @@ def watch(landing: str, home: str, settle_seconds: float = 10.0, stuck_minutes: 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:
     """Pending domains that no live run works on, and their versions."""
     pending = {domain: version for domain in ledger.domains() if (version := ledger.pending(domain)) is not None}
+    if not pending:
+        return {}
     with get_client(sync_client=True) as client:
-        busy = _busy_domains(client) if pending else set()
-        return {
-            domain: version
-            for domain, version in pending.items()
-            if domain not in busy and ledger.holder(domain, lambda run: _has_ended(client, run)) is None
-        }
+        busy = _busy_domains(client)
+    return {d: v for d, v in pending.items() if d not in busy and ledger.holder(d, has_ended) is None}
 
 
 def _busy_domains(client: SyncPrefectClient) -> set[str]:
     """Domains that a flow run of now or soon names."""
     runs = runs_in(client, *LIVE, flows=("recompress",))
     return {str(run.parameters.get("domain")) for run in runs if not _is_for_later(run)}
-
-
-def _has_ended(client: SyncPrefectClient, run: Run) -> bool | None:
-    """What the server says of a run on another machine."""
-    try:
-        state = client.read_flow_run(UUID(run.run_id)).state
-    except (ValueError, ObjectNotFound):  # carried out without a server, or forgotten by it
-        return None
-    return state.is_final() if state else None
 
 
 def _is_for_later(run: FlowRun) -> bool:

@@ -1,0 +1,206 @@
+"""What runs by itself, on a real server: deploying twice, telling differences, waking what waits, closing what died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.states import Cancelled, Running
+
+from benchmarks.local_service import environment, free_port, server, wait_for
+from crosscal.landing import Ledger
+from crosscal.service import ServiceConfig, load_service
+from crosscal.store import Store
+from flows.deploying import compare, deploy
+from flows.housekeeping import housekeeping
+from flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
+from flows.watch import watch
+from tests.helpers.tiny_place import write_documents
+
+pytestmark = pytest.mark.slow
+SECONDS = 60.0
+SLEEPER = """
+import time
+from prefect import flow
+from flows.stuck_runs import note_process
+
+@flow(name="housekeeping", on_running=[note_process])
+def sleep() -> None:
+    time.sleep(600)
+
+sleep()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[SyncPrefectClient]:
+    """A client of a server of its own, which this process and its children talk to."""
+    shared = environment(folder, free_port())
+    with server(folder, shared), pytest.MonkeyPatch.context() as patch:
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.setenv(name, shared[name])
+        settings = {PREFECT_API_URL: shared["PREFECT_API_URL"], PREFECT_LOGGING_TO_API_ENABLED: False}
+        with temporary_settings(settings), get_client(sync_client=True) as client:
+            yield client
+
+
+def config(folder: Path, **changes: Any) -> ServiceConfig:
+    file = folder / "service.yaml"
+    places = {name: str(folder / name) for name in ("landing", "home", "runs")}
+    file.write_text(yaml.safe_dump({**places, "gpus": 2, **changes}))
+    return load_service(file)
+
+
+@pytest.fixture(scope="module")
+def first(client: SyncPrefectClient, folder: Path) -> dict[str, Any]:
+    return deploy(config(folder))
+
+
+def test_everything_is_made_and_a_worker_named_for_each_gpu(first: dict[str, Any]) -> None:
+    queues = ["queue compress", "queue gpu0", "queue gpu1", "queue service"]
+    flows = ("housekeeping/housekeeping", "recompress/recompress", "recompress/sweep", "watch/watch")
+    assert first["made"] == [*(f"deployment {name}" for name in flows), "pool gpu", *queues]
+    assert first["changed"] == first["unchanged"] == []
+    gpu0, gpu1, service = first["workers"]
+    assert "CUDA_VISIBLE_DEVICES=0 " in gpu0
+    assert "--work-queue compress --work-queue gpu0 --limit 1" in gpu0
+    assert "CUDA_VISIBLE_DEVICES=1 " in gpu1
+    assert "CUDA_VISIBLE_DEVICES= " in service
+    assert "--work-queue service " in service
+
+
+def test_a_second_time_nothing_is_touched(first: dict[str, Any], client: SyncPrefectClient, folder: Path) -> None:
+    trigger = [each.id for each in client.read_automations()]
+    again = deploy(config(folder))
+    assert again["made"] == again["changed"] == []
+    assert again["unchanged"] == first["made"]
+    assert [each.id for each in client.read_automations()] == trigger
+    assert compare(config(folder)) == []
+
+
+def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
+    """A server whose scheduler fails deploys everything successfully."""
+    runs = wait_for(lambda: list(runs_in(client, StateType.SCHEDULED, flows=("watch",))), SECONDS)
+    assert runs[0].parameters["settle_seconds"] == 10.0
+
+
+def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: SyncPrefectClient, folder: Path) -> None:
+    queue = client.read_work_queue_by_name("gpu1", work_pool_name="gpu")
+    client.update_work_queue(queue.id, concurrency_limit=5)
+    client.delete_automation(client.read_automations()[0].id)
+    client.pause_deployment(client.read_deployment_by_name("watch/watch").id)
+    other = config(folder, sweep={"cron": "0 4 * * 1"}, watch={"every_seconds": 20}, gpus=3)
+    found = {(each.thing, each.field): (each.deployed, each.wanted) for each in compare(other)}
+    assert found["queue gpu1", "limit"] == (5, 1)
+    assert found["queue gpu2", ""] == ("no", "yes")
+    assert found["deployment recompress/recompress", "limit"] == (2, 3)
+    assert found["deployment recompress/recompress", "triggers"][0] == []
+    assert found["deployment watch/watch", "paused"] == (True, False)
+    assert found["deployment watch/watch", "schedules"][1][0]["every_seconds"] == 20
+    assert found["deployment recompress/sweep", "schedules"][0][0]["cron"] == "0 3 * * 0"
+    assert ("deployment housekeeping/housekeeping", "") not in found
+    done = deploy(other)
+    assert done["made"] == ["queue gpu2"]
+    assert "deployment housekeeping/housekeeping" in done["unchanged"]
+    assert compare(other) == []
+    fewer = [each for each in compare(config(folder, gpus=2)) if not each.field]
+    assert [(each.thing, each.wanted) for each in fewer] == [("queue gpu2", "no")]
+
+
+def domains_of(runs: Iterator[FlowRun]) -> list[str]:
+    return sorted(str(run.parameters["domain"]) for run in runs if run.parameters.get("domain"))
+
+
+def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: SyncPrefectClient, folder: Path) -> None:
+    """Fresh, lost before, done, claimed by a living process, and planned: the first two are announced."""
+    landing, store = folder / "landing", Store(folder / "home")
+    ledger = Ledger(store)
+    for domain in ("lost", "done", "claimed", "planned"):
+        ledger.request(domain, 1)
+    for domain in ("done", "claimed"):
+        run = ledger.claim(domain, "somebody's")
+        assert run is not None
+        if domain == "done":
+            ledger.mark(run, "kept")
+    planned = client.read_deployment_by_name("recompress/recompress").id
+    client.create_flow_run_from_deployment(planned, parameters={"domain": "planned"})
+    (landing / "fresh").mkdir(parents=True)
+    write_documents(landing / "fresh" / "a.jsonl", seed="fresh", count=30)
+
+    done = watch(str(landing), str(folder / "home"), 0.0)
+    assert done["files"] == {"ingested": 1}
+    assert done["announced"] == {"fresh": 1, "lost": 1}
+
+    def scheduled() -> list[str]:
+        return domains_of(runs_in(client, StateType.SCHEDULED, flows=("recompress",)))
+
+    wait_for(lambda: len(scheduled()) == 3, SECONDS)
+    assert scheduled() == ["fresh", "lost", "planned"], "the trigger passes the domain on"
+    assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {}, "runs wait for them already"
+    for flow_run in runs_in(client, StateType.SCHEDULED, flows=("recompress",)):
+        if flow_run.parameters.get("domain") == "lost":
+            client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
+    assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {"lost": 1}
+
+
+@pytest.fixture
+def sleepers(client: SyncPrefectClient, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes, each at work on a flow run of its own."""
+    started = [subprocess.Popen([sys.executable, "-c", SLEEPER], env={**os.environ}) for _ in range(2)]
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def at_work(client: SyncPrefectClient) -> dict[int, FlowRun]:
+    """Runs by the number of the process that noted itself on them."""
+    runs = [run for run in runs_in(client, StateType.RUNNING) if PROCESS in run.labels]
+    return {int(str(run.labels[PROCESS]).rpartition("-")[2]): run for run in runs}
+
+
+def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(
+    client: SyncPrefectClient, folder: Path, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    killed, living = sleepers
+    wait_for(lambda: {killed.pid, living.pid} <= at_work(client).keys(), SECONDS)
+    runs = at_work(client)
+    silent = client.create_flow_run(housekeeping, state=Running())  # on a machine that cannot be seen
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+
+    store = Store(folder / "other")
+    with store.publish("moments", "0" * 64, {}) as place:
+        (place / "file").write_bytes(b"whole")
+    damaged = next((folder / "other/objects/moments").rglob("file"))
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"torn")
+
+    report = housekeeping(str(folder / "other"))
+    assert [run["id"] for run in report["closed"]] == [str(runs[killed.pid].id)]
+    state = client.read_flow_run(runs[killed.pid].id).state
+    assert state is not None
+    assert state.is_crashed()
+    assert state.message == f"Closed by crosscal: its process {killed.pid} has ended."
+    assert report["artifacts"] == len(report["damaged"]) == 1
+    assert store.find("moments", "0" * 64) is None, "it was set aside"
+    (page,) = [each for each in client.read_artifacts() if each.key == "housekeeping"]
+    assert "1 damaged and set aside" in str(page.data)
+
+    assert [run["id"] for run in close_stuck_runs(stuck_minutes=0.0)] == [str(silent.id)], "silence counts elsewhere"
+    assert living.pid in at_work(client), "a living process may be silent for as long as it likes"
