@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crosscal.compressors import problem, quadratic_loss
 from crosscal.errors import NotPositiveDefinite, StatisticsError
 from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
-from crosscal.stages import compress
+from crosscal.stages import compress, solve
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Part, Sample, over_sets
 from crosscal.stages.solve import solve_block
@@ -184,6 +185,23 @@ def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, so
         assert reported == pytest.approx(true_relative_losses(shop, each, held_out=False), rel=ROUNDOFF_F32)
         reported = {row.layer: row.heldout_relative_loss for row in rows}
         assert reported == pytest.approx(true_relative_losses(shop, each, held_out=True), rel=ROUNDOFF_F32)
+
+
+def test_what_losses_are_relative_to_is_computed_once_a_mixture(
+    tmp_path: Path, store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second sweep measures its own changes only: tr(W H Wᵀ) is found, and is what it would have been."""
+    several = [VARIANTS[0], VARIANTS[1], variant("damped", "sparsegpt", MIXED, sparsity=0.5, damping=0.1)]
+    compress_all(calibrated(tmp_path / "first", store, source), several)
+    kept = list(store.keys("energies"))
+    assert len(kept) == source.blocks
+    measured: list[torch.Tensor] = []
+    monkeypatch.setattr(solve, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
+    monkeypatch.setattr(problem, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
+    compress_all(calibrated(tmp_path / "second", store, source), several)
+    assert len(measured) == source.blocks * 7 * len(several)  # held out; on its calibration set the loop tells
+    assert list(store.keys("energies")) == kept
+    assert rows_without_times(tmp_path / "first") == rows_without_times(tmp_path / "second")
 
 
 @both_dtypes

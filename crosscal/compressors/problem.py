@@ -39,6 +39,9 @@ class LayerProblem:
     """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
     rounded weights."""
 
+    known_energy: float | None = None
+    """tr(W H Wᵀ), where it was computed before."""
+
     def __post_init__(self) -> None:
         inputs = self.weight_OI.shape[1]
         if self.hessian_II.shape != (inputs, inputs):
@@ -76,7 +79,7 @@ class LayerProblem:
     @cached_property
     def energy(self) -> float:
         """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
-        return quadratic_loss(self.weight_OI, self.hessian_II)
+        return quadratic_loss(self.weight_OI, self.hessian_II) if self.known_energy is None else self.known_energy
 
     @property
     def dead_inputs(self) -> int:

@@ -8,6 +8,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
+from crosscal.stages.energies import Energies
 from crosscal.stages.moments import Cached
 from crosscal.stages.sample import Sample, over_sets
 from crosscal.statistics import InputMoments, Mixture, factor
@@ -73,6 +75,11 @@ class _Group:
     trace_normalised: bool
     damping: float | None
 
+    @property
+    def undamped(self) -> _Group:
+        """The group as far as its Hessian goes."""
+        return dataclasses.replace(self, damping=None)
+
 
 _Read = Callable[[str], InputMoments]
 """Moments of a calibration set at the site being solved."""
@@ -81,12 +88,17 @@ _Read = Callable[[str], InputMoments]
 def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, BlockSolution]:
     """Solve every matrix of a block for every variant, by name. Raises `StatisticsError` naming the layer."""
     layers: dict[str, list[_Layer]] = {variant.name: [] for variant in variants}
+    energies_of = functools.cache(functools.partial(_energies, problem))
+    groups = _grouped(problem, variants)
     for site in problem.sites:
         # Groups share their corpora: each set is read once. One site's moments are held, no more.
         read = functools.cache(functools.partial(problem.cached.read, block=problem.block, site=site))
-        for group, members in _grouped(problem, variants).items():
-            for variant, layer in _solve_site(problem, site, read, group, members):
+        for group, members in groups.items():
+            energies = energies_of(group.undamped)
+            for variant, layer in _solve_site(problem, site, read, group, members, energies):
                 layers[variant.name].append(layer)
+    for group in groups:
+        energies_of(group.undamped).keep(sum(len(site.matrices) for site in problem.sites))
     return {name: _assembled(problem, solved) for name, solved in layers.items()}
 
 
@@ -115,14 +127,20 @@ def _grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[_Group,
     return groups
 
 
+def _energies(problem: BlockProblem, group: _Group) -> Energies:
+    samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
+    sets = [over_sets(group.mixture, samples, held_out=held_out).weights for held_out in (False, True)]
+    return Energies(problem.cached, problem.block, [sets, group.trace_normalised])
+
+
 def _solve_site(
-    problem: BlockProblem, site: Site, read: _Read, group: _Group, members: Sequence[Variant]
+    problem: BlockProblem, site: Site, read: _Read, group: _Group, members: Sequence[Variant], energies: Energies
 ) -> Iterator[tuple[Variant, _Layer]]:
     started = time.monotonic()
     where = f"{problem.name}.{site.name}"
     try:
         hessian_II, tokens = _read_mixture(problem, read, group, where)
-        problems = _layer_problems(problem, site, hessian_II, group, where)
+        problems = _layer_problems(problem, site, hessian_II, group, energies, where)
         answers = solve_many(problems, [variant.compressor for variant in members])
     except StatisticsError as error:
         if any(variant.fallback != KEEP_DENSE for variant in members):
@@ -132,9 +150,11 @@ def _solve_site(
     seconds = (time.monotonic() - started) / (len(members) * len(problems))
     held_out_II = _held_out(problem, read, group, where)
     for matrix, layer, solutions in zip(site.matrices, problems, zip(*answers, strict=True), strict=True):
-        energy = 0.0 if held_out_II is None else quadratic_loss(layer.weight_OI, held_out_II)
+        known = energies.get(matrix.name)
+        held_out_energy = known[1] if known else _energy(layer, held_out_II)
+        energies.add(matrix.name, layer.energy, held_out_energy)
         for variant, solution in zip(members, solutions, strict=True):
-            held_out_loss = _relative_loss(layer, solution, held_out_II, energy)
+            held_out_loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
             row = _row(problem, site, variant, layer, solution, held_out_loss, tokens, seconds)
             yield variant, _Layer(matrix, solution, row)
 
@@ -161,10 +181,15 @@ def _read_mixture(
     return hessian_II.to(problem.device), sum(part.tokens for part in moments.values())
 
 
+def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
+    return None if hessian_II is None else quadratic_loss(layer.weight_OI, hessian_II)
+
+
 def _layer_problems(
-    problem: BlockProblem, site: Site, hessian_II: Tensor, group: _Group, where: str
+    problem: BlockProblem, site: Site, hessian_II: Tensor, group: _Group, energies: Energies, where: str
 ) -> list[LayerProblem]:
     shared = factor(hessian_II, group.damping, name=where) if group.damping is not None else None
+    known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
@@ -172,6 +197,7 @@ def _layer_problems(
             hessian_II=hessian_II,
             shared_factor=shared,
             stored_dtype=_stored_dtype(problem, matrix),
+            known_energy=pair[0] if (pair := known[matrix.name]) else None,
         )
         for matrix in site.matrices
     ]
@@ -207,9 +233,9 @@ def _row(
 
 
 def _relative_loss(
-    layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float
+    layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float | None
 ) -> float | None:
-    if hessian_II is None:
+    if hessian_II is None or energy is None:
         return None
     return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy if energy > 0 else 0.0
 
