@@ -121,9 +121,17 @@ class Service:
             kill(process)
 
     def call(self, path: str, **content: Any) -> Any:
+        """What the server answers; a server that starts, or is busy with its database (503), is asked again."""
         url = f"{self.shared['PREFECT_API_URL']}/{path}"
-        answer = httpx.post(url, json=content, timeout=30) if content else httpx.get(url, timeout=30)
-        return answer.raise_for_status().json()
+
+        def ask() -> list[Any] | None:
+            try:
+                answer = httpx.post(url, json=content, timeout=30) if content else httpx.get(url, timeout=30)
+            except httpx.TransportError:
+                return None
+            return None if answer.status_code == 503 else [answer.raise_for_status().json()]
+
+        return wait_for(ask, START_SECONDS, every=0.5)[0]
 
     def deploy(self) -> str:
         """The id of a deployment of the flow on a pool of its own."""
@@ -293,6 +301,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         service = Service(folder, environment(folder, free_port(), **QUICK))
         stack.callback(service.stop)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that server and worker are stopped
         service.start("server")
         service.start("worker")
         tally = carry_on(service, folder, options.kills, random.Random(options.seed))
