@@ -11,6 +11,7 @@ from crosscal.plan import load_plan
 from flows.cluster import needs_server, temporary_server
 from flows.health import probe
 from flows.recompress import recompress
+from flows.shown import counted
 
 
 def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None) -> dict[str, Any]:
@@ -47,5 +48,6 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
     read = record["calibration_tokens_read"]
     seconds = sum(record["stages"].values())
     cost = f"{read:,} calibration tokens read" if read else "no forward pass for calibration"
-    yield f"{record['variants']} variants in {seconds:.0f} s; moments: {hits} from the cache, {misses} made; {cost}"
+    variants = counted(record["variants"], "variant")
+    yield f"{variants} in {seconds:.0f} s; moments: {hits} from the cache, {misses} made; {cost}"
     yield f"report: {run_dir / 'report.html'}"

@@ -75,7 +75,11 @@ def cost_message(record: dict[str, Any]) -> str:
     cache, read = record["cache"], record["calibration_tokens_read"]
     seconds = sum(record["stages"].values())
     new = f"{read:,} calibration tokens read" if read or cache["misses"] else "nothing new to read"
-    return f"{record['variants']} variants in {seconds:.0f} s; {new}"
+    return f"{counted(record['variants'], 'variant')} in {seconds:.0f} s; {new}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _state_name(record: dict[str, Any]) -> str:
