@@ -22,7 +22,7 @@ PURE = {"statistics", "compressors"}
 ROOMS = {
     # room: (rooms it may import, packages it may import besides the standard library)
     "errors": (set(), set()),
-    "statistics": ({"errors"}, {"torch"}),
+    "statistics": ({"errors"}, {"torch", "scipy"}),  # BLAS's product of half a symmetric matrix, which torch lacks
     # numpy selects faster than torch on a CPU; Triton comes with torch where there is a GPU
     "compressors": ({"errors", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),

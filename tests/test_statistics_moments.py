@@ -8,7 +8,8 @@ from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics import InputMoments, MomentsAccumulator
-from crosscal.statistics.moments import LEAST_PANEL_ROWS
+from crosscal.statistics.half_product import LEAST_PANEL_ROWS, add_half_product, add_panels
+from crosscal.statistics.moments import CACHED_ROWS
 from tests.helpers.problems import correlated_inputs_TI
 
 ROUNDOFF_F64 = 1e-12
@@ -47,6 +48,28 @@ def test_equals_the_sum_over_tokens(inputs: int, dtype: torch.dtype, tolerance: 
     assert moments.gram_II.dtype == moments.abs_sum_I.dtype == moments.sum_I.dtype == dtype
     assert_same(moments, reference(input_TI), tolerance)
     assert torch.equal(moments.gram_II, moments.gram_II.mT)
+
+
+@pytest.mark.parametrize("inputs", [1, LEAST_PANEL_ROWS, 2 * LEAST_PANEL_ROWS + 5, 1100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ROUNDOFF_F64), (torch.float32, ROUNDOFF_F32)])
+@pytest.mark.parametrize("tokens", [0, 1, 130])
+def test_panels_and_blas_make_the_same_triangle(inputs: int, tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    input_TI = correlated_inputs_TI(tokens + 1, inputs, seed=9).to(dtype)[:tokens]
+    start_II = torch.full((inputs, inputs), 2.0, dtype=dtype)
+    expected_II = (start_II.double() + input_TI.double().mT @ input_TI.double()).triu()
+    for add in (add_half_product, add_panels):
+        upper_II = start_II.clone()
+        add(upper_II, input_TI)
+        size_II = expected_II.diagonal().sqrt().outer(expected_II.diagonal().sqrt())
+        assert ((upper_II.triu().double() - expected_II).abs() <= tolerance * size_II).all(), add.__name__
+
+
+def test_rows_beyond_what_is_summed_at_once() -> None:
+    input_TI = correlated_inputs_TI(2 * CACHED_ROWS + 3, 5, seed=10)
+    assert_same(accumulated(input_TI), reference(input_TI))
+    strided_TI = correlated_inputs_TI(40, 10, seed=10)[:, ::2]
+    assert_same(accumulated(strided_TI), reference(strided_TI))
+    assert_same(accumulated(strided_TI.mT), reference(strided_TI.mT))
 
 
 @pytest.mark.parametrize("sizes", [(300,), (1,) * 20 + (280,), (7, 200, 93), (150, 0, 150)])

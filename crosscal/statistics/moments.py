@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
+from crosscal.statistics.half_product import add_half_product
 
-PANELS = 8  # of the Gram matrix: 1/8 of the triangle is computed needlessly, in products large enough for full speed
-LEAST_PANEL_ROWS, MOST_PANEL_ROWS = 96, 256  # thinner products are slower than what they save; these are thick enough
-SUM_ENTRIES = 2**19  # that a CPU sums in the moments' own precision, and in its cache, before the float64 totals
+CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
+MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
+SUM_ENTRIES = 2**18  # that a CPU sums in the moments' own precision, and in its cache, before the float64 totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,6 @@ class InputMoments:
 class MomentsAccumulator:
     """Adds up the moments of a stream of inputs, computing one triangle of the Gram matrix only.
 
-    Row panel i of the upper triangle is `X[:, i:i+B]ᵀ X[:, i:]`: a plain matrix product on half the work.
     Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
     `dtype` first. The vectors are summed in `dtype` over some hundred rows, in float64 from there on, and handed out in
     `dtype`.
@@ -113,36 +113,35 @@ class MomentsAccumulator:
         rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
         if not _multiplies_as_is(rows_TI, self._upper_II.dtype):
             rows_TI = rows_TI.to(self._upper_II.dtype)
-        rows = _panel_rows(rows_TI.shape[1])
-        for start in range(0, rows_TI.shape[1], rows):
-            stop = start + rows
-            _add_panel(self._upper_II[start:stop, start:], rows_TI[:, start:stop], rows_TI[:, start:])
-        for part_TI in rows_TI.split(max(len(rows_TI), 1) if rows_TI.is_cuda else -(-SUM_ENTRIES // rows_TI.shape[1])):
-            self._abs_sum_I += part_TI.abs().sum(0, dtype=self._upper_II.dtype)
-            self._sum_I += part_TI.sum(0, dtype=self._upper_II.dtype)
+        for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(CACHED_ROWS):
+            add_half_product(self._upper_II, part_TI)
+            self._add_vectors(part_TI)
         self._tokens += rows_TI.shape[0]
+
+    def _add_vectors(self, rows_TI: Tensor) -> None:
+        inputs, dtype = rows_TI.shape[1], self._upper_II.dtype
+        for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(-(-SUM_ENTRIES // inputs)):
+            self._abs_sum_I += part_TI.abs().sum(0, dtype=dtype)
+            self._sum_I += part_TI.sum(0, dtype=dtype)
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
-        gram_II = self._upper_II.triu().cpu()  # the panels on the diagonal also filled some of the lower triangle
-        gram_II += gram_II.triu(1).mT
+        gram_II = self._upper_II.to("cpu", copy=True)
+        _mirror(gram_II)
         dtype = gram_II.dtype
         abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
         return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
 
 
-def _panel_rows(inputs: int) -> int:
-    """Rows of a panel: a multiple of 16."""
-    return min(max(-(-inputs // (16 * PANELS)) * 16, LEAST_PANEL_ROWS), MOST_PANEL_ROWS)
+def _mirror(gram_II: Tensor) -> None:
+    """Make a matrix symmetric by its upper triangle, in place."""
+    for start in range(0, len(gram_II), MIRRORED_ROWS):
+        stop = start + MIRRORED_ROWS
+        corner_BB = gram_II[start:stop, start:stop]
+        corner_BB.copy_(corner_BB.triu() + corner_BB.triu(1).mT)
+        gram_II[stop:, start:stop] = gram_II[start:stop, stop:].mT
 
 
 def _multiplies_as_is(rows_TI: Tensor, dtype: torch.dtype) -> bool:
     """Whether the device multiplies these rows exactly and sums in `dtype` without widening them first."""
     return rows_TI.is_cuda and rows_TI.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-
-
-def _add_panel(panel_BI: Tensor, left_TB: Tensor, right_TI: Tensor) -> None:
-    if left_TB.dtype == panel_BI.dtype:
-        panel_BI.addmm_(left_TB.mT, right_TI)
-    else:
-        panel_BI += torch.mm(left_TB.mT, right_TI, out_dtype=panel_BI.dtype)
