@@ -11,7 +11,10 @@ from torch import Tensor
 
 from crosscal.errors import ModelError
 from crosscal.models import BlockMoments, ModelSource, replaced_parameters, walk
-from crosscal.statistics.moments import InputMoments
+from crosscal.models.blocks import StopForward
+from crosscal.models.capture import capture
+from crosscal.models.sites import find_sites
+from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, load_plain, plain_grams, save_model, windows
 
 ROUNDOFF_F64 = 1e-11
@@ -207,3 +210,35 @@ def test_an_overflow_names_its_block(tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path / "model", scale=1e15)
     with pytest.raises(ModelError, match="not finite after block 0"):
         walk(ModelSource.open(folder), {"all": windows(2)}, on_block=lambda found: None)
+
+
+def test_an_overflow_is_found_where_no_outputs_are_wanted(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model", scale=1e15)
+    with pytest.raises(ModelError, match=r"inputs of self_attn.o_proj in slice 'all' are not finite in block 0"):
+        walk(ModelSource.open(folder), {"all": windows(2)}, on_block=lambda found: {}, upstream="sequential")
+
+
+def test_a_pass_without_outputs_ends_at_the_last_site(tmp_path: Path) -> None:
+    model, tokens_SL = load_plain(save_model("llama", tmp_path / "model")), windows(2)
+    block, ran = model.model.layers[0], list[str]()
+    sites = find_sites(block, lambda: model(tokens_SL))
+    for site in sites:
+        for matrix in site.matrices:
+            block.get_submodule(matrix.name).register_forward_hook(lambda *_, name=matrix.name: ran.append(name))
+    sums = {site.name: MomentsAccumulator(site.inputs, dtype=torch.float64) for site in sites}
+    with capture(block, sites, sums, stop_after_last=True):
+        for passes in (1, 2):
+            with pytest.raises(StopForward):
+                model(tokens_SL)
+            assert {sum_.moments().tokens for sum_ in sums.values()} == {passes * tokens_SL.numel()}
+    assert len(ran) == 2 * 6
+    assert "mlp.down_proj" not in ran
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "phi", "falcon-new", "mixtral", "qwen2-moe"])
+def test_a_last_block_shows_what_it_shows_with_blocks_behind_it(family: str, tmp_path: Path) -> None:
+    """Its passes end at the last site, also where attention and MLP run side by side, or experts are starved."""
+    source, slices = ModelSource.open(save_model(family, tmp_path / "model")), {"all": windows(3, length=5)}
+    whole = collect(source, slices, batch_tokens=5)["all"]
+    ended = collect(source, slices, batch_tokens=5, wanted=lambda block: block == 0)["all"]
+    assert_same(ended, {n: m for n, m in whole.items() if n.startswith(f"{source.block_name(0)}.")}, 0.0)

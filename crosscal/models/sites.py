@@ -76,13 +76,19 @@ def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
     seen: dict[str, Tensor] = {}  # holds the inputs, so that no tensor's identity is used again
     versions: dict[str, int] = {}
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in seen:
-            raise UnsupportedModel("this matrix is used more than once in a block", where=name)
-        seen[name] = input_of(args, kwargs)
-        versions[name] = seen[name]._version
+    stacks = dict(_experts(block))
+    stacks_seen: set[str] = set()
 
-    with pre_hooks(linears, note):
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in seen or name in stacks_seen:
+            raise UnsupportedModel("this matrix is used more than once in a block", where=name)
+        if name in stacks:
+            stacks_seen.add(name)
+        else:
+            seen[name] = input_of(args, kwargs)
+            versions[name] = seen[name]._version
+
+    with pre_hooks(linears | stacks, note):
         run()
     unused = [name for name in linears if name not in seen]
     if unused:
