@@ -223,15 +223,18 @@ def test_a_shared_factor_is_used_where_its_damping_fits() -> None:
         assert torch.equal(compressor.compress(shared).weight_OI, compressor.compress(problem).weight_OI)
 
 
-@pytest.mark.parametrize("damping", [1e-3, 0.01, 1.0])
+@pytest.mark.parametrize("damping", [1e-3, 0.01, 30.0])
 @pytest.mark.parametrize("tokens", [20, 160, 2000])
-@pytest.mark.parametrize("method", [SparseGPT, GPTQ])
-def test_the_loss_that_comes_with_the_loop_is_the_true_one(method: type, tokens: int, damping: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"), [(SparseGPT, {"sparsity": 0.5}), (GPTQ, {"bits": 8, "group_size": 32})]
+)
+def test_the_loss_that_comes_with_the_loop_is_the_true_one(
+    method: type, settings: dict[str, Any], tokens: int, damping: float
+) -> None:
     """In float32, also where the Hessian is singular, some inputs are dead, or damping is most of the error: what
-    the loop knows, |E|² - λ|D|², is taken only while enough digits remain."""
+    the loop knows, |E|² - λ|D|², is taken only while enough digits remain (else the worst of these is off by 3e-5)."""
     input_TI = correlated_inputs_TI(tokens, 160, seed=tokens, dead=[3, 77])
     weight_OI = torch.randn(32, 160, generator=torch.Generator().manual_seed(1))
     problem = LayerProblem("layer", weight_OI, (input_TI.mT @ input_TI / tokens).float())
-    settings = {"sparsity": HALF} if method is SparseGPT else {"bits": 4, "group_size": 32}
     solution = method(**settings, damping=damping).compress(problem)
-    assert solution.loss == pytest.approx(true_loss(problem, solution), rel=1e-5)
+    assert solution.loss == pytest.approx(true_loss(problem, solution), rel=1.5e-5)
