@@ -15,13 +15,13 @@ from typing import Any
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from crosscal.corpora.corpus import ref_name
+from crosscal.corpora.corpus import load_corpus, ref_name
 from crosscal.errors import StoreError
 from crosscal.landing import Ledger, Run
 from crosscal.plan import CompressionPlan, load_plan
 from crosscal.store import Store
 from flows.holders import has_ended
-from flows.pipeline import carry_out
+from flows.pipeline import carry_out, versions_of
 from flows.shown import tag_run
 from flows.steps import step
 from tasks.announce import KEPT, PUBLISHED, tell
@@ -66,7 +66,8 @@ def _carry_out(
     try:
         plan = load_plan(plan_path, overrides, run.domain)
         tag_run(plan, run.domain)
-        folder = str(Path(out) / f"{run.domain}-v{run.version}") if out else None
+        newest = load_corpus(ledger.store, run.domain).version
+        folder = str(Path(out) / f"{run.domain}-v{newest}") if out else None
         record = carry_out(plan, home, folder, mark=lambda name: ledger.mark(run, name) and None)
         decision = _decide(plan, home, record, run)
         used = record["corpora"][run.domain]["version"]
@@ -89,7 +90,7 @@ def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) 
     if plan.publish is None:
         return {"outcome": "kept", "reason": "the plan has no section `publish`"}
     known = {name: record[name] for name in ("model", "device", "dtype", "run_dir")}
-    ticket = Ticket(plan.model_dump(mode="json"), home, **known)
+    ticket = Ticket(plan.model_dump(mode="json"), home, versions=versions_of(record["corpora"]), **known)
     stored = {name: corpus["stored"] for name, corpus in record["corpora"].items()}
     used = record["corpora"][run.domain]["version"]
     return step(decide_publication, ticket, stored, run.domain, used, run.run_id)

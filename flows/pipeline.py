@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def carry_out(
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
         corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
     stored = {name: corpus["stored"] for name, corpus in corpora.items()}
+    ticket = dataclasses.replace(ticket, versions=versions_of(corpora))
     with watch.stage("sample"):
         needed = samples_needed(plan)
         samples = [step(draw_sample, ticket, name, stored.get(name, name), seed) for name, seed in needed]
@@ -74,6 +75,11 @@ def carry_out(
     record["stages"] = watch.seconds
     write_run_record(run_dir, record)
     return record
+
+
+def versions_of(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """The store's name of each corpus → the version that ingest found or made."""
+    return {corpus["stored"]: corpus["version"] for corpus in corpora.values()}
 
 
 def _read(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:

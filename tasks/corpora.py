@@ -64,7 +64,7 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
     origin = ticket.parsed.corpora[name]
     source = ticket.source()
     if isinstance(origin, Documents):
-        corpus = dataclasses.replace(load_corpus(ticket.store, stored), name=name)
+        corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=name)
         sample = sample_documents(ticket.store, corpus, source, draw)
     elif isinstance(origin, SelfGenerated):
         temperature = TemperatureSchedule(origin.t_init, origin.t_final, origin.steps)

@@ -51,8 +51,10 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
 def examination_of(ticket: Ticket, stored: dict[str, str]) -> Examination:
     """The plan's test windows and tasks."""
     plan = ticket.parsed
+    chosen = {name: stored[name] for name in plan.perplexity_corpora}
     corpora = [
-        dataclasses.replace(load_corpus(ticket.store, stored[name]), name=name) for name in plan.perplexity_corpora
+        dataclasses.replace(load_corpus(ticket.store, key, ticket.versions.get(key)), name=name)
+        for name, key in chosen.items()
     ]
     return examination(
         ticket.store,

@@ -38,6 +38,8 @@ class Ticket:
     device: str = ""
     dtype: str = ""
     """Of activations."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """The store's name of a corpus → the version this run uses, whatever lands meanwhile."""
     run_dir: str = ""
     samples: list[dict[str, Any]] = field(default_factory=list)
 

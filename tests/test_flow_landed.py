@@ -17,10 +17,11 @@ import pytest
 from crosscal.corpora import ingest
 from crosscal.errors import UsageError
 from crosscal.landing import Ledger, runs, take_in
-from crosscal.plan import BEST
+from crosscal.plan import BEST, CompressionPlan
 from crosscal.publication import Published
 from crosscal.store import Store
 from crosscal.store.refs import Refs
+from flows import pipeline
 from flows.recompress import recompress
 from tests.helpers.tiny_place import Place, make_place, write_documents
 
@@ -212,6 +213,29 @@ def test_the_pointer_never_goes_back_to_an_older_version_by_itself(place: Place)
     record = go(place)
     assert record["runs"][0]["outcome"] == "kept"
     assert "the newer version 9 is published" in record["message"]
+
+
+def test_what_lands_during_a_run_is_the_next_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More documents come between ingest and sampling: the run keeps to the version it began with."""
+    needed = pipeline.samples_needed
+
+    def lands(plan: CompressionPlan) -> list[tuple[str, int]]:
+        ingest(Store(place.home), LEGAL, [str(more(place, 200))])
+        return needed(plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "samples_needed", lands)
+        first = go(place)["runs"][0]
+    assert go(place)["runs"] == [], "what nobody asked for does not run"
+    Ledger(Store(place.home)).request(LEGAL, 4)
+    second = go(place)["runs"][0]
+    assert [first["version"], second["version"]] == [3, 4]
+    assert [shards_sampled(run["run_dir"]) for run in (first, second)] == [1, 2]
+
+
+def shards_sampled(run_dir: str) -> int:
+    samples = json.loads((Path(run_dir) / "identity.json").read_text())["samples"]
+    return next(len(parts) for corpus, _, parts in samples if corpus == LEGAL)
 
 
 @pytest.mark.parametrize("candidate", [BEST, "wanda-60-legal-a0.5"])

@@ -38,9 +38,9 @@ class Corpus:
         return sum(shard.documents.get(split, 0) for shard in self.shards)
 
 
-def load_corpus(store: Store, name: str) -> Corpus:
-    """The newest version. Raises `CorpusError` when there is none."""
-    version, record = store.refs.read(ref_name(name))
+def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
+    """The newest or the given version. Raises `CorpusError` when there is none."""
+    version, record = store.refs.read(ref_name(name), version)
     if record is None:
         raise CorpusError("no such corpus in the store", where=name, do=f"`crosscal ingest PATH --corpus {name}`.")
     return corpus_of(name, version, record)

@@ -51,6 +51,7 @@ class Ledger:
     """The ledger in a store. Safe for any number of processes at once."""
 
     def __init__(self, store: Store) -> None:
+        self.store = store
         self.refs = store.refs
         self.runs = Runs(store)
 
