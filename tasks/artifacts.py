@@ -48,9 +48,9 @@ def show_run(run_dir: Path) -> None:
     groups, columns = measured(run_dir)
     table, subject = results_table(groups, columns), subject_of_run()
     make_artifact(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
-    page = trade_off_page(groups)
+    page, about = trade_off_page(groups), "General against domain perplexity, and what to take at each level."
     if page:
-        make_artifact(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description="What to take.")
+        make_artifact(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description=about)
     files = files_page(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
     where = "Where the files are, on the machine that carried out the run."
     make_artifact(create_markdown_artifact, key=f"{subject}-files", markdown=files, description=where)
