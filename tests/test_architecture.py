@@ -40,7 +40,7 @@ ROOMS = {
     "plan": ({"errors"}, {"pydantic", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
-    "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy"}),
+    "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy", "psutil"}),
     "cli": (
         {"errors", "progress", "plan", "service", "corpora", "store", "landing", "publication", "report", "flows"},
         {"typer", "rich"},

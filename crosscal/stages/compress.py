@@ -26,6 +26,7 @@ from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.moments import Cached, MomentsReport
 from crosscal.stages.sample import Sample, over_sets
 from crosscal.stages.solve import BlockProblem, BlockSolution, solve_block
+from crosscal.stages.spill import spill_folder
 from crosscal.statistics import Mixture
 from crosscal.store import digest_of
 from crosscal.variants import Variant
@@ -108,14 +109,16 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         misses += cached.publish(seen)
         return _solve_alone(shop, cached, variant, seen.block).dense
 
+    slices, dtype = {key: windows_by_key(cached.store, key) for key in sets}, getattr(torch, cached.dtype)
     done = walk(
         shop.source,
-        {key: windows_by_key(cached.store, key) for key in sets},
+        slices,
         on_block=solve_next,
         upstream="sequential",
         device=shop.device,
-        dtype=getattr(torch, cached.dtype),
+        dtype=dtype,
         batch_tokens=batch_tokens,
+        spill_to=spill_folder(shop.source, slices.values(), dtype=dtype, device=shop.device),
         wanted=lambda block: block in unwritten,
         progress=report,
     )

@@ -21,6 +21,7 @@ from crosscal.models.sites import MatrixRef, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
+from crosscal.stages.spill import spill_folder
 from crosscal.statistics import InputMoments
 from crosscal.store import Store, digest_of
 from crosscal.store.moments import read_moments, write_moments
@@ -145,13 +146,15 @@ def read_windows(
         nonlocal misses
         misses += cached.publish(seen)
 
+    slices, dtype = {key: windows[key]() for key in unread}, getattr(torch, cached.dtype)
     done = walk(
         source,
-        {key: windows[key]() for key in unread},
+        slices,
         on_block=keep,
         device=device,
-        dtype=getattr(torch, cached.dtype),
+        dtype=dtype,
         batch_tokens=batch_tokens,
+        spill_to=spill_folder(source, slices.values(), dtype=dtype, device=device),
         wanted=lambda block: any(block in missing[key] for key in unread),
         progress=report,
     )

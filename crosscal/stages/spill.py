@@ -1,0 +1,57 @@
+"""Where the hidden states of a reading stay between two blocks: in memory, or on disk when they would fill it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from crosscal.errors import ModelError
+from crosscal.models.source import ModelSource
+
+SHARE = 0.5  # of the free memory that hidden states may take: weights and moments need room beside them
+GIB = 2**30
+
+_log = logging.getLogger(__name__)
+
+
+def spill_folder(
+    source: ModelSource,
+    windows: Iterable[Tensor],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    free_bytes: int | None = None,
+    folder: Path | None = None,
+) -> Path | None:
+    """None where the hidden states of all `windows` take at most half of the device's free memory, or else a folder.
+
+    It is the system's folder for temporary files, which `TMPDIR` names; a walk removes what it puts there. Raises
+    `ModelError` where they do not fit there either: a mapped file that outgrows its disk would end the process.
+    """
+    tokens, hidden = sum(tokens_SL.numel() for tokens_SL in windows), source.config.get_text_config().hidden_size
+    needed_bytes = tokens * hidden * dtype.itemsize
+    free_bytes = _free_bytes(torch.device(device)) if free_bytes is None else free_bytes
+    if needed_bytes <= SHARE * free_bytes:
+        return None
+    folder = folder or Path(tempfile.gettempdir())
+    what = f"{needed_bytes / GIB:.1f} GiB of hidden states, {free_bytes / GIB:.1f} GiB of memory free"
+    if needed_bytes > shutil.disk_usage(folder).free:
+        raise ModelError(
+            "the hidden states of the calibration windows fit neither in memory nor on disk",
+            where=str(folder),
+            got=what,
+            do="Set TMPDIR to a folder on a larger disk, or calibrate on fewer windows.",
+        )
+    _log.info("%s: they stay in %s between blocks", what, folder)
+    return folder
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
