@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from prefect import get_client
+from prefect import Task, get_client
 from prefect.context import FlowRunContext
+from prefect.futures import as_completed
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
     PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     temporary_settings,
 )
 from prefect.task_runners import TaskRunner
 
-from crosscal.errors import UsageError
+from crosscal.errors import CrosscalError, UsageError
 from crosscal.plan import Execution
 
 if TYPE_CHECKING:
     from prefect_dask import DaskTaskRunner
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 LOCAL_WORKERS = 2
 SECONDS_TO_JOIN = 60
-LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
+SECONDS_TO_START = 120  # of a first server, which makes its database
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @contextmanager
@@ -51,15 +58,43 @@ def cluster(execution: Execution) -> Iterator[TaskRunner | None]:
             yield runner
 
 
+def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str, Any]]) -> Iterator[R]:
+    """Run a task for each set of arguments on the workers; results come as they are done.
+
+    Raises `CrosscalError` for a task that took down every worker that tried it.
+    """
+    from distributed import KilledWorker
+
+    for future in as_completed([runner.submit(task, parameters=dict(call)) for call in calls]):
+        try:
+            yield future.result()
+        except KilledWorker as error:
+            raise CrosscalError(
+                f"workers die of this task, {error.allowed_failures + 1} so far",
+                where=task.name,
+                do="Look at the workers' logs: a machine short of memory kills them. What is done is kept.",
+            ) from error
+
+
 def needs_server(execution: Execution) -> bool:
-    """Whether a plan runs as a flow only. Raises `UsageError` when workers could not reach a temporary server here."""
-    if execution.address and not execution.address.partition("://")[2].startswith(LOOPBACK):
-        raise UsageError(
-            "workers of other machines need a Prefect server to tell how their tasks go",
-            where="execution.address",
-            got=execution.address,
-            do="Start one (`prefect server start`) and set PREFECT_API_URL to an address that every machine reaches.",
-        )
+    """Whether a plan runs as a flow only.
+
+    Raises `UsageError` when nobody listens at the scheduler's address, or when the workers there could not reach a
+    temporary server here.
+    """
+    if execution.address:
+        host, _, port = execution.address.partition("://")[2].rpartition(":")
+        if host not in LOOPBACK:
+            raise UsageError(
+                "workers of other machines need a Prefect server to tell how their tasks go",
+                where="execution.address",
+                got=execution.address,
+                do="Start one (`prefect server start`) and set PREFECT_API_URL to an address all machines reach.",
+            )
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise _unreachable(execution, error) from error
     return execution.runner == "dask"
 
 
@@ -67,7 +102,12 @@ def needs_server(execution: Execution) -> bool:
 def temporary_server() -> Iterator[None]:
     """Prefect's own server for one run: nothing is sent to its makers."""
     logging.getLogger("crosscal").info("no Prefect server is named: a temporary one is started for this run's workers")
-    with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True, PREFECT_SERVER_ANALYTICS_ENABLED: False}):
+    settings = {
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: SECONDS_TO_START,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+    }
+    with temporary_settings(settings):
         yield
 
 
@@ -93,9 +133,13 @@ def _wait_for_workers(runner: DaskTaskRunner, execution: Execution) -> None:
     try:
         runner.client.wait_for_workers(1, timeout=SECONDS_TO_JOIN)
     except OSError as error:  # of which a timeout is one
-        raise UsageError(
-            "no Dask worker can be reached",
-            where=execution.address or "execution.workers",
-            got=str(error),
-            do="Start `dask scheduler` and `dask worker`, or leave the address out for workers on this machine.",
-        ) from error
+        raise _unreachable(execution, error) from error
+
+
+def _unreachable(execution: Execution, error: OSError) -> UsageError:
+    return UsageError(
+        "no Dask worker can be reached",
+        where=execution.address or "execution.workers",
+        got=str(error),
+        do="Start `dask scheduler` and `dask worker`, or leave the address out for workers on this machine.",
+    )

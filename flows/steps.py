@@ -11,11 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.context import FlowRunContext
-from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner
 
 from crosscal.progress import Report, reporting
+from flows.cluster import on_workers
 from tasks.artifacts import progress_shown
 
 P = ParamSpec("P")
@@ -38,8 +38,7 @@ def step_each(runner: TaskRunner | None, task: Task[P, R], calls: Iterable[Mappi
     if runner is None:
         yield from (step(task, **call) for call in calls)
         return
-    for future in as_completed([runner.submit(task, parameters=dict(call)) for call in calls]):
-        yield future.result()
+    yield from on_workers(runner, task, calls)
 
 
 @contextmanager

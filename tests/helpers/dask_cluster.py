@@ -1,0 +1,84 @@
+"""A Dask cluster of processes of their own, as several machines would be: a scheduler, workers that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from distributed import Client
+
+Found = TypeVar("Found")
+ROOT = Path(__file__).parents[2]
+SECONDS = 120
+SERVICE = ("--host", "127.0.0.1", "--no-dashboard")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    workers: list[subprocess.Popen[bytes]]
+    folder: Path
+
+    def logs(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in sorted(self.folder.glob("*.log")))
+
+    def kill_one_at(self, task: str, while_true: Callable[[], bool]) -> int | None:
+        """Kill a worker as soon as it is at a task of this name: its exit code, None when it never came to that."""
+        with Client(self.address, set_as_default=False) as client:
+            while while_true():
+                for address, keys in client.call_stack().items():
+                    if any(task in key for key in keys):
+                        pid = client.run(os.getpid, workers=[address])[address]
+                        worker = next(worker for worker in self.workers if worker.pid == pid)
+                        worker.kill()
+                        return worker.wait()
+                time.sleep(0.01)
+        return None
+
+
+@contextlib.contextmanager
+def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """A scheduler and workers of one thread each, which are not started again when they die."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contact = folder / "scheduler.json"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *arguments: str) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        with (folder / f"{name}.log").open("wb") as log:
+            command = [sys.executable, "-m", "dask", *arguments, *SERVICE, "--scheduler-file", str(contact)]
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env))
+
+    try:
+        start("scheduler", "scheduler", "--port", "0")
+        for number in range(workers):
+            start(f"worker{number}", "worker", "--no-nanny", "--nthreads", "1", "--memory-limit", "0")
+        address = _until(lambda: _address(contact))
+        yield Cluster(address, started[1:], folder)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _address(contact: Path) -> str | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or half written
+        return json.loads(contact.read_text())["address"]
+    return None
+
+
+def _until(look: Callable[[], Found | None]) -> Found:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.005)
+    raise TimeoutError("it never happened")

@@ -1,0 +1,119 @@
+"""A run on a Dask cluster: processes that share the store alone, one of them killed, and the result of a local run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3fs import S3FileSystem
+
+from crosscal.errors import MissingArtifact, ModelError
+from crosscal.plan import load_plan
+from crosscal.store import Store
+from tasks.model import take_block
+from tasks.ticket import Ticket
+from tests.helpers.dask_cluster import ROOT, dask_cluster
+from tests.helpers.object_store import BUCKET, at, object_store
+from tests.helpers.tiny_place import crosscal, make_place, values
+
+SWEEP = [
+    {"method": "sparsegpt", "sparsity": [0.2, 0.4, 0.5, 0.6, 0.8, "2:4"], "domain": "legal", "alpha": [0, 0.5]},
+    {"method": "gptq", "bits": 4, "group_size": 32},
+]
+SET_TOKENS = (8 + 4) * 32
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_worker_costs_its_block_and_machines_share_nothing_but_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, home = make_place(tmp_path), f"s3://{BUCKET}/home"
+    with object_store() as (url, _):
+        for name, value in at(url).items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        caches = {"CROSSCAL_CACHE": str(tmp_path / "cache of the workers"), "OMP_NUM_THREADS": "1"}
+        with dask_cluster(tmp_path / "cluster", workers=2, environment=caches) as cluster:
+            execution = {"device": "cpu", "runner": "dask", "address": cluster.address, "part_tokens": 3 * 32}
+            place.write_plan(compress=SWEEP, execution=execution)
+            with started(place.plan, home, tmp_path / "remote") as run:
+                killed = cluster.kill_one_at("solve_block", while_true=lambda: run.poll() is None)
+                out, err = run.communicate()
+        assert run.returncode == 0, err + cluster.logs()
+        assert killed == -signal.SIGKILL
+        record = json.loads(out)
+        assert record["calibration_tokens_read"] == 2 * SET_TOKENS
+        assert record["cache"] == {"hits": 0, "misses": 32}
+        assert "a temporary one is started" in err
+
+        # The local run solves from the same moments: it writes the same models, bit for bit.
+        place.write_plan(compress=SWEEP)
+        monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
+        local = place.run("--home", home, "--out", str(tmp_path / "local"))
+        assert local["calibration_tokens_read"] == 0
+        shards = [file.relative_to(tmp_path / "local") for file in (tmp_path / "local/models").rglob("*.safetensors")]
+        assert len(shards) == local["variants"] * 3
+        for shard in shards:
+            assert (tmp_path / "local" / shard).read_bytes() == (tmp_path / "remote" / shard).read_bytes(), shard
+        assert values(tmp_path / "local" / "results.jsonl") == values(tmp_path / "remote" / "results.jsonl")
+        store = Store(home)
+        assert list(store.keys("moment-parts")) == []
+        assert {problem for *_, problem in store.verify()} == {None}
+    S3FileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
+def started(plan: Path, home: str, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """`crosscal run` without a Prefect server, in a process of its own."""
+    command = [sys.executable, "-m", "crosscal", "run", str(plan), "--home", home, "--json", "--out", str(out)]
+    environment = {**os.environ, "PREFECT_HOME": str(out.parent / "prefect"), "CROSSCAL_CACHE": str(out.parent / "own")}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("tcp://scheduler.example:8786", "need a Prefect server"), ("tcp://127.0.0.1:9", "no Dask worker can be reached")],
+)
+def test_a_cluster_that_cannot_be_used_is_told_before_anything_starts(tmp_path: Path, address: str, said: str) -> None:
+    place = make_place(tmp_path)
+    place.write_plan(execution={"runner": "dask", "address": address})
+    done = crosscal("run", str(place.plan), "--home", str(place.home))
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert not place.home.exists()
+
+
+def ticket(folder: Path, **more: Any) -> Ticket:
+    place = make_place(folder)
+    place.write_plan(execution={"device": "cpu", "runner": "dask"})
+    return Ticket(load_plan(place.plan).model_dump(mode="json"), str(place.home), device="cpu", dtype="float32", **more)
+
+
+def test_a_worker_that_sees_another_model_or_none_refuses(tmp_path: Path) -> None:
+    mistaken = ticket(tmp_path, model="0" * 64)
+    with pytest.raises(ModelError, match=r"another model than the run's.*shared disk"):
+        mistaken.source_on_worker()
+    os.rename(tmp_path / "model", tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"no such model directory.*shared disk"):
+        mistaken.source_on_worker()
+
+
+def test_a_block_that_a_worker_kept_for_itself_is_told(tmp_path: Path) -> None:
+    """As when every machine has a folder `.crosscal` of its own."""
+    parts = [{"calibration": "0" * 64, "held_out": "1" * 64, "share": 1.0, "tokens": 1, "held_out_tokens": 1}]
+    samples = [{"corpus": name, "seed": 0, "parts": parts, "notes": []} for name in ("general", "legal")]
+    with pytest.raises(MissingArtifact, match="one place for all workers"):
+        take_block(ticket(tmp_path, run_dir=str(tmp_path / "run"), samples=samples), 0)
