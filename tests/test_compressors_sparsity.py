@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosscal.compressors import Compressor, Magnitude, SparseGPT, Sparsity, Wanda
-from crosscal.compressors.selection import lowest, lowest_per_row
+from crosscal.compressors.selection import WORTH_SAMPLING, lowest, lowest_of_group, lowest_per_row
 from crosscal.errors import UsageError
 from tests.helpers.problems import layer
 
@@ -134,3 +134,27 @@ def test_dead_inputs_go_first_and_inside_the_budget(sparsity: float | str, scatt
             assert (solution.weight_OI[:, alive] != 0).all()
             assert torch.equal(solution.weight_OI[:, alive], problem.weight_OI[:, alive])
             assert solution.loss == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32])
+def test_ranking_a_group_by_pairs_is_sorting_it(size: int) -> None:
+    score_MR = torch.randint(0, 4, (size, 200), generator=torch.Generator().manual_seed(size)).float()
+    order_MR = score_MR.argsort(dim=0, stable=True)
+    for count in range(size + 1):
+        expected_MR = torch.zeros_like(score_MR, dtype=torch.bool).scatter_(0, order_MR[:count], True)
+        assert torch.equal(lowest_of_group(score_MR, count), expected_MR)
+
+
+@pytest.mark.parametrize("kind", ["squares", "ties", "ascending", "one step"])
+def test_a_threshold_between_two_bounds_is_the_one_of_sorting(kind: str) -> None:
+    """Also where the sample misleads: the search then covers everything."""
+    scores, generator = WORTH_SAMPLING + 37, torch.Generator().manual_seed(1)
+    score_N = {
+        "squares": torch.randn(scores, generator=generator).square(),
+        "ties": torch.randint(0, 3, (scores,), generator=generator).float(),
+        "ascending": torch.arange(scores).float(),
+        "one step": (torch.arange(scores) % 64 == 0).float(),  # all that the sample sees is the rare value
+    }[kind]
+    order_N = score_N.argsort(stable=True)
+    for count in (0, 1, 2, 100, scores // 3, scores // 2, scores - 2, scores - 1, scores):
+        assert torch.equal(lowest(score_N, count).nonzero().flatten(), order_N[:count].sort().values)

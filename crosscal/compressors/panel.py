@@ -86,7 +86,7 @@ def _fastest(device: str, dtype: torch.dtype) -> Callable[[Panel], FixedPanel]:
 def fix_panel_torch(panel: Panel) -> FixedPanel:
     """One column at a time, in plain torch."""
     weight_CR = panel.weight_CR.clone()
-    drop_CR = None if panel.drop_CR is None else panel.drop_CR.clone()
+    drop_CR = panel.drop_CR.clone() if panel.patterns and panel.drop_CR is not None else panel.drop_CR
     error_CR = torch.zeros_like(weight_CR)
     ints_CR = None if panel.rounding is None else torch.empty_like(weight_CR)
     for j, (column_R, error_R) in enumerate(zip(weight_CR.unbind(), error_CR.unbind(), strict=True)):

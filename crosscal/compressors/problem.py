@@ -128,10 +128,10 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=difference_OI.device)
     for start in range(0, len(hessian_II), PANEL_INPUTS):
         stop = start + PANEL_INPUTS
-        panel_IB = hessian_II[start:, start:stop].clone()
-        panel_IB[PANEL_INPUTS:] *= 2
-        product_OB = difference_OI[:, start:] @ panel_IB
-        total += product_OB.mul_(difference_OI[:, start:stop]).sum(1).sum(dtype=torch.float64)
+        own_OB = difference_OI[:, start:stop]
+        product_OB = own_OB @ hessian_II[start:stop, start:stop]
+        product_OB.addmm_(difference_OI[:, stop:], hessian_II[stop:, start:stop], alpha=2)
+        total += product_OB.mul_(own_OB).sum(1).sum(dtype=torch.float64)
     return float(total)
 
 

@@ -39,10 +39,9 @@ def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
     A score's rank is how many come before it, and b comes before a, for b < a, when s_b <= s_a. Comparing all pairs
     beats sorting as long as groups are small.
     """
-    later_P, earlier_P, vote_MP = _pairs(len(score_MR))
+    later_P, earlier_P, vote_MP, behind_M1 = _pairs(len(score_MR), score_MR.dtype, score_MR.device)
     votes_PR = (score_MR[earlier_P] <= score_MR[later_P]).to(score_MR.dtype)
-    behind_M1 = torch.arange(len(score_MR) - 1, -1, -1, device=score_MR.device)[:, None]  # all later, until they vote
-    return vote_MP.to(score_MR) @ votes_PR + behind_M1 < count
+    return torch.addmm(behind_M1, vote_MP, votes_PR) < count
 
 
 def count_true(mask: Tensor) -> int:
@@ -51,13 +50,14 @@ def count_true(mask: Tensor) -> int:
 
 
 @functools.cache
-def _pairs(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs b < a of group members, and by how much `s_b <= s_a` moves the ranks: a up, b down."""
-    later_P, earlier_P = torch.tril_indices(size, size, offset=-1)
-    vote_MP = torch.zeros(size, len(later_P))
-    pairs = torch.arange(len(later_P))
+def _pairs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs b < a of group members, by how much `s_b <= s_a` moves the ranks (a up, b down), and the ranks before any
+    pair is asked: every later member comes first."""
+    later_P, earlier_P = torch.tril_indices(size, size, offset=-1, device=device)
+    vote_MP = torch.zeros(size, len(later_P), dtype=dtype, device=device)
+    pairs = torch.arange(len(later_P), device=device)
     vote_MP[later_P, pairs], vote_MP[earlier_P, pairs] = 1.0, -1.0
-    return later_P, earlier_P, vote_MP
+    return later_P, earlier_P, vote_MP, torch.arange(size - 1, -1, -1, dtype=dtype, device=device)[:, None]
 
 
 def _kth_lowest_R1(score_RC: Tensor, k: int) -> Tensor:

@@ -26,6 +26,7 @@ from crosscal.errors import ModelError, NotFinite
 from crosscal.models.export import PACKED, dense_linears, unpacked_weight_OI
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
+from crosscal.statistics.finite import all_finite
 
 SHARD_BYTES = 2**30
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -60,7 +61,7 @@ class VariantWriter:
                 raise ModelError("the block holds no tensor of this name and shape", where=where, got=f"{value.shape}")
             if key not in packed:
                 tensors[key] = value.detach().to("cpu", tensors[key].dtype)
-            if value.is_floating_point() and not torch.isfinite(value if key in packed else tensors[key]).all():
+            if value.is_floating_point() and not all_finite(value if key in packed else tensors[key]):
                 raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
         dropped = {f"{key.rpartition('.')[0]}.weight" for key in packed}
         kept = {f"{name}.{key}": value for key, value in {**tensors, **packed}.items() if key not in dropped}
