@@ -73,8 +73,11 @@ def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, limits:
         copy = Path(folder, found.name)
         try:
             sha256 = place.fetch(found, copy)
-        except OSError as error:
-            return _refuse(ledger, refusal(found.domain, found.name, f"it cannot be read: {error.strerror or error}"))
+        except PermissionError as error:
+            return _refuse(ledger, refusal(found.domain, found.name, f"it may not be read: {error.strerror or error}"))
+        except OSError as error:  # it went meanwhile, or the line is bad: nothing is known of the file
+            _log.warning("%s/%s cannot be read now, the next sweep tries again: %s", found.domain, found.name, error)
+            return None
         if sha256 is None:
             _log.info("%s/%s changed while it was read; the next sweep takes it", found.domain, found.name)
             return None

@@ -8,6 +8,7 @@ file is read), or once nothing has touched it for `settle_seconds`. Names beginn
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ MARKER = ".done"
 UNFINISHED = (".part", ".tmp", MARKER)
 MARKER_BYTES = 4096
 NAME_CHARACTERS = 200
+_log = logging.getLogger("crosscal")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,7 +61,7 @@ def _of_domain(place: Place, domain: str, settle_seconds: float) -> Iterator[Lan
         if problem:
             yield refusal(domain, item.name, problem)
         elif marker in names:
-            yield _marked(place, domain, item, f"{domain}/{marker}")
+            yield from _marked(place, domain, item, f"{domain}/{marker}")
         elif item.modified is not None and time.time() - item.modified >= settle_seconds:
             yield LandedFile(domain, item.name, item.bytes, item.modified)
 
@@ -85,12 +87,16 @@ def _file_problem(item: Item) -> str | None:
     return None if item.name.isprintable() else "an unprintable name"
 
 
-def _marked(place: Place, domain: str, item: Item, marker: str) -> LandedFile | Refusal:
+def _marked(place: Place, domain: str, item: Item, marker: str) -> Iterator[LandedFile | Refusal]:
+    """The file with its marker's promise; nothing when the marker cannot be read now."""
     try:
         promised = _promise(place.read(marker, MARKER_BYTES))
-    except (ValueError, OSError) as error:
-        return refusal(domain, item.name, f"its {MARKER} marker is not understood: {error}")
-    return LandedFile(domain, item.name, item.bytes, item.modified, promised.get("sha256"), promised.get("bytes"))
+    except ValueError as error:
+        yield refusal(domain, item.name, f"its {MARKER} marker is not understood: {error}")
+    except OSError as error:
+        _log.warning("%s cannot be read now, the next sweep tries again: %s", marker, error)
+    else:
+        yield LandedFile(domain, item.name, item.bytes, item.modified, promised.get("sha256"), promised.get("bytes"))
 
 
 def _promise(content: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
-from crosscal.errors import UsageError
+from crosscal.errors import CorpusError, UsageError
 from crosscal.landing.items import Item, LandedFile
 from crosscal.landing.local_place import copy_hashed
 
@@ -19,7 +19,7 @@ _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "crea
 
 _retried = retry(
     retry=retry_if_not_exception_type(FileNotFoundError),
-    stop=stop_after_attempt(3),
+    stop=stop_after_attempt(5),
     wait=wait_exponential(multiplier=0.2, max=2),
     reraise=True,
 )
@@ -31,7 +31,7 @@ class RemotePlace:
             self.fs, root = fsspec.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise UsageError("this landing place cannot be opened", where=url, got=str(error)) from error
-        self.root = str(root).rstrip("/")
+        self.url, self.root = url, str(root).rstrip("/")
 
     def items(self, folder: str = "") -> Iterator[Item]:
         """Objects have no folders: a place in which nothing has landed yet is an empty one."""
@@ -40,6 +40,8 @@ class RemotePlace:
             found = self._list(at)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise CorpusError("the landing place does not answer", where=self.url, got=str(error)) from error
         for info in sorted(found, key=lambda info: info["name"]):
             name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
             if str(info["name"]).rstrip("/") == at or not name:
