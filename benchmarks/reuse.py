@@ -4,13 +4,15 @@
 
 A sweep of 16 variants (8 sparsities, 2 mixtures) on a small real model; the same plan in a new run directory; one
 more sparsity; and the same plan after 1 % new documents landed in the domain's folder. The figures are calibration
-tokens run through the model, and seconds of calibration and of solving.
+tokens run through the model, seconds of calibration and of solving, and how far the moments of the grown corpus, added
+up from its shards, are from those of one reading of the same windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,17 @@ from typing import Any
 import zstandard
 from records import record, write
 
+from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from flows.pipeline import carry_out
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.helpers.moment_sums import difference_from_one_reading
+
 SPARSITIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
 LANDED = 0.01
+GROWN = "the same plan after 1 % new documents"
+MODEL = "llama-mix-8m"
 
 
 def split_off(source: Path, folder: Path) -> list[bytes]:
@@ -37,7 +45,7 @@ def split_off(source: Path, folder: Path) -> list[bytes]:
 
 def plan(testbed: Path, domain: Path, sparsities: list[float]) -> dict[str, Any]:
     return {
-        "model": str(testbed / "models" / "llama-mix-8m"),
+        "model": str(testbed / "models" / MODEL),
         "corpora": {"general": str(testbed / "corpora" / "general"), "biomedical": str(domain)},
         "calibration": {"windows": 128, "length": 256, "held_out_windows": 16},
         "compress": [{"method": "sparsegpt", "sparsity": sparsities, "domain": "biomedical", "alpha": [0, 0.5]}],
@@ -62,15 +70,24 @@ def main() -> None:
         folder, home = Path(place), f"{place}/home"
         landed = split_off(testbed / "corpora" / "biomedical", folder / "biomedical")
 
-        def run(case: str, sparsities: list[float]) -> list[dict[str, Any]]:
+        def run(sparsities: list[float]) -> dict[str, Any]:
             out = f"{place}/{len(list(folder.iterdir()))}"
-            return figures(case, carry_out(parse_plan(plan(testbed, folder / "biomedical", sparsities)), home, out))
+            return carry_out(parse_plan(plan(testbed, folder / "biomedical", sparsities)), home, out)
 
-        rows = run("16 variants, two corpora", SPARSITIES)
-        rows += run("the same plan again, other run directory", SPARSITIES)
-        rows += run("one more sparsity", [0.45])
+        first = run(SPARSITIES)
+        rows = figures("16 variants, two corpora", first)
+        rows += figures("the same plan again, other run directory", run(SPARSITIES))
+        rows += figures("one more sparsity", run([0.45]))
         (folder / "biomedical" / "landed.jsonl").write_bytes(b"\n".join(landed) + b"\n")
-        rows += run("the same plan after 1 % new documents", SPARSITIES)
+        grown = run(SPARSITIES)
+        rows += figures(GROWN, grown)
+        share = grown["calibration_tokens_read"] / first["calibration_tokens_read"]
+        rows.append(record(GROWN, "of the tokens of the first reading", 100 * share, "%"))
+        source = ModelSource.open(testbed / "models" / MODEL)
+        apart = difference_from_one_reading(Path(grown["run_dir"]), home, "biomedical", source, folder / "elsewhere")
+        rows.append(record(GROWN, "largest relative difference of moments from one reading", apart, ""))
+    assert share <= 0.02, share
+    assert apart <= 1e-6, apart
     write("reuse", rows)
 
 

@@ -10,7 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from crosscal.models import ModelSource
 from crosscal.store import Store
+from tests.helpers.moment_sums import difference_from_one_reading
 from tests.helpers.tiny_place import Place, crosscal, make_place, values, write_documents
 
 RESULT_FIELDS = {
@@ -107,6 +109,24 @@ def test_a_landed_document_costs_only_its_own_tokens(place: Place) -> None:
     assert second["corpora"]["general"]["version"] == first["corpora"]["general"]["version"]
     assert 0 < second["calibration_tokens_read"] <= SET_TOKENS / 2  # a third of the corpus, so a third of its windows
     assert second["cache"]["hits"] == 32
+    source = ModelSource.open(place.folder / "model")
+    run_dir, anew = place.folder / "run2", place.folder / "home2"
+    assert difference_from_one_reading(run_dir, str(place.home), "legal", source, anew) <= 1e-6
+    assert difference_from_one_reading(run_dir, str(place.home), "general", source, anew) == 0
+
+
+def test_one_new_document_in_a_hundred_costs_a_fiftieth_at_most(place: Place) -> None:
+    (place.folder / "legal" / "train.jsonl").unlink()
+    write_documents(place.folder / "legal" / "train.jsonl", seed="more", count=300)
+    place.write_plan(calibration={"windows": 100, "length": 32, "held_out_windows": 20})
+    first = place.run()
+    write_documents(place.folder / "legal" / "train-2.jsonl", seed="new", count=3)
+    write_documents(place.folder / "legal" / "validation-2.jsonl", seed="new-validation", count=1)
+    second = place.run("--out", str(place.folder / "run2"))
+    assert 0 < second["calibration_tokens_read"] <= 0.02 * first["calibration_tokens_read"]
+    source = ModelSource.open(place.folder / "model")
+    home, anew = str(place.home), place.folder / "home2"
+    assert difference_from_one_reading(place.folder / "run2", home, "legal", source, anew) <= 1e-6
 
 
 def test_a_sweep_reads_each_corpus_once(place: Place) -> None:
