@@ -156,6 +156,10 @@ class Trial:
     def run_dir(self) -> Path:
         return self.folder / "run"
 
+    def seconds(self) -> float:
+        """In the stages of the last run that completed."""
+        return sum(json.loads((self.run_dir / "run.json").read_text())["stages"].values())
+
     def parameters(self) -> dict[str, str]:
         plan = self.folder / "plan.yaml"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -259,18 +263,20 @@ def carry_on(service: Service, folder: Path, kills: int, chance: random.Random) 
     body_seconds = undisturbed(service, calm)
     print(f"an undisturbed run's stages take {body_seconds:.1f} s", flush=True)
     while tally.kills < kills:
-        trial, has_completed = Trial(folder / f"trial{tally.trials}"), False
+        trial, runs, has_completed = Trial(folder / f"trial{tally.trials}"), 0, False
         while not has_completed:
             run, target = Run(service, deployment, trial), TARGETS[tally.kills % len(TARGETS)]
             moment = chance.uniform(0, body_seconds)
             stage = disturb(service, run, target, moment) if tally.kills < kills else None
-            has_completed = run.wait_for_end()
+            runs, has_completed = runs + 1, run.wait_for_end()
             if stage is not None:
                 tally.hits[target, stage] += 1
                 tally.survived[target] += has_completed
                 print(f"{tally.kills}: {target} in {stage}, completed: {has_completed}", flush=True)
         tally.trials += 1
         tally.differences += differences(trial, calm)
+        if runs == 1:  # nothing was found ready: so long does a whole run take now, beside whatever else there is
+            body_seconds = trial.seconds()
     return tally
 
 
