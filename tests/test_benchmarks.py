@@ -1,14 +1,38 @@
-"""The tables of benchmarks/README.md are those of the committed results."""
+"""The tables of benchmarks/README.md are those of the committed results; scripts for other machines run on this one."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-TABLE = Path(__file__).parents[1] / "benchmarks" / "table.py"
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_tables_are_generated_from_the_results() -> None:
-    done = subprocess.run([sys.executable, str(TABLE), "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run("table.py", "--check")
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
+    rows = [line.rsplit(" | ", 1) for line in run("gpu.py", "--tiny", "--device", "cpu", "--repeats", "1").splitlines()]
+    figures = {name.split(" | ")[1].split(",")[0]: float(value.split()[0]) for name, value in rows}
+    assert {"plain bfloat16 product", "calibration", "calibration over plain product", "solve"} <= figures.keys()
+    assert all(value > 0 for name, value in figures.items() if not name.startswith("peak"))
+
+
+@pytest.mark.parametrize("corpora", [1, 2])
+def test_a_point_of_the_scaling_grid(corpora: int) -> None:
+    one = {"tokens": 512, "hidden": 64, "blocks": 1, "variants": 2, "corpora": corpora}
+    found = json.loads(run("scaling.py", "--threads", "1", "--one", json.dumps(one)).splitlines()[-1])
+    assert set(found) == {"moments", "solve", "peak memory", "store", "models"}
+    assert all(value > 0 for name, value in found.items() if name != "peak memory")
