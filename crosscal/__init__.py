@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from crosscal.models import ModelSource
     from crosscal.plan import CompressionPlan, load_plan
     from crosscal.report import LayerRow, ResultRow
-    from crosscal.statistics import HessianFactor, InputMoments, Mixture, factor
+    from crosscal.statistics import InputMoments, InverseFactor, Mixture, factor
     from crosscal.store import Store
     from crosscal.variants import Variant
 
@@ -30,7 +30,7 @@ _HOME = {
     "Corpus": "corpora",
     "CrosscalError": "errors",
     "InputMoments": "statistics",
-    "HessianFactor": "statistics",
+    "InverseFactor": "statistics",
     "LayerProblem": "compressors",
     "LayerRow": "report",
     "LayerSolution": "compressors",
@@ -51,8 +51,8 @@ __all__ = [
     "Compressor",
     "Corpus",
     "CrosscalError",
-    "HessianFactor",
     "InputMoments",
+    "InverseFactor",
     "LayerProblem",
     "LayerRow",
     "LayerSolution",

@@ -32,7 +32,7 @@ from crosscal.compressors.panel import FixedPanel, Panel, Rounding, fix_panel
 from crosscal.compressors.problem import Grid, LayerProblem, LayerSolution, solved
 from crosscal.compressors.segments import Segment, block_drops, patterns, segments_of
 from crosscal.errors import StatisticsError
-from crosscal.statistics.factor import HessianFactor, factor
+from crosscal.statistics.factor import InverseFactor, factor
 
 CACHE_LINE = 16  # numbers
 DIGITS_LEFT = 0.1
@@ -58,7 +58,7 @@ def solve_columns(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule])
     return [solutions[i : i + len(problems)] for i in range(0, len(solutions), len(problems))]
 
 
-def _ordered_factor(problem: LayerProblem, rule: ColumnRule) -> tuple[Tensor, HessianFactor]:
+def _ordered_factor(problem: LayerProblem, rule: ColumnRule) -> tuple[Tensor, InverseFactor]:
     hessian_II = problem.hessian_II
     if not rule.activation_order:
         return torch.arange(len(hessian_II), device=hessian_II.device), problem.factor(rule.damping)
@@ -69,7 +69,7 @@ def _ordered_factor(problem: LayerProblem, rule: ColumnRule) -> tuple[Tensor, He
 class _Loop:
     """The state of one pass: the columns fixed so far, and what that changed."""
 
-    def __init__(self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: HessianFactor) -> None:
+    def __init__(self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: InverseFactor) -> None:
         self.segments, self.order_I, self.shared = segments, order_I, shared
         self.rule = segments[0].rule  # for what all rules of the stack have in common
         self.root_II, self.root_I = shared.root_II, shared.root_II.diagonal()

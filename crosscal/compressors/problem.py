@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscal.compressors.selection import count_true
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
-from crosscal.statistics.factor import HessianFactor, factor
+from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
 
 PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
@@ -33,7 +33,7 @@ class LayerProblem:
     """Second moment of the inputs per token, undamped, in the weight's dtype."""
     mean_abs_I: Tensor | None = None
     """Mean absolute input."""
-    shared_factor: HessianFactor | None = None
+    shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
     """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
@@ -70,7 +70,7 @@ class LayerProblem:
                 do="It is not a second moment: read the model again.",
             )
 
-    def factor(self, damping: float) -> HessianFactor:
+    def factor(self, damping: float) -> InverseFactor:
         """The shared factor where it fits, otherwise a new one."""
         if self.shared_factor is not None and self.shared_factor.damping == damping:
             return self.shared_factor

@@ -13,8 +13,8 @@ from crosscal.statistics.finite import all_finite
 
 
 @dataclass(frozen=True, eq=False)
-class HessianFactor:
-    """R, upper triangular, with H + λ I = R Rᵀ and λ = damping · mean(diag H).
+class InverseFactor:
+    """The factor of a damped inverse Hessian, kept as R: upper triangular, H + λ I = R Rᵀ, λ = damping · mean(diag H).
 
     Its inverse U = R⁻¹ is the factor that the papers walk along, (H + λ I)⁻¹ = Uᵀ U. R itself serves as well: the
     errors of the columns before j move column j by D_{<j} R_{<j,j} / R_jj, D being what they were changed by
@@ -36,7 +36,7 @@ class HessianFactor:
         return torch.linalg.solve_triangular(self.root_II, identity_II, upper=True)
 
 
-def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> HessianFactor:
+def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> InverseFactor:
     """Factor a damped Hessian with one Cholesky, from the last input to the first.
 
     With J the exchange matrix, J (H + λI) J = L Lᵀ gives H + λI = R Rᵀ for the upper triangular R = J L J. A dead
@@ -62,7 +62,7 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     root_II = lower_II.flip(0, 1)
     if not all_finite(root_II.diagonal().reciprocal()):
         raise _not_positive_definite(name, damping, "its inverse overflows")
-    return HessianFactor(root_II, damping, damping * mean, dead_I)
+    return InverseFactor(root_II, damping, damping * mean, dead_I)
 
 
 def _not_positive_definite(name: str, damping: float, why: str) -> NotPositiveDefinite:
