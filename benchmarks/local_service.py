@@ -18,6 +18,9 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 90.0
+PASSWORD = ("crosscal", "on loopback")
+WITH_PASSWORD = {name: ":".join(PASSWORD) for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")}
+"""As the docs advise: a server with an auth string, and clients that have it."""
 R = TypeVar("R")
 
 

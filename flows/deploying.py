@@ -27,6 +27,8 @@ from flows.deployment_file import check_plans, read_deployments
 from flows.health import server_needed
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PROMPT = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+"""A worker asks for work this often; of its own accord every ten seconds."""
 
 
 def compare(service: ServiceConfig, checkout: Path = CHECKOUT) -> list[Difference]:
@@ -74,7 +76,12 @@ def worker_commands(service: ServiceConfig, checkout: Path) -> list[str]:
     places = {"CROSSCAL_CHECKOUT": str(checkout), "CROSSCAL_HOME": service.home}
 
     def command(name: str, device: str, limit: int, *queues: str) -> str:
-        settings = {"PREFECT_API_URL": os.environ["PREFECT_API_URL"], "CUDA_VISIBLE_DEVICES": device, **places}
+        settings = {
+            "PREFECT_API_URL": os.environ["PREFECT_API_URL"],
+            "CUDA_VISIBLE_DEVICES": device,
+            **places,
+            **PROMPT,
+        }
         assignments = " ".join(f"{key}={shlex.quote(value) if value else ''}" for key, value in settings.items())
         chosen = " ".join(f"--work-queue {queue}" for queue in queues)
         start = f"prefect worker start --pool {POOL} --type process {chosen} --limit {limit}"

@@ -1,4 +1,8 @@
-"""The flow that carries out a plan. Run it with `crosscal run`, or deploy it (`deployment.yaml`)."""
+"""The flow that carries out a plan. Run it with `crosscal run`, or deploy it (`deployment.yaml`).
+
+The steps are imported when they are run: whoever deploys, compares or starts the flow needs its signature, and not the
+seconds that their libraries take.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,6 @@ from typing import Any
 from prefect import flow
 
 from crosscal.plan import load_plan
-from flows.landed import recompress_domain
-from flows.pipeline import carry_out
-from flows.quiet import quiet_libraries
 from flows.shown import run_name, shown, tag_run
 from flows.stuck_runs import note_process
 
@@ -36,6 +37,8 @@ def recompress(
     the plan's $domain is filled in and the ledger says what is to be done (see `flows.landed`): the record then has
     `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version.
     """
+    from flows.quiet import quiet_libraries
+
     quiet_libraries()
     home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
     return shown(lambda: _recompress(Path(plan_path), tuple(overrides or ()), home, out, domain))
@@ -44,6 +47,9 @@ def recompress(
 def _recompress(
     plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str | None
 ) -> dict[str, Any]:
+    from flows.landed import recompress_domain
+    from flows.pipeline import carry_out
+
     if domain is not None:
         return recompress_domain(plan_path, overrides, home, out, domain)
     plan = load_plan(plan_path, overrides)

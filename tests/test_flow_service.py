@@ -14,10 +14,17 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.events.worker import EventsWorker
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    temporary_settings,
+)
 from prefect.states import Cancelled, Running
 
-from benchmarks.local_service import environment, free_port, server, wait_for
+from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
+from crosscal.errors import CrosscalError
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
@@ -50,13 +57,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[SyncPrefectClient]:
     """A client of a server of its own, which this process and its children talk to."""
-    shared = environment(folder, free_port())
+    shared = environment(folder, free_port(), **WITH_PASSWORD)
     with server(folder, shared), pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME"):
             patch.setenv(name, shared[name])
-        settings = {PREFECT_API_URL: shared["PREFECT_API_URL"], PREFECT_LOGGING_TO_API_ENABLED: False}
+        settings = {
+            PREFECT_API_URL: shared["PREFECT_API_URL"],
+            PREFECT_API_AUTH_STRING: shared["PREFECT_API_AUTH_STRING"],
+            PREFECT_LOGGING_TO_API_ENABLED: False,
+        }
         with temporary_settings(settings), get_client(sync_client=True) as client:
             yield client
+            EventsWorker.drain_all()  # it would look for this server for ever, and keep the next one's events back
 
 
 def config(folder: Path, **changes: Any) -> ServiceConfig:
@@ -91,6 +103,12 @@ def test_a_second_time_nothing_is_touched(first: dict[str, Any], client: SyncPre
     assert again["unchanged"] == first["made"]
     assert [each.id for each in client.read_automations()] == trigger
     assert compare(config(folder)) == []
+
+
+def test_a_server_that_refuses_is_told_from_one_that_is_down(client: SyncPrefectClient, folder: Path) -> None:
+    with temporary_settings({PREFECT_API_AUTH_STRING: "crosscal:something else"}):
+        with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
+            compare(config(folder))
 
 
 def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
