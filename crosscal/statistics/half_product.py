@@ -2,8 +2,9 @@
 
 Shapes: T tokens, I inputs, B rows of a panel.
 
-On a CPU BLAS has a routine for it, `syrk`, at 0.85 to 1.05 of a plain product's speed. torch offers none, so it is
-called through SciPy, whose OpenBLAS takes its number of threads from `OMP_NUM_THREADS` as torch does. Elsewhere the
+On one thread of a CPU BLAS has a routine for it, `syrk`, at 0.85 to 1.05 of a plain product's speed. torch offers
+none, so it is called through SciPy. With more threads SciPy's OpenBLAS and torch would each keep their own, and wait for
+work at full speed on the other's cores: a reading took 55 s instead of 15 on two. There, and on a GPU, the
 triangle is made of row panels, each a plain product on the part that is needed.
 """
 
@@ -23,7 +24,7 @@ def add_half_product(upper_II: Tensor, rows_TI: Tensor) -> None:
 
     `rows_TI` has the triangle's dtype, or on a GPU a half precision, whose products are summed in the triangle's.
     """
-    if upper_II.device.type == "cpu" and upper_II.dtype in BLAS_DTYPES:
+    if upper_II.device.type == "cpu" and upper_II.dtype in BLAS_DTYPES and torch.get_num_threads() == 1:
         if rows_TI.numel():
             _syrk(upper_II, rows_TI)
     else:
