@@ -3,9 +3,9 @@
 Shapes: T tokens, I inputs, B rows of a panel.
 
 On one thread of a CPU BLAS has a routine for it, `syrk`, at 0.85 to 1.05 of a plain product's speed. torch offers
-none, so it is called through SciPy. With more threads SciPy's OpenBLAS and torch would each keep their own, and wait for
-work at full speed on the other's cores: a reading took 55 s instead of 15 on two. There, and on a GPU, the
-triangle is made of row panels, each a plain product on the part that is needed.
+none, so it is called through SciPy. With more threads SciPy's OpenBLAS and torch would each keep their own, and each
+would wait for work at full speed on the other's cores: a reading took 55 s instead of 15 on two. There, and on a GPU,
+the triangle is made of row panels, each a plain product on the part that is needed.
 """
 
 from __future__ import annotations
