@@ -3,9 +3,9 @@
     python benchmarks/overhead.py [--repeats 3] [--plan plans/demo.yaml]
 
 The whole command from start to exit, in a store of its own, minus the seconds in stages that its record states, minus
-the import of torch and transformers that every tool for these models pays. What is left is said in parts: importing
-Prefect, importing crosscal and its other libraries, and the rest (interpreter, plan, flow, table). Wall times: run it
-on a quiet machine; the load average is among the figures.
+the import of torch and of the part of transformers that loads a model, which every tool pays. What is left is said in
+parts: importing Prefect, importing crosscal and its other libraries, and the rest (interpreter, plan, flow, table, and
+what Python does at its end). Wall times: run it on a quiet machine; the load average is among the figures.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ IMPORTS = """
 import json, time
 started = time.perf_counter()
 import torch
+import transformers.modeling_utils
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 any_tool = time.perf_counter()
 import prefect, prefect.artifacts, prefect.futures, prefect.task_runners
 from prefect import flow, task
 prefect_done = time.perf_counter()
-import flows.drive
+import flows.drive, flows.landed, flows.pipeline
 print(json.dumps([any_tool - started, prefect_done - any_tool, time.perf_counter() - prefect_done]))
 """
 
@@ -64,7 +65,7 @@ def measure(plan: str) -> dict[str, float]:
     return {
         "whole command": seconds,
         "stages": stages,
-        "import of torch and transformers": any_tool,
+        "import of torch and what loads a model": any_tool,
         "overhead": overhead,
         "of it: import of Prefect": prefect,
         "of it: import of crosscal and its other libraries": own,
