@@ -31,7 +31,7 @@ import httpx
 import psutil
 import yaml
 from local_service import ROOT, crosscal, environment, free_port, is_healthy, kill, wait_for
-from records import load_average, record, write
+from records import cpu_model, load_average, record, write
 
 from crosscal.store import Store
 
@@ -313,7 +313,7 @@ def main() -> None:
         tally = carry_on(service, folder, options.kills, random.Random(options.seed))
     for difference in tally.differences:
         print(f"DIFFERENT: {difference}")
-    write("kills", rows(tally, time.monotonic() - started))
+    write("kills", rows(tally, time.monotonic() - started), device=f"{cpu_model()}, 1 thread")
     sys.exit(bool(tally.differences))
 
 

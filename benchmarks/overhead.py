@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from local_service import ROOT, environment
-from records import load_average, median_record, record, write
+from records import cpu_model, load_average, median_record, record, write
 
 MOST_SECONDS, MOST_SHARE = 6.0, 0.10
 IMPORTS = """
@@ -95,7 +95,7 @@ def main() -> None:
     for run in runs:
         print(json.dumps({name: round(seconds, 2) for name, seconds in run.items()}))
     found = rows(runs, load)
-    write("overhead", found)
+    write("overhead", found, device=f"{cpu_model()}, 1 thread")
     medians = {row["figure"]: row["value"] for row in found}
     most = max(MOST_SECONDS, MOST_SHARE * medians["whole command"])
     print(f"overhead {medians['overhead']:.1f} s, at most {most:.1f} s")
