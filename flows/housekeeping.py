@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 
 from crosscal.store import Store
 from flows.stuck_runs import close_stuck_runs, note_process
+from tasks.artifacts import make_artifact
 
 MOST_SHOWN = 50
 """Lines of each list in the artifact and the log; the counts are always of all."""
@@ -22,7 +23,12 @@ def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: flo
     closed = close_stuck_runs(stuck_minutes)
     report = {**look_after(Store(home), unused_days), "closed": closed}
     get_run_logger().info(json.dumps(shortened(report)))
-    create_markdown_artifact(markdown(report), key="housekeeping", description="What housekeeping found and did.")
+    make_artifact(
+        create_markdown_artifact,
+        markdown=markdown(report),
+        key="housekeeping",
+        description="What housekeeping found and did.",
+    )
     return report
 
 
