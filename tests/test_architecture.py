@@ -26,13 +26,14 @@ ROOMS = {
     # numpy selects faster than torch on a CPU; Triton comes with torch where there is a GPU
     "compressors": ({"errors", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),
+    "lanes": (set(), {"torch", "threadpoolctl"}),  # SciPy's BLAS would use the cores of other lanes
     "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     "publication": ({"errors", "store"}, set()),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
     "models": (
-        {"errors", "statistics"},
+        {"errors", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
     "evaluation": ({"errors"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "zstandard", "numpy"}),
@@ -40,7 +41,7 @@ ROOMS = {
     "plan": ({"errors"}, {"pydantic", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
-    "stages": ({"errors", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy", "psutil"}),
+    "stages": ({"errors", "lanes", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy", "psutil"}),
     "cli": (
         {"errors", "progress", "plan", "service", "corpora", "store", "landing", "publication", "report", "flows"},
         {"typer", "rich"},

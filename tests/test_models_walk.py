@@ -12,7 +12,7 @@ from torch import Tensor
 from crosscal.errors import ModelError
 from crosscal.models import BlockMoments, ModelSource, replaced_parameters, walk
 from crosscal.models.blocks import StopForward
-from crosscal.models.capture import capture
+from crosscal.models.capture import Sums, capture
 from crosscal.models.sites import find_sites
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, load_plain, plain_grams, save_model, windows
@@ -226,9 +226,9 @@ def test_a_pass_without_outputs_ends_at_the_last_site(tmp_path: Path) -> None:
         for matrix in site.matrices:
             block.get_submodule(matrix.name).register_forward_hook(lambda *_, name=matrix.name: ran.append(name))
     sums = {site.name: MomentsAccumulator(site.inputs, dtype=torch.float64) for site in sites}
-    with capture(block, sites, sums, stop_after_last=True):
+    with capture(block, sites, stop_after_last=True) as batch:
         for passes in (1, 2):
-            with pytest.raises(StopForward):
+            with pytest.raises(StopForward), batch(Sums(sums), 0):
                 model(tokens_SL)
             assert {sum_.moments().tokens for sum_ in sums.values()} == {passes * tokens_SL.numel()}
     assert len(ran) == 2 * 6

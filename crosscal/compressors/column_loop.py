@@ -6,8 +6,8 @@ H + λI = R Rᵀ and D = W - V, what the changed weights were changed by, the co
     W_B + D_{<B} R_{<B,B} R_BB⁻¹
 
 when the loop reaches it: one product over everything before, and the triangle of one block to invert (LDLQ, Chee et al.
-2023, arXiv 2307.13304, which is GPTQ). Inside a block the errors of panels of 32 columns are fed forward
-as in the papers, so nearly all work is matrix products. Then, E being the errors, tr(D (H + λI) Dᵀ) = |E|²:
+2023, arXiv 2307.13304, which is GPTQ). Inside a block the errors of panels of columns are fed
+forward as in the papers, so nearly all work is matrix products. Then, E being the errors, tr(D (H + λI) Dᵀ) = |E|²:
 the loss comes with the loop.
 
 Rows do not speak to each other except when a pruning threshold is drawn, so all layers that read the same inputs,
@@ -26,15 +26,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crosscal.compressors.column_rule import PANEL_COLUMNS, ColumnRule
+from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.grid import fit_scale_R
-from crosscal.compressors.panel import FixedPanel, Panel, Rounding, fix_panel
+from crosscal.compressors.panel import FixedPanel, Panel, Rounding, fix_panel, panel_columns
 from crosscal.compressors.problem import Grid, LayerProblem, LayerSolution, solved
 from crosscal.compressors.segments import Segment, block_drops, patterns, segments_of
 from crosscal.errors import StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 
-CACHE_LINE = 16  # numbers
 DIGITS_LEFT = 0.1
 """Of |E|², what must remain when λ|D|² is taken away for the difference to be a loss; else it is computed directly."""
 
@@ -79,9 +78,8 @@ class _Loop:
         self.pruning = any(s.rule.sparsity for s in segments)
         self.patterns = patterns(segments)
         inputs, rows = len(order_I), segments[-1].rows.stop
+        self.panel_columns = panel_columns(original_IR.device.type, original_IR.dtype)
         self.change_IR = original_IR.new_empty(inputs, rows)
-        # Transposing walks down the columns: a line longer than a row, they do not all fall on the same cache set.
-        self.aside_CR = original_IR.new_empty(PANEL_COLUMNS, rows + CACHE_LINE)[:, :rows]
         self.weights = [torch.empty_like(s.problem.weight_OI) for s in segments]
         self.squared_R = torch.zeros(rows, dtype=torch.float64, device=original_IR.device)
         self.changed_R = torch.zeros_like(self.squared_R)
@@ -142,7 +140,7 @@ class _Loop:
 
     def _edges(self, start: int, stop: int) -> list[int]:
         """Where panels begin and end: also where a grid is fitted, which takes its columns up to date."""
-        edges = {*range(start, stop, PANEL_COLUMNS), stop}
+        edges = {*range(start, stop, self.panel_columns), stop}
         if self.rule.bits is not None and not self.rule.activation_order:
             edges.update(range(-(-start // self.columns) * self.columns, stop, self.columns))
         return sorted(edges)
@@ -162,12 +160,13 @@ class _Loop:
 
     def _keep(self, first: int, last: int, fixed: FixedPanel) -> None:
         columns = self.order_I[first:last] if self.rule.activation_order else slice(first, last)
-        weight_CR = self.aside_CR[: last - first].copy_(fixed.weight_CR)
         for index, segment in enumerate(self.segments):
-            self.weights[index][:, columns] = weight_CR[:, segment.rows].mT
+            self.weights[index][:, columns] = fixed.weight_CR[:, segment.rows].mT
             if fixed.ints_CR is not None:
                 self.ints[index][:, columns] = fixed.ints_CR[:, segment.rows].mT
-        change_CR = torch.sub(self._original_CR(first, last), fixed.weight_CR, out=self.change_IR[first:last])
+        change_CR = self.change_IR[first:last]
+        every_CtO = [part_CR.unflatten(1, (self.times, -1)) for part_CR in (fixed.weight_CR, change_CR)]
+        torch.sub(self.original_IR[first:last, None], every_CtO[0], out=every_CtO[1])
         alive_C = (~self.shared.dead_I[first:last]).to(change_CR)
         self.squared_R += alive_C @ fixed.error_CR.square()
         self.changed_R += alive_C @ change_CR.square()

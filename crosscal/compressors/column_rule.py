@@ -9,8 +9,8 @@ from crosscal.compressors import grid
 from crosscal.compressors.sparsity import Sparsity
 from crosscal.errors import UsageError
 
-PANEL_COLUMNS = 32
-"""Columns whose updates go one by one; later columns wait for the end of the panel."""
+LEAST_PANEL_COLUMNS = 32
+"""Of the columns that are fixed together, one by one: panels are so wide, or a multiple. Groups of n:m lie inside one."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ColumnRule:
         if self.bits is not None:
             grid.check_settings(self.bits, self.group_size)
         group = self.sparsity.group if self.sparsity else None
-        if group and (self.activation_order or PANEL_COLUMNS % group):
+        if group and (self.activation_order or LEAST_PANEL_COLUMNS % group):
             raise UsageError(
                 "n:m needs an m that divides 32, and inputs in their own order",
                 got=str(self.sparsity),

@@ -2,8 +2,9 @@
 
     q = rule(w_j),  e_j = (w_j - q) R_jj,  W[:, k] -= e_j U[j, k] for k > j           U = R⁻¹ of the panel
 
-One column is a handful of vector operations over all rows; on a GPU the panel is one kernel, which walks the columns
-inside (`triton_panel`). Both take the same decisions by the same arithmetic.
+One column is a handful of vector operations over all rows. In float32 the panel is one kernel, which walks the columns
+inside: compiled by Numba on a CPU (`numba_panel`), by Triton on a GPU (`triton_panel`). All take the same decisions by
+the same arithmetic.
 
 Shapes: C columns of the panel, R stacked rows, M columns of an n:m group, P pairs of them.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from crosscal.compressors.column_rule import LEAST_PANEL_COLUMNS
 from crosscal.compressors.grid import from_ints, to_ints
 from crosscal.compressors.selection import lowest_of_group
 
@@ -74,13 +76,40 @@ def fix_panel(panel: Panel) -> FixedPanel:
     return _fastest(panel.weight_CR.device.type, panel.weight_CR.dtype)(panel)
 
 
+def panel_columns(device: str, dtype: torch.dtype) -> int:
+    """How many columns a panel has at most: their updates go one by one, those of later columns as one product.
+
+    The kernels' cost is arithmetic, and on a CPU's caches a panel of four times the columns saves three products; on
+    a GPU's registers it would not fit.
+    """
+    return 128 if _fastest(device, dtype) is not fix_panel_torch and device == "cpu" else LEAST_PANEL_COLUMNS
+
+
 @functools.cache
 def _fastest(device: str, dtype: torch.dtype) -> Callable[[Panel], FixedPanel]:
-    if device == "cuda" and dtype == torch.float32 and importlib.util.find_spec("triton"):
+    if dtype != torch.float32:
+        return fix_panel_torch
+    if device == "cuda" and importlib.util.find_spec("triton"):
         from crosscal.compressors.triton_panel import fix_panel_triton
 
         return fix_panel_triton
+    if device == "cpu":
+        from crosscal.compressors.numba_panel import fix_panel_numba
+
+        return fix_panel_numba
     return fix_panel_torch
+
+
+def bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, last, kept, group) of neighbouring rows with one pattern; group 0 is none."""
+    row = 0
+    for pattern in panel.patterns:
+        if row < pattern.rows.start:
+            yield row, pattern.rows.start, 0, 0
+        yield pattern.rows.start, pattern.rows.stop, pattern.kept, pattern.group
+        row = pattern.rows.stop
+    if row < panel.weight_CR.shape[1]:
+        yield row, panel.weight_CR.shape[1], 0, 0
 
 
 def fix_panel_torch(panel: Panel) -> FixedPanel:

@@ -3,7 +3,7 @@
 The twin of `panel.fix_panel_torch`, with the same decisions by the same arithmetic in float32: division to the nearest,
 halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs.
 
-What has been run: the arithmetic, through Triton's interpreter on a CPU (`tests/test_compressors_triton.py`). On a GPU
+What has been run: the arithmetic, through Triton's interpreter on a CPU (`tests/test_compressors_kernels.py`). On a GPU
 it has neither been compiled nor timed yet; the same test does it where there is one.
 
 Shapes: C columns of the panel (P: the next power of two), R stacked rows, B rows of a program, M columns of a group.
@@ -11,13 +11,11 @@ Shapes: C columns of the panel (P: the next power of two), R stacked rows, B row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from crosscal.compressors.panel import FixedPanel, Panel
+from crosscal.compressors.panel import FixedPanel, Panel, bands
 
 ROWS = 64  # of a program: with 32 columns, 16 numbers a thread and matrix
 WARPS = 4
@@ -34,7 +32,7 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
     drop_CR = weight_CR if panel.drop_CR is None else panel.drop_CR
     scale_CR, bits_R = (rounding.scale_CR, rounding.bits_R) if rounding else (weight_CR, weight_CR)
     columns = len(weight_CR)
-    for first, last, kept, group in _bands(panel):
+    for first, last, kept, group in bands(panel):
         _walk[(triton.cdiv(last - first, ROWS),)](  # pyright: ignore[reportIndexIssue]
             weight_CR,
             panel.upper_CC,
@@ -64,18 +62,6 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
             num_warps=WARPS,
         )
     return FixedPanel(weight_CR, error_CR, ints_CR if rounding else None)
-
-
-def _bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, last, kept, group) of neighbouring rows with one pattern; group 0 is none."""
-    row = 0
-    for pattern in panel.patterns:
-        if row < pattern.rows.start:
-            yield row, pattern.rows.start, 0, 0
-        yield pattern.rows.start, pattern.rows.stop, pattern.kept, pattern.group
-        row = pattern.rows.stop
-    if row < panel.weight_CR.shape[1]:
-        yield row, panel.weight_CR.shape[1], 0, 0
 
 
 @triton.jit

@@ -11,23 +11,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crosscal.errors import ModelError
-from crosscal.models.blocks import BlockCalls, StopForward, find_blocks, further_outputs
-from crosscal.models.capture import capture
-from crosscal.models.hidden import batches, hidden_states
-from crosscal.models.sites import Site, find_sites
+from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
+from crosscal.models.hidden import hidden_states
+from crosscal.models.passes import Numbers, Passes
+from crosscal.models.sites import Site
 from crosscal.models.source import ModelSource, place_buffers
 from crosscal.models.weights import attached
-from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+from crosscal.statistics.moments import InputMoments
 
 Upstream = Literal["dense", "sequential"]
 CACHED_TOKENS = 512
@@ -97,7 +97,7 @@ def walk(
     if not blocks:
         return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
-        run = _enter(source, slices, stack, _Numbers(torch.device(device), dtype, batch_tokens), spill_to)
+        run = _enter(source, slices, stack, Numbers(torch.device(device), dtype, batch_tokens), spill_to)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
         ahead = read(0)
@@ -113,88 +113,14 @@ def walk(
     return WalkReport(sum(tokens_SL.numel() for tokens_SL in slices.values()), blocks, time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    device: torch.device
-    dtype: torch.dtype
-    batch_tokens: int
-
-    @property
-    def sums_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What stays the same, and the hidden states, which do not."""
-
-    source: ModelSource
-    blocks: nn.ModuleList
-    calls: BlockCalls
-    hidden: Mapping[str, Tensor]
-    numbers: _Numbers
-
-    def pass_on(self, index: int, slice_name: str) -> None:
-        """Run a block over a slice; its outputs replace its inputs."""
-        hidden_SLD, device = self.hidden[slice_name], self.numbers.device
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        for batch in batches(hidden_SLD, self.numbers.batch_tokens):
-            output_BLD = self._run_batch(index, hidden_SLD[batch])
-            finite &= _is_finite(output_BLD)
-            hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
-        if not finite:
-            raise self._not_finite(f"the hidden states of slice {slice_name!r} are not finite after block {index}")
-
-    def run_to_last_site(self, index: int, slice_name: str) -> None:
-        """Run a block over a slice until whoever watches its sites stops it; nobody wants its outputs."""
-        hidden_SLD = self.hidden[slice_name]
-        for batch in batches(hidden_SLD, self.numbers.batch_tokens):
-            with suppress(StopForward):
-                self._run_batch(index, hidden_SLD[batch])
-
-    def find_sites(self, index: int) -> tuple[Site, ...]:
-        hidden_SLD = next(iter(self.hidden.values()))
-        return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
-
-    def accumulate(
-        self, index: int, slice_name: str, sites: tuple[Site, ...], *, keep_outputs: bool
-    ) -> dict[str, InputMoments]:
-        numbers = self.numbers
-        sums = {
-            site.name: MomentsAccumulator(site.inputs, dtype=numbers.sums_dtype, device=numbers.device)
-            for site in sites
-        }
-        with capture(self.blocks[index], sites, sums, stop_after_last=not keep_outputs):
-            (self.pass_on if keep_outputs else self.run_to_last_site)(index, slice_name)
-        moments = {site.name: sums.pop(site.name).moments() for site in sites}
-        for name, found in moments.items():
-            if not found.abs_sum_I.isfinite().all():
-                raise self._not_finite(f"the inputs of {name} in slice {slice_name!r} are not finite in block {index}")
-        return moments
-
-    def _not_finite(self, what: str) -> ModelError:
-        return ModelError(
-            what,
-            got=str(self.numbers.dtype),
-            do="Compute in float32 or bfloat16; if they still are not, the checkpoint is damaged.",
-        )
-
-    def _run_batch(self, index: int, hidden_BLD: Tensor) -> Tensor:
-        # A copy: a block may add to its input in place.
-        call = self.calls.of(hidden_BLD.shape[:2], index)
-        return call.run(self.blocks[index], hidden_BLD.to(self.numbers.device, copy=True))
-
-
-def _one_block(run: _Run, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool) -> None:
+def _one_block(run: Passes, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool) -> None:
     dense, block = upstream == "dense", run.blocks[index]
     sites, moments = (), {}
     if is_wanted:
         sites = run.find_sites(index)
-        keep_outputs = dense and not is_last
-        moments = {name: run.accumulate(index, name, sites, keep_outputs=keep_outputs) for name in run.hidden}
+        moments = run.accumulate(index, sites, keep_outputs=dense and not is_last)
     elif dense:
-        for name in run.hidden:
-            run.pass_on(index, name)
+        run.pass_on(index)
     changed: Mapping[str, Tensor] | None = None
     if is_wanted or not dense:
         name = run.source.block_name(index)
@@ -204,22 +130,12 @@ def _one_block(run: _Run, index: int, upstream: Upstream, on_block: OnBlock, *, 
         # Rounded as the checkpoint will store it: the next block sees what the compressed model gives.
         stored = {key: value.to(run.source.dtype) for key, value in (changed or {}).items()}
         with attached(block, {key: value.to(run.numbers.device, run.numbers.dtype) for key, value in stored.items()}):
-            for name in run.hidden:
-                run.pass_on(index, name)
-
-
-def _is_finite(output_BLD: Tensor) -> Tensor:
-    if output_BLD.is_cuda:
-        return output_BLD.isfinite().all()
-    # On a CPU a sum, which keeps NaN and infinity, is thirty times as fast; one that overflows by itself decides
-    # nothing.
-    finite = output_BLD.sum().isfinite()
-    return finite if finite else output_BLD.isfinite().all()
+            run.pass_on(index)
 
 
 def _enter(
-    source: ModelSource, slices: Mapping[str, Tensor], stack: ExitStack, numbers: _Numbers, spill_to: Path | None
-) -> _Run:
+    source: ModelSource, slices: Mapping[str, Tensor], stack: ExitStack, numbers: Numbers, spill_to: Path | None
+) -> Passes:
     """Run what comes before the blocks: the hidden states of every token, and how the model calls each block."""
     model = source.skeleton(numbers.dtype)
     place_buffers(model, numbers.device)
@@ -231,7 +147,7 @@ def _enter(
         hidden = stack.enter_context(
             hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
         )
-    return _Run(source, blocks, calls, hidden, numbers)
+    return Passes(source, blocks, calls, hidden, numbers)
 
 
 def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:

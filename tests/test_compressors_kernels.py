@@ -1,4 +1,4 @@
-"""The GPU's kernel against its twin in plain torch: on a GPU compiled, elsewhere through Triton's interpreter."""
+"""The kernels against their twin in plain torch: Numba's compiled, Triton's compiled on a GPU and interpreted elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 
 from crosscal.compressors import GPTQ, LayerProblem, SparseGPT, SparseGPTQ, Sparsity, solve_many
 from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
+from crosscal.compressors.numba_panel import fix_panel_numba
 from tests.helpers.problems import layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Kernel = Callable[[Panel], FixedPanel]
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[Kernel]:
+@pytest.fixture(scope="module", params=["numba", "triton"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    if request.param == "numba":
+        yield lambda asked: moved(fix_panel_numba(moved(asked, "cpu")))
+        return
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined, and when it runs
@@ -40,12 +44,12 @@ def panel(columns: int, rows: int, **settings: Any) -> Panel:
     return moved(asked)
 
 
-def moved(value: Any) -> Any:
+def moved(value: Any, device: str = DEVICE) -> Any:
     """A dataclass with its tensors on the device."""
     if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if isinstance(value, Panel | Rounding):
-        return type(value)(**{name: moved(part) for name, part in vars(value).items()})
+        return value.to(device)
+    if isinstance(value, Panel | Rounding | FixedPanel):
+        return type(value)(**{name: moved(part, device) for name, part in vars(value).items()})
     return value
 
 
@@ -57,6 +61,12 @@ def rounding(columns: int, rows: int, stored_dtype: torch.dtype | None) -> Round
     scale_CR = 0.1 + torch.rand(columns, rows, generator=torch.Generator().manual_seed(4))
     bits_R = torch.tensor([2.0, 4.0, 8.0])[torch.arange(rows) % 3]
     return Rounding(scale_CR, bits_R, stored_dtype)
+
+
+def extreme_rounding(columns: int, rows: int) -> Rounding:
+    """Scales from far below the least normal float16 to where eight bits of levels still fit."""
+    scale_CR = (torch.rand(columns, rows, generator=torch.Generator().manual_seed(5)) * 32 - 24).exp2()
+    return Rounding(scale_CR, torch.full((rows,), 8.0), torch.float16)
 
 
 PATTERNS = [Pattern(slice(10, 40), 2, 4), Pattern(slice(40, 75), 1, 8)]
@@ -73,6 +83,7 @@ CASES = {
         90,
         {"drop_CR": drops(32, 90), "patterns": PATTERNS, "rounding": rounding(32, 90, torch.bfloat16)},
     ),
+    "float16 at its ends": (8, 40, {"rounding": extreme_rounding(8, 40)}),
     "neither": (32, 20, {}),
 }
 

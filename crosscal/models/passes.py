@@ -1,0 +1,138 @@
+"""Passes of one block over all hidden states: several batches side by side on a CPU, one after another on a GPU.
+
+Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from crosscal.errors import ModelError
+from crosscal.lanes import side_by_side
+from crosscal.models.blocks import BlockCalls, StopForward
+from crosscal.models.capture import Sums, capture
+from crosscal.models.hidden import batches
+from crosscal.models.sites import Site, find_sites
+from crosscal.models.source import ModelSource
+from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+
+
+@dataclass(frozen=True)
+class Numbers:
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """What stays the same from block to block, and the hidden states, which do not."""
+
+    source: ModelSource
+    blocks: nn.ModuleList
+    calls: BlockCalls
+    hidden: Mapping[str, Tensor]
+    """Slice -> hidden_SLD, overwritten in place."""
+    numbers: Numbers
+
+    def find_sites(self, index: int) -> tuple[Site, ...]:
+        hidden_SLD = next(iter(self.hidden.values()))
+        return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
+
+    def pass_on(self, index: int) -> None:
+        """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` where they are not finite."""
+        self._check_outputs(index, self._over_batches(lambda name, number, batch: self._pass_batch(index, name, batch)))
+
+    def accumulate(
+        self, index: int, sites: tuple[Site, ...], *, keep_outputs: bool
+    ) -> dict[str, dict[str, InputMoments]]:
+        """Slice -> site -> moments of one block; its outputs replace its inputs, or are not even computed.
+
+        Raises `ModelError` for inputs or outputs that are not finite.
+        """
+        numbers = self.numbers
+        accumulators = {
+            name: {
+                site.name: MomentsAccumulator(site.inputs, dtype=numbers.sums_dtype, device=numbers.device)
+                for site in sites
+            }
+            for name in self.hidden
+        }
+        sums = {name: Sums(of_slice) for name, of_slice in accumulators.items()}
+        with capture(self.blocks[index], sites, stop_after_last=not keep_outputs) as adding:
+
+            def run(name: str, number: int, batch: slice) -> Tensor | None:
+                with adding(sums[name], number):
+                    if keep_outputs:
+                        return self._pass_batch(index, name, batch)
+                    with suppress(StopForward):
+                        self._run_batch(index, self.hidden[name][batch])
+                return None
+
+            self._check_outputs(index, self._over_batches(run))
+        moments = {
+            name: {site: of_slice.pop(site).moments() for site in list(of_slice)}
+            for name, of_slice in accumulators.items()
+        }
+        self._check_inputs(index, moments)
+        return moments
+
+    def _over_batches(self, run: Callable[[str, int, slice], Tensor | None]) -> list[tuple[str, Tensor | None]]:
+        """(slice, what `run` says of a batch), for the batches of all slices."""
+        names_and_runs = [
+            (name, partial(run, name, number, batch))
+            for name, hidden_SLD in self.hidden.items()
+            for number, batch in enumerate(batches(hidden_SLD, self.numbers.batch_tokens))
+        ]
+        answers = side_by_side([each for _, each in names_and_runs], self.numbers.device)
+        return [(name, answer) for (name, _), answer in zip(names_and_runs, answers, strict=True)]
+
+    def _pass_batch(self, index: int, name: str, batch: slice) -> Tensor:
+        """Whether the outputs are finite: a tensor, so that a GPU is not waited for."""
+        hidden_SLD = self.hidden[name]
+        output_BLD = self._run_batch(index, hidden_SLD[batch])
+        hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
+        return _is_finite(output_BLD)
+
+    def _run_batch(self, index: int, hidden_BLD: Tensor) -> Tensor:
+        # A copy: a block may add to its input in place.
+        call = self.calls.of(hidden_BLD.shape[:2], index)
+        return call.run(self.blocks[index], hidden_BLD.to(self.numbers.device, copy=True))
+
+    def _check_outputs(self, index: int, finite: list[tuple[str, Tensor | None]]) -> None:
+        for name in self.hidden:
+            parts = [part for owner, part in finite if owner == name and part is not None]
+            if parts and not torch.stack(parts).all():
+                raise self._not_finite(f"the hidden states of slice {name!r} are not finite after block {index}")
+
+    def _check_inputs(self, index: int, moments: Mapping[str, Mapping[str, InputMoments]]) -> None:
+        for name, of_slice in moments.items():
+            for site, found in of_slice.items():
+                if not found.abs_sum_I.isfinite().all():
+                    raise self._not_finite(f"the inputs of {site} in slice {name!r} are not finite in block {index}")
+
+    def _not_finite(self, what: str) -> ModelError:
+        return ModelError(
+            what,
+            got=str(self.numbers.dtype),
+            do="Compute in float32 or bfloat16; if they still are not, the checkpoint is damaged.",
+        )
+
+
+def _is_finite(output_BLD: Tensor) -> Tensor:
+    if output_BLD.is_cuda:
+        return output_BLD.isfinite().all()
+    # On a CPU a sum, which keeps NaN and infinity, is thirty times as fast; one that overflows by itself decides
+    # nothing.
+    finite = output_BLD.sum().isfinite()
+    return finite if finite else output_BLD.isfinite().all()
