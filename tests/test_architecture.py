@@ -22,12 +22,15 @@ PURE = {"statistics", "compressors"}
 ROOMS = {
     # room: (rooms it may import, packages it may import besides the standard library)
     "errors": (set(), set()),
-    "statistics": ({"errors"}, {"torch", "scipy"}),  # BLAS's product of half a symmetric matrix, which torch lacks
-    # numpy selects faster than torch on a CPU; Triton comes with torch where there is a GPU
-    "compressors": ({"errors", "statistics"}, {"torch", "numpy", "triton"}),
+    "statistics": ({"errors"}, {"torch", "numba"}),  # which finds BLAS's product of half a symmetric matrix
+    # numpy selects faster than torch on a CPU; Numba compiles loops there, Triton (which comes with torch) on a GPU
+    "compressors": ({"errors", "statistics"}, {"torch", "numpy", "numba", "triton"}),
     "progress": ({"errors"}, {"rich"}),
     "lanes": (set(), {"torch", "threadpoolctl"}),  # SciPy's BLAS would use the cores of other lanes
-    "store": ({"errors", "statistics"}, {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"}),
+    "store": (
+        {"errors", "statistics"},
+        {"torch", "numpy", "numba", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"},
+    ),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     "publication": ({"errors", "store"}, set()),
@@ -41,7 +44,10 @@ ROOMS = {
     "plan": ({"errors"}, {"pydantic", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
-    "stages": ({"errors", "lanes", "progress", "variants", *PURE, *EDGES}, {"torch", "transformers", "numpy", "psutil"}),
+    "stages": (
+        {"errors", "lanes", "progress", "variants", *PURE, *EDGES},
+        {"torch", "transformers", "numpy", "psutil"},
+    ),
     "cli": (
         {"errors", "progress", "plan", "service", "corpora", "store", "landing", "publication", "report", "flows"},
         {"typer", "rich"},

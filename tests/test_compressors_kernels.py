@@ -1,4 +1,4 @@
-"""The kernels against their twin in plain torch: Numba's compiled, Triton's compiled on a GPU and interpreted elsewhere."""
+"""The kernels against their twin in plain torch; Triton's is compiled on a GPU and interpreted elsewhere."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from crosscal.compressors import GPTQ, LayerProblem, SparseGPT, SparseGPTQ, Sparsity, solve_many
-from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
 from crosscal.compressors.numba_panel import fix_panel_numba
+from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
 from tests.helpers.problems import layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from crosscal.errors import NotPositiveDefinite, StatisticsError
 from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
-from crosscal.stages import compress, solve
+from crosscal.stages import compress, solve_site
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Part, Sample, over_sets
 from crosscal.stages.solve import solve_block
@@ -196,7 +196,7 @@ def test_what_losses_are_relative_to_is_computed_once_a_mixture(
     kept = list(store.keys("energies"))
     assert len(kept) == source.blocks
     measured: list[torch.Tensor] = []
-    monkeypatch.setattr(solve, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
+    monkeypatch.setattr(solve_site, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
     monkeypatch.setattr(problem, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
     compress_all(calibrated(tmp_path / "second", store, source), several)
     assert len(measured) == source.blocks * 7 * len(several)  # held out; on its calibration set the loop tells

@@ -14,6 +14,7 @@ import torch
 
 from crosscal.errors import UsageError
 from crosscal.store import Store, digest_of
+from crosscal.store.arrays import array_of
 
 KIND = "calibration"
 WINDOWS = "windows.arrow"
@@ -75,7 +76,7 @@ def windows_by_key(store: Store, key: str) -> torch.Tensor:
 
 
 def _write_windows(path: Path, tokens_SL: torch.Tensor) -> None:
-    values = pa.array(tokens_SL.numpy().astype(np.int32).reshape(-1))
+    values = array_of(tokens_SL.numpy().astype(np.int32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, tokens_SL.shape[1])
     table = pa.table({"tokens": column})
     with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:

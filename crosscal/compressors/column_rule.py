@@ -10,7 +10,7 @@ from crosscal.compressors.sparsity import Sparsity
 from crosscal.errors import UsageError
 
 LEAST_PANEL_COLUMNS = 32
-"""Of the columns that are fixed together, one by one: panels are so wide, or a multiple. Groups of n:m lie inside one."""
+"""Columns that are fixed together, one by one: panels are so wide or a multiple. Groups of n:m lie inside one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The panel as one compiled loop on a CPU: some rows of all columns stay in the first cache while the columns are walked.
+"""The panel as one compiled loop on a CPU: some rows of all columns stay in the caches while the columns are walked.
 
 The twin of `panel.fix_panel_torch`, with the same decisions by the same arithmetic in float32: division to the nearest,
 halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs. In plain torch a
@@ -42,12 +42,14 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
     error_CR = np.empty((columns, rows), np.float32)
     ints_CR = np.empty(weight_CR.shape if rounding else (1, 1), np.int8)
     prunes = panel.drop_CR is not None
-    factor = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.score_C)]
+    upper_CC, root_C, score_C = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.score_C)]
     for first, last, kept, group in bands(panel):
         own = slice(first, last)
         _walk(
             weight_CR[:, own],
-            *factor,
+            upper_CC,
+            root_C,
+            score_C,
             panel.drop_CR.numpy()[:, own] if panel.drop_CR is not None else NOTHING,
             rounding.scale_CR.numpy()[:, own] if rounding else NOTHING,
             rounding.bits_R.numpy()[own] if rounding else NOTHING[0],

@@ -50,7 +50,7 @@ class Passes:
         return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
 
     def pass_on(self, index: int) -> None:
-        """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` where they are not finite."""
+        """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` for one that is not finite."""
         self._check_outputs(index, self._over_batches(lambda name, number, batch: self._pass_batch(index, name, batch)))
 
     def accumulate(

@@ -113,7 +113,9 @@ def walk(
     return WalkReport(sum(tokens_SL.numel() for tokens_SL in slices.values()), blocks, time.monotonic() - started)
 
 
-def _one_block(run: Passes, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool) -> None:
+def _one_block(
+    run: Passes, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool
+) -> None:
     dense, block = upstream == "dense", run.blocks[index]
     sites, moments = (), {}
     if is_wanted:

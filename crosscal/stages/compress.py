@@ -23,9 +23,10 @@ from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
+from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.moments import Cached, MomentsReport
 from crosscal.stages.sample import Sample, over_sets
-from crosscal.stages.solve import BlockProblem, BlockSolution, solve_block
+from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import Mixture
 from crosscal.store import digest_of

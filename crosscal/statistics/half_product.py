@@ -48,7 +48,9 @@ def add_panels(upper_II: Tensor, rows_TI: Tensor) -> None:
 
 def add_syrk(upper_II: Tensor, rows_TI: Tensor) -> None:
     """The same by BLAS, for a contiguous float32 or float64 triangle on a CPU."""
-    assert upper_II.is_contiguous() and rows_TI.dtype == upper_II.dtype, "BLAS is told addresses, and nothing else"
+    # BLAS is told addresses, and nothing else.
+    assert upper_II.is_contiguous()
+    assert rows_TI.dtype == upper_II.dtype
     if not rows_TI.numel():
         return
     rows_TI = rows_TI.contiguous()
