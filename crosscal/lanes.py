@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -57,6 +57,31 @@ def _restored_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class Behind:
+    """Does things one after another in a thread of its own, at most one behind whoever hands them over."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[object] | None = None
+
+    def hand_over(self, job: Callable[[], object]) -> None:
+        """Wait for the last thing, raise what it raised, and have the next one begun."""
+        self._wait()
+        self._last = self._pool.submit(job)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._pool:
+            if kind is None:
+                self._wait()
 
 
 class Turns:

@@ -19,6 +19,7 @@ from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
+from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Part, Sample, over_sets
 from crosscal.stages.solve import solve_block
@@ -255,10 +256,10 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
     sequentially(workshop(tmp_path / "undisturbed", other, source, *samples(other)), each)
     shop, write = workshop(tmp_path / "killed", store, source, *samples(store)), compress._write
 
-    def die(shop: Workshop, one: Variant, block: int, *args) -> None:
-        if block == 1:
+    def die(shop: Workshop, one: Variant, problem: BlockProblem, *args) -> None:
+        if problem.block == 1:
             raise KeyboardInterrupt
-        write(shop, one, block, *args)
+        write(shop, one, problem, *args)
 
     monkeypatch.setattr(compress, "_write", die)
     with pytest.raises(KeyboardInterrupt):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.column_rule import ColumnRule
+from crosscal.compressors.numba_drops import mark_lowest
 from crosscal.compressors.panel import Pattern
 from crosscal.compressors.problem import LayerProblem
 from crosscal.compressors.selection import lowest
@@ -55,6 +56,9 @@ def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_
         if sparsity and not sparsity.group:
             outputs = len(segment.problem.weight_OI)
             count = sparsity.removed(stop * outputs) - sparsity.removed(start * outputs)
-            score_BO = (work_BR[:, segment.rows] * score_B[:, None]).square_()
-            drop_BR[:, segment.rows] = lowest(score_BO, count)
+            own_BO = work_BR[:, segment.rows]
+            if work_BR.is_cpu and work_BR.dtype == torch.float32:
+                mark_lowest(drop_BR[:, segment.rows], own_BO, score_B, count)
+            else:
+                drop_BR[:, segment.rows] = lowest((own_BO * score_B[:, None]).square_(), count)
     return drop_BR

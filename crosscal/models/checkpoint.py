@@ -45,14 +45,17 @@ class VariantWriter:
         """Whether the block's file is there; files appear complete."""
         return self._block_file(block).is_file()
 
-    def write_block(self, block: int, changed: Mapping[str, Tensor]) -> None:
-        """Write a block with some tensors changed (names inside the block); the others are copied from the source.
+    def write_block(
+        self, block: int, changed: Mapping[str, Tensor], *, dense: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a block with some tensors changed (names inside the block); the others are copied from `dense`, the
+        block as the source stores it, which is read if it is not at hand.
 
         A changed parameter is stored in the dtype the source stores it in. A linear may be replaced by its packed
         tensors (`export.packed_tensors`). Raises `NotFinite` and `ModelError` naming the tensor.
         """
         name = self.source.block_name(block)
-        tensors = self.source.load_block(block)
+        tensors = dict(self.source.load_block(block) if dense is None else dense)
         packed = {key: value for key, value in changed.items() if key.rpartition(".")[2] in PACKED}
         for key, value in changed.items():
             where = f"{name}.{key}"

@@ -17,6 +17,7 @@ from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.blocks import BlockCalls, StopForward
 from crosscal.models.capture import Sums, capture
+from crosscal.models.fast_linears import fast_linears
 from crosscal.models.hidden import batches
 from crosscal.models.sites import Site, find_sites
 from crosscal.models.source import ModelSource
@@ -50,8 +51,10 @@ class Passes:
         return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
 
     def pass_on(self, index: int) -> None:
-        """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` for one that is not finite."""
-        self._check_outputs(index, self._over_batches(lambda name, number, batch: self._pass_batch(index, name, batch)))
+        """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` when one is not finite."""
+        self._check_outputs(
+            index, self._over_batches(index, lambda name, number, batch: self._pass_batch(index, name, batch))
+        )
 
     def accumulate(
         self, index: int, sites: tuple[Site, ...], *, keep_outputs: bool
@@ -79,7 +82,7 @@ class Passes:
                         self._run_batch(index, self.hidden[name][batch])
                 return None
 
-            self._check_outputs(index, self._over_batches(run))
+            self._check_outputs(index, self._over_batches(index, run))
         moments = {
             name: {site: of_slice.pop(site).moments() for site in list(of_slice)}
             for name, of_slice in accumulators.items()
@@ -87,14 +90,17 @@ class Passes:
         self._check_inputs(index, moments)
         return moments
 
-    def _over_batches(self, run: Callable[[str, int, slice], Tensor | None]) -> list[tuple[str, Tensor | None]]:
+    def _over_batches(
+        self, index: int, run: Callable[[str, int, slice], Tensor | None]
+    ) -> list[tuple[str, Tensor | None]]:
         """(slice, what `run` says of a batch), for the batches of all slices."""
         names_and_runs = [
             (name, partial(run, name, number, batch))
             for name, hidden_SLD in self.hidden.items()
             for number, batch in enumerate(batches(hidden_SLD, self.numbers.batch_tokens))
         ]
-        answers = side_by_side([each for _, each in names_and_runs], self.numbers.device)
+        with fast_linears(self.blocks[index], tokens=self.numbers.batch_tokens):
+            answers = side_by_side([each for _, each in names_and_runs], self.numbers.device)
         return [(name, answer) for (name, _), answer in zip(names_and_runs, answers, strict=True)]
 
     def _pass_batch(self, index: int, name: str, batch: slice) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
 from crosscal.errors import MissingArtifact
+from crosscal.lanes import side_by_side
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import quantization_config
 from crosscal.models.source import ModelSource
@@ -79,9 +81,9 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
     """Solve one block for all variants with dense inputs that have no shard of it yet; returns how many were solved."""
     missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
     if missing:
-        solutions = solve_block(shop.problem(block, shop.cached), missing)
-        for variant in missing:
-            _write(shop, variant, block, solutions[variant.name])
+        problem = shop.problem(block, shop.cached)
+        solutions = solve_block(problem, missing)
+        side_by_side([partial(_write, shop, variant, problem, solutions[variant.name]) for variant in missing])
     return len(missing)
 
 
@@ -151,11 +153,12 @@ def _sequential(variant: Variant, sets: Mixture) -> str:
 
 
 def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -> BlockSolution:
-    solution = solve_block(shop.problem(block, cached), [variant])[variant.name]
-    _write(shop, variant, block, solution)
+    problem = shop.problem(block, cached)
+    solution = solve_block(problem, [variant])[variant.name]
+    _write(shop, variant, problem, solution)
     return solution
 
 
-def _write(shop: Workshop, variant: Variant, block: int, solution: BlockSolution) -> None:
-    shop.write_rows(variant, block, solution.rows)
-    shop.writer(variant).write_block(block, solution.changed)
+def _write(shop: Workshop, variant: Variant, problem: BlockProblem, solution: BlockSolution) -> None:
+    shop.write_rows(variant, problem.block, solution.rows)
+    shop.writer(variant).write_block(problem.block, solution.changed, dense=problem.parameters)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
+from crosscal.lanes import Behind
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
@@ -147,15 +148,16 @@ def read_windows(
         misses += cached.publish(seen)
 
     slices, dtype = {key: windows[key]() for key in unread}, getattr(torch, cached.dtype)
-    done = walk(
-        source,
-        slices,
-        on_block=keep,
-        device=device,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        spill_to=spill_folder(source, slices.values(), dtype=dtype, device=device),
-        wanted=lambda block: any(block in missing[key] for key in unread),
-        progress=report,
-    )
+    with Behind() as behind:  # the next block is read while this one's moments are written
+        done = walk(
+            source,
+            slices,
+            on_block=lambda seen: behind.hand_over(partial(keep, seen)),
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            spill_to=spill_folder(source, slices.values(), dtype=dtype, device=device),
+            wanted=lambda block: any(block in missing[key] for key in unread),
+            progress=report,
+        )
     return MomentsReport(done.tokens, hits, misses, done.seconds)

@@ -30,12 +30,14 @@ def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
     keys = {variant.name: block_key(shop, variant, block) for variant in variants}
     missing = [variant for variant in variants if store.find(KIND, keys[variant.name]) is None]
     if missing:
-        solutions = solve_block(shop.problem(block, shop.cached), missing)
+        problem = shop.problem(block, shop.cached)
+        solutions = solve_block(problem, missing)
         for variant in missing:
             provenance = {"model": shop.cached.model, "variant": variant.name, "block": block}
             with store.publish(KIND, keys[variant.name], provenance) as folder:
                 write_rows(folder / ROWS, solutions[variant.name].rows)
-                VariantWriter(folder, shop.source).write_block(block, solutions[variant.name].changed)
+                writer, changed = VariantWriter(folder, shop.source), solutions[variant.name].changed
+                writer.write_block(block, changed, dense=problem.parameters)
     return len(missing)
 
 

@@ -1,0 +1,46 @@
+"""A reading in lanes gives bit for bit what one lane gives, for dense models, sequential walks and starved experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscal.models import BlockMoments, ModelSource, walk
+from tests.helpers.tiny_models import save_model, windows
+
+
+def bits(source: ModelSource, slices: Mapping[str, Tensor], threads: int, upstream: str) -> dict[str, bytes]:
+    """Every sum of every site, as bytes, read with so many threads of torch."""
+    found: dict[str, bytes] = {}
+
+    def on_block(seen: BlockMoments) -> Mapping[str, Tensor] | None:
+        for name, of_slice in seen.moments.items():
+            for site, sums in of_slice.items():
+                vectors = (sums.gram_II, sums.abs_sum_I, sums.sum_I, torch.tensor(sums.tokens))
+                found[f"{seen.name} {name} {site}"] = b"".join(part.numpy().tobytes() for part in vectors)
+        if upstream == "dense":
+            return None
+        return {name: value * 0.5 for name, value in seen.parameters.items() if value.ndim == 2}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        walk(source, slices, on_block=on_block, upstream=upstream, dtype=torch.float32, batch_tokens=12)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.parametrize("upstream", ["dense", "sequential"])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "mixtral"])
+def test_lanes_change_no_bit(tmp_path: Path, family: str, upstream: str) -> None:
+    source = ModelSource.open(save_model(family, tmp_path / "model"))
+    slices = {"one": windows(9, length=6), "two": windows(2, length=12)}
+    one = bits(source, slices, 1, upstream)
+    assert one
+    for lanes in (2, 3):
+        assert bits(source, slices, lanes, upstream) == one
