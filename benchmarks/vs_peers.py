@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -169,11 +170,12 @@ def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: list[Answer]) ->
     yield from cost_rows(where, sweeps)
     yield from ratio_rows(where, SWEEP_VARIANTS, one[PEER], sweeps)
     pairs = list(zip(one[PEER], one["crosscal dense"], strict=True))
-    for label, count in (("one more sparsity", 1), ("eight more sparsities", 8)):
-        for kind in ("wall", "cpu"):
-            ratios = [count * spent(peer, kind, "solve") / spent(own, kind, label) for peer, own in pairs]
-            figure = f"{label} on cached moments, the peer's solve over it, {kind} time"
-            yield median_record(f"{case}, sparsegpt, crosscal dense", figure, ratios, "ratio")
+    labels = [(again["label"], count) for again, count in ((ONE_MORE, 1), (EIGHT_MORE, 8))]
+    for (label, count), extent, kind in itertools.product(labels, ("solved", "with its files"), ("wall", "cpu")):
+        stage = f"{label}, {extent}"
+        ratios = [count * spent(peer, kind, "solve") / spent(own, kind, stage) for peer, own in pairs]
+        figure = f"{stage}, on cached moments, the peer's solve over it, {kind} time"
+        yield median_record(f"{case}, sparsegpt, crosscal dense", figure, ratios, "ratio")
 
 
 def ratio_rows(case: str, runs: int, peers: list[Answer], own: list[Answer]) -> Iterator[dict[str, Any]]:

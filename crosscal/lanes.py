@@ -24,15 +24,24 @@ T = TypeVar("T")
 
 
 def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device | str = "cpu") -> list[T]:
+    """The jobs' results in their order, as `each_side_by_side` gives them."""
+    return list(each_side_by_side(jobs, device))
+
+
+def each_side_by_side(
+    jobs: Sequence[Callable[[], T]], device: torch.device | str = "cpu", *, most: int = MOST_LANES
+) -> Iterator[T]:
     """The jobs' results in their order; they start in that order, as many at once as there are lanes.
 
-    On a CPU there are as many lanes as torch has threads in the calling thread, on a GPU there is one, and one lane is
-    a plain loop. When a job fails no further one starts, and the first error is raised once those running have ended.
+    On a CPU there are as many lanes as torch has threads in the calling thread, `most` at most; on a GPU there is one,
+    and one lane is a plain loop. When a job fails no further one starts, and the first error is raised once those
+    running have ended.
     """
     threads = torch.get_num_threads()
-    lanes = min(threads, MOST_LANES, len(jobs)) if torch.device(device).type == "cpu" else 1
+    lanes = min(threads, most, MOST_LANES, len(jobs)) if torch.device(device).type == "cpu" else 1
     if lanes <= 1:
-        return [job() for job in jobs]
+        yield from (job() for job in jobs)
+        return
     wants_gradients, threads_each = torch.is_grad_enabled(), threads // lanes
 
     def run(job: Callable[[], T]) -> T:
@@ -44,7 +53,8 @@ def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device | str = "
         with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(threads_each,)) as pool:
             running = [pool.submit(run, job) for job in jobs]
             try:
-                return [job.result() for job in running]
+                while running:
+                    yield running.pop(0).result()  # let go: results may be large
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

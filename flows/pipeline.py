@@ -21,6 +21,7 @@ from flows.run_directory import open_run_directory, write_run_record
 from flows.steps import Stopwatch, step, step_each, step_report
 from tasks.corpora import draw_sample, ingest_corpus
 from tasks.model import (
+    blocks_side_by_side,
     identify_model,
     parts_to_read,
     publish_models,
@@ -93,7 +94,8 @@ def _solve(workers: TaskRunner | None, ticket: Ticket) -> None:
     """Bring every block of every variant with dense inputs into the run directory."""
     unsolved = unsolved_blocks(ticket)
     with step_report() as report:
-        solved = step_each(workers, solve_block, [{"ticket": ticket, "block": block} for block in unsolved])
+        calls = [{"ticket": ticket, "block": block} for block in unsolved]
+        solved = step_each(workers, solve_block, calls, at_once=blocks_side_by_side(ticket))
         for done, block in enumerate(solved, start=1):
             take_block(ticket, block)
             report("solving blocks", done, len(unsolved))

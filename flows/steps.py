@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
@@ -14,6 +16,7 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner
 
+from crosscal.lanes import each_side_by_side
 from crosscal.progress import Report, reporting
 from flows.cluster import on_workers
 from tasks.artifacts import progress_shown
@@ -29,14 +32,18 @@ def step(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return task.fn(*args, **kwargs)
 
 
-def step_each(runner: TaskRunner | None, task: Task[P, R], calls: Iterable[Mapping[str, Any]]) -> Iterator[R]:
+def step_each(
+    runner: TaskRunner | None, task: Task[P, R], calls: Iterable[Mapping[str, Any]], *, at_once: int = 1
+) -> Iterator[R]:
     """Run a task once for each set of arguments, on a cluster where there is one; results come as they are done.
 
-    A worker that is lost costs what it was doing, which another does again. Without a cluster, one after another:
-    a task uses all cores by itself.
+    A worker that is lost costs what it was doing, which another does again. Without a cluster, one after another or
+    `at_once` side by side, sharing the cores: a task uses all it is given.
     """
     if runner is None:
-        yield from (step(task, **call) for call in calls)
+        # Prefect knows the flow run by the context, which a thread does not take over by itself.
+        jobs = [partial(copy_context().run, partial(step, task, **call)) for call in calls]  # type: ignore[arg-type]
+        yield from each_side_by_side(jobs, most=at_once)
         return
     yield from on_workers(runner, task, calls)
 

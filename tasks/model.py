@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import task
 
-from crosscal.stages.compress import compress_block, compress_sequential, publish_variant
+from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variant
 from crosscal.stages.moments import collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
@@ -83,6 +83,12 @@ def unsolved_blocks(ticket: Ticket) -> list[int]:
     shop, variants = ticket.workshop(), ticket.variants("dense")
     writers = [shop.writer(variant) for variant in variants]
     return [block for block in range(shop.source.blocks) if not all(writer.has_block(block) for writer in writers)]
+
+
+def blocks_side_by_side(ticket: Ticket) -> int:
+    """How many blocks this machine may solve at once."""
+    on_cpu = ticket.device == "cpu"
+    return blocks_at_once(ticket.workshop(), ticket.variants("dense")) if on_cpu and not ticket.has_workers else 1
 
 
 @task(name="solve-block", task_run_name="solve block {block}", **RETRIED)

@@ -24,7 +24,7 @@ def test_more_than_half_of_the_memory_goes_to_disk(source: ModelSource, tmp_path
     slices = [windows(3), windows(2, length=12)]
     needed_bytes = (3 * 24 + 2 * 12) * COMMON["hidden_size"] * F32_BYTES
     placed = [
-        spill_folder(source, slices, dtype=torch.float32, device="cpu", free_bytes=free_bytes, folder=tmp_path)
+        spill_folder(source, slices, dtype=torch.float32, device="cpu", free=free_bytes, folder=tmp_path)
         for free_bytes in (2 * needed_bytes, 2 * needed_bytes - 1)
     ]
     assert placed == [None, tmp_path]

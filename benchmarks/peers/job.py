@@ -59,9 +59,13 @@ def windows(job: dict[str, Any], name: str) -> Any:
     return load_file(job["windows"])[name]
 
 
+def peak_mib() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def answer(clock: Clock, **more: Any) -> None:
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"stages": clock.stages, "peak_mib": peak_mib, **more}))
+    print(json.dumps({"stages": clock.stages, "peak_mib": peak_mib(), **more}))
 
 
 def bytes_below(folder: Path) -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from job import Clock, answer, bytes_below, read_job, windows
+from job import Clock, answer, bytes_below, peak_mib, read_job, windows
 
 from crosscal.calibration.sets import stored_windows
+from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.progress import silent
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential, publish_variant
+from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variant
 from crosscal.stages.moments import DENSE, Cached, collect_moments
 from crosscal.stages.sample import Part, Sample
+from crosscal.stages.solve import solve_block
 from crosscal.statistics import Mixture
 from crosscal.store import Store, digest_of
 from crosscal.variants import Variant, variants
@@ -59,8 +62,16 @@ def planned(job: dict[str, Any], compress: Sequence[dict[str, Any]]) -> list[Var
 
 
 def solve(shop: Workshop, wanted: Sequence[Variant]) -> None:
-    for block in range(shop.source.blocks):
-        compress_block(shop, block, wanted)
+    compress_blocks(shop, range(shop.source.blocks), wanted)
+
+
+def solve_only(shop: Workshop, wanted: Sequence[Variant]) -> None:
+    """Read, factor, solve and measure on both sets, and let the answers go: what a peer's solve is, and its losses."""
+
+    def solve_one(block: int) -> None:
+        solve_block(shop.problem(block, shop.cached), wanted)
+
+    side_by_side([partial(solve_one, block) for block in range(shop.source.blocks)])
 
 
 def run(job: dict[str, Any], folder: Path, clock: Clock) -> Workshop:
@@ -91,12 +102,18 @@ def main() -> None:
         folder = Path(name)
         with clock.stage("all"):
             shop = run(job, folder, clock)
+        peak = peak_mib()  # of what the peer does, too
         for compress in job["again"]:
-            with clock.stage(compress["label"]):
-                solve(shop, planned(job, compress["compress"]))
+            wanted = planned(job, compress["compress"])
+            with clock.stage(f"{compress['label']}, solved"):
+                solve_only(shop, wanted)
+            with clock.stage(f"{compress['label']}, with its files"):
+                solve(shop, wanted)
         if job["out"]:
             shutil.copytree(folder / "run" / "models" / planned(job, job["compress"])[0].name, job["out"])
-        answer(clock, store_bytes=bytes_below(folder / "store"), models_bytes=bytes_below(folder / "run"))
+        answer(
+            clock, peak_mib=peak, store_bytes=bytes_below(folder / "store"), models_bytes=bytes_below(folder / "run")
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
 from crosscal.errors import MissingArtifact
-from crosscal.lanes import side_by_side
+from crosscal.lanes import each_side_by_side, side_by_side
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import quantization_config
 from crosscal.models.source import ModelSource
@@ -26,7 +26,9 @@ from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.block_problem import BlockProblem
+from crosscal.stages.memory import free_bytes
 from crosscal.stages.moments import Cached, MomentsReport
+from crosscal.stages.preflight import block_shapes, solving_bytes
 from crosscal.stages.sample import Sample, over_sets
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
@@ -34,6 +36,7 @@ from crosscal.statistics import Mixture
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
+SHARE = 0.5  # of the free memory that blocks being solved may take
 FORMAT = 1  # of sequential solutions; a change of what solvers compute makes new keys
 
 
@@ -85,6 +88,21 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
         solutions = solve_block(problem, missing)
         side_by_side([partial(_write, shop, variant, problem, solutions[variant.name]) for variant in missing])
     return len(missing)
+
+
+def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
+    """How many blocks may be solved side by side: as many as half of the free memory has room for, and one at least."""
+    sets = sum(len(sample.sets) for sample in shop.samples.values())
+    shapes = block_shapes(shop.source, shop.cached)
+    needed = solving_bytes(shapes, variants=len(variants), sets=sets)
+    return max(1, int(SHARE * free_bytes(shop.device) / needed))
+
+
+def compress_blocks(shop: Workshop, blocks: Sequence[int], variants: Sequence[Variant]) -> None:
+    """`compress_block` for several blocks side by side: while one is read or written, another is solved."""
+    jobs = [partial(compress_block, shop, block, variants) for block in blocks]
+    for _ in each_side_by_side(jobs, shop.device, most=blocks_at_once(shop, variants)):
+        pass
 
 
 def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:

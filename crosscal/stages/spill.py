@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from crosscal.errors import ModelError
 from crosscal.models.source import ModelSource
+from crosscal.stages.memory import free_bytes
 
 SHARE = 0.5  # of the free memory that hidden states may take: weights and moments need room beside them
 GIB = 2**30
@@ -27,7 +27,7 @@ def spill_folder(
     *,
     dtype: torch.dtype,
     device: str,
-    free_bytes: int | None = None,
+    free: int | None = None,
     folder: Path | None = None,
 ) -> Path | None:
     """None where the hidden states of all `windows` take at most half of the device's free memory, or else a folder.
@@ -37,11 +37,11 @@ def spill_folder(
     """
     tokens, hidden = sum(tokens_SL.numel() for tokens_SL in windows), source.config.get_text_config().hidden_size
     needed_bytes = tokens * hidden * dtype.itemsize
-    free_bytes = _free_bytes(torch.device(device)) if free_bytes is None else free_bytes
-    if needed_bytes <= SHARE * free_bytes:
+    free = free_bytes(device) if free is None else free
+    if needed_bytes <= SHARE * free:
         return None
     folder = folder or Path(tempfile.gettempdir())
-    what = f"{needed_bytes / GIB:.1f} GiB of hidden states, {free_bytes / GIB:.1f} GiB of memory free"
+    what = f"{needed_bytes / GIB:.1f} GiB of hidden states, {free / GIB:.1f} GiB of memory free"
     if needed_bytes > shutil.disk_usage(folder).free:
         raise ModelError(
             "the hidden states of the calibration windows fit neither in memory nor on disk",
@@ -51,7 +51,3 @@ def spill_folder(
         )
     _log.info("%s: they stay in %s between blocks", what, folder)
     return folder
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
