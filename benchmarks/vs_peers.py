@@ -171,7 +171,9 @@ def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: list[Answer]) ->
     yield from ratio_rows(where, SWEEP_VARIANTS, one[PEER], sweeps)
     pairs = list(zip(one[PEER], one["crosscal dense"], strict=True))
     labels = [(again["label"], count) for again, count in ((ONE_MORE, 1), (EIGHT_MORE, 8))]
-    for (label, count), extent, kind in itertools.product(labels, ("solved", "with its files"), ("wall", "cpu")):
+    for (label, count), extent, kind in itertools.product(
+        labels, ("solve", "with held-out losses and files"), ("wall", "cpu")
+    ):
         stage = f"{label}, {extent}"
         ratios = [count * spent(peer, kind, "solve") / spent(own, kind, stage) for peer, own in pairs]
         figure = f"{stage}, on cached moments, the peer's solve over it, {kind} time"

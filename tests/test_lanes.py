@@ -115,9 +115,25 @@ def test_what_fails_behind_is_raised_at_the_next_meeting() -> None:
 
     with pytest.raises(ValueError, match="behind"), Behind() as behind:
         behind.hand_over(fail)
-    with pytest.raises(ValueError, match="behind"), Behind() as behind:
-        behind.hand_over(fail)
-        behind.hand_over(lambda: pytest.fail("not begun"))
-    with pytest.raises(KeyError), Behind() as behind:
-        behind.hand_over(lambda: time.sleep(0.01))
-        raise KeyError  # the error at hand is not replaced
+    behind, begun = Behind(), list[int]()
+    behind.hand_over(fail)
+    with pytest.raises(ValueError, match="behind"):
+        behind.hand_over(lambda: begun.append(1))
+    assert not begun
+
+
+def test_an_error_at_hand_is_not_replaced_by_one_behind() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        done.append(1)
+        raise ValueError("behind")
+
+    def work() -> None:
+        with Behind() as behind:
+            behind.hand_over(fail)
+            raise KeyError("at hand")
+
+    with pytest.raises(KeyError, match="at hand"):
+        work()
+    assert done  # and what was begun was waited for

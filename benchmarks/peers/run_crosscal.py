@@ -17,15 +17,15 @@ import torch
 from job import Clock, answer, bytes_below, peak_mib, read_job, windows
 
 from crosscal.calibration.sets import stored_windows
+from crosscal.compressors import LayerProblem, solve_many
 from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.progress import silent
 from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variant
 from crosscal.stages.moments import DENSE, Cached, collect_moments
-from crosscal.stages.sample import Part, Sample
-from crosscal.stages.solve import solve_block
-from crosscal.statistics import Mixture
+from crosscal.stages.sample import Part, Sample, over_sets
+from crosscal.statistics import Mixture, factor
 from crosscal.store import Store, digest_of
 from crosscal.variants import Variant, variants
 
@@ -65,13 +65,26 @@ def solve(shop: Workshop, wanted: Sequence[Variant]) -> None:
     compress_blocks(shop, range(shop.source.blocks), wanted)
 
 
-def solve_only(shop: Workshop, wanted: Sequence[Variant]) -> None:
-    """Read, factor, solve and measure on both sets, and let the answers go: what a peer's solve is, and its losses."""
+def solve_alone(shop: Workshop, wanted: Sequence[Variant]) -> None:
+    """What a peer's solve is, from the store instead of memory: read, factor and solve, with losses on the calibration
+    set; the held-out ones are left out, and the answers let go. The variants share mixture and damping."""
+    blocks = [partial(solve_block_alone, shop, block, wanted) for block in range(shop.source.blocks)]
+    side_by_side(blocks)
 
-    def solve_one(block: int) -> None:
-        solve_block(shop.problem(block, shop.cached), wanted)
 
-    side_by_side([partial(solve_one, block) for block in range(shop.source.blocks)])
+def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> None:
+    parameters, mixture = shop.source.load_block(block), wanted[0].mixture
+    assert mixture is not None
+    sets = over_sets(mixture, {corpus: drawn for (corpus, _), drawn in shop.samples.items()})
+    for site in shop.cached.sites(block) or ():
+        moments = {key: shop.cached.read(key, block, site) for key in sets.corpora}
+        hessian_II = sets.hessian_II(moments)
+        shared = factor(hessian_II, wanted[0].setting["damping"])
+        problems = [
+            LayerProblem(matrix.name, matrix.weight_OI(parameters), hessian_II, shared_factor=shared)
+            for matrix in site.matrices
+        ]
+        solve_many(problems, [variant.compressor for variant in wanted])
 
 
 def run(job: dict[str, Any], folder: Path, clock: Clock) -> Workshop:
@@ -105,9 +118,9 @@ def main() -> None:
         peak = peak_mib()  # of what the peer does, too
         for compress in job["again"]:
             wanted = planned(job, compress["compress"])
-            with clock.stage(f"{compress['label']}, solved"):
-                solve_only(shop, wanted)
-            with clock.stage(f"{compress['label']}, with its files"):
+            with clock.stage(f"{compress['label']}, solve"):
+                solve_alone(shop, wanted)
+            with clock.stage(f"{compress['label']}, with held-out losses and files"):
                 solve(shop, wanted)
         if job["out"]:
             shutil.copytree(folder / "run" / "models" / planned(job, job["compress"])[0].name, job["out"])

@@ -110,15 +110,17 @@ class _Loop:
         """Some columns as the errors of all columns before the first of them leave them."""
         standing_CR = self._original_CR(first, last)
         if first:
-            own_CC, before_IC = self.root_II[first:last, first:last], self.root_II[:first, first:last]
-            answer_IC = torch.linalg.solve_triangular(own_CC, before_IC, upper=True, left=False)
+            answer_IC = self.root_II[:first, first:last] @ self._upper_CC(first, last)
             standing_CR.addmm_(answer_IC.mT, self.change_IR[:first])
         return standing_CR
 
+    def _upper_CC(self, first: int, last: int) -> Tensor:
+        """The inverse of a triangle on the root's diagonal; to multiply by it beats solving with it."""
+        identity_CC = torch.eye(last - first, dtype=self.root_II.dtype, device=self.root_II.device)
+        return torch.linalg.solve_triangular(self.root_II[first:last, first:last], identity_CC, upper=True)
+
     def solve_block(self, start: int, stop: int) -> None:
-        work_BR = self._standing_CR(start, stop)
-        identity_BB = torch.eye(stop - start, dtype=work_BR.dtype, device=work_BR.device)
-        upper_BB = torch.linalg.solve_triangular(self.root_II[start:stop, start:stop], identity_BB, upper=True)
+        work_BR, upper_BB = self._standing_CR(start, stop), self._upper_CC(start, stop)
         drop_BR = block_drops(self.segments, work_BR, start, self.score_I[start:stop]) if self.pruning else None
         for first, last in itertools.pairwise(self._edges(start, stop)):
             own, later = slice(first - start, last - start), slice(last - start, None)

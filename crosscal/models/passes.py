@@ -84,7 +84,7 @@ class Passes:
 
             self._check_outputs(index, self._over_batches(index, run))
         moments = {
-            name: {site: of_slice.pop(site).moments() for site in list(of_slice)}
+            name: {site: of_slice.pop(site).finish() for site in list(of_slice)}
             for name, of_slice in accumulators.items()
         }
         self._check_inputs(index, moments)

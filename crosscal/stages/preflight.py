@@ -25,8 +25,8 @@ from crosscal.store import Store
 
 SUM_BYTES = 4
 """Moments are summed and solved in float32 (a float64 walk is not planned)."""
-STORED_SHARE = 0.43
-"""Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.5 was seen."""
+STORED_SHARE = 0.42
+"""Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 was seen."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _inputs(linear: nn.Module) -> int:
 
 
 def moments_bytes(shapes: Sequence[BlockShape], sets: int) -> int:
-    """On disk, for so many calibration and held-out sets: about 0.43 · 4 bytes · Σ I² each."""
+    """On disk, for so many calibration and held-out sets: about 0.42 · 4 bytes · Σ I² each."""
     return round(STORED_SHARE * sum(shape.gram_bytes for shape in shapes) * sets)
 
 
