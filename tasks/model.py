@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import task
 
-from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variant
+from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
 from crosscal.stages.moments import collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
@@ -128,7 +128,4 @@ def solve_sequential(ticket: Ticket, name: str) -> dict[str, Any]:
 @task(name="publish", task_run_name="publish models", **PLAIN)
 def publish_models(ticket: Ticket) -> int:
     """Write the index of every variant: from now on they are models."""
-    shop = ticket.workshop()
-    for variant in ticket.variants():
-        publish_variant(shop, variant)
-    return len(ticket.variants())
+    return len(publish_variants(ticket.workshop(), ticket.variants()))

@@ -22,7 +22,7 @@ from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.progress import silent
-from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variant
+from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variants
 from crosscal.stages.moments import DENSE, Cached, collect_moments
 from crosscal.stages.sample import Part, Sample, over_sets
 from crosscal.statistics import Mixture, factor
@@ -104,8 +104,7 @@ def run(job: dict[str, Any], folder: Path, clock: Clock) -> Workshop:
         with clock.stage("solve"):
             solve(shop, wanted)
     with clock.stage("publish"):
-        for variant in wanted:
-            publish_variant(shop, variant)
+        publish_variants(shop, wanted)
     return shop
 
 

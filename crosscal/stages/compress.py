@@ -146,6 +146,11 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     return MomentsReport(done.tokens, 0, misses, done.seconds)
 
 
+def publish_variants(shop: Workshop, variants: Sequence[Variant]) -> list[Path]:
+    """Make models of variants whose blocks are all there; returns their folders."""
+    return side_by_side([partial(publish_variant, shop, variant) for variant in variants])
+
+
 def publish_variant(shop: Workshop, variant: Variant) -> Path:
     """Write what lies outside the blocks and the index: from now on the folder is a model."""
     writer = shop.writer(variant)

@@ -26,7 +26,7 @@ from crosscal.store import Store
 SUM_BYTES = 4
 """Moments are summed and solved in float32 (a float64 walk is not planned)."""
 STORED_SHARE = 0.42
-"""Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 was seen."""
+"""Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
 
 
 @dataclass(frozen=True)
