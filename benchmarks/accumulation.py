@@ -3,7 +3,8 @@
     python benchmarks/accumulation.py [--tokens 4096] [--repeats 9] [--threads 2]
 
 `MomentsAccumulator.add` of T tokens of I inputs needs T I (I + 1) operations, half of the product XᵀX, besides its
-vectors of sums. Its rate is compared with that of `X.mT @ X`, 2 T I² operations, in float32, the two in turns.
+vectors of sums. As in a reading, every thread is a lane with a batch of its own; their rate together is compared with
+that of `X.mT @ X`, 2 T I² operations by all threads, in float32, the two in turns.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from records import load_average, median_record, record, write
 
+from crosscal.lanes import side_by_side
 from crosscal.statistics import MomentsAccumulator
 
 WIDTHS = (512, 1408, 2048, 4096)
@@ -28,23 +31,28 @@ def seconds(action: Callable[[], object], calls: int) -> float:
 
 
 def rates(inputs: int, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
-    """FLOP/s of the plain product and of the accumulator, for each repeat."""
+    """FLOP/s of the plain product and of the accumulators of all lanes, for each repeat."""
+    lanes = torch.get_num_threads()
     input_TI = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0))
     product_II = torch.empty(inputs, inputs)
-    accumulator = MomentsAccumulator(inputs)
+    accumulators = [MomentsAccumulator(inputs) for _ in range(lanes)]
 
     def plain() -> torch.Tensor:
         return torch.mm(input_TI.mT, input_TI, out=product_II)
 
-    def accumulate() -> None:
-        accumulator.add(input_TI)
+    def accumulate(accumulator: MomentsAccumulator) -> None:
+        for _ in range(calls):
+            accumulator.add(input_TI)
 
-    calls = max(1, round(0.1 / max(seconds(plain, 3), 1e-4)))
-    seconds(accumulate, 1)
+    def in_lanes() -> None:
+        side_by_side([partial(accumulate, accumulator) for accumulator in accumulators])
+
+    calls = max(1, round(0.2 / max(seconds(plain, 3), 1e-4)))
+    seconds(in_lanes, 1)
     plain_rates, own_rates = [], []
     for _ in range(repeats):
         plain_rates.append(2 * tokens * inputs**2 / seconds(plain, calls))
-        own_rates.append(tokens * inputs * (inputs + 1) / seconds(accumulate, calls))
+        own_rates.append(lanes * calls * tokens * inputs * (inputs + 1) / seconds(in_lanes, 1))
     return plain_rates, own_rates
 
 

@@ -22,7 +22,7 @@ PURE = {"statistics", "compressors"}
 ROOMS = {
     # room: (rooms it may import, packages it may import besides the standard library)
     "errors": (set(), set()),
-    "statistics": ({"errors"}, {"torch", "numba"}),  # which finds BLAS's product of half a symmetric matrix
+    "statistics": ({"errors"}, {"torch", "numpy", "numba"}),  # which finds BLAS's product of half a symmetric matrix
     # numpy selects faster than torch on a CPU; Numba compiles loops there, Triton (which comes with torch) on a GPU
     "compressors": ({"errors", "statistics"}, {"torch", "numpy", "numba", "triton"}),
     "progress": ({"errors"}, {"rich"}),

@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
@@ -72,6 +73,23 @@ def test_a_flow_run_does_what_a_plain_run_does(place: Place) -> None:
     assert json.loads((place.folder / "run2" / "run.json").read_text())["variants"] == 2
     assert task_runs("plan · sparsegpt 50 % · alpha 0, 0.5") == sorted(TASK_RUNS)
     assert stored_results() == results_before, "results are not persisted, so nothing can be pickled"
+
+
+def test_blocks_solved_side_by_side_are_task_runs_and_the_same_models(place: Place) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        place.run("--out", str(place.folder / "run2"), "--home", str(place.folder / "home2"))
+    finally:
+        torch.set_num_threads(before)
+    assert task_runs("plan · sparsegpt 50 % · alpha 0, 0.5") == sorted(TASK_RUNS)
+    assert shards(place.folder / "run2") == shards(place.run_dir)
+
+
+def shards(run: Path) -> dict[str, bytes]:
+    found = {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.safetensors")}
+    assert found
+    return found
 
 
 def newest_run() -> FlowRun:

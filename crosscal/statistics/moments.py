@@ -13,10 +13,10 @@ from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics.half_product import add_half_product
+from crosscal.statistics.numba_sums import add_sums
 
 CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
 MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
-SUM_ENTRIES = 2**18  # that a CPU sums in the moments' own precision, and in its cache, before the float64 totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,8 @@ class MomentsAccumulator:
     """Adds up the moments of a stream of inputs, computing one triangle of the Gram matrix only.
 
     Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
-    `dtype` first. The vectors are summed in `dtype` over some hundred rows, in float64 from there on, and handed out in
-    `dtype`.
+    `dtype` first. The vectors are summed in `dtype` over 64 rows (on a GPU a batch), in float64 from there on, and
+    handed out in `dtype`.
     """
 
     def __init__(self, inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
@@ -119,10 +119,11 @@ class MomentsAccumulator:
         self._tokens += rows_TI.shape[0]
 
     def _add_vectors(self, rows_TI: Tensor) -> None:
-        inputs, dtype = rows_TI.shape[1], self._upper_II.dtype
-        for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(-(-SUM_ENTRIES // inputs)):
-            self._abs_sum_I += part_TI.abs().sum(0, dtype=dtype)
-            self._sum_I += part_TI.sum(0, dtype=dtype)
+        if rows_TI.is_cuda:
+            self._abs_sum_I += rows_TI.abs().sum(0, dtype=self._upper_II.dtype)
+            self._sum_I += rows_TI.sum(0, dtype=self._upper_II.dtype)
+        else:
+            add_sums(rows_TI.numpy(), self._abs_sum_I.numpy(), self._sum_I.numpy())
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
