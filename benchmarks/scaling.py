@@ -115,7 +115,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     from crosscal.models import ModelSource
     from crosscal.plan import parse_plan
     from crosscal.progress import silent
-    from crosscal.stages.compress import Workshop, compress_block, publish_variant
+    from crosscal.stages.compress import Workshop, compress_blocks, publish_variant
     from crosscal.stages.moments import DENSE, Cached, collect_moments
     from crosscal.statistics import Mixture
     from crosscal.store import Store
@@ -143,8 +143,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
             started = time.perf_counter()
             collect_moments(cached, source, keys, device="cpu", batch_tokens=4096, report=silent)
             read = time.perf_counter()
-            for block in range(source.blocks):
-                compress_block(shop, block, wanted)
+            compress_blocks(shop, range(source.blocks), wanted)
             solved = time.perf_counter()
         for variant in wanted:
             publish_variant(shop, variant)
