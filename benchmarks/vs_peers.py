@@ -5,8 +5,8 @@
 llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get
 the same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a
 third process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on
-disk, without imports. crosscal also reads the held-out windows and measures every layer on them, which the peer does
-not. SparseGPT at 50 % is repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold
+disk, without imports. crosscal also reads held-out windows (an eighth as many, the share that a plan has by default)
+and measures every layer on them, which the peer does not; once more it reads one of them only. SparseGPT at 50 % is repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold
 medians, with half ranges as spread. The peer's time for a sweep is its time for one variant, measured, times the number
 of variants.
 """
@@ -54,6 +54,8 @@ SWEEP_VARIANTS = 16
 CLAIMED = "sparsegpt"
 """The method that the claim is about is repeated; the others run once."""
 PEER = "llm-compressor"
+SAME_DATA = "crosscal dense, one held-out window"
+"""The least that a plan may ask for: next to nothing is read that the peer does not read."""
 Answer = dict[str, Any]
 
 
@@ -99,8 +101,16 @@ class Contest:
     def peer(self, method: str, out: Path) -> Answer:
         return self.call(peer_python(), "run_llmcompressor.py", method=method, out=str(out), batch_size=1)
 
-    def own(self, compress: list[dict[str, Any]], corpora: list[str], out: Path | None, again: list[Any]) -> Answer:
+    def own(
+        self,
+        compress: list[dict[str, Any]],
+        corpora: list[str],
+        out: Path | None,
+        again: list[Any],
+        held_out: int | None = None,
+    ) -> Answer:
         job = {"compress": compress, "corpora": corpora, "again": again, "out": str(out) if out else None}
+        job["held_out"] = held_out
         return self.call(sys.executable, "run_crosscal.py", **job)
 
     def one_variant(self, method: str, repeat: int) -> dict[str, Answer]:
@@ -112,7 +122,10 @@ class Contest:
             peer = self.peer(method, outs[PEER] or Path(aside, "model"))
         dense = self.own([setting], ["general"], outs["crosscal dense"], again)
         sequential = self.own([setting | {"upstream": "sequential"}], ["general"], outs["crosscal sequential"], [])
-        return {PEER: peer, "crosscal dense": dense, "crosscal sequential": sequential}
+        found = {PEER: peer, "crosscal dense": dense, "crosscal sequential": sequential}
+        if method == CLAIMED:
+            found[SAME_DATA] = self.own([setting], ["general"], None, [], held_out=1)
+        return found
 
 
 def contest(it: Contest, methods: list[str], repeats: int) -> Iterator[dict[str, Any]]:

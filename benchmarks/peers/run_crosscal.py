@@ -46,7 +46,8 @@ def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torc
 def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:
     """Each corpus has an equal part of the windows, so that all of them together are what a peer reads."""
     calibration_SL, held_out_SL = windows(job, "calibration"), windows(job, "held_out")
-    held_out_SL = held_out_SL[: max(len(calibration_SL) // 8, len(job["corpora"]))]  # the share a plan has by default
+    by_default = max(len(calibration_SL) // 8, len(job["corpora"]))  # a plan's share
+    held_out_SL = held_out_SL[: job["held_out"] or by_default]
     parts = zip(
         job["corpora"],
         calibration_SL.chunk(len(job["corpora"])),
