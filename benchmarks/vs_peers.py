@@ -6,9 +6,9 @@ llm-compressor runs in an environment of its own that this script makes under th
 the same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a
 third process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on
 disk, without imports. crosscal also reads held-out windows (an eighth as many, the share that a plan has by default)
-and measures every layer on them, which the peer does not; once more it reads one of them only. SparseGPT at 50 % is repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold
-medians, with half ranges as spread. The peer's time for a sweep is its time for one variant, measured, times the number
-of variants.
+and measures every layer on them, which the peer does not; once more it reads one of them only. SparseGPT at 50 % is
+repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold medians, with half ranges
+as spread. The peer's time for a sweep is its time for one variant, measured, times the number of variants.
 """
 
 from __future__ import annotations
