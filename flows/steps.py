@@ -42,7 +42,7 @@ def step_each(
     """
     if runner is None:
         # Prefect knows the flow run by the context, which a thread does not take over by itself.
-        jobs = [partial(copy_context().run, partial(step, task, **call)) for call in calls]  # type: ignore[arg-type]
+        jobs = [partial(copy_context().run, partial(step, task, **call)) for call in calls]
         yield from each_side_by_side(jobs, most=at_once)
         return
     yield from on_workers(runner, task, calls)

@@ -22,14 +22,18 @@ PURE = {"statistics", "compressors"}
 ROOMS = {
     # room: (rooms it may import, packages it may import besides the standard library)
     "errors": (set(), set()),
-    "statistics": ({"errors"}, {"torch", "numpy", "numba"}),  # which finds BLAS's product of half a symmetric matrix
+    "statistics": (
+        {"errors", "compiled"},
+        {"torch", "numpy", "numba"},
+    ),  # which finds BLAS's product of half a symmetric matrix
     # numpy selects faster than torch on a CPU; Numba compiles loops there, Triton (which comes with torch) on a GPU
-    "compressors": ({"errors", "statistics"}, {"torch", "numpy", "numba", "triton"}),
+    "compressors": ({"errors", "compiled", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),
+    "compiled": (set(), {"numba"}),
     "lanes": (set(), {"torch", "threadpoolctl"}),  # SciPy's BLAS would use the cores of other lanes
     "store": (
-        {"errors", "statistics"},
-        {"torch", "numpy", "numba", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"},
+        {"errors", "compiled", "statistics"},
+        {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"},
     ),
     "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),

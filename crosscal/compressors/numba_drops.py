@@ -9,15 +9,14 @@ Shapes: B columns of the block, O outputs of one layer, N scores in one bin.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from torch import Tensor
+
+from crosscal.compiled import compiled
 
 BINS = 2**13
 BITS_BELOW_BIN = np.uint32(19)
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
-
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 def mark_lowest(drop_BO: Tensor, work_BO: Tensor, score_B: Tensor, count: int) -> None:

@@ -4,17 +4,15 @@ The twin of `panel.fix_panel_torch`, with the same decisions by the same arithme
 halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs. In plain torch a
 column is half a dozen calls, each of which costs as much as its arithmetic.
 
-The compiled code is kept beside this file's bytecode and trusted as much; other threads of Python run meanwhile.
-
 Shapes: C columns of the panel, R stacked rows, T rows of a tile.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
+from crosscal.compiled import compiled
 from crosscal.compressors.panel import FixedPanel, Panel, bands
 
 CACHE_LINE = 16  # numbers
@@ -28,8 +26,6 @@ NOTHING = np.zeros((1, 1), np.float32)
 LARGEST_HALF = np.float32(65520.0)  # from here on float16 is infinite
 LEAST_NORMAL_HALF = np.float32(2.0**-14)
 STEP_OF_SMALL_HALVES = np.float32(0.75)  # adding it and taking it away rounds to multiples of 2⁻²⁴
-
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 
 def fix_panel_numba(panel: Panel) -> FixedPanel:

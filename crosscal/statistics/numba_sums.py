@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from crosscal.compiled import compiled
 
 ROWS = 64
 """That are summed in the inputs' own precision, four at a time, before the float64 totals."""
-
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled

@@ -15,16 +15,15 @@ Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, row by row, P bytes
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from crosscal.compiled import compiled
 
 PANEL_ROWS = 16  # mirrored at once: a block and its transpose fit the cache
 ONE = np.uint64(1)
 WORDS = {4: np.uint32, 8: np.uint64}
 SHIFTS = {4: 24, 8: 53}
 """Where the exponent begins in a rotated word: float32 has 8 bits of it, float64 has 11."""
-
-compiled = numba.njit(nogil=True, cache=True)
 
 
 def pack_triangle(gram_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
