@@ -33,6 +33,7 @@ class BlockProblem:
     device: str
 
     def stored_dtype(self, matrix: MatrixRef) -> torch.dtype:
+        """The dtype that the checkpoint stores a matrix in."""
         return self.parameters[matrix.parameter].dtype
 
 

@@ -49,6 +49,7 @@ class SiteMoments:
             return self._held[calibration]
 
     def group_is_done(self) -> None:
+        """To be called once by each group; after the last nothing is held."""
         with self._lock:
             self._groups -= 1
             if not self._groups:
@@ -58,6 +59,11 @@ class SiteMoments:
 def solve_site(
     problem: BlockProblem, site: Site, read: SiteMoments, group: Group, members: Sequence[Variant], energies: Energies
 ) -> Iterator[tuple[Variant, Layer]]:
+    """Every matrix of a site for every variant of a group, with its losses on both sets of windows.
+
+    Raises `StatisticsError` naming the site or layer, unless all of the group's variants name `keep-dense` as their
+    fallback: then its matrices stay as they are, and their rows say why.
+    """
     started = time.monotonic()
     where = f"{problem.name}.{site.name}"
     try:
