@@ -25,11 +25,11 @@ from typing import Any
 from records import load_average, median_record, record, write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from crosscal.flows.cluster import temporary_server
+from crosscal.flows.recompress import recompress
 from crosscal.plan import dump_plan, parse_plan
 from crosscal.stages.solved_blocks import KIND
 from crosscal.store import Store
-from flows.cluster import temporary_server
-from flows.recompress import recompress
 from tests.helpers.dask_cluster import Cluster, dask_cluster
 
 

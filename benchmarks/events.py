@@ -44,7 +44,7 @@ DRAFT = (
 )
 ANNOUNCE = """
 import sys
-from tasks.announce import announce
+from crosscal.tasks.announce import announce
 for line in sys.stdin:
     domain, version = line.split()
     print(announce(domain, int(version)), flush=True)

@@ -34,7 +34,7 @@ any_tool = time.perf_counter()
 import prefect, prefect.artifacts, prefect.futures, prefect.task_runners
 from prefect import flow, task
 prefect_done = time.perf_counter()
-import flows.drive, flows.landed, flows.pipeline
+import crosscal.flows.drive, crosscal.flows.landed, crosscal.flows.pipeline
 print(json.dumps([any_tool - started, prefect_done - any_tool, time.perf_counter() - prefect_done]))
 """
 

@@ -21,9 +21,9 @@ from typing import Any
 from records import load_average, record, write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.store import Store
-from flows.pipeline import carry_out
 from tests.helpers.object_store import BUCKET, at, object_store
 
 DATA = Path(__file__).parents[1] / "data" / "demo"

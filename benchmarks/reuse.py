@@ -20,9 +20,9 @@ from typing import Any
 import zstandard
 from records import record, write
 
+from crosscal.flows.pipeline import carry_out
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
-from flows.pipeline import carry_out
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.helpers.moment_sums import difference_from_one_reading

@@ -22,9 +22,9 @@ from typing import Any
 
 from records import record, write
 
+from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import ResultRow, read_rows
-from flows.pipeline import carry_out
 
 DOMAINS = ("biomedical", "legal")
 ALPHAS = [0, 0.25, 0.5, 0.75, 1]

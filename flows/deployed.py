@@ -20,8 +20,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter
 
+from crosscal.flows.deployment_file import TRIGGERS, find_flow
 from crosscal.service import ServiceConfig
-from flows.deployment_file import TRIGGERS, find_flow
 
 POOL = "gpu"
 COMPRESS, SERVICE = "compress", "service"

@@ -21,17 +21,27 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.workers.process import ProcessWorker
 
 from crosscal.errors import CrosscalError
+from crosscal.flows.deployed import (
+    COMPRESS,
+    POOL,
+    SERVICE,
+    SERVICE_RUNS,
+    Difference,
+    Things,
+    deployed,
+    differences,
+    wanted,
+)
+from crosscal.flows.deployment_file import check_plans, read_deployments
+from crosscal.flows.health import server_needed
+from crosscal.resources import ROOT
 from crosscal.service import ServiceConfig
-from flows.deployed import COMPRESS, POOL, SERVICE, SERVICE_RUNS, Difference, Things, deployed, differences, wanted
-from flows.deployment_file import check_plans, read_deployments
-from flows.health import server_needed
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 PROMPT = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 """A worker asks for work this often; of its own accord every ten seconds."""
 
 
-def compare(service: ServiceConfig, checkout: Path = CHECKOUT) -> list[Difference]:
+def compare(service: ServiceConfig, checkout: Path = ROOT) -> list[Difference]:
     """How the server differs from the file. Changes nothing."""
     server_needed("`crosscal deploy`")
     want = wanted(_checked(service, checkout), service, checkout)
@@ -39,7 +49,7 @@ def compare(service: ServiceConfig, checkout: Path = CHECKOUT) -> list[Differenc
         return list(differences(deployed(client), want))
 
 
-def deploy(service: ServiceConfig, checkout: Path = CHECKOUT) -> dict[str, Any]:
+def deploy(service: ServiceConfig, checkout: Path = ROOT) -> dict[str, Any]:
     """Make or change what differs; returns what was made, changed, left alone, and the workers to start.
 
     Raises `UsageError` for a file Prefect would misunderstand, `CrosscalError` when the server did not take it.

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from crosscal.flows.cluster import needs_server, temporary_server
+from crosscal.flows.health import probe
+from crosscal.flows.recompress import recompress
+from crosscal.flows.shown import counted
 from crosscal.plan import load_plan
-from flows.cluster import needs_server, temporary_server
-from flows.health import probe
-from flows.recompress import recompress
-from flows.shown import counted
 
 
 def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from typing import Any
 from crosscal.calibration import tokenizer_digest
 from crosscal.errors import ModelError, UsageError
 from crosscal.evaluation import Measurement
+from crosscal.flows.quiet import quiet_libraries
 from crosscal.plan import CompressionPlan
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
+from crosscal.tasks.corpora import ingest_corpus
+from crosscal.tasks.model import identify
+from crosscal.tasks.results import examination_of, result_row
+from crosscal.tasks.ticket import Ticket
 from crosscal.variants import variants
-from flows.quiet import quiet_libraries
-from tasks.corpora import ingest_corpus
-from tasks.model import identify
-from tasks.results import examination_of, result_row
-from tasks.ticket import Ticket
 
 GIVEN = "given"
 """Method of a model that is neither the plan's own nor named like one of its variants."""

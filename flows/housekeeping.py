@@ -9,9 +9,9 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
+from crosscal.flows.stuck_runs import close_stuck_runs, note_process
 from crosscal.store import Store
-from flows.stuck_runs import close_stuck_runs, note_process
-from tasks.artifacts import make_artifact
+from crosscal.tasks.artifacts import make_artifact
 
 MOST_SHOWN = 50
 """Lines of each list in the artifact and the log; the counts are always of all."""

@@ -17,16 +17,16 @@ from prefect.logging import get_run_logger
 
 from crosscal.corpora.corpus import load_corpus, ref_name
 from crosscal.errors import StoreError
+from crosscal.flows.holders import has_ended
+from crosscal.flows.pipeline import carry_out, versions_of
+from crosscal.flows.shown import tag_run
+from crosscal.flows.steps import step
 from crosscal.landing import Ledger, Run
 from crosscal.plan import CompressionPlan, load_plan
 from crosscal.store import Store
-from flows.holders import has_ended
-from flows.pipeline import carry_out, versions_of
-from flows.shown import tag_run
-from flows.steps import step
-from tasks.announce import KEPT, PUBLISHED, tell
-from tasks.publication import decide_publication
-from tasks.ticket import Ticket
+from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from crosscal.tasks.publication import decide_publication
+from crosscal.tasks.ticket import Ticket
 
 REASON_CHARACTERS = 1000
 

@@ -14,13 +14,12 @@ from typing import Any
 
 from prefect.task_runners import TaskRunner
 
+from crosscal.flows.cluster import cluster
+from crosscal.flows.run_directory import open_run_directory, write_run_record
+from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
-from crosscal.variants import samples_needed
-from flows.cluster import cluster
-from flows.run_directory import open_run_directory, write_run_record
-from flows.steps import Stopwatch, step, step_each, step_report
-from tasks.corpora import draw_sample, ingest_corpus
-from tasks.model import (
+from crosscal.tasks.corpora import draw_sample, ingest_corpus
+from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
     parts_to_read,
@@ -32,8 +31,9 @@ from tasks.model import (
     take_block,
     unsolved_blocks,
 )
-from tasks.results import describe_samples, evaluate_models, make_report
-from tasks.ticket import Ticket
+from crosscal.tasks.results import describe_samples, evaluate_models, make_report
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import samples_needed
 
 
 def carry_out(

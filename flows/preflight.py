@@ -30,11 +30,11 @@ from crosscal.stages.preflight import (
     solving_bytes,
     stored_sets,
 )
+from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.model import identify
+from crosscal.tasks.refusals import refusals
+from crosscal.tasks.ticket import Ticket
 from crosscal.variants import Variant, samples_needed, variants
-from tasks.corpora import stored_name
-from tasks.model import identify
-from tasks.refusals import refusals
-from tasks.ticket import Ticket
 
 
 def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from prefect import flow
 
+from crosscal.flows.shown import run_name, shown, tag_run
+from crosscal.flows.stuck_runs import note_process
 from crosscal.plan import load_plan
-from flows.shown import run_name, shown, tag_run
-from flows.stuck_runs import note_process
 
 
 @flow(
@@ -37,7 +37,7 @@ def recompress(
     the plan's $domain is filled in and the ledger says what is to be done (see `flows.landed`): the record then has
     `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version.
     """
-    from flows.quiet import quiet_libraries
+    from crosscal.flows.quiet import quiet_libraries
 
     quiet_libraries()
     home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
@@ -47,8 +47,8 @@ def recompress(
 def _recompress(
     plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str | None
 ) -> dict[str, Any]:
-    from flows.landed import recompress_domain
-    from flows.pipeline import carry_out
+    from crosscal.flows.landed import recompress_domain
+    from crosscal.flows.pipeline import carry_out
 
     if domain is not None:
         return recompress_domain(plan_path, overrides, home, out, domain)

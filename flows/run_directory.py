@@ -13,8 +13,9 @@ from typing import Any
 from crosscal.errors import UsageError
 from crosscal.plan import CompressionPlan, dump_plan
 from crosscal.report.files import write_whole
+from crosscal.resources import ROOT
 from crosscal.store.keys import digest_of
-from tasks.ticket import Ticket
+from crosscal.tasks.ticket import Ticket
 
 PACKAGES = ("crosscal", "torch", "transformers", "datasets", "lm-eval", "prefect", "pyarrow", "compressed-tensors")
 SOLVER = 1  # a change of what the solvers compute makes new run directories
@@ -54,9 +55,8 @@ def write_run_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _commit() -> str | None:
     """The commit of the source tree that is running, marked when it has changes; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

@@ -16,10 +16,10 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner
 
+from crosscal.flows.cluster import on_workers
 from crosscal.lanes import each_side_by_side
 from crosscal.progress import Report, reporting
-from flows.cluster import on_workers
-from tasks.artifacts import progress_shown
+from crosscal.tasks.artifacts import progress_shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

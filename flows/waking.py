@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from crosscal.landing import Ledger
 from crosscal.store import Store
-from tasks.announce import announce
+from crosscal.tasks.announce import announce
 
 
 def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:

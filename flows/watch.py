@@ -15,11 +15,11 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging import get_run_logger
 
+from crosscal.flows.holders import has_ended
+from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from crosscal.landing import Ledger, take_in
 from crosscal.store import Store
-from flows.holders import has_ended
-from flows.stuck_runs import close_stuck_runs, note_process, runs_in
-from tasks.announce import announce
+from crosscal.tasks.announce import announce
 
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 SOON = datetime.timedelta(minutes=10)

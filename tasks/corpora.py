@@ -12,8 +12,8 @@ from crosscal.corpora import ingest, load_corpus
 from crosscal.plan import Documents, SelfGenerated
 from crosscal.stages.sample import Draw, sample_documents, sample_random, sample_self
 from crosscal.store.keys import digest_of
-from tasks.options import RETRIED
-from tasks.ticket import Ticket, task_report
+from crosscal.tasks.options import RETRIED
+from crosscal.tasks.ticket import Ticket, task_report
 
 
 def stored_name(name: str, documents: Documents) -> str:

@@ -13,9 +13,9 @@ from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
 from crosscal.stages.sample import Sample
 from crosscal.stages.solved_blocks import collect_block, publish_block
-from tasks.options import PLAIN, RETRIED
-from tasks.refusals import check_request
-from tasks.ticket import Ticket, resolve_device, task_report
+from crosscal.tasks.options import PLAIN, RETRIED
+from crosscal.tasks.refusals import check_request
+from crosscal.tasks.ticket import Ticket, resolve_device, task_report
 
 
 def identify(ticket: Ticket) -> dict[str, Any]:

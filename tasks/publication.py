@@ -19,10 +19,10 @@ from crosscal.report import ResultRow
 from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
-from tasks.artifacts import show_decision
-from tasks.options import PLAIN
-from tasks.results import DENSE, examination_of
-from tasks.ticket import Ticket
+from crosscal.tasks.artifacts import show_decision
+from crosscal.tasks.options import PLAIN
+from crosscal.tasks.results import DENSE, examination_of
+from crosscal.tasks.ticket import Ticket
 
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)

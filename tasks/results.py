@@ -18,10 +18,10 @@ from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, examination, measure
 from crosscal.stages.sample import Sample
+from crosscal.tasks.artifacts import show_run
+from crosscal.tasks.options import PLAIN
+from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
-from tasks.artifacts import show_run
-from tasks.options import PLAIN
-from tasks.ticket import Ticket, task_report
 
 DENSE = "dense"
 

@@ -23,8 +23,8 @@ from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import Mixture
 from crosscal.store import Store
+from crosscal.tasks.artifacts import progress_shown
 from crosscal.variants import GENERAL, Variant, variants
-from tasks.artifacts import progress_shown
 
 
 @dataclass(frozen=True)

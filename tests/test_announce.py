@@ -9,7 +9,7 @@ import time
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.announce import announce
+from crosscal.tasks.announce import announce
 
 
 def test_without_a_server_nothing_is_sent_and_it_is_said(

@@ -18,8 +18,8 @@ from s3fs import S3FileSystem
 from crosscal.errors import MissingArtifact, ModelError
 from crosscal.plan import load_plan
 from crosscal.store import Store
-from tasks.model import take_block
-from tasks.ticket import Ticket
+from crosscal.tasks.model import take_block
+from crosscal.tasks.ticket import Ticket
 from tests.helpers.dask_cluster import ROOT, dask_cluster
 from tests.helpers.object_store import BUCKET, at, object_store
 from tests.helpers.tiny_place import crosscal, make_place, values

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from crosscal.errors import PlanError, UsageError
+from crosscal.flows.deployed import queue_limits
+from crosscal.flows.deployment_file import FILE, check, check_plans, fill, read_deployments
 from crosscal.service import ServiceConfig, load_service
-from flows.deployed import queue_limits
-from flows.deployment_file import FILE, check, check_plans, fill, read_deployments
 
 ROOT = Path(__file__).parents[1]
 SERVICE = load_service(ROOT / "plans/service.yaml")

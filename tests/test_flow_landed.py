@@ -16,13 +16,13 @@ import pytest
 
 from crosscal.corpora import ingest
 from crosscal.errors import UsageError
+from crosscal.flows import pipeline
+from crosscal.flows.recompress import recompress
 from crosscal.landing import Ledger, runs, take_in
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.publication import Published
 from crosscal.store import Store
 from crosscal.store.refs import Refs
-from flows import pipeline
-from flows.recompress import recompress
 from tests.helpers.tiny_place import Place, make_place, write_documents
 
 pytestmark = pytest.mark.slow
@@ -267,7 +267,7 @@ def test_a_failure_is_an_attempt_and_an_interruption_hardly(place: Place, monkey
     with pytest.raises(UsageError, match="no such variant"):
         go(place, "publish.variant=nonsense")
     with monkeypatch.context() as patch:
-        patch.setattr("flows.landed.load_plan", interrupt)
+        patch.setattr("crosscal.flows.landed.load_plan", interrupt)
         with pytest.raises(KeyboardInterrupt):
             go(place)
     assert outcomes(Store(place.home)) == ["failed", "abandoned"]

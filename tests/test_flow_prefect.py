@@ -22,9 +22,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 from prefect.testing.utilities import prefect_test_harness
 
 from crosscal.errors import CorpusError
-from tasks import artifacts, corpora, model, results
-from tasks.artifacts import MOST_BYTES
-from tasks.options import RETRIED
+from crosscal.tasks import artifacts, corpora, model, results
+from crosscal.tasks.artifacts import MOST_BYTES
+from crosscal.tasks.options import RETRIED
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
 
 pytestmark = pytest.mark.slow

@@ -25,13 +25,13 @@ from prefect.states import Cancelled, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
 from crosscal.errors import CrosscalError
+from crosscal.flows.deploying import compare, deploy
+from crosscal.flows.housekeeping import housekeeping
+from crosscal.flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
+from crosscal.flows.watch import watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
-from flows.deploying import compare, deploy
-from flows.housekeeping import housekeeping
-from flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
-from flows.watch import watch
 from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ SECONDS = 60.0
 SLEEPER = """
 import time
 from prefect import flow
-from flows.stuck_runs import note_process
+from crosscal.flows.stuck_runs import note_process
 
 @flow(name="housekeeping", on_running=[note_process])
 def sleep() -> None:

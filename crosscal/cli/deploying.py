@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from crosscal.cli.options import Json
-from crosscal.errors import UsageError
+from crosscal.resources import SERVICE_FILE
 
-SERVICE = "plans/service.yaml"
 SHOWN = 100
 
 
@@ -23,9 +22,9 @@ def deploy(
     """Make work pool, queues, limits and deployments on the Prefect server; what is right already stays as it is."""
     from crosscal.service import load_service
 
-    service = load_service(config or _own_service())
-    from flows.deploying import compare
-    from flows.deploying import deploy as bring_there
+    service = load_service(config or SERVICE_FILE)
+    from crosscal.flows.deploying import compare
+    from crosscal.flows.deploying import deploy as bring_there
 
     if check:
         found = [each.as_json() for each in compare(service)]
@@ -33,13 +32,6 @@ def deploy(
         raise typer.Exit(1 if found else 0)
     done = bring_there(service)
     print(json.dumps(done)) if as_json else _show(done)
-
-
-def _own_service() -> Path:
-    path = Path(__file__).resolve().parents[2] / SERVICE
-    if not path.is_file():
-        raise UsageError("the service file comes with the source tree", got=f"no {path}", do="Give one as CONFIG.")
-    return path
 
 
 def _show_check(found: list[dict[str, Any]]) -> None:

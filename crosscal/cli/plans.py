@@ -21,8 +21,8 @@ def show(plan: PlanFile, overrides: Set = None) -> None:
 @app.command("check")
 def check(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
     """Say what a run would compute, what is cached, what it needs and whether that is there."""
+    from crosscal.flows.preflight import check_plan
     from crosscal.plan import load_plan
-    from flows.preflight import check_plan
 
     findings = check_plan(load_plan(plan, tuple(overrides or ())), home)
     print_value(findings, as_json)

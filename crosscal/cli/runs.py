@@ -13,8 +13,7 @@ import typer
 from crosscal.cli.options import HOME, Home, Json, Set
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import UsageError
-
-DEMO = "plans/demo.yaml"
+from crosscal.resources import DEMO_PLAN
 
 
 def run(
@@ -29,9 +28,9 @@ def run(
 
     With --domain the ledger says whether there is anything to do, and the best model is published as the plan says.
     """
-    plan = plan or _demo_plan()
+    plan = plan or DEMO_PLAN
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
-    from flows.drive import drive
+    from crosscal.flows.drive import drive
 
     record = drive(plan, overrides or [], home, str(out) if out else None, domain)
     if as_json:
@@ -118,7 +117,7 @@ def _announce(home: str, domains: list[str] | None) -> dict[str, bool]:
 
     Where it was not, the log says why, and the next watch makes up for it.
     """
-    from flows.waking import announce_pending
+    from crosscal.flows.waking import announce_pending
 
     return announce_pending(home, domains)
 
@@ -131,8 +130,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure one model on a plan's test windows and tasks."""
+    from crosscal.flows.evaluate import evaluate_model
     from crosscal.plan import load_plan
-    from flows.evaluate import evaluate_model
 
     rows = evaluate_model(model, load_plan(plan, tuple(overrides or ())), home)
     if not as_json:
@@ -150,20 +149,11 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) ->
     print(write_report(run_dir))
 
 
-def _demo_plan() -> Path:
-    plan = Path(__file__).resolve().parents[2] / DEMO
-    if not plan.is_file():
-        raise UsageError(
-            "the demo comes with the source tree", got=f"no {plan}", do="Give a plan, or run in a checkout."
-        )
-    return plan
-
-
 def _show_run(record: dict[str, Any]) -> None:
     """A run, or every turn of a domain's and what came of it."""
     from rich.console import Console
 
-    from flows.drive import summary
+    from crosscal.flows.drive import summary
 
     console = Console(soft_wrap=True)
     for one in [run["record"] for run in record["runs"]] if "runs" in record else [record]:

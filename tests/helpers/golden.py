@@ -10,9 +10,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
-from flows.pipeline import carry_out
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "data" / "demo"
