@@ -24,10 +24,10 @@ from typing import Any
 
 import httpx
 import yaml
-import zstandard
 from local_service import ROOT, deploy, environment, free_port, server, wait_for, workers
 from records import record, write
 
+from crosscal.files.streams import chunks
 from crosscal.landing import Ledger, take_in
 from crosscal.landing.runs import FINISHED
 from crosscal.publication import Published
@@ -53,8 +53,7 @@ for line in sys.stdin:
 
 def land(folder: Path) -> None:
     """All files of all domains, each with texts of its own, complete at once."""
-    packed = (ROOT / "data/demo/corpora/biomedical/train.jsonl.zst").read_bytes()
-    lines = zstandard.decompress(packed, max_output_size=1 << 28).splitlines()
+    lines = b"".join(chunks(ROOT / "data/demo/corpora/biomedical/train.jsonl.zst")).splitlines()
     files = [(domain, number) for domain, count in LANDINGS.items() for number in range(count)]
     for index, (domain, number) in enumerate(files):
         place = folder / domain

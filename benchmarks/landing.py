@@ -22,10 +22,10 @@ from typing import Any
 
 import httpx
 import yaml
-import zstandard
 from local_service import PASSWORD, ROOT, WITH_PASSWORD, deploy, environment, free_port, server, wait_for, workers
 from records import load_average, median_record, record, write
 
+from crosscal.files.streams import chunks
 from crosscal.landing import Ledger, Run
 from crosscal.landing.runs import FINISHED
 from crosscal.store import Store
@@ -37,8 +37,7 @@ RUN_SECONDS = 600.0
 
 def documents(domain: str) -> tuple[bytes, bytes]:
     """Training documents of a demo domain: all but the last 1 %, and those."""
-    packed = (ROOT / "data/demo/corpora" / domain / "train.jsonl.zst").read_bytes()
-    lines = zstandard.decompress(packed, max_output_size=1 << 28).splitlines()
+    lines = b"".join(chunks(ROOT / "data/demo/corpora" / domain / "train.jsonl.zst")).splitlines()
     kept = len(lines) - max(1, round(LANDED_SHARE * len(lines)))
     return b"\n".join(lines[:kept]) + b"\n", b"\n".join(lines[kept:]) + b"\n"
 

@@ -20,6 +20,7 @@ from typing import Any
 import zstandard
 from records import record, write
 
+from crosscal.files.streams import chunks
 from crosscal.flows.pipeline import carry_out
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
@@ -36,7 +37,7 @@ MODEL = "llama-mix-8m"
 def split_off(source: Path, folder: Path) -> list[bytes]:
     """Copy a corpus without the last 1 % of its training documents, which are returned."""
     shutil.copytree(source, folder)
-    lines = zstandard.decompress((source / "train.jsonl.zst").read_bytes(), max_output_size=1 << 30).splitlines()
+    lines = b"".join(chunks(source / "train.jsonl.zst")).splitlines()
     kept = len(lines) - round(LANDED * len(lines))
     (folder / "train.jsonl.zst").chmod(0o644)
     (folder / "train.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines[:kept]) + b"\n"))

@@ -110,7 +110,7 @@ def load_service(path: Path) -> ServiceConfig:
     """Read a service file; its folders come back absolute. Raises `UsageError` naming the field and the remedy."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         what = "the service file cannot be read"
         got = str(error).replace("\n", " ")
         raise UsageError(what, where=str(path), got=got, do="plans/service.yaml is an example.") from error

@@ -16,7 +16,7 @@ import torch
 
 from crosscal.calibration import tokenizer_digest
 from crosscal.corpora import load_corpus
-from crosscal.corpora.sources import resolve
+from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, Documents, SelfGenerated
@@ -41,7 +41,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
     asked = variants(plan)
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
-    problems = [str(error) for error in _missing_sources(plan)]
+    problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
     try:
         known = identify(ticket)
@@ -65,13 +65,16 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     return {**findings, "problems": problems + _shortages(memory, disk)}
 
 
-def _missing_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
+def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
+    """Those that cannot be found, or whose first records are none: without the text's column, above all."""
     for documents in plan.document_corpora.values():
-        if documents.path is not None:
+        for path in [documents.path] if isinstance(documents.path, str) else documents.path or []:
             try:
-                resolve([documents.path] if isinstance(documents.path, str) else documents.path)
+                problem = look_at(path, documents.text)
             except CorpusError as error:
-                yield error
+                problem = error
+            if problem:
+                yield problem
 
 
 def _reading(ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int) -> dict[str, Any]:

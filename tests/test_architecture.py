@@ -40,19 +40,20 @@ ROOMS = {
     "lanes": (set(), {"torch", "threadpoolctl"}),  # SciPy's BLAS would use the cores of other lanes
     "store": (
         {"errors", "compiled", "statistics"},
-        {"torch", "numpy", "pyarrow", "zstandard", "fsspec", "tenacity", "psutil"},
+        {"torch", "numpy", "pyarrow", "fsspec", "tenacity", "psutil"},
     ),
-    "corpora": ({"errors", "store"}, {"pyarrow", "zstandard", "datasets", "tenacity", "numpy"}),
+    "files": (set(), {"zstandard"}),
+    "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "tenacity", "numpy"}),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     "publication": ({"errors", "store"}, set()),
-    "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "zstandard"}),
+    "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers"}),
     "models": (
         {"errors", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    "evaluation": ({"errors"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "zstandard", "numpy"}),
+    "evaluation": ({"errors", "files"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"}),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
-    "plan": ({"errors"}, {"pydantic", "yaml"}),
+    "plan": ({"errors", "files"}, {"pydantic", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
     "stages": (
@@ -147,6 +148,13 @@ def test_nothing_is_unpickled_and_no_code_comes_with_a_model(file: Path) -> None
             if keyword.arg in ("trust_remote_code", "allow_pickle"):
                 is_off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
                 assert is_off, f"line {call.lineno}: {keyword.arg}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_compressed_files_are_read_in_one_place(file: Path) -> None:
+    """Elsewhere a stream that is cut off would again be taken for a shorter one."""
+    decoders = {"gzip", "zlib", "bz2", "lzma", "zipfile", "tarfile", "zstandard"}
+    assert room_of(file) == "files" or not decoders & {module.split(".")[0] for module, _ in imports(file)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -5,14 +5,12 @@ Shapes: S windows, L tokens.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-import zstandard
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from crosscal.evaluation.likelihood import windows_of
+from crosscal.files import JsonRecord, json_records
 from crosscal.models import load_variant
 
 CORPORA = ("general", "biomedical")
@@ -73,10 +72,9 @@ def testbed_case(folder: Path, testbed: Path) -> Case:
 
 def texts(testbed: Path, corpus: str, split: str, documents: int = 2000) -> Iterator[str]:
     """The first documents of a split."""
-    with (testbed / "corpora" / corpus / f"{split}.jsonl.zst").open("rb") as file:
-        lines = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8")
-        for line, _ in zip(lines, range(documents), strict=False):
-            yield json.loads(line)["text"]
+    for record in islice(json_records(testbed / "corpora" / corpus / f"{split}.jsonl.zst"), documents):
+        assert isinstance(record, JsonRecord), record
+        yield record.value["text"]
 
 
 def _case(name: str, folder: Path, calibration_SL: Tensor, held_out_SL: Tensor, group_size: int) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 
@@ -26,7 +27,9 @@ def _readable(value: Any) -> str:
 
 
 def _amount(name: str, value: Any) -> str:
-    return f"{value / 1e6:,.1f}MB" if name.endswith("bytes") and isinstance(value, int) else str(value)
+    """A field called `bytes` or `…_bytes` is an amount; a reason that is counted may end in the word, too."""
+    is_amount = re.fullmatch(r"(\w+_)?bytes", name) and isinstance(value, int)
+    return f"{value / 1e6:,.1f}MB" if is_amount else str(value)
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -1,41 +1,116 @@
-"""CSV records that span lines, put together so that one stray quote cannot swallow the rest of the file."""
+"""CSV records, as Python's csv reads them, except that a stray quote cannot swallow the lines behind it."""
 
 from __future__ import annotations
 
+import csv
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from crosscal.corpora.records import excerpt
-from crosscal.corpora.streams import Broken, Line
+from crosscal.files import Broken, Line, excerpt
+
+MOST_READINGS = 8
+"""Lines behind an unclosed quote are read again: all in all so many times the bytes of a file, and no more."""
 
 
-def records(physical: Iterator[Line | Broken], max_bytes: int) -> Iterator[Line | Broken]:
-    """Join lines until their quotes are even.
+@dataclass(frozen=True)
+class Row:
+    number: int
+    """The line it begins in, counted from 1."""
 
-    A quote that is not closed within `max_bytes`, or before the stream ends or breaks, costs only the line that
-    opens it: the lines after it are read afresh.
+    fields: list[str]
+
+
+def records(physical: Iterator[Line | Broken], delimiter: str, max_bytes: int) -> Iterator[Row | Broken]:
+    """Every row of at least one field, in the order of the lines.
+
+    A quote opens a field only at the field's start. A row that spans lines must be well-formed: its quotes closed
+    within `max_bytes` and before the stream ends or breaks, nothing between a closing quote and the next delimiter,
+    and as many fields as the header. Otherwise the quote was none that opens, and costs only its line: those behind
+    it are read afresh. What lies in one line is taken as csv takes it, well-formed or not.
     """
-    again: deque[Line | Broken] = deque()
-    held: list[Line] = []
-    held_bytes = 0
+    csv.field_size_limit(max(csv.field_size_limit(), max_bytes))  # a process-wide 128 KiB otherwise
+    feed = _Feed(physical, max_bytes)
+    reader = csv.reader(feed, delimiter=delimiter, strict=True)
+    width = 0
     while True:
-        line = again.popleft() if again else next(physical, None)
-        if held and (not isinstance(line, Line) or held_bytes + len(line.data) > max_bytes):
-            yield Broken(held[0].number, "unclosed quote", excerpt(held[0].data))
-            again.extendleft([line, *reversed(held[1:])] if line is not None else reversed(held[1:]))
-            held, held_bytes = [], 0
-        elif not isinstance(line, Line):
-            if line is None:
+        feed.held, feed.held_bytes = [], 0
+        try:
+            fields = next(reader, None)
+        except csv.Error:
+            fields = _of_one_line(feed.held, delimiter)
+        if not feed.held:
+            if feed.broken is None:
                 return
-            yield line
-        elif _closes(line) == bool(held):
-            yield Line(held[0].number, b"\n".join(part.data for part in (*held, line))) if held else line
-            held, held_bytes = [], 0
-        else:
-            held.append(line)
-            held_bytes += len(line.data)
+            yield feed.broken
+            feed.broken = None
+        elif fields is None or (len(feed.held) > 1 and width not in (0, len(fields))):
+            yield from feed.give_back()
+        elif fields:
+            width = width or len(fields)
+            yield _row(feed.held[0], fields)
 
 
-def _closes(line: Line) -> bool:
-    """An odd number of quotes opens a record that spans lines, or closes it."""
-    return line.data.count(b'"') % 2 == 1
+def _of_one_line(held: list[Line], delimiter: str) -> list[str] | None:
+    """Read without strictness; None when a quote is still open at its end."""
+    if len(held) > 1:
+        return None
+    reader = csv.reader([_text(held[0]), ""], delimiter=delimiter)
+    fields = next(reader)
+    return fields if reader.line_num == 1 else None
+
+
+def _row(first: Line, fields: list[str]) -> Row | Broken:
+    joined = ",".join(fields)
+    try:
+        joined.encode("utf-8")
+    except UnicodeEncodeError:
+        return Broken(first.number, "invalid UTF-8", excerpt(joined.encode("utf-8", "surrogateescape")))
+    return Row(first.number, fields)
+
+
+def _text(line: Line) -> str:
+    return line.data.decode("utf-8", "surrogateescape")  # what is no UTF-8 stays recognisable, as lone surrogates
+
+
+class _Feed:
+    """Hands lines to a `csv.reader`, and keeps those of the record it is in."""
+
+    def __init__(self, physical: Iterator[Line | Broken], max_bytes: int) -> None:
+        self.held: list[Line] = []
+        self.held_bytes = 0
+        self.broken: Broken | None = None
+        """Where the lines stop for now."""
+        self._physical = physical
+        self._again: deque[Line | Broken] = deque()
+        self._max_bytes = max_bytes
+        self._budget_bytes = max_bytes
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self._next_physical()
+        if isinstance(line, Broken) and not self.held:
+            self.broken = line
+            raise StopIteration
+        if isinstance(line, Broken) or (self.held and self.held_bytes + len(line.data) > self._max_bytes):
+            self._again.appendleft(line)
+            raise StopIteration
+        self.held.append(line)
+        self.held_bytes += len(line.data)
+        return _text(line)
+
+    def _next_physical(self) -> Line | Broken:
+        line = next(self._physical)
+        if isinstance(line, Line):
+            self._budget_bytes += MOST_READINGS * len(line.data)
+        return line
+
+    def give_back(self) -> Iterator[Broken]:
+        """The first of the lines held is not taken, the others are read again, as long as there is budget for it."""
+        self._budget_bytes -= self.held_bytes
+        lost = 1 if self._budget_bytes > 0 else len(self.held)
+        self._again.extendleft(reversed(self.held[lost:]))
+        for line in self.held[:lost]:
+            yield Broken(line.number, "unclosed quote", excerpt(line.data.rstrip(b"\r\n")))

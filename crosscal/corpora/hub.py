@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crosscal.corpora.limits import DocumentLimits
-from crosscal.corpora.records import Document, Reject, excerpt, judge
+from crosscal.corpora.records import Document, Reject, judge, no_column
 from crosscal.corpora.sources import HubDataset, named_split
 from crosscal.errors import CorpusError
+from crosscal.files import excerpt
 
 
 def read_hub(
@@ -30,7 +31,7 @@ def read_hub(
     for split, rows in splits.items():
         source = f"{dataset.name}@{revision}/{split}" if revision else f"{dataset.name}/{split}"
         if text not in rows.column_names:
-            yield None, Reject(source, 0, f"no column {text!r}", columns=tuple(rows.column_names))
+            yield None, no_column(source, 0, text, rows.column_names)
             continue
         for number, value in enumerate(rows.select_columns([text])[text], start=1):
             yield named_split(str(split)), judge(value, source, number, limits)

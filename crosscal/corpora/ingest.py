@@ -17,8 +17,9 @@ from crosscal.corpora.records import Document, Reject
 from crosscal.corpora.shards import write_split
 from crosscal.corpora.sources import HubDataset, SourceFile, resolve
 from crosscal.corpora.splits import SPLITS, assign
-from crosscal.corpora.spool import COLUMNS_SHOWN, Spool
-from crosscal.errors import CorpusError, StoreConflict, UsageError
+from crosscal.corpora.spool import Spool
+from crosscal.corpora.usable import nothing_usable
+from crosscal.errors import StoreConflict, UsageError
 from crosscal.store import Store, digest_file, digest_of
 
 Progress = Callable[[str, int, int | None], None]
@@ -80,7 +81,7 @@ def ingest(
         spool.finish()
         rejects_key = _publish_rejects(store, name, spool)
         if not spool.entries:
-            raise _nothing_usable(sources, spool, text)
+            raise nothing_usable(", ".join(map(str, sources)), spool.rejected, spool.columns_found, text)
         corpus, added, changed = _land(store, name, spool, replace, forced=split is not None)
         duplicates = spool.duplicates + len(spool.entries) - added
         return IngestReport(corpus, added, duplicates, dict(spool.rejected), rejects_key, changed)
@@ -164,12 +165,3 @@ def _publish_rejects(store: Store, name: str, spool: Spool) -> str | None:
     with store.publish("rejects", key, {"corpus": name, "rejected": dict(spool.rejected)}) as folder:
         (folder / "rejects.jsonl").write_bytes(spool.rejects_path.read_bytes())
     return key
-
-
-def _nothing_usable(sources: Sequence[str], spool: Spool, text: str) -> CorpusError:
-    where = ", ".join(map(str, sources))
-    if set(spool.rejected) == {f"no column {text!r}"}:
-        columns = ", ".join(sorted(spool.columns_found)[:COLUMNS_SHOWN]) or "no columns at all"
-        return CorpusError(f"no column {text!r}", where=where, got=columns, do="Name the text's column with `text`.")
-    counts = ", ".join(f"{count} {reason}" for reason, count in spool.rejected.most_common())
-    return CorpusError("no usable document", where=where, got=counts or "empty files", do="Check the files.")

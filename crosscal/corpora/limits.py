@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from crosscal.errors import UsageError
+from crosscal.files.lines import MOST_LINE_BYTES
+from crosscal.files.streams import MOST_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class DocumentLimits:
     text_file_characters: int = 20_000
     """A plain text file longer than this is cut at blank lines into documents of about this size."""
 
-    max_line_bytes: int = 32 * 2**20
-    """A longer line (or CSV record) is rejected without being held in memory."""
+    max_line_bytes: int = MOST_LINE_BYTES
+    """A longer line (or CSV or JSON record) is rejected without being held in memory."""
 
-    max_file_bytes: int = 64 * 2**30
+    max_file_bytes: int = MOST_FILE_BYTES
     """Reading of one file stops after this many decompressed bytes."""
 
     max_rejects_kept: int = 100_000

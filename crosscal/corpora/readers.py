@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from crosscal.corpora.csv_records import records
+from crosscal.corpora import csv_records
 from crosscal.corpora.limits import DocumentLimits
-from crosscal.corpora.records import Document, Reject, excerpt, judge
-from crosscal.corpora.streams import Broken, Line, lines
-
-Candidates = Iterator[Document | Reject]
-PARQUET_ROWS = 128
-COLUMNS_KEPT = 20
+from crosscal.corpora.parquet_records import read_parquet
+from crosscal.corpora.records import Candidates, Reject, judge, no_column, rejected
+from crosscal.files import FORMATS, Broken, excerpt, json_records, lines
 
 
-def read_jsonl(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """One JSON object a line, its document under the key `text`."""
-    for line in lines(path, limits):
-        if isinstance(line, Broken):
-            yield _reject(source, line)
-        elif line.data.strip():
-            yield _json_candidate(line, source, text, limits)
-
-
-def _json_candidate(line: Line, source: str, text: str, limits: DocumentLimits) -> Document | Reject:
-    try:
-        row = json.loads(line.data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Reject(source, line.number, "invalid UTF-8", excerpt(line.data))
-    except (ValueError, RecursionError):  # also integers of more digits than Python converts, and deep nesting
-        return Reject(source, line.number, "invalid JSON", excerpt(line.data))
-    if not isinstance(row, dict):
-        return Reject(source, line.number, "not a JSON object", excerpt(line.data))
-    if text not in row:
-        return _no_column(source, line.number, text, row)
-    return judge(row[text], source, line.number, limits)
+def read_json(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
+    """JSON objects, each with its document under the key `text`."""
+    for record in json_records(path, limits.max_line_bytes, limits.max_file_bytes):
+        if isinstance(record, Broken):
+            yield rejected(source, record)
+        elif not isinstance(record.value, dict):
+            yield Reject(source, record.number, "not a JSON object", record.excerpt)
+        elif text not in record.value:
+            yield no_column(source, record.number, text, record.value)
+        else:
+            yield judge(record.value[text], source, record.number, limits)
 
 
 def read_text(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
@@ -70,13 +51,13 @@ def read_text(path: Path, source: str, text: str, limits: DocumentLimits) -> Can
 def _paragraphs(path: Path, source: str, limits: DocumentLimits) -> Iterator[tuple[int, str] | Reject]:
     """(first line, text) of each run of lines up to and with the blank line behind it."""
     number, block, block_bytes = 1, [], 0
-    for line in lines(path, limits):
+    for line in lines(path, limits.max_line_bytes, limits.max_file_bytes):
         if isinstance(line, Broken):
-            yield _reject(source, line)
+            yield rejected(source, line)
             continue
         if not block:
             number = line.number
-        block.append(line.data.removesuffix(b"\r") + b"\n")
+        block.append(line.data.removesuffix(b"\n").removesuffix(b"\r") + b"\n")
         block_bytes += len(line.data)
         if not line.data.strip() or block_bytes > limits.text_file_characters:
             yield _paragraph(source, number, block)
@@ -95,95 +76,42 @@ def _paragraph(source: str, number: int, block: list[bytes]) -> tuple[int, str] 
 
 def read_csv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
     """Comma-separated values with a header line; quoted fields may hold line ends."""
-    csv.field_size_limit(max(csv.field_size_limit(), limits.max_line_bytes))  # a process-wide 128 KiB otherwise
+    return _read_separated(path, source, text, limits, ",")
+
+
+def read_tsv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
+    """The same with tabs."""
+    return _read_separated(path, source, text, limits, "\t")
+
+
+def _read_separated(path: Path, source: str, text: str, limits: DocumentLimits, delimiter: str) -> Candidates:
     header: list[str] = []
-    for record in records(lines(path, limits), limits.max_line_bytes):
-        row = _csv_row(record, source)
-        if isinstance(row, Reject):
-            yield row
+    physical = lines(path, limits.max_line_bytes, limits.max_file_bytes, universal=True)
+    for row in csv_records.records(physical, delimiter, limits.max_line_bytes):
+        if isinstance(row, Broken):
+            yield rejected(source, row)
             if not header:
                 return  # without its header the file has no columns
         elif not header:
-            header = row
-            if header and text not in header:
-                yield _no_column(source, record.number, text, header)
+            header = row.fields
+            if text not in header:
+                yield no_column(source, row.number, text, header)
                 return
-        elif row and len(row) != len(header):
-            yield Reject(source, record.number, "wrong number of fields", excerpt(",".join(row)))
-        elif row:
-            yield judge(row[header.index(text)], source, record.number, limits)
+        elif len(row.fields) != len(header):
+            yield Reject(source, row.number, "wrong number of fields", excerpt(delimiter.join(row.fields)))
+        else:
+            yield judge(row.fields[header.index(text)], source, row.number, limits)
 
 
-def _csv_row(record: Line | Broken, source: str) -> list[str] | Reject:
-    if isinstance(record, Broken):
-        return _reject(source, record)
-    try:
-        return next(csv.reader([record.data.decode("utf-8")]), [])
-    except UnicodeDecodeError:
-        return Reject(source, record.number, "invalid UTF-8", excerpt(record.data))
-    except csv.Error:
-        return Reject(source, record.number, "invalid CSV", excerpt(record.data))
-
-
-def read_parquet(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """One document a row, in a column of strings."""
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if text not in schema.names:
-                yield _no_column(source, 0, text, schema.names)
-                return
-            kind = schema.types[schema.names.index(text)]
-            if not _is_text(kind):
-                yield Reject(source, 0, "text column does not hold strings", excerpt(str(kind)))
-                return
-            read_bytes = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text]):
-                read_bytes += batch.nbytes
-                if read_bytes > limits.max_file_bytes:
-                    yield Reject(source, row, f"file longer than {limits.max_file_bytes} bytes, rest not read")
-                    return
-                for cell in _cells(batch.column(0)):
-                    row += 1
-                    yield _cell_candidate(cell, source, row, limits)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from column names
-        yield Reject(source, row, "Parquet file is damaged, rest not read", excerpt(str(error)))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-
-
-def _cells(column: pa.Array) -> list[bytes | None]:
-    """As bytes: pyarrow raises for the whole column when one string in it is not UTF-8."""
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    return column.cast(pa.large_binary()).to_pylist()
-
-
-def _cell_candidate(cell: bytes | None, source: str, row: int, limits: DocumentLimits) -> Document | Reject:
-    try:
-        return judge(cell if cell is None else cell.decode("utf-8"), source, row, limits)
-    except UnicodeDecodeError:
-        return Reject(source, row, "invalid UTF-8", excerpt(cell or b""))
-
-
-def _reject(source: str, broken: Broken) -> Reject:
-    return Reject(source, broken.number, broken.reason, broken.excerpt)
-
-
-def _no_column(source: str, line: int, text: str, columns: Iterable[str]) -> Reject:
-    return Reject(source, line, f"no column {text!r}", columns=tuple(map(excerpt, islice(columns, COLUMNS_KEPT))))
-
-
-READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {
+_READERS = {
     ".txt": read_text,
-    ".jsonl": read_jsonl,
-    ".json": read_jsonl,
+    ".md": read_text,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
     ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": read_parquet,
 }
-"""Format by file name; all but Parquet may also end in .gz or .zst."""
+READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {form: _READERS[form] for form in FORMATS}
+"""Format by file name: see `crosscal.files.names`."""

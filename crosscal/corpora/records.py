@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from crosscal.corpora.limits import DocumentLimits
+from crosscal.files import Broken, excerpt
+from crosscal.files.broken import EXCERPT_CHARACTERS
 
-EXCERPT_CHARACTERS = 200
+COLUMNS_KEPT = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Reject:
     columns: tuple[str, ...] = ()
     """The columns that are there, where the text column is not."""
 
+    records: int = 1
+    """How many were lost, where the file says so."""
+
+
+Candidates = Iterator[Document | Reject]
+
 
 def judge(text: object, source: str, line: int, limits: DocumentLimits) -> Document | Reject:
     """Accept a text, or say why not."""
@@ -52,8 +62,13 @@ def judge(text: object, source: str, line: int, limits: DocumentLimits) -> Docum
     return Document(text, source, hashlib.sha256(encoded).digest())
 
 
-def excerpt(data: str | bytes) -> str:
-    """The first characters of `data`, safe to store as UTF-8 whatever it holds."""
-    head = data[:EXCERPT_CHARACTERS]
-    encoded = head.encode("utf-8", "backslashreplace") if isinstance(head, str) else head
-    return encoded.decode("utf-8", "backslashreplace")[:EXCERPT_CHARACTERS]
+def rejected(source: str, broken: Broken) -> Reject:
+    return Reject(source, broken.number, broken.reason, broken.excerpt)
+
+
+def no_column(source: str, line: int, text: str, columns: Iterable[str]) -> Reject:
+    return Reject(source, line, no_column_reason(text), columns=tuple(map(excerpt, islice(columns, COLUMNS_KEPT))))
+
+
+def no_column_reason(text: str) -> str:
+    return f"no column {text!r}"

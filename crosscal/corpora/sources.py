@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from crosscal.corpora.readers import READERS
 from crosscal.errors import CorpusError
+from crosscal.files import COMPRESSIONS, FORMATS, format_of, stem_of
 
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)([-_.]?\d[\w-]*)?", re.IGNORECASE)
 _SPLIT_OF = {"valid": "validation", "val": "validation", "dev": "validation"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_FORMATS = f"{', '.join(READERS)} (all but .parquet also with .gz or .zst)"
+_FORMATS = f"{', '.join(FORMATS)}, all but .parquet also with {', '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
 class SourceFile:
     path: Path
     name: str
-    """Relative to what was given; this is what gets stored."""
+    """Relative to what was given; this is what gets stored. Bytes that are not UTF-8 are escaped."""
 
     split: str | None
     """Named by the file or the nearest of its folders, or None."""
 
     format: str | None
-    """A key of `READERS`; None for a file type that is not read."""
+    """One of `FORMATS`; None for a file type that is not read."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _resolve_one(source: str) -> list[SourceFile | HubDataset]:
         files = [_source_file(file, path, path.name) for file in _walk(path)]
     elif glob.has_magic(source):
         files = [_source_file(file, _fixed_part(path)) for file in _matches(path)]
-    elif _HUB_ID.fullmatch(source) and not _format(PurePosixPath(source)):
+    elif _HUB_ID.fullmatch(source) and not format_of(source):
         name, _, config = source.partition(":")
         return [HubDataset(name, config or None)]
     else:
@@ -97,19 +97,6 @@ def _fixed_part(pattern: Path) -> Path:
 
 def _source_file(path: Path, folder: Path, folder_name: str = "") -> SourceFile:
     name = PurePosixPath(path.relative_to(folder))
-    stem = name.name.removesuffix("".join(_suffixes(name)))
-    nearest_first = (stem, *reversed(name.parts[:-1]), folder_name)
-    return SourceFile(path, str(name), next(filter(None, map(named_split, nearest_first)), None), _format(name))
-
-
-def _suffixes(name: PurePosixPath) -> list[str]:
-    """The format and, behind it, the compression: [".jsonl", ".zst"]."""
-    suffixes = name.suffixes
-    return suffixes[-2:] if suffixes and suffixes[-1].lower() in (".gz", ".zst") else suffixes[-1:]
-
-
-def _format(name: PurePosixPath) -> str | None:
-    suffixes = [suffix.lower() for suffix in _suffixes(name)]
-    if not suffixes or suffixes[0] not in READERS or (suffixes[0] == ".parquet" and len(suffixes) > 1):
-        return None
-    return suffixes[0]
+    nearest_first = (stem_of(name), *reversed(name.parts[:-1]), folder_name)
+    split = next(filter(None, map(named_split, nearest_first)), None)
+    return SourceFile(path, os.fsencode(name).decode("utf-8", "backslashreplace"), split, format_of(name))

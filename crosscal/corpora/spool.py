@@ -10,10 +10,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from crosscal.corpora.limits import DocumentLimits
-from crosscal.corpora.records import Document, Reject
+from crosscal.corpora.records import COLUMNS_KEPT, Document, Reject
 from crosscal.corpora.splits import preferred
-
-COLUMNS_SHOWN = 20
 
 
 class Entry(NamedTuple):
@@ -34,6 +32,7 @@ class Spool:
         self.columns_found: set[str] = set()
         self.rejects_path = folder / "rejects.jsonl"
         self._limits = limits
+        self._rejects_kept = 0
         self._texts = (folder / "texts").open("w+b")
         self._rejects = self.rejects_path.open("w", encoding="utf-8")
 
@@ -56,11 +55,14 @@ class Spool:
         self.entries[document.digest] = Entry(offset, len(encoded), len(document.text), document.source, split)
 
     def reject(self, reject: Reject) -> None:
-        if self.rejected.total() < self._limits.max_rejects_kept:
-            row = {key: value for key, value in asdict(reject).items() if value != ()}
+        if self._rejects_kept < self._limits.max_rejects_kept:
+            self._rejects_kept += 1
+            row = {
+                key: value for key, value in asdict(reject).items() if value != () and (key, value) != ("records", 1)
+            }
             self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rejected[reject.reason] += 1
-        if len(self.columns_found) < COLUMNS_SHOWN:
+        self.rejected[reject.reason] += reject.records
+        if len(self.columns_found) < COLUMNS_KEPT:
             self.columns_found.update(reject.columns)
 
     def finish(self) -> None:

@@ -1,27 +1,23 @@
 """Local files of multiple-choice questions.
 
-One JSON object a line, plain or compressed (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`):
-`{"question": str, "choices": [str, …], "answer": index}`. Other fields are left alone. A damaged row is an error and
-never skipped: an accuracy over fewer questions would look the same.
+JSON objects, one a line or an array of them, plain or compressed (`.jsonl`, `.ndjson`, `.json`, with `.gz`, `.zst`,
+`.bz2` or `.xz`): `{"question": str, "choices": [str, …], "answer": index}`. Other fields are left alone. A damaged
+row, and a file that cannot be read to its end, is an error and never skipped: an accuracy over fewer questions would
+look the same.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from crosscal.errors import EvaluationError
+from crosscal.files import COMPRESSIONS, JSON_FORMATS, Broken, JsonRecord, excerpt, format_of, json_records, stem_of
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+FORMS = f"{', '.join(JSON_FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
 FORM = 'Each line is {"question": "…", "choices": ["…", "…"], "answer": index of the right choice}.'
 
 
@@ -35,16 +31,14 @@ class Question:
 
 def is_question_file(task: str) -> bool:
     """Whether a task of the plan is a path to a local file of questions rather than an lm-eval name."""
-    return task.endswith(SUFFIXES)
+    return format_of(task) in JSON_FORMATS
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file; `EvaluationError` names file, line and what is wrong."""
-    try:
-        with _open_lines(Path(path)) as lines:
-            questions = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise EvaluationError("the questions cannot be read", where=str(path), got=str(error)) from error
+    if not Path(path).is_file():
+        raise EvaluationError("the questions cannot be read", where=str(path), got="no such file", do="Check the path.")
+    questions = [_parse(record, f"{path}, line {record.number}") for record in json_records(Path(path))]
     if not questions:
         raise EvaluationError("no questions in the file", where=str(path), do=FORM)
     return questions
@@ -52,7 +46,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:
     """A name for each file: its stem, with the parent folder in front where two files share a stem."""
-    stems = [_stem(Path(path)) for path in paths]
+    stems = [stem_of(path) for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
         for path, stem in zip(paths, stems, strict=True)
@@ -68,27 +62,15 @@ def task_names(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(paths, names, strict=True))
 
 
-def _stem(path: Path) -> str:
-    return next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
-
-
-@contextmanager
-def _open_lines(path: Path) -> Iterator[Iterable[bytes]]:
-    with path.open("rb") as file:
-        if path.suffix == ".gz":
-            yield gzip.GzipFile(fileobj=file)
-        elif path.suffix == ".zst":
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-        else:
-            yield file
-
-
-def _parse(line: bytes, where: str) -> Question:
+def _parse(record: JsonRecord | Broken, where: str) -> Question:
+    if isinstance(record, Broken):
+        what = "not a line of JSON in UTF-8" if record.reason.startswith("invalid") else "the questions cannot be read"
+        raise EvaluationError(what, where=where, got=record.reason, do=FORM)
+    row = record.value
     try:
-        row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair passes json, but no tokenizer
-    except ValueError as error:
-        raise EvaluationError("not a line of JSON in UTF-8", where=where, got=str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError("not a line of JSON in UTF-8", where=where, got=excerpt(str(error))) from error
     problem = _problem(row)
     if problem:
         raise EvaluationError(problem, where=where, do=FORM)

@@ -14,7 +14,7 @@ from typing import Any
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.measurement import Measurement
-from crosscal.evaluation.question_files import Question, is_question_file, read_questions, task_names
+from crosscal.evaluation.question_files import FORMS, Question, is_question_file, read_questions, task_names
 
 _log = logging.getLogger(__name__)
 BOOTSTRAP_ITERATIONS = 1000
@@ -131,7 +131,7 @@ def _check_known(name: str, known: Any) -> None:
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"Did you mean {', '.join(close)}? " if close else ""
     raise EvaluationError(
-        "neither an lm-eval task nor a file of questions (.jsonl, .jsonl.gz, .jsonl.zst)",
+        f"neither an lm-eval task nor a file of questions ({FORMS})",
         where=name,
         do=f"{hint}`lm_eval ls tasks` lists the built-in tasks.",
     )

@@ -91,7 +91,7 @@ def _marked(place: Place, domain: str, item: Item, marker: str) -> Iterator[Land
     """The file with its marker's promise; nothing when the marker cannot be read now."""
     try:
         promised = _promise(place.read(marker, MARKER_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for deep nesting
         yield refusal(domain, item.name, f"its {MARKER} marker is not understood: {error}")
     except OSError as error:
         _log.warning("%s cannot be read now, the next sweep tries again: %s", marker, error)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from crosscal.errors import PlanError
+from crosscal.files import format_of
 from crosscal.plan.domain import with_domain
 from crosscal.plan.sections import (
     Calibration,
@@ -35,7 +36,7 @@ def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = 
         ) from error
     try:
         data = yaml.safe_load(content)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise PlanError("the plan is not valid YAML", where=str(path), got=str(error).replace("\n", " ")) from error
     if not isinstance(data, dict):
         raise PlanError(
@@ -73,14 +74,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
         node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
-    except (IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (IndexError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise PlanError(
             "--set names no field of the plan", got=override, do="Lists are counted from 0: compress.0.alpha=[0,1]."
         ) from error
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-_FILE = re.compile(r".*\.(txt|jsonl?|csv|parquet)(\.gz|\.zst)?", re.IGNORECASE)
 
 
 def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
@@ -90,14 +90,14 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
         here = base / Path(path).expanduser()  # an absolute path stays what it is
         if here.exists():
             return str(here.resolve())
-        return path if _HUB_ID.fullmatch(path) and not _FILE.fullmatch(path) else str(here)
+        return path if _HUB_ID.fullmatch(path) and not format_of(path) else str(here)
 
     corpora = dict(plan.corpora)
     for name, source in plan.document_corpora.items():
         if source.path is not None:
             paths = [source.path] if isinstance(source.path, str) else source.path
             corpora[name] = source.model_copy(update={"path": [absolute(path) for path in paths]})
-    tasks = [absolute(task) if task.endswith((".jsonl", ".zst", ".gz")) else task for task in plan.evaluate.tasks]
+    tasks = [absolute(task) if format_of(task) else task for task in plan.evaluate.tasks]
     evaluate = plan.evaluate.model_copy(update={"tasks": tasks})
     return plan.model_copy(update={"model": absolute(plan.model), "corpora": corpora, "evaluate": evaluate})
 

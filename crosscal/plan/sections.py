@@ -109,7 +109,7 @@ class Evaluate(_Section):
     perplexity: list[Name] | None = None
     """Corpora whose test split is measured; left out, all with documents."""
     tasks: list[str] = []
-    """lm-eval task names, or files of questions (.jsonl, .jsonl.zst)."""
+    """lm-eval task names, or files of questions (.jsonl, .ndjson, .json, also compressed)."""
     windows: int = Field(64, ge=2)
     length: int | None = Field(None, ge=8)
     """Tokens a test window; left out, that of the calibration."""
