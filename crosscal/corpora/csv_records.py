@@ -84,7 +84,7 @@ class _Feed:
         self._physical = physical
         self._again: deque[Line | Broken] = deque()
         self._max_bytes = max_bytes
-        self._budget_bytes = max_bytes
+        self._budget_bytes = 0
 
     def __iter__(self) -> _Feed:
         return self
@@ -110,7 +110,7 @@ class _Feed:
     def give_back(self) -> Iterator[Broken]:
         """The first of the lines held is not taken, the others are read again, as long as there is budget for it."""
         self._budget_bytes -= self.held_bytes
-        lost = 1 if self._budget_bytes > 0 else len(self.held)
+        lost = 1 if self._budget_bytes >= 0 else len(self.held)
         self._again.extendleft(reversed(self.held[lost:]))
         for line in self.held[:lost]:
             yield Broken(line.number, "unclosed quote", excerpt(line.data.rstrip(b"\r\n")))

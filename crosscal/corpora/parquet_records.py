@@ -46,6 +46,7 @@ def _candidates(file: pq.ParquetFile, source: str, text: str, limits: DocumentLi
     row = read_bytes = group_end = 0
     for group in range(file.num_row_groups):
         group_end += file.metadata.row_group(group).num_rows
+        problem = "fewer rows than its footer says"  # page headers have no checksum
         try:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[text]):
                 read_bytes += batch.nbytes
@@ -57,7 +58,9 @@ def _candidates(file: pq.ParquetFile, source: str, text: str, limits: DocumentLi
                     row += 1
                     yield _candidate(cell, source, row, limits)
         except _DAMAGE as error:
-            yield Reject(source, row + 1, DAMAGED_ROWS, excerpt(str(error)), records=max(1, group_end - row))
+            problem = str(error)
+        if row < group_end:
+            yield Reject(source, row + 1, DAMAGED_ROWS, excerpt(problem), records=group_end - row)
         row = group_end
 
 

@@ -62,5 +62,5 @@ def _of_text(text: JsonText) -> Iterator[JsonRecord | Broken]:
     except BrokenStream as error:
         yield Broken(text.number, str(error))
         return
-    if opened:
+    if opened and not text.is_end_lost:
         yield Broken(opened, "JSON array without an end")

@@ -26,6 +26,8 @@ class JsonText:
     def __init__(self, path: Path, most_value_bytes: int, most_file_bytes: int) -> None:
         self.at = 0
         self.number = 1
+        self.is_end_lost = False
+        """Whether the end of the file was passed over with a value that could not be taken."""
         self._text = ""
         self._most_value_bytes = most_value_bytes
         self._stream = _decoded(chunks(path, most_file_bytes))
@@ -76,7 +78,7 @@ class JsonText:
         the next `},`. What is no record costs only its line."""
         found = Broken(self.number, reason, excerpt(self._text[self.at :].partition("\n")[0]))
         is_record = self._text[self.at] == "{"
-        next_line = re.compile(rf"\n[ \t]{{0,{indent}}}[\[,]?[ \t]*(?=\{{)" if is_record else r"\n")
+        next_line = re.compile(rf"\n[ \t]{{0,{indent}}}([\[,][ \t]*)?(?=\{{)" if is_record else r"\n")
         while True:
             match = next_line.search(self._text, where)
             if not match and self._text.find("\n", where) < 0:
@@ -87,6 +89,7 @@ class JsonText:
             self._advance(max(where, len(self._text) - CHUNK_BYTES))
             if not self._grow():
                 self._advance(len(self._text))
+                self.is_end_lost = True
                 return found
             where = self.at
 
