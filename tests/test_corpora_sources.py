@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from crosscal.corpora import documents, ingest
+from crosscal.corpora import DocumentLimits, documents, ingest
 from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError
 from crosscal.files import FORMATS
+from crosscal.landing import Ledger
+from crosscal.landing.by_hand import record_ingest
 from crosscal.store import Store
 from tests.helpers.tiny_place import crosscal, make_place
 
@@ -70,8 +72,6 @@ def rows_of_all_kinds(seed: int) -> list[dict[str, str]]:
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_documents_duplicates_and_rejects_are_the_records(tmp_path: Path, form: str, suffix: str) -> None:
-    from crosscal.corpora import DocumentLimits
-
     rows = rows_of_all_kinds(seed=len(form + suffix))
     path = tmp_path / f"a{form}{suffix if form != '.parquet' else ''}"
     path.write_bytes(COMPRESS[suffix if form != ".parquet" else ""](WRITERS[form](rows)))
@@ -156,3 +156,12 @@ def test_what_is_counted_is_not_printed_as_an_amount(tmp_path: Path) -> None:
     assert "line longer than 33554432 bytes=1\n" in done.out
     listed = crosscal("store", "list", "--home", str(tmp_path / "home"))
     assert "bytes=0.0MB" in listed.out, "amounts stay amounts"
+
+
+def test_the_ledger_holds_names_that_can_be_printed(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "a text that is long enough"}\n')
+    store, source = Store(tmp_path / "home"), os.fsdecode(path)
+    record_ingest(store, [source], ingest(store, "all", [source]))
+    assert [name for entry in Ledger(store).files("all") for name in entry.names] == [r"caf\xe9.jsonl"]

@@ -94,3 +94,10 @@ def test_limits_hold(store: Store, landing: Path) -> None:
     (refused,) = take_in(store, str(landing), limits=DocumentLimits(max_file_bytes=100))
     assert refused.state == "refused"
     assert "more than the 100" in str(refused.reason)
+
+
+def test_a_marker_nested_without_end_is_a_refusal(store: Store, landing: Path) -> None:
+    write_documents(landing / "legal" / "a.jsonl", seed="deep", count=3)
+    (landing / "legal" / "a.jsonl.done").write_text("[" * 4000)
+    (done,) = take_in(store, str(landing))
+    assert (done.state, "marker is not understood" in str(done.reason)) == ("refused", True)

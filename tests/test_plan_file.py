@@ -121,3 +121,18 @@ def test_an_override_that_names_no_field_is_refused(tmp_path: Path, override: st
 def test_mistakes_are_named(change: dict, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         parse_plan({**LEAST, **change})
+
+
+@pytest.mark.parametrize("deep", ["[" * 10_000, "{a: " * 10_000])
+def test_nesting_without_end_is_no_valid_yaml(tmp_path: Path, deep: str) -> None:
+    (tmp_path / "plan.yaml").write_text(deep)
+    with pytest.raises(PlanError, match="not valid YAML"):
+        load_plan(tmp_path / "plan.yaml")
+    with pytest.raises(PlanError, match="names no field"):
+        load_plan(written(tmp_path, LEAST), (f"compress={deep}",))
+
+
+@pytest.mark.parametrize("task", ["facts.jsonl", "facts.ndjson", "facts.json.XZ", "facts.jsonl.bz2", "arc_easy"])
+def test_paths_of_questions_belong_to_the_plans_folder(tmp_path: Path, task: str) -> None:
+    plan = load_plan(written(tmp_path, {**LEAST, "evaluate": {"tasks": [task]}}))
+    assert plan.evaluate.tasks == [task if task == "arc_easy" else str(tmp_path / task)]

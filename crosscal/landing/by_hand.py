@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from crosscal.corpora import IngestReport
 from crosscal.corpora.sources import HubDataset, resolve
@@ -20,7 +21,7 @@ def record_ingest(store: Store, sources: Sequence[str], report: IngestReport) ->
             file, sha256 = LandedFile(domain, source.name, 0, None), digest_of([source.name, source.config])
         else:
             found = source.path.stat()
-            file = LandedFile(domain, source.path.name, found.st_size, found.st_mtime)
+            file = LandedFile(domain, PurePosixPath(source.name).name, found.st_size, found.st_mtime)
             sha256 = digest_file(source.path)
         ledger.record(file, sha256, state("landed"))
         ledger.record(file, sha256, state("ingested", version=version))
