@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from prefect import task
 
 from crosscal.corpora import load_corpus
 from crosscal.evaluation import Measurement
-from crosscal.report import ResultRow, write_report, write_rows
+from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.files import write_whole
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
@@ -28,21 +29,25 @@ DENSE = "dense"
 
 @task(name="evaluate", task_run_name="evaluate models", **PLAIN)
 def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
-    """Measure the dense model and every variant, and write `results.jsonl` and `layers.jsonl`; returns the rows.
+    """Measure the dense model and every variant; returns how many rows `results.jsonl` then has.
+
+    Writes it, `layers.jsonl`, and `windows.jsonl`: what each perplexity is the mean of.
 
     `stored` gives the store's name of every corpus of documents.
     """
     variants, run_dir = ticket.variants(), Path(ticket.run_dir)
     exam = examination_of(ticket, stored)
-    rows = [result_row(ticket, None, found) for found in measure(exam, ticket.source().path)]
+    found: dict[Variant | None, list[Measurement]] = {None: measure(exam, ticket.source().path)}
     shop = ticket.workshop()
     with task_report() as report:
         for done, variant in enumerate(variants):
             report("measuring models", done, len(variants))
-            rows += [result_row(ticket, variant, found) for found in measure(exam, run_dir / "models" / variant.name)]
+            found[variant] = measure(exam, run_dir / "models" / variant.name)
             if not ticket.parsed.execution.keep_models:
                 discard_model(shop, variant)
         report("measuring models", len(variants), len(variants))
+    rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
+    write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", layer_rows(shop, variants))
     return len(rows)
@@ -70,6 +75,12 @@ def examination_of(ticket: Ticket, stored: dict[str, str]) -> Examination:
     )
 
 
+def _window_rows(variant: Variant | None, measured: Sequence[Measurement]) -> Iterator[WindowRow]:
+    for one in measured:
+        if one.window_nll is not None:
+            yield WindowRow(variant.name if variant else DENSE, one.corpus_or_task, one.split, list(one.window_nll))
+
+
 def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
     """A measurement with its circumstances; no variant is the dense model."""
     return ResultRow(
@@ -81,7 +92,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         seed=variant.seed if variant else ticket.parsed.seeds[0],
         model=Path(ticket.parsed.model).name,
         device=ticket.device,
-        **dataclasses.asdict(found),
+        **{name: value for name, value in dataclasses.asdict(found).items() if name != "window_nll"},
     )
 
 
@@ -89,7 +100,8 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
 def describe_samples(ticket: Ticket) -> dict[str, Any]:
     """Write `samples.json`, some of each corpus's calibration text; returns the quality of all of it in numbers."""
     samples = [Sample.from_json(sample) for sample in ticket.samples]
-    shown = readable_samples(ticket.store, ticket.source(), samples, per_corpus=2)
+    kinds = {name: corpus.source for name, corpus in ticket.parsed.corpora.items()}
+    shown = readable_samples(ticket.store, ticket.source(), samples, kinds, per_corpus=2)
     write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
     return sample_quality(ticket.store, ticket.source(), samples)
 

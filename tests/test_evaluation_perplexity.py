@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError
-from crosscal.evaluation import perplexity, window_nll, windows_of
+from crosscal.evaluation import Measurement, perplexity, window_nll, windows_of
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 ROUNDOFF_F32 = 1e-5
@@ -44,6 +46,21 @@ def test_equals_a_loop_over_tokens() -> None:
     assert (measured.corpus_or_task, measured.split, measured.metric) == ("general", "test", "perplexity")
     assert measured.tokens == 60
     np.testing.assert_allclose(window_nll(tiny_llama(), tokens_SL, device="cpu"), expected_S, rtol=ROUNDOFF_F32)
+
+
+def test_what_each_window_had_is_kept_and_read_back() -> None:
+    tokens_SL = windows()
+    measured = perplexity(tiny_llama(), tokens_SL, name="general", split="test", device="cpu")
+    assert measured.window_nll is not None
+    expected_S = window_nll(tiny_llama(), tokens_SL, device="cpu") / 11
+    np.testing.assert_allclose(measured.window_nll, expected_S, atol=1e-7)
+    assert math.exp(np.mean(measured.window_nll)) == pytest.approx(measured.value, rel=1e-6)
+    assert Measurement.from_json(json.loads(json.dumps(dataclasses.asdict(measured)))) == measured
+
+
+def test_measurements_of_older_versions_are_read() -> None:
+    older = {"corpus_or_task": "general", "split": "test", "metric": "perplexity", "value": 2.0, "stderr": 0.1}
+    assert Measurement.from_json({**older, "tokens": 60, "seconds": 1.0, "skipped": None}).window_nll is None
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 25, 10_000])

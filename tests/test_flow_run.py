@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,14 @@ def test_a_run_leaves_every_file_of_the_contract(place: Place) -> None:
     assert all(row.keys() >= RESULT_FIELDS for row in results)
     assert list(dict.fromkeys(row["variant"] for row in results)) == ["dense", *names]
     assert {row["corpus_or_task"] for row in results if row["variant"] == "dense"} == {"general", "legal", "facts"}
+    perplexities = {(row["variant"], row["corpus_or_task"]): row for row in results if row["metric"] == "perplexity"}
+    windows = {(row["variant"], row["corpus"]): row["nll"] for row in rows(run / "windows.jsonl")}
+    assert windows.keys() == perplexities.keys()
+    for where, nll in windows.items():
+        assert math.exp(sum(nll) / len(nll)) == pytest.approx(perplexities[where]["value"], rel=1e-5)
     layers = rows(run / "layers.jsonl")
     assert all(row.keys() >= LAYER_FIELDS for row in layers)
+    assert all(row["parameters"] > 0 for row in layers)
     assert len(layers) == len(names) * 2 * 7
 
     written = json.loads((run / "run.json").read_text())
@@ -69,7 +76,11 @@ def test_a_run_leaves_every_file_of_the_contract(place: Place) -> None:
 
     assert yaml.safe_load((run / "plan.yaml").read_text())["calibration"]["batch_tokens"] == 4096
     assert "<html" in (run / "report.html").read_text()
-    assert {sample["corpus"] for sample in json.loads((run / "samples.json").read_text())} == {"general", "legal"}
+    samples = json.loads((run / "samples.json").read_text())
+    assert {(sample["corpus"], sample["source"]) for sample in samples} == {
+        ("general", "documents"),
+        ("legal", "documents"),
+    }
 
     tokens_BL = torch.arange(3, 35)[None]
     dense = AutoModelForCausalLM.from_pretrained(place.folder / "model", dtype="auto")

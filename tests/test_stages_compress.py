@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crosscal.compressors import problem, quadratic_loss
+from crosscal.compressors import COMPRESSORS, LayerProblem, Sparsity, problem, quadratic_loss
 from crosscal.errors import NotPositiveDefinite, StatisticsError
 from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
@@ -23,6 +23,7 @@ from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Part, Sample, over_sets
 from crosscal.stages.solve import solve_block
+from crosscal.stages.solve_site import _relative_loss
 from crosscal.statistics import InputMoments, Mixture
 from crosscal.store import Store
 from crosscal.variants import Variant
@@ -331,11 +332,20 @@ def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
     model = load_variant(shop.folder / "models" / "undamped")
     for name, row in rows.items():
         weight = model.get_parameter(f"{name}.weight")
+        assert (row.parameters, row.stays_dense) == (weight.numel(), name in kept)
         assert torch.equal(weight, dense[f"{name}.weight"]) == (name in kept)
         if row.fallback:
             assert row.fallback.startswith("keep-dense: ")
             assert "not positive definite" in row.fallback
             assert (row.relative_loss, row.tokens) == (0.0, 0)
+
+
+def test_a_loss_relative_to_nothing_is_no_loss_of_zero() -> None:
+    """Held-out tokens on which a matrix puts out nothing say nothing of what it lost."""
+    layer = LayerProblem(name="silent", weight_OI=torch.ones(4, 4), hessian_II=torch.eye(4))
+    solution = COMPRESSORS["magnitude"](Sparsity.parse(0.5)).compress(layer)
+    assert _relative_loss(layer, solution, torch.zeros(4, 4), 0.0) is None
+    assert _relative_loss(layer, solution, torch.eye(4), 16.0) == 0.5
 
 
 # --- from corpora to sets --------------------------------------------------------------------------------------------

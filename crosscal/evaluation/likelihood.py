@@ -22,6 +22,8 @@ from crosscal.evaluation.measurement import Measurement
 SOFTMAX_ENTRIES = 2**24
 """Entries of the float32 log-softmax held at once (64 MiB)."""
 DOCUMENTS_PER_BATCH = 64
+NLL_DECIMALS = 7
+"""Of what is kept of each window: paired differences of interest are a thousand times as large."""
 
 
 def perplexity(
@@ -48,7 +50,8 @@ def perplexity(
         )
     stderr = value * mean_S.std().item() / math.sqrt(len(mean_S)) if len(mean_S) > 1 else None
     seconds = time.perf_counter() - started
-    return Measurement(name, split, "perplexity", value, stderr, tokens_SL.numel(), seconds)
+    kept = tuple(round(nll, NLL_DECIMALS) for nll in mean_S.tolist())
+    return Measurement(name, split, "perplexity", value, stderr, tokens_SL.numel(), seconds, window_nll=kept)
 
 
 def window_nll(

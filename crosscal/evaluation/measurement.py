@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,11 @@ class Measurement:
     """Tokens the model read for this number."""
     seconds: float
     skipped: str | None = None
+    window_nll: tuple[float, ...] | None = None
+    """Of a perplexity: the mean negative log-likelihood per predicted token of each window, to 1e-7 nats, so that two
+    models measured on the same windows can be compared window by window."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Measurement:
+        nll = value.get("window_nll")
+        return cls(**{**value, "window_nll": None if nll is None else tuple(nll)})

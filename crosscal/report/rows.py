@@ -1,4 +1,4 @@
-"""The rows of a run: `results.jsonl` (one number each) and `layers.jsonl` (one matrix each)."""
+"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each) and `windows.jsonl`."""
 
 from __future__ import annotations
 
@@ -65,12 +65,31 @@ class LayerRow:
     tokens: int
     seconds: float
     fallback: str | None = None
+    """Why the matrix stays as it came, "keep-dense: ..."; None for a solved one. Its losses of 0 are no result."""
+    parameters: int | None = None
+    """Entries of the matrix; None in files of an older version."""
+
+    @property
+    def stays_dense(self) -> bool:
+        """Not solved, by a fallback or by design: to be counted, and left out of every mean."""
+        return self.fallback is not None
 
 
-Row = TypeVar("Row", ResultRow, LayerRow)
+@dataclass(frozen=True)
+class WindowRow:
+    """What one perplexity is the mean of: two variants of a run are compared window by window."""
+
+    variant: str
+    corpus: str
+    split: str
+    nll: list[float]
+    """Negative log-likelihood per predicted token of each window, in the windows' order, the same for all variants."""
 
 
-def write_rows(path: Path, rows: Iterable[ResultRow] | Iterable[LayerRow]) -> None:
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow)
+
+
+def write_rows(path: Path, rows: Iterable[ResultRow] | Iterable[LayerRow] | Iterable[WindowRow]) -> None:
     """Write all rows at once; a NaN or an infinity is refused, and then nothing is written."""
     write_whole(path, "".join(_line(row, path) for row in rows))
 
@@ -81,7 +100,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         return [_parse(line, kind, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _line(row: ResultRow | LayerRow, path: Path) -> str:
+def _line(row: ResultRow | LayerRow | WindowRow, path: Path) -> str:
     try:
         return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:

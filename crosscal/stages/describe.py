@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,15 +18,18 @@ SHOWN_CHARACTERS = 600
 
 
 def readable_samples(
-    store: Store, source: ModelSource, samples: Sequence[Sample], per_corpus: int = 2
+    store: Store, source: ModelSource, samples: Sequence[Sample], kinds: Mapping[str, str], per_corpus: int = 2
 ) -> list[dict[str, str]]:
-    """The beginning of the first windows of every corpus, as `samples.json` of a run holds them."""
+    """The beginning of the first windows of every corpus, as `samples.json` of a run holds them.
+
+    `kinds`: corpus -> where its text comes from, `documents`, `self` or `random`.
+    """
     tokenizer, shown = source.tokenizer(), []
     for sample in _first_draws(samples):
         tokens_SL = windows_by_key(store, sample.parts[0].calibration)
         for text in readable(CalibrationSet(tokens_SL, {}, ()), tokenizer, per_corpus):
             cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
-            shown.append({"corpus": sample.corpus, "text": cut})
+            shown.append({"corpus": sample.corpus, "source": kinds[sample.corpus], "text": cut})
     return shown
 
 

@@ -22,7 +22,7 @@ from crosscal.models.source import ModelSource
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
-FORMAT = 1
+FORMAT = 2  # of stored measurements: since 2 with what each window had
 QUESTION_BATCH = 32
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
@@ -111,7 +111,8 @@ def measure(exam: Examination, folder: Path) -> list[Measurement]:
     key = exam.key(weights)
     artifact = exam.store.find("evaluations", key)
     if artifact is not None:
-        return [Measurement(**value) for value in json.loads(exam.store.read_bytes(artifact, "measurements.json"))]
+        stored = json.loads(exam.store.read_bytes(artifact, "measurements.json"))
+        return [Measurement.from_json(value) for value in stored]
     model = load_variant(folder, device=exam.device, dtype=exam.dtype)
     found = [
         perplexity(model, tokens_SL, name=name, split="test", device=exam.device, batch_tokens=exam.batch_tokens)

@@ -157,15 +157,17 @@ def _row(
         dead_inputs=layer.dead_inputs,
         tokens=tokens,
         seconds=seconds,
+        parameters=layer.weight_OI.numel(),
     )
 
 
 def _relative_loss(
     layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float | None
 ) -> float | None:
-    if hessian_II is None or energy is None:
+    """None without an energy to compare with: a ratio to nothing is no loss of 0."""
+    if hessian_II is None or energy is None or energy <= 0:
         return None
-    return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy if energy > 0 else 0.0
+    return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy
 
 
 def _kept_dense(
@@ -193,5 +195,6 @@ def _kept_dense(
                 tokens=0,
                 seconds=0.0,
                 fallback=f"{KEEP_DENSE}: {why}",
+                parameters=weight_OI.numel(),
             )
             yield variant, Layer(matrix, solution, row)

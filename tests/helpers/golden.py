@@ -45,8 +45,10 @@ def numbers(folder: Path) -> dict[str, dict[str, float]]:
     layers = read_rows(run / "layers.jsonl", LayerRow)
     for variant in {row.variant for row in layers}:
         of = [row for row in layers if row.variant == variant]
+        held_out = [row.heldout_relative_loss for row in of if row.heldout_relative_loss is not None]
+        assert len(held_out) == len(of)
         found[variant]["relative loss"] = statistics.fmean(row.relative_loss for row in of)
-        found[variant]["held-out relative loss"] = statistics.fmean(row.heldout_relative_loss or 0.0 for row in of)
+        found[variant]["held-out relative loss"] = statistics.fmean(held_out)
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosscal.report import LayerRow, ResultRow, write_rows
+from crosscal.report import LayerRow, ResultRow, WindowRow, write_rows
 
 DENSE = {"general": 80.0, "biomedical": 50.0, "legal": 25.0, "wikitext2": 200.0}
 
@@ -50,6 +52,7 @@ def layer(variant: str, block: int | None, matrix: str, **changes: Any) -> Layer
         "dead_inputs": 0,
         "tokens": 32768,
         "seconds": 0.1,
+        "parameters": 1000,
     }
     return LayerRow(variant=variant, block=block, **{**fields, **changes})
 
@@ -85,9 +88,40 @@ def sweep(
     return rows
 
 
-def write_run(folder: Path, results: Sequence[ResultRow], layers: Sequence[LayerRow] = (), **run: Any) -> Path:
+def kept_dense(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:
+    """One matrix that stays dense, by a fallback or, if `changes` say so, by design."""
+    nothing = {"loss": 0.0, "relative_loss": 0.0, "heldout_relative_loss": None, "sparsity": 0.0, "tokens": 0}
+    return layer(variant, block, matrix, **{**nothing, "fallback": "keep-dense: not positive definite", **changes})
+
+
+def windows_of(results: Sequence[ResultRow], count: int = 16, noise: float = 0.001) -> list[WindowRow]:
+    """What each window of a run's perplexities had: hard and easy windows that all variants share, and some noise of
+    each variant's own around a mean of exactly log(value)."""
+    rows = []
+    for row in (row for row in results if row.metric == "perplexity" and row.value is not None):
+        shared = random.Random(row.corpus_or_task)
+        own = random.Random(f"{row.variant} {row.corpus_or_task}")
+        around = [shared.gauss(0, 0.3) + own.gauss(0, noise) for _ in range(count)]
+        mean = math.log(row.value or 1.0) - math.fsum(around) / count
+        rows.append(WindowRow(row.variant, row.corpus_or_task, row.split, [mean + nll for nll in around]))
+    return rows
+
+
+def write_run(
+    folder: Path,
+    results: Sequence[ResultRow],
+    layers: Sequence[LayerRow] = (),
+    windows: Sequence[WindowRow] = (),
+    models: Sequence[str] = (),
+    **run: Any,
+) -> Path:
     """Write the files that are given, and only those; returns the folder."""
     write_rows(folder / "results.jsonl", results)
+    if windows:
+        write_rows(folder / "windows.jsonl", windows)
+    for name in models:
+        (folder / "models" / name).mkdir(parents=True)
+        (folder / "models" / name / "config.json").write_text("{}", encoding="utf-8")
     if layers:
         write_rows(folder / "layers.jsonl", layers)
     if run:
