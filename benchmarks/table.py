@@ -17,6 +17,8 @@ from typing import Any
 
 from records import RESULTS
 
+from crosscal.report.numbers import with_error
+
 README = Path(__file__).parent / "README.md"
 MARK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CORPORA = ("general", "biomedical", "legal")
@@ -50,7 +52,7 @@ def grid() -> str:
     rows = read("testbed_grid")
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell = f"{number(row['value'])} ± {number(row['spread'])}"
+        cell = with_error(row["value"], row["spread"])
         by_case.setdefault(row["case"].removeprefix("grid "), {})[row["figure"].removesuffix(" perplexity")] = cell
     cells = ([name, *(values.get(corpus, "–") for corpus in CORPORA)] for name, values in by_case.items())
     return markdown(("variant", *CORPORA), cells) + circumstances(rows)

@@ -223,7 +223,8 @@ def main() -> None:
             rows += contest(Contest(case, case.model.parent, options.threads), options.methods, options.repeats)
     rows.append(record("circumstances", "load average after", load_average(), "processes"))
     for row in rows:
-        print(f"{row['case']} | {row['figure']} | {row['value']:.4g} | {row['spread'] or 0:.2g} | {row['unit']}")
+        spread = "" if row["spread"] is None else f"{row['spread']:.2g}"
+        print(f"{row['case']} | {row['figure']} | {row['value']:.4g} | {spread} | {row['unit']}")
     if not options.tiny:
         write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} thread(s)")
 

@@ -13,6 +13,9 @@ from crosscal.flows.recompress import recompress
 from crosscal.flows.shown import counted
 from crosscal.plan import load_plan
 
+MOST_SENTENCES = 3
+"""On what to take; the report has all."""
+
 
 def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None) -> dict[str, Any]:
     """Carry out a plan, for a landed domain if one is named.
@@ -32,16 +35,19 @@ def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: 
 
 
 def summary(record: dict[str, Any]) -> Iterator[Any]:
-    """What a run ends by printing: the table, what the cache saved, where the report is."""
-    from crosscal.report import ResultRow, read_rows
-    from crosscal.report.groups import columns_of, groups_of
-    from crosscal.report.rows import LayerRow
-    from crosscal.report.terminal import terminal_table
+    """What a run ends by printing: the table, what to take, what the cache saved, where the report is."""
+    from crosscal.report.groups import columns_of
+    from crosscal.report.headline import sentences
+    from crosscal.report.run_files import read_run
+    from crosscal.report.terminal import TerminalTable
 
     run_dir = Path(record["run_dir"])
-    results = read_rows(run_dir / "results.jsonl", ResultRow)
-    layers = read_rows(run_dir / "layers.jsonl", LayerRow)
-    yield terminal_table(groups_of(results, layers), columns_of(results))
+    files = read_run(run_dir)
+    yield TerminalTable(files.groups, columns_of(files.results))
+    found = sentences(files.groups, files.models, str(run_dir / "models"))
+    yield from found[:MOST_SENTENCES]
+    if len(found) > MOST_SENTENCES:
+        yield f"what to take for other levels and domains: {len(found) - MOST_SENTENCES} more in the report"
     for note in record["notes"]:
         yield f"note: {note}"
     hits, misses = record["cache"]["hits"], record["cache"]["misses"]

@@ -45,10 +45,11 @@ def show_run(run_dir: Path) -> None:
         return
     from crosscal.report.exhibits import files_page, measured, results_table, trade_off_page
 
-    groups, columns = measured(run_dir)
+    groups, columns, kept = measured(run_dir)
     table, subject = results_table(groups, columns), subject_of_run()
     make_artifact(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
-    page, about = trade_off_page(groups), "General against domain perplexity, and what to take at each level."
+    page = trade_off_page(groups, kept, str(run_dir / "models"))
+    about = "General against domain perplexity, and what to take at each level."
     if page:
         make_artifact(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description=about)
     files = files_page(run_dir, json.loads((run_dir / "run.json").read_text(encoding="utf-8")))

@@ -15,7 +15,8 @@ from crosscal.errors import MissingArtifact, PlanError
 from crosscal.landing.records import again_on_conflict, now
 from crosscal.plan import BEST, Publish
 from crosscal.publication import Decision, Pointer, Published, Rule, decide, model_folder, publish_model
-from crosscal.report import ResultRow
+from crosscal.report import LayerRow, ResultRow
+from crosscal.report.left_dense import left_dense_of
 from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
@@ -37,6 +38,8 @@ def decide_publication(
     folder = Path(ticket.run_dir) / "models" / variant
     exam = examination_of(ticket, stored)
     perplexity = _perplexities(exam, folder)
+    layers = [row for row in read_rows(Path(ticket.run_dir) / "layers.jsonl", LayerRow) if row.variant == variant]
+    stays_dense = left_dense_of(layers).text
     key = publish_model(store, folder, {"domain": domain, "variant": variant, "corpus_version": version})
 
     def attempt() -> dict[str, Any]:
@@ -50,6 +53,7 @@ def decide_publication(
             "run_id": run_id,
             "run_dir": ticket.run_dir,
             "plan": digest_of(ticket.plan),
+            "left_dense": stays_dense,
         }
         already = any((move.model, move.corpus_version) == (key, version) for move in Published(store).history(domain))
         if decision.is_published and not already:

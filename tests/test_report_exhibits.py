@@ -39,12 +39,12 @@ def page(rows: list[ResultRow]) -> str:
 
 def test_cells_hold_the_perplexity_and_its_change_against_dense() -> None:
     rows = table(sweep()).rows
-    assert rows[0] == {"variant": "dense", "general": "80 ± 2", "biomedical": "50 ± 2"}
+    assert rows[0] == {"variant": "dense", "general": "80.0 ± 2.0", "biomedical": "50.0 ± 2.0"}
     (half,) = [row for row in rows if row["variant"] == "sparsegpt0-biomedical-a0.5"]
     assert half == {
         "variant": "sparsegpt0-biomedical-a0.5",
-        "general": "90 ± 2 (+12.5 %)",
-        "biomedical": "56.25 ± 2 (+12.5 %)",
+        "general": "90.0 ± 2.0 (+12.5 %)",
+        "biomedical": "56.2 ± 2.0 (+12.5 %)",
     }
 
 
@@ -59,7 +59,7 @@ def test_what_to_take_stands_first_and_the_rest_in_the_plans_order() -> None:
 
 def test_accuracies_are_percentages_without_a_change() -> None:
     rows = [*sweep(), result(corpus_or_task="facts", metric="acc", value=0.5, stderr=None)]
-    assert table(rows).rows[0]["facts acc"] == "50 %"
+    assert table(rows).rows[0]["facts acc"] == "50.0 %"
 
 
 def test_a_table_of_any_sweep_is_small_and_says_what_it_leaves_out() -> None:
@@ -87,7 +87,7 @@ def test_the_page_has_the_chart_on_white_and_what_to_take() -> None:
     root = ElementTree.fromstring(svg)
     assert (root[0].tag.rpartition("}")[2], root[0].attrib["fill"]) == ("rect", "white")
     assert "currentColor" not in svg
-    assert "| 50 % sparsity | sparsegpt0-biomedical-a1 | 92 ± 2 | 55 ± 2 | -4.3 % |" in text
+    assert "| 50 % sparsity | sparsegpt0-biomedical-a1 | 92.0 ± 2.0 | 55.0 ± 2.0 | -4.3 % |" in text
 
 
 def test_the_page_is_bounded_in_pictures_and_bytes() -> None:
@@ -127,8 +127,8 @@ def test_a_decision_is_said_with_its_numbers() -> None:
     }
     text = decision_page("legal", 7, decided)
     assert text.startswith("## legal v7: kept\n\nworse: legal 27 against 25")
-    assert "| legal | 27 | 25 | +8.0 % |" in text
-    assert "| general | 90 | – | – |" in text
+    assert "| legal | 27.00 | 25.00 | +8.0 % |" in text
+    assert "| general | 90.00 | – | – |" in text
     first = decision_page(
         "legal", 1, decided | {"reason": "x" * 9000, "perplexity": {"candidate": {}, "published": None}}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 
 from crosscal.errors import UsageError
 from crosscal.report import ResultRow, write_report
-from tests.helpers.made_up_run import layer, result, sweep, write_run
+from crosscal.report.groups import groups_of
+from crosscal.report.headline import domains_of
+from crosscal.report.layer_plots import layer_losses
+from tests.helpers.made_up_run import kept_dense, layer, result, sweep, windows_of, write_run
 
 EVIL = '<script>alert("$x_1$")</script>'
 
@@ -45,6 +49,29 @@ def all_layers(rows: list[ResultRow]) -> list:
     return [*inside, *(layer(variant, None, "lm_head") for variant in variants)]
 
 
+def self_calibrated(count: int = 4) -> list[ResultRow]:
+    """No general calibration text: what the model wrote, a domain, random tokens; legal and general are measured."""
+    mixtures = [{"self": 1.0}, {"self": 0.5, "legal": 0.5}, {"legal": 1.0}, {"random": 1.0}][:count]
+    variants = [("dense", {}), *((f"sparsegpt-70-m{number}", mixture) for number, mixture in enumerate(mixtures))]
+    return [
+        result(
+            name,
+            method="sparsegpt" if mixture else "dense",
+            setting={"sparsity": 0.7} if mixture else {},
+            mixture=mixture,
+            corpus_or_task=corpus,
+            value=25.0 + number + (3 - number if corpus == "legal" else 0.5 * number),
+        )
+        for number, (name, mixture) in enumerate(variants)
+        for corpus in ("legal", "general")
+    ]
+
+
+TEXTS = [
+    {"corpus": corpus, "source": source, "text": f"text {number} of {corpus}"}
+    for corpus, source in (("self", "self"), ("random", "random"), ("legal", "documents"))
+    for number in range(2)
+]
 SWEEP = sweep()
 MANY = sweep(
     settings=[("sparsegpt", {"sparsity": s / 40}) for s in range(10, 30)]
@@ -70,6 +97,21 @@ SHAPES: dict[str, tuple[list, list, dict]] = {
         {"notes": [EVIL], "samples": [{"corpus": EVIL, "text": EVIL}], "device": EVIL, "stages": {EVIL: 1.0}},
     ),
     "skipped task": ([result(), result(corpus_or_task="arc", value=None, stderr=None, skipped="no network")], [], {}),
+    "self-calibration": (self_calibrated(), [], {"samples": TEXTS}),
+    "several domains": ([*SWEEP, *sweep(domain="legal", corpora=("general", "biomedical", "legal"))], [], {}),
+    "tasks only": (accuracies(SWEEP), all_layers(SWEEP), {}),
+    "one variant": ([result(), result("only", method="rtn", setting={"bits": 4}, value=90.0)], [], {}),
+    "all stay dense": (
+        SWEEP,
+        [kept_dense(row.variant, 0, "mlp.up_proj") for row in SWEEP if row.method != "dense"],
+        {},
+    ),
+    "nothing was measured": ([result(value=None, stderr=None, skipped="no network")], [], {}),
+    "a broken model": (
+        [*SWEEP, result("broken", method="gptq", setting={"bits": 4}, value=3.2e13, stderr=1e12)],
+        [],
+        {},
+    ),
     "hundreds": (MANY + accuracies(MANY), [], {}),
 }
 
@@ -107,6 +149,78 @@ def test_every_shape_of_run(tmp_path: Path, shape: str) -> None:
     assert "nan" not in re.findall(r"[a-z]+", page.text)
 
 
+def taken(text: str) -> list[list[str]]:
+    """The rows of "What to take", cell by cell."""
+    _, _, rest = text.partition("<h2>What to take</h2>")
+    rows = re.findall(r"<tr><td>.*?</tr>", rest.partition("<h2>")[0], re.DOTALL)
+    return [
+        [re.sub(r"<[^>]*>", "", cell).strip() for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("hundreds", "strange names")])
+def test_whatever_the_run_what_to_take_is_said_with_numbers_or_not_at_all(
+    tmp_path: Path, shape: str, kept: bool
+) -> None:
+    results, layers, run = SHAPES[shape]
+    names = {row.variant for row in results}
+    windows = windows_of(results) if kept else []
+    text = write_report(write_run(tmp_path, results, layers, windows, sorted(names), **run)).read_text(encoding="utf-8")
+    rows, sentences = taken(text), re.findall(r"<li>For .*?</li>", text)
+    assert len(rows) == len(sentences)
+    for row, said in zip(rows, sentences, strict=True):
+        domain, variant, special = row[0], row[2], row[-3]
+        assert re.match(r"[\d.]+ ± [\d.]+", special)
+        assert f"For {domain}" in said
+        assert special in said
+        assert f"models/{variant}" in said
+        assert any(row.corpus_or_task == domain and row.value is not None for row in results)
+    assert ("What to take" in text) == bool(domains_of(groups_of(results, [])))
+
+
+def test_every_variant_that_was_measured_is_drawn_whatever_it_was_calibrated_on(tmp_path: Path) -> None:
+    text = write_report(write_run(tmp_path, self_calibrated())).read_text(encoding="utf-8")
+    assert "General against legal" in text
+    assert "General against self" not in text
+    (chart,) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for word in ("self", "0.5 self + 0.5 legal", "1", "random"):
+        assert f">{word}</text>" in chart
+
+
+def test_calibration_text_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    text = Page(write_report(write_run(tmp_path / "a", SWEEP, samples=TEXTS)).read_text(encoding="utf-8")).text
+    for said in ("self: written by the model itself", "random: random tokens", "legal: from its documents"):
+        assert said in text
+    assert "text 0 of legal" in text
+    assert "3 more are in samples.json" in text
+    older = [{"corpus": "legal", "text": "It is written."}]
+    text = Page(write_report(write_run(tmp_path / "b", SWEEP, samples=older)).read_text(encoding="utf-8")).text
+    assert "It is written." in text
+    assert "the model" not in text.partition("Calibration text")[2].partition("Circumstances")[0]
+
+
+def test_losses_are_compared_over_the_same_matrices() -> None:
+    """A matrix without a held-out loss is in neither line, and blank on the map of held-out losses."""
+    name = "sparsegpt0-biomedical-a1"
+    known = [layer(name, block, matrix) for block in range(2) for matrix in ("a", "b")]
+    unknown = layer(name, 0, "c", relative_loss=9.0, heldout_relative_loss=None)
+    dense = kept_dense(name, 0, "d")
+    assert layer_losses([*known, unknown, dense], [name], {}) != layer_losses(known, [name], {}), "they have a row"
+    larger = dataclasses.replace(unknown, relative_loss=900.0)
+    assert layer_losses([*known, unknown, dense], [name], {}) == layer_losses([*known, larger, dense], [name], {})
+
+
+def test_the_matrices_that_lose_most_are_solved_ones(tmp_path: Path) -> None:
+    name = "sparsegpt0-biomedical-a1"
+    rows = [layer(name, 0, "solved", heldout_relative_loss=0.0), kept_dense(name, 0, "dense", relative_loss=0.0)]
+    text = write_report(write_run(tmp_path, SWEEP, rows)).read_text(encoding="utf-8")
+    worst = text.partition("most, over all variants")[2].partition("</details>")[0]
+    assert "solved" in worst
+    assert "model.layers.0.dense" not in worst
+    assert "1 matrix that loses" in text.replace("The 1 matrix", "1 matrix")
+
+
 @pytest.mark.parametrize("shape", ["sweep", "seeds", "strange names"])
 def test_the_same_files_give_the_same_bytes(tmp_path: Path, shape: str) -> None:
     results, layers, run = SHAPES[shape]
@@ -141,9 +255,9 @@ def test_it_says_what_happened(tmp_path: Path) -> None:
         "12 rows rejected",
         "It is written.",
         "arc was skipped: no network",
-        "12 matrices solved with a fallback",
+        "12 matrices left dense",
         "model: models/<tiny>",
-        "7 variants",
+        "6 compressed variants evaluated",
     ):
         assert expected in text
 
@@ -155,11 +269,11 @@ def test_charts_too_large_say_what_they_leave_out(tmp_path: Path) -> None:
     assert "the dense model and 23 variants" in text
 
 
-def test_mixtures_of_several_domains_are_in_the_table_and_said_not_to_be_drawn(tmp_path: Path) -> None:
+def test_a_variant_that_cannot_be_drawn_is_in_the_table_and_said_to_be_missing(tmp_path: Path) -> None:
     both = result("both", method="sparsegpt", setting={"sparsity": 0.5}, mixture={"biomedical": 0.5, "legal": 0.5})
     text = Page(write_report(write_run(tmp_path, [*SWEEP, both])).read_text(encoding="utf-8")).text
     assert "0.5 biomedical + 0.5 legal" in text
-    assert "Drawn are only mixtures of biomedical with general text alone; the table has all." in text
+    assert "1 of 7 variants lack one of the two perplexities." in text
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:

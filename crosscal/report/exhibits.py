@@ -8,16 +8,17 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosscal.report.groups import Column, Group, columns_of, groups_of
-from crosscal.report.headline import RULE, Best, best_variants, domains_of
+from crosscal.report.groups import Column, Group, columns_of, main_columns
+from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
+from crosscal.report.left_dense import common_text
+from crosscal.report.numbers import number_text, plain_text
 from crosscal.report.plots import trade_off
-from crosscal.report.rows import LayerRow, ResultRow, read_rows
-from crosscal.report.table import number_text
+from crosscal.report.run_files import read_run
 
 MOST_ROWS = 100
 MOST_COLUMNS = 12
@@ -37,20 +38,21 @@ class Table:
     """What the numbers are, and what was left out."""
 
 
-def measured(run_dir: Path) -> tuple[list[Group], list[Column]]:
-    """The groups and columns of a run directory."""
-    results = read_rows(run_dir / "results.jsonl", ResultRow)
-    return groups_of(results, read_rows(run_dir / "layers.jsonl", LayerRow)), columns_of(results)
+def measured(run_dir: Path) -> tuple[list[Group], list[Column], frozenset[str]]:
+    """The groups and columns of a run directory, and the variants whose models were kept."""
+    files = read_run(run_dir)
+    return files.groups, columns_of(files.results), files.models
 
 
 def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
     """A row for each variant, the dense model and those to take first; perplexities with their change against dense."""
-    wanted = [column for column in columns if column[2] != "acc_norm"]
+    wanted, some_dense = main_columns(columns), any(group.left_dense.matrices for group in groups)
     shown, dense = wanted[:MOST_COLUMNS], next((group for group in groups if group.is_dense), None)
     rows: list[dict[str, str]] = []
     room = MOST_TABLE_BYTES - 2
     for group in _taken_first(groups)[:MOST_ROWS]:
-        row = {"variant": group.name} | {_header(column): _cell(group, dense, column) for column in shown}
+        stays = {"left dense": group.left_dense.short or "–"} if some_dense else {}
+        row = {"variant": group.name} | stays | {_header(column): _cell(group, dense, column) for column in shown}
         room -= len(json.dumps(row)) + 2
         if room < 0:
             break
@@ -61,10 +63,13 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
     return Table(rows, about + (f"Shown are {' and '.join(missing)}; results.jsonl has all." if missing else ""))
 
 
-def trade_off_page(groups: Sequence[Group]) -> str | None:
-    """Markdown with the chart and the variants to take for each domain; None where there is nothing to weigh."""
+def trade_off_page(groups: Sequence[Group], kept: Collection[str] = (), folder: str = "models") -> str | None:
+    """Markdown with the chart and the variants to take for each domain; None where there is nothing to weigh.
+
+    `kept`: the variants whose models were kept, in `folder`.
+    """
     domains = domains_of(groups)
-    parts = [part for domain in domains[:MOST_PICTURES] for part in _weighed(groups, domain)]
+    parts = [part for domain in domains[:MOST_PICTURES] for part in _weighed(groups, domain, kept, folder)]
     if len(domains) > MOST_PICTURES:
         parts.append(f"Shown are {MOST_PICTURES} of {len(domains)} domains; report.html has all.")
     return "\n\n".join(parts) or None
@@ -86,7 +91,8 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
 def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
     """Markdown that says why a landed domain's model was published, or kept and not published.
 
-    `decided`: outcome, reason, variant, model (its key in the store), run_dir, and perplexity: candidate and published.
+    `decided`: outcome, reason, variant, model (its key in the store), run_dir, and perplexity: candidate and published;
+    left_dense, where matrices of the variant stay dense.
     """
     numbers = decided["perplexity"]
     candidate, published = numbers["candidate"], numbers["published"] or {}
@@ -94,6 +100,7 @@ def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
     rows = [_compared(corpus, candidate[corpus], published.get(corpus)) for corpus in list(candidate)[:MOST_COLUMNS]]
     facts = [f"- variant: {_code(decided['variant'])}", f"- model in the store: {_code(decided['model'])}"]
     facts.append(f"- run directory: {_code(decided['run_dir'])}")
+    facts += [f"- left dense: {decided['left_dense']}"] if decided.get("left_dense") else []
     reason = decided["reason"][: 4 * MOST_WORDS]
     return "\n\n".join(
         [f"## {domain} v{version}: {decided['outcome']}", reason, head + "\n".join(rows), "\n".join(facts)]
@@ -110,7 +117,7 @@ def picture(svg: str) -> str | None:
     return text if len(text) <= MOST_PICTURE_BYTES else None
 
 
-def _weighed(groups: Sequence[Group], domain: str) -> Iterator[str]:
+def _weighed(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str) -> Iterator[str]:
     best = best_variants(groups, domain)
     chart = trade_off(groups, domain)
     if not best or chart is None:
@@ -119,18 +126,26 @@ def _weighed(groups: Sequence[Group], domain: str) -> Iterator[str]:
     yield picture(chart) or "The chart is too large for this page; report.html has it."
     head = f"| level | take | general | {domain} | against general-only |\n|---|---|---|---|---|\n"
     yield head + "\n".join(map(_best_row, best[:MOST_ROWS]))
-    yield RULE
+    yield "\n".join(f"- {_plain(sentence(one, kept, folder))}" for one in best[:MOST_NOTES])
+    yield f"{RULE} {common_text(groups)}".strip()
 
 
 def _best_row(best: Best) -> str:
     numbers = (number_text(best.general, "perplexity"), number_text(best.special, "perplexity"))
     change = "–" if best.change is None else f"{100 * best.change:+.1f} %"
-    return f"| {best.level} | {best.group.name} | {numbers[0]} | {numbers[1]} | {change} |"
+    dense = best.group.left_dense.short
+    take = best.group.name + (f" ({dense} left dense)" if dense else "")
+    return f"| {best.level} | {take} | {numbers[0]} | {numbers[1]} | {change} |"
+
+
+def _plain(text: str) -> str:
+    """Bounded, and nothing in it taken for HTML."""
+    return text[: 4 * MOST_WORDS].replace("<", "&lt;")
 
 
 def _compared(corpus: str, new: float, before: float | None) -> str:
-    earlier, change = ("–", "–") if before is None else (f"{before:.4g}", f"{100 * (new / before - 1):+.1f} %")
-    return f"| {corpus} | {new:.4g} | {earlier} | {change} |"
+    earlier, change = ("–", "–") if before is None else (plain_text(before), f"{100 * (new / before - 1):+.1f} %")
+    return f"| {corpus} | {plain_text(new)} | {earlier} | {change} |"
 
 
 def _taken_first(groups: Sequence[Group]) -> list[Group]:

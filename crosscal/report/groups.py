@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crosscal.evaluation.summaries import spread
-from crosscal.report.rows import LayerRow, ResultRow
+from crosscal.report.left_dense import LeftDense, left_dense_of
+from crosscal.report.numbers import Number
+from crosscal.report.rows import LayerRow, ResultRow, WindowRow
 
 GENERAL = "general"
 """The corpus that domains are weighed against."""
@@ -19,15 +21,17 @@ LEVEL = ("sparsity", "bits")
 """The settings that say how much is compressed, and that curves are drawn over."""
 Column = tuple[str, str, str]
 """(corpus or task, split, metric)."""
+TEST = "test"
 
 
 @dataclass(frozen=True)
-class Number:
-    """A mean and its uncertainty: the deviation over seeds where there are several, else the standard error."""
+class Loss:
+    """A mean of relative losses over matrices; those left dense and those without the number are not among them."""
 
-    value: float
-    error: float | None
-    seeds: int
+    mean: float
+    matrices: int
+    of_solved: int
+    """Matrices solved, with the number or without."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class Group:
     upstream: str
     mixture: dict[str, float]
     numbers: dict[Column, Number]
-    relative_loss: float | None
-    """Mean over the matrices of all seeds, on the calibration mixture."""
-    heldout_relative_loss: float | None
+    relative_loss: Loss | None
+    """Over the solved matrices of all seeds, on the calibration mixture."""
+    heldout_relative_loss: Loss | None
+    left_dense: LeftDense
+    window_nll: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
+    """(corpus, split) -> variant -> negative log-likelihood of each window; empty where none was kept."""
 
     @property
     def is_dense(self) -> bool:
@@ -72,14 +79,13 @@ class Group:
         """Fraction removed; n:m keeps n of m."""
         return sparsity_of(self.setting)
 
-    def perplexity(self, corpus: str) -> Number | None:
-        found = [
-            number for (name, _, metric), number in self.numbers.items() if name == corpus and metric == "perplexity"
-        ]
-        return found[0] if found else None
+    def perplexity(self, corpus: str, split: str = TEST) -> Number | None:
+        return self.numbers.get((corpus, split, "perplexity"))
 
 
-def groups_of(results: Sequence[ResultRow], layers: Sequence[LayerRow]) -> list[Group]:
+def groups_of(
+    results: Sequence[ResultRow], layers: Sequence[LayerRow], windows: Iterable[WindowRow] = ()
+) -> list[Group]:
     """One group for the rows that differ by seed alone, in the order of their first appearance."""
     by_key: dict[str, list[ResultRow]] = defaultdict(list)
     for row in results:
@@ -88,14 +94,26 @@ def groups_of(results: Sequence[ResultRow], layers: Sequence[LayerRow]) -> list[
     layers_of: dict[str, list[LayerRow]] = defaultdict(list)
     for layer in layers:
         layers_of[layer.variant].append(layer)
+    windows_of: dict[str, list[WindowRow]] = defaultdict(list)
+    for window in windows:
+        windows_of[window.variant].append(window)
     firsts = [rows[0] for rows in by_key.values()]
-    return [_group(rows, layers_of, _flavour(rows[0], firsts)) for rows in by_key.values()]
+    return [_group(rows, layers_of, windows_of, _flavour(rows[0], firsts)) for rows in by_key.values()]
 
 
 def columns_of(results: Sequence[ResultRow]) -> list[Column]:
     """Every (corpus or task, split, metric) with a number: perplexities first, then tasks, in order of appearance."""
     seen = dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
     return sorted(seen, key=lambda column: column[2] != "perplexity")
+
+
+def main_columns(columns: Sequence[Column]) -> list[Column]:
+    """Without the second way to score the same questions."""
+    return [
+        (name, split, metric)
+        for name, split, metric in columns
+        if metric != "acc_norm" or (name, split, "acc") not in columns
+    ]
 
 
 def _stem(row: ResultRow) -> str:
@@ -123,10 +141,19 @@ def sparsity_of(setting: dict[str, Any]) -> float | None:
     return None if sparsity is None else float(sparsity)
 
 
-def _group(rows: list[ResultRow], layers_of: dict[str, list[LayerRow]], flavour: str) -> Group:
+def _group(
+    rows: list[ResultRow],
+    layers_of: Mapping[str, list[LayerRow]],
+    windows_of: Mapping[str, list[WindowRow]],
+    flavour: str,
+) -> Group:
     first = rows[0]
     variants = tuple(dict.fromkeys(row.variant for row in rows))
-    layers = [layer for variant in variants for layer in layers_of[variant]]
+    layers = [layer for variant in variants for layer in layers_of.get(variant, [])]
+    solved = [layer for layer in layers if not layer.stays_dense]
+    window_nll: dict[tuple[str, str], dict[str, Sequence[float]]] = defaultdict(dict)
+    for window in (window for variant in variants for window in windows_of.get(variant, [])):
+        window_nll[window.corpus, window.split][window.variant] = window.nll
     measured: dict[Column, list[ResultRow]] = defaultdict(list)
     for row in rows:
         if row.value is not None:
@@ -140,8 +167,10 @@ def _group(rows: list[ResultRow], layers_of: dict[str, list[LayerRow]], flavour:
         upstream=first.upstream,
         mixture=first.mixture,
         numbers={column: _number(found) for column, found in measured.items()},
-        relative_loss=_mean([layer.relative_loss for layer in layers]),
-        heldout_relative_loss=_mean([layer.heldout_relative_loss for layer in layers]),
+        relative_loss=_mean([layer.relative_loss for layer in solved]),
+        heldout_relative_loss=_mean([layer.heldout_relative_loss for layer in solved]),
+        left_dense=left_dense_of(layers),
+        window_nll=window_nll,
     )
 
 
@@ -163,6 +192,6 @@ def _number(rows: list[ResultRow]) -> Number:
     return Number(over_seeds.mean, rows[0].stderr if len(rows) == 1 else over_seeds.sd, len(rows))
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> Loss | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    return Loss(math.fsum(known) / len(known), len(known), len(values)) if known else None

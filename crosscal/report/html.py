@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.files import write_whole
-from crosscal.report.groups import GENERAL, Column, Group, Number, columns_of, groups_of
-from crosscal.report.headline import RULE, Best, best_variants, domains_of
+from crosscal.report.groups import GENERAL, Column, Group, columns_of
+from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
 from crosscal.report.layer_plots import layer_losses
-from crosscal.report.plots import MOST_ROWS, accuracies, curves, left_out, trade_off
+from crosscal.report.left_dense import common_text, marks_of
+from crosscal.report.numbers import Number, number_text, percent_text, short_text
+from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
 from crosscal.report.rows import LayerRow
-from crosscal.report.run_files import RunFiles, read_run
-from crosscal.report.table import TEXT_COLUMNS, mixture_text, number_text, summary_table
+from crosscal.report.run_files import CalibrationText, RunFiles, read_run
+from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
 
 MOST_LAYER_VARIANTS = 4
-MOST_FALLBACKS = 200
+MOST_LEFT_DENSE = 200
 """Listed one by one; the page says how many there are beyond."""
+MOST_SAMPLES = 8
+SOURCES = {"documents": "from its documents", "self": "written by the model itself", "random": "random tokens"}
 
 
 @dataclass(frozen=True)
 class DomainSection:
     domain: str
     best: list[Best]
+    sentences: list[str]
     charts: list[str]
     """SVG text."""
     left_out: str
@@ -49,18 +55,19 @@ def render(files: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number_text, mixture=mixture_text, duration=_duration, size=_size)
+    environment.filters.update(number=number_text, short=short_text, share=percent_text, mixture=mixture_text)
+    environment.filters.update(duration=_duration, size=_size)
     return environment.get_template("report.html.j2").render(**_context(files))
 
 
 def _context(files: RunFiles) -> dict[str, Any]:
-    groups, columns = groups_of(files.results, files.layers), columns_of(files.results)
-    sections = [_domain_section(groups, columns, domain) for domain in domains_of(groups)]
-    shown = _layer_variants(groups, sections)
-    fallbacks = [row for row in files.layers if row.fallback]
+    groups, columns = files.groups, columns_of(files.results)
+    sections = [_domain_section(groups, columns, domain, files.models) for domain in domains_of(groups)]
+    shown, taken = _layer_variants(groups, sections)
+    left_dense = [row for row in files.layers if row.stays_dense]
     return {
         "models": sorted({row.model for row in files.results}),
-        "variants": len({row.variant for row in files.results}),
+        "variants": len({variant for group in groups if not group.is_dense for variant in group.variants}),
         "dense": _dense_perplexities(groups),
         "sections": sections,
         "rule": RULE,
@@ -68,32 +75,39 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "table": summary_table(groups, columns),
         "text_columns": TEXT_COLUMNS,
         "seeds_of": {group.name: group.variants for group in groups if len(group.variants) > 1},
-        "layer_chart": layer_losses(files.layers, shown),
+        "layer_chart": layer_losses(files.layers, shown, _marks_of_variants(groups)),
         "layer_variants": (len(shown), len({row.variant for row in files.layers})),
+        "layers_of_taken": bool(shown) and set(shown) <= taken,
         "worst_layers": _worst_layers(files.layers),
         "accuracy_chart": accuracies(_taken_first(groups, sections), columns),
         "accuracy_limit": MOST_ROWS if len(groups) > MOST_ROWS else None,
         "stages": _stages(files.run),
         "colours": COLOURS,
         "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),
-        "fallbacks": fallbacks[:MOST_FALLBACKS],
-        "fallback_count": len(fallbacks),
+        "left_dense": left_dense[:MOST_LEFT_DENSE],
+        "left_dense_count": len(left_dense),
+        "left_dense_of": [(group.name, group.left_dense.text) for group in groups if group.left_dense.matrices],
+        "common": common_text(groups),
         "dead_inputs": _dead_inputs(files.layers),
         "run": files.run,
         "notes": [str(note) for note in files.run.get("notes") or []],
-        "samples": files.samples,
+        "samples": _one_of_each(files.samples)[:MOST_SAMPLES],
+        "more_samples": max(0, len(files.samples) - len(_one_of_each(files.samples)[:MOST_SAMPLES])),
+        "sources": SOURCES,
         "plan": files.plan,
     }
 
 
-def _domain_section(groups: Sequence[Group], columns: Sequence[Column], domain: str) -> DomainSection:
+def _domain_section(
+    groups: Sequence[Group], columns: Sequence[Column], domain: str, kept: Collection[str]
+) -> DomainSection:
     corpora = _perplexity_corpora(columns)
     others = [corpus for corpus in corpora if corpus not in (GENERAL, domain) and corpus not in domains_of(groups)]
     measured = [corpus for corpus in (GENERAL, domain) if corpus in corpora] + others
     charts = [trade_off(groups, domain), *_curve_charts(groups, domain, measured)]
-    return DomainSection(
-        domain, best_variants(groups, domain), [chart for chart in charts if chart], left_out(groups, domain)
-    )
+    best = best_variants(groups, domain)
+    sentences = [sentence(one, kept) for one in best]
+    return DomainSection(domain, best, sentences, [chart for chart in charts if chart], left_out(groups, domain))
 
 
 def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence[str]) -> list[str]:
@@ -110,11 +124,27 @@ def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
     return [(name, number) for (name, _, metric), number in dense if metric == "perplexity"]
 
 
-def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[str]:
-    """The best of each domain at its strongest level, then the first variants, up to the limit."""
-    best = [max(section.best, key=lambda found: found.special.value).group for section in sections if section.best]
+def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> tuple[list[str], set[str]]:
+    """Variants with solved matrices: of each domain the one taken where the domain loses most, then the first ones, up
+    to the limit; and which of all variants were taken there."""
+    best = [
+        max(section.best, key=lambda found: found.special.value if found.special else 0.0).group
+        for section in sections
+        if section.best
+    ]
     chosen = [group.variants[0] for group in [*best, *groups] if group.relative_loss is not None]
-    return list(dict.fromkeys(chosen))[: min(MOST_LAYER_VARIANTS, len(sections) or 2)]
+    shown = list(dict.fromkeys(chosen))[: min(MOST_LAYER_VARIANTS, len(sections) or 2)]
+    return shown, {group.variants[0] for group in best}
+
+
+def _marks_of_variants(groups: Sequence[Group]) -> dict[str, str]:
+    marks = marks_of(groups)
+    return {variant: marks[group.name] for group in groups if group.name in marks for variant in group.variants}
+
+
+def _one_of_each(samples: Sequence[CalibrationText]) -> list[CalibrationText]:
+    """The first sample of every corpus."""
+    return list({sample.corpus: sample for sample in reversed(samples)}.values())[::-1]
 
 
 def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[Group]:
@@ -124,8 +154,12 @@ def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> 
 
 
 def _worst_layers(layers: Sequence[LayerRow]) -> list[LayerRow]:
-    known = [row for row in layers if row.heldout_relative_loss is not None] or list(layers)
-    return sorted(known, key=lambda row: -(row.heldout_relative_loss or row.relative_loss))[:10]
+    """The ten solved matrices of the largest loss: held-out where any has one, on the calibration data otherwise."""
+    solved = [row for row in layers if not row.stays_dense]
+    measured = [row for row in solved if row.heldout_relative_loss is not None]
+    if measured:
+        return sorted(measured, key=lambda row: -(row.heldout_relative_loss or 0.0))[:10]
+    return sorted(solved, key=lambda row: -row.relative_loss)[:10]
 
 
 def _dead_inputs(layers: Sequence[LayerRow]) -> list[tuple[str, int]]:

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.errors import UsageError
-from crosscal.report.rows import LayerRow, ResultRow, read_rows
+from crosscal.report.groups import Group, groups_of
+from crosscal.report.rows import LayerRow, ResultRow, WindowRow, read_rows
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Some of what a model was calibrated on."""
+
+    corpus: str
+    text: str
+    source: str
+    """`documents`, `self` (the model wrote it) or `random`; empty in files that do not say."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +28,23 @@ class RunFiles:
 
     results: list[ResultRow]
     layers: list[LayerRow]
+    windows: list[WindowRow]
     run: dict[str, Any]
-    samples: list[tuple[str, str]]
-    """(corpus, text) of calibration text that the model wrote itself."""
+    samples: list[CalibrationText]
     plan: str
+    models: frozenset[str]
+    """The variants whose models were kept."""
+
+    @property
+    def groups(self) -> list[Group]:
+        return groups_of(self.results, self.layers, self.windows)
 
 
 def read_run(folder: Path) -> RunFiles:
     """Read a run directory; `UsageError` when it holds no results or a damaged file."""
     if not (folder / "results.jsonl").is_file():
         raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
-    layers = folder / "layers.jsonl"
+    layers, windows = folder / "layers.jsonl", folder / "windows.jsonl"
     run = _json(folder / "run.json")
     run = {name: value for name, value in run.items() if value is not None} if isinstance(run, dict) else {}
     samples = _json(folder / "samples.json") or run.get("samples")
@@ -35,9 +52,11 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         results=read_rows(folder / "results.jsonl", ResultRow),
         layers=read_rows(layers, LayerRow) if layers.is_file() else [],
+        windows=read_rows(windows, WindowRow) if windows.is_file() else [],
         run=run,
         samples=[_sample(sample) for sample in samples] if isinstance(samples, list) else [],
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
+        models=frozenset(path.parent.name for path in folder.glob("models/*/config.json")),
     )
 
 
@@ -50,7 +69,7 @@ def _json(path: Path) -> Any:
         raise UsageError("not JSON", where=str(path), got=str(error)) from error
 
 
-def _sample(sample: Any) -> tuple[str, str]:
+def _sample(sample: Any) -> CalibrationText:
     if isinstance(sample, dict):
-        return str(sample.get("corpus", "")), str(sample.get("text", ""))
-    return "", str(sample)
+        return CalibrationText(*(str(sample.get(name, "")) for name in ("corpus", "text", "source")))
+    return CalibrationText("", str(sample), "")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosscal.report.groups import GENERAL, Column, Group, Number
+from crosscal.report.groups import GENERAL, Column, Group, Loss
+from crosscal.report.left_dense import compared
+from crosscal.report.numbers import number_text
 
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 TEXT_COLUMNS = 4
+LEFT_DENSE = "left dense (of parameters)"
 
 
 @dataclass(frozen=True)
@@ -30,33 +32,28 @@ class SummaryTable:
 
 
 def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> SummaryTable:
-    """Variant, method, level, mixture, a column for each measured number, and the mean relative loss of matrices."""
+    """Variant, method, level, mixture, a column for each measured number, and the mean relative loss of matrices.
+
+    A column says what stays dense, where that is anything.
+    """
+    dense = any(group.left_dense.matrices for group in groups)
     losses = any(group.relative_loss is not None for group in groups)
     heldout = any(group.heldout_relative_loss is not None for group in groups)
-    headers = ["variant", "method", "level", "mixture", *map(_column_header, columns)]
+    headers = ["variant", "method", "level", "mixture", *[LEFT_DENSE] * dense, *map(_column_header, columns)]
     headers += ["relative loss"] * losses + ["held-out loss"] * heldout
-    best = best_by_level(groups, columns)
+    best = best_cells(groups, columns)
     rows = []
     for group in groups:
         words = (group.name, group.flavour, group.level or "–", mixture_text(group.mixture))
-        cells = [*map(Cell, words), *(_number_cell(group, column, best) for column in columns)]
-        cells += [Cell(_percent(group.relative_loss))] * losses
-        cells += [Cell(_percent(group.heldout_relative_loss))] * heldout
+        cells = [*map(Cell, words), *[Cell(group.left_dense.cell or "–")] * dense]
+        for column in columns:
+            cells.append(Cell(number_text(group.numbers.get(column), column[2]), (group.name, column) in best))
+        cells += [Cell(_loss_text(group.relative_loss))] * losses
+        cells += [Cell(_loss_text(group.heldout_relative_loss))] * heldout
         rows.append(tuple(cells))
     seeds = max((number.seeds for group in groups for number in group.numbers.values()), default=1)
     errors = "± standard error" + (", or standard deviation over n seeds where n is given" if seeds > 1 else "")
     return SummaryTable(tuple(headers), tuple(rows), errors)
-
-
-def number_text(number: Number | None, metric: str) -> str:
-    """As in "86.4 ± 2.6", in percent for accuracies, with n where several seeds stand behind it."""
-    if number is None:
-        return "–"
-    scale, unit = (100.0, " %") if metric.startswith("acc") else (1.0, "")
-    text = f"{scale * number.value:.4g}"
-    if number.error is not None:
-        text += f" ± {scale * number.error:.2g}"
-    return text + unit + (f" (n={number.seeds})" if number.seeds > 1 else "")
 
 
 def mixture_text(mixture: dict[str, float]) -> str:
@@ -74,22 +71,20 @@ def _column_header(column: Column) -> str:
     return f"{name}{where} {metric.replace('_', ' ')}"
 
 
-def _number_cell(group: Group, column: Column, best: dict[tuple[str, Column], float]) -> Cell:
-    number = group.numbers.get(column)
-    return Cell(number_text(number, column[2]), number is not None and best.get((group.level, column)) == number.value)
-
-
-def best_by_level(groups: Sequence[Group], columns: Sequence[Column]) -> dict[tuple[str, Column], float]:
-    """The best value of each column at each level that has several variants."""
-    values: dict[tuple[str, Column], list[float]] = defaultdict(list)
-    for group in groups:
+def best_cells(groups: Sequence[Group], columns: Sequence[Column]) -> set[tuple[str, Column]]:
+    """(name, column) of the best values of each level, where it has several variants that may be compared."""
+    found: set[tuple[str, Column]] = set()
+    for level in compared(groups).values():
         for column in columns:
-            if column in group.numbers and not group.is_dense:
-                values[group.level, column].append(group.numbers[column].value)
-    return {
-        key: (min if key[1][2] in LOWER_IS_BETTER else max)(found) for key, found in values.items() if len(found) > 1
-    }
+            values = {group.name: group.numbers[column].value for group in level if column in group.numbers}
+            best = (min if column[2] in LOWER_IS_BETTER else max)(values.values(), default=None)
+            found |= {(name, column) for name, value in values.items() if value == best and len(values) > 1}
+    return found
 
 
-def _percent(loss: float | None) -> str:
-    return "–" if loss is None else f"{100 * loss:.3g} %"
+def _loss_text(loss: Loss | None) -> str:
+    """In percent, with the number of matrices behind the mean where that is not every solved one."""
+    if loss is None:
+        return "–"
+    behind = "" if loss.matrices == loss.of_solved else f" ({loss.matrices} of {loss.of_solved})"
+    return f"{100 * loss.mean:.3g} %{behind}"
