@@ -11,15 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
+import torch
 
+from crosscal.calibration.sets import stored_windows
+from crosscal.corpora.shards import write_split
 from crosscal.errors import StoreConflict, StoreFull
+from crosscal.statistics import InputMoments
 from crosscal.store import Store, digest_of
+from crosscal.store.arrays import arrow_file
+from crosscal.store.moments import write_moments
 
 KEY = digest_of("one")
 
@@ -128,8 +136,22 @@ def write_plain(path: Path) -> None:
 
 def write_arrow(path: Path) -> None:
     table = pa.table({"x": pa.array(memoryview(os.urandom(1 << 21)).cast("q"))})
-    with pa.ipc.new_file(str(path), table.schema) as writer:
+    with arrow_file(path, table.schema) as writer:
         writer.write_table(table)
+
+
+def write_gram(path: Path) -> None:
+    path.mkdir()
+    write_moments(path, InputMoments.of(torch.rand(4, 512, dtype=torch.float64)))
+
+
+def write_windows(path: Path) -> None:
+    tokens_SL = torch.randint(1 << 30, (1 << 10, 1 << 9), generator=torch.Generator().manual_seed(0))
+    stored_windows(Store(path), {"seed": 0}, lambda: tokens_SL)
+
+
+def write_documents(path: Path) -> None:
+    write_split(path, ((os.urandom(1 << 12).hex(), "source", bytes(32)) for _ in range(1 << 9)))
 
 
 @pytest.mark.parametrize("write", [write_plain, write_arrow])
@@ -159,16 +181,31 @@ def test_a_read_only_disk_can_be_read(small_disk: Path) -> None:
         pass
 
 
-def test_a_file_larger_than_allowed_is_told_like_a_full_disk(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file of this process can be larger than 64 KiB."""
     earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, earlier[1]))
     try:
-        with pytest.raises(StoreFull), store.publish("moments", KEY, {}) as folder:
-            write_plain(folder / "a")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("write", [write_plain, write_arrow, write_gram, write_windows, write_documents])
+def test_no_file_stays_open_after_an_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """Though the error is still held, and with it everything on the way to where it was raised."""
+    with small_files(), pytest.raises((OSError, StoreFull)) as held:
+        write(tmp_path / "a")
+    assert held.value
+    assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []
+
+
+def test_a_file_larger_than_allowed_is_told_like_a_full_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with small_files(), pytest.raises(StoreFull), store.publish("moments", KEY, {}) as folder:
+        write_plain(folder / "a")
     assert store.find("moments", KEY) is None
     assert list((tmp_path / "staging").iterdir()) == []

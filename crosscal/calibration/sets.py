@@ -14,7 +14,7 @@ import torch
 
 from crosscal.errors import UsageError
 from crosscal.store import Store, digest_of
-from crosscal.store.arrays import array_of
+from crosscal.store.arrays import array_of, arrow_file
 
 KIND = "calibration"
 WINDOWS = "windows.arrow"
@@ -79,7 +79,7 @@ def _write_windows(path: Path, tokens_SL: torch.Tensor) -> None:
     values = array_of(tokens_SL.numpy().astype(np.int32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, tokens_SL.shape[1])
     table = pa.table({"tokens": column})
-    with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with arrow_file(path, table.schema, pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
 
 

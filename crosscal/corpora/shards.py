@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from crosscal.store.arrays import arrow_file
+
 BATCH_DOCUMENTS = 64  # read and decompressed together: small, since documents are also picked one by one
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("digest", pa.binary(32))])
@@ -17,7 +19,7 @@ def write_split(path: Path, rows: Iterable[tuple[str, str, bytes]]) -> None:
     """Write (text, source, digest) rows, in the order given."""
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     iterator = iter(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
+    with arrow_file(path, SCHEMA, options) as writer:
         while batch := list(islice(iterator, BATCH_DOCUMENTS)):
             columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), SCHEMA)]  # noqa: B905
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))

@@ -40,8 +40,8 @@ class Spool:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._texts.close()
-        self._rejects.close()
+        with self._texts, self._rejects:  # both are closed, also when one of them cannot be written to its end
+            pass
 
     def add(self, document: Document, split: str | None) -> None:
         entry = self.entries.get(document.digest)

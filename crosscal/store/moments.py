@@ -20,7 +20,7 @@ from torch import Tensor
 from crosscal.errors import CorruptArtifact, NotFinite
 from crosscal.statistics.finite import all_finite
 from crosscal.statistics.moments import InputMoments
-from crosscal.store.arrays import array_of
+from crosscal.store.arrays import array_of, arrow_file
 from crosscal.store.artifacts import Artifact, Store
 from crosscal.store.triangle import pack_triangle, unpack_triangle
 
@@ -37,13 +37,13 @@ def write_moments(folder: Path, moments: InputMoments) -> None:
     metadata = {"inputs": str(moments.inputs), "tokens": str(moments.tokens), "dtype": str(gram_II.dtype)}
     schema = _schema(len(planes_PN)).with_metadata(metadata)
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
-    with pa.ipc.new_file(str(folder / "gram.arrow"), schema, options=options) as writer:
+    with arrow_file(folder / "gram.arrow", schema, options) as writer:
         for start in range(0, planes_PN.shape[1], BATCH_ENTRIES):
             part_PN = planes_PN[:, start : start + BATCH_ENTRIES]
             writer.write_batch(pa.record_batch([array_of(plane_N) for plane_N in part_PN], schema=schema))
     vectors = {"abs_sum": moments.abs_sum_I.numpy(), "sum": moments.sum_I.numpy(), "exponent": exponent_I}
     table = pa.table({name: array_of(vector_I) for name, vector_I in vectors.items()})
-    with pa.ipc.new_file(str(folder / "vectors.arrow"), table.schema, options=options) as writer:
+    with arrow_file(folder / "vectors.arrow", table.schema, options) as writer:
         writer.write_table(table)
 
 
