@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -20,3 +21,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place for the code
         return numba.njit(**options)(function)
+
+
+def run_loops(loops: Sequence[Callable[[], object]], threads: int) -> None:
+    """Run compiled loops that do not touch each other's results, so many at once at most."""
+    if min(threads, len(loops)) <= 1:
+        for loop in loops:
+            loop()
+        return
+    with ThreadPoolExecutor(min(threads, len(loops))) as pool:
+        for _ in pool.map(lambda loop: loop(), loops):
+            pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import platform
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,22 +14,30 @@ import torch
 from crosscal.compressors import GPTQ, LayerProblem, SparseGPT, SparseGPTQ, Sparsity, solve_many
 from crosscal.compressors.numba_panel import fix_panel_numba
 from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
+from tests.helpers.interpreted import interpreted_kernel
 from tests.helpers.problems import layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Kernel = Callable[[Panel], FixedPanel]
 
 
-@pytest.fixture(scope="module", params=["numba", "triton"])
+HAS_TRITON = sys.platform == "linux" and platform.machine() == "x86_64"  # as the extra `dev` says
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not made for this machine")
+
+
+@pytest.fixture(scope="module", params=["numba", pytest.param("triton", marks=needs_triton)])
 def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     if request.param == "numba":
         yield lambda asked: moved(fix_panel_numba(moved(asked, "cpu")))
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined, and when it runs
-        pytest.importorskip("triton")
-        yield importlib.import_module("crosscal.compressors.triton_panel").fix_panel_triton
+    elif DEVICE == "cuda":
+        from crosscal.compressors.triton_panel import fix_panel_triton
+
+        yield fix_panel_triton
+    else:
+        with interpreted_kernel() as interpreted:
+            yield interpreted
 
 
 def panel(columns: int, rows: int, **settings: Any) -> Panel:
@@ -103,6 +113,49 @@ def test_the_kernel_is_its_twin(kernel: Kernel, case: str) -> None:
     else:
         assert found.ints_CR is not None
         assert torch.equal(found.ints_CR, expected.ints_CR)
+
+
+@needs_triton
+def test_the_interpreted_kernel_is_tried_whatever_was_imported_before() -> None:
+    importlib.import_module("triton")  # it has decided here not to interpret
+    asked = panel(7, 70, drop_CR=drops(7, 70))
+    with interpreted_kernel() as kernel:
+        torch.testing.assert_close(kernel(moved(asked, "cpu")).weight_CR, fix_panel_torch(asked).weight_CR.cpu())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rows", [3, 1024, 1025, 5000])
+def test_threads_change_no_bit(case: str, rows: int) -> None:
+    """Rows are shared out among threads; each is fixed as it is by itself."""
+    columns, _, settings = CASES[case]
+    asked = panel(columns, rows, **widened(settings, columns, rows))
+    one = with_threads(1, asked)
+    for threads in (2, 8, 16):
+        found = with_threads(threads, asked)
+        for name, part in vars(one).items():
+            assert part is None or torch.equal(part, getattr(found, name)), f"{name}, {threads} threads"
+
+
+def widened(settings: dict[str, Any], columns: int, rows: int) -> dict[str, Any]:
+    """A case's settings for another number of rows."""
+    made: dict[str, Any] = {}
+    if "drop_CR" in settings:
+        made["drop_CR"] = drops(columns, rows)
+    if "patterns" in settings:
+        third = rows // 3
+        made["patterns"] = [Pattern(slice(third, 2 * third), 2, 4), Pattern(slice(2 * third, rows), 1, 8)]
+    if "rounding" in settings:
+        made["rounding"] = rounding(columns, rows, settings["rounding"].stored_dtype)
+    return made
+
+
+def with_threads(threads: int, asked: Panel) -> FixedPanel:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return fix_panel_numba(asked)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu

@@ -4,20 +4,27 @@ The twin of `panel.fix_panel_torch`, with the same decisions by the same arithme
 halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs. In plain torch a
 column is half a dozen calls, each of which costs as much as its arithmetic.
 
+Rows do not speak to each other, so a tall panel is shared out among torch's threads, whole tiles each: the same bits.
+
 Shapes: C columns of the panel, R stacked rows, T rows of a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import torch
 
-from crosscal.compiled import compiled
+from crosscal.compiled import compiled, run_loops
 from crosscal.compressors.panel import FixedPanel, Panel, bands
 
 CACHE_LINE = 16  # numbers
 TILE = 128
 """Rows: with 128 columns, a tile's weights take 64 KiB and stay in the second cache; lines of 512 bytes."""
+LEAST_TILES = 8
+"""Of a thread: half a millisecond of work, ten times what it takes to start one."""
 FOUR = 4
 """Columns whose errors are fed forward together, to the columns after them."""
 STORED = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,9 +46,11 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
     ints_CR = np.empty(weight_CR.shape if rounding else (1, 1), np.int8)
     prunes = panel.drop_CR is not None
     upper_CC, root_C, score_C = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.score_C)]
-    for first, last, kept, group in bands(panel):
+    loops = []
+    for first, last, kept, group in _parts(panel, torch.get_num_threads()):
         own = slice(first, last)
-        _walk(
+        loop = partial(
+            _walk,
             weight_CR[:, own],
             upper_CC,
             root_C,
@@ -58,8 +67,18 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
             kept,
             group,
         )
+        loops.append(loop)
+    run_loops(loops, torch.get_num_threads())
     ints = torch.from_numpy(ints_CR) if rounding else None
     return FixedPanel(torch.from_numpy(fixed_CR), torch.from_numpy(error_CR), ints)
+
+
+def _parts(panel: Panel, threads: int) -> Iterator[tuple[int, int, int, int]]:
+    """The bands, each cut into as many parts as there are threads, of whole tiles and not too few."""
+    for first, last, kept, group in bands(panel):
+        tiles = max(-(-(last - first) // (threads * TILE)), LEAST_TILES)
+        for start in range(first, last, tiles * TILE):
+            yield start, min(start + tiles * TILE, last), kept, group
 
 
 @compiled

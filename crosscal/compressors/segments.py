@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from crosscal.compiled import run_loops
 from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.numba_drops import mark_lowest
 from crosscal.compressors.panel import Pattern
@@ -51,6 +53,7 @@ def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_
     eq. 5), drawn once for the block that begins at `start`."""
     stop = start + len(work_BR)
     drop_BR = torch.zeros_like(work_BR)
+    draws = []
     for segment in segments:
         sparsity = segment.rule.sparsity
         if sparsity and not sparsity.group:
@@ -58,7 +61,8 @@ def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_
             count = sparsity.removed(stop * outputs) - sparsity.removed(start * outputs)
             own_BO = work_BR[:, segment.rows]
             if work_BR.is_cpu and work_BR.dtype == torch.float32:
-                mark_lowest(drop_BR[:, segment.rows], own_BO, score_B, count)
+                draws.append(partial(mark_lowest, drop_BR[:, segment.rows], own_BO, score_B, count))
             else:
                 drop_BR[:, segment.rows] = lowest((own_BO * score_B[:, None]).square_(), count)
+    run_loops(draws, torch.get_num_threads())
     return drop_BR

@@ -1,0 +1,27 @@
+"""Triton's kernel in a process of its own: whether it interprets is decided once, when a process first imports it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from crosscal.compressors.panel import FixedPanel, Panel
+
+
+@contextmanager
+def interpreted_kernel() -> Iterator[Callable[[Panel], FixedPanel]]:
+    """`fix_panel_triton` on a CPU, whatever this process has imported."""
+    fresh = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield lambda panel: pool.submit(_fix_panel, panel).result()
+
+
+def _fix_panel(panel: Panel) -> FixedPanel:
+    from crosscal.compressors.triton_panel import fix_panel_triton
+
+    return fix_panel_triton(panel)
