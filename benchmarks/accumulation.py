@@ -19,6 +19,7 @@ from records import load_average, median_record, record, write
 
 from crosscal.lanes import side_by_side
 from crosscal.statistics import MomentsAccumulator
+from crosscal.statistics.blas import BLAS
 
 WIDTHS = (512, 1408, 2048, 4096)
 
@@ -45,7 +46,8 @@ def rates(inputs: int, tokens: int, repeats: int) -> tuple[list[float], list[flo
             accumulator.add(input_TI)
 
     def in_lanes() -> None:
-        side_by_side([partial(accumulate, accumulator) for accumulator in accumulators])
+        with BLAS.one_thread():
+            side_by_side([partial(accumulate, accumulator) for accumulator in accumulators], threads_each=1)
 
     calls = max(1, round(0.2 / max(seconds(plain, 3), 1e-4)))
     seconds(in_lanes, 1)

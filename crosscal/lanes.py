@@ -2,7 +2,7 @@
 
 The products of one layer are small and follow one another: two threads inside each operation wait for each other a
 good part of the time. A lane is a thread with one core (or a few) to itself, which works on its own batch or site from
-beginning to end.
+beginning to end. Several threads may work in lanes at once, each with the number of threads that is its own.
 """
 
 from __future__ import annotations
@@ -10,57 +10,111 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
 
-MOST_LANES = 4
-"""Sums that all lanes add to in turn leave no work for more; further cores are shared out among the lanes."""
+_USUAL_THREADS = threading.Lock()  # held while torch's number of threads for threads to come is another one
 
 T = TypeVar("T")
 
 
-def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device | str = "cpu") -> list[T]:
+def side_by_side(
+    jobs: Sequence[Callable[[], T]],
+    device: torch.device | str = "cpu",
+    *,
+    most: int | None = None,
+    threads_each: int | None = None,
+) -> list[T]:
     """The jobs' results in their order, as `each_side_by_side` gives them."""
-    return list(each_side_by_side(jobs, device))
+    return list(each_side_by_side(jobs, device, most=most, threads_each=threads_each))
 
 
 def each_side_by_side(
-    jobs: Sequence[Callable[[], T]], device: torch.device | str = "cpu", *, most: int = MOST_LANES
+    jobs: Sequence[Callable[[], T]],
+    device: torch.device | str = "cpu",
+    *,
+    most: int | None = None,
+    threads_each: int | None = None,
 ) -> Iterator[T]:
     """The jobs' results in their order; they start in that order, as many at once as there are lanes.
 
-    On a CPU there are as many lanes as torch has threads in the calling thread, `most` at most; on a GPU there is one,
-    and one lane is a plain loop. When a job fails no further one starts, and the first error is raised once those
-    running have ended.
+    On a CPU there are as many lanes as torch has threads in the calling thread, `most` at most, and they share these
+    threads out; torch's roundoff then depends on how many there are. With `threads_each=1` it does not: every job
+    computes with one thread, also where there are fewer jobs than threads. On a GPU there is one lane.
+
+    Once a job has failed, or the caller has left, no further one starts. The error is raised once those running have
+    ended; of several, that of the job that comes first.
     """
-    threads = torch.get_num_threads()
-    lanes = min(threads, most, MOST_LANES, len(jobs)) if torch.device(device).type == "cpu" else 1
-    if lanes <= 1:
+    on_cpu, threads = torch.device(device).type == "cpu", torch.get_num_threads()
+    lanes = max(1, min(threads, most or threads, len(jobs))) if on_cpu else 1
+    each = (threads_each or threads // lanes) if on_cpu else threads
+    if lanes == 1 and each == threads:
         yield from (job() for job in jobs)
         return
-    wants_gradients, threads_each = torch.is_grad_enabled(), threads // lanes
-
-    def run(job: Callable[[], T]) -> T:
-        with torch.set_grad_enabled(wants_gradients):  # it is each thread's own
-            return job()
-
-    # SciPy's BLAS has threads of its own, which would wait for work at full speed on the other lanes' cores.
-    with threadpool_limits(threads_each, user_api="blas"), _restored_threads(threads):
-        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(threads_each,)) as pool:
-            running = [pool.submit(run, job) for job in jobs]
-            try:
-                while running:
-                    yield running.pop(0).result()  # let go: results may be large
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    answers = deque(Future[T]() for _ in jobs)
+    lane = _Lane(deque(zip(answers, jobs, strict=True)), each, torch.is_grad_enabled())
+    at_work = [threading.Thread(target=lane.work) for _ in range(lanes)]
+    try:
+        for thread in at_work:
+            thread.start()
+        while answers:
+            yield answers.popleft().result()  # let go: results may be large
+    finally:
+        lane.left.clear()
+        for thread in at_work:
+            if thread.ident is not None:
+                thread.join()
     _give_memory_back()
+
+
+@dataclass(frozen=True, eq=False)
+class _Lane(Generic[T]):
+    left: deque[tuple[Future[T], Callable[[], T]]]
+    """Jobs not begun. Who takes one runs it: others may be waiting for their turn behind it."""
+    threads: int
+    wants_gradients: bool
+
+    def work(self) -> None:
+        """Take one job after another, until none is left or one fails. To be called in a new thread."""
+        answer: Future[T] = Future()
+        try:
+            _compute_with(self.threads)
+            with torch.set_grad_enabled(self.wants_gradients):  # it is each thread's own
+                while taken := self._taken():
+                    answer, job = taken
+                    answer.set_result(job())
+        except BaseException as error:
+            while taken := self._taken():
+                taken[0].set_exception(error)
+            answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _taken(self) -> tuple[Future[T], Callable[[], T]] | None:
+        try:
+            return self.left.popleft()
+        except IndexError:
+            return None
+
+
+def _compute_with(threads: int) -> None:
+    """From now on torch computes with so many threads in this new thread.
+
+    torch keeps the number with the thread, and the last one set for threads to come, which take it over when they
+    first ask. Here this thread has asked, and those to come get what they would have got.
+    """
+    with _USUAL_THREADS:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again = threading.Thread(target=torch.set_num_threads, args=(usual,))
+        again.start()
+        again.join()
 
 
 def _give_memory_back() -> None:
@@ -69,15 +123,6 @@ def _give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-@contextmanager
-def _restored_threads(threads: int) -> Iterator[None]:
-    """torch keeps a thread's number of threads with the thread, and the last one set for threads to come."""
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Behind:

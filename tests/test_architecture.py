@@ -30,14 +30,14 @@ ROOMS = {
     "errors": (set(), set()),
     "statistics": (
         {"errors", "compiled"},
-        {"torch", "numpy", "numba"},
-    ),  # which finds BLAS's product of half a symmetric matrix
+        {"torch", "numpy", "numba", "threadpoolctl"},
+    ),  # Numba finds BLAS's product of half a symmetric matrix, which is to compute with one thread
     # numpy selects faster than torch on a CPU; Numba compiles loops there, Triton (which comes with torch) on a GPU
     "compressors": ({"errors", "compiled", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),
     "resources": (set(), set()),
     "compiled": (set(), {"numba"}),
-    "lanes": (set(), {"torch", "threadpoolctl"}),  # SciPy's BLAS would use the cores of other lanes
+    "lanes": (set(), {"torch"}),
     "store": (
         {"errors", "compiled", "statistics"},
         {"torch", "numpy", "pyarrow", "fsspec", "tenacity", "psutil"},

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosscal.models import BlockMoments, ModelSource, walk
+from crosscal.statistics.half_product import INPUTS_A_STRIP
 from tests.helpers.tiny_models import save_model, windows
 
 
@@ -42,5 +44,26 @@ def test_lanes_change_no_bit(tmp_path: Path, family: str, upstream: str) -> None
     slices = {"one": windows(9, length=6), "two": windows(2, length=12)}
     one = bits(source, slices, 1, upstream)
     assert one
-    for lanes in (2, 3):
-        assert bits(source, slices, lanes, upstream) == one
+    for threads in (2, 3, 8, 16):
+        assert bits(source, slices, threads, upstream) == one
+
+
+def test_a_single_batch_and_sums_in_strips_have_the_same_bits_on_any_number_of_threads(tmp_path: Path) -> None:
+    """Wide enough for torch to share operations out among its threads, and for a triangle in strips."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=2 * INPUTS_A_STRIP,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    source = ModelSource.open(tmp_path / "model")
+    windows_SL = torch.randint(300, (24, 12), generator=torch.Generator().manual_seed(1))
+    for slices in ({"one": windows_SL.view(-1)[None, :64]}, {"many": windows_SL}):
+        one = bits(source, slices, 1, "dense")
+        for threads in (2, 8, 16):
+            assert bits(source, slices, threads, "dense") == one

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics import InputMoments, MomentsAccumulator
-from crosscal.statistics.half_product import LEAST_PANEL_ROWS, add_half_product, add_panels
+from crosscal.statistics.blas import BLAS
+from crosscal.statistics.half_product import INPUTS_A_STRIP, LEAST_PANEL_ROWS, add_half_product, add_panels, strips
 from crosscal.statistics.moments import CACHED_ROWS
 from tests.helpers.problems import correlated_inputs_TI
 
@@ -50,7 +54,7 @@ def test_equals_the_sum_over_tokens(inputs: int, dtype: torch.dtype, tolerance: 
     assert torch.equal(moments.gram_II, moments.gram_II.mT)
 
 
-@pytest.mark.parametrize("inputs", [1, LEAST_PANEL_ROWS, 2 * LEAST_PANEL_ROWS + 5, 1100])
+@pytest.mark.parametrize("inputs", [1, LEAST_PANEL_ROWS, 2 * LEAST_PANEL_ROWS + 5, 2 * INPUTS_A_STRIP + 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, ROUNDOFF_F64), (torch.float32, ROUNDOFF_F32)])
 @pytest.mark.parametrize("tokens", [0, 1, 130])
 def test_panels_and_blas_make_the_same_triangle(inputs: int, tokens: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -59,9 +63,57 @@ def test_panels_and_blas_make_the_same_triangle(inputs: int, tokens: int, dtype:
     expected_II = (start_II.double() + input_TI.double().mT @ input_TI.double()).triu()
     for add in (add_half_product, add_panels):
         upper_II = start_II.clone()
-        add(upper_II, input_TI)
+        for strip in strips(inputs):
+            add(upper_II, input_TI, strip)
         size_II = expected_II.diagonal().sqrt().outer(expected_II.diagonal().sqrt())
         assert ((upper_II.triu().double() - expected_II).abs() <= tolerance * size_II).all(), add.__name__
+
+
+@pytest.mark.parametrize("inputs", [1, 17, INPUTS_A_STRIP, 2 * INPUTS_A_STRIP, 3000, 4096, 14336])
+def test_strips_are_all_rows_once_and_share_the_triangle_out(inputs: int) -> None:
+    cut = strips(inputs)
+    assert [row for strip in cut for row in range(inputs)[strip]] == list(range(inputs))
+    areas = [sum(inputs - row for row in range(inputs)[strip]) for strip in cut]
+    assert max(areas) <= 1.05 * sum(areas) / len(areas)
+
+
+@pytest.mark.parametrize("inputs", [33, 768, 2 * INPUTS_A_STRIP])
+def test_threads_change_no_bit_of_a_sum_nor_what_others_have(inputs: int) -> None:
+    input_TI = correlated_inputs_TI(600, inputs, seed=12).float()
+    before, blas_before = torch.get_num_threads(), blas_threads()
+
+    def alone(_: object) -> InputMoments:
+        with BLAS.one_thread():
+            return accumulated(input_TI, dtype=torch.float32)
+
+    expected = alone(None)
+    try:
+        with BLAS.one_thread():
+            for threads in (2, 8, 16):
+                torch.set_num_threads(threads)
+                assert equal(accumulated(input_TI, dtype=torch.float32), expected), threads
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    with threadpool_limits(3, user_api="blas"):
+        asked = blas_threads()
+        with BLAS.one_thread(), ThreadPoolExecutor(4) as pool:
+            assert all(equal(one, expected) for one in pool.map(alone, range(12)))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(alone, range(12)))
+        assert blas_threads() == asked
+    assert blas_threads() == blas_before
+
+
+def equal(one: InputMoments, other: InputMoments) -> bool:
+    pairs = ((one.gram_II, other.gram_II), (one.abs_sum_I, other.abs_sum_I), (one.sum_I, other.sum_I))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def blas_threads() -> dict[str, int]:
+    return {
+        library["filepath"]: library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+    }
 
 
 def test_rows_beyond_what_is_summed_at_once() -> None:

@@ -23,8 +23,10 @@ class Sums:
         self._accumulators, self._turns = accumulators, Turns()
 
     def add(self, number: int, site: str, input_TI: Tensor) -> None:
-        with self._turns.turn(site, number):
-            self._accumulators[site].add(input_TI)
+        accumulator = self._accumulators[site]
+        for strip in accumulator.strips:
+            with self._turns.turn((site, strip.start), number):
+                accumulator.add_strip(input_TI, strip)
 
     def batch(self, number: int) -> AbstractContextManager[None]:
         """A batch adds inside; those that come later do not wait for it any more afterwards."""

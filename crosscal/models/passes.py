@@ -21,7 +21,12 @@ from crosscal.models.fast_linears import fast_linears
 from crosscal.models.hidden import batches
 from crosscal.models.sites import Site, find_sites
 from crosscal.models.source import ModelSource
+from crosscal.statistics.blas import BLAS
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+
+MOST_BATCHES = 16
+"""At once, each with one core and its own activations: more would wait for one another's sums. Of a Llama's block the
+widest sum takes a fifth of the arithmetic, and from 4096 inputs on a batch adds to it in four strips."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,10 @@ class Passes:
             for name, hidden_SLD in self.hidden.items()
             for number, batch in enumerate(batches(hidden_SLD, self.numbers.batch_tokens))
         ]
-        with fast_linears(self.blocks[index], tokens=self.numbers.batch_tokens):
-            answers = side_by_side([each for _, each in names_and_runs], self.numbers.device)
+        # BLAS has threads of its own, which would wait for work at full speed on the other lanes' cores.
+        with fast_linears(self.blocks[index], tokens=self.numbers.batch_tokens), BLAS.one_thread():
+            runs = [each for _, each in names_and_runs]
+            answers = side_by_side(runs, self.numbers.device, most=MOST_BATCHES, threads_each=1)
         return [(name, answer) for (name, _), answer in zip(names_and_runs, answers, strict=True)]
 
     def _pass_batch(self, index: int, name: str, batch: slice) -> Tensor:

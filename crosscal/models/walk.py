@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from crosscal.errors import ModelError
+from crosscal.lanes import side_by_side
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.hidden import hidden_states
 from crosscal.models.passes import Numbers, Passes
@@ -79,6 +80,8 @@ def walk(
     `upstream="dense"`: each block's input is the dense model's. One forward pass per block; `on_block` returns None.
     `upstream="sequential"`: `on_block` returns the block's changed parameters by name (None: unchanged) and the block
     is run again with them, so that the next block sees what the compressed model would give it.
+    On a CPU the moments of a dense walk have the same bits whatever torch's number of threads: a batch is computed by
+    one thread, and batches add in their order. Of a sequential walk they have as far as what `on_block` returns does.
     `wanted(k)` false: block k is only run forward; a sequential walk then still calls `on_block`, with no moments, to
     learn which parameters were chosen before. Nothing is computed after the last wanted block.
     `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
@@ -97,7 +100,8 @@ def walk(
     if not blocks:
         return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
-        run = _enter(source, slices, stack, Numbers(torch.device(device), dtype, batch_tokens), spill_to)
+        enter = partial(_enter, source, slices, stack, Numbers(torch.device(device), dtype, batch_tokens), spill_to)
+        [run] = side_by_side([enter], device, threads_each=1)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
         ahead = read(0)

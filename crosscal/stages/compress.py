@@ -37,6 +37,7 @@ from crosscal.store import digest_of
 from crosscal.variants import Variant
 
 SHARE = 0.5  # of the free memory that blocks being solved may take
+WRITERS = 4  # of one disk, each holding what it writes
 FORMAT = 1  # of sequential solutions; a change of what solvers compute makes new keys
 
 
@@ -86,7 +87,8 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
     if missing:
         problem = shop.problem(block, shop.cached)
         solutions = solve_block(problem, missing)
-        side_by_side([partial(_write, shop, variant, problem, solutions[variant.name]) for variant in missing])
+        writes = [partial(_write, shop, variant, problem, solutions[variant.name]) for variant in missing]
+        side_by_side(writes, most=WRITERS)
     return len(missing)
 
 
@@ -148,7 +150,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
 
 def publish_variants(shop: Workshop, variants: Sequence[Variant]) -> list[Path]:
     """Make models of variants whose blocks are all there; returns their folders."""
-    return side_by_side([partial(publish_variant, shop, variant) for variant in variants])
+    return side_by_side([partial(publish_variant, shop, variant) for variant in variants], most=WRITERS)
 
 
 def publish_variant(shop: Workshop, variant: Variant) -> Path:

@@ -1,44 +1,54 @@
 """The upper triangle of XᵀX: half of the work of a plain matrix product.
 
-Shapes: T tokens, I inputs, B rows of a panel.
+Shapes: T tokens, I inputs, B rows of a strip or panel, M columns beside it.
 
-BLAS has a routine for it, `syrk`, at the speed of a plain product. torch offers none, so that of SciPy's BLAS is
-called, on a CPU and in a thread that computes alone. Where a thread of torch has further threads to help it, SciPy's
-own would compete with them for the cores (a reading took 55 s instead of 15 on two): there, and on a GPU, the triangle
-is made of row panels, each a plain product on the part that is needed.
+A large triangle is cut into strips of rows, so that several threads can add to it at once, each to another strip. On
+a CPU a strip is BLAS's `syrk` on the diagonal and `gemm` beside it, whatever torch's number of threads; elsewhere it is
+made of row panels, each a plain product on the part that is needed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from crosscal.statistics.blas import BLAS, BLAS_LETTERS
+
+MOST_STRIPS = 4  # of equal area
+INPUTS_A_STRIP = 1024  # of a small triangle, four strips take a third longer than one; at 4096 inputs 9 %
 PANELS = 8  # 1/8 of the triangle is computed needlessly, in products large enough for full speed
 LEAST_PANEL_ROWS = 96
-BLAS_NAMES = {torch.float32: "ssyrk", torch.float64: "dsyrk"}
 
 
-def add_half_product(upper_II: Tensor, rows_TI: Tensor) -> None:
-    """Add XᵀX to the upper triangle, in place; what stands below the diagonal means nothing afterwards.
+def strips(inputs: int) -> Sequence[slice]:
+    """The rows of each strip of a triangle on a CPU; they depend on its size alone."""
+    count = min(max(inputs // INPUTS_A_STRIP, 1), MOST_STRIPS)
+    edges = [round(inputs * (1 - math.sqrt(1 - k / count)) / 16) * 16 for k in range(count)]
+    return [slice(first, last) for first, last in itertools.pairwise([*edges, inputs])]
+
+
+def add_half_product(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
+    """Add `X[:, strip]ᵀ X[:, strip.start:]` to a strip of the upper triangle, in place; what stands below the diagonal
+    means nothing afterwards.
 
     `rows_TI` has the triangle's dtype, or on a GPU a half precision, whose products are summed in the triangle's.
     """
-    if upper_II.device.type == "cpu" and upper_II.dtype in BLAS_NAMES and torch.get_num_threads() == 1:
-        add_syrk(upper_II, rows_TI)
+    if upper_II.device.type == "cpu" and upper_II.dtype in BLAS_LETTERS:
+        _add_by_blas(upper_II, rows_TI, strip)
     else:
-        add_panels(upper_II, rows_TI)
+        add_panels(upper_II, rows_TI, strip)
 
 
-def add_panels(upper_II: Tensor, rows_TI: Tensor) -> None:
+def add_panels(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
     """The same as row panels: panel i is `X[:, i:i+B]ᵀ X[:, i:]`."""
     inputs = rows_TI.shape[1]
     rows = max(-(-inputs // (16 * PANELS)) * 16, LEAST_PANEL_ROWS)
-    for start in range(0, inputs, rows):
-        stop = start + rows
+    for start in range(strip.start, strip.stop, rows):
+        stop = min(start + rows, strip.stop)
         panel_BI, left_TB, right_TI = upper_II[start:stop, start:], rows_TI[:, start:stop], rows_TI[:, start:]
         if rows_TI.dtype == upper_II.dtype:
             panel_BI.addmm_(left_TB.mT, right_TI)
@@ -46,27 +56,20 @@ def add_panels(upper_II: Tensor, rows_TI: Tensor) -> None:
             panel_BI += torch.mm(left_TB.mT, right_TI, out_dtype=upper_II.dtype)
 
 
-def add_syrk(upper_II: Tensor, rows_TI: Tensor) -> None:
-    """The same by BLAS, for a contiguous float32 or float64 triangle on a CPU."""
+def _add_by_blas(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
     # BLAS is told addresses, and nothing else.
     assert upper_II.is_contiguous()
     assert rows_TI.dtype == upper_II.dtype
-    if not rows_TI.numel():
+    tokens, inputs = rows_TI.shape
+    first, last = strip.start, strip.stop
+    if not tokens or not inputs:
         return
     rows_TI = rows_TI.contiguous()
-    tokens, inputs = (ctypes.byref(ctypes.c_int(size)) for size in rows_TI.shape)
-    one = ctypes.byref((ctypes.c_float if upper_II.dtype == torch.float32 else ctypes.c_double)(1.0))
+    own_TB, corner_BB = rows_TI[:, first:].data_ptr(), upper_II[first:, first:].data_ptr()
     # BLAS counts along columns: our upper triangle is its lower one, and our rows are its columns.
-    syrk = _syrk(BLAS_NAMES[upper_II.dtype])
-    syrk(b"L", b"N", inputs, tokens, one, rows_TI.data_ptr(), inputs, one, upper_II.data_ptr(), inputs)
-
-
-@functools.cache
-def _syrk(name: str) -> Callable[..., None]:
-    """uplo, trans, n, k, alpha, a, lda, beta, c, ldc. Called through ctypes, which lets other threads of Python run
-    meanwhile; SciPy's Python function does not."""
-    from numba.extending import get_cython_function_address  # half a second, on the first use
-
-    letter, pointer = ctypes.c_char_p, ctypes.c_void_p
-    kind = ctypes.CFUNCTYPE(None, letter, letter, *[pointer] * 8)
-    return kind(get_cython_function_address("scipy.linalg.cython_blas", name))
+    syrk, gemm = BLAS.routines(upper_II.dtype)
+    syrk(b"L", b"N", last - first, tokens, 1.0, own_TB, inputs, 1.0, corner_BB, inputs)
+    if last < inputs:
+        beside_TM, beside_BM = rows_TI[:, last:].data_ptr(), upper_II[first:, last:].data_ptr()
+        sizes = (inputs - last, last - first, tokens)
+        gemm(b"N", b"T", *sizes, 1.0, beside_TM, inputs, own_TB, inputs, 1.0, beside_BM, inputs)

@@ -6,13 +6,14 @@ so shards, corpus versions and machines merge by addition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
-from crosscal.statistics.half_product import add_half_product
+from crosscal.statistics.half_product import add_half_product, strips
 from crosscal.statistics.numba_sums import add_sums
 
 CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
@@ -103,9 +104,20 @@ class MomentsAccumulator:
         self._sum_I = torch.zeros(inputs, dtype=torch.float64, device=device)
         self._tokens = 0
 
+    @property
+    def strips(self) -> Sequence[slice]:
+        """Rows of the triangle that can be added to by themselves; on a GPU it is one strip."""
+        return [slice(0, len(self._upper_II))] if self._upper_II.is_cuda else strips(len(self._upper_II))
+
     def add(self, input_TI: Tensor) -> None:
         """Add the rows of a matrix (any leading shape is flattened to tokens). Raises `StatisticsError` on a wrong
-        width."""
+        width. On a CPU the sums have the same bits whatever torch's number of threads, as long as BLAS has one
+        (`BLAS.one_thread`)."""
+        for strip in self.strips:
+            self.add_strip(input_TI, strip)
+
+    def add_strip(self, input_TI: Tensor, strip: slice) -> None:
+        """One part of `add`, which every strip is to have once; others may be added by other threads meanwhile."""
         if input_TI.shape[-1] != len(self._upper_II):
             raise StatisticsError(
                 "inputs of another width", got=f"{input_TI.shape[-1]} instead of {len(self._upper_II)}"
@@ -114,9 +126,11 @@ class MomentsAccumulator:
         if not _multiplies_as_is(rows_TI, self._upper_II.dtype):
             rows_TI = rows_TI.to(self._upper_II.dtype)
         for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(CACHED_ROWS):
-            add_half_product(self._upper_II, part_TI)
-            self._add_vectors(part_TI)
-        self._tokens += rows_TI.shape[0]
+            add_half_product(self._upper_II, part_TI, strip)
+            if strip.start == 0:
+                self._add_vectors(part_TI)
+        if strip.start == 0:
+            self._tokens += rows_TI.shape[0]
 
     def _add_vectors(self, rows_TI: Tensor) -> None:
         if rows_TI.is_cuda:
