@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 
 import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError
-from crosscal.evaluation import Measurement, perplexity, window_nll, windows_of
+from crosscal.evaluation import Measurement, logits, perplexity, window_nll, windows_of
+from crosscal.models.checkpoint import load_variant
+from tests.helpers.tiny_models import FAMILIES, VOCABULARY, save_model
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 ROUNDOFF_F32 = 1e-5
@@ -72,11 +75,33 @@ def test_batches_do_not_matter(batch_tokens: int) -> None:
     )
 
 
-def test_softmax_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_pieces_are_those_of_the_whole(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain reference, with whatever a family does to its logits (Gemma 2 caps them)."""
+    model = load_variant(save_model(family, tmp_path / "model"))
+    tokens_SL = torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        log_p_SPV = model(input_ids=tokens_SL, use_cache=False).logits[:, :-1].double().log_softmax(dim=-1)
+        expected_S = -log_p_SPV.gather(2, tokens_SL[:, 1:, None]).sum(dim=(1, 2))
+        assert logits.vocabulary_in_pieces(model, tokens_SL[0]) == VOCABULARY
+    for rows in (1, 7, 10_000):
+        monkeypatch.setattr(logits, "LOGITS_BYTES", rows * logits.row_bytes(VOCABULARY, 4))
+        found_S = window_nll(model, tokens_SL, device="cpu", batch_tokens=48)
+        torch.testing.assert_close(found_S, expected_S, rtol=ROUNDOFF_F32, atol=0)
+    assert "forward" not in vars(model.get_decoder())
+
+
+def test_a_model_whose_logits_cannot_be_had_in_pieces_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens_SL = tiny_llama(), windows()
-    whole_S = window_nll(model, tokens_SL, device="cpu")
-    monkeypatch.setattr(room, "SOFTMAX_ENTRIES", 3 * 400)
-    torch.testing.assert_close(window_nll(model, tokens_SL, device="cpu"), whole_S, rtol=ROUNDOFF_F32, atol=0)
+    expected_S = window_nll(model, tokens_SL, device="cpu")
+    monkeypatch.setattr(room, "vocabulary_in_pieces", lambda *_: None)
+    torch.testing.assert_close(window_nll(model, tokens_SL, device="cpu"), expected_S, rtol=ROUNDOFF_F32, atol=0)
+
+
+def test_the_windows_measured_are_told() -> None:
+    told: list[tuple[int, int]] = []
+    window_nll(tiny_llama(), windows(), device="cpu", batch_tokens=24, progress=lambda *now: told.append(now))
+    assert told == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:

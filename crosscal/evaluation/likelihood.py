@@ -1,14 +1,14 @@
 """Perplexity over non-overlapping windows of held-out text.
 
-Shapes: S windows, L tokens in a window, P = L - 1 predictions, B windows in a batch, T tokens, R rows of logits,
-V vocabulary.
+Shapes: S windows, L tokens in a window, P = L - 1 predictions, B windows in a batch, T tokens, R of them,
+D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,17 +17,26 @@ import torch
 import torch.nn.functional as F
 
 from crosscal.errors import EvaluationError
+from crosscal.evaluation.logits import logits_of_rows, rows_at_once, run_decoder, vocabulary_in_pieces
 from crosscal.evaluation.measurement import Measurement
 
-SOFTMAX_ENTRIES = 2**24
-"""Entries of the float32 log-softmax held at once (64 MiB)."""
 DOCUMENTS_PER_BATCH = 64
 NLL_DECIMALS = 7
 """Of what is kept of each window: paired differences of interest are a thousand times as large."""
 
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as work goes on."""
+
 
 def perplexity(
-    model: Any, tokens_SL: torch.Tensor, *, name: str, split: str, device: str | torch.device, batch_tokens: int = 4096
+    model: Any,
+    tokens_SL: torch.Tensor,
+    *,
+    name: str,
+    split: str,
+    device: str | torch.device,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
 ) -> Measurement:
     """exp of the mean negative log-likelihood per predicted token of windows drawn from corpus `name`.
 
@@ -38,7 +47,7 @@ def perplexity(
     Raises `EvaluationError` naming the corpus when the windows do not fit the model or the likelihood is not finite.
     """
     started = time.perf_counter()
-    nll_S = window_nll(model, tokens_SL, device=device, batch_tokens=batch_tokens, name=name)
+    nll_S = window_nll(model, tokens_SL, device=device, batch_tokens=batch_tokens, name=name, progress=progress)
     mean_S = nll_S / (tokens_SL.shape[1] - 1)
     value = torch.exp(mean_S.mean()).item()
     if not math.isfinite(value):
@@ -55,18 +64,30 @@ def perplexity(
 
 
 def window_nll(
-    model: Any, tokens_SL: torch.Tensor, *, device: str | torch.device, batch_tokens: int = 4096, name: str = "tokens"
+    model: Any,
+    tokens_SL: torch.Tensor,
+    *,
+    device: str | torch.device,
+    batch_tokens: int = 4096,
+    name: str = "tokens",
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of each window in nats: float64 [S], on the CPU.
 
-    The first token of a window has no prediction. `model` must be on `device` already. `batch_tokens` bounds the
-    logits, [batch_tokens, V] in the model's dtype, but a batch never holds less than one window.
+    The first token of a window has no prediction. `model` must be on `device` already. `batch_tokens` bounds what the
+    decoder reads at once, but a batch never holds less than one window; of logits there are at most
+    `logits.LOGITS_BYTES` at a time. `progress` is told the windows measured.
     """
     _check_windows(model, tokens_SL, name)
     windows_per_batch = max(1, batch_tokens // tokens_SL.shape[1])
+    found: list[torch.Tensor] = []
     with _evaluating(model), torch.inference_mode():
-        batches = [_batch_nll(model, tokens_BL.to(device)) for tokens_BL in tokens_SL.split(windows_per_batch)]
-    return torch.cat(batches)
+        vocabulary = vocabulary_in_pieces(model, tokens_SL[0].to(device))
+        for tokens_BL in tokens_SL.split(windows_per_batch):
+            found.append(_batch_nll(model, tokens_BL.to(device), vocabulary))
+            if progress:
+                progress(sum(map(len, found)), len(tokens_SL))
+    return torch.cat(found)
 
 
 def windows_of(texts: Iterable[str], tokenizer: Any, length: int, windows: int | None = None) -> torch.Tensor:
@@ -99,14 +120,22 @@ def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[torch.Tensor]:
             yield torch.tensor(tokens + ends, dtype=torch.int32)
 
 
-def _batch_nll(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
-    logits_BPV = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1]
-    vocabulary = logits_BPV.shape[-1]
-    rows = max(1, SOFTMAX_ENTRIES // vocabulary)
-    # In float32 and by chunks of rows: the model's dtype may be bfloat16, and a float32 copy of all logits may not fit.
-    pairs = zip(logits_BPV.reshape(-1, vocabulary).split(rows), tokens_BL[:, 1:].reshape(-1).split(rows), strict=True)
-    nll = [F.cross_entropy(logits_RV.float(), target_R, reduction="none") for logits_RV, target_R in pairs]
+def _batch_nll(model: Any, tokens_BL: torch.Tensor, vocabulary: int | None) -> torch.Tensor:
+    """`vocabulary` None: the logits cannot be had in pieces, and are those of one window at a time."""
+    if vocabulary is None:
+        logits_of = (model(input_ids=tokens_L[None], use_cache=False).logits[0, :-1] for tokens_L in tokens_BL)
+        nll = [_nll(logits_RV, tokens_L[1:]) for logits_RV, tokens_L in zip(logits_of, tokens_BL, strict=True)]
+    else:
+        hidden_BLD, decoder_output = run_decoder(model, tokens_BL)
+        hidden_TD = hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1])
+        rows = rows_at_once(vocabulary, hidden_TD.element_size())
+        pairs = zip(hidden_TD.split(rows), tokens_BL[:, 1:].reshape(-1).split(rows), strict=True)
+        nll = [_nll(logits_of_rows(model, decoder_output, hidden_RD), target_R) for hidden_RD, target_R in pairs]
     return torch.cat(nll).view(len(tokens_BL), -1).double().sum(dim=1).cpu()
+
+
+def _nll(logits_RV: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_RV.float(), target_R, reduction="none")  # the model's dtype may be bfloat16
 
 
 @contextmanager

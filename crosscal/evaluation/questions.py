@@ -7,20 +7,27 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from crosscal.errors import EvaluationError
+from crosscal.evaluation.logits import rows_at_once
 from crosscal.evaluation.measurement import Measurement
 from crosscal.evaluation.question_files import FORMS, Question, is_question_file, read_questions, task_names
 
 _log = logging.getLogger(__name__)
+MOST_QUESTIONS = 32
 BOOTSTRAP_ITERATIONS = 1000
 """For standard errors without a closed form; lm-eval leaves out every standard error when this is 0."""
 UNREACHABLE = (OSError, ValueError, RuntimeError, ImportError)
 """What lm-eval and datasets raise for data behind a network, a closed licence, a retired script, a missing extra."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (task, requests answered, of how many) as work goes on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class QuestionSuite:
         A damaged file or an unknown name is an `EvaluationError`; a built-in task whose data cannot be reached is kept
         as skipped.
         """
+        if not tasks:
+            return cls((), {}, limit)  # lm-eval takes three seconds to import
         files = [task for task in tasks if is_question_file(task)]
         names = [task for task in tasks if not is_question_file(task)]
         with _quiet_lm_eval():
@@ -58,21 +67,30 @@ class QuestionSuite:
             builtin, skipped = _builtin_tasks(names)
         return cls((*local, *builtin), skipped, limit)
 
-    def measure(self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 8) -> list[Measurement]:
+    def measure(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int = MOST_QUESTIONS,
+        progress: Progress | None = None,
+    ) -> list[Measurement]:
         """Every metric of every task on one model, which stays on the device it is on.
 
         A choice is scored by its summed log-likelihood after the question and one space (`acc`), and by that sum over
         its length in characters (`acc_norm`), with no examples in front. A prompt longer than `max_length` tokens loses
-        its beginning, as lm-eval does; a warning in the log counts them.
+        its beginning, as lm-eval does; a warning in the log counts them. `batch_size` prompts are read at once, or
+        fewer where their logits would take more than `logits.LOGITS_BYTES`.
         """
         from lm_eval.models.huggingface import HFLM
 
         build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
         measured: list[Measurement] = []
-        with _quiet_lm_eval():
-            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
-            for task in self.loaded:
-                measured += _measure_task(lm, task, self.limit)
+        for task in self.loaded:
+            with _quiet_lm_eval(partial(progress, task.name) if progress else None):
+                lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+                measured += _measure_task(lm, task, self.limit, batch_size)
         return measured + [
             Measurement(name, "test", "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()
         ]
@@ -137,18 +155,19 @@ def _check_known(name: str, known: Any) -> None:
     )
 
 
-def _measure_task(lm: Any, task: LoadedTask, limit: int | None) -> list[Measurement]:
+def _measure_task(lm: Any, task: LoadedTask, limit: int | None, batch_size: int) -> list[Measurement]:
     from lm_eval.evaluator import evaluate
 
     started = time.perf_counter()
-    tokens = _tokens_to_read(lm, task, limit)
+    lengths = _prompt_lengths(lm, task, limit)
+    lm.batch_size_per_gpu = min(batch_size, questions_at_once(lm, max(lengths, default=1)))
     outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS)
     seconds = time.perf_counter() - started
     found = {name: list(_metrics(name, result)) for name, result in outcome["results"].items()}
     if found.get(task.name):  # a tag, and a group without a mean of its own, are told by their tasks
         found = {task.name: found[task.name]}
     return [
-        Measurement(name, task.split, metric, value, stderr, tokens, seconds)
+        Measurement(name, task.split, metric, value, stderr, sum(lengths), seconds)
         for name, metrics in found.items()
         for metric, value, stderr in metrics
     ]
@@ -167,8 +186,14 @@ def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, fl
         yield metric if which == "none" else key, float(value), stderr if known else None
 
 
-def _tokens_to_read(lm: Any, task: LoadedTask, limit: int | None) -> int:
-    """Tokens of all prompts with their answers. Warns of those too long for the model, refuses an answer that is."""
+def questions_at_once(lm: Any, longest: int) -> int:
+    """As many prompts of `longest` tokens as there may be logits of, one at least."""
+    rows = rows_at_once(lm.model.config.get_text_config().vocab_size, lm.model.dtype.itemsize)
+    return max(1, rows // min(longest, lm.max_length))
+
+
+def _prompt_lengths(lm: Any, task: LoadedTask, limit: int | None) -> list[int]:
+    """Tokens of each prompt with its answer. Warns of those too long for the model, refuses an answer that is."""
     for leaf in task.leaves["tasks"].values():
         leaf.build_all_requests(limit=limit)
     instances = [instance for leaf in task.leaves["tasks"].values() for instance in leaf.instances]
@@ -189,29 +214,43 @@ def _tokens_to_read(lm: Any, task: LoadedTask, limit: int | None) -> int:
         _log.warning(
             "%s: %d of %d prompts lose their beginning to fit %d tokens", task.name, len(cut), len(texts), lm.max_length
         )
-    return sum(lengths)
+    return lengths
 
 
-def _hidden_bar(*args: Any, **kwargs: Any) -> Any:
+def _bar(progress: Callable[[int, int], None] | None) -> Any:
+    """A class of progress bars that draw nothing and tell `progress`, if there is one, how far they are."""
     from tqdm import tqdm
 
-    return tqdm(*args, **kwargs | {"disable": True})
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread of its own
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = progress is None or kwargs.get("disable", False)
+            super().__init__(*args, **kwargs)
+
+        def display(self, *args: Any, **kwargs: Any) -> bool:
+            if progress is not None and self.total:
+                progress(int(self.n), int(self.total))
+            return True
+
+    return Bar
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """lm-eval's log at errors only and its progress bars off, both as before afterwards."""
+def _quiet_lm_eval(progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
+    """lm-eval's log at errors only, its bar over answers handed to `progress`, the others off; afterwards as before."""
     from tqdm import tqdm
 
-    modules = [importlib.import_module(f"lm_eval.{name}") for name in ("api.task", "api.model", "models.huggingface")]
+    names = ("api.task", "api.model", "models.huggingface")
+    modules = {name: importlib.import_module(f"lm_eval.{name}") for name in names}
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    for module in modules:
-        module.tqdm = _hidden_bar  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        module.tqdm = _bar(progress if name == "models.huggingface" else None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         logger.setLevel(level)
-        for module in modules:
+        for module in modules.values():
             module.tqdm = tqdm  # type: ignore[attr-defined]
