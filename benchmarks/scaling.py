@@ -110,43 +110,31 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
     """One job, in this process."""
     import torch
     from job import bytes_below
-    from run_crosscal import sample
+    from run_crosscal import sample, ticket_of
 
-    from crosscal.models import ModelSource
-    from crosscal.plan import parse_plan
-    from crosscal.progress import silent
-    from crosscal.stages.compress import Workshop, compress_blocks, publish_variant
-    from crosscal.stages.moments import DENSE, Cached, collect_moments
-    from crosscal.statistics import Mixture
+    from crosscal.flows.pipeline import read_model, solve_blocks
     from crosscal.store import Store
-    from crosscal.variants import variants
+    from crosscal.tasks.model import publish_models
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model", setting)
-        source, store = ModelSource.open(folder / "model"), Store(folder / "store")
-        names = ["general", "one", "two", "three"][: setting.corpora]
-        cached = Cached(store, source.digest, DENSE, "float32")
+        store, names = Store(folder / "store"), ["general", "one", "two", "three"][: setting.corpora]
         windows = torch.randint(1024, (len(names), 1 + setting.tokens // LENGTH, LENGTH))
-        drawn = {
-            (corpus, 0): sample(store, corpus, part_SL[1:], part_SL[:1])
-            for corpus, part_SL in zip(names, windows, strict=True)
-        }
+        drawn = [
+            sample(store, corpus, part_SL[1:], part_SL[:1]) for corpus, part_SL in zip(names, windows, strict=True)
+        ]
         mixture = {corpus: 1 / len(names) for corpus in names}
         sweep = {"method": "sparsegpt", "sparsity": SPARSITIES[: setting.variants], "mixture": mixture}
-        plan = {"model": str(source.path), "corpora": dict.fromkeys(names, "unread"), "compress": [sweep]}
-        wanted = variants(parse_plan(plan))
-        shop = Workshop(folder / "run", source, cached, drawn, Mixture.of({"general": 1.0}), "cpu")
-        keys = [key for part in drawn.values() for key in part.sets]
+        ticket = ticket_of(str(folder / "model"), names, [sweep], drawn, folder)
         with Peak() as peak:
             started = time.perf_counter()
-            collect_moments(cached, source, keys, device="cpu", batch_tokens=4096, report=silent)
+            list(read_model(None, ticket))
             read = time.perf_counter()
-            compress_blocks(shop, range(source.blocks), wanted)
+            solve_blocks(None, ticket)
             solved = time.perf_counter()
-        for variant in wanted:
-            publish_variant(shop, variant)
+        publish_models.fn(ticket)
         return {
             "moments": read - started,
             "solve": solved - read,

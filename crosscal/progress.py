@@ -1,9 +1,13 @@
-"""Progress that a person sees: a bar in a terminal, a log line now and then elsewhere."""
+"""Progress that a person sees: a bar in a terminal, a log line now and then elsewhere, each with the time left.
+
+Work that reports nothing for long is still seen: bars show the time gone by, logs say every minute what goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ Report = Callable[[str, int, int | None], None]
 """Called with (what, done, total or None) as work goes on; cheap to call often."""
 
 LOG_EVERY_SECONDS = 10.0
+REMIND_EVERY_SECONDS = 60.0
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -21,11 +26,8 @@ def silent(what: str, done: int, total: int | None) -> None:
 @contextmanager
 def reporting() -> Iterator[Report]:
     """A report that draws bars when standard error is a terminal and otherwise logs every ten seconds."""
-    if sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-    else:
-        yield log_lines(logging.getLogger("crosscal").info)
+    with _bars() if sys.stderr.isatty() else logged(logging.getLogger("crosscal").info) as report:
+        yield report
 
 
 def each(*reports: Report) -> Report:
@@ -38,25 +40,76 @@ def each(*reports: Report) -> Report:
     return report
 
 
-def log_lines(log: Callable[[str], None]) -> Report:
-    """A report that logs at most every ten seconds."""
-    last = time.monotonic()
+class Pace:
+    """The last report in words, with the time left: done since its first report, at the same speed as so far."""
 
-    def report(what: str, done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_EVERY_SECONDS:
-            last = time.monotonic()
-            log(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
+    def __init__(self) -> None:
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last: tuple[str, int, int | None] | None = None
 
-    return report
+    def report(self, what: str, done: int, total: int | None) -> None:
+        self._began.setdefault(what, (time.monotonic(), done))
+        self._last = what, done, total
+
+    def words(self) -> str:
+        """E.g. `general: reading: 3 of 32, about 4 min left`; empty before the first report."""
+        if self._last is None:
+            return ""
+        what, done, total = self._last
+        began, done_before = self._began[what]
+        if not total:
+            return f"{what}: {done:,}" if done else what
+        words, speed = f"{what}: {done:,} of {total:,}", (done - done_before) / max(1e-9, time.monotonic() - began)
+        return f"{words}, about {_duration((total - done) / speed)} left" if speed and done < total else words
+
+
+@contextmanager
+def logged(log: Callable[[str], None]) -> Iterator[Report]:
+    """A report that logs what is new every ten seconds, and every minute that the same still goes on."""
+    pace, is_over, started = Pace(), threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        said, said_at = "", started
+        while not is_over.wait(LOG_EVERY_SECONDS):
+            words, now = pace.words(), time.monotonic()
+            if words and words.partition(", about")[0] != said:
+                said, said_at = words.partition(", about")[0], now
+                log(words)
+            elif words and now - said_at >= REMIND_EVERY_SECONDS:
+                said_at = now
+                log(f"{words} (still at work, {_duration(now - started)} since the start)")
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield pace.report
+    finally:
+        is_over.set()
+        teller.join()
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @contextmanager
 def _bars() -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 

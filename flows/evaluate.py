@@ -11,6 +11,7 @@ from crosscal.errors import ModelError, UsageError
 from crosscal.evaluation import Measurement
 from crosscal.flows.quiet import quiet_libraries
 from crosscal.plan import CompressionPlan
+from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
 from crosscal.tasks.corpora import ingest_corpus
@@ -41,7 +42,8 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
     stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in plan.perplexity_corpora}
-    found = measure(examination_of(ticket, stored), model)
+    with reporting() as report:
+        found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)
     return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]
 
 

@@ -26,12 +26,13 @@ from crosscal.tasks.model import (
     publish_models,
     read_moments,
     read_part,
+    reuse_blocks,
     solve_block,
     solve_sequential,
     take_block,
     unsolved_blocks,
 )
-from crosscal.tasks.results import describe_samples, evaluate_models, make_report
+from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
@@ -60,10 +61,13 @@ def carry_out(
         quality = step(describe_samples, ticket)
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
-            readings = list(_read(workers, ticket))
+            readings = list(read_model(workers, ticket))
         with watch.stage("solve"):
-            _solve(workers, ticket)
-            readings += [step(solve_sequential, ticket, variant.name) for variant in ticket.variants("sequential")]
+            ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
+            step(reuse_blocks, ticket)
+            solve_blocks(workers, ticket)
+            sequential = ticket.variants_to_make("sequential")
+            readings += [step(solve_sequential, ticket, variant.name) for variant in sequential]
             step(publish_models, ticket)
     mark("recompressed")
     with watch.stage("evaluate"):
@@ -83,14 +87,14 @@ def versions_of(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {corpus["stored"]: corpus["version"] for corpus in corpora.values()}
 
 
-def _read(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
+def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
     """See that all moments are in the store. Workers read parts of the windows, which then are added up."""
     parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
     yield from step_each(workers, read_part, parts)
     yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
 
 
-def _solve(workers: TaskRunner | None, ticket: Ticket) -> None:
+def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
     """Bring every block of every variant with dense inputs into the run directory."""
     unsolved = unsolved_blocks(ticket)
     with step_report() as report:

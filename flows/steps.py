@@ -18,7 +18,7 @@ from prefect.task_runners import TaskRunner
 
 from crosscal.flows.cluster import on_workers
 from crosscal.lanes import each_side_by_side
-from crosscal.progress import Report, reporting
+from crosscal.progress import Report, each, logged, reporting
 from crosscal.tasks.artifacts import progress_shown
 
 P = ParamSpec("P")
@@ -50,10 +50,10 @@ def step_each(
 
 @contextmanager
 def step_report() -> Iterator[Report]:
-    """Progress over the steps of a stage: an artifact of a flow run, a bar or log lines otherwise."""
+    """Progress over the steps of a stage: log lines and an artifact of a flow run, a bar or log lines otherwise."""
     if FlowRunContext.get() is not None:
-        with progress_shown("blocks") as report:
-            yield report
+        with progress_shown("blocks") as shown, logged(get_run_logger().info) as lines:
+            yield each(lines, shown)
     else:
         with reporting() as report:
             yield report

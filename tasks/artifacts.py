@@ -27,7 +27,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from crosscal.progress import Report, silent
+from crosscal.progress import Pace, Report, silent
 
 UPDATE_EVERY_SECONDS = 5.0
 """An update costs some 40 ms: below 1 % of the time."""
@@ -99,24 +99,23 @@ class _Bar:
         self._key = key
         self._artifact: UUID | None = None
         self._next = 0.0
-        self._last: tuple[str, int, int | None] | None = None
+        self._percent: float | None = None
+        self._pace = Pace()
 
     def report(self, what: str, done: int, total: int | None) -> None:
-        self._last = what, done, total
+        self._pace.report(what[:100], done, total)
+        self._percent = 100.0 * min(done, total) / total if total else 0.0
         if time.monotonic() >= self._next:
             self._show()
             self._next = time.monotonic() + UPDATE_EVERY_SECONDS
 
     def finish(self) -> None:
         """Show the last report."""
-        if self._last and self._next < float("inf"):
+        if self._percent is not None and self._next < float("inf"):
             self._show()
 
     def _show(self) -> None:
-        assert self._last is not None
-        what, done, total = self._last
-        percent = 100.0 * min(done, total) / total if total else 0.0
-        about = f"{what[:100]}: {done:,}" + (f" of {total:,}" if total else "")
+        percent, about = self._percent, self._pace.words()
         if self._artifact is None:
             self._artifact = make_artifact(create_progress_artifact, key=self._key, progress=percent, description=about)
         else:

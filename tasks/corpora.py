@@ -65,7 +65,9 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
     source = ticket.source()
     if isinstance(origin, Documents):
         corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=name)
-        sample = sample_documents(ticket.store, corpus, source, draw)
+        with task_report() as report:
+            report(f"{name}: drawing windows", 0, None)
+            sample = sample_documents(ticket.store, corpus, source, draw)
     elif isinstance(origin, SelfGenerated):
         temperature = TemperatureSchedule(origin.t_init, origin.t_final, origin.steps)
         with task_report() as report:

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import task
 
 from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
+from crosscal.stages.made_variants import take_blocks
 from crosscal.stages.moments import collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
@@ -22,8 +23,12 @@ def identify(ticket: Ticket) -> dict[str, Any]:
     """Digest, device and dtype: what every key of the run depends on."""
     device = resolve_device(ticket.parsed.execution.device)
     source = ticket.source()
+    total_bytes = sum(file.stat().st_size for file in set(source.weights.files.values()))
+    with task_report() as report:
+        report(f"hashing {total_bytes / 1e9:.1f} GB of the model's files", 0, None)
+        digest = source.digest
     dtype = "float32" if device == "cpu" else str(source.dtype).removeprefix("torch.")
-    return {"model": source.digest, "device": device, "dtype": dtype, "blocks": source.blocks}
+    return {"model": digest, "device": device, "dtype": dtype, "blocks": source.blocks}
 
 
 @task(name="identify", task_run_name="identify model", **RETRIED)
@@ -65,7 +70,10 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
     """Read the model over one corpus's windows, unless the store has all of it, or add up what workers read of them."""
     sets, source = Sample.from_json(sample).sets, ticket.source()
     if ticket.has_workers:
-        return dataclasses.asdict(add_parts(ticket.cached, source.blocks, sets, ticket.parsed.execution.part_tokens))
+        with task_report() as report:
+            report(f"{sample['corpus']}: adding up what workers read", 0, None)
+            done = add_parts(ticket.cached, source.blocks, sets, ticket.parsed.execution.part_tokens)
+        return dataclasses.asdict(done)
     with task_report() as report:
         done = collect_moments(
             ticket.cached,
@@ -78,9 +86,16 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(done)
 
 
+@task(name="reuse", task_run_name="take blocks of earlier runs", **PLAIN)
+def reuse_blocks(ticket: Ticket) -> int:
+    """Bring into the run directory what an earlier run solved in another one; returns the number of blocks."""
+    with task_report() as report:
+        return take_blocks(ticket.workshop(), ticket.variants_to_make(), report)
+
+
 def unsolved_blocks(ticket: Ticket) -> list[int]:
     """Blocks that the run directory lacks for some variant with dense inputs."""
-    shop, variants = ticket.workshop(), ticket.variants("dense")
+    shop, variants = ticket.workshop(), ticket.variants_to_make("dense")
     writers = [shop.writer(variant) for variant in variants]
     return [block for block in range(shop.source.blocks) if not all(writer.has_block(block) for writer in writers)]
 
@@ -88,7 +103,9 @@ def unsolved_blocks(ticket: Ticket) -> list[int]:
 def blocks_side_by_side(ticket: Ticket) -> int:
     """How many blocks this machine may solve at once."""
     on_cpu = ticket.device == "cpu"
-    return blocks_at_once(ticket.workshop(), ticket.variants("dense")) if on_cpu and not ticket.has_workers else 1
+    return (
+        blocks_at_once(ticket.workshop(), ticket.variants_to_make("dense")) if on_cpu and not ticket.has_workers else 1
+    )
 
 
 @task(name="solve-block", task_run_name="solve block {block}", **RETRIED)
@@ -97,7 +114,7 @@ def solve_block(ticket: Ticket, block: int) -> int:
 
     Returns the block.
     """
-    variants = ticket.variants("dense")
+    variants = ticket.variants_to_make("dense")
     if ticket.has_workers:
         publish_block(dataclasses.replace(ticket.workshop(), source=ticket.source_on_worker()), block, variants)
     else:
@@ -108,7 +125,7 @@ def solve_block(ticket: Ticket, block: int) -> int:
 def take_block(ticket: Ticket, block: int) -> None:
     """See that a solved block is in the run directory; without workers it is."""
     if ticket.has_workers:
-        collect_block(ticket.workshop(), block, ticket.variants("dense"))
+        collect_block(ticket.workshop(), block, ticket.variants_to_make("dense"))
 
 
 @task(name="solve-sequential", task_run_name="solve {name}", **PLAIN)
@@ -128,4 +145,5 @@ def solve_sequential(ticket: Ticket, name: str) -> dict[str, Any]:
 @task(name="publish", task_run_name="publish models", **PLAIN)
 def publish_models(ticket: Ticket) -> int:
     """Write the index of every variant: from now on they are models."""
-    return len(publish_variants(ticket.workshop(), ticket.variants()))
+    with task_report() as report:
+        return len(publish_variants(ticket.workshop(), ticket.variants_to_make(), report))

@@ -23,7 +23,7 @@ from crosscal.store import Store, digest_of
 from crosscal.tasks.artifacts import show_decision
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.results import DENSE, examination_of
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.ticket import Ticket, task_report
 
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)
@@ -40,7 +40,9 @@ def decide_publication(
     perplexity = _perplexities(exam, folder)
     layers = [row for row in read_rows(Path(ticket.run_dir) / "layers.jsonl", LayerRow) if row.variant == variant]
     stays_dense = left_dense_of(layers).text
-    key = publish_model(store, folder, {"domain": domain, "variant": variant, "corpus_version": version})
+    with task_report() as report:
+        report(f"putting {variant} into the store", 0, None)
+        key = publish_model(store, folder, {"domain": domain, "variant": variant, "corpus_version": version})
 
     def attempt() -> dict[str, Any]:
         current = Published(store).current(domain)
@@ -109,5 +111,7 @@ def _decide(
 
 def _perplexities(exam: Examination, folder: Path) -> dict[str, float]:
     """Corpus → perplexity; what was measured before is found again."""
-    found = (one for one in measure(exam, folder) if one.metric == "perplexity")
+    with task_report() as report:
+        measured = measure(exam, folder, name=folder.name, report=report)
+    found = (one for one in measured if one.metric == "perplexity")
     return {one.corpus_or_task: one.value for one in found if one.value is not None}

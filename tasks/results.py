@@ -12,12 +12,16 @@ import torch
 from prefect import task
 
 from crosscal.corpora import load_corpus
+from crosscal.errors import MissingArtifact
 from crosscal.evaluation import Measurement
+from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.files import write_whole
+from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
-from crosscal.stages.evaluate import Examination, examination, measure
+from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
+from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.stages.sample import Sample
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
@@ -25,6 +29,15 @@ from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
 DENSE = "dense"
+AGAIN = "Run the same command again: what was removed meanwhile is made anew."
+
+
+def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
+    """Names of the variants whose models are needed: all, or where only numbers are kept those not measured before."""
+    variants, shop = ticket.variants(), ticket.workshop()
+    if not ticket.parsed.execution.keep_models and any(made_before(shop, variant) for variant in variants):
+        variants = unmeasured(shop, variants, examination_of(ticket, stored))
+    return [variant.name for variant in variants]
 
 
 @task(name="evaluate", task_run_name="evaluate models", **PLAIN)
@@ -36,24 +49,45 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
     `stored` gives the store's name of every corpus of documents.
     """
     variants, run_dir = ticket.variants(), Path(ticket.run_dir)
-    exam = examination_of(ticket, stored)
-    found: dict[Variant | None, list[Measurement]] = {None: measure(exam, ticket.source().path)}
-    shop = ticket.workshop()
     with task_report() as report:
-        for done, variant in enumerate(variants):
-            report("measuring models", done, len(variants))
-            found[variant] = measure(exam, run_dir / "models" / variant.name)
-            if not ticket.parsed.execution.keep_models:
-                discard_model(shop, variant)
+        exam = examination_of(ticket, stored, report)
+        found: dict[Variant | None, list[Measurement]] = {}
+        found[None], layers = measure(exam, ticket.source().path, name=DENSE, report=report), []
+        for number, variant in enumerate(variants, start=1):
+            report("measuring models", number - 1, len(variants))
+            name = f"model {number} of {len(variants)}, {variant.name}"
+            found[variant], of_layers = _measured(ticket, exam, variant, name, report)
+            layers += of_layers
         report("measuring models", len(variants), len(variants))
     rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
     write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
     write_rows(run_dir / "results.jsonl", rows)
-    write_rows(run_dir / "layers.jsonl", layer_rows(shop, variants))
+    write_rows(run_dir / "layers.jsonl", layers)
     return len(rows)
 
 
-def examination_of(ticket: Ticket, stored: dict[str, str]) -> Examination:
+def _measured(
+    ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report
+) -> tuple[list[Measurement], list[LayerRow]]:
+    """A variant's measurements and layers: of its model, or of one that was measured and not kept."""
+    shop, is_kept = ticket.workshop(), ticket.parsed.execution.keep_models
+    if variant in ticket.variants_to_make():
+        folder, layers = Path(ticket.run_dir) / "models" / variant.name, layer_rows(shop, [variant])
+        files = checkpoint_files(folder, name, report)
+        found = measure(exam, folder, files=files, name=name, report=report)
+        note_made(shop, variant, files, layers)
+    else:
+        made = made_before(shop, variant)
+        known = exam.find(made.weights) if made else None
+        if made is None or known is None:
+            raise MissingArtifact("a variant's numbers are not in the store any more", where=variant.name, do=AGAIN)
+        found, layers = known, made.rows
+    if not is_kept:
+        discard_model(shop, variant)
+    return found, layers
+
+
+def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:
     """The plan's test windows and tasks."""
     plan = ticket.parsed
     chosen = {name: stored[name] for name in plan.perplexity_corpora}
@@ -72,6 +106,7 @@ def examination_of(ticket: Ticket, stored: dict[str, str]) -> Examination:
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,
         dtype=getattr(torch, ticket.dtype),
+        report=report,
     )
 
 

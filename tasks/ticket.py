@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +18,17 @@ from prefect.logging import get_run_logger
 from crosscal.errors import ModelError, UsageError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, parse_plan
-from crosscal.progress import Report, each, log_lines, reporting
+from crosscal.progress import Report, each, logged, reporting
 from crosscal.stages.compress import Workshop
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import Mixture
 from crosscal.store import Store
+from crosscal.store.keys import canonical_json
 from crosscal.tasks.artifacts import progress_shown
 from crosscal.variants import GENERAL, Variant, variants
+
+SEEN_BY_ALL = "Every worker must see the same model: a hub id, or a folder of a shared disk."
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Ticket:
     """The store's name of a corpus → the version this run uses, whatever lands meanwhile."""
     run_dir: str = ""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    to_make: list[str] | None = None
+    """Names of the variants whose models are wanted, or whose numbers are not known yet; None before that is found."""
 
     @property
     def parsed(self) -> CompressionPlan:
-        return parse_plan(self.plan)
+        return _asked(canonical_json(self.plan))[0]
 
     @property
     def store(self) -> Store:
@@ -56,8 +62,22 @@ class Ticket:
         return Cached(self.store, self.model, DENSE, self.dtype)
 
     def source(self) -> ModelSource:
+        """The run's model, opened once in a process for as long as its files stay what they are.
+
+        Raises `ModelError` when it is not there, or once the run has begun with another content of its files.
+        """
         plan = self.parsed
-        return ModelSource.open(plan.model, plan.revision)
+        folder = Path(plan.model).expanduser()
+        if not folder.is_dir():
+            folder = _from_hub(plan.model, plan.revision, self.model)
+        source = _opened(folder, plan.revision, tuple(_stamps(folder)))
+        if self.model and source.digest != self.model:
+            raise ModelError(
+                "another model than the run's",
+                where=f"{platform.node()}, {plan.model}",
+                do=f"Leave a model's files alone while a run reads them. {SEEN_BY_ALL}",
+            )
+        return source
 
     @property
     def has_workers(self) -> bool:
@@ -66,14 +86,11 @@ class Ticket:
 
     def source_on_worker(self) -> ModelSource:
         """The model as this machine sees it. Raises `ModelError` when it is not there, or not the run's."""
-        plan = self.parsed
-        remedy = "Every worker must see the same model: a hub id, or a folder of a shared disk."
         try:
             source = self.source()
         except ModelError as error:
-            raise ModelError(error.what, where=f"{platform.node()}, {plan.model}", got=error.got, do=remedy) from error
-        if _digest(source.path, tuple(_stamps(source.path))) != self.model:
-            raise ModelError("another model than the run's", where=f"{platform.node()}, {plan.model}", do=remedy)
+            where = f"{platform.node()}, {self.parsed.model}"
+            raise ModelError(error.what, where=where, got=error.got, do=SEEN_BY_ALL) from error
         resolve_device(self.device)
         return source
 
@@ -91,18 +108,37 @@ class Ticket:
         )
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
-        return [variant for variant in variants(self.parsed) if upstream in (None, variant.upstream)]
+        """All of the plan, or those of one upstream."""
+        asked = _asked(canonical_json(self.plan))[1]
+        return [variant for variant in asked if upstream in (None, variant.upstream)]
+
+    def variants_to_make(self, upstream: str | None = None) -> list[Variant]:
+        return [v for v in self.variants(upstream) if self.to_make is None or v.name in self.to_make]
+
+
+@functools.lru_cache(maxsize=4)
+def _asked(plan: bytes) -> tuple[CompressionPlan, tuple[Variant, ...]]:
+    """A plan and its variants, from the JSON that every ticket of a run repeats."""
+    parsed = parse_plan(json.loads(plan))
+    return parsed, tuple(variants(parsed))
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(folder: Path, revision: str | None, stamps: tuple[tuple[str, int, int], ...]) -> ModelSource:
+    """A model by what its folder shows without reading it; with it the digest and the headers of its files are kept."""
+    return ModelSource.open(folder, revision)
+
+
+@functools.lru_cache(maxsize=2)
+def _from_hub(name: str, revision: str | None, model: str) -> Path:
+    """Where a hub's model lies on this machine; asked once for each digest, for what a name means may change."""
+    return ModelSource.open(name, revision).path
 
 
 def _stamps(folder: Path) -> Iterator[tuple[str, int, int]]:
     for file in sorted(folder.iterdir()):
-        yield file.name, file.stat().st_size, file.stat().st_mtime_ns
-
-
-@functools.lru_cache(maxsize=1)
-def _digest(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """A model's digest, made once in a process as long as its files stay what they are."""
-    return ModelSource.open(folder).digest
+        if file.is_file():
+            yield file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
 def resolve_device(wanted: str) -> str:
@@ -118,8 +154,8 @@ def resolve_device(wanted: str) -> str:
 def task_report() -> Iterator[Report]:
     """Progress of a task: log lines and an artifact in a Prefect run, a bar or log lines otherwise."""
     if TaskRunContext.get() is not None:
-        with progress_shown() as shown:
-            yield each(log_lines(get_run_logger().info), shown)
+        with progress_shown() as shown, logged(get_run_logger().info) as lines:
+            yield each(lines, shown)
     else:
         with reporting() as report:
             yield report

@@ -1,4 +1,4 @@
-"""crosscal's side of a comparison, through the product's own stages: `run_crosscal.py JOB`.
+"""crosscal's side of a comparison, through the steps that a run takes: `run_crosscal.py JOB`.
 
 The store is empty at the start. Held-out windows are read and every layer's held-out loss is measured, as in every run
 of crosscal; the peers do neither. `again` in the job solves further sparsities afterwards, on the stored moments.
@@ -18,18 +18,17 @@ from job import Clock, answer, bytes_below, peak_mib, read_job, windows
 
 from crosscal.calibration.sets import stored_windows
 from crosscal.compressors import LayerProblem, solve_many
+from crosscal.flows.pipeline import read_model, solve_blocks
 from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
-from crosscal.progress import silent
-from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variants
-from crosscal.stages.moments import DENSE, Cached, collect_moments
+from crosscal.stages.compress import Workshop
 from crosscal.stages.sample import Part, Sample, over_sets
-from crosscal.statistics import Mixture, factor
+from crosscal.statistics import factor
 from crosscal.store import Store, digest_of
-from crosscal.variants import Variant, variants
-
-BATCH_TOKENS = 4096  # the plan's default
+from crosscal.tasks.model import publish_models, solve_sequential
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import Variant
 
 
 def stored(store: Store, corpus: str, tokens_SL: torch.Tensor) -> str:
@@ -43,7 +42,7 @@ def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torc
     return Sample(corpus, 0, (Part(calibration, held_out, 1.0, tokens_SL.numel(), held_out_SL.numel()),))
 
 
-def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:
+def samples(store: Store, job: dict[str, Any]) -> list[Sample]:
     """Each corpus has an equal part of the windows, so that all of them together are what a peer reads."""
     calibration_SL, held_out_SL = windows(job, "calibration"), windows(job, "held_out")
     by_default = max(len(calibration_SL) // 8, len(job["corpora"]))  # a plan's share
@@ -54,16 +53,24 @@ def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:
         held_out_SL.chunk(len(job["corpora"])),
         strict=True,
     )
-    return {(corpus, 0): sample(store, corpus, tokens_SL, held_out_SL) for corpus, tokens_SL, held_out_SL in parts}
+    return [sample(store, corpus, tokens_SL, held_out_SL) for corpus, tokens_SL, held_out_SL in parts]
 
 
-def planned(job: dict[str, Any], compress: Sequence[dict[str, Any]]) -> list[Variant]:
-    corpora = dict.fromkeys(job["corpora"], job["windows"])
-    return variants(parse_plan({"model": job["model"], "corpora": corpora, "compress": list(compress)}))
-
-
-def solve(shop: Workshop, wanted: Sequence[Variant]) -> None:
-    compress_blocks(shop, range(shop.source.blocks), wanted)
+def ticket_of(
+    model: str, corpora: Sequence[str], compress: Sequence[dict[str, Any]], drawn: Sequence[Sample], folder: Path
+) -> Ticket:
+    """What a run hands its steps once its windows are drawn; the corpora themselves are not read any more."""
+    unread = dict.fromkeys(corpora, "unread")
+    asked = {"model": model, "corpora": unread, "compress": list(compress), "execution": {"device": "cpu"}}
+    return Ticket(
+        parse_plan(asked).model_dump(mode="json"),
+        str(folder / "store"),
+        model=ModelSource.open(model).digest,
+        device="cpu",
+        dtype="float32",
+        run_dir=str(folder / "run"),
+        samples=[each.as_json() for each in drawn],
+    )
 
 
 def solve_alone(shop: Workshop, wanted: Sequence[Variant]) -> None:
@@ -88,25 +95,18 @@ def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> 
         solve_many(problems, [variant.compressor for variant in wanted])
 
 
-def run(job: dict[str, Any], folder: Path, clock: Clock) -> Workshop:
-    source, store = ModelSource.open(job["model"]), Store(folder / "store")
-    cached = Cached(store, source.digest, DENSE, "float32")
-    drawn = samples(store, job)
-    shop = Workshop(folder / "run", source, cached, drawn, Mixture.of({job["corpora"][0]: 1.0}), "cpu")
-    wanted = planned(job, job["compress"])
-    if wanted[0].upstream == "sequential":
+def run(ticket: Ticket, clock: Clock) -> None:
+    if sequential := ticket.variants("sequential"):
         with clock.stage("moments and solve"):
-            for variant in wanted:
-                compress_sequential(shop, variant, batch_tokens=BATCH_TOKENS, report=silent)
+            for variant in sequential:
+                solve_sequential.fn(ticket, variant.name)
     else:
-        keys = [key for part in drawn.values() for key in part.sets]
         with clock.stage("moments"):
-            collect_moments(cached, source, keys, device="cpu", batch_tokens=BATCH_TOKENS, report=silent)
+            list(read_model(None, ticket))
         with clock.stage("solve"):
-            solve(shop, wanted)
+            solve_blocks(None, ticket)
     with clock.stage("publish"):
-        publish_variants(shop, wanted)
-    return shop
+        publish_models.fn(ticket)
 
 
 def main() -> None:
@@ -114,16 +114,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with clock.stage("all"):
-            shop = run(job, folder, clock)
+            drawn = samples(Store(folder / "store"), job)
+            ticket = ticket_of(job["model"], job["corpora"], job["compress"], drawn, folder)
+            run(ticket, clock)
         peak = peak_mib()  # of what the peer does, too
         for compress in job["again"]:
-            wanted = planned(job, compress["compress"])
+            again = ticket_of(job["model"], job["corpora"], compress["compress"], drawn, folder)
             with clock.stage(f"{compress['label']}, solve"):
-                solve_alone(shop, wanted)
+                solve_alone(again.workshop(), again.variants())
             with clock.stage(f"{compress['label']}, with held-out losses and files"):
-                solve(shop, wanted)
+                solve_blocks(None, again)
         if job["out"]:
-            shutil.copytree(folder / "run" / "models" / planned(job, job["compress"])[0].name, job["out"])
+            shutil.copytree(folder / "run" / "models" / ticket.variants()[0].name, job["out"])
         answer(
             clock, peak_mib=peak, store_bytes=bytes_below(folder / "store"), models_bytes=bytes_below(folder / "run")
         )

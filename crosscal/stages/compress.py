@@ -23,11 +23,11 @@ from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import quantization_config
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
-from crosscal.progress import Report
+from crosscal.progress import Report, silent
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.memory import free_bytes
-from crosscal.stages.moments import Cached, MomentsReport
+from crosscal.stages.moments import Cached, JustRead, MomentsReport
 from crosscal.stages.preflight import block_shapes, solving_bytes
 from crosscal.stages.sample import Sample, over_sets
 from crosscal.stages.solve import BlockSolution, solve_block
@@ -100,13 +100,6 @@ def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
     return max(1, int(SHARE * free_bytes(shop.device) / needed))
 
 
-def compress_blocks(shop: Workshop, blocks: Sequence[int], variants: Sequence[Variant]) -> None:
-    """`compress_block` for several blocks side by side: while one is read or written, another is solved."""
-    jobs = [partial(compress_block, shop, block, variants) for block in blocks]
-    for _ in each_side_by_side(jobs, shop.device, most=blocks_at_once(shop, variants)):
-        pass
-
-
 def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
     """Solve a variant block by block, each block's inputs coming through the compressed blocks before it.
 
@@ -130,7 +123,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         if not seen.moments:
             return writer.read_block(seen.block, bits=variant.setting.get("bits"))
         misses += cached.publish(seen)
-        return _solve_alone(shop, cached, variant, seen.block).dense
+        return _solve_alone(shop, JustRead.of(cached, seen), variant, seen.block).dense
 
     slices, dtype = {key: windows_by_key(cached.store, key) for key in sets}, getattr(torch, cached.dtype)
     done = walk(
@@ -148,9 +141,15 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     return MomentsReport(done.tokens, 0, misses, done.seconds)
 
 
-def publish_variants(shop: Workshop, variants: Sequence[Variant]) -> list[Path]:
+def publish_variants(shop: Workshop, variants: Sequence[Variant], report: Report = silent) -> list[Path]:
     """Make models of variants whose blocks are all there; returns their folders."""
-    return side_by_side([partial(publish_variant, shop, variant) for variant in variants], most=WRITERS)
+    folders: list[Path] = []
+    report("writing models", 0, len(variants))
+    jobs = [partial(publish_variant, shop, variant) for variant in variants]
+    for folder in each_side_by_side(jobs, most=WRITERS):
+        folders.append(folder)
+        report("writing models", len(folders), len(variants))
+    return folders
 
 
 def publish_variant(shop: Workshop, variant: Variant) -> Path:

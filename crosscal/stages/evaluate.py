@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from crosscal.corpora import Corpus, documents
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
 from crosscal.models.checkpoint import load_variant
 from crosscal.models.source import ModelSource
+from crosscal.progress import Report, silent
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
 FORMAT = 2  # of stored measurements: since 2 with what each window had
-QUESTION_BATCH = 32
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
 
@@ -50,6 +50,15 @@ class Examination:
         """Digest of the weights and of everything they are measured on."""
         return digest_of([FORMAT, weights, self._windows_digest, self._questions, str(self.dtype)])
 
+    def find(self, weights: str) -> list[Measurement] | None:
+        """What was measured on these weights before; None if nothing was."""
+        artifact = self.store.find("evaluations", self.key(weights))
+        if artifact is None:
+            return None
+        return [
+            Measurement.from_json(value) for value in json.loads(self.store.read_bytes(artifact, "measurements.json"))
+        ]
+
     @functools.cached_property
     def _windows_digest(self) -> str:
         return digest_of({name: tokens_SL.tolist() for name, tokens_SL in self.windows.items()})
@@ -74,6 +83,7 @@ def examination(
     batch_tokens: int,
     device: str,
     dtype: torch.dtype,
+    report: Report = silent,
 ) -> Examination:
     """Cut the test windows and load the tasks, once for all models of a run."""
     tokenizer = source.tokenizer()
@@ -82,7 +92,8 @@ def examination(
 
     def cut(corpus: Corpus) -> torch.Tensor:
         texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
-        return windows_of(texts, tokenizer, length, windows)
+        told = _told(texts, f"{corpus.name}: reading test documents", corpus.documents("test"), report)
+        return windows_of(told, tokenizer, length, windows)
 
     return Examination(
         store,
@@ -99,28 +110,66 @@ def examination(
     )
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """Digest of a checkpoint's config and weights."""
+def checkpoint_files(folder: Path, name: str = "model", report: Report = silent) -> dict[str, str]:
+    """Name → digest of a checkpoint's config and every file of weights."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return digest_of([[file.name, digest_file(file)] for file in files])
+    total_bytes, done_bytes, digests = sum(file.stat().st_size for file in files), 0, {}
+    for file in files:
+        report(f"{name}: bytes hashed", done_bytes, total_bytes)
+        digests[file.name] = digest_file(file)
+        done_bytes += file.stat().st_size
+    return digests
 
 
-def measure(exam: Examination, folder: Path) -> list[Measurement]:
-    """Every measurement of one model folder. With a task skipped nothing is kept: it may be reachable next time."""
-    weights = checkpoint_digest(folder)
-    key = exam.key(weights)
-    artifact = exam.store.find("evaluations", key)
-    if artifact is not None:
-        stored = json.loads(exam.store.read_bytes(artifact, "measurements.json"))
-        return [Measurement.from_json(value) for value in stored]
+def weights_digest(files: Mapping[str, str]) -> str:
+    """Of a checkpoint's config and weights together: what its measurements are kept under."""
+    return digest_of([[name, digest] for name, digest in files.items()])
+
+
+def measure(
+    exam: Examination,
+    folder: Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    name: str = "model",
+    report: Report = silent,
+) -> list[Measurement]:
+    """Every measurement of one model folder. With a task skipped nothing is kept: it may be reachable next time.
+
+    `files`: what `checkpoint_files` gives, if it is at hand. `report` is told how far it is, of a model called `name`.
+    """
+    weights = weights_digest(checkpoint_files(folder, name, report) if files is None else files)
+    known = exam.find(weights)
+    if known is not None:
+        return known
+    report(f"{name}: loading", 0, None)
     model = load_variant(folder, device=exam.device, dtype=exam.dtype)
     found = [
-        perplexity(model, tokens_SL, name=name, split="test", device=exam.device, batch_tokens=exam.batch_tokens)
-        for name, tokens_SL in exam.windows.items()
+        perplexity(
+            model,
+            tokens_SL,
+            name=corpus,
+            split="test",
+            device=exam.device,
+            batch_tokens=exam.batch_tokens,
+            progress=functools.partial(report, f"{name}: windows of {corpus}"),
+        )
+        for corpus, tokens_SL in exam.windows.items()
     ]
     if exam.tasks:
-        found += exam.suite.measure(model, exam.tokenizer, max_length=exam.max_length, batch_size=QUESTION_BATCH)
+        found += exam.suite.measure(
+            model,
+            exam.tokenizer,
+            max_length=exam.max_length,
+            progress=lambda task, done, total: report(f"{name}: answers of {task}", done, total),
+        )
     if not any(value.skipped for value in found):
-        with exam.store.publish("evaluations", key, {"weights": weights}) as staged:
+        with exam.store.publish("evaluations", exam.key(weights), {"weights": weights}) as staged:
             (staged / "measurements.json").write_bytes(canonical_json([dataclasses.asdict(value) for value in found]))
     return found
+
+
+def _told(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:
+    for done, text in enumerate(texts):
+        report(what, done, total)
+        yield text

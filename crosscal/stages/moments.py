@@ -99,6 +99,24 @@ class Cached:
         return digest_of([FORMAT, self.model, block])
 
 
+@dataclass(frozen=True)
+class JustRead(Cached):
+    """The same while a block's moments are still in memory: they are not read again from the disk."""
+
+    seen: BlockMoments | None = None
+
+    @classmethod
+    def of(cls, cached: Cached, seen: BlockMoments) -> JustRead:
+        return cls(**{field.name: getattr(cached, field.name) for field in dataclasses.fields(cached)}, seen=seen)
+
+    def read(self, calibration: str, block: int, site: Site) -> InputMoments:
+        if self.seen is None or self.seen.block != block:
+            return super().read(calibration, block, site)
+        moments = self.seen.moments[calibration][site.name]
+        sums = (moments.gram_II.cpu(), moments.abs_sum_I.cpu(), moments.sum_I.cpu())  # as from the disk
+        return InputMoments(*sums, moments.tokens)
+
+
 def _site(value: dict[str, Any]) -> Site:
     return Site(value["name"], tuple(MatrixRef(**matrix) for matrix in value["matrices"]), value["inputs"])
 

@@ -27,7 +27,7 @@ ROWS = "layers.jsonl"
 def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
     """Solve one block for all variants whose solution is not in the store, and keep it there; returns how many."""
     store = shop.cached.store
-    keys = {variant.name: block_key(shop, variant, block) for variant in variants}
+    keys = {variant.name: solution_key(shop, variant, block) for variant in variants}
     missing = [variant for variant in variants if store.find(KIND, keys[variant.name]) is None]
     if missing:
         problem = shop.problem(block, shop.cached)
@@ -49,7 +49,7 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
     store = shop.cached.store
     missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
     for variant in missing:
-        artifact = store.find(KIND, block_key(shop, variant, block))
+        artifact = store.find(KIND, solution_key(shop, variant, block))
         if artifact is None:
             raise MissingArtifact(
                 "a solved block is not in the store",
@@ -65,9 +65,13 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
     return len(missing)
 
 
-def block_key(shop: Workshop, variant: Variant, block: int) -> str:
-    """Everything that the solution depends on: names of corpora do not enter, the windows behind them do."""
+def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> str:
+    """Everything that the solution of a block, or of all, depends on, and the fields of its rows.
+
+    Names of corpora do not enter, the windows behind them do.
+    """
     mixture = variant.mixture or shop.reference
     samples = {corpus: shop.samples[corpus, variant.seed] for corpus in mixture.corpora}
     sets = [over_sets(mixture, samples, held_out=held_out).weights for held_out in (False, True)]
-    return digest_of([FORMAT, shop.cached.model, shop.cached.dtype, variant.key, sets, block])
+    fields = [field.name for field in dataclasses.fields(LayerRow)]
+    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sets, block])

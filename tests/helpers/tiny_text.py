@@ -36,13 +36,13 @@ def tiny_tokenizer(*, begin: bool = True, end: bool = True) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=64, **special)
 
 
-def tiny_llama(folder: Path | None = None, *, seed: int = 0) -> LlamaForCausalLM:
-    """Two random float32 blocks over the tiny vocabulary; with `folder`, saved there together with the tokenizer."""
+def tiny_llama(folder: Path | None = None, *, seed: int = 0, blocks: int = 2) -> LlamaForCausalLM:
+    """Random float32 blocks over the tiny vocabulary; with `folder`, saved there together with the tokenizer."""
     config = LlamaConfig(
         vocab_size=400,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

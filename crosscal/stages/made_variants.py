@@ -1,0 +1,103 @@
+"""Variants that were made before: what is known of them, and where their blocks may still lie.
+
+One small artifact per (model, dtype, variant, sets of its mixture): the digest of the weights, under which measurements
+are kept, every layer's row, and the run directory with the digest of each block's file. A run that wants numbers alone
+needs no more. One that wants the model copies the blocks of that directory, if it is still there and they are still the
+same, and solves the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosscal.models.weights import INDEX
+from crosscal.progress import Report
+from crosscal.report.rows import LayerRow, read_rows, write_rows
+from crosscal.stages.compress import Workshop
+from crosscal.stages.evaluate import Examination, weights_digest
+from crosscal.stages.solved_blocks import ROWS, solution_key
+from crosscal.store import digest_file
+from crosscal.variants import Variant
+
+KIND = "made"
+PLACE = "made.json"
+BLOCKS = "block-*.safetensors"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A variant that some run made."""
+
+    files: dict[str, str]
+    """Name → digest of the checkpoint's config and files of weights."""
+    folder: str
+    """Where they were written."""
+    rows: list[LayerRow]
+
+    @property
+    def weights(self) -> str:
+        return weights_digest(self.files)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder still holds a model (not: this one)."""
+        return (Path(self.folder) / INDEX).is_file()
+
+    def shard(self, block: int) -> Path | None:
+        """The file of a block, if it is still what it was."""
+        names = sorted(name for name in self.files if Path(name).match(BLOCKS))
+        file = Path(self.folder) / names[block]
+        return file if file.is_file() and digest_file(file) == self.files[file.name] else None
+
+
+def made_before(shop: Workshop, variant: Variant) -> Made | None:
+    """What the store knows of a variant, its rows under the name that this plan gives it."""
+    store = shop.cached.store
+    artifact = store.find(KIND, solution_key(shop, variant))
+    if artifact is None:
+        return None
+    known = json.loads(store.read_bytes(artifact, PLACE))
+    rows = read_rows(store.path(artifact, ROWS), LayerRow)
+    return Made(**known, rows=[dataclasses.replace(row, variant=variant.name) for row in rows])
+
+
+def note_made(shop: Workshop, variant: Variant, files: Mapping[str, str], rows: Sequence[LayerRow]) -> None:
+    """Keep what is known of a variant whose model is in the run directory, unless an earlier one still stands."""
+    known = made_before(shop, variant)
+    if known is not None and known.is_there:
+        return
+    store, key = shop.cached.store, solution_key(shop, variant)
+    if known is not None:
+        store.discard(KIND, key)  # what it says of a folder is no longer so
+    with store.publish(KIND, key, {"model": shop.cached.model, "variant": variant.name}) as folder:
+        place = {"files": dict(files), "folder": str((shop.folder / "models" / variant.name).absolute())}
+        (folder / PLACE).write_text(json.dumps(place, indent=1), encoding="utf-8")
+        write_rows(folder / ROWS, rows)
+
+
+def unmeasured(shop: Workshop, variants: Sequence[Variant], exam: Examination) -> list[Variant]:
+    """Variants of which the store lacks the numbers."""
+    known = {variant.name: made_before(shop, variant) for variant in variants}
+    return [v for v in variants if (made := known[v.name]) is None or exam.find(made.weights) is None]
+
+
+def take_blocks(shop: Workshop, variants: Sequence[Variant], report: Report) -> int:
+    """Copy into the run directory what it lacks of blocks that another one holds; returns how many."""
+    taken = 0
+    for variant in variants:
+        writer = shop.writer(variant)
+        missing = [block for block in range(shop.source.blocks) if not writer.has_block(block)]
+        made = made_before(shop, variant) if missing else None
+        for done, block in enumerate(missing if made else [], start=1):
+            assert made is not None
+            shard = made.shard(block)
+            if shard is not None:
+                shop.write_rows(variant, block, [row for row in made.rows if row.block == block])
+                writer.adopt_block(block, shard)
+                taken += 1
+            report(f"{variant.name}: taking blocks of an earlier run", done, len(missing))
+    return taken
