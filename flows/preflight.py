@@ -23,9 +23,11 @@ from crosscal.plan import CompressionPlan, Documents, SelfGenerated
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
+    evaluating_bytes,
     existing_parent,
     is_read,
     moments_bytes,
+    parameters_of,
     reading_bytes,
     solving_bytes,
     stored_sets,
@@ -137,15 +139,26 @@ def _memory(
 ) -> dict[str, Any]:
     """An estimate, above what this process uses already. One corpus is read at a time."""
     unread = [reading for reading in readings if reading["tokens_to_read"]]
-    skeleton, config = source.weights.model, source.config.get_text_config()
+    config = source.config.get_text_config()
     inside = sum(shape.parameters for shape in shapes)
+    parameters = parameters_of(source)
+    itemsize = getattr(torch, ticket.dtype).itemsize
     reading = reading_bytes(
         shapes,
-        outside=sum(parameter.numel() for parameter in skeleton.parameters()) - inside,
+        outside=parameters - inside,
         hidden=config.hidden_size,
         tokens=max((reading["tokens_to_read"] for reading in unread), default=0),
         sets=max((len(reading["sets"] or (0, 0)) for reading in unread), default=0),
-        itemsize=getattr(torch, ticket.dtype).itemsize,
+        itemsize=itemsize,
+    )
+    evaluating = evaluating_bytes(
+        shapes,
+        parameters=parameters,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tokens=_batch_tokens(ticket.parsed, source),
+        itemsize=itemsize,
+        has_questions=bool(ticket.parsed.evaluate.tasks),
     )
     mixed = max((len(reading["sets"] or (0, 0)) for reading in readings), default=0)
     solving = solving_bytes(shapes, variants=len(ticket.variants("dense")), sets=mixed)
@@ -154,8 +167,16 @@ def _memory(
         "device": ticket.device,
         "reading_bytes": reading if unread else 0,
         "solving_bytes": solving if ticket.variants() else 0,
+        "evaluating_bytes": evaluating,
         "free_bytes": psutil.virtual_memory().available if free is None else free,
     }
+
+
+def _batch_tokens(plan: CompressionPlan, source: ModelSource) -> int:
+    """Tokens of the whole test windows that are read at once."""
+    asked = plan.evaluate.length or plan.calibration.length
+    length = min(asked, source.max_positions or asked)
+    return max(1, plan.evaluate.batch_tokens // length) * length
 
 
 def _disk(
@@ -192,6 +213,7 @@ def _shortages(memory: dict[str, Any], disk: dict[str, Any]) -> list[str]:
     for use, remedy in (
         ("reading", "Lower calibration.windows or calibration.length."),
         ("solving", "Split `compress` into several plans: all variants of a block are solved at once."),
+        ("evaluating", "Lower evaluate.batch_tokens or evaluate.length; all weights of a model must fit."),
     ):
         if memory[f"{use}_bytes"] > memory["free_bytes"]:
             amounts = f"about {_gb(memory[f'{use}_bytes'])} needed, {_gb(memory['free_bytes'])} free"

@@ -103,6 +103,8 @@ class _Bar:
         self._pace = Pace()
 
     def report(self, what: str, done: int, total: int | None) -> None:
+        if not done and total is None:
+            return  # what merely goes on is for the log: it has no percentage
         self._pace.report(what[:100], done, total)
         self._percent = 100.0 * min(done, total) / total if total else 0.0
         if time.monotonic() >= self._next:

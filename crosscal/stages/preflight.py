@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from crosscal.evaluation.logits import row_bytes, rows_at_once
 from crosscal.models import experts
 from crosscal.models.blocks import find_blocks
 from crosscal.models.sites import is_linear
@@ -103,6 +104,33 @@ def solving_bytes(shapes: Sequence[BlockShape], *, variants: int, sets: int) -> 
     block = max(shape.parameters for shape in shapes) * SUM_BYTES
     widest = max(inputs for shape in shapes for _, inputs in shape.sites)
     return block * (1 + 2 * variants) + widest * widest * SUM_BYTES * (sets + 4)
+
+
+def parameters_of(source: ModelSource) -> int:
+    """Of a whole model, one that stands in two places counted once."""
+    model = source.weights.model
+    return sum(p.numel() for name, p in model.named_parameters() if name not in model.all_tied_weights_keys)
+
+
+def evaluating_bytes(
+    shapes: Sequence[BlockShape],
+    *,
+    parameters: int,
+    hidden: int,
+    vocabulary: int,
+    tokens: int,
+    itemsize: int,
+    has_questions: bool = False,
+) -> int:
+    """Memory of measuring one model of so many `parameters`, `tokens` at a time.
+
+    All weights; of a block's feed-forward part three times its inner width and twice the hidden size a token; and the
+    logits that are held at once (`evaluation.logits`), of questions as many as may be.
+    """
+    widest = max(inputs for shape in shapes for _, inputs in shape.sites)
+    rows = rows_at_once(vocabulary, itemsize)
+    logits = (rows if has_questions else min(tokens, rows)) * row_bytes(vocabulary, itemsize)
+    return (parameters + tokens * (2 * hidden + 3 * widest)) * itemsize + logits
 
 
 def stored_sets(store: Store, wanted: Sequence[Mapping[str, Any]]) -> list[str | None]:
