@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from crosscal.errors import ModelError, StoreConflict, UsageError
-from crosscal.publication import Published, Rule, decide, model_folder, publish_model
+from crosscal.publication import Published, Rule, decide, model_folder, models, publish_model
 from crosscal.publication.models import copy_model
 from crosscal.store import Store
 from tests.helpers.tiny_text import tiny_llama
@@ -81,13 +81,13 @@ def test_of_two_that_move_it_at_once_one_is_told(store: Store) -> None:
         published.move("legal", seen, facts("c"))
 
 
-def test_a_published_model_loads_and_shares_the_disk(store: Store, tmp_path: Path) -> None:
+def test_a_published_model_loads_and_is_a_copy(store: Store, tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "run")
     (tmp_path / "run" / "x.safetensors.7.partial").write_bytes(b"half")
     key = publish_model(store, tmp_path / "run", {"domain": "legal"})
     assert publish_model(store, tmp_path / "run", {"domain": "other"}) == key
     folder = model_folder(store, key, tmp_path / "aside")
-    assert (folder / "model.safetensors").samefile(tmp_path / "run" / "model.safetensors")
+    assert not (folder / "model.safetensors").samefile(tmp_path / "run" / "model.safetensors")
     assert not (tmp_path / "aside").exists()
     copy = copy_model(store, key, tmp_path / "copy")
     for place in (folder, copy):
@@ -104,6 +104,47 @@ def test_from_a_remote_store_a_folder_is_put_together(tmp_path: Path, monkeypatc
     folder = model_folder(store, publish_model(store, tmp_path / "run", {}), tmp_path / "aside")
     assert folder == tmp_path / "aside"
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("home", ["folder", "memory"])
+def test_writing_into_any_copy_of_a_published_model_leaves_it_whole(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's folder, a folder put together for loading, one fetched for the user: in place, every byte of each."""
+    monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
+    location = str(tmp_path / "home") if home == "folder" else f"memory://{tmp_path.name}-copies"
+    store = Store(location)
+    tiny_llama(tmp_path / "run")
+    key = publish_model(store, tmp_path / "run", {})
+    given = model_folder(store, key, tmp_path / "aside")
+    copies = [tmp_path / "run", copy_model(store, key, tmp_path / "fetched"), *([given] if home == "memory" else [])]
+    names = [file.name for file in (tmp_path / "run").iterdir()]
+    whole = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    for folder in copies:
+        for name in names:
+            with (folder / name).open("r+b") as file:
+                file.write(b"!" * len(whole[name]))
+    fresh = Store(location)
+    assert [problem for *_, problem in fresh.verify()] == [None]
+    assert {name: fresh.read_bytes(fresh.get("models", key), name) for name in names} == whole
+    kept = [file for place in ("home", "cache") for file in (tmp_path / place).rglob("*") if file.is_file()]
+    assert {file.stat().st_nlink for file in kept} == {1}, "no file of the store has a second name"
+
+
+def test_a_model_that_changes_while_it_is_published_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(tmp_path / "run")
+    copy_file = models.copy_file
+
+    def overtaken(source: Path, target: Path) -> None:
+        copy_file(source, target)
+        target.write_bytes(target.read_bytes() + b" ")
+
+    monkeypatch.setattr(models, "copy_file", overtaken)
+    with pytest.raises(ModelError, match="changed while"):
+        publish_model(store, tmp_path / "run", {})
+    assert list(store.list()) == []
 
 
 def test_a_folder_without_a_model_is_refused(store: Store, tmp_path: Path) -> None:

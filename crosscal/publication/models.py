@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crosscal.errors import ModelError, UsageError
 from crosscal.store import Store, digest_file, digest_of
+from crosscal.store.copies import copy_file
 from crosscal.store.local_home import LocalHome
 
 MODELS = "models"
@@ -17,16 +16,23 @@ UNFINISHED = ".partial"
 
 
 def publish_model(store: Store, folder: Path, provenance: Mapping[str, Any]) -> str:
-    """Keep a model folder as it is; returns its key. Hard links where the disk is the same, copies elsewhere."""
+    """Keep a copy of a model folder as it is; returns its key. Raises `ModelError` when it changes meanwhile."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.endswith(UNFINISHED))
     if not any(file.name == "config.json" for file in files):
         raise ModelError("this is not a model directory", where=str(folder), got="no config.json")
-    key = digest_of([[file.name, digest_file(file)] for file in files])
+    key = _key(files)
     if store.find(MODELS, key) is None:
         with store.publish(MODELS, key, provenance) as staged:
-            for file in files:
-                _linked(file, staged / file.name)
+            copies = [staged / file.name for file in files]
+            for file, copy in zip(files, copies, strict=True):
+                copy_file(file, copy)
+            if _key(copies) != key:
+                raise ModelError("the model changed while it was published", where=str(folder), do="Publish it again.")
     return key
+
+
+def _key(files: Sequence[Path]) -> str:
+    return digest_of([[file.name, digest_file(file)] for file in files])
 
 
 def model_folder(store: Store, key: str, aside: Path) -> Path:
@@ -41,7 +47,7 @@ def model_folder(store: Store, key: str, aside: Path) -> Path:
     aside.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         if not (aside / name).exists():
-            _linked(path, aside / name)
+            copy_file(path, aside / name)
     return aside
 
 
@@ -58,12 +64,5 @@ def copy_model(store: Store, key: str, to: Path) -> Path:
     artifact = store.get(MODELS, key)
     to.mkdir(parents=True, exist_ok=True)
     for name in sorted(artifact.files, key=lambda name: name == "config.json"):  # last: without it, it is no model
-        shutil.copyfile(store.path(artifact, name), to / name)
+        copy_file(store.path(artifact, name), to / name)
     return to
-
-
-def _linked(file: Path, target: Path) -> None:
-    try:
-        os.link(file.resolve(), target)
-    except OSError:  # another disk, or one without hard links
-        shutil.copyfile(file, target)
