@@ -203,3 +203,48 @@ def test_an_object_store_is_not_swept_by_age(home: str) -> None:
 def test_an_address_that_cannot_be_opened_is_told() -> None:
     with pytest.raises(StoreError, match="cannot be opened"):
         Store("no-such-protocol://bucket")
+
+
+class Unconditional(Unsteady):
+    """Storage, or a client of it, that does not know conditional writes: it ignores what it is asked."""
+
+    protocol = "unconditional"
+    store: dict[str, Any] = {}  # noqa: RUF012
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        super().pipe_file(path, value, mode="overwrite", **kwargs)
+
+
+@pytest.mark.parametrize("protocol", ["unsteady", "unconditional"])
+@pytest.mark.parametrize("failures", [0.0, 0.1])
+def test_of_two_writers_one_is_first_or_both_are_refused(
+    home: str, monkeypatch: pytest.MonkeyPatch, protocol: str, failures: float
+) -> None:
+    """Never do both believe that they wrote a record; where that cannot be had, each is told, and nothing is written."""
+    fsspec.register_implementation("unconditional", Unconditional, clobber=True)
+    monkeypatch.setattr(Unsteady, "failures", failures)
+    Unconditional.store.clear()
+    for n in range(10):
+        outcomes = []
+        for writer in range(2):
+            try:
+                created = Store(home.replace("unsteady", protocol)).home.create(f"refs/r/{n:08d}.json", bytes([writer]))
+                outcomes.append("first" if created else "second")
+            except StoreError as error:
+                assert "which of two writers" in str(error)  # noqa: PT017
+                assert "Unconditional writes over" in str(error)  # noqa: PT017
+                outcomes.append("told")
+        assert outcomes == (["first", "second"] if protocol == "unsteady" else ["told", "told"])
+    assert not [path for path in Unconditional.store if "/refs/" in path]
+
+
+def test_a_store_is_probed_once_by_each_that_writes_and_never_by_readers(home: str) -> None:
+    assert Store(home).refs.read("a") == (0, None)
+    assert objects("conditional-writes") == []
+    store = Store(home)
+    for n in range(3):
+        store.refs.append("a", n, {"n": n})
+    (probe,) = objects("conditional-writes")
+    content = Unsteady.store[probe].getvalue()
+    Store(home).refs.append("a", 3, {"n": 3})
+    assert Unsteady.store[probe].getvalue() == content

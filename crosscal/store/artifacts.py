@@ -3,6 +3,7 @@
 <home>/objects/<kind>/<key>/manifest.json + files      written aside, hashed, synced, then renamed into place
 <home>/refs/<name>/<version>.json                      small records that change, with their history
 <home>/staging/  <home>/users/                         work in progress, and since when which process is at work
+<home>/conditional-writes                              behind a URL: what no process must be able to write again
 <home>/quarantine/                                     artifacts that failed verification, never deleted by itself
 """
 

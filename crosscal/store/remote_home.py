@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
 
 R = TypeVar("R")
+PROBE = "conditional-writes"
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CARRIERS = ("aiohttp", "aiobotocore", "botocore", "urllib3")
 """Libraries under some file systems, whose errors of transport are no OSErrors."""
@@ -56,6 +58,7 @@ class RemoteHome:
                 "this store URL cannot be opened", where=url, got=str(error), do="Install `crosscal[s3]`?"
             ) from error
         self.root = str(root).rstrip("/")
+        self._is_conditional = False
         self.cache = Path(os.environ.get("CROSSCAL_CACHE", Path.home() / ".cache" / "crosscal"))
 
     def staging(self) -> Path:
@@ -71,19 +74,43 @@ class RemoteHome:
         return True
 
     def create(self, place: str, content: bytes) -> bool:
-        """Atomic where the backend has conditional writes, as S3 has (If-None-Match).
+        """Atomic by the backend's conditional writes, as S3 has (If-None-Match); refuses a backend without them.
 
         A refusal may mean another's record, or one of ours whose answer was lost: contents tell them apart, so no two
         writers may write the same.
         """
+        self._require_conditional_writes()
+        self._is_refused(place, content)
+        return self.read(place) == content
+
+    def _is_refused(self, place: str, content: bytes) -> bool:
+        """Write a file that must not be there yet; whether the backend said that it is."""
         try:
             self._write(self.fs.pipe_file, self._at(place), content, mode="create")
         except FileExistsError:
-            pass
+            return True
         except StoreError:  # some servers refuse without saying which condition it was
             if self.read(place) is None:
                 raise
-        return self.read(place) == content
+            return True
+        return False
+
+    def _require_conditional_writes(self) -> None:
+        """Once before the first record: what stands in the home already must not be written again.
+
+        The first of two tries may make the file. It stays, so that later processes need one try; each tries for itself,
+        since it is the installed file system that may not know the condition. Raises `StoreError`.
+        """
+        if self._is_conditional:
+            return
+        if not any(self._is_refused(PROBE, secrets.token_bytes(16)) for _ in range(2)):
+            raise StoreError(
+                "this store cannot tell which of two writers was first, so no claim or record in it would hold",
+                where=self.url,
+                got=f"{type(self.fs).__name__} writes over a file that it was to create (mode='create')",
+                do="Use storage with conditional writes, such as S3 (and a recent s3fs or gcsfs), or a folder.",
+            )
+        self._is_conditional = True
 
     def read(self, place: str) -> bytes | None:
         def fetch() -> bytes:
