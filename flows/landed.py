@@ -17,7 +17,6 @@ from prefect.logging import get_run_logger
 
 from crosscal.corpora.corpus import load_corpus, ref_name
 from crosscal.errors import StoreError
-from crosscal.flows.holders import has_ended
 from crosscal.flows.pipeline import carry_out, versions_of
 from crosscal.flows.shown import tag_run
 from crosscal.flows.steps import step
@@ -37,7 +36,7 @@ def recompress_domain(
     """All that is pending for a domain: `runs`, one for each turn, and a `message`. The name may come from an event."""
     ref_name(domain)
     ledger, runs = Ledger(Store(home)), []
-    while (run := ledger.claim(domain, _run_id(), has_ended)) is not None:
+    while (run := ledger.claim(domain, _run_id())) is not None:
         runs.append(_carry_out(ledger, run, plan_path, overrides, home, out))
     message = "; ".join(run["message"] for run in runs) or why_nothing(ledger, domain)
     _log().info(message)

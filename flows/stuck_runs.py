@@ -1,8 +1,9 @@
 """Flow runs that say Running though nobody works on them, and how they are told from those that only take long.
 
-Every flow notes its process on its run as it starts. On the machine of that process the answer is exact: it lives, or
-it has ended (a number that another process has by now included). A process of another machine cannot be seen; its run
-counts as stuck when it gave no sign of life for `stuck_minutes`: no change of state, no log line, no heartbeat.
+Every flow notes its process on its run as it starts. Within one boot of a machine the answer is exact: it lives, or it
+has ended (a number that another process has by now included). Any other process cannot be seen, whatever its host is
+called; its run counts as stuck when it gave no sign of life for `stuck_minutes`: no change of state, no log line, no
+heartbeat.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import Crashed
 
-from crosscal.store.processes import is_ended, is_here, process_started, this_process
+from crosscal.store.processes import has_ended, number_of, this_process
 
 FLOWS = ("recompress", "watch", "housekeeping")
-PROCESS, STARTED = "crosscal.process", "crosscal.process.started"
+PROCESS = "crosscal.process"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 AT_WORK = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 PAGE = 200
@@ -43,7 +44,7 @@ PAGE = 200
 def note_process(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
     """A flow's `on_running` hook: which process works on this run."""
     with get_client(sync_client=True) as client:
-        client.update_flow_run_labels(flow_run.id, {PROCESS: this_process(), STARTED: process_started()})
+        client.update_flow_run_labels(flow_run.id, {PROCESS: this_process()})
 
 
 def close_stuck_runs(stuck_minutes: float) -> list[dict[str, str]]:
@@ -70,9 +71,10 @@ def runs_in(client: SyncPrefectClient, *states: StateType, flows: tuple[str, ...
 
 
 def _why_stuck(client: SyncPrefectClient, run: FlowRun, stuck_minutes: float) -> str | None:
-    process, started = run.labels.get(PROCESS), run.labels.get(STARTED)
-    if isinstance(process, str) and isinstance(started, int | float) and is_here(process):
-        return f"its process {process.rpartition('-')[2]} has ended" if is_ended(process, started) else None
+    process = run.labels.get(PROCESS)
+    ended = has_ended(process) if isinstance(process, str) else None
+    if isinstance(process, str) and ended is not None:
+        return f"its process {number_of(process)} has ended" if ended else None
     since = _last_sign(client, run)
     silent_minutes = (datetime.datetime.now(datetime.UTC) - since).total_seconds() / 60
     return f"no sign of life since {since:%Y-%m-%d %H:%M} UTC" if silent_minutes > stuck_minutes else None

@@ -15,7 +15,6 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging import get_run_logger
 
-from crosscal.flows.holders import has_ended
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from crosscal.landing import Ledger, take_in
 from crosscal.store import Store
@@ -48,7 +47,7 @@ def waiting_domains(ledger: Ledger) -> dict[str, int]:
         return {}
     with get_client(sync_client=True) as client:
         busy = _busy_domains(client)
-    return {d: v for d, v in pending.items() if d not in busy and ledger.holder(d, has_ended) is None}
+    return {d: v for d, v in pending.items() if d not in busy and ledger.holder(d) is None}
 
 
 def _busy_domains(client: SyncPrefectClient) -> set[str]:

@@ -40,7 +40,7 @@ ROOMS = {
     "lanes": (set(), {"torch"}),
     "store": (
         {"errors", "compiled", "statistics"},
-        {"torch", "numpy", "pyarrow", "fsspec", "tenacity", "psutil"},
+        {"torch", "numpy", "pyarrow", "fsspec", "tenacity"},
     ),
     "files": (set(), {"zstandard"}),
     "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "tenacity", "numpy"}),

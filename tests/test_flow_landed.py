@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,12 +23,15 @@ from crosscal.landing import Ledger, runs, take_in
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.publication import Published
 from crosscal.store import Store
+from crosscal.store.processes import this_process
 from crosscal.store.refs import Refs
 from tests.helpers.tiny_place import Place, make_place, write_documents
 
 pytestmark = pytest.mark.slow
 
 LEGAL = "legal"
+DEAD = re.sub(r"\d+$", "1", this_process())
+"""Had this process's number before it."""
 
 
 class Killed(BaseException):
@@ -89,7 +93,7 @@ def killed_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
     with monkeypatch.context() as patch:
         patch.setattr(Refs, "append", dying)
-        patch.setattr(runs, "process_started", lambda: 1.0)
+        patch.setattr(runs.heartbeat, "begin", lambda home: DEAD)
         yield
 
 

@@ -32,6 +32,7 @@ from crosscal.flows.watch import watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
+from crosscal.store.processes import number_of
 from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
@@ -189,7 +190,7 @@ def sleepers(client: SyncPrefectClient, folder: Path) -> Iterator[list[subproces
 def at_work(client: SyncPrefectClient) -> dict[int, FlowRun]:
     """Runs by the number of the process that noted itself on them."""
     runs = [run for run in runs_in(client, StateType.RUNNING) if PROCESS in run.labels]
-    return {int(str(run.labels[PROCESS]).rpartition("-")[2]): run for run in runs}
+    return {number_of(str(run.labels[PROCESS])): run for run in runs}
 
 
 def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(

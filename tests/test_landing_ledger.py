@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import random
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crosscal.errors import StoreError
-from crosscal.landing import Ledger, Run, runs
+from crosscal.landing import Ledger, Run
 from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.ledger import MOST_FAILED, MOST_KILLED
 from crosscal.landing.records import state
@@ -21,7 +20,6 @@ from crosscal.store import Store
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["crosscal.landing"])
-ELSEWHERE = "elsewhere.1-7"
 
 
 @pytest.fixture
@@ -98,7 +96,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(ledger: Ledger, tmp_path: P
     killed = ledger.runs.newest("legal")
     assert killed is not None
     assert ledger.holder("legal") == killed
-    assert ledger.claim("legal", "two", has_ended=lambda run: True) is None, "its process can be seen to live"
+    assert ledger.claim("legal", "two") is None, "its process can be seen to live"
     process.kill()
     process.join()
     assert ledger.holder("legal") is None
@@ -107,30 +105,22 @@ def test_the_claim_of_a_killed_process_is_taken_over(ledger: Ledger, tmp_path: P
         ledger.mark(killed, "published")
 
 
-@pytest.mark.parametrize(
-    ("ended", "silent_hours", "is_taken"),
-    [(True, 0, True), (False, 100, False), (None, 23, False), (None, 25, True)],
-)
-def test_a_holder_elsewhere_is_asked_about_and_otherwise_has_a_lease(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, ended: bool | None, silent_hours: float, is_taken: bool
+@pytest.mark.parametrize(("silent_hours", "is_taken"), [(0, False), (23, False), (25, True)])
+def test_a_run_of_an_earlier_version_which_did_not_beat_has_a_day(
+    ledger: Ledger, silent_hours: float, is_taken: bool
 ) -> None:
     ledger.request("legal", 1)
-    with monkeypatch.context() as there:
-        there.setattr(runs, "this_process", lambda: ELSEWHERE)
-        there.setattr(runs, "state", lambda name: {"state": name, "at": _hours_ago(silent_hours)})
-        claimed(ledger)
-    assert (ledger.claim("legal", "two", lambda run: ended) is not None) == is_taken
+    begun = {"state": "claimed", "at": _hours_ago(silent_hours)}
+    earlier = {"process": "elsewhere.1-7", "process_started": 1.0, "host": "elsewhere", "pid": 7}
+    ledger.refs.append(
+        "recompressions/legal/00000001", 0, {"version": 1, "run_id": "one", **earlier, "states": [begun]}
+    )
+    assert (ledger.holder("legal") is None) == is_taken
+    assert (ledger.claim("legal", "two") is not None) == is_taken
 
 
 def _hours_ago(hours: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - hours * 3600)).replace("Z", "+00:00")
-
-
-def test_a_number_of_a_process_given_out_again_is_not_the_holder(ledger: Ledger) -> None:
-    ledger.request("legal", 1)
-    run = claimed(ledger)
-    assert not runs.is_dead(run, runs.nobody_knows)
-    assert runs.is_dead(dataclasses.replace(run, process_started=run.process_started - 100), runs.nobody_knows)
 
 
 def test_a_file_shares_the_way_of_the_run_that_used_it(ledger: Ledger) -> None:

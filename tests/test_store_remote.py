@@ -220,7 +220,7 @@ class Unconditional(Unsteady):
 def test_of_two_writers_one_is_first_or_both_are_refused(
     home: str, monkeypatch: pytest.MonkeyPatch, protocol: str, failures: float
 ) -> None:
-    """Never do both believe that they wrote a record; where that cannot be had, each is told, and nothing is written."""
+    """Never do both believe that they wrote it; where that cannot be had, each is told, and nothing is written."""
     fsspec.register_implementation("unconditional", Unconditional, clobber=True)
     monkeypatch.setattr(Unsteady, "failures", failures)
     Unconditional.store.clear()

@@ -19,7 +19,7 @@ from typing import Any
 from crosscal.errors import StoreError
 from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.records import again_on_conflict, now, update
-from crosscal.landing.runs import FINISHED, HasEnded, Run, Runs, is_dead, nobody_knows
+from crosscal.landing.runs import FINISHED, Run, Runs
 from crosscal.store import Store, digest_of
 
 MOST_FAILED = 3
@@ -142,7 +142,7 @@ class Ledger:
 
     # Runs
 
-    def claim(self, domain: str, run_id: str, has_ended: HasEnded = nobody_knows) -> Run | None:
+    def claim(self, domain: str, run_id: str) -> Run | None:
         """Take a pending domain for one run; None when nothing is pending or a living run has it.
 
         The newest run is read before what is pending: whoever finishes or claims in between has the next number, and
@@ -152,7 +152,7 @@ class Ledger:
         def attempt() -> Run | None:
             last = self.runs.newest(domain)
             if last is not None and last.is_open:
-                if not is_dead(last, has_ended):
+                if not self.runs.is_dead(last):
                     return None
                 self._abandon(last)
             version = self.pending(domain)
@@ -162,10 +162,10 @@ class Ledger:
 
         return again_on_conflict(attempt)
 
-    def holder(self, domain: str, has_ended: HasEnded = nobody_knows) -> Run | None:
+    def holder(self, domain: str) -> Run | None:
         """The living run that works on a domain."""
         last = self.runs.newest(domain)
-        return last if last is not None and last.is_open and not is_dead(last, has_ended) else None
+        return last if last is not None and last.is_open and not self.runs.is_dead(last) else None
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
         """Add a line to a run's history; `published`, `kept`, `failed` and `abandoned` close it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wai
 from crosscal.errors import CorpusError, UsageError
 from crosscal.landing.items import Item, LandedFile
 from crosscal.landing.local_place import copy_hashed
-
-_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
-"""What file systems of fsspec call the time of the last change; objects are made anew when they change."""
+from crosscal.store.remote_home import modified_of
 
 _retried = retry(
     retry=retry_if_not_exception_type(FileNotFoundError),
@@ -70,14 +67,3 @@ class RemotePlace:
     def _list(self, at: str) -> list[dict[str, Any]]:
         self.fs.invalidate_cache()
         return self.fs.ls(at, detail=True)
-
-
-def modified_of(info: dict[str, Any]) -> float | None:
-    """Seconds since 1970 of an fsspec entry's last change; None when it does not say."""
-    value = next((info[name] for name in _TIMES if info.get(name) is not None), None)
-    if isinstance(value, str):
-        value = datetime.datetime.fromisoformat(value)
-    if isinstance(value, datetime.datetime):
-        aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
-        return aware.timestamp()
-    return None if value is None else float(value)

@@ -2,28 +2,27 @@
 
     claimed → recompressed → evaluated → published | kept | failed | abandoned
 
-Creating the next number is the claim, and only one process can. A run whose process is gone is marked abandoned before
-the next number is made, so that a holder which was only slow finds its run closed and stops.
+Creating the next number is the claim, and only one process can. It holds while its process gives signs of life in the
+store (`store.heartbeat`). A run whose process is gone is marked abandoned before the next number is made, so that a
+holder which was only slow finds its run closed and stops.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from crosscal.errors import StoreError
 from crosscal.landing.records import state, update
-from crosscal.store import Store
-from crosscal.store.processes import is_ended, is_here, process_started, this_process
+from crosscal.store import Store, heartbeat
 
 FINISHED = ("published", "kept")
 ENDED = (*FINISHED, "failed", "abandoned")
-LEASE_SECONDS = 86400.0
-"""A run of another machine, of which no API knows the state, is taken for dead this long after its last sign."""
+EARLIER_SECONDS = 86400.0
+"""A run of an earlier version, whose process did not beat, is taken for dead this long after its last line."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Run:
     version: int
     """Of the corpus: what was claimed, or, once finished, what was used (the same or newer)."""
     run_id: str
-    process: str
-    process_started: float
+    holder: str | None
+    """Its process (see `store.processes`); None in what earlier versions wrote."""
     states: tuple[dict[str, Any], ...]
 
     @property
@@ -54,28 +53,11 @@ class Run:
         return (datetime.datetime.now(datetime.UTC) - last).total_seconds()
 
 
-HasEnded = Callable[[Run], bool | None]
-"""Asks an orchestrator whether a run is over; None when it does not know."""
-
-
-def nobody_knows(run: Run) -> bool | None:
-    """Where there is nobody to ask."""
-    return None
-
-
-def is_dead(run: Run, has_ended: HasEnded) -> bool:
-    """Whether a run's holder is gone: its process on this machine, else what the orchestrator says, else the lease."""
-    if is_here(run.process):
-        return is_ended(run.process, run.process_started)
-    ended = has_ended(run)
-    return run.silent_seconds > LEASE_SECONDS if ended is None else ended
-
-
 class Runs:
     """The recompressions in a store."""
 
     def __init__(self, store: Store) -> None:
-        self.refs = store.refs
+        self.home, self.refs = store.home, store.refs
 
     def domains(self) -> list[str]:
         return [name.removeprefix("recompressions/") for name in self.refs.names("recompressions")]
@@ -96,13 +78,17 @@ class Runs:
             "version": version,
             "run_id": run_id,
             "host": platform.node(),
-            "pid": os.getpid(),
-            "process": this_process(),
-            "process_started": process_started(),
+            "holder": heartbeat.begin(self.home),
             "states": [state("claimed")],
         }
         self.refs.append(_name(domain, number), 0, value)
         return _run(domain, number, value)
+
+    def is_dead(self, run: Run) -> bool:
+        """Whether a run's process is gone."""
+        if run.holder is None:
+            return run.silent_seconds > EARLIER_SECONDS
+        return heartbeat.signs(self.home).is_gone(run.holder)
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
         """Add a line to a run's history. Raises `StoreError` when it was closed, that is, taken from its holder."""
@@ -128,5 +114,4 @@ def _name(domain: str, number: int) -> str:
 
 
 def _run(domain: str, number: int, value: dict[str, Any]) -> Run:
-    fields = ("version", "run_id", "process", "process_started")
-    return Run(domain, number, *(value[field] for field in fields), states=tuple(value["states"]))
+    return Run(domain, number, value["version"], value["run_id"], value.get("holder"), tuple(value["states"]))

@@ -24,6 +24,11 @@ _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 class Home(Protocol):
     """Places are paths relative to the home, with forward slashes."""
 
+    @property
+    def location(self) -> str:
+        """Absolute path or URL."""
+        ...
+
     def staging(self) -> Path:
         """A fresh local folder to write an artifact's files into."""
         ...
@@ -51,6 +56,14 @@ class Home(Protocol):
         ...
 
     def names(self, place: str) -> list[str]: ...
+
+    def touch(self, place: str) -> None:
+        """Make a small file, or make it young again."""
+        ...
+
+    def times(self, place: str) -> dict[str, float]:
+        """Name → time of last change, by the home's own clock, of what stands in a folder."""
+        ...
 
     def move(self, place: str, target: str) -> None: ...
 

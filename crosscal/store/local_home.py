@@ -8,13 +8,13 @@ import math
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from crosscal.store.heartbeat import USERS, begin, signs
 from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
-from crosscal.store.processes import is_gone, this_process
+from crosscal.store.processes import this_process
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -25,11 +25,17 @@ class LocalHome:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
+    @property
+    def location(self) -> str:
+        return str(self.root)
+
     def staging(self) -> Path:
         """A folder on the same disk, named after the process that fills it."""
         folder = self.root / "staging" / f"{this_process()}-{secrets.token_hex(6)}"
         with disk_errors(str(self.root)):
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            begin(self)
+            folder.mkdir()
         return folder
 
     def publish(self, staged: Path, place: str) -> bool:
@@ -82,6 +88,23 @@ class LocalHome:
         folder = self.root / place
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
+    def touch(self, place: str) -> None:
+        """What is new holds the time at which it was made."""
+        path = self.root / place
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            path.write_text(str(path.stat().st_mtime), encoding="ascii")
+
+    def times(self, place: str) -> dict[str, float]:
+        found = {}
+        for name in self.names(place):
+            with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                found[name] = (self.root / place / name).stat().st_mtime
+        return found
+
     def move(self, place: str, target: str) -> None:
         with disk_errors(str(self.root)), contextlib.suppress(FileNotFoundError):  # somebody else moved it
             (self.root / target).parent.mkdir(parents=True, exist_ok=True)
@@ -94,31 +117,28 @@ class LocalHome:
 
     def use(self, place: str) -> None:
         """The manifest's time is that of last use. A store that may only be read can be used, it just forgets when."""
-        mark = self.root / "users" / this_process()
         with contextlib.suppress(OSError):
-            if not mark.exists():
-                mark.parent.mkdir(exist_ok=True)
-                mark.touch()
+            begin(self)
             os.utime(self.root / place / MANIFEST)
 
     def unused_since(self, place: str) -> float:
         return (self.root / place / MANIFEST).stat().st_mtime
 
     def in_use_since(self) -> float:
-        others = [name for name in self.names("users") if name != this_process()]
-        began = {name: (self.root / "users" / name).stat().st_mtime for name in others}
-        return min((at for name, at in began.items() if not is_gone(name, time.time() - at)), default=math.inf)
+        seen = signs(self)
+        others = (process for process in seen.last if process != this_process() and not seen.is_gone(process))
+        began = ((self.read(f"{USERS}/{process}"), seen.last[process]) for process in others)
+        return min((float(content or last) for content, last in began), default=math.inf)
 
     def leftovers(self) -> Iterator[str]:
+        seen = signs(self)
         for name in self.names("staging"):
             folder = self.root / "staging" / name
             with contextlib.suppress(FileNotFoundError):  # it was published meanwhile
                 written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-                if is_gone(name.rpartition("-")[0], time.time() - written):
+                if seen.is_gone(name.rpartition("-")[0], otherwise=written):
                     yield f"staging/{name}"
-        for name in self.names("users"):
-            if is_gone(name, time.time() - (self.root / "users" / name).stat().st_mtime):
-                yield f"users/{name}"
+        yield from (f"{USERS}/{process}" for process in seen.last if seen.is_gone(process))
 
 
 def _renamed(staged: Path, target: Path) -> bool:

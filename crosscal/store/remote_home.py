@@ -8,6 +8,7 @@ stands, its files are there. Passing failures are retried; what was fetched is k
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -22,11 +23,14 @@ import fsspec
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
 from crosscal.errors import StoreError
+from crosscal.store.heartbeat import USERS, signs
 from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
 
 R = TypeVar("R")
 PROBE = "conditional-writes"
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+"""What file systems of fsspec call the time of the last change; objects are made anew when they change."""
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CARRIERS = ("aiohttp", "aiobotocore", "botocore", "urllib3")
 """Libraries under some file systems, whose errors of transport are no OSErrors."""
@@ -60,6 +64,10 @@ class RemoteHome:
         self.root = str(root).rstrip("/")
         self._is_conditional = False
         self.cache = Path(os.environ.get("CROSSCAL_CACHE", Path.home() / ".cache" / "crosscal"))
+
+    @property
+    def location(self) -> str:
+        return self.url
 
     def staging(self) -> Path:
         return Path(tempfile.mkdtemp(prefix="crosscal-"))
@@ -155,15 +163,34 @@ class RemoteHome:
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
 
+    def touch(self, place: str) -> None:
+        self._write(self.fs.pipe_file, self._at(place), b"")
+
+    def times(self, place: str) -> dict[str, float]:
+        """Raises `StoreError` for a file system that does not tell them."""
+        try:
+            found = self._do(self.fs.ls, self._at(place), detail=True)
+        except FileNotFoundError:
+            return {}
+        times = {str(info["name"]).rsplit("/", 1)[-1]: modified_of(info) for info in found}
+        if None in times.values():
+            raise StoreError(
+                "this store does not say when a file was written, so nobody knows whose claim still holds",
+                where=self.url,
+                do="Use storage that does, such as S3, or a folder.",
+            )
+        return {name: at for name, at in times.items() if at is not None}
+
     def move(self, place: str, target: str) -> None:
         # The manifest leaves first: a folder that is half moved must not look complete.
         for name in sorted(self.names(place), key=lambda name: name != MANIFEST):
             self._do(self.fs.mv, self._at(f"{place}/{name}"), self._at(f"{target}/{name}"))
 
     def remove(self, place: str) -> None:
-        for name in sorted(self.names(place), key=lambda name: name != MANIFEST):
+        names = sorted(self.names(place), key=lambda name: name != MANIFEST)
+        for path in (*(f"{place}/{name}" for name in names), place):  # the last is there when it is a file
             with contextlib.suppress(FileNotFoundError):  # somebody else removed it
-                self._do(self.fs.rm_file, self._at(f"{place}/{name}"))
+                self._do(self.fs.rm_file, self._at(path))
 
     def use(self, place: str) -> None:
         """Object stores keep no time of last use."""
@@ -179,7 +206,10 @@ class RemoteHome:
         return 0.0
 
     def leftovers(self) -> Iterable[str]:
-        return ()  # work in progress lies in the system's folder for temporary files
+        """Work in progress lies in the system's folder for temporary files."""
+        if self.names(USERS):
+            seen = signs(self)
+            yield from (f"{USERS}/{process}" for process in seen.last if seen.is_gone(process))
 
     def _at(self, place: str) -> str:
         return f"{self.root}/{place}"
@@ -226,3 +256,14 @@ class RemoteHome:
             raise StoreError(
                 "the store does not answer", where=self.url, got=str(error), do="Check network, address and rights."
             ) from error
+
+
+def modified_of(info: dict[str, Any]) -> float | None:
+    """Seconds since 1970 of an fsspec entry's last change; None when it does not say."""
+    value = next((info[name] for name in _TIMES if info.get(name) is not None), None)
+    if isinstance(value, str):
+        value = datetime.datetime.fromisoformat(value)
+    if isinstance(value, datetime.datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+        return aware.timestamp()
+    return None if value is None else float(value)
