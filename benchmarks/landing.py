@@ -58,7 +58,7 @@ def land(folder: Path, name: str, content: bytes) -> float:
 
 
 def finished(store: Store, domain: str, version: int) -> Run | None:
-    last = Ledger(store).runs.newest(domain)
+    last = Ledger(store).last_run(domain)
     return last if last is not None and last.state in FINISHED and last.version >= version else None
 
 

@@ -45,7 +45,7 @@ def recompress_domain(
 
 def why_nothing(ledger: Ledger, domain: str) -> str:
     """A sentence for a run that found nothing to do."""
-    last = ledger.runs.newest(domain)
+    last = ledger.last_run(domain)
     if (version := ledger.given_up(domain)) is not None and last is not None:
         return (
             f"{domain} v{version} was given up: {last.states[-1].get('reason', last.state)}; "

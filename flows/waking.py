@@ -11,6 +11,6 @@ from crosscal.tasks.announce import announce
 
 def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:
     """Announce the domains (left out, all) that wait for a run: domain → whether the event was sent."""
-    ledger = Ledger(Store(home))
-    pending = {domain: ledger.pending(domain) for domain in (ledger.domains() if domains is None else domains)}
+    picture = Ledger(Store(home)).look()
+    pending = {domain: picture.pending(domain) for domain in (picture.domains() if domains is None else domains)}
     return {domain: announce(domain, version) for domain, version in pending.items() if version is not None}

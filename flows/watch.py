@@ -42,12 +42,13 @@ def watch(landing: str, home: str, settle_seconds: float = 10.0, stuck_minutes: 
 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:
     """Pending domains that no live run works on, and their versions."""
-    pending = {domain: version for domain in ledger.domains() if (version := ledger.pending(domain)) is not None}
+    picture = ledger.look()
+    pending = {domain: version for domain in picture.domains() if (version := picture.pending(domain)) is not None}
     if not pending:
         return {}
     with get_client(sync_client=True) as client:
         busy = _busy_domains(client)
-    return {d: v for d, v in pending.items() if d not in busy and ledger.holder(d) is None}
+    return {d: v for d, v in pending.items() if d not in busy and ledger.living(picture.last_run(d)) is None}
 
 
 def _busy_domains(client: SyncPrefectClient) -> set[str]:

@@ -19,7 +19,7 @@ from crosscal.corpora import ingest
 from crosscal.errors import UsageError
 from crosscal.flows import pipeline
 from crosscal.flows.recompress import recompress
-from crosscal.landing import Ledger, runs, take_in
+from crosscal.landing import Ledger, ledger, take_in
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.publication import Published
 from crosscal.store import Store
@@ -77,7 +77,7 @@ def go(place: Place, *overrides: str, home: Path | None = None, domain: str = LE
 
 
 def outcomes(store: Store) -> list[str]:
-    return [run.state for run in Ledger(store).runs.newest_first(LEGAL)][::-1]
+    return [run.state for run in Ledger(store).runs(LEGAL)]
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def killed_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
     with monkeypatch.context() as patch:
         patch.setattr(Refs, "append", dying)
-        patch.setattr(runs.heartbeat, "begin", lambda home: DEAD)
+        patch.setattr(ledger.heartbeat, "begin", lambda home: DEAD)
         yield
 
 
@@ -177,7 +177,7 @@ def test_started_many_times_at_once_while_more_lands(place: Place, tmp_path: Pat
             done.result()
     go(place)
     ledger = Ledger(Store(place.home))
-    versions = [run.version for run in ledger.runs.newest_first(LEGAL)][::-1]
+    versions = [run.version for run in ledger.runs(LEGAL)]
     assert versions == sorted(set(versions)), "no version twice, none after a newer one"
     assert versions[-1] == 6
     assert set(outcomes(Store(place.home))) == {"published"}
@@ -195,7 +195,7 @@ def test_a_worse_model_is_kept_and_says_why(place: Place) -> None:
     assert "kept: worse: legal" in record["message"]
     assert "at most 0.0% is allowed" in record["message"]
     assert [move.corpus_version for move in Published(Store(place.home)).history(LEGAL)] == [3]
-    (kept, _) = Ledger(Store(place.home)).runs.newest_first(LEGAL)
+    (_, kept) = Ledger(Store(place.home)).runs(LEGAL)
     assert kept.states[-1]["perplexity"]["candidate"][LEGAL] > kept.states[-1]["perplexity"]["published"][LEGAL]
 
 

@@ -14,7 +14,7 @@ import pytest
 from crosscal.errors import StoreError
 from crosscal.landing import Ledger, Run
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.ledger import MOST_FAILED, MOST_KILLED
+from crosscal.landing.picture import MOST_FAILED, MOST_KILLED
 from crosscal.landing.records import state
 from crosscal.store import Store
 
@@ -91,9 +91,9 @@ def test_the_claim_of_a_killed_process_is_taken_over(ledger: Ledger, tmp_path: P
     ledger.request("legal", 1)
     process = PROCESSES.Process(target=claim_and_stay, args=(tmp_path,))
     process.start()
-    while ledger.runs.newest("legal") is None:
+    while ledger.last_run("legal") is None:
         time.sleep(0.005)
-    killed = ledger.runs.newest("legal")
+    killed = ledger.last_run("legal")
     assert killed is not None
     assert ledger.holder("legal") == killed
     assert ledger.claim("legal", "two") is None, "its process can be seen to live"
@@ -107,14 +107,14 @@ def test_the_claim_of_a_killed_process_is_taken_over(ledger: Ledger, tmp_path: P
 
 @pytest.mark.parametrize(("silent_hours", "is_taken"), [(0, False), (23, False), (25, True)])
 def test_a_run_of_an_earlier_version_which_did_not_beat_has_a_day(
-    ledger: Ledger, silent_hours: float, is_taken: bool
+    tmp_path: Path, silent_hours: float, is_taken: bool
 ) -> None:
-    ledger.request("legal", 1)
+    refs = Store(tmp_path).refs
+    refs.append("requests/legal", 0, {"version": 1, "after_run": 0, "at": _hours_ago(silent_hours)})
     begun = {"state": "claimed", "at": _hours_ago(silent_hours)}
     earlier = {"process": "elsewhere.1-7", "process_started": 1.0, "host": "elsewhere", "pid": 7}
-    ledger.refs.append(
-        "recompressions/legal/00000001", 0, {"version": 1, "run_id": "one", **earlier, "states": [begun]}
-    )
+    refs.append("recompressions/legal/00000001", 0, {"version": 1, "run_id": "one", **earlier, "states": [begun]})
+    ledger = Ledger(Store(tmp_path))
     assert (ledger.holder("legal") is None) == is_taken
     assert (ledger.claim("legal", "two") is not None) == is_taken
 
@@ -178,7 +178,7 @@ def test_announced_in_any_order_each_newest_version_is_done_once(tmp_path: Path,
     for domain in domains:
         if ledger.pending(domain) is not None:  # what a watch does
             recompress(domain)
-        done = list(ledger.runs.newest_first(domain))[::-1]
+        done = ledger.runs(domain)
         finished = [run.version for run in done]
         assert [run.number for run in done] == list(range(1, len(done) + 1))
         assert finished == sorted(set(finished))

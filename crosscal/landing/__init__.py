@@ -2,7 +2,8 @@
 
 from crosscal.landing.intake import Landed, take_in
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.ledger import Entry, Ledger
+from crosscal.landing.ledger import Ledger
+from crosscal.landing.picture import Entry
 from crosscal.landing.place import complete_files
 from crosscal.landing.runs import Run
 

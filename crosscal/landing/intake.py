@@ -17,7 +17,7 @@ from crosscal.corpora import DocumentLimits, ingest
 from crosscal.errors import CorpusError
 from crosscal.landing.items import LandedFile, Place, Refusal
 from crosscal.landing.ledger import Ledger
-from crosscal.landing.place import complete_files, open_place, refusal
+from crosscal.landing.place import MARKER, complete_files, open_place, promise_of, refusal
 from crosscal.landing.records import state
 from crosscal.store import Store
 
@@ -45,30 +45,40 @@ class Landed:
 def take_in(store: Store, landing: str, settle_seconds: float = 10.0, limits: DocumentLimits = LIMITS) -> list[Landed]:
     """Sweep once. What was seen before and has not changed is neither read nor returned."""
     ledger, place = Ledger(store), open_place(landing)
-    signatures = functools.cache(lambda domain: _signatures(ledger, domain))
+    settled = functools.cache(ledger.take_over().settled)
     done: list[Landed | None] = []
     for found in complete_files(place, settle_seconds):
         if isinstance(found, Refusal):
             done.append(_refuse(ledger, found))
-        elif (found.name, found.signature) not in signatures(found.domain):
+        elif (found.name, found.signature) not in settled(found.domain):
             done.append(_take(store, ledger, place, found, limits))
     return [one for one in done if one is not None]
-
-
-def _signatures(ledger: Ledger, domain: str) -> set[tuple[str, str]]:
-    """Name and signature of every file whose way into the corpus has ended."""
-    settled = (entry for entry in ledger.files(domain) if entry.state in ("ingested", "refused"))
-    refused = {(each["name"], each["signature"]) for each in ledger.refusals() if each["domain"] == domain}
-    return refused | {pair for entry in settled for pair in entry.names.items()}
 
 
 def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, limits: DocumentLimits) -> Landed | None:
     if found.bytes > limits.max_file_bytes:
         reason = f"{found.bytes:,} bytes are more than the {limits.max_file_bytes:,} that are taken"
         return _refuse(ledger, refusal(found.domain, found.name, reason))
-    if found.promised_bytes not in (None, found.bytes):
-        reason = f"it has {found.bytes:,} bytes, its marker says {found.promised_bytes:,}"
-        return _refuse(ledger, refusal(found.domain, found.name, reason))
+    try:
+        promised = promise_of(place, found)
+    except ValueError as error:
+        reason = f"its {MARKER} marker is not understood: {error}"
+        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
+    except OSError as error:
+        return _later(f"{found.domain}/{found.name}{MARKER}", error)
+    if promised.get("bytes") not in (None, found.bytes):
+        reason = f"it has {found.bytes:,} bytes, its marker says {promised['bytes']:,}"
+        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
+    known = ledger.seen(found)
+    if known is not None and promised.get("sha256") in (None, known.sha256):  # the marker alone is new
+        ledger.record(found, known.sha256, None)
+        return None
+    return _fetch(store, ledger, place, found, promised.get("sha256"), limits)
+
+
+def _fetch(
+    store: Store, ledger: Ledger, place: Place, found: LandedFile, promised: str | None, limits: DocumentLimits
+) -> Landed | None:
     with tempfile.TemporaryDirectory(prefix="crosscal-landing-") as folder:
         copy = Path(folder, found.name)
         try:
@@ -76,13 +86,12 @@ def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, limits:
         except PermissionError as error:
             return _refuse(ledger, refusal(found.domain, found.name, f"it may not be read: {error.strerror or error}"))
         except OSError as error:  # it went meanwhile, or the line is bad: nothing is known of the file
-            _log.warning("%s/%s cannot be read now, the next sweep tries again: %s", found.domain, found.name, error)
-            return None
+            return _later(f"{found.domain}/{found.name}", error)
         if sha256 is None:
             _log.info("%s/%s changed while it was read; the next sweep takes it", found.domain, found.name)
             return None
-        if found.sha256 not in (None, sha256):
-            reason = f"its digest is {sha256[:16]}…, its marker says {str(found.sha256)[:16]}…"
+        if promised not in (None, sha256):
+            reason = f"its digest is {sha256[:16]}…, its marker says {promised[:16]}…"
             return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
         return _ingest(store, ledger, found, sha256, copy, limits)
 
@@ -120,3 +129,7 @@ def _refuse(ledger: Ledger, found: Refusal) -> Landed | None:
     where = "/".join(part for part in (found.domain, found.name) if part)
     _log.warning("%s is not taken: %s", where, found.reason)
     return Landed(found.domain, found.name, "refused", reason=found.reason)
+
+
+def _later(path: str, error: OSError) -> None:
+    _log.warning("%s cannot be read now, the next sweep tries again: %s", path, error)

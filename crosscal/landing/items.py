@@ -31,14 +31,20 @@ class LandedFile:
     name: str
     bytes: int
     modified: float | None
-    sha256: str | None = None
-    """As its marker promises."""
-    promised_bytes: int | None = None
+    marker_bytes: int = 0
+    """Of its marker, which may promise something if it is not empty; 0 without a marker."""
+    marker_modified: float | None = None
 
     @property
     def signature(self) -> str:
-        """Changes when the file or its marker does: a file seen before under its signature is not read again."""
-        return digest_of([self.bytes, self.modified, self.sha256, self.promised_bytes])[:16]
+        """Changes when the file or a marker that promises something does: neither is read again under its signature."""
+        marker = f"-{digest_of([self.marker_bytes, self.marker_modified])[:16]}" if self.marker_bytes else ""
+        return self.own_signature + marker
+
+    @property
+    def own_signature(self) -> str:
+        """Changes when the file does."""
+        return digest_of([self.bytes, self.modified, None, None])[:16]
 
 
 @dataclass(frozen=True)

@@ -1,203 +1,207 @@
 """The ledger: what landed, what became of it, and what is still to be done. Events only wake; this decides.
 
-refs/ledger/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused, all its names
-refs/refusals/<digest, 16 digits>            what was not even read: an odd name, a link that leads out, too large
-refs/requests/<domain>                       the newest ingested version of the domain's corpus
-refs/recompressions/<domain>/<number>        the runs (see `runs`): … → recompressed → evaluated → published | kept
-
-A domain is pending while its requested version is newer than the one of its last finished run. Three failed runs of
-one version, or ten that were killed, and the version is given up, until a newer version or `request(again=True)`.
+One journal of the store holds all of it (`refs/landings/…`), so that a look costs the same however much has landed;
+what it says is in `picture`. A change is written on top of what was seen, or looked at again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+import platform
+from collections.abc import Callable
 from typing import Any
 
 from crosscal.errors import StoreError
+from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.records import again_on_conflict, now, update
-from crosscal.landing.runs import FINISHED, Run, Runs
-from crosscal.store import Store, digest_of
+from crosscal.landing.picture import SETTLED, Entry, Picture, entry_of
+from crosscal.landing.records import again_on_conflict, now, state
+from crosscal.landing.runs import ENDED, Run, run_key, run_of
+from crosscal.store import Store, digest_of, heartbeat
+from crosscal.store.journal import Journal
 
-MOST_FAILED = 3
-MOST_KILLED = 10
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A landed file and its whole way, that of the runs that used it included."""
-
-    domain: str
-    sha256: str
-    bytes: int
-    names: dict[str, str]
-    """Name → signature (see `LandedFile`) of every file that had this content."""
-    states: tuple[dict[str, Any], ...]
-
-    @property
-    def state(self) -> str:
-        return self.states[-1]["state"]
-
-    @property
-    def version(self) -> int | None:
-        """Of the corpus that first held it; None before it is ingested, or when it was refused."""
-        return next((line["version"] for line in self.states if line["state"] == "ingested"), None)
+JOURNAL = "landings"
+EARLIER_SECONDS = 86400.0
+"""A run of an earlier version, whose process did not beat, is taken for dead this long after its last line."""
+Value = dict[str, Any]
 
 
 class Ledger:
-    """The ledger in a store. Safe for any number of processes at once."""
+    """The ledger in a store. Safe for any number of processes at once; one object is for one thread."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.refs = store.refs
-        self.runs = Runs(store)
+        self._journal = Journal(store.refs, JOURNAL, functools.partial(earlier_ledger, store.refs))
+
+    def look(self) -> Picture:
+        """Everything, as it is now."""
+        self._journal.refresh()
+        return Picture(dict(self._journal.items))
+
+    def take_over(self) -> Picture:
+        """The same; what an earlier version wrote, a record for each file, is kept as one from now on."""
+        picture = self.look()
+        if picture.items and not self._journal.number:
+            self._update(lambda items: {} if not self._journal.number else None)
+        return picture
 
     def domains(self) -> list[str]:
-        """Every domain of which something landed or was asked for."""
-        names = [*self.refs.names("ledger"), *self.refs.names("requests")]
-        return sorted({name.partition("/")[2] for name in names})
+        return self.look().domains()
+
+    def entries(self, domain: str) -> list[Entry]:
+        return self.look().entries(domain)
+
+    def refusals(self) -> list[Value]:
+        return self.look().refusals()
+
+    def requested(self, domain: str) -> int | None:
+        return self.look().requested(domain)
+
+    def pending(self, domain: str) -> int | None:
+        return self.look().pending(domain)
+
+    def given_up(self, domain: str) -> int | None:
+        return self.look().given_up(domain)
+
+    def runs(self, domain: str) -> list[Run]:
+        """The oldest first."""
+        return self.look().runs(domain)
+
+    def last_run(self, domain: str) -> Run | None:
+        return self.look().last_run(domain)
 
     # Files
 
-    def files(self, domain: str) -> Iterator[Entry]:
-        """What landed, without the runs that followed."""
-        for name in self.refs.names(f"ledger/{domain}"):
-            _, value = self.refs.read(name)
-            if value is not None:
-                yield _entry(domain, value)
-
     def file(self, domain: str, sha256: str) -> Entry | None:
-        _, value = self.refs.read(_file_name(domain, sha256))
-        return None if value is None else _entry(domain, value)
+        """What is known of a file. Not looked for again: to write on top of it will tell."""
+        value = self._journal.items.get(_file_key(domain, sha256))
+        return None if value is None else entry_of(domain, value)
 
-    def record(self, file: LandedFile, sha256: str, line: dict[str, Any] | None) -> None:
+    def seen(self, file: LandedFile) -> Entry | None:
+        """What is known of a file that was seen before and has not changed, whatever its marker."""
+        found = (entry for entry in Picture(self._journal.items).files(file.domain) if entry.state in SETTLED)
+        same = (each for each in found if each.names.get(file.name, "").partition("-")[0] == file.own_signature)
+        return next(same, None)
+
+    def record(self, file: LandedFile, sha256: str, line: Value | None) -> None:
         """Note a file's name and, unless the file has come that far already, the next line of its history."""
+        key = _file_key(file.domain, sha256)
 
-        def change(value: dict[str, Any] | None) -> dict[str, Any] | None:
-            value = value or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
+        def change(items: dict[str, Value]) -> dict[str, Value] | None:
+            value = items.get(key) or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
             is_new = line is not None and line["state"] not in [known["state"] for known in value["states"]]
             states = [*value["states"], line] if is_new else value["states"]
             changed = {**value, "names": {**value["names"], file.name: file.signature}, "states": states}
-            return None if changed == value else changed
+            return None if changed == value else {key: changed}
 
-        update(self.refs, _file_name(file.domain, sha256), change)
+        self._update(change)
 
     def refuse(self, refusal: Refusal) -> bool:
         """Note, once, what is not taken. False when it is known already."""
-        name = f"refusals/{digest_of(dataclasses.asdict(refusal))[:16]}"
-        if self.refs.versions(name):
-            return False
-        update(self.refs, name, lambda value: value or {**dataclasses.asdict(refusal), "at": now()})
-        return True
-
-    def refusals(self) -> list[dict[str, Any]]:
-        return [value for name in self.refs.names("refusals") if (value := self.refs.read(name)[1]) is not None]
+        value = dataclasses.asdict(refusal)
+        key = f"refusal/{digest_of(value)[:16]}"
+        return self._update(lambda items: None if key in items else {key: {**value, "at": now()}})
 
     # What is asked for
 
     def request(self, domain: str, version: int, *, again: bool = False) -> None:
         """Ask for a recompression on this version. `again` starts the count of attempts anew."""
+        key = f"request/{domain}"
 
-        def change(value: dict[str, Any] | None) -> dict[str, Any] | None:
-            if value is not None and version <= value["version"] and not again:
+        def change(items: dict[str, Value]) -> dict[str, Value] | None:
+            asked = items[key]["version"] if key in items else 0
+            if version <= asked and not again:
                 return None
-            last = self.runs.newest(domain)
-            newest = max(version, value["version"] if value else 0)
-            return {"version": newest, "after_run": last.number if last else 0, "at": now()}
+            runs = (run_of(name, items[name]).number for name in items if name.startswith(f"run/{domain}/"))
+            return {key: {"version": max(version, asked), "after_run": max(runs, default=0), "at": now()}}
 
-        update(self.refs, f"requests/{domain}", change)
-
-    def requested(self, domain: str) -> int | None:
-        """The newest version that was asked for."""
-        value = self.refs.read(f"requests/{domain}")[1]
-        return None if value is None else value["version"]
-
-    def pending(self, domain: str) -> int | None:
-        """The version that waits for a run, or is being worked on; None when there is none, or it was given up."""
-        version, is_given_up = self._open_version(domain)
-        return None if is_given_up else version
-
-    def given_up(self, domain: str) -> int | None:
-        """The version that failed too often."""
-        version, is_given_up = self._open_version(domain)
-        return version if is_given_up else None
-
-    def _open_version(self, domain: str) -> tuple[int | None, bool]:
-        request = self.refs.read(f"requests/{domain}")[1]
-        if request is None:
-            return None, False
-        counts = {"failed": 0, "abandoned": 0}
-        for run in self.runs.newest_first(domain):
-            if run.version < request["version"]:
-                break
-            if run.state in FINISHED:
-                return None, False
-            if run.state in counts and run.number > request["after_run"]:
-                counts[run.state] += 1
-        given_up = counts["failed"] >= MOST_FAILED or counts["abandoned"] >= MOST_KILLED
-        return request["version"], given_up
+        self._update(change)
 
     # Runs
 
     def claim(self, domain: str, run_id: str) -> Run | None:
-        """Take a pending domain for one run; None when nothing is pending or a living run has it.
-
-        The newest run is read before what is pending: whoever finishes or claims in between has the next number, and
-        this attempt conflicts and looks again.
-        """
+        """Take a pending domain for one run; None when nothing is pending or a living run has it."""
 
         def attempt() -> Run | None:
-            last = self.runs.newest(domain)
+            picture = self.look()
+            last = picture.last_run(domain)
+            changes: dict[str, Value] = {}
             if last is not None and last.is_open:
-                if not self.runs.is_dead(last):
+                if not self.is_dead(last):
                     return None
-                self._abandon(last)
-            version = self.pending(domain)
-            if version is None:
-                return None
-            return self.runs.begin(domain, last.number + 1 if last else 1, version, run_id)
+                changes = self._abandoned(last)
+            key = run_key(domain, last.number + 1 if last else 1)
+            version = Picture({**picture.items, **changes}).pending(domain)
+            if version is not None:
+                changes[key] = self._claimed(version, run_id)
+            if changes:
+                self._journal.put(changes)
+            return run_of(key, changes[key]) if key in changes else None
 
         return again_on_conflict(attempt)
 
     def holder(self, domain: str) -> Run | None:
         """The living run that works on a domain."""
-        last = self.runs.newest(domain)
-        return last if last is not None and last.is_open and not self.runs.is_dead(last) else None
+        return self.living(self.look().last_run(domain))
+
+    def living(self, last: Run | None) -> Run | None:
+        """A run, if it is open and its process at work."""
+        return last if last is not None and last.is_open and not self.is_dead(last) else None
+
+    def is_dead(self, run: Run) -> bool:
+        """Whether a run's process is gone."""
+        if run.holder is None:
+            return run.silent_seconds > EARLIER_SECONDS
+        return heartbeat.signs(self.store.home).is_gone(run.holder)
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
-        """Add a line to a run's history; `published`, `kept`, `failed` and `abandoned` close it."""
-        return self.runs.mark(run, name, version=version, **facts)
+        """Add a line to a run's history; `published`, `kept`, `failed` and `abandoned` close it.
 
-    def entries(self, domain: str) -> list[Entry]:
-        """Every landed file with its whole way, in the order of landing."""
-        runs = list(self.runs.newest_first(domain))[::-1]
-        found = [_with_run(entry, runs) for entry in self.files(domain)]
-        return sorted(found, key=lambda entry: entry.states[0]["at"])
+        Raises `StoreError` when it was closed, that is, taken from its holder.
+        """
+        key = run_key(run.domain, run.number)
 
-    def _abandon(self, run: Run) -> None:
-        try:
-            self.runs.mark(run, "abandoned", reason="its process is gone")
-        except StoreError:
-            if self.runs.newest(run.domain) == run:  # not closed by another: something else is wrong
-                raise
+        def change(items: dict[str, Value]) -> dict[str, Value]:
+            value = items.get(key)
+            if value is None or value["states"][-1]["state"] in ENDED:
+                raise StoreError(
+                    "this run has been closed by another",
+                    where=f"{run.domain}, run {run.number}",
+                    got=value["states"][-1]["state"] if value else "nothing",
+                    do="Whoever took over carries on; nothing is lost.",
+                )
+            return {key: _with_line(value, state(name, **facts), version or value["version"])}
+
+        self._journal.refresh()
+        self._update(change)
+        return run_of(key, self._journal.items[key])
+
+    def _claimed(self, version: int, run_id: str) -> Value:
+        holder = heartbeat.begin(self.store.home)
+        facts = {"run_id": run_id, "host": platform.node(), "holder": holder}
+        return {"version": version, **facts, "states": [state("claimed")]}
+
+    def _abandoned(self, run: Run) -> dict[str, Value]:
+        key = run_key(run.domain, run.number)
+        line = state("abandoned", reason="its process is gone")
+        return {key: _with_line(self._journal.items[key], line, run.version)}
+
+    def _update(self, change: Callable[[dict[str, Value]], dict[str, Value] | None]) -> bool:
+        """Write what `change` makes of everything; None leaves it as it is. Whether something was written."""
+
+        def attempt() -> bool:
+            changes = change(dict(self._journal.items))
+            if changes is not None:
+                self._journal.put(changes)
+            return changes is not None
+
+        return again_on_conflict(attempt)
 
 
-def _with_run(entry: Entry, runs: list[Run]) -> Entry:
-    """A file shares the way of the run that finished its version, or else of the last that tried."""
-    tried = [run for run in runs if entry.version is not None and run.version >= entry.version]
-    if not tried:
-        return entry
-    run = next((run for run in tried if run.state in FINISHED), tried[-1])
-    lines = tuple({**line, "run_id": run.run_id, "run": run.number} for line in run.states)
-    return dataclasses.replace(entry, states=(*entry.states, *lines))
+def _with_line(run: Value, line: Value, version: int) -> Value:
+    return {**run, "version": version, "states": [*run["states"], line]}
 
 
-def _entry(domain: str, value: dict[str, Any]) -> Entry:
-    return Entry(domain, value["sha256"], value["bytes"], value["names"], tuple(value["states"]))
-
-
-def _file_name(domain: str, sha256: str) -> str:
-    return f"ledger/{domain}/{sha256[:16]}"
+def _file_key(domain: str, sha256: str) -> str:
+    return f"file/{domain}/{sha256[:16]}"

@@ -8,7 +8,6 @@ file is read), or once nothing has touched it for `settle_seconds`. Names beginn
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ MARKER = ".done"
 UNFINISHED = (".part", ".tmp", MARKER)
 MARKER_BYTES = 4096
 NAME_CHARACTERS = 200
-_log = logging.getLogger("crosscal")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,16 +50,16 @@ def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[Land
 
 def _of_domain(place: Place, domain: str, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
     items = list(place.items(domain))
-    names = {item.name for item in items}
+    named = {item.name: item for item in items}
     for item in items:
         if item.name.startswith(".") or item.name.endswith(UNFINISHED):
             continue
         problem = item.problem or _file_problem(item)
-        marker = f"{item.name}{MARKER}"
+        marker = named.get(f"{item.name}{MARKER}")
         if problem:
             yield refusal(domain, item.name, problem)
-        elif marker in names:
-            yield from _marked(place, domain, item, f"{domain}/{marker}")
+        elif marker is not None:
+            yield LandedFile(domain, item.name, item.bytes, item.modified, marker.bytes, marker.modified)
         elif item.modified is not None and time.time() - item.modified >= settle_seconds:
             yield LandedFile(domain, item.name, item.bytes, item.modified)
 
@@ -87,23 +85,19 @@ def _file_problem(item: Item) -> str | None:
     return None if item.name.isprintable() else "an unprintable name"
 
 
-def _marked(place: Place, domain: str, item: Item, marker: str) -> Iterator[LandedFile | Refusal]:
-    """The file with its marker's promise; nothing when the marker cannot be read now."""
-    try:
-        promised = _promise(place.read(marker, MARKER_BYTES))
-    except (ValueError, RecursionError) as error:  # the latter for deep nesting
-        yield refusal(domain, item.name, f"its {MARKER} marker is not understood: {error}")
-    except OSError as error:
-        _log.warning("%s cannot be read now, the next sweep tries again: %s", marker, error)
-    else:
-        yield LandedFile(domain, item.name, item.bytes, item.modified, promised.get("sha256"), promised.get("bytes"))
+def promise_of(place: Place, file: LandedFile) -> dict[str, Any]:
+    """`sha256` and `bytes` as the file's marker has them. Raises `ValueError` when it is not understood, `OSError`."""
+    return _promise(place.read(f"{file.domain}/{file.name}{MARKER}", MARKER_BYTES)) if file.marker_bytes else {}
 
 
 def _promise(content: bytes) -> dict[str, Any]:
     """What a marker says of its file; an empty one says nothing. Raises `ValueError`."""
     if not content.strip():
         return {}
-    promised = json.loads(content)
+    try:
+        promised = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(promised, dict) or not promised.keys() <= {"sha256", "bytes"}:
         raise ValueError('not {"sha256": …, "bytes": …}')
     sha256, size = promised.get("sha256"), promised.get("bytes")

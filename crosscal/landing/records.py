@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from crosscal.errors import StoreConflict
-from crosscal.store.refs import Refs
 
 R = TypeVar("R")
 Value = dict[str, Any]
@@ -25,20 +24,6 @@ def again_on_conflict(attempt: Callable[[], R]) -> R:
         reraise=True,
     )
     return retrying(attempt)
-
-
-def update(refs: Refs, name: str, change: Callable[[Value | None], Value | None]) -> Value | None:
-    """Append what `change` makes of the newest value; None leaves the record as it is. Returns the newest value."""
-
-    def attempt() -> Value | None:
-        version, value = refs.read(name)
-        changed = change(value)
-        if changed is None:
-            return value
-        refs.append(name, version, changed)
-        return changed
-
-    return again_on_conflict(attempt)
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""Recompressions of a domain, one after the other: refs `recompressions/<domain>/<number>`, one for each run.
+"""Recompressions of a domain, one after the other, as the ledger has them.
 
     claimed → recompressed → evaluated → published | kept | failed | abandoned
 
@@ -10,19 +10,11 @@ holder which was only slow finds its run closed and stops.
 from __future__ import annotations
 
 import datetime
-import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from crosscal.errors import StoreError
-from crosscal.landing.records import state, update
-from crosscal.store import Store, heartbeat
-
 FINISHED = ("published", "kept")
 ENDED = (*FINISHED, "failed", "abandoned")
-EARLIER_SECONDS = 86400.0
-"""A run of an earlier version, whose process did not beat, is taken for dead this long after its last line."""
 
 
 @dataclass(frozen=True)
@@ -53,65 +45,10 @@ class Run:
         return (datetime.datetime.now(datetime.UTC) - last).total_seconds()
 
 
-class Runs:
-    """The recompressions in a store."""
-
-    def __init__(self, store: Store) -> None:
-        self.home, self.refs = store.home, store.refs
-
-    def domains(self) -> list[str]:
-        return [name.removeprefix("recompressions/") for name in self.refs.names("recompressions")]
-
-    def newest_first(self, domain: str) -> Iterator[Run]:
-        """Read one by one, so that looking at the newest costs one read."""
-        for name in sorted(self.refs.names(f"recompressions/{domain}"), reverse=True):
-            _, value = self.refs.read(name)
-            if value is not None:
-                yield _run(domain, int(name.rpartition("/")[2]), value)
-
-    def newest(self, domain: str) -> Run | None:
-        return next(self.newest_first(domain), None)
-
-    def begin(self, domain: str, number: int, version: int, run_id: str) -> Run:
-        """Claim. Raises `StoreConflict` when somebody else has this number."""
-        value = {
-            "version": version,
-            "run_id": run_id,
-            "host": platform.node(),
-            "holder": heartbeat.begin(self.home),
-            "states": [state("claimed")],
-        }
-        self.refs.append(_name(domain, number), 0, value)
-        return _run(domain, number, value)
-
-    def is_dead(self, run: Run) -> bool:
-        """Whether a run's process is gone."""
-        if run.holder is None:
-            return run.silent_seconds > EARLIER_SECONDS
-        return heartbeat.signs(self.home).is_gone(run.holder)
-
-    def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
-        """Add a line to a run's history. Raises `StoreError` when it was closed, that is, taken from its holder."""
-
-        def change(value: dict[str, Any] | None) -> dict[str, Any]:
-            if value is None or value["states"][-1]["state"] in ENDED:
-                raise StoreError(
-                    "this run has been closed by another",
-                    where=f"{run.domain}, run {run.number}",
-                    got=value["states"][-1]["state"] if value else "nothing",
-                    do="Whoever took over carries on; nothing is lost.",
-                )
-            states = [*value["states"], state(name, **facts)]
-            return {**value, "version": version or value["version"], "states": states}
-
-        value = update(self.refs, _name(run.domain, run.number), change)
-        assert value is not None
-        return _run(run.domain, run.number, value)
+def run_key(domain: str, number: int) -> str:
+    return f"run/{domain}/{number:08d}"
 
 
-def _name(domain: str, number: int) -> str:
-    return f"recompressions/{domain}/{number:08d}"
-
-
-def _run(domain: str, number: int, value: dict[str, Any]) -> Run:
-    return Run(domain, number, value["version"], value["run_id"], value.get("holder"), tuple(value["states"]))
+def run_of(key: str, value: dict[str, Any]) -> Run:
+    _, domain, number = key.split("/")
+    return Run(domain, int(number), value["version"], value["run_id"], value.get("holder"), tuple(value["states"]))

@@ -1,0 +1,133 @@
+"""What the ledger says at one moment: what landed, what became of it, what waits. Plain values, nothing is read here.
+
+file/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused, all its names
+refusal/<digest, 16 digits>           what was not even read: an odd name, a link that leads out, too large
+request/<domain>                      the newest ingested version of the domain's corpus
+run/<domain>/<number>                 the runs (see `runs`): … → recompressed → evaluated → published | kept
+
+A domain is pending while its requested version is newer than the one of its last finished run. Three failed runs of
+one version, or ten that were killed, and the version is given up, until a newer version or `request(again=True)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.landing.runs import FINISHED, Run, run_of
+
+MOST_FAILED = 3
+MOST_KILLED = 10
+SETTLED = ("ingested", "refused")
+Value = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A landed file and its whole way, that of the runs that used it included."""
+
+    domain: str
+    sha256: str
+    bytes: int
+    names: dict[str, str]
+    """Name → signature (see `LandedFile`) of every file that had this content."""
+    states: tuple[Value, ...]
+
+    @property
+    def state(self) -> str:
+        return self.states[-1]["state"]
+
+    @property
+    def version(self) -> int | None:
+        """Of the corpus that first held it; None before it is ingested, or when it was refused."""
+        return next((line["version"] for line in self.states if line["state"] == "ingested"), None)
+
+
+@dataclass(frozen=True)
+class Picture:
+    items: Mapping[str, Value]
+
+    def domains(self) -> list[str]:
+        """Every domain of which something landed or was asked for."""
+        return sorted({domain for kind, domain in self._grouped if kind in ("file", "request")})
+
+    def files(self, domain: str) -> list[Entry]:
+        """What landed, without the runs that followed."""
+        return [entry_of(domain, value) for _, value in self._grouped.get(("file", domain), ())]
+
+    def refusals(self) -> list[Value]:
+        return [value for key, value in sorted(self.items.items()) if key.startswith("refusal/")]
+
+    def settled(self, domain: str) -> set[tuple[str, str]]:
+        """Name and signature of every file whose way into the corpus has ended."""
+        refused = {(each["name"], each["signature"]) for each in self.refusals() if each["domain"] == domain}
+        return refused | {pair for each in self.files(domain) if each.state in SETTLED for pair in each.names.items()}
+
+    def runs(self, domain: str) -> list[Run]:
+        """The oldest first."""
+        return [run_of(key, value) for key, value in sorted(self._grouped.get(("run", domain), ()))]
+
+    def last_run(self, domain: str) -> Run | None:
+        return next(reversed(self.runs(domain)), None)
+
+    def requested(self, domain: str) -> int | None:
+        """The newest version that was asked for."""
+        value = self.items.get(f"request/{domain}")
+        return None if value is None else value["version"]
+
+    def pending(self, domain: str) -> int | None:
+        """The version that waits for a run, or is being worked on; None when there is none, or it was given up."""
+        version, is_given_up = self._open_version(domain)
+        return None if is_given_up else version
+
+    def given_up(self, domain: str) -> int | None:
+        """The version that failed too often."""
+        version, is_given_up = self._open_version(domain)
+        return version if is_given_up else None
+
+    def entries(self, domain: str) -> list[Entry]:
+        """Every landed file with its whole way, in the order of landing."""
+        runs = self.runs(domain)
+        found = [_with_run(entry, runs) for entry in self.files(domain)]
+        return sorted(found, key=lambda entry: entry.states[0]["at"])
+
+    @functools.cached_property
+    def _grouped(self) -> dict[tuple[str, str], list[tuple[str, Value]]]:
+        groups = defaultdict(list)
+        for key, value in self.items.items():
+            kind, domain, *_ = key.split("/")
+            groups[kind, domain].append((key, value))
+        return dict(groups)
+
+    def _open_version(self, domain: str) -> tuple[int | None, bool]:
+        request = self.items.get(f"request/{domain}")
+        if request is None:
+            return None, False
+        counts = {"failed": 0, "abandoned": 0}
+        for run in self.runs(domain)[::-1]:
+            if run.version < request["version"]:
+                break
+            if run.state in FINISHED:
+                return None, False
+            if run.state in counts and run.number > request["after_run"]:
+                counts[run.state] += 1
+        given_up = counts["failed"] >= MOST_FAILED or counts["abandoned"] >= MOST_KILLED
+        return request["version"], given_up
+
+
+def entry_of(domain: str, value: Value) -> Entry:
+    return Entry(domain, value["sha256"], value["bytes"], value["names"], tuple(value["states"]))
+
+
+def _with_run(entry: Entry, runs: list[Run]) -> Entry:
+    """A file shares the way of the run that finished its version, or else of the last that tried."""
+    tried = [run for run in runs if entry.version is not None and run.version >= entry.version]
+    if not tried:
+        return entry
+    run = next((run for run in tried if run.state in FINISHED), tried[-1])
+    lines = tuple({**line, "run_id": run.run_id, "run": run.number} for line in run.states)
+    return dataclasses.replace(entry, states=(*entry.states, *lines))

@@ -1,0 +1,37 @@
+"""A store that counts what it asks of its home."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from crosscal.store import Store
+from crosscal.store.refs import Refs
+
+
+class CountingHome:
+    """A home that counts what is asked of it."""
+
+    def __init__(self, home: Any) -> None:
+        self._home, self.asked = home, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        move = getattr(self._home, name)
+        if not callable(move):
+            return move
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.asked[name] += 1
+            return move(*args, **kwargs)
+
+        return counted
+
+
+def counting_store(home: str | Path) -> tuple[Store, Counter[str]]:
+    """A store, and how often each move was asked of its home so far."""
+    store = Store(home)
+    counting = CountingHome(store.home)
+    store.home = counting  # type: ignore[assignment]
+    store.refs = Refs(counting)  # type: ignore[arg-type]
+    return store, counting.asked
