@@ -19,7 +19,7 @@ MOST_SHOWN = 50
 
 @flow(name="housekeeping", persist_result=False, result_serializer="json", on_running=[note_process])
 def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: float = 60.0) -> dict[str, Any]:
-    """Verify every artifact, quarantine damaged ones, remove what is abandoned or unused, close runs that died."""
+    """Verify what is new or changed, set aside what is damaged, remove what is abandoned or unused, close dead runs."""
     closed = close_stuck_runs(stuck_minutes)
     report = {**look_after(Store(home), unused_days), "closed": closed}
     get_run_logger().info(json.dumps(shortened(report)))
@@ -34,7 +34,7 @@ def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: flo
 
 def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
     """Counts, damaged artifacts (set aside: the next run makes them anew) and what was removed."""
-    checked = list(store.verify(quarantine=True))
+    checked = list(store.verify(quarantine=True, quick=True))
     damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
     removed = [{"place": place, "reason": reason} for place, reason in store.sweep(unused_days=unused_days)]
     return {"artifacts": len(checked), "damaged": damaged, "removed": removed}

@@ -15,7 +15,9 @@ import pytest
 from crosscal.errors import CorruptArtifact, MissingArtifact, StoreConflict, StoreError
 from crosscal.store import Artifact, Store, digest_of
 from crosscal.store.artifacts import FORMAT
+from crosscal.store.local_home import LocalHome
 from crosscal.store.processes import this_process
+from crosscal.store.verification import SAMPLED_DAYS
 
 KEY = digest_of("one")
 FILES = {"a.bin": bytes(range(256)) * 40, "b.json": b'{"x": 1}', "empty": b""}
@@ -186,6 +188,51 @@ def test_a_home_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Choose another CROSSCAL_HOME"):
         put(Store(tmp_path / "file"))
+
+
+def rot(file: Path) -> None:
+    """A disk that loses a bit says nothing of it: size and time stay."""
+    then = file.stat().st_mtime_ns
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(then, then))
+
+
+def test_a_quick_verification_reads_what_is_new_or_changed_and_all_the_rest_within_a_month(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [digest_of(n) for n in range(40)]
+    for key in keys:
+        put(store, key=key)
+    read: list[str] = []
+    digest = LocalHome.digest
+
+    def noted(self: LocalHome, place: str, name: str, sha256: str) -> str | None:
+        read.append(place.rpartition("/")[2])
+        return digest(self, place, name, sha256)
+
+    def quick(day: int) -> set[str]:
+        read.clear()
+        monkeypatch.setattr("time.time", lambda: (1000 + day) * DAY)
+        return {key for _, key, problem in Store(store.location).verify(quick=True) if problem}
+
+    monkeypatch.setattr(LocalHome, "digest", noted)
+    assert quick(0) == set()
+    assert set(read) == set(keys), "what is new is read whole"
+    seen = []
+    for day in range(SAMPLED_DAYS):
+        assert quick(day) == set()
+        seen += set(read)
+    assert sorted(seen) == sorted(keys), "each once a month"
+    rot(folder_of(store, key=keys[0]) / "a.bin")
+    (folder_of(store, key=keys[1]) / "a.bin").write_bytes(FILES["a.bin"][:-1] + b"!")
+    (folder_of(store, key=keys[2]) / "b.json").unlink()
+    os.utime(folder_of(store, key=keys[3]) / "manifest.json", (1, 1))
+    found = [quick(day) for day in range(SAMPLED_DAYS)]
+    assert all({keys[1], keys[2]} <= damaged <= set(keys[:3]) for damaged in found)
+    assert sum(keys[0] in damaged for damaged in found) == 1, "found on its day"
+    assert {key for _, key, problem in store.verify() if problem} == set(keys[:3]), "and whenever all is read"
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

@@ -172,3 +172,31 @@ def run_at(place: Place, home: str) -> dict[str, Any]:
     done = crosscal("run", str(place.plan), "--home", home, "--json", "--out", str(place.folder / "remote"))
     assert done.code == 0, done.err
     return json.loads(done.out)
+
+
+def test_a_nightly_verification_fetches_what_is_new_and_nothing_again(home: str, line: BadLine, tmp_path: Path) -> None:
+    """By the bucket's own checksums: every change of an object is seen, and no sound one is read twice."""
+    for n in range(6):
+        put(Store(home), digest_of(n), {"a.bin": bytes([n]) * 3000, "b.bin": bytes([n]) * 30})
+
+    def nightly(**how: bool) -> tuple[list[str | None], int]:
+        line.seen.clear()
+        problems = [problem for *_, problem in Store(home).verify(quick=True, **how)]
+        return problems, line.seen["requests"]
+
+    assert nightly()[0] == [None] * 6
+    sound, requests = nightly()
+    assert sound == [None] * 6
+    assert requests <= 8, "lists, and what was noted"
+    put(Store(home), digest_of(9), {"a.bin": b"new"})
+    more, later_requests = nightly()
+    assert more == [None] * 7
+    assert later_requests > requests
+    bucket = S3FileSystem()
+    for n, name in ((0, "-a.bin"), (1, "-b.bin"), (2, "manifest.json")):
+        place = f"{home.removeprefix('s3://')}/objects/moments/{digest_of(n)}"
+        damaged = next(path for path in bucket.ls(place) if path.endswith(name))
+        content: Any = bucket.cat_file(damaged)
+        bucket.pipe_file(damaged, content[:-1] + bytes([content[-1] ^ 1]))
+    assert sum(problem is not None for problem in nightly(quarantine=True)[0]) == 3
+    assert nightly()[0] == [None] * 4

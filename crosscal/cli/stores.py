@@ -43,13 +43,16 @@ def list_artifacts(
 @app.command("verify")
 def verify(
     quarantine: Annotated[bool, typer.Option(help="Set damaged artifacts aside, so that they are made anew.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Leave out what was read before and has not changed, but for a daily sample.")
+    ] = False,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Read every byte of every artifact and compare it with its digest."""
     from crosscal.store import Store
 
-    checked = list(Store(home).verify(quarantine=quarantine))
+    checked = list(Store(home).verify(quarantine=quarantine, quick=quick))
     damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
     print_value({"artifacts": len(checked), "damaged": damaged}, as_json)
     if damaged:

@@ -11,6 +11,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from crosscal.corpora.corpus import Corpus, Shard, corpus_of, digests, record_of, ref_name
 from crosscal.corpora.hub import read_hub
+from crosscal.corpora.known import known_splits
 from crosscal.corpora.limits import DocumentLimits
 from crosscal.corpora.readers import READERS
 from crosscal.corpora.records import Document, Reject
@@ -128,7 +129,10 @@ def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: boo
     earlier = corpus_of(name, version, record).shards if record else ()
     if replace:  # all documents are at hand: a shard that was set aside as damaged is made again from them
         earlier = tuple(shard for shard in earlier if store.find("corpora", shard.key))
-    known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
+    if replace:
+        known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
+    else:
+        known = known_splits(store, earlier, spool.entries)
     fresh = {digest: entry.split for digest, entry in spool.entries.items() if digest not in known}
     splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh)
     if replace and not known.keys() <= spool.entries.keys():

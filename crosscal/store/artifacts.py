@@ -27,6 +27,7 @@ from crosscal.store.keys import digest_file, digest_of
 from crosscal.store.local_home import LocalHome
 from crosscal.store.refs import Refs
 from crosscal.store.remote_home import RemoteHome
+from crosscal.store.verification import Verified
 
 FORMAT = 1
 KEPT_KINDS = ("corpora",)
@@ -132,12 +133,17 @@ class Store:
                 if _KIND.fullmatch(found_kind) and _KEY.fullmatch(key):
                     yield found_kind, key
 
-    def verify(self, *, quarantine: bool = False) -> Iterator[tuple[str, str, str | None]]:
+    def verify(self, *, quarantine: bool = False, quick: bool = False) -> Iterator[tuple[str, str, str | None]]:
         """Read every byte of every artifact: yields (kind, key, problem or None). Damaged ones may be set aside.
 
-        A folder without a manifest is not an artifact: it may be on its way up to an object store.
+        `quick`: not those that were read earlier and have not changed since, as far as the home can tell (see
+        `verification`). A folder without a manifest is not an artifact: it may be on its way up to an object store.
         """
+        verified = Verified(self.home, self.refs)
         for kind, key in self.keys():
+            if quick and verified.holds(kind, key):
+                yield kind, key, None
+                continue
             try:
                 artifact = self._look(kind, key)
                 if artifact is None:
@@ -150,7 +156,9 @@ class Store:
             except (StoreError, OSError) as error:
                 yield kind, key, str(error)
             else:
+                verified.note(kind, key)
                 yield kind, key, None
+        verified.keep()
 
     def sweep(self, *, unused_days: float | None = None, dry_run: bool = False) -> Iterator[tuple[str, str]]:
         """Remove abandoned work in progress and, on request, artifacts unused for so long: yields (place, reason).

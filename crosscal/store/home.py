@@ -65,6 +65,11 @@ class Home(Protocol):
         """Name → time of last change, by the home's own clock, of what stands in a folder."""
         ...
 
+    def stamps(self, place: str) -> dict[str, str]:
+        """Path below a place → a stamp of each file: its size with the home's own checksum of it, which changes with
+        its bytes, or, beginning with `time`, with the time of its last change."""
+        ...
+
     def move(self, place: str, target: str) -> None: ...
 
     def remove(self, place: str) -> None:

@@ -36,6 +36,10 @@ _CARRIERS = ("aiohttp", "aiobotocore", "botocore", "urllib3")
 """Libraries under some file systems, whose errors of transport are no OSErrors."""
 
 
+_CHECKSUMS = ("ETag", "etag", "md5Hash", "md5", "content_md5", "crc32c")
+"""What they call a checksum that the storage keeps of an object."""
+
+
 class ShortRead(OSError):
     """Fewer bytes came than the object has."""
 
@@ -181,6 +185,12 @@ class RemoteHome:
             )
         return {name: at for name, at in times.items() if at is not None}
 
+    def stamps(self, place: str) -> dict[str, str]:
+        """A list of all objects, a thousand in each answer of S3, and nothing is fetched."""
+        at = self._at(place)
+        found: Any = self._do(self.fs.find, at, detail=True)
+        return {str(path).partition(f"{at}/")[2]: _stamp(info) for path, info in found.items()}
+
     def move(self, place: str, target: str) -> None:
         # The manifest leaves first: a folder that is half moved must not look complete.
         for name in sorted(self.names(place), key=lambda name: name != MANIFEST):
@@ -267,3 +277,8 @@ def modified_of(info: dict[str, Any]) -> float | None:
         aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
         return aware.timestamp()
     return None if value is None else float(value)
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    checksum = next((info[name] for name in _CHECKSUMS if info.get(name)), None)
+    return f"{f'time {modified_of(info)}' if checksum is None else checksum} {info['size']}"
