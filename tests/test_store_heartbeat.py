@@ -196,3 +196,13 @@ def test_behind_a_url_the_laws_are_the_same(tmp_path: Path, monkeypatch: pytest.
     assert ledger.holder("legal") is None
     assert [place for place, _ in store.sweep()] == [f"users/{elsewhere}"]
     assert ledger.claim("legal", "three") is not None
+
+
+def test_a_home_that_is_removed_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "home")
+    with store.publish("moments", KEY, {}):
+        pass
+    shutil.rmtree(tmp_path / "home" / "users")
+    with pytest.raises(FileNotFoundError):
+        heartbeat._beat(store.home)
+    assert not (tmp_path / "home" / "users").exists()

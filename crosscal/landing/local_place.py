@@ -25,12 +25,13 @@ class LocalPlace:
 
     def items(self, folder: str = "") -> Iterator[Item]:
         try:
-            names = sorted(os.listdir(self.root / folder))
+            with os.scandir(self.root / folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             yield Item("", problem=f"the folder cannot be read: {error.strerror}")
             return
-        for name in names:
-            item = self._item(self.root / folder / name)
+        for entry in found:
+            item = self._item(entry)
             if item is not None:
                 yield item
 
@@ -46,9 +47,10 @@ class LocalPlace:
         same = (after.st_size, after.st_mtime) == (file.bytes, file.modified)
         return digest if same else None
 
-    def _item(self, path: Path) -> Item | None:
+    def _item(self, entry: os.DirEntry[str]) -> Item | None:
+        path = Path(entry.path)
         try:
-            found = self._inside(path).stat()
+            found = self._inside(path).stat() if entry.is_symlink() else entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             return Item(path.name, problem="a link to nothing") if path.is_symlink() else None  # it went meanwhile
         except PermissionError as error:

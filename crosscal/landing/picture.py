@@ -60,7 +60,7 @@ class Picture:
         return [entry_of(domain, value) for _, value in self._grouped.get(("file", domain), ())]
 
     def refusals(self) -> list[Value]:
-        return [value for key, value in sorted(self.items.items()) if key.startswith("refusal/")]
+        return [self.items[key] for key in sorted(key for key in self.items if key.startswith("refusal/"))]
 
     def settled(self, domain: str) -> set[tuple[str, str]]:
         """Name and signature of every file whose way into the corpus has ended."""

@@ -33,7 +33,7 @@ class Beaten(Protocol):
     @property
     def location(self) -> str: ...
 
-    def touch(self, place: str) -> None: ...
+    def touch(self, place: str, *, is_first: bool = False) -> None: ...
 
     def times(self, place: str) -> dict[str, float]: ...
 
@@ -80,7 +80,7 @@ class _Heart:
 
     def begin(self, home: Beaten) -> None:
         if home.location not in self._homes:
-            _beat(home)
+            _beat(home, is_first=True)
             self._homes[home.location] = home
 
     def _beat_on(self) -> None:
@@ -96,5 +96,5 @@ def _heart(process_number: int) -> _Heart:
     return _Heart()
 
 
-def _beat(home: Beaten) -> None:
-    home.touch(f"{USERS}/{this_process()}")
+def _beat(home: Beaten, *, is_first: bool = False) -> None:
+    home.touch(f"{USERS}/{this_process()}", is_first=is_first)

@@ -57,8 +57,8 @@ class Home(Protocol):
 
     def names(self, place: str) -> list[str]: ...
 
-    def touch(self, place: str) -> None:
-        """Make a small file, or make it young again."""
+    def touch(self, place: str, *, is_first: bool = False) -> None:
+        """Make a small file, or make it young again; the first time its folder is made, too."""
         ...
 
     def times(self, place: str) -> dict[str, float]:

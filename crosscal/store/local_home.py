@@ -88,13 +88,14 @@ class LocalHome:
         folder = self.root / place
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
-    def touch(self, place: str) -> None:
+    def touch(self, place: str, *, is_first: bool = False) -> None:
         """What is new holds the time at which it was made."""
         path = self.root / place
         try:
             os.utime(path)
         except FileNotFoundError:
-            path.parent.mkdir(exist_ok=True)
+            if is_first:  # later a folder that is gone stays gone: somebody may be removing the home
+                path.parent.mkdir(exist_ok=True)
             path.touch()
             path.write_text(str(path.stat().st_mtime), encoding="ascii")
 

@@ -167,7 +167,7 @@ class RemoteHome:
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
 
-    def touch(self, place: str) -> None:
+    def touch(self, place: str, *, is_first: bool = False) -> None:
         self._write(self.fs.pipe_file, self._at(place), b"")
 
     def times(self, place: str) -> dict[str, float]:
