@@ -156,7 +156,7 @@ class Ledger:
         return heartbeat.signs(self.store.home).is_gone(run.holder)
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
-        """Add a line to a run's history; `published`, `kept`, `failed` and `abandoned` close it.
+        """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed` and `abandoned` close it.
 
         Raises `StoreError` when it was closed, that is, taken from its holder.
         """

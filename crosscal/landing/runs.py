@@ -1,6 +1,7 @@
 """Recompressions of a domain, one after the other, as the ledger has them.
 
     claimed → recompressed → evaluated → published | kept | failed | abandoned
+    claimed → unchanged
 
 Creating the next number is the claim, and only one process can. It holds while its process gives signs of life in the
 store (`store.heartbeat`). A run whose process is gone is marked abandoned before the next number is made, so that a
@@ -13,7 +14,8 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
-FINISHED = ("published", "kept")
+FINISHED = ("published", "kept", "unchanged")
+"""`unchanged`: the newest version makes the models of the last finished run, or has too little text for any."""
 ENDED = (*FINISHED, "failed", "abandoned")
 
 

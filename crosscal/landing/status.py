@@ -33,7 +33,7 @@ def _row(ledger: Ledger, picture: Picture, domain: str) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, picture: Picture, domain: str) -> str:
-    """`running`, `waiting`, `given up`, `published`, `kept`, or `nothing usable`."""
+    """`running`, `waiting`, `given up`, `published`, `kept`, `unchanged`, or `nothing usable`."""
     last = picture.last_run(domain)
     if ledger.living(last) is not None:
         return "running"

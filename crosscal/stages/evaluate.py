@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from crosscal.calibration import tokenizer_digest
 from crosscal.corpora import Corpus, documents
+from crosscal.errors import TooLittleText
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
 from crosscal.models.checkpoint import load_variant
 from crosscal.models.source import ModelSource
@@ -86,21 +87,17 @@ def examination(
     report: Report = silent,
 ) -> Examination:
     """Cut the test windows and load the tasks, once for all models of a run."""
-    tokenizer = source.tokenizer()
     positions = source.max_positions
-    length = min(length, positions or length)
-
-    def cut(corpus: Corpus) -> torch.Tensor:
-        texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
-        told = _told(texts, f"{corpus.name}: reading test documents", corpus.documents("test"), report)
-        return windows_of(told, tokenizer, length, windows)
 
     return Examination(
         store,
-        {corpus.name: cut(corpus) for corpus in corpora},
+        {
+            corpus.name: test_windows(store, corpus, source, length=length, windows=windows, report=report)
+            for corpus in corpora
+        },
         positions or QUESTION_TOKENS,
         tokenizer_digest(source.path),
-        tokenizer,
+        source.tokenizer(),
         QuestionSuite.load(tasks, limit=limit),
         tuple(tasks),
         limit,
@@ -108,6 +105,18 @@ def examination(
         device,
         dtype,
     )
+
+
+def test_windows(
+    store: Store, corpus: Corpus, source: ModelSource, *, length: int, windows: int, report: Report = silent
+) -> torch.Tensor:
+    """Windows of all test documents of a corpus: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
+    texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
+    told = _told(texts, f"{corpus.name}: reading test documents", corpus.documents("test"), report)
+    try:
+        return windows_of(told, source.tokenizer(), min(length, source.max_positions or length), windows)
+    except TooLittleText as error:
+        raise TooLittleText(error.what, where=f"{corpus.name}", got=error.got, do=error.do) from error
 
 
 def checkpoint_files(folder: Path, name: str = "model", report: Report = silent) -> dict[str, str]:

@@ -24,6 +24,9 @@ _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 class Home(Protocol):
     """Places are paths relative to the home, with forward slashes."""
 
+    keeps_times: bool
+    """Whether it knows when an artifact was last used."""
+
     @property
     def location(self) -> str:
         """Absolute path or URL."""
