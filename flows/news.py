@@ -15,7 +15,7 @@ from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
 from crosscal.landing import Ledger
 from crosscal.landing.runs import FINISHED
-from crosscal.stages.evaluate import test_windows
+from crosscal.stages.evaluate import windows_for_testing
 from crosscal.store import digest_of
 from crosscal.tasks.ticket import Ticket
 
@@ -68,7 +68,7 @@ class News:
         plan = ticket.parsed
         corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=self.domain)
         length = plan.evaluate.length or plan.calibration.length
-        test_windows(ticket.store, corpus, ticket.source(), length=length, windows=1)
+        windows_for_testing(ticket.store, corpus, ticket.source(), length=length, windows=1)
 
 
 def inputs_of(ticket: Ticket) -> str:

@@ -92,7 +92,7 @@ def examination(
     return Examination(
         store,
         {
-            corpus.name: test_windows(store, corpus, source, length=length, windows=windows, report=report)
+            corpus.name: windows_for_testing(store, corpus, source, length=length, windows=windows, report=report)
             for corpus in corpora
         },
         positions or QUESTION_TOKENS,
@@ -107,7 +107,7 @@ def examination(
     )
 
 
-def test_windows(
+def windows_for_testing(
     store: Store, corpus: Corpus, source: ModelSource, *, length: int, windows: int, report: Report = silent
 ) -> torch.Tensor:
     """Windows of all test documents of a corpus: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
