@@ -49,7 +49,7 @@ ROOMS = {
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers"}),
     "models": (
         {"errors", "lanes", "statistics"},
-        {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "compressed_tensors", "numpy"},
+        {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
     "evaluation": ({"errors", "files"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"}),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from crosscal.evaluation.question_files import FORMS, Question, is_question_file
 
 _log = logging.getLogger(__name__)
 MOST_QUESTIONS = 32
+_ONE_AT_A_TIME = threading.RLock()  # lm-eval's log and its bars are the whole process's
 BOOTSTRAP_ITERATIONS = 1000
 """For standard errors without a closed form; lm-eval leaves out every standard error when this is 0."""
 UNREACHABLE = (OSError, ValueError, RuntimeError, ImportError)
@@ -238,7 +240,15 @@ def _bar(progress: Callable[[int, int], None] | None) -> Any:
 
 @contextmanager
 def _quiet_lm_eval(progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """lm-eval's log at errors only, its bar over answers handed to `progress`, the others off; afterwards as before."""
+    """lm-eval's log at errors only, its bar over answers handed to `progress`, the others off; afterwards as before.
+
+    For one thread at a time.
+    """
+    with _ONE_AT_A_TIME:
+        yield from _without_log_and_bars(progress)
+
+
+def _without_log_and_bars(progress: Callable[[int, int], None] | None) -> Iterator[None]:
     from tqdm import tqdm
 
     names = ("api.task", "api.model", "models.huggingface")

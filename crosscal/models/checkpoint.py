@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from crosscal.errors import ModelError, NotFinite
+from crosscal.models.building import ONE_AT_A_TIME
 from crosscal.models.export import PACKED, dense_linears, unpacked_weight_OI
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
@@ -141,15 +142,16 @@ def load_variant(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None):
             config.quantization_config["dequantize"] = True
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with ONE_AT_A_TIME:
+            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError("the checkpoint cannot be loaded", where=str(folder), got=str(error), do=AGAIN) from error
     lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])

@@ -5,26 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
-import accelerate
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
+from crosscal.models.building import build_skeleton, causal_class
 from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -32,11 +27,32 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 
 
+T = TypeVar("T")
+
+
+class _shared_property(cached_property[T]):
+    """Computed once, also when several threads ask at once (which `cached_property` alone does not promise)."""
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any] | None = None) -> _shared_property[T]: ...
+    @overload
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T: ...
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        if instance is None:
+            return self
+        with instance._computing:
+            return super().__get__(instance, owner)
+
+
 class ModelSource:
-    """A checkpoint of safetensors and the architecture its config names. Nothing of it is executed or unpickled."""
+    """A checkpoint of safetensors and the architecture its config names. Nothing of it is executed or unpickled.
+
+    Threads may share one: what is computed of it is computed once and only read afterwards.
+    """
 
     def __init__(self, path: Path, config: PretrainedConfig, revision: str | None = None) -> None:
         self.path, self.config, self.revision = path, config, revision
+        self._computing = threading.RLock()
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, revision: str | None = None) -> ModelSource:
@@ -55,7 +71,7 @@ class ModelSource:
             )
         return cls(path, config, revision)
 
-    @cached_property
+    @_shared_property
     def digest(self) -> str:
         """sha256 over config.json and the content of every weight file; names of folders and files do not enter."""
         files = [self.path / "config.json", *sorted(set(self.weights.files.values()))]
@@ -65,7 +81,7 @@ class ModelSource:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         return hashlib.sha256(json.dumps([digests[0], sorted(digests[1:])]).encode()).hexdigest()
 
-    @cached_property
+    @_shared_property
     def dtype(self) -> torch.dtype:
         """The dtype the checkpoint is stored in: the config's, or else that of its first floating-point tensor."""
         if isinstance(self.config.dtype, torch.dtype):
@@ -73,11 +89,12 @@ class ModelSource:
         tensors = (next(iter(self.weights.stored([key]).values())) for key in self.weights.files)
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
-    @cached_property
+    @_shared_property
     def weights(self) -> Weights:
+        """The checkpoint's tensors; `weights.model` is shared, for names and shapes alone."""
         return Weights(files_by_tensor(self.path), self.skeleton())
 
-    @cached_property
+    @_shared_property
     def blocks(self) -> int:
         """How many decoder blocks the model has."""
         return len(find_blocks(self.weights.model)[1])
@@ -95,25 +112,14 @@ class ModelSource:
                 "the model's tokenizer cannot be loaded", where=str(self.path), got=_first_line(error)
             ) from error
 
-    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
-        config = AutoConfig.from_pretrained(
-            self.path, trust_remote_code=False, local_files_only=True
-        )  # from_config edits it
-        with accelerate.init_empty_weights(include_buffers=False):
-            try:
-                # eager: other implementations of stacked experts have no float64 kernels and no fixed order of sums
-                model = AutoModelForCausalLM.from_config(
-                    config,
-                    dtype=dtype or config.dtype or torch.float32,
-                    experts_implementation="eager",
-                    trust_remote_code=False,
-                )
-            except ValueError as error:
-                raise ModelError(
-                    "not a causal language model that transformers knows", where=str(self.path), got=_first_line(error)
-                ) from error
-        return model.eval().requires_grad_(False)
+        try:
+            return build_skeleton(deepcopy(self.config), causal_class(self.config), dtype)
+        except ValueError as error:
+            raise ModelError(
+                "the config's values make no model", where=str(self.path), got=_first_line(error)
+            ) from error
 
     def block_name(self, block: int) -> str:
         """E.g. `model.layers.3`."""
@@ -146,17 +152,9 @@ class ModelSource:
         """Whether a tensor of the model belongs to no block."""
         return not name.startswith(f"{self._blocks_name}.")
 
-    @cached_property
+    @_shared_property
     def _blocks_name(self) -> str:
         return find_blocks(self.weights.model)[0]
-
-
-def place_buffers(module: nn.Module, device: torch.device | str) -> None:
-    """Move the computed buffers of a skeleton to the device that will run it."""
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[name] = buffer.to(device)
 
 
 def _local_directory(name: str, revision: str | None) -> Path:

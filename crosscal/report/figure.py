@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,13 +39,17 @@ _STYLE = {
 }
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """The report's style while a chart is made; matplotlib's own settings are untouched afterwards."""
+    """The report's style while a chart is made; matplotlib's own settings are untouched afterwards. For one thread at a
+    time: those settings, and filters of warnings, are the whole process's."""
     from matplotlib import rc_context
 
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": f"crosscal {name}"}
-    with rc_context(style), warnings.catch_warnings():
+    with _ONE_AT_A_TIME, rc_context(style), warnings.catch_warnings():
         # Text is laid out with DejaVu's metrics and shown in the reader's fonts, which have the glyphs DejaVu lacks.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         yield

@@ -1,0 +1,42 @@
+"""What is the whole process's is as before once threads that needed it otherwise are done, however they interleave."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import matplotlib as mpl
+import pytest
+
+from crosscal.evaluation import questions
+from crosscal.report.figure import drawing
+
+
+def state() -> list[object]:
+    import lm_eval.api.task as lm_eval_task
+
+    return [logging.getLogger("lm_eval").level, lm_eval_task.tqdm, dict(mpl.rcParams), list(warnings.filters)]
+
+
+@pytest.mark.parametrize("inside", [lambda: drawing("chart"), questions._quiet_lm_eval], ids=["drawing", "quiet"])
+def test_nothing_is_left_changed(inside: Callable[[], AbstractContextManager[None]]) -> None:
+    """The first thread to come is the first to go while the second is still inside: each restores what it found."""
+    with inside():
+        pass  # what is imported on the first use sets filters of its own
+    before = state()
+
+    def enter(seconds: float) -> None:
+        with inside():
+            time.sleep(seconds)
+
+    threads = [threading.Thread(target=enter, args=(seconds,)) for seconds in (0.1, 0.3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert state() == before
