@@ -2,12 +2,14 @@
 
 from crosscal.models.checkpoint import VariantWriter, load_variant
 from crosscal.models.export import can_pack, packed_tensors, quantization_config
-from crosscal.models.sites import MatrixRef, Site, find_sites, replaced_parameters
+from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site, find_matrices, find_sites, replaced_parameters
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, Upstream, WalkReport, walk
 
 __all__ = [
     "BlockMoments",
+    "LeftDense",
+    "Matrices",
     "MatrixRef",
     "ModelSource",
     "Site",
@@ -15,6 +17,7 @@ __all__ = [
     "VariantWriter",
     "WalkReport",
     "can_pack",
+    "find_matrices",
     "find_sites",
     "load_variant",
     "packed_tensors",

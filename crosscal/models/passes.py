@@ -19,7 +19,7 @@ from crosscal.models.blocks import BlockCalls, StopForward
 from crosscal.models.capture import Sums, capture
 from crosscal.models.fast_linears import fast_linears
 from crosscal.models.hidden import batches
-from crosscal.models.sites import Site, find_sites
+from crosscal.models.sites import Matrices, Site, find_matrices
 from crosscal.models.source import ModelSource
 from crosscal.statistics.blas import BLAS
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
@@ -51,9 +51,9 @@ class Passes:
     """Slice -> hidden_SLD, overwritten in place."""
     numbers: Numbers
 
-    def find_sites(self, index: int) -> tuple[Site, ...]:
+    def find_matrices(self, index: int) -> Matrices:
         hidden_SLD = next(iter(self.hidden.values()))
-        return find_sites(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
+        return find_matrices(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
 
     def pass_on(self, index: int) -> None:
         """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` when one is not finite."""

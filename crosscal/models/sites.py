@@ -3,13 +3,15 @@
 Shapes: O outputs, I inputs of a matrix, E experts.
 
 Found by watching one forward pass: linears that are handed the same tensor object share a site (q, k, v; gate, up).
-Every matrix of the block is accounted for. Routers of mixtures of experts stay as they are: they are tiny, and a
-changed choice of expert is not an error that a Hessian of their inputs measures. Anything else that is large and not
-understood is an error, never a silent omission.
+Every matrix of the block is accounted for: solved, or named with the reason why it stays as it is. Routers of mixtures
+of experts do: they are tiny, and a changed choice of expert is not an error that a Hessian of their inputs measures.
+What a router is follows from the flow of the data (`flow.py`), not from names or sizes. Anything else that is large and
+not understood is an error, never a silent omission.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,10 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models import experts
+from crosscal.models.flow import DataFlow
 
 LARGE = 16
 """A parameter is a matrix to account for when two of its dimensions exceed this: depthwise convolutions and the state
 matrices of recurrent layers stay below, and have nothing to prune."""
+ROUTER = "a router: it only chooses what others read"
+GATE = "a gate of one output"
+SMALL = f"no two dimensions above {LARGE}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,24 @@ class Site:
     inputs: int
 
 
+@dataclass(frozen=True)
+class LeftDense:
+    """A parameter of two dimensions or more that no method changes, and why."""
+
+    name: str
+    """E.g. `mlp.gate`."""
+    parameter: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Every matrix of a block: in the order they are reached, and those that stay as they are."""
+
+    sites: tuple[Site, ...]
+    left_dense: tuple[LeftDense, ...]
+
+
 def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[MatrixRef, Tensor]) -> dict[str, Tensor]:
     """The block's parameters that change when these matrices do, whole and as they are stored."""
     changed: dict[str, Tensor] = {}
@@ -66,38 +90,49 @@ def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[Ma
 
 
 def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
-    """The sites of a block in the order they are reached, seen while `run()` runs it once.
+    """The sites alone of what `find_matrices` finds."""
+    return find_matrices(block, run).sites
+
+
+def find_matrices(block: nn.Module, run: Callable[[], object]) -> Matrices:
+    """Every matrix of a block, seen while `run()` runs it once in this thread.
 
     Raises `UnsupportedModel`, naming the module, for a matrix that cannot be calibrated.
     """
-    routers = set(_router_modules(block))
-    linears = {name: module for name, module in block.named_modules() if is_linear(module) and name not in routers}
-    _refuse_unknown(block, linears, routers)
+    linears = {name: module for name, module in block.named_modules() if is_linear(module) and _outputs(module) > 1}
+    stacks = {name: module for name, module in block.named_modules() if experts.is_experts(module)}
+    flow = DataFlow(block)
+    routers: set[str] = set()
     seen: dict[str, Tensor] = {}  # holds the inputs, so that no tensor's identity is used again
     versions: dict[str, int] = {}
-
-    stacks = dict(_experts(block))
     stacks_seen: set[str] = set()
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name in seen or name in stacks_seen:
             raise UnsupportedModel("this matrix is used more than once in a block", where=name)
-        if name in stacks:
-            stacks_seen.add(name)
-        else:
-            seen[name] = input_of(args, kwargs)
-            versions[name] = seen[name]._version
+        read = input_of(args, kwargs) if name in linears else next(iter(_arguments(module, args, kwargs)))
+        choosing = flow.origin((args, kwargs)).at_all - flow.origin(read).by_value
+        routers.update(choosing)
+        if name in linears:
+            seen[name], versions[name] = read, read._version
+            return
+        stacks_seen.add(name)
+        if not choosing:
+            raise UnsupportedModel("what routes tokens to these experts cannot be told", where=name)
 
-    with pre_hooks(linears | stacks, note):
+    with pre_hooks(linears | stacks, note), flow:
         run()
-    unused = [name for name in linears if name not in seen]
+    solved = {name: module for name, module in linears.items() if f"{name}.weight" not in routers}
+    _refuse_unknown(block, solved, routers)
+    unused = [name for name in solved if name not in seen]
     if unused:
         raise UnsupportedModel("this matrix never receives an input, so it cannot be calibrated", where=unused[0])
     shared: dict[tuple[int, int], list[str]] = {}
-    for name in seen:
+    for name in (name for name in seen if name in solved):
         shared.setdefault((id(seen[name]), versions[name]), []).append(name)
-    dense = [_linear_site(names, linears) for names in shared.values()]
-    return (*dense, *(site for name, module in _experts(block) for site in _expert_sites(name, module)))
+    dense = [_linear_site(names, solved) for names in shared.values()]
+    sites = (*dense, *(site for name, module in stacks.items() for site in _expert_sites(name, module)))
+    return Matrices(sites, tuple(_left_dense(block, sites, routers)))
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -107,6 +142,15 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def _outputs(linear: nn.Module) -> int:
+    return linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """A call's arguments in the order of the module's signature."""
+    return list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
 
 
 @contextmanager
@@ -141,28 +185,27 @@ def _expert_sites(name: str, module: nn.Module) -> Iterator[Site]:
             yield Site(matrix.name, (matrix,), matrix.weight_OI({path: module.get_parameter(part)}).shape[1])
 
 
-def _experts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in block.named_modules() if experts.is_experts(module))
+def _left_dense(block: nn.Module, sites: tuple[Site, ...], routers: set[str]) -> Iterator[LeftDense]:
+    solved = {matrix.parameter for site in sites for matrix in site.matrices}
+    stacks = {name for name, module in block.named_modules() if experts.is_experts(module)}
+    for parameter, tensor in block.named_parameters():
+        owner, _, kind = parameter.rpartition(".")
+        if tensor.ndim < 2 or parameter in solved or owner in stacks:  # what else a stack holds are its biases
+            continue
+        is_gate = is_linear(block.get_submodule(owner)) and _outputs(block.get_submodule(owner)) == 1
+        reason = ROUTER if parameter in routers else GATE if is_gate else SMALL
+        yield LeftDense(owner if kind == "weight" else parameter, parameter, reason)
 
 
-def _router_modules(block: nn.Module) -> Iterator[str]:
-    """Modules beside a stack of experts with one row of weights per expert, or one in all (a shared expert's gate)."""
-    for name, stack in _experts(block):
-        parent = name.rpartition(".")[0]
-        for child, module in block.get_submodule(parent).named_modules():
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None and weight.ndim == 2 and weight.shape[0] in (1, experts.count(stack)):
-                yield f"{parent}.{child}".removeprefix(".")
-
-
-def _refuse_unknown(block: nn.Module, linears: Mapping[str, nn.Module], routers: set[str]) -> None:
-    known = {*linears, *routers, *(name for name, _ in _experts(block))}
+def _refuse_unknown(block: nn.Module, solved: Mapping[str, nn.Module], routers: set[str]) -> None:
     for name, module in block.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
+            path = f"{name}.{parameter}".removeprefix(".")
             is_large = tensor.ndim > 1 and sorted(tensor.shape)[-2] > LARGE
-            if is_large and (name not in known or (name in linears and parameter != "weight")):
+            is_known = path in routers or experts.is_experts(module) or (name in solved and parameter == "weight")
+            if is_large and not is_known:
                 raise UnsupportedModel(
                     f"{type(module).__name__} holds a matrix that crosscal does not know how to calibrate",
-                    where=f"{name}.{parameter}".removeprefix("."),
+                    where=path,
                     got=f"shape {tuple(tensor.shape)}",
                 )

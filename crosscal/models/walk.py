@@ -23,10 +23,11 @@ from torch import Tensor
 from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
+from crosscal.models.building import place_buffers
 from crosscal.models.hidden import hidden_states
 from crosscal.models.passes import Numbers, Passes
-from crosscal.models.sites import Site
-from crosscal.models.source import ModelSource, place_buffers
+from crosscal.models.sites import LeftDense, Matrices, Site
+from crosscal.models.source import ModelSource
 from crosscal.models.weights import attached
 from crosscal.statistics.moments import InputMoments
 
@@ -44,6 +45,8 @@ class BlockMoments:
     name: str
     """E.g. `model.layers.3`."""
     sites: tuple[Site, ...]
+    left_dense: tuple[LeftDense, ...]
+    """What no method changes, and why. Empty, as `sites`, for a block that was not wanted."""
     moments: Mapping[str, Mapping[str, InputMoments]]
     """Slice -> site -> moments. An expert that no token of a slice was sent to has moments of 0 tokens. Empty for a
     block that was not wanted."""
@@ -121,16 +124,17 @@ def _one_block(
     run: Passes, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool
 ) -> None:
     dense, block = upstream == "dense", run.blocks[index]
-    sites, moments = (), {}
+    found, moments = Matrices((), ()), {}
     if is_wanted:
-        sites = run.find_sites(index)
-        moments = run.accumulate(index, sites, keep_outputs=dense and not is_last)
+        found = run.find_matrices(index)
+        moments = run.accumulate(index, found.sites, keep_outputs=dense and not is_last)
     elif dense:
         run.pass_on(index)
     changed: Mapping[str, Tensor] | None = None
     if is_wanted or not dense:
         name = run.source.block_name(index)
-        changed = on_block(BlockMoments(index, name, sites, moments, dict(block.named_parameters())))
+        parameters = dict(block.named_parameters())
+        changed = on_block(BlockMoments(index, name, found.sites, found.left_dense, moments, parameters))
         assert not (dense and changed), "a dense walk hands on the dense model's outputs"
     if not dense and not is_last:
         # Rounded as the checkpoint will store it: the next block sees what the compressed model gives.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crosscal.models.sites import MatrixRef, Site
+from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.moments import Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import Mixture
@@ -23,6 +23,7 @@ class BlockProblem:
     name: str
     block: int
     sites: tuple[Site, ...]
+    left_dense: tuple[LeftDense, ...]
     parameters: Mapping[str, Tensor]
     """As the checkpoint stores them."""
     cached: Cached

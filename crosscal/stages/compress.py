@@ -67,13 +67,14 @@ class Workshop:
         write_rows(file, rows)
 
     def problem(self, block: int, cached: Cached) -> BlockProblem:
-        sites = cached.sites(block)
-        if sites is None:
+        matrices = cached.matrices(block)
+        if matrices is None:
             raise MissingArtifact("the block has not been calibrated", where=self.source.block_name(block))
         return BlockProblem(
             name=self.source.block_name(block),
             block=block,
-            sites=sites,
+            sites=matrices.sites,
+            left_dense=matrices.left_dense,
             parameters=self.source.load_block(block),
             cached=cached,
             samples=self.samples,

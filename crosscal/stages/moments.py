@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
 from crosscal.lanes import Behind
-from crosscal.models.sites import MatrixRef, Site
+from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
@@ -28,6 +28,7 @@ from crosscal.store import Store, digest_of
 from crosscal.store.moments import read_moments, write_moments
 
 FORMAT = 1  # of everything below; a change of meaning makes new keys
+SITES_FORMAT = 2  # of what is known of a block's matrices
 DENSE = "dense"
 
 
@@ -46,10 +47,16 @@ class Cached:
     """Of the artifacts."""
 
     def sites(self, block: int) -> tuple[Site, ...] | None:
+        found = self.matrices(block)
+        return found and found.sites
+
+    def matrices(self, block: int) -> Matrices | None:
         artifact = self.store.find("sites", self._sites_key(block))
         if artifact is None:
             return None
-        return tuple(_site(value) for value in json.loads(self.store.read_bytes(artifact, "sites.json")))
+        value = json.loads(self.store.read_bytes(artifact, "sites.json"))
+        left_dense = tuple(LeftDense(**one) for one in value["left_dense"])
+        return Matrices(tuple(_site(one) for one in value["sites"]), left_dense)
 
     def has(self, calibration: str, block: int) -> bool:
         sites = self.sites(block)
@@ -84,7 +91,8 @@ class Cached:
         if self.sites(seen.block) is None:
             provenance = {"model": self.model, "block": seen.block}
             with self.store.publish("sites", self._sites_key(seen.block), provenance) as folder:
-                (folder / "sites.json").write_text(json.dumps([dataclasses.asdict(site) for site in seen.sites]))
+                found = dataclasses.asdict(Matrices(seen.sites, seen.left_dense))
+                (folder / "sites.json").write_text(json.dumps(found))
         return made
 
     def publish_site(self, calibration: str, block: int, site: Site, moments: InputMoments) -> None:
@@ -104,7 +112,7 @@ class Cached:
         return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype])
 
     def _sites_key(self, block: int) -> str:
-        return digest_of([FORMAT, self.model, block])
+        return digest_of([SITES_FORMAT, self.model, block])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Group, grouped
 from crosscal.stages.energies import Energies
 from crosscal.stages.sample import over_sums
-from crosscal.stages.solve_site import Layer, SiteMoments, solve_site
+from crosscal.stages.solve_site import Layer, SiteMoments, left_dense_rows, solve_site
 from crosscal.variants import Variant
 
 
@@ -55,14 +55,14 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
-    layers: dict[str, list[Layer]] = {variant.name: [] for variant in variants}
+    layers: dict[Variant, list[Layer]] = {variant: [] for variant in variants}
     for site, group in itertools.product(problem.sites, groups):
         for variant, layer in solved[site, group]:
-            layers[variant.name].append(layer)
-    return {name: _assembled(problem, found) for name, found in layers.items()}
+            layers[variant].append(layer)
+    return {variant.name: _assembled(problem, variant, found) for variant, found in layers.items()}
 
 
-def _assembled(problem: BlockProblem, layers: Sequence[Layer]) -> BlockSolution:
+def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:
     dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.weight_OI.cpu() for layer in layers})
     changed = dict(dense)
     for layer in layers:
@@ -71,7 +71,7 @@ def _assembled(problem: BlockProblem, layers: Sequence[Layer]) -> BlockSolution:
             del changed[layer.matrix.parameter]
             scale_OG = grid.scale_OG.to(problem.stored_dtype(layer.matrix))
             changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, scale_OG, grid.bits))
-    return BlockSolution(changed, dense, [layer.row for layer in layers])
+    return BlockSolution(changed, dense, [*(layer.row for layer in layers), *left_dense_rows(problem, variant)])
 
 
 def _energies(problem: BlockProblem, group: Group) -> Energies:

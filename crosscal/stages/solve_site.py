@@ -175,24 +175,36 @@ def _kept_dense(
     for variant in members:
         for matrix in site.matrices:
             weight_OI = matrix.weight_OI(problem.parameters)
-            solution = LayerSolution(weight_OI, 0.0, 0.0)
-            row = LayerRow(
-                variant=variant.name,
-                layer=f"{problem.name}.{matrix.name}",
-                block=problem.block,
-                site=site.name,
-                method=variant.method,
-                setting=variant.setting,
-                loss=0.0,
-                relative_loss=0.0,
-                heldout_relative_loss=None,
-                sparsity=solution.sparsity,
-                bits=None,
-                damping=None,
-                dead_inputs=0,
-                tokens=0,
-                seconds=0.0,
-                fallback=f"{KEEP_DENSE}: {why}",
-                parameters=weight_OI.numel(),
-            )
-            yield variant, Layer(matrix, solution, row)
+            row = _dense_row(problem, variant, matrix.name, site.name, weight_OI, f"{KEEP_DENSE}: {why}")
+            yield variant, Layer(matrix, LayerSolution(weight_OI, 0.0, 0.0), row)
+
+
+def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRow]:
+    """The block's matrices that no method changes, such as routers, each with the reason as its `fallback`."""
+    for left in problem.left_dense:
+        stored = problem.parameters[left.parameter]
+        yield _dense_row(problem, variant, left.name, left.name, stored, f"left dense: {left.reason}")
+
+
+def _dense_row(
+    problem: BlockProblem, variant: Variant, name: str, site: str, stored: Tensor, fallback: str
+) -> LayerRow:
+    return LayerRow(
+        variant=variant.name,
+        layer=f"{problem.name}.{name}",
+        block=problem.block,
+        site=site,
+        method=variant.method,
+        setting=variant.setting,
+        loss=0.0,
+        relative_loss=0.0,
+        heldout_relative_loss=None,
+        sparsity=LayerSolution(stored, 0.0, 0.0).sparsity,
+        bits=None,
+        damping=None,
+        dead_inputs=0,
+        tokens=0,
+        seconds=0.0,
+        fallback=fallback,
+        parameters=stored.numel(),
+    )
