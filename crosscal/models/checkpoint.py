@@ -1,9 +1,12 @@
 """Writes a compressed variant of a model as a checkpoint that transformers loads, and loads it back.
 
 block-00003.safetensors     a block, its unchanged tensors included; each may come from another machine
-outside-00000.safetensors   embeddings, norm, head: byte for byte the source's
+outside-00000.safetensors   embeddings, norm, head, and what the model has no place for: byte for byte the source's
 config.json, tokenizer …    the source's
 model.safetensors.index.json   written last: a folder without it is not a model
+
+Tensors have the names that they have in the source's checkpoint, whatever class of transformers reads them: names(out)
+= names(in), but for a packed linear, whose weight gives way to its packed parts, and the experts beside such linears.
 """
 
 from __future__ import annotations
@@ -20,11 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from crosscal.errors import ModelError, NotFinite
 from crosscal.models.building import ONE_AT_A_TIME
-from crosscal.models.export import PACKED, dense_linears, unpacked_weight_OI
+from crosscal.models.export import PACKED, unpacked_weight_OI
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
 from crosscal.statistics.finite import all_finite
@@ -67,11 +69,24 @@ class VariantWriter:
                 tensors[key] = value.detach().to("cpu", tensors[key].dtype)
             if value.is_floating_point() and not all_finite(value if key in packed else tensors[key]):
                 raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
+        _save(self._named(block, tensors, packed), self._block_file(block))
+
+    def _named(self, block: int, dense: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A block's tensors under the names of the source's checkpoint."""
+        weights, prefix = self.source.weights, f"{self.source.block_name(block)}."
         dropped = {f"{key.rpartition('.')[0]}.weight" for key in packed}
-        kept = {f"{name}.{key}": value for key, value in {**tensors, **packed}.items() if key not in dropped}
-        # The hub's spelling, for instance one tensor per expert, is what every reader of the family understands; but in
-        # a quantized checkpoint transformers takes experts spelled so to be packed, which only linears can be here.
-        _save(kept if packed else revert_weight_conversion(self._skeleton, kept), self._block_file(block))
+        kept = {f"{prefix}{key}": value for key, value in dense.items() if key not in dropped}
+        named: dict[str, Tensor] = {}
+        for key, value in packed.items():
+            linear, _, part = key.rpartition(".")
+            named[weights.key_of_part(f"{prefix}{linear}.weight", part)] = value
+        if packed:
+            # In a quantized checkpoint transformers takes experts in the hub's spelling, one tensor per expert, to be
+            # packed, which only linears can be here: they stay stacked, as modules hold them.
+            stacked = {key: value for key, value in kept.items() if weights.is_converted(key)}
+            named.update({self.source.name_when_loaded(key): value for key, value in stacked.items()})
+            kept = {key: value for key, value in kept.items() if key not in stacked}
+        return named | weights.in_checkpoint(kept)
 
     def adopt_block(self, block: int, shard: Path) -> None:
         """Take over a block's file that was written elsewhere."""
@@ -90,7 +105,7 @@ class VariantWriter:
             if bits is None:
                 raise ModelError("the block was written packed; reading it takes its bits", where=str(file))
             packed, scale_OG, shape = (stored[f"{linear}.{part}"] for part in PACKED)
-            dense[f"{linear}.weight"] = unpacked_weight_OI(packed, scale_OG, shape, bits)
+            dense[written.target_of(f"{linear}.weight")] = unpacked_weight_OI(packed, scale_OG, shape, bits)
         expected = set(self._skeleton.state_dict()) - set(dense)
         dense.update(written.load(lambda key: key.startswith(prefix) and key in expected))
         return {key.removeprefix(prefix): value for key, value in dense.items()}
@@ -105,7 +120,8 @@ class VariantWriter:
         if unwritten:
             raise ModelError("blocks are not written yet", where=str(self.folder), got=str(unwritten))
         weights = self.source.weights
-        for number, keys in enumerate(_shards(weights, weights.keys_of(self.source.is_outside))):
+        inside = weights.keys_of(lambda name: not self.source.is_outside(name))
+        for number, keys in enumerate(_shards(weights, sorted(weights.files.keys() - inside))):
             file = self.folder / f"outside-{number:05d}.safetensors"
             if not file.is_file():
                 _save(weights.stored(keys), file)
@@ -121,8 +137,8 @@ class VariantWriter:
         config = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # it would point at code that is not copied
         if quantization is not None:
-            packed = {key.rpartition(".")[0] for key in weight_map if key.endswith(".weight_packed")}
-            ignore = {*quantization.get("ignore", ()), *dense_linears(self._skeleton, packed)}
+            packed = [key.removesuffix("_packed") for key in weight_map if key.endswith(".weight_packed")]
+            ignore = {*quantization.get("ignore", ()), *self.source.linears_besides(packed)}
             config["quantization_config"] = {**quantization, "ignore": sorted(ignore)}
         _write_json(self.folder / "config.json", config)
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, TypeVar, overload
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,11 +23,14 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
 from crosscal.models.building import build_skeleton, causal_class
+from crosscal.models.export import dense_linears
 from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
+_COMPUTED = re.compile(r"\.(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
+"""Tables that older versions of transformers stored and that models compute."""
 
 
 T = TypeVar("T")
@@ -95,6 +101,37 @@ class ModelSource:
         return Weights(files_by_tensor(self.path), self.skeleton())
 
     @_shared_property
+    def _loaded_as(self) -> Weights:
+        """The checkpoint as the class that its config names holds it: of a multimodal wrapper, not the language model
+        inside that is calibrated."""
+        names = self.config.architectures or ()
+        kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+        if kind is None or kind is causal_class(self.config):
+            return self.weights
+        return Weights(self.weights.files, self._built(kind, torch.float32))
+
+    def name_when_loaded(self, name: str) -> str:
+        """What the class that the config names calls a tensor of the calibrated model."""
+        return self._loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
+
+    def linears_besides(self, packed: Sequence[str]) -> set[str]:
+        """Names of all `nn.Linear` modules whose weights are not `packed` (checkpoint names), in both classes."""
+        both = (self.weights, self._loaded_as)
+        return {
+            name
+            for weights in both
+            for name in dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
+        }
+
+    @property
+    def uncalibrated(self) -> list[str]:
+        """Parts of the checkpoint that the calibrated model has no place for (vision tower, `mtp.*`, further layers);
+        they are copied as they are. E.g. `mtp (15 tensors)`."""
+        placed = self.weights.keys_of(lambda name: True)
+        counts = Counter(_part_of(key) for key in self.weights.files if key not in placed and not _COMPUTED.search(key))
+        return [f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in sorted(counts.items())]
+
+    @_shared_property
     def blocks(self) -> int:
         """How many decoder blocks the model has."""
         return len(find_blocks(self.weights.model)[1])
@@ -114,11 +151,14 @@ class ModelSource:
 
     def skeleton(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
+        return self._built(causal_class(self.config), dtype)
+
+    def _built(self, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
         try:
-            return build_skeleton(deepcopy(self.config), causal_class(self.config), dtype)
-        except ValueError as error:
+            return build_skeleton(deepcopy(self.config), kind, dtype)
+        except (ValueError, ImportError) as error:
             raise ModelError(
-                "the config's values make no model", where=str(self.path), got=_first_line(error)
+                f"no {kind.__name__} can be built from the config", where=str(self.path), got=_first_line(error)
             ) from error
 
     def block_name(self, block: int) -> str:
@@ -155,6 +195,11 @@ class ModelSource:
     @_shared_property
     def _blocks_name(self) -> str:
         return find_blocks(self.weights.model)[0]
+
+
+def _part_of(key: str) -> str:
+    """`model.layers.61.mlp.up_proj.weight` -> `model.layers.61`, `model.visual.blocks.0.norm` -> `model.visual`."""
+    return m[0] if (m := re.match(r"(model\.)?layers\.\d+|model\.[^.]+|[^.]+", key)) else key
 
 
 def _local_directory(name: str, revision: str | None) -> Path:

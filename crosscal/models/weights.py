@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -75,10 +76,57 @@ class Weights:
             reader = _Reader(self.files, stack)
             return {key: reader(key) for key in keys}
 
-    def keys_of(self, wanted: Wanted) -> list[str]:
-        """The checkpoint's names of everything that is wanted, strays included."""
-        named = [key for target, sources in self._sources.items() if wanted(target) for key, _ in sources]
-        return named + [key for name, key in self.strays.items() if wanted(name)]
+    def keys_of(self, wanted: Wanted) -> set[str]:
+        """The checkpoint's names of everything that is wanted and that the model has a place for."""
+        return {key for target, sources in self._sources.items() if wanted(target) for key, _ in sources}
+
+    def in_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model under the names, and cut as, the checkpoint has them: the inverse of `load`.
+
+        Everything that is converted together must be there together, for instance a whole block. Raises `ModelError`
+        where transformers' own inverse does not lead back to the checkpoint's names.
+        """
+        reverted = revert_weight_conversion(self.model, dict(tensors))
+        places: dict[tuple[str, str | None], list[str]] = {}
+        for name in sorted(reverted, key=dot_natural_key):
+            places.setdefault(self._place(name), []).append(name)
+        found: dict[str, Tensor] = {}
+        for (target, pattern), names in places.items():
+            keys = [key for key, its_pattern in self._sources.get(target, ()) if its_pattern == pattern]
+            if pattern is None and len(names) == 1:
+                names *= len(keys)  # one tensor stored under several names
+            if not keys or len(keys) != len(names):
+                raise ModelError(
+                    "this tensor cannot be written as the checkpoint stores it", where=target, got=f"{len(keys)} names"
+                )
+            found.update({key: reverted[name] for key, name in zip(keys, names, strict=True)})
+        return found
+
+    def target_of(self, key: str) -> str:
+        """The model's name of a checkpoint's tensor that is not converted."""
+        return self._place(key)[0]
+
+    def key_of_part(self, target: str, part: str) -> str:
+        """What a part that stands for `target` is called: `(x.weight, weight_packed)` -> `x.weight_packed`, `x` in
+        the checkpoint's spelling if that leads back to the module, else in the model's own."""
+        (key, pattern), *more = self._sources[target]
+        theirs, own = _with_last(key, part), _with_last(target, part)
+        is_plain = pattern is None and not more and key.endswith(".weight")
+        return theirs if is_plain and self._renamed(theirs) == _with_last(self._renamed(key), part) else own
+
+    def is_converted(self, target: str) -> bool:
+        return self._sources[target][0][1] is not None
+
+    def _renamed(self, key: str) -> str:
+        return rename_source_key(key, self._renamings, self._converters)[0]
+
+    def _place(self, key: str) -> tuple[str, str | None]:
+        """(module name, conversion pattern) of a checkpoint name."""
+        prefix = self.model.base_model_prefix
+        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._expected)
+        if name not in self._expected and key in self._expected:
+            return key, None  # a rule meant for an older spelling matched a name that is already right
+        return name, pattern
 
     def bytes_of(self, key: str) -> int:
         with _opened(self.files[key]) as file:
@@ -89,11 +137,8 @@ class Weights:
         """Module name -> (checkpoint name, conversion pattern), in order; of strays: module name -> checkpoint name."""
         sources: dict[str, list[tuple[str, str | None]]] = {}
         strays: dict[str, str] = {}
-        prefix = self.model.base_model_prefix
         for key in sorted(self.files, key=dot_natural_key):
-            name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._expected)
-            if name not in self._expected and key in self._expected:
-                name, pattern = key, None  # a rule meant for an older spelling matched a name that is already right
+            name, pattern = self._place(key)
             if name in self._expected:
                 sources.setdefault(name, []).append((key, pattern))
             else:
@@ -239,6 +284,10 @@ def _loading_info(missing: set[str] | None = None, unexpected: set[str] | None =
         conversion_errors={},
         skipped_pp_keys=set(),
     )
+
+
+def _with_last(name: str, part: str) -> str:
+    return f"{name.rpartition('.')[0]}.{part}"
 
 
 def _some(names: list[str]) -> str:
