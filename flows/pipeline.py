@@ -79,7 +79,7 @@ def carry_out(
     with watch.stage("evaluate"):
         step(evaluate_models, ticket, stored)
     mark("evaluated")
-    record = _record(ticket, watch, corpora, readings) | {"calibration_quality": quality}
+    record = _record(ticket, watch, corpora, readings, known["notes"]) | {"calibration_quality": quality}
     write_run_record(run_dir, record)
     with watch.stage("report"):
         step(make_report, str(run_dir))
@@ -112,7 +112,7 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 
 
 def _record(
-    ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]]
+    ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
     return {
         "run_dir": ticket.run_dir,
@@ -125,7 +125,7 @@ def _record(
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,
-        "notes": [*_rejections(corpora), *(note for sample in ticket.samples for note in sample["notes"])],
+        "notes": [*notes, *_rejections(corpora), *(note for sample in ticket.samples for note in sample["notes"])],
         "variants": len(ticket.variants()),
     }
 

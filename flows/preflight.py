@@ -28,6 +28,7 @@ from crosscal.stages.preflight import (
     evaluating_bytes,
     existing_parent,
     is_read,
+    left_dense,
     moments_bytes,
     parameters_of,
     reading_bytes,
@@ -53,6 +54,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         source = ticket.source()
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
         shapes = block_shapes(source, ticket.cached)
+        kept = {"left_dense": left_dense(source, ticket.cached), "not_calibrated": source.uncalibrated}
         problems += [str(error) for error in refusals(plan, source, shapes)]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
@@ -61,13 +63,18 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     memory = _memory(ticket, source, shapes, readings)
     disk = _disk(ticket, source, shapes, readings, again)
     findings |= {
-        "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype},
+        "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
+        | kept,
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),
         "memory": memory,
         "disk": disk,
     }
     return {**findings, "problems": problems + _shortages(memory, disk)}
+
+
+def _numbers(ticket: Ticket) -> dict[str, str]:
+    return {"device": ticket.device, "dtype": ticket.dtype}
 
 
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:

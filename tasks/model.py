@@ -13,7 +13,7 @@ from crosscal.stages.folding import fold, sets_to_read
 from crosscal.stages.made_variants import take_blocks
 from crosscal.stages.moments import Cached, MomentsReport, collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
-from crosscal.stages.preflight import block_shapes
+from crosscal.stages.preflight import block_shapes, left_dense
 from crosscal.stages.sample import Sample
 from crosscal.stages.solved_blocks import collect_block, publish_block
 from crosscal.tasks.options import PLAIN, RETRIED
@@ -40,7 +40,9 @@ def identify_model(ticket: Ticket) -> dict[str, Any]:
     source = ticket.source()
     cached = dataclasses.replace(ticket.cached, model=known["model"])
     check_request(ticket.parsed, source, block_shapes(source, cached))
-    return known
+    left_dense(source, cached)  # or why the model cannot be calibrated
+    copied = [f"{part}: not calibrated, copied as it is" for part in source.uncalibrated]
+    return {**known, "notes": copied}
 
 
 def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:

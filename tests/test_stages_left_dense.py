@@ -8,6 +8,7 @@ from crosscal.models import ModelSource
 from crosscal.models.blocks import find_blocks
 from crosscal.models.experts import is_experts
 from crosscal.stages.compress import compress_block, layer_rows
+from crosscal.stages.preflight import left_dense
 from crosscal.store import Store
 from tests.helpers.tiny_models import save_model
 from tests.helpers.tiny_run import collect, sample, variant, windows, workshop
@@ -20,10 +21,16 @@ def test_what_stays_dense_is_a_row_with_the_reason(tmp_path: Path) -> None:
         variant("half", "wanda", {"general": 1.0}, sparsity=0.5),
         variant("small", "magnitude", None, sparsity=0.3),
     ]
+    foretold = left_dense(source, shop.cached)
     for each in shop.samples.values():
         collect(shop.cached, source, each.sets)
     for block in range(source.blocks):
         compress_block(shop, block, variants)
+    assert left_dense(source, shop.cached) == foretold  # of what was calibrated nothing is read
+    assert foretold == [
+        "mlp.gate: a router: it only chooses what others read (3 blocks)",
+        "mlp.shared_expert_gate: a gate of one output (3 blocks)",
+    ]
     rows = layer_rows(shop, variants)
     for each in variants:
         mine = {row.layer: row for row in rows if row.variant == each.name}

@@ -132,6 +132,26 @@ def further_outputs(
     return tuple(None if extra is None else torch.full_like(extra, torch.nan) for extra in output[1:])
 
 
+def check_causal(run: Callable[[Tensor], Tensor], hidden_1LD: Tensor, name: str) -> None:
+    """Raises `UnsupportedModel` if what a block gives for the first half of a window depends on the second half.
+
+    `run` gives the block's output. More than roundoff, sqrt(eps) of the dtype relative to the output, at more than half
+    of the positions: a router may decide a tie otherwise at one of them.
+    """
+    early = hidden_1LD.shape[1] // 2
+    other_1LD = hidden_1LD.clone()
+    other_1LD[:, early:] = -hidden_1LD[:, early:].flip(1)
+    first_1LD, second_1LD = (run(each)[:, :early].float() for each in (hidden_1LD, other_1LD))
+    change_L = (first_1LD - second_1LD).norm(dim=-1)[0]
+    tolerance_L = torch.finfo(hidden_1LD.dtype).eps ** 0.5 * first_1LD.norm(dim=-1)[0]
+    if (change_L > tolerance_L).float().sum() > early / 2:
+        raise UnsupportedModel(
+            "not a causal model: what this block gives for a token depends on later tokens",
+            where=name,
+            do="Give a decoder. A BERT is one only with `is_decoder: true` in its config.",
+        )
+
+
 def forward(model: PreTrainedModel, tokens_BL: Tensor) -> None:
     """Run the model without its output head, until a stub stops it."""
     base = getattr(model, model.base_model_prefix, model)

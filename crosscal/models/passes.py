@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
-from crosscal.models.blocks import BlockCalls, StopForward
+from crosscal.models.blocks import BlockCalls, StopForward, check_causal
 from crosscal.models.capture import Sums, capture
 from crosscal.models.fast_linears import fast_linears
 from crosscal.models.hidden import batches
@@ -52,8 +52,10 @@ class Passes:
     numbers: Numbers
 
     def find_matrices(self, index: int) -> Matrices:
-        hidden_SLD = next(iter(self.hidden.values()))
-        return find_matrices(self.blocks[index], lambda: self._run_batch(index, hidden_SLD[:1]))
+        """Raises `UnsupportedModel` for a matrix that cannot be calibrated and for a block that is not causal."""
+        first_1LD = next(iter(self.hidden.values()))[:1]
+        check_causal(lambda hidden_1LD: self._run_batch(index, hidden_1LD), first_1LD, self.source.block_name(index))
+        return find_matrices(self.blocks[index], lambda: self._run_batch(index, first_1LD))
 
     def pass_on(self, index: int) -> None:
         """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` when one is not finite."""

@@ -9,6 +9,7 @@ Shapes: I inputs of a site, O outputs of a matrix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from crosscal.models import experts
 from crosscal.models.blocks import find_blocks
 from crosscal.models.sites import is_linear
 from crosscal.models.source import ModelSource
+from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
 from crosscal.store import Store
 
@@ -56,6 +58,18 @@ def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
         stored_bytes = parameters * source.dtype.itemsize
         shapes.append(BlockShape(source.block_name(index), tuple(sites), parameters, stored_bytes))
     return shapes
+
+
+def left_dense(source: ModelSource, cached: Cached) -> list[str]:
+    """What no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
+
+    One block of each kind is read, unless the model was calibrated before. Raises `UnsupportedModel` for a model that
+    cannot be calibrated.
+    """
+    known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
+    blocks = known if len(known) == source.blocks else survey(source)
+    counts = Counter((left.name, left.reason) for found in blocks for left in found.left_dense)
+    return [f"{name}: {reason} ({count} block{'s' if count > 1 else ''})" for (name, reason), count in counts.items()]
 
 
 def _likely_sites(block: nn.Module) -> Iterator[tuple[str, int]]:
