@@ -123,6 +123,7 @@ def test_shortages_are_problems(place: Place, monkeypatch: pytest.MonkeyPatch) -
     assert [problem.split(" (got")[0] for problem in problems] == [
         "too little memory for reading on cpu",
         "too little memory for solving on cpu",
+        "too little memory for evaluating on cpu",
         "too little disk for the store",
         "too little disk for the run directory",
     ]
