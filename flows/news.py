@@ -58,7 +58,7 @@ class News:
 
     def _last(self) -> dict[str, Any] | None:
         """The newest finished run that says what it was made from."""
-        for run in self.ledger.runs.newest_first(self.domain):
+        for run in reversed(self.ledger.runs(self.domain)):
             if run.state in FINISHED and run.states[-1].get("inputs"):
                 return {"version": run.version, "inputs": run.states[-1]["inputs"]}
         return None
