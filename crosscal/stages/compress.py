@@ -39,7 +39,7 @@ from crosscal.variants import Variant
 
 SHARE = 0.5  # of the free memory that blocks being solved may take
 WRITERS = 4  # of one disk, each holding what it writes
-FORMAT = 1  # of sequential solutions; a change of what solvers compute makes new keys
+FORMAT = 2  # of sequential solutions; a change of what solvers compute makes new keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from crosscal.stages.solve import solve_block
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-FORMAT = 1  # a change of what solvers compute makes new keys
+FORMAT = 2  # a change of what is solved or how it is written makes new keys: since 2 under the names of the source
 KIND = "blocks"
 ROWS = "layers.jsonl"
 
