@@ -40,8 +40,10 @@ class Spool:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._texts, self._rejects:  # both are closed, also when one of them cannot be written to its end
-            pass
+        try:  # both are closed, also when one of them cannot be written to its end
+            self._texts.close()
+        finally:
+            self._rejects.close()
 
     def add(self, document: Document, split: str | None) -> None:
         entry = self.entries.get(document.digest)
