@@ -68,7 +68,10 @@ class News:
         plan = ticket.parsed
         corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=self.domain)
         length = plan.evaluate.length or plan.calibration.length
-        windows_for_testing(ticket.store, corpus, ticket.source(), length=length, windows=1)
+        begin, plain_text = plan.calibration.begin_token, plan.calibration.plain_text
+        windows_for_testing(
+            ticket.store, corpus, ticket.source(), length=length, windows=1, begin=begin, plain_text=plain_text
+        )
 
 
 def inputs_of(ticket: Ticket) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from crosscal.calibration import WindowRequest, tokenizer_digest
 from crosscal.calibration.pool import find_pool, most_windows
+from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus, load_corpus
 from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
@@ -92,7 +93,14 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
 def _reading(ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int) -> dict[str, Any]:
     """What is known of one corpus in one draw, as of its last ingest."""
     calibration, origin = plan.calibration, plan.corpora[name]
-    draw = Draw(calibration.windows, calibration.length, seed, calibration.held_out_windows)
+    draw = Draw(
+        calibration.windows,
+        calibration.length,
+        seed,
+        calibration.held_out_windows,
+        begin_token=calibration.begin_token,
+        plain_text=calibration.plain_text,
+    )
     asked = [draw.calibration(draw.windows), draw.held_out(draw.held_out_windows)]
     requests = [request.within(source.max_positions)[0] for request in asked]
     found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
@@ -123,7 +131,8 @@ def _generated(
     kind = {"source": "vocabulary"}
     if isinstance(origin, SelfGenerated):
         kind = {"source": "model", "model": ticket.model}
-    asked = {"split": request.split, "windows": request.windows, "length": request.length, "seed": request.seed}
+    begin = begin_token(source.tokenizer(), request.begin_token)
+    asked = {"begin": begin, **dataclasses.replace(request, plain_text=False).provenance(begin)}
     key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
     tokens = request.windows * request.length
     return [key], 0 if is_read(ticket.cached, key, source.blocks) else tokens, tokens
@@ -133,7 +142,7 @@ def _drawn(
     ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int
 ) -> tuple[list[str | None], int, int]:
     """What was drawn already, and at most as much of later shards as the rule lets them give."""
-    pool, undrawn = find_pool(ticket.store, corpus.shards, tokenizer_digest(source.path), request)
+    pool, undrawn = find_pool(ticket.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
     keys: list[str | None] = []
     unread = tokens = 0
     if pool is not None and pool.parts:

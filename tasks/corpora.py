@@ -66,6 +66,8 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
         seed,
         calibration.held_out_windows,
         parts_kept_apart=calibration.parts_kept_apart,
+        begin_token=calibration.begin_token,
+        plain_text=calibration.plain_text,
     )
     origin = ticket.parsed.corpora[name]
     source = ticket.source()

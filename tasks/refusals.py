@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from crosscal.calibration.tokens import end_token
+from crosscal.calibration.tokens import check_tokenizer
 from crosscal.compressors import Sparsity
 from crosscal.compressors.grid import check_grid
 from crosscal.errors import CrosscalError, PlanError, UsageError
@@ -27,7 +27,8 @@ def check_request(plan: CompressionPlan, source: ModelSource, shapes: Sequence[B
 def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> Iterator[CrosscalError]:
     """Everything that would stop the run later: settings that do not fit the model, tasks that do not exist."""
     try:
-        end_token(source.tokenizer())
+        calibration = plan.calibration
+        check_tokenizer(source.tokenizer(), calibration.begin_token, plain_text=calibration.plain_text)
     except CrosscalError as error:
         yield error
     asked = variants(plan)

@@ -105,6 +105,8 @@ def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = sile
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,
         dtype=getattr(torch, ticket.dtype),
+        begin=plan.calibration.begin_token,
+        plain_text=plan.calibration.plain_text,
         report=report,
     )
 

@@ -51,7 +51,11 @@ ROOMS = {
         {"errors", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    "evaluation": ({"errors", "files"}, {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"}),
+    # test windows are cut as calibration windows are
+    "evaluation": (
+        {"errors", "files", "calibration"},
+        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"},
+    ),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files"}, {"pydantic", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),

@@ -147,12 +147,19 @@ def test_windows_that_do_not_fit_the_model(tokens_SL: torch.Tensor, message: str
 
 def test_windows_are_the_documents_joined_and_cut() -> None:
     tokenizer = tiny_tokenizer()
-    stream = [token for text in SENTENCES for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    stream = [token for text in SENTENCES for token in [*tokenizer(text)["input_ids"], end]]
+    without_SL = windows_of(iter(SENTENCES), tokenizer, 8, begin=False)
+    assert without_SL.dtype == torch.int64
+    assert without_SL.flatten().tolist() == stream[: len(stream) // 8 * 8]
+    assert stream[0] == begin
+    assert stream.count(end) == len(SENTENCES)
     tokens_SL = windows_of(iter(SENTENCES), tokenizer, 8)
-    assert tokens_SL.dtype == torch.int64
-    assert tokens_SL.flatten().tolist() == stream[: len(stream) // 8 * 8]
-    assert stream[0] == tokenizer.bos_token_id
-    assert stream.count(tokenizer.eos_token_id) == len(SENTENCES)
+    assert (tokens_SL[:, 0] == begin).all()
+    assert (tokens_SL[:, 1] != begin).all()
+    told = [token for token in tokens_SL.flatten().tolist() if token != begin]
+    assert told == [token for token in stream if token != begin][: len(told)]
+    assert len(stream) // 8 <= len(tokens_SL) <= len(stream) // 7
 
 
 @pytest.mark.parametrize("wanted", [1, 3, 7])

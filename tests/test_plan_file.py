@@ -37,6 +37,8 @@ def test_every_default_is_written_back_and_equal_after_reloading(tmp_path: Path)
         "seed": 0,
         "held_out_windows": 16,
         "parts_kept_apart": 4,
+        "begin_token": None,
+        "plain_text": False,
         "batch_tokens": 4096,
     }
     assert dumped["compress"][0]["damping"] == [0.01]

@@ -66,8 +66,12 @@ def in_files(lines: Sequence[str], size: int) -> list[Sequence[str]]:
     return [lines[start : start + size] for start in range(0, len(lines), size)]
 
 
-def pool_of(store: Store, corpus: Corpus, windows: int, split: str = "train", seed: int = 0) -> Pool:
-    return draw_pool(store, corpus.shards, tiny_tokenizer(), "0" * 64, WindowRequest(windows, LENGTH, seed, split))
+def pool_of(
+    store: Store, corpus: Corpus, windows: int, split: str = "train", seed: int = 0, begin: bool = False
+) -> Pool:
+    """With `begin` every window begins with `<s>`, which is counted beside the corpus's own tokens."""
+    request = WindowRequest(windows, LENGTH, seed, split, begin_token=begin)
+    return draw_pool(store, corpus.shards, tiny_tokenizer(), "0" * 64, request)
 
 
 def tokens_of(store: Store, corpus: Corpus, split: str = "train") -> int:
@@ -92,6 +96,20 @@ def test_every_token_enters_or_waits_however_it_lands(tmp_path: Path, size: int,
     everything = sorted(drawn.flatten().tolist() + list(pool.rest))
     found = (text for shard in corpus.shards for text in documents(store, shard, split))
     assert everything == sorted(token for text in found for token in (*tiny_tokenizer()(text)["input_ids"], 1))
+
+
+@pytest.mark.parametrize("size", [1, 6, 50, 150])
+def test_every_token_enters_once_where_windows_begin_with_one_of_their_own(tmp_path: Path, size: int) -> None:
+    store = Store(tmp_path / "home")
+    corpus = land(store, tmp_path / "files", in_files(texts(150), size))
+    pool = pool_of(store, corpus, 10_000, begin=True)
+    drawn = torch.cat([windows_by_key(store, part.key) for part in all_parts(store, pool)])
+    assert (drawn[:, 0] == 0).all()
+    assert (drawn[:, 1] != 0).all()
+    assert pool.tokens_used + len(pool.rest) == tokens_of(store, corpus)
+    everything = sorted(token for token in drawn.flatten().tolist() + list(pool.rest) if token)
+    found = (text for shard in corpus.shards for text in documents(store, shard, "train"))
+    assert everything == sorted(token for text in found for token in (*tiny_tokenizer()(text)["input_ids"][1:], 1))
 
 
 def test_the_same_documents_have_the_same_share_in_one_file_or_in_many_in_any_order(tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ https://arxiv.org/abs/2410.17170.
 from __future__ import annotations
 
 # Shapes: S windows, L tokens in a window.
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from crosscal.calibration.cutting import cut
 from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.stop_words import STOP_WORDS
-from crosscal.calibration.tokens import end_token, ordinary_tokens
+from crosscal.calibration.tokens import begin_token, end_token, ordinary_tokens
 from crosscal.errors import CalibrationError
 from crosscal.store import Store, digest_of
 
@@ -49,8 +51,9 @@ def generate_windows(
 
     Each sequence is sampled from the whole distribution until end-of-text or the length of a window; only its first
     token is restricted, to those that read as one of `first_tokens` (None: no restriction). The sequences, start
-    tokens included, are joined in order and cut into windows. Every finished batch of sequences is stored, so that
-    an interrupted run goes on where it stopped. `progress` is called with (tokens so far, tokens needed).
+    tokens included, are joined in order and cut into windows, which begin as those of documents do. Every finished
+    batch of sequences is stored, so that an interrupted run goes on where it stopped. `progress` is called with
+    (tokens so far, tokens needed).
 
     Raises `CalibrationError` when no token may come first or the model hardly writes anything.
     """
@@ -60,6 +63,7 @@ def generate_windows(
     if start is None:
         start = end
         notes += ("The tokenizer has no begin-of-text token: texts begin with end-of-text instead.",)
+    begin = begin_token(tokenizer, request.begin_token)
     first_ids = None if first_tokens is None else first_token_ids(tokenizer, first_tokens)
     settings = {
         "source": "model",
@@ -69,14 +73,14 @@ def generate_windows(
         "length": request.length,
         "seed": request.seed,
         "split": request.split,  # a held-out set is written anew, too
-        "temperature": asdict(temperature),
+        "temperature": dataclasses.asdict(temperature),
         "first_ids": None if first_ids is None else digest_of(first_ids),
         "start": start,
         "batch": batch,
     }
-    provenance = {**settings, "windows": request.windows}
+    provenance = {**settings, **dataclasses.replace(request, plain_text=False).provenance(begin)}
     writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device)
-    tokens_SL = stored_windows(store, provenance, lambda: _generate(store, writer, settings, request, progress))
+    tokens_SL = stored_windows(store, provenance, lambda: _generate(store, writer, settings, request, begin, progress))
     return CalibrationSet(tokens_SL, provenance, notes)
 
 
@@ -101,25 +105,37 @@ def _generate(
     writer: SequenceWriter,
     settings: dict[str, Any],
     request: WindowRequest,
+    begin: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
-    needed = request.windows * request.length
-    most_sequences = needed / min(MIN_MEAN_TOKENS, request.length / 2) + 16 * settings["batch"]
-    tokens: list[int] = []
-    sequences = 0
-    while len(tokens) < needed:
+    sequences = _sequences(store, writer, settings, request.windows * request.length, progress)
+    windows = islice(cut(sequences, request.length, begin), request.windows)
+    return torch.from_numpy(np.stack(list(windows))).long()
+
+
+def _sequences(
+    store: Store,
+    writer: SequenceWriter,
+    settings: dict[str, Any],
+    needed: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[list[int]]:
+    """Sequence after sequence, without an end; about `needed` tokens will be asked for."""
+    most_sequences = needed / min(MIN_MEAN_TOKENS, writer.length / 2) + 16 * settings["batch"]
+    tokens = sequences = 0
+    while True:
         if sequences > most_sequences:
             raise CalibrationError(
                 "the model ends its texts almost at once",
-                got=f"{len(tokens) / sequences:.1f} tokens a text",
+                got=f"{tokens / sequences:.1f} tokens a text",
                 do="Use real documents, or another temperature.",
             )
         rows = _batch(store, writer, {**settings, "index": sequences // settings["batch"]})
-        tokens += chain.from_iterable(rows)
+        tokens += sum(map(len, rows))
         sequences += len(rows)
         if progress:
-            progress(min(len(tokens), needed), needed)
-    return torch.tensor(tokens[:needed]).reshape(request.windows, request.length)
+            progress(min(tokens, needed), needed)
+        yield from rows
 
 
 def _batch(store: Store, writer: SequenceWriter, settings: dict[str, Any]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Windows drawn from a growing corpus: shard by shard as it landed, what one leaves pooled into the next.
 
 The stream of a shard is what the shards before it left, then its own documents, shuffled by the seed, each closed by
-end-of-text. It is cut into windows, and into no more than
+end-of-text. It is cut into windows that begin as the tokenizer's texts do (`crosscal.calibration.cutting`), no more than
 
     max(windows of the plan - windows drawn so far, round(windows of the plan · characters_k / characters_1..k), 1)
 
@@ -20,15 +20,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from crosscal.calibration.cutting import cut
 from crosscal.calibration.sets import WindowRequest, stored_windows
-from crosscal.calibration.tokens import tokenize
+from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
 from crosscal.corpora import Shard, documents
 from crosscal.store import Store, digest_of
 
@@ -39,7 +40,6 @@ KIND = "draws"
 RULE = 2
 RECENT = 32
 """Parts that a pool names: more than are ever kept apart."""
-BATCH_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Pool:
     tokens_used: int = 0
     tokens_beyond: int = 0
     """Beyond the plan's windows; estimated from the characters of the documents that were not tokenized."""
+    spelling: int = 0
+    """Documents whose text spells a special token that was read as one."""
 
 
 def draw_pool(
@@ -94,21 +96,26 @@ def draw_pool(
 
     Raises `CalibrationError` when the tokenizer has no end-of-text token.
     """
-    shards, keys = _chain(shards, tokenizer_digest, request)
+    begin = begin_token(tokenizer, request.begin_token)
+    shards, keys = _chain(shards, tokenizer_digest, request, begin)
     done = next((place for place in range(len(shards), 0, -1) if store.find(KIND, keys[place]) is not None), 0)
     pool = read_pool(store, keys[done]) if done else Pool(keys[0], None)
     for shard, key in zip(shards[done:], keys[done + 1 :], strict=True):
-        pool = _after(store, pool, shard, tokenizer, tokenizer_digest, request, key)
+        pool = _after(store, pool, shard, tokenizer, tokenizer_digest, request, begin, key)
         with store.publish(KIND, key, {"shard": shard.key, "split": request.split}) as folder:
             (folder / "pool.json").write_text(json.dumps(dataclasses.asdict(pool)))
     return pool
 
 
 def find_pool(
-    store: Store, shards: Sequence[Shard], tokenizer_digest: str, request: WindowRequest
+    store: Store,
+    shards: Sequence[Shard],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    request: WindowRequest,
 ) -> tuple[Pool | None, Sequence[Shard]]:
     """The newest pool of these shards that is kept, and the shards that have not been drawn from. Draws nothing."""
-    shards, keys = _chain(shards, tokenizer_digest, request)
+    shards, keys = _chain(shards, tokenizer_digest, request, begin_token(tokenizer, request.begin_token))
     done = next((place for place in range(len(shards), 0, -1) if store.find(KIND, keys[place]) is not None), 0)
     return (read_pool(store, keys[done]) if done else None), shards[done:]
 
@@ -135,10 +142,12 @@ def most_windows(request: WindowRequest, drawn: int, characters: int, characters
     return max(request.windows - drawn, round(request.windows * share), 1)
 
 
-def _chain(shards: Sequence[Shard], tokenizer_digest: str, request: WindowRequest) -> tuple[list[Shard], list[str]]:
+def _chain(
+    shards: Sequence[Shard], tokenizer_digest: str, request: WindowRequest, begin: int | None
+) -> tuple[list[Shard], list[str]]:
     """Shards that have documents of the split, and the keys of the pools before the first and after each of them."""
     shards = [shard for shard in shards if shard.documents.get(request.split)]
-    settings = digest_of([RULE, tokenizer_digest, dataclasses.asdict(request)])
+    settings = digest_of([RULE, tokenizer_digest, request.provenance(begin)])
     own = (shard.key for shard in shards)
     keys = itertools.accumulate(own, lambda before, key: digest_of([before, key]), initial=settings)
     return shards, list(keys)
@@ -151,15 +160,19 @@ def _after(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_digest: str,
     request: WindowRequest,
+    begin: int | None,
     key: str,
 ) -> Pool:
     mine = shard.characters[request.split]
     characters = before.characters + mine
     most = most_windows(request, before.windows, mine, characters)
-    stream = _Stream(store, shard, tokenizer, request)
-    windows, rest = _take(itertools.chain([before.rest], stream), request.length, most)
+    order = np.random.Generator(np.random.PCG64(request.seed)).permutation(shard.documents[request.split])
+    texts = documents(store, shard, request.split, order.tolist())
+    stream = EncodedDocuments(tokenizer, texts, end_token(tokenizer), plain_text=request.plain_text)
+    windows, rest = _take(itertools.chain([before.rest], stream), request.length, begin, most)
     total = len(before.rest) + round(stream.tokens * mine / max(stream.characters, 1))
-    used = len(windows) * request.length if rest is None else total - len(rest)
+    taken = request.length if begin is None else request.length - 1  # of the stream, by a window
+    used = len(windows) * taken if rest is None else total - len(rest)
     pool = dataclasses.replace(
         before,
         key=key,
@@ -169,6 +182,7 @@ def _after(
         characters=characters,
         tokens_used=before.tokens_used + used,
         tokens_beyond=before.tokens_beyond + (total - used if rest is None else 0),
+        spelling=before.spelling + stream.spelling,
     )
     if not windows:
         return pool
@@ -176,39 +190,22 @@ def _after(
         "source": "documents",
         "rule": 1,
         "shard": shard.key,
-        "split": request.split,
         "tokenizer": tokenizer_digest,
-        "windows": most,
-        "length": request.length,
-        "seed": request.seed,
+        **dataclasses.replace(request, windows=most).provenance(begin),
         **({"rest": digest_of(before.rest)} if before.rest else {}),
     }
-    tokens_SL = stored_windows(store, provenance, lambda: torch.from_numpy(np.stack(windows)))
+    tokens_SL = stored_windows(store, provenance, lambda: torch.from_numpy(np.stack(windows)).long())
     part = Part(digest_of(provenance), tokens_SL.numel(), 1.0 if rest is not None else total / used)
     whole = before.sums[-1].plus(part) if before.sums else part
     return dataclasses.replace(pool, parts=(*before.parts, part)[-RECENT:], sums=(*before.sums, whole)[-RECENT:])
 
 
-class _Stream:
-    """The tokens of a shard's documents in the seed's order, and how much has been asked for."""
-
-    def __init__(self, store: Store, shard: Shard, tokenizer: PreTrainedTokenizerBase, request: WindowRequest) -> None:
-        order = np.random.Generator(np.random.PCG64(request.seed)).permutation(shard.documents[request.split])
-        self._texts, self._tokenizer = documents(store, shard, request.split, order.tolist()), tokenizer
-        self.tokens = self.characters = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while batch := list(itertools.islice(self._texts, BATCH_DOCUMENTS)):
-            for text, ids in zip(batch, tokenize(self._tokenizer, batch), strict=True):
-                self.tokens += len(ids)
-                self.characters += len(text)
-                yield ids
-
-
-def _take(stream: Iterable[Sequence[int]], length: int, most: int) -> tuple[list[np.ndarray], list[int] | None]:
+def _take(
+    stream: Iterable[Sequence[int]], length: int, begin: int | None, most: int
+) -> tuple[list[np.ndarray], list[int] | None]:
     """At most so many windows, and what is left of the stream; None where it would have filled one window more."""
     windows: list[np.ndarray] = []
-    cutting = cut(stream, length)
+    cutting = cut(stream, length, begin)
     while True:
         try:
             window = next(cutting)
@@ -217,14 +214,3 @@ def _take(stream: Iterable[Sequence[int]], length: int, most: int) -> tuple[list
         if len(windows) == most:
             return windows, None
         windows.append(window)
-
-
-def cut(stream: Iterable[Sequence[int]], length: int) -> Generator[np.ndarray, None, np.ndarray]:
-    """Windows of `length` tokens out of joined documents, as far as they fill one; returns the rest."""
-    rest = np.empty(0, dtype=np.int64)
-    for ids in stream:
-        rest = np.concatenate([rest, np.array(ids, dtype=np.int64)])
-        whole = len(rest) // length
-        yield from rest[: whole * length].reshape(whole, length)
-        rest = rest[whole * length :]
-    return rest

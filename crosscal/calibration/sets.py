@@ -45,11 +45,25 @@ class WindowRequest:
 
     seed: int = 0
     split: str = "train"
+    begin_token: bool | None = None
+    """Whether every window begins with beginning-of-text; None: where the tokenizer puts it in front of a text."""
+
+    plain_text: bool = False
+    """Read text that spells a special token as text."""
 
     def __post_init__(self) -> None:
         for name, least in (("windows", 1), ("length", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"must be at least {least}", where=f"calibration.{name}", got=str(getattr(self, name)))
+
+    def provenance(self, begin: int | None) -> dict[str, Any]:
+        """What the request adds to a provenance, `begin` being the token that its windows begin with.
+
+        Settings that change nothing are left out, so that windows of earlier versions are found where they are the
+        same.
+        """
+        said = {"split": self.split, "windows": self.windows, "length": self.length, "seed": self.seed}
+        return said | ({} if begin is None else {"begin": begin}) | ({"plain_text": True} if self.plain_text else {})
 
     def within(self, max_length: int | None) -> tuple[WindowRequest, tuple[str, ...]]:
         """The request with windows no longer than the model's `max_length`, and the note that says so."""

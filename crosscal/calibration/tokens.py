@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from crosscal.errors import CalibrationError
 from crosscal.store import digest_file
@@ -12,6 +14,8 @@ from crosscal.store import digest_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BATCH_DOCUMENTS = 64
+_PROBE = "a"  # a text that spells no special token
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 
 
@@ -27,15 +31,46 @@ def tokenizer_digest(model_path: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of whole documents: with the special tokens the tokenizer adds by default, end-of-text last.
+class EncodedDocuments:
+    """Documents as lists of token ids, encoded as they are asked for, and what has been handed out so far.
 
-    Raises `CalibrationError` for a tokenizer without an end-of-text token.
+    Each is encoded with the special tokens that the tokenizer adds by default, and closed by `end` where it is not
+    closed by it already. Text that spells a special token becomes that token, unless `plain_text`.
     """
-    end = end_token(tokenizer)
-    # verbose=False: a document longer than the model's window is no mistake here, it is cut into windows
-    batch = tokenizer(texts, truncation=False, verbose=False, return_attention_mask=False)["input_ids"]
-    return [ids if ids and ids[-1] == end else [*ids, end] for ids in batch]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[str],
+        end: int | None,
+        *,
+        plain_text: bool = False,
+    ) -> None:
+        if plain_text:
+            _check_plain_text(tokenizer)
+        self._tokenizer, self._texts, self._end = tokenizer, iter(texts), end
+        self._options: dict[str, Any] = {"split_special_tokens": True} if plain_text else {}
+        self.tokens = self.characters = 0
+        self.spelling = 0
+        """Documents whose text spells a special token that was read as one."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        special = _spelled_tokens(self._tokenizer)
+        usual = sum(token in special for token in self._ids([_PROBE])[0])
+        while batch := list(islice(self._texts, BATCH_DOCUMENTS)):
+            for text, ids in zip(batch, self._ids(batch), strict=True):
+                self.spelling += sum(map(special.__contains__, ids)) > usual
+                whole = ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
+                self.tokens += len(whole)
+                self.characters += len(text)
+                yield whole
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: a document longer than the model's window is no mistake here, it is cut into windows
+        found: Any = self._tokenizer(
+            texts, truncation=False, verbose=False, return_attention_mask=False, **self._options
+        )
+        return found["input_ids"]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -49,8 +84,65 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
+def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+    """The token that every window begins with, None for none.
+
+    It is beginning-of-text where the tokenizer puts that in front of a text by default, as encoding one shows;
+    `wanted` says otherwise. Raises `CalibrationError` when it is wanted of a tokenizer that has no such token.
+    """
+    begin: Any = tokenizer.bos_token_id
+    if wanted is None:
+        added: Any = tokenizer(_PROBE)["input_ids"]
+        bare: Any = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        wanted = begin is not None and added[:1] == [begin] != bare[:1]
+    if wanted and begin is None:
+        raise CalibrationError(
+            "the tokenizer has no beginning-of-text token",
+            where="calibration.begin_token",
+            got="true",
+            do="Leave it out: windows then begin as the tokenizer's texts do.",
+        )
+    return begin if wanted else None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted_begin: bool | None, *, plain_text: bool) -> None:
+    """Raises `CalibrationError` for a tokenizer that windows cannot be cut with as they are asked for."""
+    end_token(tokenizer)
+    begin_token(tokenizer, wanted_begin)
+    if plain_text:
+        _check_plain_text(tokenizer)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the special tokens."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return set(tokenizer.all_special_ids) | added
+
+
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the vocabulary without special tokens, ascending."""
-    special = set(tokenizer.all_special_ids)
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(set(tokenizer.get_vocab().values()) - special)
+    return sorted(set(tokenizer.get_vocab().values()) - special_tokens(tokenizer))
+
+
+def _spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens that come from text only when it spells them: not that for unknown characters."""
+    begin, end, unknown = (
+        cast("int | None", token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    )
+    return special_tokens(tokenizer) - ({unknown} - {begin, end})
+
+
+def _check_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer can read text that spells a special token as text. Some of those not in Rust cannot."""
+    spelled = tokenizer.convert_ids_to_tokens(end_token(tokenizer))
+    try:
+        ids: Any = tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    except (TypeError, ValueError, NotImplementedError):
+        ids = [end_token(tokenizer)]
+    if end_token(tokenizer) in ids:
+        raise CalibrationError(
+            "this tokenizer reads text that spells a special token as that token, whatever it is asked",
+            where="calibration.plain_text",
+            got="true",
+            do="Leave it out, or remove such text from the corpora.",
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 # Shapes: S windows, L tokens in a window.
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
-from crosscal.calibration.tokens import ordinary_tokens
+from crosscal.calibration.tokens import begin_token, ordinary_tokens
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:
@@ -26,23 +27,28 @@ def random_windows(
 ) -> CalibrationSet:
     """Tokens drawn uniformly from the vocabulary without special tokens: the floor any real text must beat.
 
-    Source: "Vocabulary" in arXiv:2410.17170.
+    Windows begin as those of documents do. Source: "Vocabulary" in arXiv:2410.17170.
     """
     request, notes = request.within(max_length)
+    begin = begin_token(tokenizer, request.begin_token)
     provenance: dict[str, Any] = {
         "source": "vocabulary",
         "rule": 1,
         "tokenizer": tokenizer_digest,
-        "windows": request.windows,
-        "length": request.length,
-        "seed": request.seed,
-        "split": request.split,  # a held-out set is drawn anew, too
+        **dataclasses.replace(request, plain_text=False).provenance(begin),
     }
-    tokens_SL = stored_windows(store, provenance, lambda: _scatter(tokenizer, request, seed=digest_of(provenance)))
-    return CalibrationSet(tokens_SL, provenance, notes)
+
+    def scattered() -> torch.Tensor:
+        return _scatter(tokenizer, request, begin, seed=digest_of(provenance))
+
+    return CalibrationSet(stored_windows(store, provenance, scattered), provenance, notes)
 
 
-def _scatter(tokenizer: PreTrainedTokenizerBase, request: WindowRequest, seed: str) -> torch.Tensor:
+def _scatter(tokenizer: PreTrainedTokenizerBase, request: WindowRequest, begin: int | None, seed: str) -> torch.Tensor:
     vocabulary = np.array(ordinary_tokens(tokenizer), dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(int(seed, 16)))
-    return torch.from_numpy(vocabulary[generator.integers(len(vocabulary), size=(request.windows, request.length))])
+    places = generator.integers(len(vocabulary), size=(request.windows, request.length))
+    tokens_SL = torch.from_numpy(vocabulary[places])
+    if begin is not None:
+        tokens_SL[:, 0] = begin
+    return tokens_SL

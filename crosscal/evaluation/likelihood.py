@@ -10,17 +10,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from crosscal.calibration.cutting import cut
+from crosscal.calibration.tokens import EncodedDocuments, begin_token
 from crosscal.errors import EvaluationError, TooLittleText
 from crosscal.evaluation.logits import logits_of_rows, rows_at_once, run_decoder, vocabulary_in_pieces
 from crosscal.evaluation.measurement import Measurement
 
-DOCUMENTS_PER_BATCH = 64
 NLL_DECIMALS = 7
 """Of what is kept of each window: paired differences of interest are a thousand times as large."""
 
@@ -40,9 +41,12 @@ def perplexity(
 ) -> Measurement:
     """exp of the mean negative log-likelihood per predicted token of windows drawn from corpus `name`.
 
-    With n_s the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s), and by the
-    delta method stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. The windows are the independent
-    unit, because the tokens of one window depend on each other; with one window there is no estimate (None).
+    Every token of a window is predicted from those before it but the first: where windows begin with
+    beginning-of-text, that token is read and not scored. P counts all others, the special tokens between documents
+    among them. With n_s the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s),
+    and by the delta method stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. The windows are the
+    independent unit, because the tokens of one window depend on each other; with one window there is no estimate
+    (None).
 
     Raises `EvaluationError` naming the corpus when the windows do not fit the model or the likelihood is not finite.
     """
@@ -90,34 +94,32 @@ def window_nll(
     return torch.cat(found)
 
 
-def windows_of(texts: Iterable[str], tokenizer: Any, length: int, windows: int | None = None) -> torch.Tensor:
+def windows_of(
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    windows: int | None = None,
+    *,
+    begin: bool | None = None,
+    plain_text: bool = False,
+) -> torch.Tensor:
     """`windows` windows (None: all) of `length` tokens, spread evenly over the documents in their order: int64 [S, L].
 
-    Each document is encoded with the tokenizer's default special tokens and ends with the end-of-text token; the
-    documents are joined and cut, and the rest that fills no window is dropped. Of W windows the n wanted are numbers
+    They are cut as calibration windows are, `begin` and `plain_text` meaning the same (see
+    `crosscal.calibration.tokens`), but for a tokenizer without end-of-text. Of W windows the n wanted are numbers
     floor(i W / n): the first n would cover a few documents, and measure those. There may be fewer than asked for,
     never none.
     """
-    tokens_T = torch.cat([torch.empty(0, dtype=torch.int32), *_encoded(texts, tokenizer)])
-    whole = len(tokens_T) // length
-    if whole == 0:
+    encoded = EncodedDocuments(tokenizer, texts, tokenizer.eos_token_id, plain_text=plain_text)
+    whole = list(cut(encoded, length, begin_token(tokenizer, begin)))
+    if not whole:
         raise TooLittleText(
             "not enough text for one window",
-            got=f"{len(tokens_T)} tokens for a window of {length}",
+            got=f"{encoded.tokens} tokens for a window of {length}",
             do="Add test documents, or shorten the evaluation windows.",
         )
-    wanted = whole if windows is None else min(windows, whole)
-    chosen_S = torch.arange(wanted) * whole // wanted
-    return tokens_T[: whole * length].view(whole, length)[chosen_S].long()
-
-
-def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[torch.Tensor]:
-    end = tokenizer.eos_token_id
-    documents = iter(texts)
-    while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-        for tokens in tokenizer(batch, verbose=False)["input_ids"]:
-            ends = [] if end is None or tokens[-1:] == [end] else [end]  # some tokenizers add it by themselves
-            yield torch.tensor(tokens + ends, dtype=torch.int32)
+    wanted = len(whole) if windows is None else min(windows, len(whole))
+    return torch.from_numpy(np.stack([whole[i * len(whole) // wanted] for i in range(wanted)])).long()
 
 
 def _batch_nll(model: Any, tokens_BL: torch.Tensor, vocabulary: int | None) -> torch.Tensor:

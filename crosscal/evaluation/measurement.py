@@ -22,6 +22,8 @@ class Measurement:
     """Tokens the model read for this number."""
     seconds: float
     skipped: str | None = None
+    begin_token: bool | None = None
+    """Whether what the model read began with beginning-of-text; None where nothing says."""
     window_nll: tuple[float, ...] | None = None
     """Of a perplexity: the mean negative log-likelihood per predicted token of each window, to 1e-7 nats, so that two
     models measured on the same windows can be compared window by window."""

@@ -74,6 +74,11 @@ class Calibration(_Section):
     parts_kept_apart: int = Field(4, ge=1, le=16)
     """Of a corpus that grows, the newest so many sets of windows keep their moments each by itself; those of older ones
     are kept as one sum."""
+    begin_token: bool | None = None
+    """Whether every window, of test text as well, begins with beginning-of-text; left out, it does where the tokenizer
+    puts that in front of a text by default."""
+    plain_text: bool = False
+    """Read text that spells a special token (`</s>`) as the letters it consists of, in test windows as well."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens a forward pass."""
 

@@ -36,6 +36,8 @@ class ResultRow:
     device: str
     seconds: float
     skipped: str | None = None
+    begin_token: bool | None = None
+    """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from crosscal.calibration import tokenizer_digest
+from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus, documents
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
@@ -36,6 +37,8 @@ class Examination:
     store: Store
     windows: dict[str, torch.Tensor]
     """Corpus -> test windows [S, L]."""
+    begin: bool | None
+    """Whether they begin with beginning-of-text; None: as the tokenizer's texts do."""
     max_length: int
     """Tokens a question may have with its answer."""
     tokenizer_digest: str
@@ -56,9 +59,13 @@ class Examination:
         artifact = self.store.find("evaluations", self.key(weights))
         if artifact is None:
             return None
-        return [
-            Measurement.from_json(value) for value in json.loads(self.store.read_bytes(artifact, "measurements.json"))
-        ]
+        stored = json.loads(self.store.read_bytes(artifact, "measurements.json"))
+        return [self.described(Measurement.from_json(value)) for value in stored]
+
+    def described(self, found: Measurement) -> Measurement:
+        """With what the text began with: questions are always encoded as the tokenizer does by default."""
+        wanted = self.begin if found.corpus_or_task in self.windows else None
+        return dataclasses.replace(found, begin_token=begin_token(self.tokenizer, wanted) is not None)
 
     @functools.cached_property
     def _windows_digest(self) -> str:
@@ -84,17 +91,17 @@ def examination(
     batch_tokens: int,
     device: str,
     dtype: torch.dtype,
+    begin: bool | None = None,
+    plain_text: bool = False,
     report: Report = silent,
 ) -> Examination:
     """Cut the test windows and load the tasks, once for all models of a run."""
     positions = source.max_positions
-
+    cut = functools.partial(windows_for_testing, length=length, windows=windows, begin=begin, plain_text=plain_text)
     return Examination(
         store,
-        {
-            corpus.name: windows_for_testing(store, corpus, source, length=length, windows=windows, report=report)
-            for corpus in corpora
-        },
+        {corpus.name: cut(store, corpus, source, report=report) for corpus in corpora},
+        begin,
         positions or QUESTION_TOKENS,
         tokenizer_digest(source.path),
         source.tokenizer(),
@@ -108,13 +115,22 @@ def examination(
 
 
 def windows_for_testing(
-    store: Store, corpus: Corpus, source: ModelSource, *, length: int, windows: int, report: Report = silent
+    store: Store,
+    corpus: Corpus,
+    source: ModelSource,
+    *,
+    length: int,
+    windows: int,
+    begin: bool | None = None,
+    plain_text: bool = False,
+    report: Report = silent,
 ) -> torch.Tensor:
     """Windows of all test documents of a corpus: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
     texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
     told = _told(texts, f"{corpus.name}: reading test documents", corpus.documents("test"), report)
+    length = min(length, source.max_positions or length)
     try:
-        return windows_of(told, source.tokenizer(), min(length, source.max_positions or length), windows)
+        return windows_of(told, source.tokenizer(), length, windows, begin=begin, plain_text=plain_text)
     except TooLittleText as error:
         raise TooLittleText(error.what, where=f"{corpus.name}", got=error.got, do=error.do) from error
 
@@ -175,7 +191,7 @@ def measure(
     if not any(value.skipped for value in found):
         with exam.store.publish("evaluations", exam.key(weights), {"weights": weights}) as staged:
             (staged / "measurements.json").write_bytes(canonical_json([dataclasses.asdict(value) for value in found]))
-    return found
+    return [exam.described(value) for value in found]
 
 
 def _told(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:

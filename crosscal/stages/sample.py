@@ -142,12 +142,17 @@ class Draw:
     held_out_windows: int
     parts_kept_apart: int = 4
     """The newest sets whose moments are kept each by itself."""
+    begin_token: bool | None = None
+    plain_text: bool = False
 
     def calibration(self, windows: int) -> WindowRequest:
-        return WindowRequest(windows, self.length, self.seed, "train")
+        return self._request(windows, "train")
 
     def held_out(self, windows: int) -> WindowRequest:
-        return WindowRequest(windows, self.length, self.seed, "validation")
+        return self._request(windows, "validation")
+
+    def _request(self, windows: int, split: str) -> WindowRequest:
+        return WindowRequest(windows, self.length, self.seed, split, self.begin_token, self.plain_text)
 
 
 def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Draw) -> Sample:
@@ -165,6 +170,9 @@ def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Dr
         found.append(sums_of(pool, draw.parts_kept_apart))
         if pool.windows < request.windows:
             said += (f"{pool.windows} windows instead of {request.windows}: the {request.split} split holds no more.",)
+        if pool.spelling:
+            spelling = f"{pool.spelling} documents of the {request.split} split spell a special token"
+            said += (f"{spelling}, which is read as that token; calibration.plain_text reads it as text.",)
         notes += [f"{corpus.name}: {note}" for note in said]
     return Sample(corpus.name, draw.seed, *found, notes=tuple(dict.fromkeys(notes)))
 
