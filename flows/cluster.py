@@ -61,19 +61,25 @@ def cluster(execution: Execution) -> Iterator[TaskRunner | None]:
 def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str, Any]]) -> Iterator[R]:
     """Run a task for each set of arguments on the workers; results come as they are done.
 
-    Raises `CrosscalError` for a task that took down every worker that tried it.
+    Once one has failed, those that no worker has begun are taken back. Raises `CrosscalError` for a task that took
+    down every worker that tried it.
     """
     from distributed import KilledWorker
 
-    for future in as_completed([runner.submit(task, parameters=dict(call)) for call in calls]):
-        try:
+    futures = [runner.submit(task, parameters=dict(call)) for call in calls]
+    try:
+        for future in as_completed(futures):
             yield future.result()
-        except KilledWorker as error:
+    except BaseException as error:
+        for future in futures:
+            future.wrapped_future.cancel()
+        if isinstance(error, KilledWorker):
             raise CrosscalError(
                 f"workers die of this task, {error.allowed_failures + 1} so far",
                 where=task.name,
                 do="Look at the workers' logs: a machine short of memory kills them. What is done is kept.",
             ) from error
+        raise
 
 
 def needs_server(execution: Execution) -> bool:

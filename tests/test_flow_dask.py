@@ -8,14 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow, task
+from prefect.testing.utilities import prefect_test_harness
+from prefect_dask import DaskTaskRunner
 from s3fs import S3FileSystem
 
 from crosscal.errors import MissingArtifact, ModelError
+from crosscal.flows.cluster import on_workers
 from crosscal.plan import load_plan
 from crosscal.store import Store
 from crosscal.tasks.model import take_block
@@ -82,6 +87,37 @@ def started(plan: Path, home: str, out: Path) -> Iterator[subprocess.Popen[str]]
             yield process
         finally:
             process.kill()
+
+
+CALLS = 40
+
+
+@task
+def begins(folder: str, number: int) -> int:
+    Path(folder, str(number)).touch()
+    time.sleep(0.3)
+    if number == 1:
+        raise ValueError("the second one")
+    return number
+
+
+@pytest.mark.slow
+def test_once_a_task_has_failed_no_worker_begins_another(tmp_path: Path) -> None:
+    @flow
+    def all_of_them(address: str) -> int:
+        with DaskTaskRunner(address=address) as runner:
+            calls = [{"folder": str(tmp_path / "begun"), "number": number} for number in range(CALLS)]
+            with pytest.raises(ValueError, match="the second one"):
+                list(on_workers(runner, begins, calls))
+            time.sleep(1.0)  # whoever is at work ends
+            begun = len(list((tmp_path / "begun").iterdir()))
+            time.sleep(2.0)
+            assert len(list((tmp_path / "begun").iterdir())) == begun
+        return begun
+
+    (tmp_path / "begun").mkdir()
+    with prefect_test_harness(server_startup_timeout=120), dask_cluster(tmp_path / "cluster", workers=2) as cluster:
+        assert all_of_them(cluster.address) < CALLS
 
 
 @pytest.mark.parametrize(

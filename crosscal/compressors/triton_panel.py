@@ -59,7 +59,7 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
             ROUND=rounding is not None,
             STORED_AS=STORED[rounding.stored_dtype] if rounding else 0,
             ROWS=ROWS,
-            num_warps=WARPS,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]  (of the launch, not of the function)
         )
     return FixedPanel(weight_CR, error_CR, ints_CR if rounding else None)
 
