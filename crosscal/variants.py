@@ -51,7 +51,8 @@ class Variant:
     def key(self) -> str:
         """Digest of everything about the variant but its name."""
         mixture = self.mixture.as_dict() if self.mixture else None
-        parts = [self.method, self.settings, mixture, self.upstream, self.seed, self.trace_normalised, self.fallback]
+        normalised = self.trace_normalised and "corpora"  # what has one trace: sets had it in earlier versions
+        parts = [self.method, self.settings, mixture, self.upstream, self.seed, normalised, self.fallback]
         return digest_of(parts)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from crosscal.compressors import COMPRESSORS, LayerProblem, Sparsity, problem, quadratic_loss
 from crosscal.errors import NotPositiveDefinite, StatisticsError
@@ -19,9 +21,10 @@ from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
-from crosscal.stages.block_problem import BlockProblem
+from crosscal.stages.block_problem import BlockProblem, grouped
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
-from crosscal.stages.sample import Sample, over_sets, over_sums
+from crosscal.stages.sample import Sample, over_sums
+from crosscal.stages.site_hessians import SiteHessians
 from crosscal.stages.solve import solve_block
 from crosscal.stages.solve_site import _relative_loss
 from crosscal.statistics import InputMoments, Mixture
@@ -29,8 +32,6 @@ from crosscal.store import Store
 from crosscal.variants import Variant
 from tests.helpers.tiny_run import (
     collect,
-    dense_cache,
-    keep_windows,
     part,
     sample,
     sums,
@@ -174,13 +175,17 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
     dense = load_file(shop.source.path / "model.safetensors")
     model, found = load_variant(shop.folder / "models" / each.name), {}
     for block, site in [(index, site) for index in (0, 1) for site in shop.cached.sites(index) or ()]:
-        hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
-        for corpus, weight in (each.mixture or shop.reference).weights:
+        weights = (each.mixture or shop.reference).as_dict()
+        hessians = {corpus: torch.zeros(site.inputs, site.inputs, dtype=torch.float64) for corpus in weights}
+        for corpus, hessian_II in hessians.items():
             found_in = shop.samples[corpus, 0].held_out if held_out else shop.samples[corpus, 0].calibration
             mass = sum(each_set.mass for each_set in found_in.parts)
             for each_set in found_in.parts:
                 moments = shop.cached.read(each_set.key, block, site)
-                hessian_II += weight * each_set.weight * moments.gram_II.double() / mass
+                hessian_II += each_set.weight * moments.gram_II.double() / mass
+        trace = sum(weights[corpus] * float(hessians[corpus].trace()) for corpus in weights)
+        scales = {c: trace / float(h.trace()) if each.trace_normalised else 1.0 for c, h in hessians.items()}
+        hessian_II = torch.stack([weights[c] * scales[c] * h for c, h in hessians.items()]).sum(0)
         for layer in (f"model.layers.{block}.{matrix.name}" for matrix in site.matrices):
             dense_OI = dense[f"{layer}.weight"].double()
             error_OI = dense_OI - model.get_parameter(f"{layer}.weight").detach().double()
@@ -191,9 +196,8 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
 @both_dtypes
 def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, source: ModelSource) -> None:
     shop = calibrated(tmp_path / "run", store, source)
-    chosen = [each for each in VARIANTS if not each.trace_normalised]
-    compress_all(shop, chosen)
-    for each in chosen:
+    compress_all(shop)
+    for each in VARIANTS:
         rows = layer_rows(shop, [each])
         assert all(row.relative_loss > 0 and row.fallback is None for row in rows)
         reported = {row.layer: row.relative_loss for row in rows}
@@ -364,44 +368,77 @@ def test_a_loss_relative_to_nothing_is_no_loss_of_zero() -> None:
 # --- from corpora to sets --------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store) -> None:
-    general, legal = samples(store)
-    by_name: Mapping[str, Sample] = {"general": general, "legal": legal}
-    mixture = over_sets(Mixture.of(MIXED), by_name)
-    expected = {general.calibration.apart[0].key: 0.25}
-    first, second = legal.calibration.apart
-    expected |= {first.key: 0.75 * 0.6, second.key: 0.75 * 0.4}
-    assert mixture.as_dict() == pytest.approx(expected)
-    held_out = over_sets(Mixture.of(MIXED), by_name, held_out=True)
-    assert set(held_out.corpora) == {part.key for one in by_name.values() for part in one.held_out.apart}
+def test_what_hessians_are_made_of_is_named_by_their_sums(store: Store) -> None:
+    by_name: Mapping[str, Sample] = {each.corpus: each for each in samples(store)}
     for is_held_out in (False, True):
         keys = {each.keys[is_held_out]: MIXED[name] for name, each in by_name.items()}
         assert over_sums(Mixture.of(MIXED), by_name, held_out=is_held_out).as_dict() == keys
 
 
-def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(store: Store, source: ModelSource) -> None:
-    tokens_SL = windows(9, seed=0)
-    keys = [keep_windows(store, part) for part in (tokens_SL, tokens_SL[:3], tokens_SL[3:])]
-    cached = dense_cache(store, source)
-    collect(cached, source, keys)
-    cut = [tokens_SL], [tokens_SL[:3], tokens_SL[3:]]
-    (whole, shards) = (Sample("a", 0, all_of, all_of) for all_of in (sums(*(part(store, s) for s in c)) for c in cut))
-    for site in cached.sites(1) or ():
-        moments = {key: cached.read(key, 1, site) for key in keys}
-        one, two = (over_sets(Mixture.of({"a": 1.0}), {"a": each}).hessian_II(moments) for each in (whole, shards))
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * float(one.abs().max()))
+def hessians_of(shop: Workshop, mixture: Mapping[str, float], **more) -> Iterator[tuple[Tensor, Tensor]]:
+    """(calibration, held out) of every site of the second block, as solving has them."""
+    problem = shop.problem(1, shop.cached)
+    each = variant("any", "sparsegpt", mixture, sparsity=0.5, damping=0.01, **more)
+    (group,) = grouped(problem, [each])
+    for site in problem.sites:
+        hessians = SiteHessians(problem, site, [group])
+        yield hessians(group)[0], hessians(group, held_out=True)[0]
 
 
-def test_a_shard_counts_at_a_site_by_what_reached_it(store: Store) -> None:
-    _, legal = samples(store)
-    one, two = legal.calibration.apart
-    only = Mixture.of({"legal": 1.0})
-    assert over_sets(only, {"legal": legal}, seen={one.key: 0, two.key: 3}).as_dict() == {two.key: 1.0}
-    masses = one.weight * 5, two.weight * 2
-    uneven = over_sets(only, {"legal": legal}, seen={one.key: 5, two.key: 2}).as_dict()
-    assert uneven == pytest.approx({one.key: masses[0] / sum(masses), two.key: masses[1] / sum(masses)})
-    starving = over_sets(only, {"legal": legal}, seen={one.key: 0, two.key: 0})
-    assert set(starving.corpora) == {one.key, two.key}
-    moments = {key: InputMoments.zero(4) for key in starving.corpora}
-    with pytest.raises(StatisticsError, match="no token ever reached"):
-        starving.hessian_II(moments)
+def in_shards(store: Store, corpus: str, tokens_SL: Tensor, *counts: int) -> Sample:
+    """The windows of a corpus as it landed in shards of so many windows; each is held out as well."""
+    parts = sums(*(part(store, part_SL) for part_SL in tokens_SL.split(counts)))
+    return Sample(corpus, 0, parts, parts)
+
+
+@pytest.mark.parametrize("mixture", [{"legal": 1.0}, MIXED, {"general": 0.9, "legal": 0.1}])
+@pytest.mark.parametrize("trace_normalised", [False, True])
+def test_how_a_corpus_landed_changes_no_hessian(
+    tmp_path: Path, store: Store, source: ModelSource, mixture: dict[str, float], trace_normalised: bool
+) -> None:
+    """One shard or several, of whatever scale: it is corpora that are mixed, and brought to one trace."""
+    quiet, loud = windows(4, seed=7, high=20), windows(8, seed=8, low=200)
+    tokens = {"general": windows(6, seed=0), "legal": torch.cat([quiet, loud])}
+    found = []
+    for counts in ((12,), (4, 8), (1, 3, 5, 3)):
+        landed = [
+            in_shards(store, "general", tokens["general"], 6),
+            in_shards(store, "legal", tokens["legal"], *counts),
+        ]
+        shop = workshop(tmp_path / str(counts), store, source, *landed)
+        collect(shop.cached, source, [key for each in landed for key in each.sets])
+        found.append(list(hessians_of(shop, mixture, trace_normalised=trace_normalised)))
+    for whole, *others in zip(*found, strict=True):
+        for other, (expected_II, held_out_II) in itertools.product(others, [whole]):
+            bound = 1e-5 * float(expected_II.abs().max())
+            torch.testing.assert_close(other[0], expected_II, rtol=0, atol=bound)
+            torch.testing.assert_close(other[1], held_out_II, rtol=0, atol=bound)
+
+
+def test_one_corpus_alone_is_not_changed_by_normalising(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    shop = calibrated(tmp_path / "run", store, source)  # `legal` has two shards
+    plain, normalised = (list(hessians_of(shop, {"legal": 1.0}, trace_normalised=on)) for on in (False, True))
+    for one, other in zip(plain, normalised, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
+    tmp_path: Path, store: Store, source: ModelSource
+) -> None:
+    shop = calibrated(tmp_path / "run", store, source)
+    starved = {each.key for each in shop.samples["legal", 0].calibration.parts}
+
+    class Starving(type(shop.cached)):
+        def read(self, calibration, block, site) -> InputMoments:
+            found = super().read(calibration, block, site)
+            return InputMoments.zero(found.inputs) if calibration in starved else found
+
+    cached = Starving(**{f.name: getattr(shop.cached, f.name) for f in dataclasses.fields(shop.cached)})
+    problem = shop.problem(0, cached)
+    sound, starving = grouped(problem, [VARIANTS[2], VARIANTS[4]])
+    hessians = SiteHessians(problem, problem.sites[0], [sound, starving])
+    expected = shop.cached.read(shop.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
+    assert torch.equal(hessians(sound)[0], expected)
+    with pytest.raises(StatisticsError, match=r"\(legal\): no token ever reached"):
+        hessians(starving)
+    assert hessians(starving, held_out=True)[1] > 0

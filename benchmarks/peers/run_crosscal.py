@@ -23,7 +23,7 @@ from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.stages.compress import Workshop
-from crosscal.stages.sample import Part, Sample, Sums, over_sets
+from crosscal.stages.sample import Part, Sample, Sums
 from crosscal.statistics import factor
 from crosscal.store import Store, digest_of
 from crosscal.tasks.model import publish_models, solve_sequential
@@ -84,10 +84,9 @@ def solve_alone(shop: Workshop, wanted: Sequence[Variant]) -> None:
 def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> None:
     parameters, mixture = shop.source.load_block(block), wanted[0].mixture
     assert mixture is not None
-    sets = over_sets(mixture, {corpus: drawn for (corpus, _), drawn in shop.samples.items()})
+    sets = {corpus: drawn.calibration.key for (corpus, _), drawn in shop.samples.items()}  # a corpus has one set here
     for site in shop.cached.sites(block) or ():
-        moments = {key: shop.cached.read(key, block, site) for key in sets.corpora}
-        hessian_II = sets.hessian_II(moments)
+        hessian_II = mixture.hessian_II({name: shop.cached.read(sets[name], block, site) for name in mixture.corpora})
         shared = factor(hessian_II, wanted[0].setting["damping"])
         problems = [
             LayerProblem(matrix.name, matrix.weight_OI(parameters), hessian_II, shared_factor=shared)

@@ -1,7 +1,7 @@
 """Windows drawn from a growing corpus: shard by shard as it landed, what one leaves pooled into the next.
 
 The stream of a shard is what the shards before it left, then its own documents, shuffled by the seed, each closed by
-end-of-text. It is cut into windows that begin as the tokenizer's texts do (`crosscal.calibration.cutting`), no more than
+end-of-text. It is cut into windows that begin as the tokenizer's texts do (see `calibration.cutting`), no more than
 
     max(windows of the plan - windows drawn so far, round(windows of the plan · characters_k / characters_1..k), 1)
 

@@ -105,24 +105,6 @@ class Sample:
         return cls(value["corpus"], value["seed"], calibration, held_out, tuple(value["notes"]))
 
 
-def over_sets(
-    mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False, seen: Mapping[str, float] | None = None
-) -> Mixture:
-    """A mixture of corpora as a mixture of the calibration sets that stand for them.
-
-    `seen`: set → mass of the tokens that reached the site in question, of an expert not all. A corpus of which none
-    did keeps equal shares, and solving will say that the site is starved.
-    """
-    weights: dict[str, float] = {}
-    for corpus, weight in mixture.weights:
-        parts = (samples[corpus].held_out if held_out else samples[corpus].calibration).parts
-        masses = {part.key: part.weight * (part.tokens if seen is None else seen[part.key]) for part in parts}
-        total = sum(masses.values())
-        for key, mass in masses.items():
-            weights[key] = weights.get(key, 0.0) + weight * (mass / total if total else 1 / len(masses))
-    return Mixture.of(weights)
-
-
 def over_sums(mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False) -> Mixture:
     """A mixture of corpora by what their Hessians are made of: whatever they are called, and however much is folded."""
     weights: dict[str, float] = {}

@@ -20,7 +20,8 @@ from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Group, grouped
 from crosscal.stages.energies import Energies
 from crosscal.stages.sample import over_sums
-from crosscal.stages.solve_site import Layer, SiteMoments, left_dense_rows, solve_site
+from crosscal.stages.site_hessians import SiteHessians
+from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
 
 
@@ -44,14 +45,14 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     energies = {group.undamped: _energies(problem, group.undamped) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
-    def solve(site: Site, group: Group, read: SiteMoments) -> None:
-        layers = solve_site(problem, site, read, group, groups[group], energies[group.undamped])
+    def solve(site: Site, group: Group, hessians: SiteHessians) -> None:
+        layers = solve_site(problem, site, hessians, group, groups[group], energies[group.undamped])
         solved[site, group] = list(layers)
-        read.group_is_done()
+        hessians.group_is_done()
 
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    readers = [(site, SiteMoments(problem, site, len(groups))) for site in longest_first]
-    jobs = [functools.partial(solve, site, group, read) for site, read in readers for group in groups]
+    of_sites = [(site, SiteHessians(problem, site, list(groups))) for site in longest_first]
+    jobs = [functools.partial(solve, site, group, hessians) for site, hessians in of_sites for group in groups]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
@@ -77,4 +78,4 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
 def _energies(problem: BlockProblem, group: Group) -> Energies:
     samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
     sets = [over_sums(group.mixture, samples, held_out=held_out).weights for held_out in (False, True)]
-    return Energies(problem.cached, problem.block, [sets, group.trace_normalised])
+    return Energies(problem.cached, problem.block, [sets, group.trace_normalised and "corpora"])

@@ -1,12 +1,10 @@
-"""Solving the matrices of one site for the variants that share a Hessian: read, mix, factor, solve, measure.
+"""Solving the matrices of one site for the variants that share a Hessian: mix, factor, solve, measure.
 
 Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Group
 from crosscal.stages.energies import Energies
-from crosscal.stages.sample import over_sets
-from crosscal.statistics import InputMoments, factor
+from crosscal.stages.site_hessians import SiteHessians
+from crosscal.statistics import factor
 from crosscal.variants import KEEP_DENSE, Variant
 
 
@@ -33,31 +31,13 @@ class Layer:
     row: LayerRow
 
 
-class SiteMoments:
-    """Moments of one site: each set is read once for all groups, whichever lane asks first, and let go after the last
-    group."""
-
-    def __init__(self, problem: BlockProblem, site: Site, groups: int) -> None:
-        self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
-        self._held: dict[str, InputMoments] = {}
-        self._groups, self._lock = groups, threading.Lock()
-
-    def __call__(self, calibration: str) -> InputMoments:
-        with self._lock:
-            if calibration not in self._held:
-                self._held[calibration] = self._read(calibration)
-            return self._held[calibration]
-
-    def group_is_done(self) -> None:
-        """To be called once by each group; after the last nothing is held."""
-        with self._lock:
-            self._groups -= 1
-            if not self._groups:
-                self._held.clear()
-
-
 def solve_site(
-    problem: BlockProblem, site: Site, read: SiteMoments, group: Group, members: Sequence[Variant], energies: Energies
+    problem: BlockProblem,
+    site: Site,
+    hessians: SiteHessians,
+    group: Group,
+    members: Sequence[Variant],
+    energies: Energies,
 ) -> Iterator[tuple[Variant, Layer]]:
     """Every matrix of a site for every variant of a group, with its losses on both sets of windows.
 
@@ -67,7 +47,7 @@ def solve_site(
     started = time.monotonic()
     where = f"{problem.name}.{site.name}"
     try:
-        hessian_II, tokens = _read_mixture(problem, read, group, where)
+        hessian_II, tokens = hessians(group)
         problems = _layer_problems(problem, site, hessian_II, group, energies, where)
         answers = solve_many(problems, [variant.compressor for variant in members])
     except StatisticsError as error:
@@ -76,7 +56,7 @@ def solve_site(
         yield from _kept_dense(problem, site, members, str(error))
         return
     seconds = (time.monotonic() - started) / (len(members) * len(problems))
-    held_out_II = _held_out(problem, read, group, where)
+    held_out_II = _held_out(hessians, group)
     for matrix, layer, solutions in zip(site.matrices, problems, zip(*answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
@@ -87,24 +67,12 @@ def solve_site(
             yield variant, Layer(matrix, solution, row)
 
 
-def _held_out(problem: BlockProblem, read: SiteMoments, group: Group, where: str) -> Tensor | None:
+def _held_out(hessians: SiteHessians, group: Group) -> Tensor | None:
     """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
     try:
-        return _read_mixture(problem, read, group, where, held_out=True)[0]
+        return hessians(group, held_out=True)[0]
     except EmptyStatistics:
         return None
-
-
-def _read_mixture(
-    problem: BlockProblem, read: SiteMoments, group: Group, where: str, *, held_out: bool = False
-) -> tuple[Tensor, int]:
-    """The Hessian of a group, on the device, and the tokens behind it."""
-    samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
-    moments = {key: read(key) for key in over_sets(group.mixture, samples, held_out=held_out).corpora}
-    seen = {key: part.mass for key, part in moments.items()}
-    mixture = over_sets(group.mixture, samples, held_out=held_out, seen=seen)
-    hessian_II = mixture.hessian_II(moments, trace_normalised=group.trace_normalised, name=where)
-    return hessian_II.to(problem.device), sum(part.tokens for part in moments.values())
 
 
 def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:

@@ -52,22 +52,36 @@ class Mixture:
     def hessian_II(
         self, moments: Mapping[str, InputMoments], *, trace_normalised: bool = False, name: str = "mixture"
     ) -> Tensor:
-        """H = Σ_k w_k H_k with H_k = gram_k / tokens_k; `{general: 1}` is the general Hessian bit for bit.
+        """As `mix`, of H_k = gram_k / mass_k; `{general: 1}` is the general Hessian bit for bit.
 
-        `trace_normalised` scales every H_k to the weighted mean of their traces first, so that no corpus dominates a
-        site by the scale of its activations; the trace of the mixture stays what it was. Raises `StatisticsError` when
-        a corpus's moments are missing or of another width, `EmptyStatistics`, `NotFinite`.
+        Besides the moments one matrix is held. Raises `StatisticsError` when a corpus's moments are missing or of
+        another width, `EmptyStatistics`, `NotFinite`.
         """
         self._check(moments, name)
-        hessians = {corpus: moments[corpus].hessian_II(f"{name} ({corpus})") for corpus in self.corpora}
-        if len(hessians) == 1:
+        for corpus in self.corpora:
+            moments[corpus].check(f"{name} ({corpus})")
+        if len(self.weights) == 1:
+            return moments[self.corpora[0]].hessian_II(name)
+        grams = {corpus: moments[corpus].gram_II for corpus in self.corpora}
+        return self._sum(grams, {corpus: moments[corpus].mass for corpus in self.corpora}, trace_normalised)
+
+    def mix(self, hessians: Mapping[str, Tensor], *, trace_normalised: bool = False) -> Tensor:
+        """H = Σ_k w_k H_k of each corpus's Hessian; of a single corpus its own matrix, not a copy.
+
+        `trace_normalised` scales every H_k to the weighted mean of their traces first, so that no corpus dominates a
+        site by the scale of its activations; the trace of the mixture stays what it was.
+        """
+        if len(self.weights) == 1:
             return hessians[self.corpora[0]]
-        traces = {corpus: float(hessian_II.diagonal().sum()) for corpus, hessian_II in hessians.items()}
+        return self._sum(hessians, dict.fromkeys(self.corpora, 1.0), trace_normalised)
+
+    def _sum(self, grams: Mapping[str, Tensor], masses: Mapping[str, float], trace_normalised: bool) -> Tensor:
+        traces = {corpus: float(grams[corpus].diagonal().sum()) / masses[corpus] for corpus in self.corpora}
         mean_trace = sum(weight * traces[corpus] for corpus, weight in self.weights)
-        mixed_II = torch.zeros_like(hessians[self.corpora[0]])
+        mixed_II = torch.zeros_like(grams[self.corpora[0]])
         for corpus, weight in self.weights:
             scale = mean_trace / traces[corpus] if trace_normalised and traces[corpus] > 0 else 1.0
-            mixed_II.add_(hessians[corpus], alpha=weight * scale)
+            mixed_II.add_(grams[corpus], alpha=weight * scale / masses[corpus])
         return mixed_II
 
     def _check(self, moments: Mapping[str, InputMoments], name: str) -> None:

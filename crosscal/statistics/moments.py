@@ -86,23 +86,28 @@ class InputMoments:
 
     def hessian_II(self, name: str = "moments") -> Tensor:
         """H = Σ x xᵀ / mass, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
-        if self.tokens == 0:
-            raise EmptyStatistics(
-                "no token ever reached this input",
-                where=name,
-                do="Calibrate on more windows; an expert may be starved.",
-            )
-        # Σ x² bounds every product sum (Cauchy-Schwarz), so a finite diagonal is a finite matrix.
-        if not torch.isfinite(self.gram_II.diagonal()).all():
-            raise NotFinite(
-                "the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16."
-            )
+        self.check(name)
         return self.gram_II / self.mass
+
+    def check(self, name: str = "moments") -> None:
+        """Raises `EmptyStatistics`, `NotFinite` where there is no Hessian."""
+        check_second_moment(self.gram_II, self.tokens, name)
 
     @property
     def mean_abs_I(self) -> Tensor:
         """Σ |x| / mass; zero without tokens."""
         return self.abs_sum_I / (self.mass or 1)
+
+
+def check_second_moment(sum_II: Tensor, tokens: int, name: str) -> None:
+    """Raises `EmptyStatistics`, `NotFinite` for a sum of x xᵀ that is no basis for a Hessian."""
+    if tokens == 0:
+        raise EmptyStatistics(
+            "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
+        )
+    # Σ x² bounds every product sum (Cauchy-Schwarz), so a finite diagonal is a finite matrix.
+    if not torch.isfinite(sum_II.diagonal()).all():
+        raise NotFinite("the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16.")
 
 
 class MomentsAccumulator:
