@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from crosscal.calibration import WindowRequest, tokenizer_digest
@@ -23,9 +22,11 @@ from crosscal.errors import CorpusError, CrosscalError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, Documents, RandomTokens, SelfGenerated
 from crosscal.stages.folding import unread_tokens
+from crosscal.stages.memory import free_bytes
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
+    blocks_at_once,
     evaluating_bytes,
     existing_parent,
     is_read,
@@ -197,16 +198,25 @@ def _memory(
         itemsize=itemsize,
         has_questions=bool(ticket.parsed.evaluate.tasks),
     )
-    mixed = max((len(reading["sets"] or (0, 0)) for reading in readings), default=0)
-    solving = solving_bytes(shapes, variants=len(ticket.variants("dense")), sets=mixed)
-    free = torch.cuda.mem_get_info(ticket.device)[0] if ticket.device.startswith("cuda") else None
+    free = free_bytes(ticket.device)
     return {
         "device": ticket.device,
         "reading_bytes": reading if unread else 0,
-        "solving_bytes": solving if ticket.variants() else 0,
+        "solving_bytes": _solving_bytes(ticket, shapes, free),
         "evaluating_bytes": evaluating,
-        "free_bytes": psutil.virtual_memory().available if free is None else free,
+        "free_bytes": free,
     }
+
+
+def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> int:
+    """Of as many blocks side by side as a run takes here, or of the sequential variant that needs most."""
+    threads = 1 if ticket.device.startswith("cuda") else torch.get_num_threads()
+    dense, alone = ticket.variants("dense"), ticket.variants("sequential")
+    blocks = blocks_at_once(shapes, dense, threads=threads, free_bytes=free) if not ticket.has_workers else 1
+    needed = [solving_bytes(shapes, [variant], lanes=threads) for variant in alone]
+    if dense:
+        needed.append(blocks * solving_bytes(shapes, dense, lanes=threads // blocks))
+    return max(needed, default=0)
 
 
 def _batch_tokens(plan: CompressionPlan, source: ModelSource) -> int:

@@ -12,10 +12,18 @@ import pytest
 
 from crosscal.models import ModelSource
 from crosscal.stages.moments import Cached, collect_moments
-from crosscal.stages.preflight import BlockShape, block_shapes, moments_bytes, reading_bytes, solving_bytes
+from crosscal.stages.preflight import (
+    BlockShape,
+    block_shapes,
+    blocks_at_once,
+    moments_bytes,
+    reading_bytes,
+    solving_bytes,
+)
 from crosscal.store import Store
 from tests.helpers.tiny_models import FAMILIES, save_model, windows
 from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
+from tests.helpers.tiny_run import variant
 
 DEMO_MODEL = Path(__file__).parents[1] / "data" / "demo" / "model"
 DISK_FACTOR = 1.25
@@ -169,4 +177,13 @@ def test_the_formulas_on_a_model_of_seven_billion_parameters() -> None:
     assert moments_bytes([block] * 32, 2) == pytest.approx(0.42 * 64 * gram_bytes)
     reading = reading_bytes([block] * 32, outside=262_144_000, hidden=4096, tokens=144 * 2048, sets=2, itemsize=2)
     assert reading == 144 * 2048 * 4096 * 2 + 2 * 202_383_360 * 2 + 2 * gram_bytes
-    assert solving_bytes([block] * 32, variants=3, sets=2) == 4 * (7 * 202_383_360 + 6 * 11008**2)
+    sweep = [variant(f"a{alpha}", "sparsegpt", {"general": 1 - alpha, "legal": alpha}) for alpha in (0.25, 0.5, 0.75)]
+    loop = 3 * 202_383_360 // 2  # what was, what it was changed by, what it is now: of half of the block
+    largest = 4 * ((2 * 2 + 3) * 11008**2 + 3 * 11008 * 4096 + loop)
+    assert solving_bytes([block] * 32, sweep, lanes=1) == 2 * 404_766_720 + largest
+    two = 4 * ((2 * 2 + 3 * 2) * 11008**2 + 3 * 11008 * 4096 + loop)
+    assert solving_bytes([block] * 32, sweep, lanes=2) == 2 * 404_766_720 + two
+    for blocks, lanes in ((4, 1), (2, 2), (1, 4)):  # as many as half of the free memory has room for
+        least = 2 * blocks * solving_bytes([block] * 32, sweep, lanes=lanes)
+        assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=least) == blocks
+    assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=0) == 1

@@ -25,11 +25,11 @@ from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report, silent
 from crosscal.report.rows import LayerRow, read_rows, write_rows
+from crosscal.stages import preflight
 from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.folding import unfolded
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.moments import Cached, JustRead, MomentsReport
-from crosscal.stages.preflight import block_shapes, solving_bytes
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
@@ -37,7 +37,6 @@ from crosscal.statistics import Mixture
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-SHARE = 0.5  # of the free memory that blocks being solved may take
 WRITERS = 4  # of one disk, each holding what it writes
 FORMAT = 2  # of sequential solutions; a change of what solvers compute makes new keys
 
@@ -95,11 +94,11 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
 
 
 def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
-    """How many blocks may be solved side by side: as many as half of the free memory has room for, and one at least."""
-    sets = sum(len(sample.sets) for sample in shop.samples.values())
-    shapes = block_shapes(shop.source, shop.cached)
-    needed = solving_bytes(shapes, variants=len(variants), sets=sets)
-    return max(1, int(SHARE * free_bytes(shop.device) / needed))
+    """How many blocks may be solved side by side (see `preflight.blocks_at_once`)."""
+    shapes = preflight.block_shapes(shop.source, shop.cached)
+    return preflight.blocks_at_once(
+        shapes, variants, threads=torch.get_num_threads(), free_bytes=free_bytes(shop.device)
+    )
 
 
 def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:

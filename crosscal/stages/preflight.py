@@ -25,9 +25,18 @@ from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
 from crosscal.store import Store
+from crosscal.variants import Variant
 
 SUM_BYTES = 4
 """Moments are summed and solved in float32 (a float64 walk is not planned)."""
+SHARE = 0.5
+"""Of the free memory, what blocks being solved may take."""
+LARGEST_SITE = 0.5
+"""Of a block's parameters, those of the site with the most rows: gate and up of a Llama have about half."""
+ANSWER_COPIES = 1.4
+"""What an answer takes in the end; measured (`tests/test_stages_memory.py`)."""
+REFERENCE = ""
+"""The corpus on which methods without data have their losses measured."""
 STORED_SHARE = 0.42
 """Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
 
@@ -110,14 +119,35 @@ def reading_bytes(
     return tokens * hidden * itemsize + max(outside * itemsize + block, 2 * block + grams)
 
 
-def solving_bytes(shapes: Sequence[BlockShape], *, variants: int, sets: int) -> int:
-    """Memory of solving one block: its weights and every variant's answer in float32, and one site's matrices.
+def solving_bytes(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, lanes: int) -> int:
+    """Memory of solving one block on so many lanes, above what the process uses already: the larger of two moments.
 
-    Of the widest site: the moments of every set and the Hessian, its factor, the held-out Hessian and a work copy.
+    When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`site_hessians`),
+    three matrices for each group in work (its Hessian, the factor, one more), the answers for this site, and what the
+    column loops of the other lanes hold. At the end: every answer, as solved and as stored, of which what was let go is
+    not all the system's again, and the loops. Always the block's weights, and the file they were read from.
     """
-    block = max(shape.parameters for shape in shapes) * SUM_BYTES
-    widest = max(inputs for shape in shapes for _, inputs in shape.sites)
-    return block * (1 + 2 * variants) + widest * widest * SUM_BYTES * (sets + 4)
+    shape = max(shapes, key=lambda each: each.parameters)
+    widths = [inputs for each in shapes for _, inputs in each.sites]
+    groups = {(v.mixture, v.seed, v.trace_normalised, v.setting.get("damping")) for v in variants}
+    drawn = {(corpus, v.seed) for v in variants for corpus in (v.mixture.corpora if v.mixture else [REFERENCE])}
+    lanes = min(lanes, len(groups) * len(shape.sites))
+    at_widest = min(lanes, len(groups))
+    members = -(-len(variants) // max(1, len(groups)))
+    loop = (1 + 2 * members) * shape.parameters * SUM_BYTES * LARGEST_SITE
+    matrices = (2 * len(drawn) + 3 * at_widest) * max(widths) ** 2 * SUM_BYTES
+    answers = len(variants) * max(widths) * min(widths) * SUM_BYTES
+    all_answers = len(variants) * shape.parameters * SUM_BYTES * ANSWER_COPIES
+    solving = max(matrices + answers + (lanes - at_widest + 1) * loop, all_answers + lanes * loop)
+    return 2 * shape.stored_bytes + round(solving)
+
+
+def blocks_at_once(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, threads: int, free_bytes: int) -> int:
+    """How many blocks may be solved side by side, the threads shared out among them: as many as half of the free memory
+    has room for, and one at least."""
+    wanted = range(min(threads, len(shapes)), 1, -1)
+    needed = {number: number * solving_bytes(shapes, variants, lanes=threads // number) for number in wanted}
+    return next((number for number in wanted if needed[number] <= SHARE * free_bytes), 1)
 
 
 def parameters_of(source: ModelSource) -> int:

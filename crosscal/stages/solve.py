@@ -58,9 +58,10 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
     layers: dict[Variant, list[Layer]] = {variant: [] for variant in variants}
     for site, group in itertools.product(problem.sites, groups):
-        for variant, layer in solved[site, group]:
+        for variant, layer in solved.pop((site, group)):
             layers[variant].append(layer)
-    return {variant.name: _assembled(problem, variant, found) for variant, found in layers.items()}
+    # Let go one by one: assembled, a variant's weights stand in tensors of their own.
+    return {variant.name: _assembled(problem, variant, layers.pop(variant)) for variant in variants}
 
 
 def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:

@@ -56,6 +56,7 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     if damping == 0:
         reversed_II.diagonal().masked_fill_(dead_I.flip(0), mean)
     lower_II, failed_at = torch.linalg.cholesky_ex(reversed_II)
+    del reversed_II  # three matrices are held at most, the Hessian among them
     if int(failed_at) != 0:
         column = len(hessian_II) - int(failed_at)  # the reversed matrix was factored from the last column on
         raise _not_positive_definite(name, damping, f"Cholesky failed at column {column}")

@@ -1,0 +1,101 @@
+"""Solving takes the memory that the preflight says, whatever the sets, variants and lanes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from crosscal.models.source import ModelSource
+from crosscal.stages.preflight import block_shapes, solving_bytes
+from crosscal.store import Store
+from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows
+
+ROOT = Path(__file__).parents[1]
+HIDDEN, INNER, SHARDS = 512, 3072, 4
+ALPHAS = (0.1, 0.3, 0.5, 0.9)
+MEASURED = """
+import json, sys, tempfile, threading
+from pathlib import Path
+import psutil, torch
+from crosscal.models.source import ModelSource
+from crosscal.stages.compress import compress_block
+from crosscal.stages.sample import Sample
+from crosscal.store import Store
+from tests.helpers.tiny_run import workshop
+from tests.test_stages_memory import sweep
+
+process, done = psutil.Process(), threading.Event()
+threads, count = map(int, sys.argv[3:])
+torch.set_num_threads(threads)
+
+def solve(folder):
+    samples = [Sample.from_json(each) for each in json.loads((folder / "samples.json").read_text())]
+    source = ModelSource.open(folder / "model")
+    with tempfile.TemporaryDirectory() as out:
+        compress_block(workshop(Path(out), Store(folder / "home"), source, *samples), 0, sweep(count))
+
+solve(Path(sys.argv[1]))  # what the libraries take once
+start = peak = process.memory_info().rss
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, process.memory_info().rss)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+solve(Path(sys.argv[2]))
+done.set()
+watcher.join()
+print(json.dumps(peak - start))
+"""
+
+
+def sweep(count: int) -> list:
+    mixtures = [{"general": 1 - alpha, "legal": alpha} for alpha in ALPHAS[:count]]
+    return [variant(f"v{i}", "sparsegpt", m, sparsity=0.5, damping=0.01) for i, m in enumerate(mixtures)]
+
+
+def calibrated(folder: Path, hidden: int, inner: int) -> Path:
+    """A model of one block and two corpora of four shards each: 16 sets, calibration and held out."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    source, store, samples = ModelSource.open(folder / "model"), Store(folder / "home"), []
+    for number, name in enumerate(("general", "legal")):
+        samples.append(sample(store, name, *(windows(4 + k, seed=10 * number + k) for k in range(SHARDS))))
+        collect(dense_cache(store, source), source, samples[-1].sets)
+    assert sum(len(each.sets) for each in samples) == 16
+    (folder / "samples.json").write_text(json.dumps([each.as_json() for each in samples]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small block, and one whose matrices are larger than what an allocator keeps."""
+    folder = tmp_path_factory.mktemp("solving")
+    return calibrated(folder / "small", 64, 128), calibrated(folder / "large", HIDDEN, INNER)
+
+
+@pytest.mark.parametrize(("lanes", "variants"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 4)])
+def test_the_peak_of_a_solve_with_16_sets_is_what_the_preflight_says(
+    folders: tuple[Path, Path], lanes: int, variants: int
+) -> None:
+    command = [sys.executable, "-c", MEASURED, *map(str, folders), str(lanes), str(variants)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    source = ModelSource.open(folders[1] / "model")
+    shapes = block_shapes(source, dense_cache(Store(folders[1] / "home"), source))
+    said = solving_bytes(shapes, sweep(variants), lanes=lanes)
+    assert json.loads(done.stdout) == pytest.approx(said, rel=0.15)
+    if lanes == 1:
+        assert said < 16 * INNER**2 * 4, "the sets alone would take more"
