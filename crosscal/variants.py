@@ -1,38 +1,59 @@
 """From a plan to the list of models it asks for, each named once.
 
 Entries whose result cannot differ are one variant: a mixture of weight 1 on the general corpus is the same for
-every domain, and methods that need no data ignore mixture, seed and upstream.
+every domain, and recipes that need no data ignore mixture, seed and upstream.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from crosscal.compressors import COMPRESSORS, DATA_FREE, Compressor, Sparsity
+from crosscal.compressors import COMPRESSORS, Placed, Sparsity
 from crosscal.errors import PlanError, UsageError
 from crosscal.plan import Compress, CompressionPlan
+from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, has_setting, needed
 from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
 
 GENERAL = "general"
 KEEP_DENSE = "keep-dense"
 """The fallback a plan may name: a matrix that cannot be solved stays as it is, and the report lists it."""
+BEGIN = ("transform", "prune", "quantize")
+"""What a recipe may begin with: there is nothing yet to refine or to repair."""
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """A method with its settings; where it has one, the mixture that it sees instead of the recipe's."""
+
+    method: str
+    settings: Settings
+    mixture: Mixture | None = None
+
+    @property
+    def step(self) -> Any:
+        """The method's own dataclass."""
+        return COMPRESSORS[self.method](**dict(self.settings))
+
+    @property
+    def key(self) -> list[Any]:
+        mixture = self.mixture.as_dict() if self.mixture else None
+        return [self.method, COMPRESSORS[self.method].version, self.settings, mixture]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compressed model: a method with its settings, on one mixture of corpora, for one draw of windows."""
+    """One compressed model: a recipe, on one mixture of corpora, for one draw of windows."""
 
     name: str
-    method: str
-    settings: tuple[tuple[str, Any], ...]
+    recipe: tuple[RecipeStep, ...]
     mixture: Mixture | None
-    """None for a method that needs no data."""
+    """None for a recipe that needs no data."""
     upstream: str
     seed: int
     trace_normalised: bool
@@ -40,20 +61,42 @@ class Variant:
     """What the plan allows for matrices that cannot be solved; None stops the run."""
 
     @property
-    def compressor(self) -> Compressor:
-        return COMPRESSORS[self.method](**dict(self.settings))
+    def method(self) -> str:
+        """The methods in order: "sparsegpt+refit"."""
+        return "+".join(step.method for step in self.recipe)
+
+    @property
+    def steps(self) -> tuple[Placed, ...]:
+        return tuple(Placed(step.step, step.mixture) for step in self.recipe)
 
     @property
     def setting(self) -> dict[str, Any]:
-        return dict(self.settings)
+        """All settings; a name that an earlier step has already comes with its method: `refit.iterations`."""
+        found: dict[str, Any] = {}
+        for step in self.recipe:
+            for name, value in step.settings:
+                found[f"{step.method}.{name}" if name in found else name] = value
+            if step.mixture is not None:
+                found[f"{step.method}.mixture"] = step.mixture.as_dict()
+        return found
+
+    @property
+    def grid(self) -> tuple[int, int | None] | None:
+        """(bits, inputs per scale) of the integers that are stored; None where no step quantizes."""
+        settings = [dict(step.settings) for step in self.recipe if has_setting(step.method, "bits")]
+        return (settings[-1]["bits"], settings[-1]["group_size"]) if settings else None
+
+    def mixtures(self, reference: Mixture) -> list[Mixture]:
+        """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
+        return [self.mixture or reference, *(step.mixture for step in self.recipe if step.mixture)]
 
     @property
     def key(self) -> str:
-        """Digest of everything about the variant but its name."""
+        """Digest of everything about the variant but its name: a chain over the steps with their versions."""
         mixture = self.mixture.as_dict() if self.mixture else None
+        chain = [step.key for step in self.recipe]
         normalised = self.trace_normalised and "corpora"  # what has one trace: sets had it in earlier versions
-        parts = [self.method, self.settings, mixture, self.upstream, self.seed, normalised, self.fallback]
-        return digest_of(parts)
+        return digest_of([chain, mixture, self.upstream, self.seed, normalised, self.fallback])
 
 
 def variants(plan: CompressionPlan) -> list[Variant]:
@@ -72,32 +115,81 @@ def variants(plan: CompressionPlan) -> list[Variant]:
 
 
 def samples_needed(plan: CompressionPlan) -> list[tuple[str, int]]:
-    """The (corpus, seed) pairs that some variant's mixture uses; methods that need no data have their loss measured on
+    """The (corpus, seed) pairs that some variant's mixture uses; recipes that need no data have their loss measured on
     the general corpus, or else the first."""
     found = variants(plan)
-    used = {(name, variant.seed) for variant in found if variant.mixture for name in variant.mixture.corpora}
-    reference = GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora))
-    used |= {(reference, variant.seed) for variant in found if variant.mixture is None}
+    reference = Mixture.of({GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora)): 1.0})
+    used = {(name, v.seed) for v in found for mixture in v.mixtures(reference) for name in mixture.corpora}
     return [(name, seed) for seed in plan.seeds for name in plan.corpora if (name, seed) in used]
 
 
 def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Variant]:
-    for method in entry.method:
+    parts = entry.steps or [{"method": entry.method, **(entry.model_extra or {})}]
+    with _said_of(where):
+        contexts = list(_mixtures(plan, entry.model_dump(), where))
+    for domain, mixture in contexts:
+        options = [
+            list(_options(plan, part, domain, where if entry.steps is None else f"{where}.steps.{number}"))
+            for number, part in enumerate(parts)
+        ]
+        for recipe in itertools.product(*options):
+            _check_recipe(recipe, where)
+            yield from _of_recipe(plan, entry, recipe, mixture)
+
+
+def _of_recipe(
+    plan: CompressionPlan, entry: Compress, recipe: tuple[RecipeStep, ...], mixture: Mixture
+) -> Iterator[Variant]:
+    data_free = not any(COMPRESSORS[step.method].needs for step in recipe)
+    upstreams = ["dense"] if data_free else entry.upstream
+    seeds = plan.seeds[:1] if data_free else plan.seeds
+    seen = None if data_free else mixture
+    normalised = entry.trace_normalised and not data_free
+    for upstream, seed in itertools.product(upstreams, seeds):
+        name = _name(recipe, seen, upstream, normalised)
+        name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
+        yield Variant(name, recipe, seen, upstream, seed, normalised, entry.fallback)
+
+
+def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str) -> Iterator[RecipeStep]:
+    """Everything that one step of a sweep may be."""
+    axes = {name: values for name, values in part.items() if name not in ("method", *OF_A_MIXTURE)}
+    for method in part["method"]:
         if method not in COMPRESSORS:
             raise PlanError(
                 "unknown method", where=f"{where}.method", got=method, do=f"Methods: {', '.join(COMPRESSORS)}."
             )
-        data_free = method in DATA_FREE
+        missing = [name for name in needed(method) if name not in axes]
+        if missing:
+            example = {"sparsity": "0.5", "bits": "4"}.get(missing[0], "…")
+            raise PlanError(f"{method} needs `{missing[0]}`", where=where, do=f"Add `{missing[0]}: {example}`.")
         with _said_of(where):
-            mixtures = [None] if data_free else list(_mixtures(plan, entry, where))
-            settings_list = list(_settings(entry, method, where))
-        upstreams = ["dense"] if data_free else entry.upstream
-        seeds = plan.seeds[:1] if data_free else plan.seeds
-        for settings, mixture, upstream, seed in itertools.product(settings_list, mixtures, upstreams, seeds):
-            name = _name(method, settings, mixture, upstream, entry.trace_normalised)
-            name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
-            normalised = entry.trace_normalised and not data_free
-            yield Variant(name, method, settings, mixture, upstream, seed, normalised, entry.fallback)
+            mixtures = list(_own_mixtures(plan, part, domain, where))
+            settings_list = list(combinations(method, axes))
+            for settings in settings_list:
+                COMPRESSORS[method](**dict(settings))  # the settings' own checks speak now, not hours later
+        for settings, mixture in itertools.product(settings_list, mixtures):
+            yield RecipeStep(method, tuple((name, _plain(value)) for name, value in settings), mixture)
+
+
+def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
+    """Whether there is something to work on for its first step, and a checkpoint can hold what its last leaves."""
+    first = recipe[0].method
+    if COMPRESSORS[first].kind not in BEGIN:
+        raise PlanError(
+            f"{first} works on what an earlier step made",
+            where=where,
+            got="it comes first",
+            do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
+        )
+    for step in recipe:
+        if getattr(COMPRESSORS[step.method], "low_rank", False) and dict(step.settings)["rank"] > 0:
+            raise PlanError(
+                f"{step.method} leaves a low-rank part, which checkpoints cannot hold yet",
+                where=where,
+                got=f"rank {dict(step.settings)['rank']}",
+                do="Merged into the matrix it would undo zeros and integers. From Python: `crosscal.compressors.run`.",
+            )
 
 
 @contextmanager
@@ -111,43 +203,36 @@ def _said_of(where: str) -> Iterator[None]:
         raise PlanError(error.what, where=where, got=error.got, do=error.do) from error
 
 
-def _settings(entry: Compress, method: str, where: str) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """The product of the entry's axes that this method has."""
-    fields = {field.name: field for field in dataclasses.fields(COMPRESSORS[method])}
-    for name in ("sparsity", "bits"):
-        if getattr(entry, name) is None and name in fields:
-            raise PlanError(
-                f"{method} needs `{name}`", where=where, do=f"Add `{name}: {'0.5' if name == 'sparsity' else '4'}`."
-            )
-        if getattr(entry, name) is not None and name not in fields and len(entry.method) == 1:
-            raise PlanError(f"{method} has no `{name}`", where=where, do="Remove it, or choose another method.")
-    axes = [[(name, value) for value in getattr(entry, name)] for name in fields]
-    for combination in itertools.product(*axes):
-        COMPRESSORS[method](**dict(combination))  # the settings' own checks speak now, not hours later
-        yield tuple((name, _plain(name, value)) for name, value in combination)
+def _plain(value: Any) -> Any:
+    """A sparsity of the form "n:m" as its shortest text; 1 and 1.0 as one number."""
+    return str(Sparsity.parse(value)) if isinstance(value, str) and ":" in value else value
 
 
-def _plain(name: str, value: Any) -> Any:
-    """Settings as JSON: a sparsity is its fraction, or its "n:m"."""
-    if name != "sparsity":
-        return value
-    sparsity = Sparsity.parse(value)
-    return str(sparsity) if sparsity.group else sparsity.fraction
-
-
-def _mixtures(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Mixture]:
-    if entry.mixture is not None:
-        yield from (Mixture.of(weights) for weights in entry.mixture)
+def _own_mixtures(
+    plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str
+) -> Iterator[Mixture | None]:
+    if not any(name in part for name in OF_A_MIXTURE):
+        yield None
         return
-    if entry.domain is None:
+    said = {"alpha": [0.5], "domain": [domain] if domain else None, "mixture": None, **part}
+    as_lists = {name: value if value is None or isinstance(value, list) else [value] for name, value in said.items()}
+    yield from (mixture for _, mixture in _mixtures(plan, as_lists, where))
+
+
+def _mixtures(plan: CompressionPlan, said: Mapping[str, Any], where: str) -> Iterator[tuple[str | None, Mixture]]:
+    """(domain, mixture) of every combination of `domain` and `alpha`, or of every `mixture`."""
+    if said["mixture"] is not None:
+        yield from ((None, Mixture.of(weights)) for weights in said["mixture"])
+        return
+    if said["domain"] is None:
         only = GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora)) if len(plan.corpora) == 1 else None
         if only is None:
             raise PlanError(
                 "which corpus to calibrate on?", where=where, do="Add `domain` and `alpha`, or a `mixture`."
             )
-        yield Mixture.of({only: 1.0})
+        yield None, Mixture.of({only: 1.0})
         return
-    for domain, alpha in itertools.product(entry.domain, entry.alpha):
+    for domain, alpha in itertools.product(said["domain"], said["alpha"]):
         if alpha < 1 and GENERAL not in plan.corpora:
             raise PlanError(
                 "alpha below 1 needs a corpus named `general`",
@@ -155,23 +240,11 @@ def _mixtures(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Mi
                 got=f"alpha {alpha:g}",
                 do="Add it, or set alpha: 1, or give a `mixture`.",
             )
-        yield Mixture.alpha(domain, alpha, GENERAL)
+        yield domain, Mixture.alpha(domain, alpha, GENERAL)
 
 
-def _name(
-    method: str, settings: tuple[tuple[str, Any], ...], mixture: Mixture | None, upstream: str, trace_normalised: bool
-) -> str:
-    parts = [method]
-    values = dict(settings)
-    defaults = {f.name: f.default for f in dataclasses.fields(COMPRESSORS[method])}
-    if "sparsity" in values:
-        sparsity = Sparsity.parse(values["sparsity"])
-        parts.append(f"{sparsity.kept}of{sparsity.group}" if sparsity.group else f"{sparsity.fraction * 100:g}")
-    if "bits" in values:
-        parts.append(f"w{values['bits']}" + (f"g{values['group_size']}" if values["group_size"] else ""))
-    for name, value in settings:
-        if name not in ("sparsity", "bits", "group_size") and value != defaults[name]:
-            parts.append(f"{name.replace('_', '')}{'' if value is True else f'{value:g}'}")
+def _name(recipe: Sequence[RecipeStep], mixture: Mixture | None, upstream: str, trace_normalised: bool) -> str:
+    parts = [part for step in recipe for part in _step_name(step)]
     if mixture is not None:
         parts.append(_mixture_name(mixture))
     if upstream != "dense":
@@ -179,6 +252,23 @@ def _name(
     if trace_normalised:
         parts.append("tracenorm")
     return "-".join(parts)
+
+
+def _step_name(step: RecipeStep) -> Iterator[str]:
+    """The method, how much it removes or keeps, and whatever else is not as by default."""
+    yield step.method
+    values = dict(step.settings)
+    if "sparsity" in values:
+        sparsity = Sparsity.parse(values["sparsity"])
+        yield f"{sparsity.kept}of{sparsity.group}" if sparsity.group else f"{sparsity.fraction * 100:g}"
+    if "bits" in values:
+        yield f"w{values['bits']}" + (f"g{values['group_size']}" if values["group_size"] else "")
+    for name, value in step.settings:
+        if name not in ("sparsity", "bits", "group_size") and value != default_of(step.method, name):
+            text = f"{value:g}" if isinstance(value, float) else str(value).lower()
+            yield name.replace("_", "") + ("" if value is True else text)
+    if step.mixture is not None:
+        yield f"on-{_mixture_name(step.mixture)}"
 
 
 def _mixture_name(mixture: Mixture) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from crosscal.calibration.tokens import check_tokenizer
-from crosscal.compressors import Sparsity
-from crosscal.compressors.grid import check_grid
+from crosscal.compressors.recipe import check_inputs
 from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.source import ModelSource
@@ -58,10 +57,8 @@ def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[
 
 def _misfit(variant: Variant, where: str, inputs: int) -> UsageError | None:
     try:
-        if "sparsity" in variant.setting:
-            Sparsity.parse(variant.setting["sparsity"]).check(inputs, where)
-        if "bits" in variant.setting:
-            check_grid(variant.setting["group_size"], inputs, where)
+        for placed in variant.steps:
+            check_inputs(placed.step, inputs, where)
     except UsageError as error:
         return error
     return None

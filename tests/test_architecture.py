@@ -57,7 +57,7 @@ ROOMS = {
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"},
     ),
     "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
-    "plan": ({"errors", "files"}, {"pydantic", "yaml"}),
+    "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),
     "stages": (

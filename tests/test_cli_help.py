@@ -27,7 +27,7 @@ HEAVY = (
     "yaml",
 )
 COMMANDS = (
-    *("run", "ingest", "evaluate", "report", "ledger", "publish", "deploy"),
+    *("run", "ingest", "evaluate", "report", "methods", "ledger", "publish", "deploy"),
     *("store list", "store verify", "store gc", "plan show", "plan check"),
 )
 

@@ -51,11 +51,13 @@ GROUPS: list[int | None] = [None, 1, 16, 24, 32, 48, 64, 96, 128, 144, 192, 288]
 
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("activation_order", [False, True])
-def test_gptq_is_the_plain_recursion(group_size: int | None, activation_order: bool) -> None:
+@pytest.mark.parametrize("scale_search", [False, True])
+def test_gptq_is_the_plain_recursion(group_size: int | None, activation_order: bool, scale_search: bool) -> None:
     """Also for groups that straddle panels and blocks."""
     problem = layer(5, 384 if group_size in (64, 128, 192) else 288, seed=11)
-    weight_OI = GPTQ(3, group_size, activation_order).compress(problem).weight_OI
     settings: dict[str, Any] = {"bits": 3, "group_size": group_size, "activation_order": activation_order}
+    settings["scale_search"] = scale_search
+    weight_OI = GPTQ(**settings).compress(problem).weight_OI
     torch.testing.assert_close(weight_OI, reference_columns(problem, **settings), rtol=1e-9, atol=1e-9)
 
 
@@ -63,23 +65,27 @@ def test_gptq_is_the_plain_recursion(group_size: int | None, activation_order: b
 def test_gptq_bits_are_the_plain_recursion(bits: int) -> None:
     problem = layer(5, 160, seed=12)
     expected_OI = reference_columns(problem, bits=bits, group_size=32)
-    torch.testing.assert_close(GPTQ(bits, 32).compress(problem).weight_OI, expected_OI, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        GPTQ(bits, 32, False, False).compress(problem).weight_OI, expected_OI, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 96])
 @pytest.mark.parametrize("mask", [{"fraction": 0.4}, {"kept_of": (2, 4)}])
-def test_both_at_once_is_the_plain_recursion(group_size: int | None, mask: dict[str, Any]) -> None:
+@pytest.mark.parametrize("scale_search", [False, True])
+def test_both_at_once_is_the_plain_recursion(group_size: int | None, mask: dict[str, Any], scale_search: bool) -> None:
     problem = layer(5, 288, seed=13)
     sparsity = Sparsity.parse(0.4 if "fraction" in mask else "2:4")
-    weight_OI = SparseGPTQ(sparsity, 4, group_size).compress(problem).weight_OI
-    expected_OI = reference_columns(problem, bits=4, group_size=group_size, **mask)
+    weight_OI = SparseGPTQ(sparsity, 4, group_size, scale_search).compress(problem).weight_OI
+    expected_OI = reference_columns(problem, bits=4, group_size=group_size, scale_search=scale_search, **mask)
     torch.testing.assert_close(weight_OI, expected_OI, rtol=1e-9, atol=1e-9)
 
 
 def test_no_pruning_leaves_gptq_and_many_bits_leave_sparsegpt() -> None:
     problem = layer()
     none, half = Sparsity.parse(0.0), Sparsity.parse(0.5)
-    assert torch.equal(SparseGPTQ(none, 4, 32).compress(problem).weight_OI, GPTQ(4, 32).compress(problem).weight_OI)
+    gptq = GPTQ(4, 32, activation_order=False)
+    assert torch.equal(SparseGPTQ(none, 4, 32).compress(problem).weight_OI, gptq.compress(problem).weight_OI)
     fine, pruned = SparseGPTQ(half, 8, 16).compress(problem), SparseGPT(half).compress(problem)
     assert fine.loss == pytest.approx(pruned.loss, rel=0.02)
 
@@ -122,7 +128,7 @@ def test_uncorrelated_inputs_make_gptq_round_to_nearest(
     stored_dtype: torch.dtype | None, activation_order: bool, group_size: int | None
 ) -> None:
     problem = with_hessian(layer(7, 200, stored_dtype=stored_dtype), eye(200))
-    gptq = GPTQ(4, group_size, activation_order).compress(problem)
+    gptq = GPTQ(4, group_size, activation_order, scale_search=False).compress(problem)
     nearest = RoundToNearest(4, group_size).compress(problem)
     assert torch.equal(gptq.weight_OI, nearest.weight_OI)
     assert gptq.grid is not None

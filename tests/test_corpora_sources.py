@@ -164,4 +164,4 @@ def test_the_ledger_holds_names_that_can_be_printed(tmp_path: Path) -> None:
         file.write(b'{"text": "a text that is long enough"}\n')
     store, source = Store(tmp_path / "home"), os.fsdecode(path)
     record_ingest(store, [source], ingest(store, "all", [source]))
-    assert [name for entry in Ledger(store).files("all") for name in entry.names] == [r"caf\xe9.jsonl"]
+    assert [name for entry in Ledger(store).look().files("all") for name in entry.names] == [r"caf\xe9.jsonl"]

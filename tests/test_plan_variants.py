@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 from crosscal.compressors import COMPRESSORS
 from crosscal.errors import PlanError
-from crosscal.plan import parse_plan
-from crosscal.variants import samples_needed, variants
+from crosscal.plan import dump_plan, parse_plan
+from crosscal.variants import BEGIN, samples_needed, variants
 
 CORPORA = {"general": None, "legal": None, "biomedical": None}
 
@@ -57,7 +58,7 @@ def test_a_model_asked_for_twice_is_made_once() -> None:
 def test_names_are_unique_and_safe_as_folders() -> None:
     found = expand(
         {
-            "method": list(COMPRESSORS),
+            "method": [name for name, method in COMPRESSORS.items() if method.kind in BEGIN and name != "3basil"],
             "sparsity": [0.5, 0.55, 0.555, 0, 1, "2:4", "1:4"],
             "bits": [2, 4, 8],
             "group_size": [128, 32, None],
@@ -96,6 +97,57 @@ def test_only_corpora_of_some_mixture_are_sampled() -> None:
     assert samples_needed(parse_plan(plan)) == []
 
 
+def test_steps_are_swept_one_by_one_and_together() -> None:
+    entry = {
+        "domain": ["legal", "biomedical"],
+        "alpha": [0.5],
+        "steps": [
+            {"method": "alps", "sparsity": [0.6, 0.7]},
+            {"method": "refit", "iterations": [10, None]},
+            {"method": "gptq", "bits": 4, "group_size": 32},
+            {"method": "eora", "rank": [0], "alpha": [0.5, 1]},
+        ],
+    }
+    found = expand(entry)
+    assert len(found) == len({variant.key for variant in found}) == 2 * 2 * 2 * 2
+    first = found[0]
+    assert first.name == "alps-60-refit-gptq-w4g32-eora-rank0-on-legal-a0.5-legal-a0.5"
+    assert first.method == "alps+refit+gptq+eora"
+    assert first.setting["sparsity"] == 0.6
+    assert first.setting["iterations"] == 300
+    assert first.setting["refit.iterations"] == 10
+    assert first.setting["eora.mixture"] == {"general": 0.5, "legal": 0.5}
+    assert first.grid == (4, 32)
+    own = [variant.recipe[3].mixture.as_dict() for variant in found]
+    assert {"biomedical": 1.0} in own
+    assert {"general": 0.5, "biomedical": 0.5} in own
+    assert first.mixture is not None
+    assert first.mixture.as_dict() == {"general": 0.5, "legal": 0.5}
+    assert samples_needed(parse_plan({"model": "m", "corpora": CORPORA, "compress": [entry]})) == [
+        ("general", 0),
+        ("legal", 0),
+        ("biomedical", 0),
+    ]
+
+
+def test_a_plan_with_steps_reads_back_equal() -> None:
+    entry = {"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "refit"}]}
+    plan = parse_plan({"model": "m", "corpora": CORPORA, "compress": [entry]})
+    refit = {"method": ["refit"], "iterations": [10], "damping": [0.0]}
+    assert yaml.safe_load(dump_plan(plan))["compress"][0]["steps"][1] == refit
+    assert parse_plan(yaml.safe_load(dump_plan(plan))) == plan
+
+
+def test_the_version_of_a_method_is_part_of_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "refit"}]}
+    [variant] = expand(entry)
+    before = variant.key
+    monkeypatch.setattr(COMPRESSORS["refit"], "version", 99)
+    [after] = expand(entry)
+    assert variant.name == after.name
+    assert before != after.key
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
@@ -106,6 +158,17 @@ def test_only_corpora_of_some_mixture_are_sampled() -> None:
         ({"method": "wanda", "sparsity": 124}, r'compress\.0: not a sparsity .*in quotes, such as "2:4"'),
         ({"method": "wanda", "sparsity": "5:4"}, "not a sparsity"),
         ({"method": "wanda", "sparsity": 0.5, "mixture": {"general": 0.5}}, r"compress\.0: .*sum to 1"),
+        ({"method": "wanda", "sparsty": 0.5}, r"compress\.0\.sparsty: unknown field; did you mean `sparsity`"),
+        ({"method": "gptq", "bits": "four"}, r"compress\.0\.bits: .*integer.*got 'four'"),
+        ({"method": "refit"}, "what an earlier step made"),
+        ({"steps": [{"method": "eora"}]}, "what an earlier step made"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "eora"}]}, "low-rank part.*cannot hold yet"),
+        ({"method": "3basil", "sparsity": 0.5}, "low-rank part"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"rank": 3}]}, r"steps\.1: a step is a mapping"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}], "bits": 4}, "stands in its step"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}], "method": "gptq"}, "not beside `steps`"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "eora", "rnk": 3}]}, r"steps\.1\.rnk.*`rank`"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "eora", "domain": "law"}]}, "no corpus 'law'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(entry: dict, says: str) -> None:

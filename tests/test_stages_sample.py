@@ -103,8 +103,10 @@ def test_samples_are_described_in_text_and_numbers(store: Store, source: ModelSo
     other_seed = sample_documents(store, corpus, source, Draw(8, 32, 1, 2))
     noise = sample_random(store, "noise", source, Draw(8, 128, 0, 2))
     everything = [legal, noise, other_seed]
-    shown = readable_samples(store, source, everything, per_corpus=3)
+    kinds = {"legal": "documents", "noise": "random"}
+    shown = readable_samples(store, source, everything, kinds, per_corpus=3)
     assert [entry["corpus"] for entry in shown] == ["legal"] * 3 + ["noise"] * 3
+    assert all(entry["source"] == kinds[entry["corpus"]] for entry in shown)
     assert shown[0]["text"] == source.tokenizer().decode(windows_by_key(store, legal.calibration.key)[0])
     assert all(len(entry["text"]) <= SHOWN_CHARACTERS + 2 for entry in shown)
     quality = json.loads(json.dumps(sample_quality(store, source, everything), allow_nan=False))

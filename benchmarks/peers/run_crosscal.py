@@ -17,14 +17,15 @@ import torch
 from job import Clock, answer, bytes_below, peak_mib, read_job, windows
 
 from crosscal.calibration.sets import stored_windows
-from crosscal.compressors import LayerProblem, solve_many
+from crosscal.compressors import LayerProblem, solve
+from crosscal.compressors.problem import solved
+from crosscal.compressors.recipe import site_of
 from crosscal.flows.pipeline import read_model, solve_blocks
 from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.stages.compress import Workshop
 from crosscal.stages.sample import Part, Sample, Sums
-from crosscal.statistics import factor
 from crosscal.store import Store, digest_of
 from crosscal.tasks.model import publish_models, solve_sequential
 from crosscal.tasks.ticket import Ticket
@@ -84,15 +85,14 @@ def solve_alone(shop: Workshop, wanted: Sequence[Variant]) -> None:
 def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> None:
     parameters, mixture = shop.source.load_block(block), wanted[0].mixture
     assert mixture is not None
-    sets = {corpus: drawn.calibration.key for (corpus, _), drawn in shop.samples.items()}  # a corpus has one set here
+    keys = {corpus: drawn.calibration.apart[0].key for (corpus, _), drawn in shop.samples.items()}
     for site in shop.cached.sites(block) or ():
-        hessian_II = mixture.hessian_II({name: shop.cached.read(sets[name], block, site) for name in mixture.corpora})
-        shared = factor(hessian_II, wanted[0].setting["damping"])
-        problems = [
-            LayerProblem(matrix.name, matrix.weight_OI(parameters), hessian_II, shared_factor=shared)
-            for matrix in site.matrices
-        ]
-        solve_many(problems, [variant.compressor for variant in wanted])
+        moments = {corpus: shop.cached.read(keys[corpus], block, site) for corpus in mixture.corpora}
+        hessian_II = mixture.hessian_II(moments)
+        problems = [LayerProblem(m.name, m.weight_OI(parameters), hessian_II) for m in site.matrices]
+        for state in solve(site_of(problems), [variant.steps for variant in wanted]):
+            for problem, layer in zip(problems, state.layers, strict=True):
+                solved(problem, layer)
 
 
 def run(ticket: Ticket, clock: Clock) -> None:

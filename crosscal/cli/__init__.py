@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, plans, publishing, runs, stores
+from crosscal.cli import deploying, methods, plans, publishing, runs, stores
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -24,6 +24,7 @@ for command in (
     runs.ingest,
     runs.evaluate,
     runs.report,
+    methods.methods,
     publishing.ledger,
     publishing.publish,
     deploying.deploy,

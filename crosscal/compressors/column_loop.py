@@ -7,8 +7,7 @@ H + λI = R Rᵀ and D = W - V, what the changed weights were changed by, the co
 
 when the loop reaches it: one product over everything before, and the triangle of one block to invert (LDLQ, Chee et al.
 2023, arXiv 2307.13304, which is GPTQ). Inside a block the errors of panels of columns are fed
-forward as in the papers, so nearly all work is matrix products. Then, E being the errors, tr(D (H + λI) Dᵀ) = |E|²:
-the loss comes with the loop.
+forward as in the papers, so nearly all work is matrix products.
 
 Rows do not speak to each other except when a pruning threshold is drawn, so all layers that read the same inputs,
 and all sparsities or bit widths of a sweep, run through one loop as one tall matrix. The matrix is held transposed,
@@ -20,6 +19,7 @@ Source: Frantar & Alistarh 2023 (arXiv 2301.00774, alg. 1); Frantar et al. 2022 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -27,72 +27,88 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.column_rule import ColumnRule
-from crosscal.compressors.grid import fit_scale_R
+from crosscal.compressors.grid import fit_scale_R, search_scale_R
 from crosscal.compressors.panel import FixedPanel, Panel, Rounding, fix_panel, panel_columns
-from crosscal.compressors.problem import Grid, LayerProblem, LayerSolution, solved
 from crosscal.compressors.segments import Segment, block_drops, patterns, segments_of
+from crosscal.compressors.state import Dense, Grid, Layer, Site, Statistics
 from crosscal.errors import StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 
-DIGITS_LEFT = 0.1
-"""Of |E|², what must remain when λ|D|² is taken away for the difference to be a loss; else it is computed directly."""
 
-
-def solve_columns(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule]) -> list[list[LayerSolution]]:
-    """Solutions [rule][problem]. The problems share one Hessian and stored dtype, the rules one `stack_key`.
+def solve_columns(site: Site, rules: Sequence[ColumnRule]) -> list[Site]:
+    """The site after each rule. The layers share one stored dtype, the rules one `stack_key`.
 
     Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding. Dead
-    inputs score 0, so they go first inside their block's budget; among equal scores the earlier column, then the
-    earlier row, goes first. Raises what `factor` raises, `UsageError` for settings that do not fit the layer.
+    inputs score 0, and so do weights that an earlier step removed: they go first inside their block's budget; among
+    equal scores the earlier column, then the earlier row, goes first. Raises what `factor` raises, `UsageError` for
+    settings that do not fit the layer.
     """
-    first, rule = problems[0], rules[0]
-    if any(p.hessian_II is not first.hessian_II or p.stored_dtype != first.stored_dtype for p in problems):
-        raise StatisticsError("layers solved together must share a Hessian and a stored dtype", where=first.name)
-    segments = segments_of(problems, rules)
-    order_I, shared = _ordered_factor(first, rule)
-    loop = _Loop(segments, torch.cat([problem.weight_OI.mT for problem in problems], dim=1), order_I, shared)
+    by_dtype: dict[torch.dtype | None, list[int]] = {}
+    for index, layer in enumerate(site.layers):
+        by_dtype.setdefault(layer.stored_dtype, []).append(index)
+    answers: dict[tuple[int, int], Layer] = {}
+    for members in by_dtype.values():
+        layers = _solve_stack([site.layers[index] for index in members], rules, site.statistics, site.name)
+        answers.update(zip(itertools.product(range(len(rules)), members), layers, strict=True))
+    order = range(len(site.layers))
+    return [
+        dataclasses.replace(site, layers=tuple(answers[rule, index] for index in order)) for rule in range(len(rules))
+    ]
+
+
+def _solve_stack(
+    layers: Sequence[Layer], rules: Sequence[ColumnRule], statistics: Statistics, name: str
+) -> list[Layer]:
+    """Rule by rule, layer by layer."""
+    rule = rules[0]
+    if any(each.stack_key != rule.stack_key for each in rules):
+        raise StatisticsError("rules solved together must have one stack key", where=name)
+    segments = segments_of(layers, rules)
+    order_I, shared = _ordered_factor(statistics, rule, name)
+    weight_IR = torch.cat([layer.base.weight_OI.mT for layer in layers], dim=1)
+    loop = _Loop(segments, weight_IR, order_I, shared, statistics.square_I)
     for start in range(0, len(order_I), rule.block_columns):
         loop.solve_block(start, min(start + rule.block_columns, len(order_I)))
-    solutions = loop.solutions()
-    return [solutions[i : i + len(problems)] for i in range(0, len(solutions), len(problems))]
+    return loop.layers()
 
 
-def _ordered_factor(problem: LayerProblem, rule: ColumnRule) -> tuple[Tensor, InverseFactor]:
-    hessian_II = problem.hessian_II
+def _ordered_factor(statistics: Statistics, rule: ColumnRule, name: str) -> tuple[Tensor, InverseFactor]:
+    hessian_II = statistics.hessian_II
     if not rule.activation_order:
-        return torch.arange(len(hessian_II), device=hessian_II.device), problem.factor(rule.damping)
+        return torch.arange(len(hessian_II), device=hessian_II.device), statistics.factor(rule.damping)
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-    return order_I, factor(hessian_II[order_I][:, order_I], rule.damping, name=problem.name)
+    return order_I, factor(hessian_II[order_I][:, order_I], rule.damping, name=name)
 
 
 class _Loop:
     """The state of one pass: the columns fixed so far, and what that changed."""
 
-    def __init__(self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: InverseFactor) -> None:
-        self.segments, self.order_I, self.shared = segments, order_I, shared
+    def __init__(
+        self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: InverseFactor, square_I: Tensor
+    ) -> None:
+        self.segments, self.order_I, self.shared, self.square_I = segments, order_I, shared, square_I
         self.rule = segments[0].rule  # for what all rules of the stack have in common
         self.root_II, self.root_I = shared.root_II, shared.root_II.diagonal()
         self.score_I = self.root_I.masked_fill(shared.dead_I, 0.0)
         self.original_IR = original_IR[order_I] if self.rule.activation_order else original_IR
         self.times = segments[-1].rows.stop // original_IR.shape[1]  # rules; the original rows are kept once for all
-        self.pruning = any(s.rule.sparsity for s in segments)
+        self.gone_IR = _gone_IR(segments, order_I)
+        self.pruning = self.gone_IR is not None or any(s.rule.sparsity for s in segments)
         self.patterns = patterns(segments)
         inputs, rows = len(order_I), segments[-1].rows.stop
         self.panel_columns = panel_columns(original_IR.device.type, original_IR.dtype)
         self.change_IR = original_IR.new_empty(inputs, rows)
-        self.weights = [torch.empty_like(s.problem.weight_OI) for s in segments]
-        self.squared_R = torch.zeros(rows, dtype=torch.float64, device=original_IR.device)
-        self.changed_R = torch.zeros_like(self.squared_R)
+        self.weights = [torch.empty_like(s.layer.target_OI) for s in segments]
         if self.rule.bits is not None:
             self._prepare_grid(original_IR)
 
     def _prepare_grid(self, original_IR: Tensor) -> None:
         inputs, rows = self.change_IR.shape
-        outputs = torch.tensor([len(s.problem.weight_OI) for s in self.segments])
+        outputs = torch.tensor([len(s.layer.target_OI) for s in self.segments])
         bits = torch.tensor([float(s.rule.bits or 0) for s in self.segments])
         self.bits_R = bits.repeat_interleave(outputs).to(original_IR)
         self.columns = self.rule.group_size or inputs
-        self.stored_dtype = self.segments[0].problem.stored_dtype
+        self.stored_dtype = self.segments[0].layer.stored_dtype
         self.scale_GR = original_IR.new_ones(inputs // self.columns, rows)
         self.ints = [torch.empty_like(weight_OI, dtype=torch.int8) for weight_OI in self.weights]
         self.group_I = self.order_I // self.columns  # by position in the walk
@@ -101,7 +117,17 @@ class _Loop:
                 self._fit_group(group, part_CR.repeat(1, self.times))
 
     def _fit_group(self, group: int, weight_CR: Tensor) -> None:
-        self.scale_GR[group] = fit_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype)
+        if not self.rule.scale_search:
+            self.scale_GR[group] = fit_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype)
+            return
+        own = slice(group * self.columns, (group + 1) * self.columns)
+        if self.gone_IR is not None:
+            weight_CR = weight_CR * (1 - self.gone_IR[self._places(own)])
+        self.scale_GR[group] = search_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype, self.square_I[own])
+
+    def _places(self, own: slice) -> Tensor | slice:
+        """Where some columns stand in the walk."""
+        return self.order_I.argsort()[own] if self.rule.activation_order else own
 
     def _original_CR(self, first: int, last: int) -> Tensor:
         return self.original_IR[first:last].repeat(1, self.times)
@@ -121,7 +147,7 @@ class _Loop:
 
     def solve_block(self, start: int, stop: int) -> None:
         work_BR, upper_BB = self._standing_CR(start, stop), self._upper_CC(start, stop)
-        drop_BR = block_drops(self.segments, work_BR, start, self.score_I[start:stop]) if self.pruning else None
+        drop_BR = self._drops(start, stop, work_BR) if self.pruning else None
         for first, last in itertools.pairwise(self._edges(start, stop)):
             own, later = slice(first - start, last - start), slice(last - start, None)
             if self.rule.bits is not None:
@@ -139,6 +165,13 @@ class _Loop:
             )
             work_BR[later].addmm_(upper_BB[own, later].mT, fixed.error_CR, alpha=-1)
             self._keep(first, last, fixed)
+
+    def _drops(self, start: int, stop: int, work_BR: Tensor) -> Tensor:
+        if self.gone_IR is None:
+            return block_drops(self.segments, work_BR, start, self.score_I[start:stop])
+        gone_BR = self.gone_IR[start:stop]
+        drop_BR = block_drops(self.segments, work_BR * (1 - gone_BR), start, self.score_I[start:stop])
+        return torch.maximum(drop_BR, gone_BR)
 
     def _edges(self, start: int, stop: int) -> list[int]:
         """Where panels begin and end: also where a grid is fitted, which takes its columns up to date."""
@@ -169,19 +202,27 @@ class _Loop:
         change_CR = self.change_IR[first:last]
         every_CtO = [part_CR.unflatten(1, (self.times, -1)) for part_CR in (fixed.weight_CR, change_CR)]
         torch.sub(self.original_IR[first:last, None], every_CtO[0], out=every_CtO[1])
-        alive_C = (~self.shared.dead_I[first:last]).to(change_CR)
-        self.squared_R += alive_C @ fixed.error_CR.square()
-        self.changed_R += alive_C @ change_CR.square()
 
-    def solutions(self) -> list[LayerSolution]:
-        return [self._solution(index, segment) for index, segment in enumerate(self.segments)]
+    def layers(self) -> list[Layer]:
+        return [self._layer(index, segment) for index, segment in enumerate(self.segments)]
 
-    def _solution(self, index: int, segment: Segment) -> LayerSolution:
-        grid = None
-        if segment.rule.bits is not None:
+    def _layer(self, index: int, segment: Segment) -> Layer:
+        layer, rule = segment.layer, segment.rule
+        if rule.bits is None:
+            base = Dense(self.weights[index])
+        else:
             scale_OG = self.scale_GR[:, segment.rows].mT.contiguous()
-            grid = Grid(self.ints[index], scale_OG, segment.rule.bits, segment.rule.group_size)
-        squared, changed = (float(part_R[segment.rows].sum()) for part_R in (self.squared_R, self.changed_R))
-        loss = squared - self.shared.shift * changed
-        known = loss if loss >= DIGITS_LEFT * squared else None
-        return solved(segment.problem, self.weights[index], grid=grid, damping=self.shared.damping, loss=known)
+            base = Grid(self.ints[index], scale_OG, rule.bits, rule.group_size, layer.stored_dtype)
+        keep_OI = self.weights[index] != 0 if rule.sparsity else layer.keep_OI
+        return layer.changed(base, keep_OI=keep_OI, damping=self.shared.damping)
+
+
+def _gone_IR(segments: Sequence[Segment], order_I: Tensor) -> Tensor | None:
+    """1 where an earlier step pruned, in the order of the walk; None where none did."""
+    if all(segment.layer.keep_OI is None for segment in segments):
+        return None
+    parts = []
+    for layer in (segment.layer for segment in segments):
+        gone_OI = torch.zeros_like(layer.target_OI) if layer.keep_OI is None else (~layer.keep_OI).to(layer.target_OI)
+        parts.append(gone_OI.mT)
+    return torch.cat(parts, dim=1)[order_I]

@@ -23,6 +23,8 @@ class ColumnRule:
     """Inputs per scale; None is one scale a row."""
     activation_order: bool = False
     """Walk the inputs from the largest H_jj to the smallest; the grids of all groups are then fitted beforehand."""
+    scale_search: bool = False
+    """Fit each group's scale by the least error weighted with diag H, instead of to its largest weight."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     block_columns: int = 128
@@ -31,7 +33,8 @@ class ColumnRule:
     @property
     def stack_key(self) -> tuple[object, ...]:
         """Rules with equal keys can run in one loop."""
-        return (self.bits is None, self.group_size, self.activation_order, self.damping, self.block_columns)
+        how = (self.bits is None, self.group_size, self.activation_order, self.scale_search)
+        return (*how, self.damping, self.block_columns)
 
     def check_settings(self) -> None:
         """What can be said before a layer is seen. Raises `UsageError`."""

@@ -1,15 +1,19 @@
 """GPTQ: round column by column, repairing each rounding with the columns still to come. Symmetric grids, 2 to 8 bits.
 
-Frantar et al. 2022, arXiv 2210.17323.
+Frantar et al. 2022, arXiv 2210.17323. The scale search differs from the paper's code, which has an unweighted one, off
+by default.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from crosscal.compressors.column_loop import solve_columns
 from crosscal.compressors.column_rule import ColumnRule
-from crosscal.compressors.problem import LayerProblem, LayerSolution
+from crosscal.compressors.recipe import alone
+from crosscal.compressors.state import Site, Statistic
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,19 @@ class GPTQ:
     bits: int
     """2 to 8."""
     group_size: int | None = 128
-    """Inputs per scale; None is one scale a row. Grids are fitted when the loop reaches their group."""
-    activation_order: bool = False
-    """Round the inputs with the largest H_jj first; grids are then fitted beforehand, so that groups stay contiguous
-    on disk."""
+    """Inputs per scale; None is one scale a row."""
+    activation_order: bool = True
+    """Round the inputs with the largest H_jj first. Grids are then fitted beforehand, so that groups stay contiguous on
+    disk; otherwise when the loop reaches their group, earlier errors included."""
+    scale_search: bool = True
+    """Fit each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise to the largest weight."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
+
+    kind: ClassVar = "quantize"
+    needs: ClassVar = frozenset({Statistic.GRAM})
+    version: ClassVar = 2
+    compress = alone
 
     def __post_init__(self) -> None:
         self.rule.check_settings()
@@ -30,8 +41,20 @@ class GPTQ:
     @property
     def rule(self) -> ColumnRule:
         return ColumnRule(
-            bits=self.bits, group_size=self.group_size, activation_order=self.activation_order, damping=self.damping
+            bits=self.bits,
+            group_size=self.group_size,
+            activation_order=self.activation_order,
+            scale_search=self.scale_search,
+            damping=self.damping,
         )
 
-    def compress(self, problem: LayerProblem) -> LayerSolution:
-        return solve_columns([problem], [self.rule])[0][0]
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        return self.rule.stack_key
+
+    def __call__(self, site: Site) -> Site:
+        return self.many(site, [self])[0]
+
+    @staticmethod
+    def many(site: Site, steps: Sequence[GPTQ]) -> list[Site]:
+        return solve_columns(site, [step.rule for step in steps])

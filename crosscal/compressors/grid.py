@@ -8,6 +8,8 @@ from torch import Tensor
 from crosscal.errors import UsageError
 
 BITS = range(2, 9)
+SHRINKS = tuple(round(0.40 + 0.02 * k, 2) for k in range(36))
+"""Of the scale that holds the largest weight: what a search tries, .4 to 1.1."""
 TIE_BREAK = 1e-6
 """By how much scales are short: a row whose largest weight is negative would have it exactly between two levels, and
 roundoff would decide. It goes to the outer one."""
@@ -44,6 +46,30 @@ def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | N
     if stored_dtype is not None:
         scale_R = scale_R.to(stored_dtype).to(weight_RC.dtype)
     return torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
+
+
+def search_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None, square_C: Tensor) -> Tensor:
+    """Of 36 scales the one of the smallest Σ_c H_cc (w_c - q_c)², one a row; the largest among equals.
+
+    A smaller grid cuts off the largest weights and is finer for all others. `square_C`: H_cc, the inputs' mean squares.
+    The unweighted search is GPTQ's `mse` option; the weights are those of its own objective with H taken as diagonal.
+    """
+    widest_R = fit_scale_R(weight_RC, bits_R, None)
+    best_R, least_R = None, None
+    for shrink in reversed(SHRINKS):
+        scale_R = shrink * widest_R
+        if stored_dtype is not None:
+            scale_R = scale_R.to(stored_dtype).to(weight_RC.dtype)
+            scale_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
+        rounded_RC = from_ints(to_ints(weight_RC, scale_R[:, None], bits_R[:, None]), scale_R[:, None], stored_dtype)
+        cost_R = rounded_RC.sub_(weight_RC).square_() @ square_C
+        if best_R is None or least_R is None:
+            best_R, least_R = scale_R, cost_R
+        else:
+            is_better_R = cost_R < least_R
+            best_R, least_R = torch.where(is_better_R, scale_R, best_R), torch.minimum(cost_R, least_R)
+    assert best_R is not None
+    return torch.where(weight_RC.any(1), best_R, torch.ones_like(best_R))
 
 
 def to_ints(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """Magnitude pruning: remove the smallest |weight| of the whole matrix. Needs no data; the control for every other
 method.
-
-Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
+from crosscal.compressors.masks import pruned
+from crosscal.compressors.recipe import alone
 from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.state import Layer, Site, Statistic
 
 
 @dataclass(frozen=True)
@@ -19,10 +18,19 @@ class Magnitude:
     sparsity: Sparsity
     """Fraction (or n:m) removed, over the whole matrix."""
 
+    kind: ClassVar = "prune"
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    version: ClassVar = 1
+    compress = alone
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
 
-    def compress(self, problem: LayerProblem) -> LayerSolution:
+    def __call__(self, site: Site) -> Site:
         """score = |W|."""
-        keep_OI = self.sparsity.keep_OI(problem.weight_OI.abs(), per="matrix", name=problem.name)
-        return solved(problem, torch.where(keep_OI, problem.weight_OI, 0.0))
+
+        def prune(layer: Layer) -> Layer:
+            weight_OI = layer.base.weight_OI
+            return pruned(layer, self.sparsity.keep_OI(weight_OI.abs(), per="matrix", name=layer.name))
+
+        return site.each(prune)

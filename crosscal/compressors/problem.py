@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.selection import count_true
+from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
@@ -88,17 +89,6 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """Integers and scales of a symmetric quantization: V = ints · scale, the scale shared by a group of inputs."""
-
-    ints_OI: Tensor
-    scale_OG: Tensor
-    bits: int
-    group_size: int | None
-    """Inputs per scale; None is one scale a row."""
-
-
-@dataclass(frozen=True, eq=False)
 class LayerSolution:
     """A compressed layer and what it costs on the problem's own Hessian."""
 
@@ -107,13 +97,20 @@ class LayerSolution:
     """tr(ΔW H ΔWᵀ): the squared output error per token."""
     relative_loss: float
     """`loss` over tr(W H Wᵀ)."""
-    grid: Grid | None = None
+    base: Form
+    """What is stored: `weight_OI` without a low-rank part."""
+    low_rank: LowRank | None = None
     damping: float | None = None
 
     @property
+    def grid(self) -> Grid | None:
+        """The integers, where the matrix was quantized."""
+        return self.base if isinstance(self.base, Grid) else None
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of exact zeros."""
-        return count_true(self.weight_OI == 0) / self.weight_OI.numel()
+        """Fraction of exact zeros in what is stored."""
+        return count_true(self.base.weight_OI == 0) / self.weight_OI.numel()
 
 
 class Compressor(Protocol):
@@ -135,31 +132,38 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
     return float(total)
 
 
-def solved(
-    problem: LayerProblem,
-    weight_OI: Tensor,
-    *,
-    grid: Grid | None = None,
-    damping: float | None = None,
-    loss: float | None = None,
-) -> LayerSolution:
-    """Round to the stored dtype, check, and measure: every method ends here, so every loss means the same.
+def row_losses_O(difference_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """d H dᵀ of every row."""
+    return ((difference_OI @ hessian_II) * difference_OI).sum(1)
 
-    `loss`: that of `weight_OI`, where the method knows it; it is used when rounding changes no weight. Raises
-    `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
+
+def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
+    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same.
+
+    Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
     """
-    if problem.stored_dtype is not None and problem.stored_dtype != weight_OI.dtype:
-        rounded_OI = weight_OI.to(problem.stored_dtype).to(weight_OI.dtype)
-        loss = loss if torch.equal(rounded_OI, weight_OI) else None
-        weight_OI = rounded_OI
-    if loss is None:
-        difference_OI = problem.weight_OI - weight_OI
-        loss = quadratic_loss(difference_OI, problem.hessian_II)
-        if loss < 0:
-            loss = _zero_if_roundoff(loss, difference_OI, problem)
+    base, low_rank = _as_stored(layer.base, problem.stored_dtype), layer.low_rank
+    if low_rank is not None and problem.stored_dtype is not None:
+        dtype = problem.weight_OI.dtype
+        left_OK, right_KI = (part.to(problem.stored_dtype).to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
+        low_rank = LowRank(left_OK, right_KI)
+    weight_OI = base.weight_OI if low_rank is None else base.weight_OI + low_rank.weight_OI
+    difference_OI = problem.weight_OI - weight_OI
+    loss = quadratic_loss(difference_OI, problem.hessian_II)
+    if loss < 0:
+        loss = _zero_if_roundoff(loss, difference_OI, problem)
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
-    return LayerSolution(weight_OI, loss, loss / problem.energy if problem.energy > 0 else 0.0, grid, damping)
+    relative = loss / problem.energy if problem.energy > 0 else 0.0
+    return LayerSolution(weight_OI, loss, relative, base, low_rank, layer.damping)
+
+
+def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
+    """The same form with its numbers rounded as the checkpoint stores them."""
+    if not isinstance(base, Dense) or stored_dtype in (None, base.weight_OI.dtype):
+        return base
+    rounded_OI = base.weight_OI.to(stored_dtype).to(base.weight_OI.dtype)
+    return base if torch.equal(rounded_OI, base.weight_OI) else Dense(rounded_OI)
 
 
 def _zero_if_roundoff(loss: float, difference_OI: Tensor, problem: LayerProblem) -> float:

@@ -14,26 +14,26 @@ from crosscal.compiled import run_loops
 from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.numba_drops import mark_lowest
 from crosscal.compressors.panel import Pattern
-from crosscal.compressors.problem import LayerProblem
 from crosscal.compressors.selection import lowest
+from crosscal.compressors.state import Layer
 
 
 @dataclass(frozen=True)
 class Segment:
     """The rows of the stack that belong to one layer under one rule."""
 
-    problem: LayerProblem
+    layer: Layer
     rule: ColumnRule
     rows: slice
 
 
-def segments_of(problems: Sequence[LayerProblem], rules: Sequence[ColumnRule]) -> list[Segment]:
+def segments_of(layers: Sequence[Layer], rules: Sequence[ColumnRule]) -> list[Segment]:
     """Rule by rule, layer by layer. Raises `UsageError` for settings that do not fit a layer."""
     segments, first = [], 0
-    for rule, problem in itertools.product(rules, problems):
-        outputs, inputs = problem.weight_OI.shape
-        rule.check(inputs, problem.name)
-        segments.append(Segment(problem, rule, slice(first, first + outputs)))
+    for rule, layer in itertools.product(rules, layers):
+        outputs, inputs = layer.target_OI.shape
+        rule.check(inputs, layer.name)
+        segments.append(Segment(layer, rule, slice(first, first + outputs)))
         first += outputs
     return segments
 
@@ -57,7 +57,7 @@ def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_
     for segment in segments:
         sparsity = segment.rule.sparsity
         if sparsity and not sparsity.group:
-            outputs = len(segment.problem.weight_OI)
+            outputs = len(segment.layer.target_OI)
             count = sparsity.removed(stop * outputs) - sparsity.removed(start * outputs)
             own_BO = work_BR[:, segment.rows]
             if work_BR.is_cpu and work_BR.dtype == torch.float32:

@@ -6,12 +6,15 @@ Frantar & Alistarh 2023, arXiv 2301.00774, section 3.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from crosscal.compressors.column_loop import solve_columns
 from crosscal.compressors.column_rule import ColumnRule
-from crosscal.compressors.problem import LayerProblem, LayerSolution
+from crosscal.compressors.recipe import alone
 from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.state import Site, Statistic
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,15 @@ class SparseGPTQ:
     """2 to 8."""
     group_size: int | None = 128
     """Inputs per scale; None is one scale a row."""
+    scale_search: bool = True
+    """Fit each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise to the largest weight."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
+
+    kind: ClassVar = "quantize"
+    needs: ClassVar = frozenset({Statistic.GRAM})
+    version: ClassVar = 2
+    compress = alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
@@ -31,7 +41,21 @@ class SparseGPTQ:
 
     @property
     def rule(self) -> ColumnRule:
-        return ColumnRule(sparsity=self.sparsity, bits=self.bits, group_size=self.group_size, damping=self.damping)
+        return ColumnRule(
+            sparsity=self.sparsity,
+            bits=self.bits,
+            group_size=self.group_size,
+            scale_search=self.scale_search,
+            damping=self.damping,
+        )
 
-    def compress(self, problem: LayerProblem) -> LayerSolution:
-        return solve_columns([problem], [self.rule])[0][0]
+    @property
+    def stack_key(self) -> tuple[object, ...]:
+        return self.rule.stack_key
+
+    def __call__(self, site: Site) -> Site:
+        return self.many(site, [self])[0]
+
+    @staticmethod
+    def many(site: Site, steps: Sequence[SparseGPTQ]) -> list[Site]:
+        return solve_columns(site, [step.rule for step in steps])

@@ -1,16 +1,17 @@
 """Wanda: prune by |weight| · input norm, each output row on its own, no weight update.
 
-Sun et al. 2023, arXiv 2306.11695. Shapes: O outputs, I inputs.
+Sun et al. 2023, arXiv 2306.11695.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
+from crosscal.compressors.masks import pruned
+from crosscal.compressors.recipe import alone
 from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.state import Layer, Site, Statistic
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,20 @@ class Wanda:
     sparsity: Sparsity
     """Fraction (or n:m) removed in every row."""
 
+    kind: ClassVar = "prune"
+    needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
+    version: ClassVar = 1
+    compress = alone
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
 
-    def compress(self, problem: LayerProblem) -> LayerSolution:
+    def __call__(self, site: Site) -> Site:
         """score_oi = |W_oi| √H_ii."""
-        score_OI = problem.weight_OI.abs() * problem.hessian_II.diagonal().sqrt()
-        keep_OI = self.sparsity.keep_OI(score_OI, per="row", name=problem.name)
-        return solved(problem, torch.where(keep_OI, problem.weight_OI, 0.0))
+        norm_I = site.statistics.square_I.sqrt()
+
+        def prune(layer: Layer) -> Layer:
+            score_OI = layer.base.weight_OI.abs() * norm_I
+            return pruned(layer, self.sparsity.keep_OI(score_OI, per="row", name=layer.name))
+
+        return site.each(prune)

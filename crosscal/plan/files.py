@@ -129,6 +129,8 @@ def _explain(error: ValidationError) -> str:
             close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"
             lines.append(f"{field}: unknown field; {remedy}")
+        elif "setting" in problem.get("ctx", {}):
+            lines.append(f"{field}.{problem['msg']}")
         elif problem["type"] == "missing":
             lines.append(f"{field}: this field is needed")
         else:

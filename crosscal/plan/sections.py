@@ -4,9 +4,13 @@ axis of a sweep; `crosscal.variants` expands them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from crosscal.plan.settings import OF_A_MIXTURE, checked_axes
 
 BEST = "best"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -92,14 +96,16 @@ def _settings(value: Any) -> Any:
 
 
 class Compress(_Section):
-    """One entry of the sweep; every field but `trace_normalised` may be a list."""
+    """One entry of the sweep: a method, or `steps`, each a method; every field but `trace_normalised` may be a list.
 
-    method: Annotated[list[str], BeforeValidator(_axis)]
-    sparsity: Annotated[list[float | str] | None, BeforeValidator(lambda v: v if v is None else _axis(v))] = None
-    bits: Annotated[list[int] | None, BeforeValidator(lambda v: v if v is None else _axis(v))] = None
-    group_size: Annotated[list[int | None], BeforeValidator(_axis)] = [128]
-    activation_order: Annotated[list[bool], BeforeValidator(_axis)] = [False]
-    damping: Annotated[list[float], BeforeValidator(_axis)] = [0.01]
+    All further fields are settings of the method (`crosscal methods` lists them).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: Annotated[list[str] | None, BeforeValidator(lambda v: v if v is None else _axis(v))] = None
+    steps: list[dict[str, Any]] | None = None
+    """Methods in order, with their settings; a step may have a `domain`, `alpha` or `mixture` of its own."""
     domain: Annotated[list[Name] | None, BeforeValidator(lambda v: v if v is None else _axis(v))] = None
     alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], BeforeValidator(_axis)] = [0.5]
     """Weight of the domain; 1 - alpha is the general corpus's."""
@@ -111,6 +117,46 @@ class Compress(_Section):
     """Scale the Hessians of a site to one trace before mixing."""
     fallback: Literal["keep-dense"] | None = None
     """What to do with a matrix whose statistics cannot be solved; left out, the run stops with the reason."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_are_axes(cls, data: Any) -> Any:
+        """Settings become lists of checked values with their defaults; steps likewise, one after another."""
+        if not isinstance(data, dict):
+            return data
+        if (data.get("method") is None) == (data.get("steps") is None):
+            what = "this field is needed, or `steps`" if data.get("method") is None else "not beside `steps`"
+            raise PydanticCustomError("method", "{setting}: {why}", {"setting": "method", "why": what})
+        own = {name: value for name, value in data.items() if name in cls.model_fields}
+        settings = {name: value for name, value in data.items() if name not in cls.model_fields}
+        if data.get("steps") is None:
+            return own | checked_axes(_axis(data["method"]), settings)
+        if settings:
+            why = "a setting of a method stands in its step"
+            raise PydanticCustomError("setting", "{setting}: {why}", {"setting": next(iter(settings)), "why": why})
+        return own | {"steps": [_checked_step(number, step) for number, step in enumerate(_axis(data["steps"]))]}
+
+
+def _checked_step(number: int, step: Any) -> dict[str, Any]:
+    where = f"steps.{number}"
+    if not isinstance(step, dict) or "method" not in step:
+        why = "a step is a mapping with a `method`"
+        raise PydanticCustomError("step", "{setting}: {why}", {"setting": where, "why": why})
+    own = {name: value for name, value in step.items() if name in ("method", *OF_A_MIXTURE)}
+    own["method"] = _axis(step["method"])
+    try:
+        return own | checked_axes(own["method"], {name: v for name, v in step.items() if name not in own})
+    except PydanticCustomError as error:
+        context = error.context or {}
+        context = {"setting": f"{where}.{context['setting']}", "why": context["why"]}
+        raise PydanticCustomError("step", "{setting}: {why}", context) from error
+
+
+def _corpora_named(entry: dict[str, Any]) -> Iterator[str]:
+    """By an entry and its steps."""
+    for part in (entry, *(entry.get("steps") or [])):
+        yield from _axis(part.get("domain") or [])
+        yield from (name for weights in _settings(part.get("mixture") or []) for name in weights)
 
 
 class Evaluate(_Section):
@@ -189,7 +235,7 @@ class CompressionPlan(_Section):
     @model_validator(mode="after")
     def _names_exist(self) -> CompressionPlan:
         for index, entry in enumerate(self.compress):
-            named = [*(entry.domain or []), *(name for weights in entry.mixture or [] for name in weights)]
+            named = list(_corpora_named(entry.model_dump()))
             for name in named:
                 if name not in self.corpora:
                     raise ValueError(

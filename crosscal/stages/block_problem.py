@@ -40,23 +40,21 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class Group:
-    """Variants that share a Hessian and a factor."""
+    """Variants that share a Hessian."""
 
     mixture: Mixture
     seed: int
     trace_normalised: bool
-    damping: float | None
 
-    @property
-    def undamped(self) -> Group:
-        """The group as far as its Hessian goes."""
-        return dataclasses.replace(self, damping=None)
+    def on(self, mixture: Mixture) -> Group:
+        """The same with another mixture, which a step has for itself."""
+        return dataclasses.replace(self, mixture=mixture)
 
 
 def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, list[Variant]]:
     groups: dict[Group, list[Variant]] = {}
     for variant in variants:
         mixture = variant.mixture or problem.reference
-        group = Group(mixture, variant.seed, variant.trace_normalised, variant.setting.get("damping"))
+        group = Group(mixture, variant.seed, variant.trace_normalised)
         groups.setdefault(group, []).append(variant)
     return groups

@@ -107,11 +107,16 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     This is the loop of the published SparseGPT and GPTQ code. Its moments belong to this variant on these windows
     alone; they are kept, so that solving it again reads nothing.
     """
-    mixture = variant.mixture or shop.reference
-    samples = {corpus: unfolded(shop.cached.store, shop.samples[corpus, variant.seed]) for corpus in mixture.corpora}
+    mixtures = variant.mixtures(shop.reference)
+    samples = {
+        corpus: unfolded(shop.cached.store, shop.samples[corpus, variant.seed])
+        for mixture in mixtures
+        for corpus in mixture.corpora
+    }
     shop = dataclasses.replace(shop, samples={(corpus, variant.seed): each for corpus, each in samples.items()})
     sets = [key for sample in samples.values() for key in sample.sets]
-    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over_sums(mixture, samples)))
+    over = [over_sums(mixture, samples) for mixture in mixtures]
+    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over))
     writer, blocks = shop.writer(variant), range(shop.source.blocks)
     unwritten = [block for block in blocks if not writer.has_block(block)]
     if all(cached.has(key, block) for key in sets for block in unwritten):
@@ -123,7 +128,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     def solve_next(seen: BlockMoments) -> Mapping[str, Tensor]:
         nonlocal misses
         if not seen.moments:
-            return writer.read_block(seen.block, bits=variant.setting.get("bits"))
+            return writer.read_block(seen.block, bits=variant.grid[0] if variant.grid else None)
         misses += cached.publish(seen)
         return _solve_alone(shop, JustRead.of(cached, seen), variant, seen.block).dense
 
@@ -157,8 +162,7 @@ def publish_variants(shop: Workshop, variants: Sequence[Variant], report: Report
 def publish_variant(shop: Workshop, variant: Variant) -> Path:
     """Write what lies outside the blocks and the index: from now on the folder is a model."""
     writer = shop.writer(variant)
-    bits = variant.setting.get("bits")
-    writer.finish(quantization_config(bits, variant.setting["group_size"], []) if bits else None)
+    writer.finish(quantization_config(*variant.grid, []) if variant.grid else None)
     return writer.folder
 
 
@@ -173,9 +177,9 @@ def discard_model(shop: Workshop, variant: Variant) -> None:
     shutil.rmtree(shop.folder / "models" / variant.name, ignore_errors=True)
 
 
-def _sequential(variant: Variant, sets: Mixture) -> str:
+def _sequential(variant: Variant, over: Sequence[Mixture]) -> str:
     """What determines a variant's compressed blocks: names of corpora do not, the windows behind them do."""
-    return f"sequential-{digest_of([FORMAT, variant.key, sets.weights])}"
+    return f"sequential-{digest_of([FORMAT, variant.key, [sets.weights for sets in over]])}"
 
 
 def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -> BlockSolution:

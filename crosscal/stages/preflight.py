@@ -24,6 +24,7 @@ from crosscal.models.sites import is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
+from crosscal.statistics import Mixture
 from crosscal.store import Store
 from crosscal.variants import Variant
 
@@ -129,8 +130,9 @@ def solving_bytes(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, 
     """
     shape = max(shapes, key=lambda each: each.parameters)
     widths = [inputs for each in shapes for _, inputs in each.sites]
-    groups = {(v.mixture, v.seed, v.trace_normalised, v.setting.get("damping")) for v in variants}
-    drawn = {(corpus, v.seed) for v in variants for corpus in (v.mixture.corpora if v.mixture else [REFERENCE])}
+    groups = {(v.mixture, v.seed, v.trace_normalised) for v in variants}
+    reference = Mixture.of({REFERENCE: 1.0})
+    drawn = {(corpus, v.seed) for v in variants for mixture in v.mixtures(reference) for corpus in mixture.corpora}
     lanes = min(lanes, len(groups) * len(shape.sites))
     at_widest = min(lanes, len(groups))
     members = -(-len(variants) // max(1, len(groups)))

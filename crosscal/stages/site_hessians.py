@@ -24,10 +24,12 @@ Place = tuple[str, int, bool]
 class SiteHessians:
     """Of one site for several groups, whichever lane asks first; let go after the last group."""
 
-    def __init__(self, problem: BlockProblem, site: Site, groups: Sequence[Group]) -> None:
+    def __init__(self, problem: BlockProblem, site: Site, groups: Sequence[Group], also: Sequence[Group] = ()) -> None:
+        """`also`: further mixtures that steps of recipes see."""
+        mixed = (*groups, *also)
         self._problem, self._where = problem, f"{problem.name}.{site.name}"
         self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
-        self._corpora = sorted({(corpus, group.seed) for group in groups for corpus in group.mixture.corpora})
+        self._corpora = sorted({(corpus, group.seed) for group in mixed for corpus in group.mixture.corpora})
         self._groups, self._lock = len(groups), threading.Lock()
         self._sums: dict[Place, HessianSum] | None = None
 

@@ -1,7 +1,7 @@
 """Solving one block for every variant of a sweep, from the cache: block outer, variants inner, sites side by side.
 
-Per site, the Hessians of each mixture are mixed and factored once per damping, and shared by all linears, sparsities
-and bit widths (`solve_site`).
+Per site, the Hessians of each mixture are mixed and factored once, and shared by all linears and recipes
+(`solve_site`).
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     Raises `StatisticsError` naming the layer.
     """
     groups = grouped(problem, variants)
-    energies = {group.undamped: _energies(problem, group.undamped) for group in groups}
+    energies = {group: _energies(problem, group) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
     def solve(site: Site, group: Group, hessians: SiteHessians) -> None:
-        layers = solve_site(problem, site, hessians, group, groups[group], energies[group.undamped])
+        layers = solve_site(problem, site, hessians, group, groups[group], energies[group])
         solved[site, group] = list(layers)
         hessians.group_is_done()
 
+    also = [group.on(step.mixture) for group in groups for v in groups[group] for step in v.recipe if step.mixture]
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    of_sites = [(site, SiteHessians(problem, site, list(groups))) for site in longest_first]
+    of_sites = [(site, SiteHessians(problem, site, list(groups), also)) for site in longest_first]
     jobs = [functools.partial(solve, site, group, hessians) for site, hessians in of_sites for group in groups]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crosscal.compressors import LayerProblem, LayerSolution, quadratic_loss, solve_many
+from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
+from crosscal.compressors.problem import solved
+from crosscal.compressors.recipe import site_of
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Group
 from crosscal.stages.energies import Energies
 from crosscal.stages.site_hessians import SiteHessians
-from crosscal.statistics import factor
+from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
 
@@ -41,29 +43,75 @@ def solve_site(
 ) -> Iterator[tuple[Variant, Layer]]:
     """Every matrix of a site for every variant of a group, with its losses on both sets of windows.
 
-    Raises `StatisticsError` naming the site or layer, unless all of the group's variants name `keep-dense` as their
-    fallback: then its matrices stay as they are, and their rows say why.
+    Raises `StatisticsError` naming the site or layer, unless the variant names `keep-dense` as its fallback: then its
+    matrices stay as they are, and their rows say why.
     """
+    stacks, solutions = [members], []
+    while stacks:
+        together = stacks.pop(0)
+        try:
+            solutions.append((together, _solve_together(problem, site, hessians, group, together, energies)))
+        except StatisticsError as error:
+            if all(variant.fallback != KEEP_DENSE for variant in together):
+                raise
+            if len(together) == 1:
+                yield from _kept_dense(problem, site, together, str(error))
+            else:
+                stacks += [[variant] for variant in together]  # which of them cannot be solved?
+    held_out_II = _held_out(hessians, group) if solutions else None
+    for together, done in solutions:
+        yield from _measured(problem, site, together, done, held_out_II, energies)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """Answers [variant][matrix], to be measured on held-out windows."""
+
+    problems: list[LayerProblem]
+    answers: list[list[LayerSolution]]
+    tokens: int
+    seconds: float
+    """For one matrix of one variant."""
+
+
+def _solve_together(
+    problem: BlockProblem,
+    site: Site,
+    hessians: SiteHessians,
+    group: Group,
+    members: Sequence[Variant],
+    energies: Energies,
+) -> _Solved:
     started = time.monotonic()
-    where = f"{problem.name}.{site.name}"
-    try:
-        hessian_II, tokens = hessians(group)
-        problems = _layer_problems(problem, site, hessian_II, group, energies, where)
-        answers = solve_many(problems, [variant.compressor for variant in members])
-    except StatisticsError as error:
-        if any(variant.fallback != KEEP_DENSE for variant in members):
-            raise
-        yield from _kept_dense(problem, site, members, str(error))
-        return
-    seconds = (time.monotonic() - started) / (len(members) * len(problems))
-    held_out_II = _held_out(hessians, group)
-    for matrix, layer, solutions in zip(site.matrices, problems, zip(*answers, strict=True), strict=True):
+    hessian_II, tokens = hessians(group)
+    problems = _layer_problems(problem, site, hessian_II, energies)
+
+    def statistics_on(mixture: Mixture) -> Statistics:
+        """What a step with a mixture of its own sees."""
+        own_II = hessians(group.on(mixture))[0]
+        means = {Statistic.GRAM: own_II, Statistic.SQUARE_SUM: own_II.diagonal()}
+        return Statistics(means, f"{problem.name}.{site.name}")
+
+    states = solve(site_of(problems), [variant.steps for variant in members], statistics_on)
+    answers = [[solved(layer, done) for layer, done in zip(problems, state.layers, strict=True)] for state in states]
+    return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
+
+
+def _measured(
+    problem: BlockProblem,
+    site: Site,
+    members: Sequence[Variant],
+    done: _Solved,
+    held_out_II: Tensor | None,
+    energies: Energies,
+) -> Iterator[tuple[Variant, Layer]]:
+    for matrix, layer, solutions in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
         energies.add(matrix.name, layer.energy, held_out_energy)
         for variant, solution in zip(members, solutions, strict=True):
-            held_out_loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
-            row = _row(problem, site, variant, layer, solution, held_out_loss, tokens, seconds)
+            loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
+            row = _row(problem, site, variant, layer, solution, loss, done.tokens, done.seconds)
             yield variant, Layer(matrix, solution, row)
 
 
@@ -79,17 +127,13 @@ def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
     return None if hessian_II is None else quadratic_loss(layer.weight_OI, hessian_II)
 
 
-def _layer_problems(
-    problem: BlockProblem, site: Site, hessian_II: Tensor, group: Group, energies: Energies, where: str
-) -> list[LayerProblem]:
-    shared = factor(hessian_II, group.damping, name=where) if group.damping is not None else None
+def _layer_problems(problem: BlockProblem, site: Site, hessian_II: Tensor, energies: Energies) -> list[LayerProblem]:
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
             weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, hessian_II.dtype),
             hessian_II=hessian_II,
-            shared_factor=shared,
             stored_dtype=problem.stored_dtype(matrix),
             known_energy=pair[0] if (pair := known[matrix.name]) else None,
         )
@@ -144,7 +188,7 @@ def _kept_dense(
         for matrix in site.matrices:
             weight_OI = matrix.weight_OI(problem.parameters)
             row = _dense_row(problem, variant, matrix.name, site.name, weight_OI, f"{KEEP_DENSE}: {why}")
-            yield variant, Layer(matrix, LayerSolution(weight_OI, 0.0, 0.0), row)
+            yield variant, Layer(matrix, LayerSolution(weight_OI, 0.0, 0.0, Dense(weight_OI)), row)
 
 
 def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRow]:
@@ -167,7 +211,7 @@ def _dense_row(
         loss=0.0,
         relative_loss=0.0,
         heldout_relative_loss=None,
-        sparsity=LayerSolution(stored, 0.0, 0.0).sparsity,
+        sparsity=LayerSolution(stored, 0.0, 0.0, Dense(stored)).sparsity,
         bits=None,
         damping=None,
         dead_inputs=0,

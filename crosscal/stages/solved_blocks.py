@@ -70,8 +70,8 @@ def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> 
 
     Names of corpora do not enter, the windows behind them do.
     """
-    mixture = variant.mixture or shop.reference
-    samples = {corpus: shop.samples[corpus, variant.seed] for corpus in mixture.corpora}
-    sets = [over_sums(mixture, samples, held_out=held_out).weights for held_out in (False, True)]
+    mixtures = variant.mixtures(shop.reference)
+    samples = {corpus: shop.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}
+    sums = [over_sums(each, samples, held_out=held_out).weights for each in mixtures for held_out in (False, True)]
     fields = [field.name for field in dataclasses.fields(LayerRow)]
-    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sets, block])
+    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sums, block])

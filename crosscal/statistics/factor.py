@@ -1,4 +1,4 @@
-"""The damped Cholesky factor that SparseGPT and GPTQ walk along. Shapes: I inputs."""
+"""The damped Hessian in the two forms that solvers walk along: a Cholesky factor, an eigensystem. Shapes: I inputs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,35 @@ class InverseFactor:
         return torch.linalg.solve_triangular(self.root_II, identity_II, upper=True)
 
 
+@dataclass(frozen=True, eq=False)
+class Eigensystem:
+    """The damped Hessian scaled to a unit diagonal: S⁻¹ (H + λ I) S⁻¹ = Q diag(values) Qᵀ, S = diag(scale).
+
+    In the scaled problem W S is approximated. A dead input (H_jj = 0) has scale 1 and meets no other.
+    """
+
+    values_I: Tensor
+    vectors_II: Tensor
+    scale_I: Tensor
+    damping: float
+    """λ as a fraction of the Hessian's mean diagonal."""
+    dead_I: Tensor
+    """Inputs that were always zero: H_jj = 0."""
+
+
+def eigensystem(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> Eigensystem:
+    """Decompose a damped Hessian, λ = damping · mean(diag H). Raises what `factor` raises."""
+    mean = _mean_square(hessian_II, name)
+    shifted_II = hessian_II.clone()
+    shifted_II.diagonal().add_(damping * mean)
+    square_I = shifted_II.diagonal()
+    scale_I = torch.where(square_I > 0, square_I, torch.ones_like(square_I)).sqrt()
+    values_I, vectors_II = torch.linalg.eigh(shifted_II / scale_I / scale_I[:, None])
+    if not all_finite(values_I):
+        raise _not_positive_definite(name, damping, "its eigenvalues are not finite")
+    return Eigensystem(values_I.clamp_min(0), vectors_II, scale_I, damping, hessian_II.diagonal() == 0)
+
+
 def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> InverseFactor:
     """Factor a damped Hessian with one Cholesky, from the last input to the first.
 
@@ -44,13 +73,8 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     mean diagonal. Raises `NotFinite`, `EmptyStatistics` (all inputs dead), `NotPositiveDefinite`; nothing is ever
     substituted.
     """
-    if not all_finite(hessian_II):
-        raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
-    diagonal_I = hessian_II.diagonal()
-    dead_I = diagonal_I == 0
-    if dead_I.all():
-        raise EmptyStatistics("every input of this site was zero", where=name, do="Check the calibration windows.")
-    mean = float(diagonal_I.mean(dtype=torch.float64))
+    mean = _mean_square(hessian_II, name)
+    dead_I = hessian_II.diagonal() == 0
     reversed_II = hessian_II.flip(0, 1)
     reversed_II.diagonal().add_(damping * mean)
     if damping == 0:
@@ -64,6 +88,15 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     if not all_finite(root_II.diagonal().reciprocal()):
         raise _not_positive_definite(name, damping, "its inverse overflows")
     return InverseFactor(root_II, damping, damping * mean, dead_I)
+
+
+def _mean_square(hessian_II: Tensor, name: str) -> float:
+    """Of the inputs: the mean of the diagonal, after a look at the matrix."""
+    if not all_finite(hessian_II):
+        raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
+    if not hessian_II.diagonal().any():
+        raise EmptyStatistics("every input of this site was zero", where=name, do="Check the calibration windows.")
+    return float(hessian_II.diagonal().mean(dtype=torch.float64))
 
 
 def _not_positive_definite(name: str, damping: float, why: str) -> NotPositiveDefinite:

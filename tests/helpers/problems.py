@@ -71,9 +71,20 @@ def bounded_hessian_II(inputs: int, condition: float, *, seed: int) -> Tensor:
     return (hessian_II + hessian_II.mT) / 2
 
 
-def reference_grid(weight_OC: Tensor, bits: int, stored_dtype: torch.dtype | None = None) -> Tensor:
-    """A millionth less than max|w| / (2^(b-1) - 1/2) of every row, rounded as stored; 1 where the row is zero."""
+def reference_grid(
+    weight_OC: Tensor, bits: int, stored_dtype: torch.dtype | None = None, square_C: Tensor | None = None
+) -> Tensor:
+    """A millionth less than max|w| / (2^(b-1) - 1/2) of every row, rounded as stored; 1 where the row is zero. With
+    mean squares, that of 36 multiples of it whose weighted error is least, the largest among equals."""
     scale_O = 0.999999 * weight_OC.abs().max(dim=1).values / (2 ** (bits - 1) - 0.5)
+    if square_C is not None:
+        for row, (weight_C, widest) in enumerate(zip(weight_OC, scale_O.tolist(), strict=True)):
+            costs = []
+            for k in range(36):
+                scale = max(widest, 1e-300) * (1.10 - 0.02 * k)
+                level_C = (weight_C / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+                costs.append((float(((weight_C - level_C * scale) ** 2 * square_C).sum()), k))
+            scale_O[row] = widest * (1.10 - 0.02 * min(costs)[1])
     if stored_dtype is not None:
         scale_O = scale_O.to(stored_dtype).double()
     scale_O[scale_O == 0] = 1.0
@@ -89,11 +100,11 @@ def reference_columns(
     bits: int | None = None,
     group_size: int | None = None,
     activation_order: bool = False,
+    scale_search: bool = False,
 ) -> Tensor:
     """SparseGPT and GPTQ as derived, not as computed: eager updates, and an explicit inverse that loses one input
     after another by Gaussian elimination. No Cholesky, no blocks, no panels; thresholds once per 128 columns."""
     weight_OI, hessian_II = problem.weight_OI.double().clone(), problem.hessian_II.double()
-    original_OI = weight_OI.clone()
     outputs, inputs = weight_OI.shape
     dead_I = hessian_II.diagonal() == 0
     order = list(range(inputs))
@@ -104,7 +115,12 @@ def reference_columns(
     score = lambda columns: (weight_OI[:, columns] ** 2 / unit_I[columns]).masked_fill(dead_I[columns], 0.0)  # noqa: E731
     drop_OI = torch.zeros(outputs, inputs, dtype=torch.bool)
     columns_per_group = group_size or inputs
-    scale_OG = torch.stack([reference_grid(part, bits or 8) for part in original_OI.split(columns_per_group, 1)], 1)
+    square_I = hessian_II.diagonal()
+    grid = lambda columns: reference_grid(  # noqa: E731
+        weight_OI[:, columns], bits or 8, square_C=square_I[columns] if scale_search else None
+    )
+    groups = [slice(first, first + columns_per_group) for first in range(0, inputs, columns_per_group)]
+    scale_OG = torch.stack([grid(columns) for columns in groups], 1)
     for position, j in enumerate(order):
         if fraction is not None and position % BLOCK == 0:
             stop = min(position + BLOCK, inputs)
@@ -115,7 +131,7 @@ def reference_columns(
             cheapest_OC = score(slice(j, j + kept_of[1])).argsort(dim=1, stable=True)[:, : kept_of[1] - kept_of[0]]
             drop_OI[:, j : j + kept_of[1]].scatter_(1, cheapest_OC, True)
         if bits is not None and not activation_order and j % columns_per_group == 0:
-            scale_OG[:, j // columns_per_group] = reference_grid(weight_OI[:, j : j + columns_per_group], bits)
+            scale_OG[:, j // columns_per_group] = grid(slice(j, j + columns_per_group))
         fixed_O = weight_OI[:, j].masked_fill(drop_OI[:, j], 0.0)
         if bits is not None:
             scale_O = scale_OG[:, j // columns_per_group]

@@ -17,7 +17,7 @@ from crosscal.stages.moments import DENSE, Cached, MomentsReport, collect_moment
 from crosscal.stages.sample import Part, Sample, Sums
 from crosscal.statistics import Mixture
 from crosscal.store import Store, digest_of
-from crosscal.variants import Variant
+from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_text import tiny_llama
 
 VOCABULARY = 400
@@ -68,8 +68,7 @@ def variant(name: str, method: str, mixture: Mapping[str, float] | None, **more:
     settings = {key: value for key, value in more.items() if key not in ("upstream", "fallback", "trace_normalised")}
     return Variant(
         name,
-        method,
-        tuple(settings.items()),
+        (RecipeStep(method, tuple(settings.items())),),
         None if mixture is None else Mixture.of(mixture),
         more.get("upstream", "dense"),
         0,

@@ -1,0 +1,193 @@
+"""What methods work on: the state of a site, before and after each step of a recipe.
+
+A step is a function from state to state. A `Layer` says what stands in place of one matrix, in whatever form; a `Site`
+holds the layers that read one input, since they share its statistics. All are values: a step makes new ones.
+
+Shapes: O outputs, I inputs, G groups of inputs, K rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crosscal.compressors.grid import from_ints
+from crosscal.errors import StatisticsError
+from crosscal.statistics.factor import Eigensystem, InverseFactor, eigensystem, factor
+
+
+class Statistic(StrEnum):
+    """Sums over tokens x of a site's inputs. A step sees them as means per token, mixed over corpora."""
+
+    GRAM = "gram"
+    """Σ x xᵀ, the second moment: H."""
+    SQUARE_SUM = "square_sum"
+    """Σ x²: H's diagonal, at a thousandth of its cost."""
+    ABS_SUM = "abs_sum"
+    """Σ |x|."""
+    SUM = "sum"
+    """Σ x."""
+
+
+class Statistics:
+    """Per-token means of what a step declared that it needs, and what is derived from them, computed once.
+
+    Asking for anything else raises `StatisticsError`: `needs` cannot lie.
+    """
+
+    def __init__(self, means: Mapping[Statistic, Tensor], name: str = "site") -> None:
+        self._means, self._name = dict(means), name
+        self._factors: dict[float, InverseFactor] = {}
+        self._eigensystems: dict[float, Eigensystem] = {}
+
+    def __getitem__(self, which: Statistic) -> Tensor:
+        if which not in self._means:
+            raise StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
+        return self._means[which]
+
+    def only(self, needs: Collection[Statistic]) -> Statistics:
+        """The part that a step declared; what was derived from it stays known."""
+        part = Statistics({name: self[name] for name in needs}, self._name)
+        if Statistic.GRAM in needs:
+            part._factors, part._eigensystems = self._factors, self._eigensystems
+        return part
+
+    def scaled(self, scale_I: Tensor) -> Statistics:
+        """The statistics of x / s, from those of x: exact, being moments."""
+        divisor = {
+            Statistic.GRAM: scale_I * scale_I[:, None],
+            Statistic.SQUARE_SUM: scale_I.square(),
+            Statistic.ABS_SUM: scale_I,
+            Statistic.SUM: scale_I,
+        }
+        return Statistics({name: mean / divisor[name] for name, mean in self._means.items()}, self._name)
+
+    @property
+    def hessian_II(self) -> Tensor:
+        """H = E[x xᵀ]."""
+        return self[Statistic.GRAM]
+
+    @property
+    def square_I(self) -> Tensor:
+        """E[x²]; H's diagonal where H is at hand."""
+        return self.hessian_II.diagonal() if Statistic.GRAM in self._means else self[Statistic.SQUARE_SUM]
+
+    def factor(self, damping: float) -> InverseFactor:
+        """The damped Cholesky factor of H, shared by all layers and settings."""
+        if damping not in self._factors:
+            self._factors[damping] = factor(self.hessian_II, damping, name=self._name)
+        return self._factors[damping]
+
+    def know(self, factored: InverseFactor) -> None:
+        """Take over a factor of this H that was computed elsewhere."""
+        self._factors[factored.damping] = factored
+
+    def eigensystem(self, damping: float) -> Eigensystem:
+        """Eigenvectors of H scaled to a unit diagonal, shared by all layers and settings."""
+        if damping not in self._eigensystems:
+            self._eigensystems[damping] = eigensystem(self.hessian_II, damping, name=self._name)
+        return self._eigensystems[damping]
+
+
+class Form(Protocol):
+    """What is stored in place of a matrix."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The matrix that it stands for."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Numbers as they are, zeros included."""
+
+    weight_OI: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Integers and scales of a symmetric quantization: V = ints · scale, the scale shared by a group of inputs."""
+
+    ints_OI: Tensor
+    scale_OG: Tensor
+    bits: int
+    group_size: int | None
+    """Inputs per scale; None is one scale a row."""
+    stored_dtype: torch.dtype | None = None
+    """What scales are stored in and products are rounded to, when the checkpoint is loaded."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self._weight_OI
+
+    @functools.cached_property
+    def _weight_OI(self) -> Tensor:
+        outputs, groups = self.scale_OG.shape
+        ints_OGC = self.ints_OI.to(self.scale_OG.dtype).view(outputs, groups, -1)
+        return from_ints(ints_OGC, self.scale_OG[..., None], self.stored_dtype).view(outputs, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """L R, added to what is stored."""
+
+    left_OK: Tensor
+    right_KI: Tensor
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.left_OK @ self.right_KI
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One matrix: what it was, and what stands in its place."""
+
+    name: str
+    target_OI: Tensor
+    """The dense matrix, in float32 or float64: what outputs are compared with."""
+    base: Form
+    keep_OI: Tensor | None = None
+    """False where an earlier step pruned: those weights stay 0 in every later one."""
+    low_rank: LowRank | None = None
+    stored_dtype: torch.dtype | None = None
+    """What the checkpoint stores the matrix in."""
+    damping: float | None = None
+    """Of the last step that damped the Hessian."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The matrix that takes part in the forward pass."""
+        return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
+
+    @property
+    def base_target_OI(self) -> Tensor:
+        """What the stored part should be like: the dense matrix without what a low-rank part adds."""
+        return self.target_OI if self.low_rank is None else self.target_OI - self.low_rank.weight_OI
+
+    def changed(self, base: Form, **more: object) -> Layer:
+        """The same matrix with another stored part."""
+        return dataclasses.replace(self, base=base, **more)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """The layers that read one input, and its statistics."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    statistics: Statistics
+    scale_I: Tensor | None = None
+    """s: inputs come divided by it, and weights stand multiplied by it; whatever makes the input absorbs 1/s."""
+
+    def each(self, change: Callable[[Layer], Layer]) -> Site:
+        """The site with every layer changed."""
+        return dataclasses.replace(self, layers=tuple(change(layer) for layer in self.layers))

@@ -1,0 +1,118 @@
+"""Swaps: exchange a kept weight for a removed one wherever that lowers the loss, row by row, at the same sparsity.
+
+With E = W - V and G = E H, removing weight k and giving weight u its best value then changes a row's loss by
+
+    2 v_k G_k + v_k² H_kk  -  (G_u + v_k H_ku)² / H_uu
+
+Every round makes the best exchange of each row that gains by one. Starts from any mask and any values. SparseSwaps
+(Zimmer et al. 2025, arXiv 2512.10922) exchanges weights at their dense values; here the one that comes back gets its
+best value, so that a start which has been updated (SparseGPT, refit) never gets worse. Of a row only the `candidates`
+cheapest removals and the best returns are paired, the paper pairs all.
+
+Shapes: O outputs, I inputs, C candidates, N groups of M inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from crosscal.compressors.masks import pruned
+from crosscal.compressors.recipe import alone
+from crosscal.compressors.state import Layer, Site, Statistic
+from crosscal.errors import UsageError
+
+LEAST_GAIN = 1e-6
+"""Of the cost of the removal: a smaller gain may be roundoff."""
+
+
+@dataclass(frozen=True)
+class Swaps:
+    rounds: int = 100
+    """At most one exchange a row in each; it ends when no row gains."""
+    candidates: int = 32
+    """Removals and returns of a row that are paired."""
+    group: int | None = None
+    """Exchange only inside groups of so many inputs: for n:m masks."""
+
+    kind: ClassVar = "refine"
+    needs: ClassVar = frozenset({Statistic.GRAM})
+    version: ClassVar = 1
+    compress = alone
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.candidates < 1:
+            raise UsageError("rounds are 0 or more, candidates at least 1", got=str(self))
+
+    def __call__(self, site: Site) -> Site:
+        return site.each(lambda layer: self._swap(layer, site.statistics.hessian_II))
+
+    def _swap(self, layer: Layer, hessian_II: Tensor) -> Layer:
+        if layer.keep_OI is None:
+            return layer
+        keep_OI, weight_OI = layer.keep_OI.clone(), layer.base.weight_OI.clone()
+        pull_OI = (layer.base_target_OI - weight_OI) @ hessian_II
+        for _ in range(self.rounds):
+            gain_O, out_O, in_O = self._best(weight_OI, keep_OI, pull_OI, hessian_II)
+            rows = gain_O.nonzero()[:, 0]
+            if not len(rows):
+                break
+            out_R, in_R = out_O[rows], in_O[rows]
+            pull_OI[rows] += weight_OI[rows, out_R][:, None] * hessian_II[out_R]
+            back_R = pull_OI[rows, in_R] / hessian_II[in_R, in_R]
+            pull_OI[rows] -= back_R[:, None] * hessian_II[in_R]
+            weight_OI[rows, out_R], weight_OI[rows, in_R] = 0.0, back_R
+            keep_OI[rows, out_R], keep_OI[rows, in_R] = False, True
+        # The mask is another one: it does not have to lie inside the layer's.
+        return pruned(layer.changed(layer.base, keep_OI=None), keep_OI, weight_OI, damping=layer.damping)
+
+    def _best(
+        self, weight_OI: Tensor, keep_OI: Tensor, pull_OI: Tensor, hessian_II: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(what it gains, which goes, which returns) of every row; a gain of 0 where there is none worth making."""
+        square_I = hessian_II.diagonal()
+        cost_OI = (2 * weight_OI * pull_OI + weight_OI.square() * square_I).masked_fill(~keep_OI, torch.inf)
+        return_OI = torch.where(keep_OI | (square_I == 0), -torch.inf, pull_OI.square() / square_I.clamp_min(1e-30))
+        if self.group is None:
+            out_OC = cost_OI.topk(min(self.candidates, cost_OI.shape[1]), dim=1, largest=False).indices
+            in_OC = return_OI.topk(min(self.candidates, cost_OI.shape[1]), dim=1).indices
+            pairs = _pairs(weight_OI, pull_OI, cost_OI, return_OI, hessian_II, out_OC[:, None], in_OC[:, None])
+        else:
+            every_NM = torch.arange(len(square_I), device=square_I.device).view(-1, self.group)
+            every_ONM = every_NM.expand(len(weight_OI), -1, -1)
+            pairs = _pairs(weight_OI, pull_OI, cost_OI, return_OI, hessian_II, every_ONM, every_ONM)
+        change_OP, out_OP, in_OP = pairs
+        best_O, place_O = change_OP.min(1)
+        out_O, in_O = (index_OP.gather(1, place_O[:, None])[:, 0] for index_OP in (out_OP, in_OP))
+        removal_O = cost_OI.gather(1, out_O[:, None])[:, 0].abs()
+        is_worth_it_O = best_O < -LEAST_GAIN * removal_O
+        return torch.where(is_worth_it_O, -best_O, 0.0), out_O, in_O
+
+
+def _pairs(
+    weight_OI: Tensor,
+    pull_OI: Tensor,
+    cost_OI: Tensor,
+    return_OI: Tensor,
+    hessian_II: Tensor,
+    out_ONC: Tensor,
+    in_ONC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(change of the loss, removed, returned) of every pair of N lists of C candidates, flattened."""
+    rows, lists, out = out_ONC.shape
+
+    def at(values_OI: Tensor, index_ONC: Tensor) -> Tensor:
+        return values_OI.gather(1, index_ONC.flatten(1)).view_as(index_ONC)
+
+    cross_ONCC = hessian_II[out_ONC[..., :, None], in_ONC[..., None, :]]
+    moved_ONCC = at(pull_OI, in_ONC)[..., None, :] + at(weight_OI, out_ONC)[..., :, None] * cross_ONCC
+    square_ONC = hessian_II.diagonal()[in_ONC]
+    change_ONCC = at(cost_OI, out_ONC)[..., :, None] - moved_ONCC.square() / square_ONC[..., None, :].clamp_min(1e-30)
+    usable_ONC = at(return_OI, in_ONC).isfinite()
+    change_ONCC = change_ONCC.masked_fill(~usable_ONC[..., None, :], torch.inf)
+    shape = (rows, lists, out, in_ONC.shape[2])
+    index = (out_ONC[..., :, None].expand(shape).flatten(1), in_ONC[..., None, :].expand(shape).flatten(1))
+    return change_ONCC.flatten(1), *index
