@@ -44,9 +44,9 @@ def question_file(path: Path, content: list[dict] | None = None) -> str:
     return str(path)
 
 
-def slow_accuracies(questions: list[dict]) -> tuple[float, float]:
-    """(acc, acc_norm): every choice scored by its own forward pass in float64."""
-    model, tokenizer = tiny_llama().double(), tiny_tokenizer()
+def slow_accuracies(questions: list[dict], *, begin: bool = True) -> tuple[float, float]:
+    """(acc, acc_norm): every choice scored by its own forward pass in float64, encoded as the tokenizer does."""
+    model, tokenizer = tiny_llama().double(), tiny_tokenizer(begin=begin)
     right, right_by_length = 0, 0
     for row in questions:
         scores = []
@@ -75,6 +75,13 @@ def test_accuracy_equals_scoring_by_hand(tmp_path: Path, suffix: str) -> None:
     assert found["acc"].stderr == pytest.approx(math.sqrt(acc * (1 - acc) / 29))
     assert found["acc"].corpus_or_task == "facts"
     assert found["acc"].tokens > 30
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_questions_begin_as_the_tokenizers_texts_do(tmp_path: Path, begin: bool) -> None:
+    suite = QuestionSuite.load([question_file(tmp_path / "facts.jsonl")])
+    found = {m.metric: m.value for m in suite.measure(tiny_llama(), tiny_tokenizer(begin=begin), max_length=128)}
+    assert (found["acc"], found["acc_norm"]) == pytest.approx(slow_accuracies(rows(), begin=begin))
 
 
 def test_one_suite_serves_many_models(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_too_little_text_of_another_corpus_is_a_failure(place: Place) -> None:
     ledger.request(LEGAL, 1)
     with pytest.raises(TooLittleText, match="general: the train split does not fill one window"):
         go(place)
-    assert [run.state for run in ledger.runs.newest_first(LEGAL)] == ["failed"]
+    assert [run.state for run in ledger.runs(LEGAL)] == ["failed"]
 
 
 def test_a_run_of_many_landings_reads_few_sets(place: Place) -> None:
