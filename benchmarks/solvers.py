@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from records import record, write
 
+from crosscal.compressors import GPTQ, LayerProblem, SparseGPT
 from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
@@ -135,6 +136,13 @@ def picture(points: list[tuple[str, str, float, float]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def warm_up() -> None:
+    """Have the loops compiled that a first solve would wait for."""
+    weight_OI, hessian_II = torch.randn(64, 128), torch.eye(128)
+    for step in (SparseGPT(0.5), SparseGPT("2:4"), GPTQ(4, 64)):
+        step.compress(LayerProblem("warm-up", weight_OI, hessian_II))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("testbed", type=Path)
@@ -144,6 +152,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    warm_up()
     testbed = arguments.testbed.resolve()
     sparsities = [level if ":" in level else float(level) for level in arguments.sparsities]
     rows, points, bases, started = [], [], {}, time.monotonic()
