@@ -93,7 +93,27 @@ def peers() -> str:
     return markdown(("case", *figures.values()), cells) + circumstances(rows)
 
 
-VIEWS: dict[str, Callable[[], str]] = {"testbed-grid": grid, "testbed-draws": draws, "peers": peers}
+def solvers() -> str:
+    """One row a recipe and level: each figure and, behind it, its ratio to the first recipe of that level."""
+    rows = read("solvers")
+    figures = ("layer loss", "held-out loss", "general damage", "domain damage", "seconds")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = number(row["value"])
+    cells = []
+    for case, values in by_case.items():
+        ratios = {figure: values.get(f"{figure} over base") for figure in figures}
+        cells.append([case, *(f"{values[f]} ({ratios[f]})" if ratios[f] else values[f] for f in figures)])
+    heads = ("recipe, level", "layer loss", "held-out loss", "general, % over dense", "domain, % over dense", "seconds")
+    return markdown(heads, cells) + circumstances(rows)
+
+
+VIEWS: dict[str, Callable[[], str]] = {
+    "testbed-grid": grid,
+    "testbed-draws": draws,
+    "peers": peers,
+    "solvers": solvers,
+}
 
 
 def number(value: float | None) -> str:
