@@ -127,14 +127,21 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
     parts = entry.steps or [{"method": entry.method, **(entry.model_extra or {})}]
     with _said_of(where):
         contexts = list(_mixtures(plan, entry.model_dump(), where))
-    for domain, mixture in contexts:
-        options = [
-            list(_options(plan, part, domain, where if entry.steps is None else f"{where}.steps.{number}"))
-            for number, part in enumerate(parts)
-        ]
-        for recipe in itertools.product(*options):
-            _check_recipe(recipe, where)
+    recipes = [list(_recipes(plan, parts, domain, where, has_steps=entry.steps is not None)) for domain, _ in contexts]
+    for same in zip(*recipes, strict=True):  # a setting on all mixtures, then the next one
+        for recipe, (_, mixture) in zip(same, contexts, strict=True):
             yield from _of_recipe(plan, entry, recipe, mixture)
+
+
+def _recipes(
+    plan: CompressionPlan, parts: Sequence[Mapping[str, Any]], domain: str | None, where: str, *, has_steps: bool
+) -> Iterator[tuple[RecipeStep, ...]]:
+    """The product of what each step may be."""
+    places = [f"{where}.steps.{number}" if has_steps else where for number in range(len(parts))]
+    options = [list(_options(plan, part, domain, place)) for part, place in zip(parts, places, strict=True)]
+    for recipe in itertools.product(*options):
+        _check_recipe(recipe, where)
+        yield recipe
 
 
 def _of_recipe(

@@ -113,9 +113,9 @@ def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> N
     assert made.keys() == {*bars, "plan-results", "plan-trade-off", "plan-files"}
     for key in bars:
         assert made[key].data == 100
-    assert [row["variant"] for row in json.loads(str(made["plan-results"].data))] == [
-        *("dense", "sparsegpt-50-general", "sparsegpt-50-legal-a0.5")
-    ]
+    first, *others = [row["variant"] for row in json.loads(str(made["plan-results"].data))]
+    assert first == "dense"
+    assert sorted(others) == ["sparsegpt-50-general", "sparsegpt-50-legal-a0.5"]  # the one to take comes first
     assert str(place.folder / "run2" / "report.html") in str(made["plan-files"].data)
     assert len(str(made["plan-trade-off"].data)) < MOST_BYTES
 
