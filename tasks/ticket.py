@@ -24,7 +24,6 @@ from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import Mixture
 from crosscal.store import Store
-from crosscal.store.keys import canonical_json
 from crosscal.tasks.artifacts import progress_shown
 from crosscal.variants import GENERAL, Variant, variants
 
@@ -51,7 +50,7 @@ class Ticket:
 
     @property
     def parsed(self) -> CompressionPlan:
-        return _asked(canonical_json(self.plan))[0]
+        return _asked(json.dumps(self.plan))[0]
 
     @property
     def store(self) -> Store:
@@ -113,7 +112,7 @@ class Ticket:
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
         """All of the plan, or those of one upstream."""
-        asked = _asked(canonical_json(self.plan))[1]
+        asked = _asked(json.dumps(self.plan))[1]
         return [variant for variant in asked if upstream in (None, variant.upstream)]
 
     def variants_to_make(self, upstream: str | None = None) -> list[Variant]:
@@ -121,8 +120,8 @@ class Ticket:
 
 
 @functools.lru_cache(maxsize=4)
-def _asked(plan: bytes) -> tuple[CompressionPlan, tuple[Variant, ...]]:
-    """A plan and its variants, from the JSON that every ticket of a run repeats."""
+def _asked(plan: str) -> tuple[CompressionPlan, tuple[Variant, ...]]:
+    """A plan and its variants, from the JSON that every ticket of a run repeats: corpora stay in their order."""
     parsed = parse_plan(json.loads(plan))
     return parsed, tuple(variants(parsed))
 

@@ -181,3 +181,15 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_numbers_come_in_the_order_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = make_place(tmp_path)
+    place.write_plan(corpora={"legal": "legal", "general": "general"})
+    place.run()
+    rows = [json.loads(line) for line in (place.run_dir / "results.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["corpus_or_task"] for row in rows)) == ["legal", "general"]
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == [
+        *("dense", "sparsegpt-50-general", "sparsegpt-50-legal-a0.5")
+    ]
