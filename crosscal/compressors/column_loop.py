@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,26 @@ def solve_columns(site: Site, rules: Sequence[ColumnRule]) -> list[Site]:
     return [
         dataclasses.replace(site, layers=tuple(answers[rule, index] for index in order)) for rule in range(len(rules))
     ]
+
+
+class _HasRule(Protocol):
+    @property
+    def rule(self) -> ColumnRule: ...
+
+
+def rule_key(step: _HasRule) -> tuple[object, ...]:
+    """The `stack_key` of a method that is a rule of columns."""
+    return step.rule.stack_key
+
+
+def solve_by_rule(step: _HasRule, site: Site) -> Site:
+    """Its `__call__`."""
+    return solve_columns(site, [step.rule])[0]
+
+
+def solve_by_rules(site: Site, steps: Sequence[_HasRule]) -> list[Site]:
+    """Its `many`."""
+    return solve_columns(site, [step.rule for step in steps])
 
 
 def _solve_stack(

@@ -6,14 +6,13 @@ by default.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from crosscal.compressors.column_loop import solve_columns
+from crosscal.compressors.column_loop import rule_key, solve_by_rule, solve_by_rules
 from crosscal.compressors.column_rule import ColumnRule
 from crosscal.compressors.recipe import alone
-from crosscal.compressors.state import Site, Statistic
+from crosscal.compressors.state import Statistic
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,9 @@ class GPTQ:
     needs: ClassVar = frozenset({Statistic.GRAM})
     version: ClassVar = 2
     compress = alone
+    stack_key = property(rule_key)
+    __call__ = solve_by_rule
+    many = staticmethod(solve_by_rules)
 
     def __post_init__(self) -> None:
         self.rule.check_settings()
@@ -47,14 +49,3 @@ class GPTQ:
             scale_search=self.scale_search,
             damping=self.damping,
         )
-
-    @property
-    def stack_key(self) -> tuple[object, ...]:
-        return self.rule.stack_key
-
-    def __call__(self, site: Site) -> Site:
-        return self.many(site, [self])[0]
-
-    @staticmethod
-    def many(site: Site, steps: Sequence[GPTQ]) -> list[Site]:
-        return solve_columns(site, [step.rule for step in steps])
