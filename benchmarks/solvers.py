@@ -35,6 +35,8 @@ PRUNERS: dict[str, list[dict[str, Any]]] = {
     "sparsegpt+swaps+refit": [{"method": "sparsegpt"}, {"method": "swaps"}, {"method": "refit"}],
     "alps": [{"method": "alps"}],
 }
+SHOWN_ONCE = ("sparsegpt+refit exact", "sparsegpt+swaps+refit")
+"""One Cholesky a row, or a pass over the mask for every swap: slow, and shown at 70 % alone."""
 ROUNDERS: dict[str, list[dict[str, Any]]] = {
     "gptq plain": [{"method": "gptq", "activation_order": False, "scale_search": False}],
     "gptq search": [{"method": "gptq", "activation_order": False}],
@@ -49,8 +51,8 @@ def entries(sparsities: Sequence[Any], bits: Sequence[int]) -> list[tuple[str, s
     found = []
     for level in sparsities:
         for name, steps in PRUNERS.items():
-            if name == "sparsegpt+refit exact" and level != 0.7:
-                continue  # one Cholesky a row: slow, and shown once
+            if name in SHOWN_ONCE and level != 0.7:
+                continue
             steps = [dict(step) for step in steps]
             steps[0]["sparsity"] = level
             if level == "2:4":
