@@ -14,9 +14,9 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact
 from crosscal.evaluation import Measurement
+from crosscal.files import write_whole
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
-from crosscal.report.files import write_whole
 from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality

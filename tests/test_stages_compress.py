@@ -21,10 +21,9 @@ from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
-from crosscal.stages.block_problem import BlockProblem, grouped
+from crosscal.stages.block_problem import BlockProblem, SiteHessians, grouped
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Sample, over_sums
-from crosscal.stages.site_hessians import SiteHessians
 from crosscal.stages.solve import solve_block
 from crosscal.stages.solve_site import _relative_loss
 from crosscal.statistics import InputMoments, Mixture

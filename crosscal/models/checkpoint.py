@@ -12,7 +12,6 @@ Tensors have the names that they have in the source's checkpoint, whatever class
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from crosscal.errors import ModelError, NotFinite
+from crosscal.files import whole_file, write_whole
 from crosscal.models.building import ONE_AT_A_TIME
 from crosscal.models.export import PACKED, unpacked_weight_OI
 from crosscal.models.source import ModelSource
@@ -91,9 +91,8 @@ class VariantWriter:
     def adopt_block(self, block: int, shard: Path) -> None:
         """Take over a block's file that was written elsewhere."""
         file = self._block_file(block)
-        aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        shutil.copyfile(shard, aside)
-        _settle(aside, file)
+        with whole_file(file) as aside:
+            shutil.copyfile(shard, aside)
 
     def read_block(self, block: int, *, bits: int | None = None) -> dict[str, Tensor]:
         """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean."""
@@ -199,9 +198,8 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({key: _own(tensor) for key, tensor in tensors.items()}, aside, metadata={"format": "pt"})
-    _settle(aside, file)
+    with whole_file(file) as aside:
+        save_file({key: _own(tensor) for key, tensor in tensors.items()}, aside, metadata={"format": "pt"})
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -211,21 +209,4 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _settle(aside, file)
-
-
-def _settle(aside: Path, file: Path) -> None:
-    """Give a written file its name once its content is on the disk: existing means complete."""
-    _sync(aside)
-    os.replace(aside, file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(file, json.dumps(value, indent=2, sort_keys=True) + "\n")

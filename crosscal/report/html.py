@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
-from crosscal.report.files import write_whole
 from crosscal.report.groups import GENERAL, Column, Group, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
 from crosscal.report.layer_plots import layer_losses

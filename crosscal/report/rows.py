@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crosscal.errors import CrosscalError, UsageError
-from crosscal.report.files import write_whole
+from crosscal.files import write_whole
 
 
 @dataclass(frozen=True)

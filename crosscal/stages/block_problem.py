@@ -1,19 +1,39 @@
-"""A block to be solved, and which of a sweep's variants share what. Shapes: O outputs, I inputs."""
+"""A block to be solved: its weights, which variants of a sweep share what, and the Hessians and energies of its sites.
+
+Each set of a site is read once, added to its corpus's sum and let go. So what is held does not grow with the sets
+(shards) that a corpus consists of: a matrix for each corpus, seed and split that some group mixes, and the one being
+read. Mixtures of corpora are made from the sums, one for each group being solved; corpora, not sets, are brought to one
+trace where a variant asks for that.
+
+Shapes: O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosscal.models.sites import LeftDense, MatrixRef, Site
-from crosscal.stages.moments import Cached
+from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import Mixture
+from crosscal.statistics import HessianSum, Mixture
+from crosscal.store import digest_of
 from crosscal.variants import Variant
+
+ENERGIES = "energies"
+ENERGIES_FILE = "energies.json"
+ENERGIES_FORMAT = 1  # a change of what is computed makes new keys
+
+Place = tuple[str, int, bool]
+"""(corpus, seed, whether held out)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +78,88 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
         group = Group(mixture, variant.seed, variant.trace_normalised)
         groups.setdefault(group, []).append(variant)
     return groups
+
+
+class SiteHessians:
+    """Of one site for several groups, whichever lane asks first; let go after the last group."""
+
+    def __init__(self, problem: BlockProblem, site: Site, groups: Sequence[Group], also: Sequence[Group] = ()) -> None:
+        """`also`: further mixtures that steps of recipes see."""
+        mixed = (*groups, *also)
+        self._problem, self._where = problem, f"{problem.name}.{site.name}"
+        self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
+        self._corpora = sorted({(corpus, group.seed) for group in mixed for corpus in group.mixture.corpora})
+        self._groups, self._lock = len(groups), threading.Lock()
+        self._sums: dict[Place, HessianSum] | None = None
+
+    def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Tensor, int]:
+        """A group's Hessian, on the device, and the tokens behind it.
+
+        Raises `EmptyStatistics`, `NotFinite`, and what reading the store raises.
+        """
+        with self._lock:
+            if self._sums is None:
+                self._sums = self._summed()
+            sums = {corpus: self._sums[corpus, group.seed, held_out] for corpus in group.mixture.corpora}
+        hessians = {corpus: each.hessian_II(f"{self._where} ({corpus})") for corpus, each in sums.items()}
+        hessian_II = group.mixture.mix(hessians, trace_normalised=group.trace_normalised)
+        return hessian_II.to(self._problem.device), sum(each.tokens for each in sums.values())
+
+    def group_is_done(self) -> None:
+        """To be called once by each group; after the last nothing is held."""
+        with self._lock:
+            self._groups -= 1
+            if not self._groups:
+                self._sums = None
+
+    def _summed(self) -> dict[Place, HessianSum]:
+        """Every set once, in an order that does not depend on which groups are solved: sums keep their bits."""
+        sums: dict[Place, HessianSum] = {}
+        wanted: dict[str, list[tuple[HessianSum, float]]] = {}
+        for corpus, seed in self._corpora:
+            for held_out in (False, True):
+                total = sums[corpus, seed, held_out] = HessianSum()
+                sample = self._problem.samples[corpus, seed]
+                for part in (sample.held_out if held_out else sample.calibration).parts:
+                    wanted.setdefault(part.key, []).append((total, part.weight))
+        for key in sorted(wanted):
+            moments = self._read(key)
+            for total, weight in wanted[key]:
+                total.add(moments, weight)
+            del moments  # before the next one is read
+        for total in sums.values():
+            total.finish()
+        return sums
+
+
+class Energies:
+    """What losses are relative to, tr(W H Wᵀ), of one block's matrices under one mixture, by the matrices' names:
+    (calibration, held-out or None).
+
+    No setting of a method enters it, so it is computed once per mixture and kept beside the moments it comes from: two
+    of the three products that the losses of one more variant would take. Inputs that come through a variant's own
+    compressed blocks belong to that variant alone, and are not kept.
+    """
+
+    def __init__(self, cached: Cached, block: int, mixture: Any) -> None:
+        """`mixture`: what determines the Hessians, besides model and block: sets, weights and their normalisation."""
+        self._cached, self._block = cached, block
+        self._key = digest_of([ENERGIES_FORMAT, cached.model, cached.dtype, block, mixture])
+        self._artifact = cached.store.find(ENERGIES, self._key) if cached.upstream == DENSE else None
+        stored = cached.store.read_bytes(self._artifact, ENERGIES_FILE) if self._artifact else b"{}"
+        self._known: dict[str, tuple[float, float | None]] = {
+            name: (calibration, held_out) for name, (calibration, held_out) in json.loads(stored).items()
+        }
+
+    def get(self, matrix: str) -> tuple[float, float | None] | None:
+        return self._known.get(matrix)
+
+    def add(self, matrix: str, calibration: float, held_out: float | None) -> None:
+        self._known.setdefault(matrix, (calibration, held_out))
+
+    def keep(self, matrices: int) -> None:
+        """Store them, once they are those of all so many matrices."""
+        if self._cached.upstream == DENSE and self._artifact is None and len(self._known) == matrices:
+            provenance = {"model": self._cached.model, "block": self._block, "dtype": self._cached.dtype}
+            with self._cached.store.publish(ENERGIES, self._key, provenance) as folder:
+                (folder / ENERGIES_FILE).write_text(json.dumps(self._known))

@@ -17,10 +17,8 @@ from crosscal.lanes import side_by_side
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Group, grouped
-from crosscal.stages.energies import Energies
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteHessians, grouped
 from crosscal.stages.sample import over_sums
-from crosscal.stages.site_hessians import SiteHessians
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
 

@@ -17,9 +17,7 @@ from crosscal.compressors.recipe import site_of
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Group
-from crosscal.stages.energies import Energies
-from crosscal.stages.site_hessians import SiteHessians
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteHessians
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
