@@ -123,6 +123,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         variant=variant.name if variant else DENSE,
         method=variant.method if variant else DENSE,
         setting=variant.setting if variant else {},
+        amounts=[amount.as_row() for amount in variant.amounts] if variant else [],
         upstream=variant.upstream if variant else DENSE,
         mixture=variant.mixture.as_dict() if variant and variant.mixture else {},
         seed=variant.seed if variant else ticket.parsed.seeds[0],

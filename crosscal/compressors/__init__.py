@@ -7,6 +7,7 @@ and name it in `COMPRESSORS`. Its fields are the plan's fields.
 from __future__ import annotations
 
 from crosscal.compressors.alps import ALPS
+from crosscal.compressors.amount import Amount, amounts_of, grid_of
 from crosscal.compressors.descent import Descent
 from crosscal.compressors.eora import EoRA
 from crosscal.compressors.gptq import GPTQ
@@ -48,6 +49,7 @@ __all__ = [
     "COMPRESSORS",
     "DATA_FREE",
     "GPTQ",
+    "Amount",
     "Compressor",
     "Dense",
     "Descent",
@@ -73,6 +75,8 @@ __all__ = [
     "Step",
     "Swaps",
     "Wanda",
+    "amounts_of",
+    "grid_of",
     "quadratic_loss",
     "run",
     "solve",

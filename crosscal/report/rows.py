@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,9 @@ class ResultRow:
     device: str
     seconds: float
     skipped: str | None = None
+    amounts: list[dict[str, Any]] = field(default_factory=list)
+    """How much the method's steps compress, in order: what `crosscal.compressors.Amount.as_row`
+    says. Empty for the dense model and in rows of earlier versions."""
     begin_token: bool | None = None
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
 
@@ -120,10 +123,10 @@ def _parse(line: str, kind: type[Row], where: str) -> Row:
         raise UsageError("not a line of JSON", where=where, got=str(error)) from error
     if not isinstance(found, dict):
         raise UsageError("not an object", where=where)
-    required = [field.name for field in fields(kind) if field.default is MISSING]
+    required = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     missing = [name for name in required if name not in found]
     if missing:
         raise UsageError(
             f"no {', '.join(missing)} in a {kind.__name__}", where=where, do="Was the file written by crosscal?"
         )
-    return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found})
+    return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})
