@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
+from crosscal.statistics.statistic import Statistic
 
 PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
 
@@ -32,8 +34,8 @@ class LayerProblem:
     """In float32 or float64: what it is solved in."""
     hessian_II: Tensor
     """Second moment of the inputs per token, undamped, in the weight's dtype."""
-    mean_abs_I: Tensor | None = None
-    """Mean absolute input."""
+    further: Mapping[Statistic, Tensor] = field(default_factory=dict)
+    """What a method needs besides: means per token of |x|, of x."""
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None

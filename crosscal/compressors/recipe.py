@@ -102,15 +102,15 @@ def _moved(before: Site, after: Site) -> Statistics:
     return before.statistics.scaled(after.scale_I if before.scale_I is None else after.scale_I / before.scale_I)
 
 
-def site_of(problems: Sequence[LayerProblem]) -> Site:
-    """Layer problems that share one Hessian as a site. A factor that they bring is used again."""
+def site_of(problems: Sequence[LayerProblem], statistics: Statistics | None = None) -> Site:
+    """Layer problems that share one Hessian as a site, by default with the statistics of the first. A factor that they
+    bring is used again."""
     first = problems[0]
     if any(problem.hessian_II is not first.hessian_II for problem in problems):
         raise StatisticsError("layers solved together must share a Hessian", where=first.name)
-    means = {Statistic.GRAM: first.hessian_II, Statistic.SQUARE_SUM: first.hessian_II.diagonal()}
-    if first.mean_abs_I is not None:
-        means[Statistic.ABS_SUM] = first.mean_abs_I
-    statistics = Statistics(means, first.name)
+    if statistics is None:
+        own = {Statistic.GRAM: first.hessian_II, Statistic.SQUARE_SUM: first.hessian_II.diagonal()}
+        statistics = Statistics({**own, **first.further}, first.name)
     if first.shared_factor is not None:
         statistics.know(first.shared_factor)
     layers = [Layer(p.name, p.weight_OI, Dense(p.weight_OI), stored_dtype=p.stored_dtype) for p in problems]

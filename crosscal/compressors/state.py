@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -21,19 +20,7 @@ from torch import Tensor
 from crosscal.compressors.grid import from_ints
 from crosscal.errors import StatisticsError
 from crosscal.statistics.factor import Eigensystem, InverseFactor, eigensystem, factor
-
-
-class Statistic(StrEnum):
-    """Sums over tokens x of a site's inputs. A step sees them as means per token, mixed over corpora."""
-
-    GRAM = "gram"
-    """Σ x xᵀ, the second moment: H."""
-    SQUARE_SUM = "square_sum"
-    """Σ x²: H's diagonal, at a thousandth of its cost."""
-    ABS_SUM = "abs_sum"
-    """Σ |x|."""
-    SUM = "sum"
-    """Σ x."""
+from crosscal.statistics.statistic import Statistic
 
 
 class Statistics:
@@ -61,13 +48,8 @@ class Statistics:
 
     def scaled(self, scale_I: Tensor) -> Statistics:
         """The statistics of x / s, from those of x: exact, being moments."""
-        divisor = {
-            Statistic.GRAM: scale_I * scale_I[:, None],
-            Statistic.SQUARE_SUM: scale_I.square(),
-            Statistic.ABS_SUM: scale_I,
-            Statistic.SUM: scale_I,
-        }
-        return Statistics({name: mean / divisor[name] for name, mean in self._means.items()}, self._name)
+        moved = {which: which.divided(mean, scale_I) for which, mean in self._means.items()}
+        return Statistics(moved, self._name)
 
     @property
     def hessian_II(self) -> Tensor:

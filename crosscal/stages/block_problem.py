@@ -1,4 +1,4 @@
-"""A block to be solved: its weights, which variants of a sweep share what, and the Hessians and energies of its sites.
+"""A block to be solved: its weights, which variants share what, and the statistics and energies of its sites.
 
 Each set of a site is read once, added to its corpus's sum and let go. So what is held does not grow with the sets
 (shards) that a corpus consists of: a matrix for each corpus, seed and split that some group mixes, and the one being
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosscal.compressors import Statistics
 from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import HessianSum, Mixture
+from crosscal.statistics import MeanSum, Mixture, Statistic
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
@@ -80,20 +81,29 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
     return groups
 
 
-class SiteHessians:
+def needed(groups: Mapping[Group, Sequence[Variant]]) -> dict[Group, frozenset[Statistic]]:
+    """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; H in
+    every case, which losses are measured with."""
+    found: dict[Group, frozenset[Statistic]] = {}
+    for group, members in groups.items():
+        found[group] = found.get(group, frozenset()) | {Statistic.GRAM}
+        for step in (step for variant in members for step in variant.recipe):
+            seen = group if step.mixture is None else group.on(step.mixture)
+            found[seen] = found.get(seen, frozenset({Statistic.GRAM})) | step.step.needs
+    return found
+
+
+class SiteStatistics:
     """Of one site for several groups, whichever lane asks first; let go after the last group."""
 
-    def __init__(self, problem: BlockProblem, site: Site, groups: Sequence[Group], also: Sequence[Group] = ()) -> None:
-        """`also`: further mixtures that steps of recipes see."""
-        mixed = (*groups, *also)
+    def __init__(self, problem: BlockProblem, site: Site, groups: Mapping[Group, Sequence[Variant]]) -> None:
         self._problem, self._where = problem, f"{problem.name}.{site.name}"
         self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
-        self._corpora = sorted({(corpus, group.seed) for group in mixed for corpus in group.mixture.corpora})
-        self._groups, self._lock = len(groups), threading.Lock()
-        self._sums: dict[Place, HessianSum] | None = None
+        self._needed, self._left, self._lock = needed(groups), len(groups), threading.Lock()
+        self._sums: dict[Place, MeanSum] | None = None
 
-    def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Tensor, int]:
-        """A group's Hessian, on the device, and the tokens behind it.
+    def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
+        """A group's statistics, on the device, and the tokens behind them; of held-out windows H alone.
 
         Raises `EmptyStatistics`, `NotFinite`, and what reading the store raises.
         """
@@ -101,24 +111,31 @@ class SiteHessians:
             if self._sums is None:
                 self._sums = self._summed()
             sums = {corpus: self._sums[corpus, group.seed, held_out] for corpus in group.mixture.corpora}
-        hessians = {corpus: each.hessian_II(f"{self._where} ({corpus})") for corpus, each in sums.items()}
-        hessian_II = group.mixture.mix(hessians, trace_normalised=group.trace_normalised)
-        return hessian_II.to(self._problem.device), sum(each.tokens for each in sums.values())
+        wanted = {Statistic.GRAM} if held_out else self._needed[group]
+        found = {corpus: each.means(f"{self._where} ({corpus})") for corpus, each in sums.items()}
+        means = {corpus: {which: every[which] for which in wanted} for corpus, every in found.items()}
+        mixed = group.mixture.mix(means, trace_normalised=group.trace_normalised)
+        on_device = {which: mean.to(self._problem.device) for which, mean in mixed.items()}
+        return Statistics(on_device, self._where), sum(each.tokens for each in sums.values())
 
     def group_is_done(self) -> None:
         """To be called once by each group; after the last nothing is held."""
         with self._lock:
-            self._groups -= 1
-            if not self._groups:
+            self._left -= 1
+            if not self._left:
                 self._sums = None
 
-    def _summed(self) -> dict[Place, HessianSum]:
+    def _summed(self) -> dict[Place, MeanSum]:
         """Every set once, in an order that does not depend on which groups are solved: sums keep their bits."""
-        sums: dict[Place, HessianSum] = {}
-        wanted: dict[str, list[tuple[HessianSum, float]]] = {}
-        for corpus, seed in self._corpora:
+        of_corpora: dict[tuple[str, int], frozenset[Statistic]] = {}
+        for group, needs in self._needed.items():
+            for corpus in group.mixture.corpora:
+                of_corpora[corpus, group.seed] = of_corpora.get((corpus, group.seed), frozenset()) | needs
+        sums: dict[Place, MeanSum] = {}
+        wanted: dict[str, list[tuple[MeanSum, float]]] = {}
+        for (corpus, seed), needs in sorted(of_corpora.items()):
             for held_out in (False, True):
-                total = sums[corpus, seed, held_out] = HessianSum()
+                total = sums[corpus, seed, held_out] = MeanSum({Statistic.GRAM} if held_out else needs)
                 sample = self._problem.samples[corpus, seed]
                 for part in (sample.held_out if held_out else sample.calibration).parts:
                     wanted.setdefault(part.key, []).append((total, part.weight))

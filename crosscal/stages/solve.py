@@ -17,7 +17,7 @@ from crosscal.lanes import side_by_side
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteHessians, grouped
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
@@ -43,15 +43,14 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     energies = {group: _energies(problem, group) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
-    def solve(site: Site, group: Group, hessians: SiteHessians) -> None:
-        layers = solve_site(problem, site, hessians, group, groups[group], energies[group])
+    def solve(site: Site, group: Group, statistics: SiteStatistics) -> None:
+        layers = solve_site(problem, site, statistics, group, groups[group], energies[group])
         solved[site, group] = list(layers)
-        hessians.group_is_done()
+        statistics.group_is_done()
 
-    also = [group.on(step.mixture) for group in groups for v in groups[group] for step in v.recipe if step.mixture]
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    of_sites = [(site, SiteHessians(problem, site, list(groups), also)) for site in longest_first]
-    jobs = [functools.partial(solve, site, group, hessians) for site, hessians in of_sites for group in groups]
+    of_sites = [(site, SiteStatistics(problem, site, groups)) for site in longest_first]
+    jobs = [functools.partial(solve, site, group, statistics) for site, statistics in of_sites for group in groups]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
+from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistics, quadratic_loss, solve
 from crosscal.compressors.problem import solved
 from crosscal.compressors.recipe import site_of
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteHessians
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
@@ -34,7 +34,7 @@ class Layer:
 def solve_site(
     problem: BlockProblem,
     site: Site,
-    hessians: SiteHessians,
+    statistics: SiteStatistics,
     group: Group,
     members: Sequence[Variant],
     energies: Energies,
@@ -48,7 +48,7 @@ def solve_site(
     while stacks:
         together = stacks.pop(0)
         try:
-            solutions.append((together, _solve_together(problem, site, hessians, group, together, energies)))
+            solutions.append((together, _solve_together(problem, site, statistics, group, together, energies)))
         except StatisticsError as error:
             if all(variant.fallback != KEEP_DENSE for variant in together):
                 raise
@@ -56,7 +56,7 @@ def solve_site(
                 yield from _kept_dense(problem, site, together, str(error))
             else:
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
-    held_out_II = _held_out(hessians, group) if solutions else None
+    held_out_II = _held_out(statistics, group) if solutions else None
     for together, done in solutions:
         yield from _measured(problem, site, together, done, held_out_II, energies)
 
@@ -75,22 +75,20 @@ class _Solved:
 def _solve_together(
     problem: BlockProblem,
     site: Site,
-    hessians: SiteHessians,
+    statistics: SiteStatistics,
     group: Group,
     members: Sequence[Variant],
     energies: Energies,
 ) -> _Solved:
     started = time.monotonic()
-    hessian_II, tokens = hessians(group)
-    problems = _layer_problems(problem, site, hessian_II, energies)
+    own, tokens = statistics(group)
+    problems = _layer_problems(problem, site, own.hessian_II, energies)
 
     def statistics_on(mixture: Mixture) -> Statistics:
         """What a step with a mixture of its own sees."""
-        own_II = hessians(group.on(mixture))[0]
-        means = {Statistic.GRAM: own_II, Statistic.SQUARE_SUM: own_II.diagonal()}
-        return Statistics(means, f"{problem.name}.{site.name}")
+        return statistics(group.on(mixture))[0]
 
-    states = solve(site_of(problems), [variant.steps for variant in members], statistics_on)
+    states = solve(site_of(problems, own), [variant.steps for variant in members], statistics_on)
     answers = [[solved(layer, done) for layer, done in zip(problems, state.layers, strict=True)] for state in states]
     return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
 
@@ -113,10 +111,10 @@ def _measured(
             yield variant, Layer(matrix, solution, row)
 
 
-def _held_out(hessians: SiteHessians, group: Group) -> Tensor | None:
+def _held_out(statistics: SiteStatistics, group: Group) -> Tensor | None:
     """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
     try:
-        return hessians(group, held_out=True)[0]
+        return statistics(group, held_out=True)[0].hessian_II
     except EmptyStatistics:
         return None
 
