@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from crosscal.compressors import COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of
+from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of
+from crosscal.compressors.allocation import check_allocator
 from crosscal.errors import PlanError, UsageError
 from crosscal.plan import Compress, CompressionPlan
 from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, example_of, needed
@@ -68,6 +69,11 @@ class Variant:
     @property
     def steps(self) -> tuple[Placed, ...]:
         return tuple(Placed(step.step, step.mixture) for step in self.recipe)
+
+    @property
+    def allocator(self) -> RecipeStep | None:
+        """The step that says, for the whole model, how much the others remove from each layer."""
+        return next((step for step in self.recipe if COMPRESSORS[step.method].kind == ALLOCATE), None)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -185,7 +191,9 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
 
 def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
     """Whether there is something to work on for its first step, and a checkpoint can hold what its last leaves."""
-    first = recipe[0].method
+    with _said_of(where):
+        check_allocator([(step.method, step.step) for step in recipe])
+    first = next(step.method for step in recipe if COMPRESSORS[step.method].kind != ALLOCATE)
     if COMPRESSORS[first].kind not in BEGIN:
         raise PlanError(
             f"{first} works on what an earlier step made",

@@ -12,7 +12,9 @@ from crosscal.compressors import (
     ALPS,
     COMPRESSORS,
     DATA_FREE,
+    DLP,
     GPTQ,
+    OWL,
     Compressor,
     Descent,
     EoRA,
@@ -41,7 +43,7 @@ CASES: list[Compressor] = [
     *(SparseGPTQ(sparsity, 4, 32) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
     *(ALPS(sparsity, iterations=40) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
     *(SparseLowRank(sparsity, 4, iterations=30) for sparsity in (HALF, TWO_OF_FOUR, DENSE)),
-    *(Refit(), Refit(None), Swaps(), Scales(), Descent(), EoRA(4), EoRA(0)),
+    *(Refit(), Refit(None), Swaps(), Scales(), Descent(), EoRA(4), EoRA(0), OWL(), DLP()),
 ]
 LOSS_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}  # float32: D H Dᵀ cancels up to the condition number
 
@@ -90,7 +92,7 @@ def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> N
     elif case.kind == "quantize":
         assert sparsity is None or zeros >= sparsity.fraction * solution.weight_OI.numel()
         assert solution.grid is not None
-    if (case.kind == "prune" and sparsity == DENSE) or case.kind == "refine" or case == EoRA(0):
+    if (case.kind == "prune" and sparsity == DENSE) or case.kind in ("refine", "allocate") or case == EoRA(0):
         assert torch.equal(solution.weight_OI, problem.weight_OI)
         assert solution.loss == solution.relative_loss == 0.0
     if sparsity == NOTHING:

@@ -21,7 +21,7 @@ from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
-from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped
+from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped, needed
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import solve_block
@@ -381,7 +381,7 @@ def hessians_of(shop: Workshop, mixture: Mapping[str, float], **more) -> Iterato
     groups = grouped(problem, [each])
     (group,) = groups
     for site in problem.sites:
-        statistics = SiteStatistics(problem, site, groups)
+        statistics = SiteStatistics(problem, site, needed(groups), users=len(groups))
         yield statistics(group)[0].hessian_II, statistics(group, held_out=True)[0].hessian_II
 
 
@@ -437,7 +437,7 @@ def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
     problem = shop.problem(0, cached)
     groups = grouped(problem, [VARIANTS[2], VARIANTS[4]])
     sound, starving = groups
-    statistics = SiteStatistics(problem, problem.sites[0], groups)
+    statistics = SiteStatistics(problem, problem.sites[0], needed(groups), users=len(groups))
     expected = shop.cached.read(shop.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
     assert torch.equal(statistics(sound)[0].hessian_II, expected)
     with pytest.raises(StatisticsError, match=r"\(legal\): no token ever reached"):

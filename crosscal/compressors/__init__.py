@@ -6,14 +6,17 @@ and name it in `COMPRESSORS`. Its fields are the plan's fields.
 
 from __future__ import annotations
 
+from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, summarised
 from crosscal.compressors.alps import ALPS
 from crosscal.compressors.amount import Amount, amounts_of, grid_of
 from crosscal.compressors.descent import Descent
+from crosscal.compressors.dlp import DLP
 from crosscal.compressors.eora import EoRA
 from crosscal.compressors.gptq import GPTQ
 from crosscal.compressors.magnitude import Magnitude
+from crosscal.compressors.owl import OWL
 from crosscal.compressors.problem import Compressor, LayerProblem, LayerSolution, quadratic_loss
-from crosscal.compressors.recipe import Placed, Recipe, Step, run, solve, solve_many
+from crosscal.compressors.recipe import Placed, Recipe, Step, allotted, run, solve, solve_many
 from crosscal.compressors.refit import Refit
 from crosscal.compressors.rtn import RoundToNearest
 from crosscal.compressors.scales import Scales
@@ -39,16 +42,21 @@ COMPRESSORS: dict[str, type] = {
     "descent": Descent,
     "eora": EoRA,
     "3basil": SparseLowRank,
+    "owl": OWL,
+    "dlp": DLP,
 }
 
 DATA_FREE = frozenset(name for name, method in COMPRESSORS.items() if not method.needs)
 """Methods whose weights do not depend on the data: a sweep over mixtures solves them once."""
 
 __all__ = [
+    "ALLOCATE",
     "ALPS",
     "COMPRESSORS",
     "DATA_FREE",
+    "DLP",
     "GPTQ",
+    "OWL",
     "Amount",
     "Compressor",
     "Dense",
@@ -69,16 +77,19 @@ __all__ = [
     "SparseGPT",
     "SparseGPTQ",
     "SparseLowRank",
+    "SparsitiesOf",
     "Sparsity",
     "Statistic",
     "Statistics",
     "Step",
     "Swaps",
     "Wanda",
+    "allotted",
     "amounts_of",
     "grid_of",
     "quadratic_loss",
     "run",
     "solve",
     "solve_many",
+    "summarised",
 ]

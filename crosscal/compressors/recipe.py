@@ -2,7 +2,8 @@
 
 A method is a step, a frozen dataclass of its settings that is called with a state and returns the next one:
 
-    kind      transform, prune, quantize, refine or repair
+    kind      transform, prune, quantize, refine, repair or allocate (see `allocation`, which such a step has instead
+              of being called)
     needs     the statistics that it reads; it is shown no other
     version   part of every key: a change of what the step computes bumps it
     __call__  Site -> Site, pure
@@ -18,12 +19,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, sparsities_over, with_sparsities
 from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
 from crosscal.compressors.state import Dense, Layer, Site, Statistic, Statistics
 from crosscal.errors import StatisticsError
 
-Kind = Literal["transform", "prune", "quantize", "refine", "repair"]
+Kind = Literal["transform", "prune", "quantize", "refine", "repair", "allocate"]
 
 
 class Step(Protocol):
@@ -56,8 +58,21 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
 
 
 def run(site: Site, steps: Sequence[Any]) -> Site:
-    """The site after all steps, in order."""
-    return solve(site, [tuple(Placed(step) for step in steps)])[0]
+    """The site after all steps, in order. An allocator takes this site for the whole model."""
+    recipe = tuple(Placed(step) for step in steps)
+    allocator = next((step for step in steps if step.kind == ALLOCATE), None)
+    if allocator is not None:
+        recipe = allotted(recipe, sparsities_over(allocator, [[site]]), [layer.name for layer in site.layers])
+    return solve(site, [recipe])[0]
+
+
+def allotted(recipe: Recipe, sparsities_of: SparsitiesOf, layers: Sequence[str]) -> Recipe:
+    """A recipe without its allocator, for these layers of one site: its steps with the sparsities allotted to them.
+
+    What is allotted is a setting like any other, so that recipes are shared and stacked as without an allocator.
+    """
+    steps = (placed for placed in recipe if placed.step.kind != ALLOCATE)
+    return tuple(dataclasses.replace(each, step=with_sparsities(each.step, sparsities_of, layers)) for each in steps)
 
 
 def solve(site: Site, recipes: Sequence[Recipe], statistics_of: StatisticsOf | None = None) -> list[Site]:

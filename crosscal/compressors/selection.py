@@ -41,6 +41,11 @@ def lowest(score: Tensor, count: int) -> Tensor:
     return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
 
 
+def kth_lowest(score_N: Tensor, k: int) -> float:
+    """The k-th lowest, counted from 1."""
+    return float(_kth_lowest_R1(score_N[None], k))
+
+
 def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of every column of a few rows; among equals the earlier.
 

@@ -15,13 +15,13 @@ import functools
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosscal.compressors import Statistics
+from crosscal.compressors import Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
@@ -53,6 +53,15 @@ class BlockProblem:
     reference: Mixture
     """Where the loss of methods that need no data is measured."""
     device: str
+    sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
+    """What was allotted, by the names of the variants with an allocator."""
+
+    def recipe(self, variant: Variant, site: Site) -> Recipe:
+        """The variant's steps, with what was allotted to the matrices of a site."""
+        if variant.allocator is None:
+            return variant.steps
+        layers = [f"{self.name}.{matrix.name}" for matrix in site.matrices]
+        return allotted(variant.steps, self.sparsities[variant.name], layers)
 
     def stored_dtype(self, matrix: MatrixRef) -> torch.dtype:
         """The dtype that the checkpoint stores a matrix in."""
@@ -83,23 +92,26 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 
 def needed(groups: Mapping[Group, Sequence[Variant]]) -> dict[Group, frozenset[Statistic]]:
     """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; H in
-    every case, which losses are measured with."""
+    every case, which losses are measured with. Allocators are done when blocks are solved."""
     found: dict[Group, frozenset[Statistic]] = {}
     for group, members in groups.items():
         found[group] = found.get(group, frozenset()) | {Statistic.GRAM}
-        for step in (step for variant in members for step in variant.recipe):
+        for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
             seen = group if step.mixture is None else group.on(step.mixture)
             found[seen] = found.get(seen, frozenset({Statistic.GRAM})) | step.step.needs
     return found
 
 
 class SiteStatistics:
-    """Of one site for several groups, whichever lane asks first; let go after the last group."""
+    """Of one site for several groups, whichever lane asks first; let go after the last user."""
 
-    def __init__(self, problem: BlockProblem, site: Site, groups: Mapping[Group, Sequence[Variant]]) -> None:
+    def __init__(
+        self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Statistic]], *, users: int
+    ) -> None:
         self._problem, self._where = problem, f"{problem.name}.{site.name}"
         self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
-        self._needed, self._left, self._lock = needed(groups), len(groups), threading.Lock()
+        self._needed, self._left, self._lock = needs, users, threading.Lock()
+        self._splits = (False, True) if any(Statistic.GRAM in each for each in needs.values()) else (False,)
         self._sums: dict[Place, MeanSum] | None = None
 
     def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
@@ -119,7 +131,7 @@ class SiteStatistics:
         return Statistics(on_device, self._where), sum(each.tokens for each in sums.values())
 
     def group_is_done(self) -> None:
-        """To be called once by each group; after the last nothing is held."""
+        """To be called once by each user; after the last nothing is held."""
         with self._lock:
             self._left -= 1
             if not self._left:
@@ -134,7 +146,7 @@ class SiteStatistics:
         sums: dict[Place, MeanSum] = {}
         wanted: dict[str, list[tuple[MeanSum, float]]] = {}
         for (corpus, seed), needs in sorted(of_corpora.items()):
-            for held_out in (False, True):
+            for held_out in self._splits:
                 total = sums[corpus, seed, held_out] = MeanSum({Statistic.GRAM} if held_out else needs)
                 sample = self._problem.samples[corpus, seed]
                 for part in (sample.held_out if held_out else sample.calibration).parts:

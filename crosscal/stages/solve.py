@@ -17,7 +17,7 @@ from crosscal.lanes import side_by_side
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
@@ -49,7 +49,8 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
         statistics.group_is_done()
 
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    of_sites = [(site, SiteStatistics(problem, site, groups)) for site in longest_first]
+    needs = needed(groups)
+    of_sites = [(site, SiteStatistics(problem, site, needs, users=len(groups))) for site in longest_first]
     jobs = [functools.partial(solve, site, group, statistics) for site, statistics in of_sites for group in groups]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():

@@ -88,7 +88,8 @@ def _solve_together(
         """What a step with a mixture of its own sees."""
         return statistics(group.on(mixture))[0]
 
-    states = solve(site_of(problems, own), [variant.steps for variant in members], statistics_on)
+    recipes = [problem.recipe(variant, site) for variant in members]
+    states = solve(site_of(problems, own), recipes, statistics_on)
     answers = [[solved(layer, done) for layer, done in zip(problems, state.layers, strict=True)] for state in states]
     return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
 
