@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from crosscal.compressors import DLP, OWL, Magnitude, Refit, Site, SparseGPT, Statistic, Statistics, Wanda, run, solve
-from crosscal.compressors.allocation import PerLayer, amounts_over, summarised
+from crosscal.compressors.allocation import PerLayer, sparsities_over, summarised
 from crosscal.compressors.recipe import Placed, allotted, site_of
 from crosscal.errors import StatisticsError, UsageError
 from tests.helpers.problems import layer
@@ -168,11 +168,11 @@ def test_no_spread_is_no_allocation_bit_for_bit() -> None:
 @pytest.mark.parametrize("method", [SparseGPT, Magnitude, Wanda])
 def test_every_layer_of_a_model_is_solved_at_what_was_allotted_to_it(method: Any, per: Any) -> None:
     allocator = OWL(spread=0.2, threshold=3.0, per=per)
-    amounts_of = amounts_over(allocator, BLOCKS)
-    amounts, removed, layers = amounts_of(0.6), 0, 0
+    sparsities_of = sparsities_over(allocator, BLOCKS)
+    amounts, removed, layers = sparsities_of(0.6), 0, 0
     for site in itertools.chain.from_iterable(BLOCKS):
         names = [one.name for one in site.layers]
-        recipe = allotted((Placed(allocator), Placed(method(0.6))), amounts_of, names)
+        recipe = allotted((Placed(allocator), Placed(method(0.6))), sparsities_of, names)
         assert len(names) == 1 or isinstance(recipe[0].step, PerLayer) == (per == "layer")
         done = solve(site, [recipe])[0]
         for one, after in zip(site.layers, done.layers, strict=True):
@@ -191,11 +191,11 @@ def test_every_layer_of_a_model_is_solved_at_what_was_allotted_to_it(method: Any
 
 def test_what_is_allotted_is_solved_with_what_it_has_in_common() -> None:
     """Recipes with one allocation begin alike; another sparsity is one of a stack."""
-    site, amounts_of = BLOCKS[0][0], amounts_over(OWL(), BLOCKS)
+    site, sparsities_of = BLOCKS[0][0], sparsities_over(OWL(), BLOCKS)
     names = [one.name for one in site.layers]
-    short = allotted((Placed(OWL()), Placed(SparseGPT(0.6))), amounts_of, names)
-    long = allotted((Placed(OWL()), Placed(SparseGPT(0.6)), Placed(Refit())), amounts_of, names)
-    other = allotted((Placed(OWL()), Placed(SparseGPT(0.7))), amounts_of, names)
+    short = allotted((Placed(OWL()), Placed(SparseGPT(0.6))), sparsities_of, names)
+    long = allotted((Placed(OWL()), Placed(SparseGPT(0.6)), Placed(Refit())), sparsities_of, names)
+    other = allotted((Placed(OWL()), Placed(SparseGPT(0.7))), sparsities_of, names)
     assert short == long[:1]
     assert short[0].step.stack_key == other[0].step.stack_key == SparseGPT(0.5).stack_key
 
