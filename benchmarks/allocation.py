@@ -2,7 +2,7 @@
 
     python benchmarks/allocation.py TESTBED [--home STORE]
 
-TESTBED holds `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT at 70 %, half general and half legal text
+TESTBED holds `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT (or ALPS) at 70 %, half general and half legal text
 (alpha .5), through the product itself. Test perplexities; the lowest and the highest sparsity of a block.
 """
 
@@ -21,24 +21,25 @@ from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
 
 CORPORA = ("general", "legal")
-SPARSITY = 0.7
-ALLOCATORS: dict[str, list[dict[str, Any]]] = {
-    "none": [],
-    "owl": [{"method": "owl"}],
-    "owl, per layer": [{"method": "owl", "per": "layer"}],
-    "dlp": [{"method": "dlp"}],
-    "dlp, spread .05": [{"method": "dlp", "spread": 0.05}],
-    "dlp, per layer": [{"method": "dlp", "per": "layer"}],
+SPARSEGPT, ALPS = ({"method": method, "sparsity": 0.7} for method in ("sparsegpt", "alps"))
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "none": [SPARSEGPT],
+    "owl": [{"method": "owl"}, SPARSEGPT],
+    "owl, per layer": [{"method": "owl", "per": "layer"}, SPARSEGPT],
+    "dlp": [{"method": "dlp"}, SPARSEGPT],
+    "dlp, spread .05": [{"method": "dlp", "spread": 0.05}, SPARSEGPT],
+    "dlp, per layer": [{"method": "dlp", "per": "layer"}, SPARSEGPT],
+    "none, alps": [ALPS],
+    "owl, alps": [{"method": "owl"}, ALPS],
 }
 
 
 def plan_of(testbed: Path) -> dict[str, Any]:
-    last = {"method": "sparsegpt", "sparsity": SPARSITY}
     return {
         "model": str(testbed / "models" / "llama-mix-8m"),
         "corpora": {name: str(testbed / "corpora" / name) for name in CORPORA},
         "calibration": {"windows": 128, "length": 256, "held_out_windows": 32},
-        "compress": [{"steps": [*first, last], "domain": "legal", "alpha": 0.5} for first in ALLOCATORS.values()],
+        "compress": [{"steps": steps, "domain": "legal", "alpha": 0.5} for steps in RECIPES.values()],
         "evaluate": {"windows": 48},
         "execution": {"device": "cpu", "keep_models": False},
     }
@@ -65,7 +66,7 @@ def main() -> None:
     layers = read_rows(Path(done["run_dir"]) / "layers.jsonl", LayerRow)
     names = list(dict.fromkeys(row.variant for row in results if row.method != "dense"))
     rows = []
-    for case, variant in [("dense", "dense"), *zip(ALLOCATORS, names, strict=True)]:
+    for case, variant in [("dense", "dense"), *zip(RECIPES, names, strict=True)]:
         for row in results:
             if row.variant == variant and row.value is not None:
                 rows.append(record(case, f"{row.corpus_or_task} perplexity", row.value, ""))

@@ -108,11 +108,28 @@ def solvers() -> str:
     return markdown(heads, cells) + circumstances(rows)
 
 
+def allocation() -> str:
+    """One row an allocator: perplexities, over the dense model's in brackets, and the extremes of the blocks."""
+    rows = read("allocation")
+    by_case: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row["value"]
+    dense, cells = by_case["dense"], []
+    for case, values in by_case.items():
+        figures = [figure for figure in values if figure.endswith("perplexity")]
+        cell = [f"{number(values[figure])} ({100 * (values[figure] / dense[figure] - 1):+.1f} %)" for figure in figures]
+        blocks = [number(values.get(f"{which} sparsity of a block")) for which in ("lowest", "highest")]
+        cells.append([case, *(cell if case != "dense" else [number(values[f]) for f in figures]), *blocks])
+    heads = ("allocator", "general", "legal", "lowest sparsity of a block", "highest")
+    return markdown(heads, cells) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
     "peers": peers,
     "solvers": solvers,
+    "allocation": allocation,
 }
 
 

@@ -1,4 +1,4 @@
-"""DLP: more is removed from blocks whose typical weight matters more: blocks that do not hang on a few.
+"""DLP: more is removed from blocks whose median of weight times input norm is higher.
 
 A block's score is the median of |W_oi| √H_ii over its weights; importances 1 - score / Σ scores, scaled to a width of
 2 · spread and moved so that the mean is 1 - sparsity, are the fractions that are kept. Scaling undoes what 1 - s / Σ s
