@@ -2,8 +2,8 @@
 
     python benchmarks/allocation.py TESTBED [--home STORE]
 
-TESTBED holds `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT (or ALPS) at 70 %, half general and half legal text
-(alpha .5), through the product itself. Test perplexities; the lowest and the highest sparsity of a block.
+TESTBED holds `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT (or ALPS) at 70 %, half general and half
+legal text (alpha .5), through the product itself. Test perplexities; the lowest and the highest sparsity of a block.
 """
 
 from __future__ import annotations
