@@ -201,6 +201,14 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
             got="it comes first",
             do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
         )
+    kinds = [COMPRESSORS[step.method].kind for step in recipe]
+    if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
+        raise PlanError(
+            "scales are moved before a matrix is rounded",
+            where=where,
+            got=" + ".join(step.method for step in recipe),
+            do="Put the method that scales first.",
+        )
     for step in recipe:
         if getattr(COMPRESSORS[step.method], "low_rank", False) and dict(step.settings)["rank"] > 0:
             raise PlanError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, summarised
 from crosscal.compressors.alps import ALPS
 from crosscal.compressors.amount import Amount, amounts_of, grid_of
+from crosscal.compressors.awq import AWQ
 from crosscal.compressors.descent import Descent
 from crosscal.compressors.dlp import DLP
 from crosscal.compressors.eora import EoRA
@@ -35,6 +36,7 @@ COMPRESSORS: dict[str, type] = {
     "alps": ALPS,
     "swaps": Swaps,
     "refit": Refit,
+    "awq": AWQ,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
     "sparsegpt-gptq": SparseGPTQ,
@@ -52,6 +54,7 @@ DATA_FREE = frozenset(name for name, method in COMPRESSORS.items() if not method
 __all__ = [
     "ALLOCATE",
     "ALPS",
+    "AWQ",
     "COMPRESSORS",
     "DATA_FREE",
     "DLP",

@@ -95,14 +95,22 @@ class LayerSolution:
     """A compressed layer and what it costs on the problem's own Hessian."""
 
     weight_OI: Tensor
+    """What stands for the matrix, as read by inputs that are not divided by scales."""
     loss: float
     """tr(ΔW H ΔWᵀ): the squared output error per token."""
     relative_loss: float
     """`loss` over tr(W H Wᵀ)."""
     base: Form
-    """What is stored: `weight_OI` without a low-rank part."""
+    """What is stored: `weight_OI` · scale without a low-rank part."""
     low_rank: LowRank | None = None
     damping: float | None = None
+    scale_I: Tensor | None = None
+    """What its inputs come divided by, once whatever makes them has absorbed it."""
+
+    @property
+    def stands_OI(self) -> Tensor:
+        """The matrix in the model: `weight_OI` · scale."""
+        return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
 
     @property
     def grid(self) -> Grid | None:
@@ -139,8 +147,9 @@ def row_losses_O(difference_OI: Tensor, hessian_II: Tensor) -> Tensor:
     return ((difference_OI @ hessian_II) * difference_OI).sum(1)
 
 
-def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
-    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same.
+def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -> LayerSolution:
+    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same: that of the
+    problem as it was given. `scale_I`: that of the layer's site.
 
     Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
     """
@@ -150,6 +159,7 @@ def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
         left_OK, right_KI = (part.to(problem.stored_dtype).to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
         low_rank = LowRank(left_OK, right_KI)
     weight_OI = base.weight_OI if low_rank is None else base.weight_OI + low_rank.weight_OI
+    weight_OI = weight_OI if scale_I is None else weight_OI / scale_I
     difference_OI = problem.weight_OI - weight_OI
     loss = quadratic_loss(difference_OI, problem.hessian_II)
     if loss < 0:
@@ -157,7 +167,7 @@ def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
     relative = loss / problem.energy if problem.energy > 0 else 0.0
-    return LayerSolution(weight_OI, loss, relative, base, low_rank, layer.damping)
+    return LayerSolution(weight_OI, loss, relative, base, low_rank, layer.damping, scale_I)
 
 
 def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from torch import Tensor
+
 from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, sparsities_over, with_sparsities
 from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
@@ -117,9 +119,13 @@ def _moved(before: Site, after: Site) -> Statistics:
     return before.statistics.scaled(after.scale_I if before.scale_I is None else after.scale_I / before.scale_I)
 
 
-def site_of(problems: Sequence[LayerProblem], statistics: Statistics | None = None) -> Site:
-    """Layer problems that share one Hessian as a site, by default with the statistics of the first. A factor that they
-    bring is used again."""
+def site_of(
+    problems: Sequence[LayerProblem],
+    statistics: Statistics | None = None,
+    storable_I: Callable[[Tensor], Tensor] | None = None,
+) -> Site:
+    """Layer problems that share one Hessian as a site, by default with the statistics of the first, and with nothing
+    that absorbs scales. A factor that they bring is used again."""
     first = problems[0]
     if any(problem.hessian_II is not first.hessian_II for problem in problems):
         raise StatisticsError("layers solved together must share a Hessian", where=first.name)
@@ -129,12 +135,13 @@ def site_of(problems: Sequence[LayerProblem], statistics: Statistics | None = No
     if first.shared_factor is not None:
         statistics.know(first.shared_factor)
     layers = [Layer(p.name, p.weight_OI, Dense(p.weight_OI), stored_dtype=p.stored_dtype) for p in problems]
-    return Site(first.name, tuple(layers), statistics)
+    return Site(first.name, tuple(layers), statistics, storable_I=storable_I)
 
 
 def alone(step: Any, problem: LayerProblem) -> LayerSolution:
     """One step on one layer: `COMPRESSORS[name](...).compress(problem)`."""
-    return solved(problem, run(site_of([problem]), [step]).layers[0])
+    site = run(site_of([problem]), [step])
+    return solved(problem, site.layers[0], site.scale_I)
 
 
 def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[list[LayerSolution]]:
@@ -142,4 +149,9 @@ def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[l
     if not problems:
         return [[] for _ in steps]
     sites = solve(site_of(problems), [(Placed(step),) for step in steps])
-    return [[solved(problem, layer) for problem, layer in zip(problems, site.layers, strict=True)] for site in sites]
+    return [solutions(problems, site) for site in sites]
+
+
+def solutions(problems: Sequence[LayerProblem], site: Site) -> list[LayerSolution]:
+    """The answers to layer problems that a recipe left in their site."""
+    return [solved(problem, layer, site.scale_I) for problem, layer in zip(problems, site.layers, strict=True)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.grid import from_ints
-from crosscal.errors import StatisticsError
+from crosscal.errors import StatisticsError, UsageError
 from crosscal.statistics.factor import Eigensystem, InverseFactor, eigensystem, factor
 from crosscal.statistics.statistic import Statistic
 
@@ -169,7 +169,33 @@ class Site:
     statistics: Statistics
     scale_I: Tensor | None = None
     """s: inputs come divided by it, and weights stand multiplied by it; whatever makes the input absorbs 1/s."""
+    storable_I: Callable[[Tensor], Tensor] | None = None
+    """The s nearest to a given one that whatever makes the input can store 1/s of; None where nothing can absorb it."""
 
     def each(self, change: Callable[[Layer], Layer]) -> Site:
         """The site with every layer changed."""
         return dataclasses.replace(self, layers=tuple(change(layer) for layer in self.layers))
+
+    def nearest_I(self, scale_I: Tensor) -> Tensor | None:
+        """The scales nearest to these that inputs can be divided by; None where nothing can absorb them."""
+        if self.storable_I is None:
+            return None
+        return (
+            self.storable_I(scale_I) if self.scale_I is None else self.storable_I(scale_I * self.scale_I) / self.scale_I
+        )
+
+    def scaled(self, scale_I: Tensor) -> Site:
+        """The same outputs from inputs divided by s. Statistics are moved by who runs the recipe.
+
+        Raises `UsageError` for integers, whose scales are shared by inputs.
+        """
+        whole_I = scale_I if self.scale_I is None else self.scale_I * scale_I
+        return dataclasses.replace(self.each(lambda layer: _scaled(layer, scale_I)), scale_I=whole_I)
+
+
+def _scaled(layer: Layer, scale_I: Tensor) -> Layer:
+    if not isinstance(layer.base, Dense):
+        raise UsageError("a rounded matrix cannot be scaled any more", where=layer.name, do="Scale first, then round.")
+    low_rank = layer.low_rank and LowRank(layer.low_rank.left_OK, layer.low_rank.right_KI * scale_I)
+    base = Dense(layer.base.weight_OI * scale_I)
+    return dataclasses.replace(layer, target_OI=layer.target_OI * scale_I, base=base, low_rank=low_rank)

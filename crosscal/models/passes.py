@@ -6,6 +6,7 @@ Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,6 +22,7 @@ from crosscal.lanes import Turns, side_by_side
 from crosscal.models import experts
 from crosscal.models.blocks import BlockCalls, StopForward, check_causal
 from crosscal.models.fast_linears import fast_linears
+from crosscal.models.producers import with_producers
 from crosscal.models.sites import Matrices, Site, find_matrices, input_of, pre_hooks
 from crosscal.models.source import ModelSource
 from crosscal.statistics.blas import BLAS
@@ -57,7 +59,10 @@ class Passes:
         """Raises `UnsupportedModel` for a matrix that cannot be calibrated and for a block that is not causal."""
         first_1LD = next(iter(self.hidden.values()))[:1]
         check_causal(lambda hidden_1LD: self._run_batch(index, hidden_1LD), first_1LD, self.source.block_name(index))
-        return find_matrices(self.blocks[index], lambda: self._run_batch(index, first_1LD))
+        block, run = self.blocks[index], lambda: self._run_batch(index, first_1LD)
+        found = find_matrices(block, run)
+        tied = self.source.tied_in_block(index)
+        return dataclasses.replace(found, sites=with_producers(block, found.sites, run, tied))
 
     def pass_on(self, index: int) -> None:
         """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` when one is not finite."""

@@ -173,6 +173,12 @@ class ModelSource:
         tensors = self.weights.load(lambda name: name.startswith(prefix), dtype=dtype, device=device)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
+    def tied_in_block(self, block: int) -> set[str]:
+        """Names inside the block of parameters that also stand elsewhere in the model, or twice in the block."""
+        named = list(self.weights.model.named_parameters(remove_duplicate=False))
+        counts, prefix = Counter(id(parameter) for _, parameter in named), f"{self.block_name(block)}."
+        return {name.removeprefix(prefix) for name, p in named if name.startswith(prefix) and counts[id(p)] > 1}
+
     def load_outside(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:

@@ -73,6 +73,9 @@ class LayerRow:
     """Why the matrix stays as it came, "keep-dense: ..."; None for a solved one. Its losses of 0 are no result."""
     parameters: int | None = None
     """Entries of the matrix; None in files of an older version."""
+    fold: str | None = None
+    """Which module absorbed the scales of the matrix's inputs, or "none: ..." and why a method that scales them could
+    not; None where no step scales."""
 
     @property
     def stays_dense(self) -> bool:

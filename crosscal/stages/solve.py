@@ -64,7 +64,11 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
 
 
 def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:
-    dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.weight_OI.cpu() for layer in layers})
+    dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.stands_OI.cpu() for layer in layers})
+    scales = {layer.matrix: layer.solution.scale_I for layer in layers}
+    for site in problem.sites:
+        if site.producer and (scale_I := scales[site.matrices[0]]) is not None:
+            dense |= site.producer.divided(problem.parameters, scale_I.cpu())
     changed = dict(dense)
     for layer in layers:
         grid = layer.solution.grid

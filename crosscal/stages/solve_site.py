@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistics, quadratic_loss, solve
-from crosscal.compressors.problem import solved
-from crosscal.compressors.recipe import site_of
+from crosscal.compressors.recipe import site_of, solutions
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
@@ -88,9 +88,10 @@ def _solve_together(
         """What a step with a mixture of its own sees."""
         return statistics(group.on(mixture))[0]
 
+    storable_I = site.producer and functools.partial(site.producer.storable_I, problem.parameters)
     recipes = [problem.recipe(variant, site) for variant in members]
-    states = solve(site_of(problems, own), recipes, statistics_on)
-    answers = [[solved(layer, done) for layer, done in zip(problems, state.layers, strict=True)] for state in states]
+    states = solve(site_of(problems, own, storable_I), recipes, statistics_on)
+    answers = [solutions(problems, state) for state in states]
     return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
 
 
@@ -102,11 +103,11 @@ def _measured(
     held_out_II: Tensor | None,
     energies: Energies,
 ) -> Iterator[tuple[Variant, Layer]]:
-    for matrix, layer, solutions in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
+    for matrix, layer, answers in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
         energies.add(matrix.name, layer.energy, held_out_energy)
-        for variant, solution in zip(members, solutions, strict=True):
+        for variant, solution in zip(members, answers, strict=True):
             loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
             row = _row(problem, site, variant, layer, solution, loss, done.tokens, done.seconds)
             yield variant, Layer(matrix, solution, row)
@@ -165,7 +166,15 @@ def _row(
         tokens=tokens,
         seconds=seconds,
         parameters=layer.weight_OI.numel(),
+        fold=_fold(site, variant, solution),
     )
+
+
+def _fold(site: Site, variant: Variant, solution: LayerSolution) -> str | None:
+    if solution.scale_I is not None and site.producer is not None:
+        return site.producer.name
+    scales = any(placed.step.kind == "transform" for placed in variant.steps)
+    return f"none: {site.no_producer}" if scales else None
 
 
 def _relative_loss(
