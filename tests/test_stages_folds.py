@@ -291,10 +291,14 @@ def test_a_plan_with_awq_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     place.write_plan(compress=[{**at, "steps": [scales, last]} for last in rounding] + [{**at, **scales}])
     run = Path(place.run()["run_dir"])
     rows = {row.variant: row for row in read_rows(run / "results.jsonl", ResultRow) if row.corpus_or_task == "legal"}
-    names = ["awq-w3g32-rtn-w4g32-legal-a0.5", "awq-w3g32-gptq-w4g32-legal-a0.5", "awq-w3g32-legal-a0.5"]
+    names = [
+        "awq-bits3-groupsize32-rtn-w4g32-legal-a0.5",
+        "awq-bits3-groupsize32-gptq-w4g32-legal-a0.5",
+        "awq-bits3-groupsize32-legal-a0.5",
+    ]
     assert list(rows) == ["dense", *names]
-    assert rows[names[0]].setting["bits"] == 4
-    assert rows[names[0]].setting["awq.bits"] == 3
+    assert [amount["text"] for amount in rows[names[0]].amounts] == ["4 bits g32"]
+    assert rows[names[2]].amounts == []
     assert rows[names[2]].value == pytest.approx(rows["dense"].value, rel=1e-4)
     layers = read_rows(run / "layers.jsonl", LayerRow)
     assert {row.fold for row in layers if row.site == "self_attn.q_proj"} == {"input_layernorm"}
