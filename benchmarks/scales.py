@@ -21,20 +21,21 @@ from solvers import GROUP, measured, rows_of, warm_up
 from crosscal.report.rows import LayerRow, read_rows
 
 RECIPES = {
-    "rtn": ["rtn"],
+    "rtn": ["awq off", "rtn"],
     "awq+rtn": ["awq", "rtn"],
     "gptq plain": ["gptq plain"],
     "awq+gptq plain": ["awq", "gptq plain"],
     "gptq": ["gptq"],
     "awq+gptq": ["awq", "gptq"],
 }
-PLAIN = {"activation_order": False, "scale_search": False}
-"""GPTQ as published."""
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "gptq plain": {"activation_order": False, "scale_search": False},  # as published
+    "awq off": {"points": 1},  # the exponent 0 alone: plain rounding, its losses measured on the mixture
+}
 
 
 def step(method: str, bits: int) -> dict[str, Any]:
-    name, _, plain = method.partition(" ")
-    return {"method": name, "bits": bits, "group_size": GROUP, **(PLAIN if plain else {})}
+    return {"method": method.split()[0], "bits": bits, "group_size": GROUP, **OTHERWISE.get(method, {})}
 
 
 def reached(runs: Path) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,18 @@ def peers() -> str:
     return markdown(("case", *figures.values()), cells) + circumstances(rows)
 
 
-def solvers() -> str:
+SOLVERS = {
+    "layer loss": "layer loss",
+    "held-out loss": "held-out loss",
+    "general damage": "general, % over dense",
+    "domain damage": "domain, % over dense",
+    "seconds": "seconds",
+}
+
+
+def solvers(name: str = "solvers", figures: Mapping[str, str] = SOLVERS) -> str:
     """One row a recipe and level: each figure and, behind it, its ratio to the first recipe of that level."""
-    rows = read("solvers")
-    figures = ("layer loss", "held-out loss", "general damage", "domain damage", "seconds")
+    rows = read(name)
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
         by_case.setdefault(row["case"], {})[row["figure"]] = number(row["value"])
@@ -104,8 +112,11 @@ def solvers() -> str:
     for case, values in by_case.items():
         ratios = {figure: values.get(f"{figure} over base") for figure in figures}
         cells.append([case, *(f"{values[f]} ({ratios[f]})" if ratios[f] else values[f] for f in figures)])
-    heads = ("recipe, level", "layer loss", "held-out loss", "general, % over dense", "domain, % over dense", "seconds")
-    return markdown(heads, cells) + circumstances(rows)
+    return markdown(("recipe, level", *figures.values()), cells) + circumstances(rows)
+
+
+def scales() -> str:
+    return solvers("scales", {"loss behind norms": "loss, matrices behind norms", **SOLVERS})
 
 
 def allocation() -> str:
@@ -130,6 +141,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "peers": peers,
     "solvers": solvers,
     "allocation": allocation,
+    "scales": scales,
 }
 
 
