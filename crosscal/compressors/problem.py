@@ -84,7 +84,7 @@ class LayerProblem:
         """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
         return quadratic_loss(self.weight_OI, self.hessian_II) if self.known_energy is None else self.known_energy
 
-    @property
+    @cached_property
     def dead_inputs(self) -> int:
         """How many inputs were always zero: H_jj = 0."""
         return int((self.hessian_II.diagonal() == 0).sum())

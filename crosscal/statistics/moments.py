@@ -173,17 +173,17 @@ class MomentsAccumulator:
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
-        return self._moments(self._upper_II.to("cpu", copy=True))
+        return self._moments(self._upper_II.clone())
 
     def finish(self) -> InputMoments:
         """The sums, on the CPU. Nothing can be added any more: there they are the accumulator's own, not a copy."""
         upper_II = self._upper_II
         del self._upper_II
-        return self._moments(upper_II.to("cpu"))
+        return self._moments(upper_II)
 
     def _moments(self, gram_II: Tensor) -> InputMoments:
-        _mirror(gram_II)
-        dtype = gram_II.dtype
+        _mirror(gram_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
+        gram_II, dtype = gram_II.to("cpu"), gram_II.dtype
         abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
         return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
 
