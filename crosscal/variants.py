@@ -97,6 +97,11 @@ class Variant:
         """(bits, inputs per scale) of the integers that are stored; None where no step quantizes."""
         return grid_of([step.step for step in self.recipe])
 
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether matrices get a low-rank part, which needs an adapter beside the checkpoint."""
+        return any(getattr(placed.step, "has_low_rank", False) for placed in self.steps)
+
     def mixtures(self, reference: Mixture) -> list[Mixture]:
         """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
         return [self.mixture or reference, *(step.mixture for step in self.recipe if step.mixture)]
@@ -191,7 +196,7 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
 
 
 def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
-    """Whether there is something to work on for its first step, and a checkpoint can hold what its last leaves."""
+    """Whether there is something to work on for its first step."""
     with _said_of(where):
         check_allocator([(step.method, step.step) for step in recipe])
         check_order([(step.method, step.step) for step in recipe])
@@ -203,14 +208,6 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
             got="it comes first",
             do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
         )
-    for step in recipe:
-        if getattr(COMPRESSORS[step.method], "low_rank", False) and dict(step.settings)["rank"] > 0:
-            raise PlanError(
-                f"{step.method} leaves a low-rank part, which checkpoints cannot hold yet",
-                where=where,
-                got=f"rank {dict(step.settings)['rank']}",
-                do="Merged into the matrix it would undo zeros and integers. From Python: `crosscal.compressors.run`.",
-            )
 
 
 @contextmanager

@@ -9,7 +9,8 @@ A method is a step, a frozen dataclass of its settings that is called with a sta
     __call__  Site -> Site, pure
 
 A step may also be stacked: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
-that start from one state are solved together, with the same results as one by one.
+that start from one state are solved together, with the same results as one by one. One that leaves a low-rank part says
+`has_low_rank`.
 """
 
 from __future__ import annotations

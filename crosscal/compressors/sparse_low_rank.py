@@ -54,7 +54,7 @@ class SparseLowRank:
     kind: ClassVar = "prune"
     needs: ClassVar = frozenset({Statistic.GRAM})
     version: ClassVar = 1
-    low_rank: ClassVar = True
+    has_low_rank: ClassVar = True
     compress = alone
 
     def __post_init__(self) -> None:

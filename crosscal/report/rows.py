@@ -76,6 +76,8 @@ class LayerRow:
     fold: str | None = None
     """Which module absorbed the scales of the matrix's inputs, or "none: ..." and why a method that scales them could
     not; None where no step scales."""
+    rank: int | None = None
+    """Of the low-rank part that the adapter adds; None where there is none."""
 
     @property
     def stays_dense(self) -> bool:

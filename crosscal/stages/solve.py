@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crosscal.lanes import side_by_side
+from crosscal.models.adapter import factors, with_low_rank
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
@@ -28,7 +29,8 @@ class BlockSolution:
     """One variant's answer for one block; tensors by their names inside the block."""
 
     changed: dict[str, Tensor]
-    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones."""
+    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones; and the factors of
+    low-rank parts."""
     dense: dict[str, Tensor]
     """The changed parameters as the next block's inputs depend on them."""
     rows: list[LayerRow]
@@ -64,18 +66,23 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
 
 
 def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:
-    dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.stands_OI.cpu() for layer in layers})
+    bases_OI = {layer.matrix: layer.solution.base.weight_OI.cpu() for layer in layers}
+    dense = replaced_parameters(problem.parameters, bases_OI)
     scales = {layer.matrix: layer.solution.scale_I for layer in layers}
     for site in problem.sites:
         if site.producer and (scale_I := scales[site.matrices[0]]) is not None:
             dense |= site.producer.divided(problem.parameters, scale_I.cpu())
     changed = dict(dense)
     for layer in layers:
-        grid = layer.solution.grid
+        grid, low_rank, dtype = layer.solution.grid, layer.solution.low_rank, problem.stored_dtype(layer.matrix)
         if grid is not None and can_pack(layer.matrix):
             del changed[layer.matrix.parameter]
-            scale_OG = grid.scale_OG.to(problem.stored_dtype(layer.matrix))
-            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, scale_OG, grid.bits))
+            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, grid.scale_OG.to(dtype), grid.bits))
+        if low_rank is not None:
+            left_OK, right_KI = (part.cpu().to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
+            changed.update(factors(layer.matrix, left_OK, right_KI))
+            stored, transposed = dense[layer.matrix.parameter], layer.matrix.transposed
+            dense[layer.matrix.parameter] = with_low_rank(stored, left_OK, right_KI, transposed=transposed)
     return BlockSolution(changed, dense, [*(layer.row for layer in layers), *left_dense_rows(problem, variant)])
 
 

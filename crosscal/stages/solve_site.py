@@ -161,6 +161,7 @@ def _row(
         heldout_relative_loss=held_out_loss,
         sparsity=solution.sparsity,
         bits=solution.grid.bits if solution.grid else None,
+        rank=solution.low_rank.left_OK.shape[1] if solution.low_rank else None,
         damping=solution.damping,
         dead_inputs=layer.dead_inputs,
         tokens=tokens,

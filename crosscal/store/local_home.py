@@ -44,7 +44,7 @@ class LocalHome:
     def publish(self, staged: Path, place: str) -> bool:
         target = self.root / place
         with disk_errors(str(self.root)):
-            for file in staged.iterdir():
+            for file in staged.rglob("*"):
                 sync(file)
             sync(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
