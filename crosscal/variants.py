@@ -98,6 +98,11 @@ class Variant:
         return grid_of([step.step for step in self.recipe])
 
     @property
+    def is_written_dense(self) -> bool:
+        """Whether its integers have a form that no format of a checkpoint holds: written in the model's own dtype."""
+        return self.grid is None and any(placed.step.kind == "quantize" for placed in self.steps)
+
+    @property
     def has_low_rank(self) -> bool:
         """Whether matrices get a low-rank part, which needs an adapter beside the checkpoint."""
         return any(getattr(placed.step, "has_low_rank", False) for placed in self.steps)

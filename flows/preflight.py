@@ -49,6 +49,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
     asked = variants(plan)
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
+    if unpacked := [variant.name for variant in asked if variant.is_written_dense]:
+        findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
     problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
     try:

@@ -19,6 +19,8 @@ from crosscal.compressors import (
     Compressor,
     Descent,
     EoRA,
+    Grid,
+    GridOutliers,
     LayerProblem,
     LayerSolution,
     Magnitude,
@@ -29,6 +31,7 @@ from crosscal.compressors import (
     SparseGPTQ,
     SparseLowRank,
     Sparsity,
+    SpQR,
     Swaps,
     Wanda,
 )
@@ -42,6 +45,7 @@ CASES: list[Compressor] = [
     *(RoundToNearest(bits, group) for bits, group in ((2, 32), (4, None), (8, 160))),
     *(GPTQ(bits, group, order) for bits, group in ((2, 32), (4, None), (8, 160)) for order in (False, True)),
     *(SparseGPTQ(sparsity, 4, 32) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
+    *(SpQR(bits, group, threshold=most) for bits, group, most in ((3, 16, 0.2), (2, 32, 0.05), (8, 160, 100.0))),
     *(ALPS(sparsity, iterations=40) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
     *(SparseLowRank(sparsity, 4, iterations=30) for sparsity in (HALF, TWO_OF_FOUR, DENSE)),
     *(AWQ(bits, group) for bits, group in ((2, 32), (4, None))),
@@ -93,7 +97,7 @@ def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> N
         assert solution.grid is None
     elif case.kind == "quantize":
         assert sparsity is None or zeros >= sparsity.fraction * solution.weight_OI.numel()
-        assert solution.grid is not None
+        assert isinstance(solution.base, GridOutliers if isinstance(case, SpQR) else Grid)
     changes_nothing = case.kind in ("refine", "allocate", "transform") or case == EoRA(0)
     if (case.kind == "prune" and sparsity == DENSE) or changes_nothing:
         assert torch.equal(solution.weight_OI, problem.weight_OI)

@@ -1,4 +1,4 @@
-"""Low-rank parts on every way from a solve to a loaded model: what is loaded is what was solved, to the last bit."""
+"""Low-rank parts and outliers on every way from a solve to a loaded model: what is loaded is what was solved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from crosscal.compressors import Grid
+from crosscal.compressors import Grid, GridOutliers
 from crosscal.errors import ModelError, NotFinite
 from crosscal.models import ModelSource, VariantWriter, adapter, load_variant
 from crosscal.plan import parse_plan
@@ -33,7 +33,7 @@ from crosscal.store import Store
 from crosscal.tasks.refusals import refusals, unnameable
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import save_model
-from tests.helpers.tiny_place import make_place, values
+from tests.helpers.tiny_place import crosscal, make_place, values
 from tests.helpers.tiny_run import collect, sample, tiny_source, windows, workshop
 from tests.helpers.tiny_text import tiny_tokenizer
 
@@ -318,7 +318,9 @@ def test_later_blocks_see_the_low_rank_parts_before_them(tmp_path: Path, calibra
 
 
 @pytest.mark.parametrize(
-    ("each", "dtype"), zip(SEQUENTIAL, (torch.float32, torch.bfloat16), strict=True), ids=("sparse", "packed-bfloat16")
+    ("each", "dtype"),
+    list(zip(SEQUENTIAL, (torch.float32, torch.bfloat16), strict=True)),
+    ids=("sparse", "packed-bfloat16"),
 )
 @pytest.mark.parametrize("at", ["before the adapter", "between adapter and block", "after the block"])
 def test_a_killed_sequential_run_goes_on_to_the_same_model(
@@ -387,11 +389,56 @@ def test_a_plan_makes_measures_and_takes_them_again(tmp_path: Path) -> None:
     place.run("--out", str(tmp_path / "other"))
     assert contents(tmp_path / "other" / "models") == contents(place.run_dir / "models")
     assert values(tmp_path / "other" / "results.jsonl") == values(place.run_dir / "results.jsonl")
-    rows = [json.loads(line) for line in (place.run_dir / "results.jsonl").read_text().splitlines()]
-    measured = {row["variant"]: row["value"] for row in rows if row["corpus_or_task"] == "legal"}
-    for name in (name for name in measured if "rank16" in name):
-        assert measured["dense"] < measured[name] < measured[name.replace("rank16", "rank0")]
-        assert (place.run_dir / "models" / name / "adapter" / "adapter_config.json").is_file()
+    plain, repaired = (f"sparsegpt-70-eora-rank{rank}-legal-a0.5" for rank in (0, 16))
+    bases = [contents(place.run_dir / "models" / name) for name in (plain, repaired)]
+    assert bases[0] == {name: content for name, content in bases[1].items() if not name.startswith("adapter/")}
+    assert measured(place.run_dir, plain) != measured(place.run_dir, repaired)
+    # The same as one dense matrix each, measured as a model of its own.
+    model = load_variant(place.run_dir / "models" / repaired)
+    for linear in (linear for linear in model.modules() if hasattr(linear, "low_rank_left_OK")):
+        linear.weight.data += linear.low_rank_left_OK @ linear.low_rank_right_KI
+    model.save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    place.write_plan(model=str(tmp_path / "merged"), compress=[])
+    place.run("--out", str(tmp_path / "of the merged"))
+    expected = measured(tmp_path / "of the merged", "dense")
+    assert measured(place.run_dir, repaired) == pytest.approx(expected, rel=1e-4)
+
+
+def measured(run_dir: Path, variant: str) -> list[float]:
+    return [row[4] for row in values(run_dir / "results.jsonl") if row[0] == variant]
+
+
+@both_dtypes
+def test_outliers_are_written_dense_with_the_values_of_the_form(
+    tmp_path: Path, calibrated: dict, solved: dict, dtype: torch.dtype
+) -> None:
+    """Also over pruned weights and under a low-rank part; never as packed integers of a plain grid."""
+    spqr = ("spqr", {"bits": 3, "group_size": 16})
+    pruned = ("sparsegpt", {"sparsity": "2:4"})
+    variants = [recipe("alone", spqr), recipe("pruned", pruned, spqr), recipe("low-rank", GPTQ, spqr, EORA)]
+    shop = shop_of(tmp_path / "run", *calibrated[dtype])
+    make(shop, *variants)
+    models = {each.name: load_variant(folder_of(shop, each)) for each in variants}
+    for (variant, name), layer in solved.items():
+        base, linear = layer.solution.base, models[variant].get_submodule(name)
+        assert isinstance(base, GridOutliers)
+        assert torch.equal(linear.weight.float(), base.weight_OI)
+        assert (layer.row.bits, layer.row.mean_bits) == (3, base.mean_bits)
+        assert (layer.row.sparsity >= 0.5) == (variant == "pruned")
+        assert hasattr(linear, "low_rank_left_OK") == (variant == "low-rank")
+    assert all(each.is_written_dense for each in variants)
+    for each in variants:
+        config = json.loads((folder_of(shop, each) / "config.json").read_text())
+        assert "quantization_config" not in config
+
+
+def test_plan_check_names_what_is_written_dense(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    place.write_plan(compress=[{"method": ["spqr", "gptq"], "bits": 3, "group_size": 16}])
+    done = crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["written_dense"]["variants"] == ["spqr-w3g16-general"]
 
 
 # --- what has none, and what cannot have any -------------------------------------------------------------------------

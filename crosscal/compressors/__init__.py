@@ -25,6 +25,7 @@ from crosscal.compressors.sparse_low_rank import SparseLowRank
 from crosscal.compressors.sparsegpt import SparseGPT
 from crosscal.compressors.sparsegpt_gptq import SparseGPTQ
 from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.spqr import GridOutliers, SpQR
 from crosscal.compressors.state import Dense, Grid, Layer, LowRank, Site, Statistic, Statistics
 from crosscal.compressors.swaps import Swaps
 from crosscal.compressors.wanda import Wanda
@@ -40,6 +41,7 @@ COMPRESSORS: dict[str, type] = {
     "rtn": RoundToNearest,
     "gptq": GPTQ,
     "sparsegpt-gptq": SparseGPTQ,
+    "spqr": SpQR,
     "scales": Scales,
     "descent": Descent,
     "eora": EoRA,
@@ -66,6 +68,7 @@ __all__ = [
     "Descent",
     "EoRA",
     "Grid",
+    "GridOutliers",
     "Layer",
     "LayerProblem",
     "LayerSolution",
@@ -77,6 +80,7 @@ __all__ = [
     "RoundToNearest",
     "Scales",
     "Site",
+    "SpQR",
     "SparseGPT",
     "SparseGPTQ",
     "SparseLowRank",

@@ -46,6 +46,8 @@ def amounts_of(step: Any) -> tuple[Amount, ...]:
 
 
 def grid_of(steps: Sequence[Any]) -> tuple[int, int | None] | None:
-    """(bits, inputs per scale) of the integers that a recipe leaves; None where no step rounds."""
-    grids = [(step.bits, step.group_size) for step in steps if step.kind == "quantize"]
-    return grids[-1] if grids else None
+    """(bits, inputs per scale) of the integers that a recipe leaves; None where no step rounds, or the last one that
+    does leaves a form that cannot be packed."""
+    rounding = [step for step in steps if step.kind == "quantize"]
+    is_packed = bool(rounding) and getattr(rounding[-1], "is_packed", True)
+    return (rounding[-1].bits, rounding[-1].group_size) if is_packed else None

@@ -76,6 +76,9 @@ class LayerRow:
     fold: str | None = None
     """Which module absorbed the scales of the matrix's inputs, or "none: ..." and why a method that scales them could
     not; None where no step scales."""
+    mean_bits: float | None = None
+    """What a weight takes with scales and outliers, in the method's own format; None where `bits` says it nearly, or no
+    integers are left. The checkpoint holds such a matrix dense."""
     rank: int | None = None
     """Of the low-rank part that the adapter adds; None where there is none."""
 
