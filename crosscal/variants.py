@@ -97,16 +97,6 @@ class Variant:
         """(bits, inputs per scale) of the integers that are stored; None where no step quantizes."""
         return grid_of([step.step for step in self.recipe])
 
-    @property
-    def is_written_dense(self) -> bool:
-        """Whether its integers have a form that no format of a checkpoint holds: written in the model's own dtype."""
-        return self.grid is None and any(placed.step.kind == "quantize" for placed in self.steps)
-
-    @property
-    def has_low_rank(self) -> bool:
-        """Whether matrices get a low-rank part, which needs an adapter beside the checkpoint."""
-        return any(getattr(placed.step, "has_low_rank", False) for placed in self.steps)
-
     def mixtures(self, reference: Mixture) -> list[Mixture]:
         """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
         return [self.mixture or reference, *(step.mixture for step in self.recipe if step.mixture)]

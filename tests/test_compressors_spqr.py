@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors import COMPRESSORS, GPTQ, GridOutliers, LayerProblem, SparseGPT, Sparsity, SpQR, run
-from crosscal.compressors.amount import grid_of
+from crosscal.compressors.amount import grid_of, is_written_dense
 from crosscal.compressors.recipe import site_of
 from crosscal.errors import UsageError
 from tests.helpers.problems import correlated_inputs_TI, layer
@@ -162,7 +162,9 @@ def test_pruned_weights_stay_exactly_0_and_are_no_outliers(sparsity: str | float
 
 def test_a_form_that_cannot_be_packed_says_so() -> None:
     assert grid_of([GPTQ(4), SpQR(3)]) is None
+    assert is_written_dense([GPTQ(4), SpQR(3)])
     assert grid_of([SpQR(3), GPTQ(4)]) == (4, 128)
+    assert not is_written_dense([SpQR(3), GPTQ(4)])
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 1}, {"bits": 3, "threshold": 0}, {"bits": 3, "scale_bits": 9}])

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from crosscal.compressors import COMPRESSORS
+from crosscal.compressors.recipe import any_step
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, parse_plan
 from crosscal.variants import BEGIN, samples_needed, variants
@@ -177,7 +178,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(entry: dict, s
 def test_a_variant_says_whether_it_has_a_low_rank_part() -> None:
     steps = [{"method": "wanda", "sparsity": 0.5}, {"method": "eora", "rank": [0, 1]}]
     found = expand({"steps": steps}, {"method": "3basil", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.5})
-    assert [variant.has_low_rank for variant in found] == [False, True, True, False]
+    assert [any_step(variant.steps, "has_low_rank") for variant in found] == [False, True, True, False]
 
 
 def test_a_domain_mixed_with_a_general_corpus_needs_one() -> None:

@@ -10,6 +10,7 @@ from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, summarised
 from crosscal.compressors.alps import ALPS
 from crosscal.compressors.amount import Amount, amounts_of, grid_of
 from crosscal.compressors.awq import AWQ
+from crosscal.compressors.bias import Bias
 from crosscal.compressors.descent import Descent
 from crosscal.compressors.dlp import DLP
 from crosscal.compressors.eora import EoRA
@@ -44,6 +45,7 @@ COMPRESSORS: dict[str, type] = {
     "spqr": SpQR,
     "scales": Scales,
     "descent": Descent,
+    "bias": Bias,
     "eora": EoRA,
     "3basil": SparseLowRank,
     "owl": OWL,
@@ -63,6 +65,7 @@ __all__ = [
     "GPTQ",
     "OWL",
     "Amount",
+    "Bias",
     "Compressor",
     "Dense",
     "Descent",

@@ -51,3 +51,8 @@ def grid_of(steps: Sequence[Any]) -> tuple[int, int | None] | None:
     rounding = [step for step in steps if step.kind == "quantize"]
     is_packed = bool(rounding) and getattr(rounding[-1], "is_packed", True)
     return (rounding[-1].bits, rounding[-1].group_size) if is_packed else None
+
+
+def is_written_dense(steps: Sequence[Any]) -> bool:
+    """Whether the integers that a recipe leaves have a form that no checkpoint holds: written in the model's dtype."""
+    return grid_of(steps) is None and any(step.kind == "quantize" for step in steps)

@@ -42,6 +42,8 @@ class LayerProblem:
     """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
     rounded weights."""
 
+    bias_O: Tensor | None = None
+    """Of the linear, where it has one."""
     known_energy: float | None = None
     """tr(W H Wᵀ), where it was computed before."""
 
@@ -103,6 +105,8 @@ class LayerSolution:
     base: Form
     """What is stored: `weight_OI` · scale without a low-rank part."""
     low_rank: LowRank | None = None
+    bias_change_O: Tensor | None = None
+    """What the bias changes by, as it is stored."""
     damping: float | None = None
     scale_I: Tensor | None = None
     """What its inputs come divided by, once whatever makes them has absorbed it."""
@@ -142,6 +146,18 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
     return float(total)
 
 
+def output_loss(
+    difference_OI: Tensor, hessian_II: Tensor, bias_change_O: Tensor | None = None, mean_I: Tensor | None = None
+) -> float:
+    """E‖D x - c‖² = tr(D H Dᵀ) - 2 cᵀ D E[x] + ‖c‖², c being what the bias changes by."""
+    loss = quadratic_loss(difference_OI, hessian_II)
+    if bias_change_O is None:
+        return loss
+    assert mean_I is not None, "a changed bias is measured with the mean input"
+    change_O, mean_change_O = bias_change_O.double(), difference_OI.double() @ mean_I.double()
+    return loss + float(change_O.square().sum() - 2 * change_O @ mean_change_O)
+
+
 def row_losses_O(difference_OI: Tensor, hessian_II: Tensor) -> Tensor:
     """d H dᵀ of every row."""
     return ((difference_OI @ hessian_II) * difference_OI).sum(1)
@@ -161,13 +177,22 @@ def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -
     weight_OI = base.weight_OI if low_rank is None else base.weight_OI + low_rank.weight_OI
     weight_OI = weight_OI if scale_I is None else weight_OI / scale_I
     difference_OI = problem.weight_OI - weight_OI
-    loss = quadratic_loss(difference_OI, problem.hessian_II)
+    change_O = _bias_as_stored(problem, layer)
+    loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
     if loss < 0:
         loss = _zero_if_roundoff(loss, difference_OI, problem)
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
     relative = loss / problem.energy if problem.energy > 0 else 0.0
-    return LayerSolution(weight_OI, loss, relative, base, low_rank, layer.damping, scale_I)
+    return LayerSolution(weight_OI, loss, relative, base, low_rank, change_O, layer.damping, scale_I)
+
+
+def _bias_as_stored(problem: LayerProblem, layer: Layer) -> Tensor | None:
+    """What the stored bias changes by: b + c is rounded, not c."""
+    if layer.bias_change_O is None or problem.stored_dtype is None:
+        return layer.bias_change_O
+    bias_O = torch.zeros_like(layer.bias_change_O) if problem.bias_O is None else problem.bias_O
+    return (bias_O + layer.bias_change_O).to(problem.stored_dtype).to(bias_O.dtype) - bias_O
 
 
 def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:

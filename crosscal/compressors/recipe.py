@@ -10,7 +10,7 @@ A method is a step, a frozen dataclass of its settings that is called with a sta
 
 A step may also be stacked: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
 that start from one state are solved together, with the same results as one by one. One that leaves a low-rank part says
-`has_low_rank`.
+`has_low_rank`, one that corrects biases `changes_bias`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class Placed:
 Recipe = tuple[Placed, ...]
 StatisticsOf = Callable[[Any], Statistics]
 """Of a mixture that a step has for itself."""
+
+
+def any_step(recipe: Recipe, trait: str) -> bool:
+    """Whether one of the steps says this of itself: `has_low_rank`, `changes_bias`."""
+    return any(getattr(placed.step, trait, False) for placed in recipe)
 
 
 def check_inputs(step: Any, inputs: int, name: str) -> None:

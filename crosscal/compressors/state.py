@@ -39,6 +39,10 @@ class Statistics:
             raise StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
         return self._means[which]
 
+    def get(self, which: Statistic) -> Tensor | None:
+        """None where it was not declared."""
+        return self._means.get(which)
+
     def only(self, needs: Collection[Statistic]) -> Statistics:
         """The part that a step declared; what was derived from it stays known."""
         part = Statistics({name: self[name] for name in needs}, self._name)
@@ -140,6 +144,8 @@ class Layer:
     keep_OI: Tensor | None = None
     """False where an earlier step pruned: those weights stay 0 in every later one."""
     low_rank: LowRank | None = None
+    bias_change_O: Tensor | None = None
+    """Added to the linear's bias."""
     stored_dtype: torch.dtype | None = None
     """What the checkpoint stores the matrix in."""
     damping: float | None = None

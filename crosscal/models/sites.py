@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models import experts
+from crosscal.models.blocks import find_blocks
 from crosscal.models.flow import DataFlow
 
 LARGE = 16
@@ -51,6 +53,14 @@ class MatrixRef:
         stored = parameters[self.parameter]
         stored = stored if self.expert is None else stored[self.expert]
         return stored.mT if self.transposed else stored
+
+    @property
+    def bias(self) -> str:
+        """Name of the bias beside it, if there is one: a stack of experts has them elsewhere, and they are left."""
+        return "" if self.expert is not None else f"{self.name}.bias"
+
+    def bias_O(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        return parameters.get(self.bias)
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,13 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def without_bias(model: PreTrainedModel) -> list[str]:
+    """Linears of the blocks, and stacks of experts, that have no bias of their own; each name once for all blocks."""
+    modules = [(name, module) for block in find_blocks(model)[1] for name, module in block.named_modules()]
+    lacking = (name for name, module in modules if is_linear(module) and getattr(module, "bias", None) is None)
+    return list(dict.fromkeys([*lacking, *(name for name, module in modules if experts.is_experts(module))]))
 
 
 def _outputs(linear: nn.Module) -> int:

@@ -33,6 +33,8 @@ ENERGIES = "energies"
 ENERGIES_FILE = "energies.json"
 ENERGIES_FORMAT = 1  # a change of what is computed makes new keys
 
+MEASURED = frozenset({Statistic.GRAM, Statistic.SUM})
+"""What losses are measured with."""
 Place = tuple[str, int, bool]
 """(corpus, seed, whether held out)."""
 
@@ -92,11 +94,13 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 
 def needed(groups: Mapping[Group, Sequence[Variant]]) -> dict[Group, frozenset[Statistic]]:
     """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; H in
-    every case, which losses are measured with. Allocators are done when blocks are solved."""
+    every case, which losses are measured with, and the mean input where a step changes biases. Allocators are done when
+    blocks are solved."""
     found: dict[Group, frozenset[Statistic]] = {}
     for group, members in groups.items():
         found[group] = found.get(group, frozenset()) | {Statistic.GRAM}
         for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
+            found[group] |= step.step.needs & MEASURED
             seen = group if step.mixture is None else group.on(step.mixture)
             found[seen] = found.get(seen, frozenset({Statistic.GRAM})) | step.step.needs
     return found
@@ -115,7 +119,7 @@ class SiteStatistics:
         self._sums: dict[Place, MeanSum] | None = None
 
     def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
-        """A group's statistics, on the device, and the tokens behind them; of held-out windows H alone.
+        """A group's statistics, on the device, and the tokens behind them; of held-out windows what losses take.
 
         Raises `EmptyStatistics`, `NotFinite`, and what reading the store raises.
         """
@@ -123,7 +127,7 @@ class SiteStatistics:
             if self._sums is None:
                 self._sums = self._summed()
             sums = {corpus: self._sums[corpus, group.seed, held_out] for corpus in group.mixture.corpora}
-        wanted = {Statistic.GRAM} if held_out else self._needed[group]
+        wanted = self._needed[group] & MEASURED if held_out else self._needed[group]
         found = {corpus: each.means(f"{self._where} ({corpus})") for corpus, each in sums.items()}
         means = {corpus: {which: every[which] for which in wanted} for corpus, every in found.items()}
         mixed = group.mixture.mix(means, trace_normalised=group.trace_normalised)
@@ -147,7 +151,7 @@ class SiteStatistics:
         wanted: dict[str, list[tuple[MeanSum, float]]] = {}
         for (corpus, seed), needs in sorted(of_corpora.items()):
             for held_out in self._splits:
-                total = sums[corpus, seed, held_out] = MeanSum({Statistic.GRAM} if held_out else needs)
+                total = sums[corpus, seed, held_out] = MeanSum(needs & MEASURED if held_out else needs)
                 sample = self._problem.samples[corpus, seed]
                 for part in (sample.held_out if held_out else sample.calibration).parts:
                     wanted.setdefault(part.key, []).append((total, part.weight))

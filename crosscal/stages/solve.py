@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.adapter import factors, with_low_rank
 from crosscal.models.export import can_pack, packed_tensors
@@ -78,12 +79,21 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
         if grid is not None and can_pack(layer.matrix):
             del changed[layer.matrix.parameter]
             changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, grid.scale_OG.to(dtype), grid.bits))
+        if layer.solution.bias_change_O is not None:
+            dense[layer.matrix.bias] = changed[layer.matrix.bias] = _new_bias_O(problem, layer)
         if low_rank is not None:
             left_OK, right_KI = (part.cpu().to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
             changed.update(factors(layer.matrix, left_OK, right_KI))
             stored, transposed = dense[layer.matrix.parameter], layer.matrix.transposed
             dense[layer.matrix.parameter] = with_low_rank(stored, left_OK, right_KI, transposed=transposed)
     return BlockSolution(changed, dense, [*(layer.row for layer in layers), *left_dense_rows(problem, variant)])
+
+
+def _new_bias_O(problem: BlockProblem, layer: Layer) -> Tensor:
+    bias_O, change_O = layer.matrix.bias_O(problem.parameters), layer.solution.bias_change_O
+    if bias_O is None or change_O is None:
+        raise ModelError("this linear has no bias to correct", where=layer.row.layer, do="Leave out `bias`.")
+    return (bias_O.to(change_O) + change_O).cpu().to(bias_O.dtype)
 
 
 def _energies(problem: BlockProblem, group: Group) -> Energies:

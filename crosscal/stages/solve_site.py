@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistics, quadratic_loss, solve
+from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
+from crosscal.compressors.problem import output_loss
 from crosscal.compressors.recipe import site_of, solutions
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
@@ -56,9 +57,9 @@ def solve_site(
                 yield from _kept_dense(problem, site, together, str(error))
             else:
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
-    held_out_II = _held_out(statistics, group) if solutions else None
+    held_out = _held_out(statistics, group) if solutions else None
     for together, done in solutions:
-        yield from _measured(problem, site, together, done, held_out_II, energies)
+        yield from _measured(problem, site, together, done, held_out, energies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def _solve_together(
 ) -> _Solved:
     started = time.monotonic()
     own, tokens = statistics(group)
-    problems = _layer_problems(problem, site, own.hessian_II, energies)
+    problems = _layer_problems(problem, site, own, energies)
 
     def statistics_on(mixture: Mixture) -> Statistics:
         """What a step with a mixture of its own sees."""
@@ -100,23 +101,25 @@ def _measured(
     site: Site,
     members: Sequence[Variant],
     done: _Solved,
-    held_out_II: Tensor | None,
+    held_out: Statistics | None,
     energies: Energies,
 ) -> Iterator[tuple[Variant, Layer]]:
+    held_out_II = held_out.hessian_II if held_out else None
+    mean_I = held_out.get(Statistic.SUM) if held_out else None
     for matrix, layer, answers in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
         energies.add(matrix.name, layer.energy, held_out_energy)
         for variant, solution in zip(members, answers, strict=True):
-            loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
+            loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I)
             row = _row(problem, site, variant, layer, solution, loss, done.tokens, done.seconds)
             yield variant, Layer(matrix, solution, row)
 
 
-def _held_out(statistics: SiteStatistics, group: Group) -> Tensor | None:
-    """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
+def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:
+    """What losses on the held-out windows take; None where none of their tokens came by (an expert of few tokens)."""
     try:
-        return statistics(group, held_out=True)[0].hessian_II
+        return statistics(group, held_out=True)[0]
     except EmptyStatistics:
         return None
 
@@ -125,14 +128,17 @@ def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
     return None if hessian_II is None else quadratic_loss(layer.weight_OI, hessian_II)
 
 
-def _layer_problems(problem: BlockProblem, site: Site, hessian_II: Tensor, energies: Energies) -> list[LayerProblem]:
+def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: Energies) -> list[LayerProblem]:
+    hessian_II, mean_I = own.hessian_II, own.get(Statistic.SUM)
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
             weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, hessian_II.dtype),
             hessian_II=hessian_II,
+            further={} if mean_I is None else {Statistic.SUM: mean_I},
             stored_dtype=problem.stored_dtype(matrix),
+            bias_O=None if (bias_O := matrix.bias_O(problem.parameters)) is None else bias_O.to(hessian_II),
             known_energy=pair[0] if (pair := known[matrix.name]) else None,
         )
         for matrix in site.matrices
@@ -180,12 +186,16 @@ def _fold(site: Site, variant: Variant, solution: LayerSolution) -> str | None:
 
 
 def _relative_loss(
-    layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float | None
+    layer: LayerProblem,
+    solution: LayerSolution,
+    hessian_II: Tensor | None,
+    energy: float | None,
+    mean_I: Tensor | None = None,
 ) -> float | None:
     """None without an energy to compare with: a ratio to nothing is no loss of 0."""
     if hessian_II is None or energy is None or energy <= 0:
         return None
-    return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy
+    return output_loss(layer.weight_OI - solution.weight_OI, hessian_II, solution.bias_change_O, mean_I) / energy
 
 
 def _kept_dense(
