@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from crosscal.compressors import ALLOCATE, COMPRESSORS, EoRA, Magnitude, RoundToNearest, run, solve_many
-from crosscal.compressors.panel import TRITON_SWITCH, fix_panel_torch
-from crosscal.compressors.panel import _fastest as fastest
+from crosscal.compressors.kernels import TRITON_SWITCH
+from crosscal.compressors.kernels import _fastest as fastest
+from crosscal.compressors.panel import fix_panel_torch
 from crosscal.compressors.problem import solved
 from crosscal.compressors.recipe import site_of
 from crosscal.errors import UsageError

@@ -27,10 +27,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crosscal.compressors.column_rule import ColumnRule
+from crosscal.compressors.column_rule import ColumnRule, Segment, block_drops, patterns, segments_of
 from crosscal.compressors.grid import fit_scale_R, search_scale_R
-from crosscal.compressors.panel import FixedPanel, Panel, Rounding, fix_panel, panel_columns
-from crosscal.compressors.segments import Segment, block_drops, patterns, segments_of
+from crosscal.compressors.kernels import fix_panel, panel_columns
+from crosscal.compressors.panel import FixedPanel, Panel, Rounding
 from crosscal.compressors.state import Dense, Grid, Layer, Site, Statistics
 from crosscal.errors import StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
