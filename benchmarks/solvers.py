@@ -1,6 +1,7 @@
 """What better solvers gain from the same Hessians, and what they cost: real text, a small real model.
 
     python benchmarks/solvers.py TESTBED [--home STORE] [--seeds 5] [--sparsities 0.5 0.6 0.7 0.8 2:4] [--bits 4 3 2]
+                                 [--without "sparsegpt+refit exact" ...]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Every recipe is solved from the store's
 own Hessians, half general and half domain text (alpha .5), through the product itself. A row is the mean over draws
@@ -46,12 +47,14 @@ ROUNDERS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def entries(sparsities: Sequence[Any], bits: Sequence[int]) -> list[tuple[str, str, str, dict[str, Any]]]:
+def entries(
+    sparsities: Sequence[Any], bits: Sequence[int], without: Sequence[str]
+) -> list[tuple[str, str, str, dict[str, Any]]]:
     """(family, recipe, level, entry of a plan)."""
     found = []
     for level in sparsities:
         for name, steps in PRUNERS.items():
-            if name in SHOWN_ONCE and level != 0.7:
+            if name in without or (name in SHOWN_ONCE and level != 0.7):
                 continue
             steps = [dict(step) for step in steps]
             steps[0]["sparsity"] = level
@@ -60,6 +63,8 @@ def entries(sparsities: Sequence[Any], bits: Sequence[int]) -> list[tuple[str, s
             found.append(("prune", name, str(level), {"steps": steps}))
     for level in bits:
         for name, steps in ROUNDERS.items():
+            if name in without:
+                continue
             steps = [
                 {**step, "bits": level, "group_size": GROUP} if "gptq" in step["method"] else step for step in steps
             ]
@@ -152,13 +157,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsities", nargs="*", default=["0.5", "0.6", "0.7", "0.8", "2:4"])
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--without", nargs="*", default=[], metavar="RECIPE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warm_up()
     testbed = arguments.testbed.resolve()
     sparsities = [level if ":" in level else float(level) for level in arguments.sparsities]
     rows, points, bases, started = [], [], {}, time.monotonic()
-    for family, name, level, entry in entries(sparsities, arguments.bits):
+    for family, name, level, entry in entries(sparsities, arguments.bits, arguments.without):
         numbers = measured(testbed, arguments.home, family, name, level, entry, arguments.seeds)
         base = bases.setdefault((family, level), numbers)
         case = f"{name}, {level}"
