@@ -77,8 +77,9 @@ class Slow:
         is_outlier_OI = torch.zeros(outputs, inputs, dtype=torch.bool)
         scales, zeros = [0.0] * outputs, [0] * outputs
         for j in range(inputs):
-            if j % self.step.group_size == 0:
-                own = slice(j, j + self.step.group_size)
+            size = self.step.group_size or inputs
+            if j % size == 0:
+                own = slice(j, j + size)
                 units = self.upper_II.diagonal()[own].tolist()
                 grids = [self.fitted(row, units) for row in weight_OI[:, own].tolist()]
                 scales, zeros = self.two_levels([scale for scale, _ in grids]), [zero for _, zero in grids]
@@ -100,7 +101,7 @@ class Slow:
         SpQR(2, 32, threshold=0.05),
         SpQR(4, 8, scale_bits=4, damping=0.1),
         SpQR(3, 16, threshold=1e9),
-        SpQR(3, 96),
+        SpQR(3, None),
     ],
     ids=str,
 )

@@ -81,8 +81,8 @@ class GridOutliers:
 class SpQR:
     bits: int
     """2 to 8."""
-    group_size: int = 16
-    """Inputs per scale."""
+    group_size: int | None = 16
+    """Inputs per scale; None is one scale a row."""
     scale_bits: int = 3
     """Of a scale, within those of 16 outputs."""
     threshold: float = 0.2
@@ -107,8 +107,9 @@ class SpQR:
 
     @property
     def amounts(self) -> tuple[Amount, ...]:
-        text, label = f"{self.bits} bits g{self.group_size} and outliers", f"w{self.bits}g{self.group_size}"
-        return (Amount("bits", self.bits, text, label, ("bits", "group_size")),)
+        suffix = f"g{self.group_size}" if self.group_size else ""
+        text = " ".join(part for part in (f"{self.bits} bits", suffix, "and outliers") if part)
+        return (Amount("bits", self.bits, text, f"w{self.bits}{suffix}", ("bits", "group_size")),)
 
     def __call__(self, site: Site) -> Site:
         factored = site.statistics.factor(self.damping)
@@ -135,7 +136,7 @@ class _Walk:
         self.grids: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def layer(self) -> Layer:
-        size = self.step.group_size
+        size = self.step.group_size or self.original_OI.shape[1]
         for start in range(0, self.original_OI.shape[1], size):
             self._solve_group(slice(start, start + size))
         zero_OG, codes_OG, step_BG, least_BG = (torch.stack(part, 1) for part in zip(*self.grids, strict=True))
