@@ -56,6 +56,10 @@ SOLVED = recipe("solved", AWQ, ("gptq", {"bits": 3, "group_size": 8, "damping": 
 PRUNED = recipe("pruned", AWQ, ("sparsegpt", {"sparsity": 0.5, "damping": 0.01}), ("refit", {}))
 PLAIN = recipe("plain", ("rtn", {"bits": 3, "group_size": 4}))
 EVERY = [FOLDED, ROUNDED, SOLVED, PRUNED, PLAIN]
+REPAIRED = recipe("repaired", AWQ, ("rtn", {"bits": 3, "group_size": 4}), ("eora", {"rank": 4}))
+SPLIT = recipe("split", AWQ, ("3basil", {"sparsity": 0.5, "rank": 4}), ("refit", {}))
+ASIDE = recipe("aside", AWQ, ("spqr", {"bits": 3, "group_size": 8}))
+BIASED = recipe("biased", AWQ, ("rtn", {"bits": 3, "group_size": 4}), ("bias", {}))
 
 
 def shop_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count: int = 40) -> Workshop:
@@ -137,11 +141,10 @@ def true_relative_losses(shop: Workshop, each: Variant) -> dict[str, float]:
             moved = x
             if site.producer:
                 moved = made.get_submodule(prefix + site.producer.name)(inputs[prefix + site.producer.name])
-            weights = [matrix.weight_OI({matrix.parameter: model.get_parameter(prefix + matrix.parameter)})
-                       for model in (dense, made)]  # fmt: skip
-            wanted = x @ weights[0].mT
-            error = wanted - moved @ weights[1].mT
-            found[prefix + matrix.name] = float(error.square().sum() / wanted.square().sum())
+            modules = [model.get_submodule(prefix + matrix.name) for model in (dense, made)]
+            wanted, given = (module(rows) for module, rows in zip(modules, (x, moved), strict=True))
+            energy = (wanted - modules[0](torch.zeros_like(x))).square().sum()
+            found[prefix + matrix.name] = float((wanted - given).square().sum() / energy)
     return found
 
 
@@ -159,6 +162,21 @@ def test_reported_losses_are_those_of_the_files(family: str, dtype: torch.dtype,
         for row in rows:
             assert row.relative_loss == pytest.approx(expected[row.layer], rel=2e-3 + rounding, abs=rounding)
             assert (row.fold is None) == (each is PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("family", "each"),
+    [(f, v) for f in ("llama", "gpt2") for v in (REPAIRED, SPLIT, ASIDE, BIASED) if (f, v) != ("llama", BIASED)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_losses_behind_scales_are_true_in_every_form(family: str, each: Variant, tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, family)
+    make(shop, [each])
+    expected = true_relative_losses(shop, each)
+    rows = [row for row in layer_rows(shop, [each]) if row.fallback is None]
+    assert {row.layer for row in rows} == expected.keys()
+    for row in rows:
+        assert row.relative_loss == pytest.approx(expected[row.layer], rel=2e-3, abs=1e-6)
 
 
 def test_scales_help_where_a_few_inputs_are_large(tmp_path: Path) -> None:
