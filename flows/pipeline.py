@@ -38,6 +38,8 @@ from crosscal.tasks.results import describe_samples, evaluate_models, make_repor
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
+NO_LOSSES = "layer losses were not measured: no method of this plan needs H, so it was not summed"
+
 
 def carry_out(
     plan: CompressionPlan,
@@ -129,6 +131,7 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 def _record(
     ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
+    unmeasured = [] if ticket.cached.measures_losses else [NO_LOSSES]
     return {
         "run_dir": ticket.run_dir,
         "model": ticket.model,
@@ -140,7 +143,12 @@ def _record(
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,
-        "notes": [*notes, *_rejections(corpora), *(note for sample in ticket.samples for note in sample["notes"])],
+        "notes": [
+            *notes,
+            *unmeasured,
+            *_rejections(corpora),
+            *(note for sample in ticket.samples for note in sample["notes"]),
+        ],
         "variants": len(ticket.variants()),
     }
 

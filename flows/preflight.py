@@ -71,6 +71,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
+        "sums": sorted(ticket.cached.wanted),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),
         "memory": memory,
         "disk": disk,
@@ -191,6 +192,7 @@ def _memory(
         tokens=max((reading["tokens_to_read"] for reading in unread), default=0),
         sets=max((len(reading["sets"] or (0, 0)) for reading in unread), default=0),
         itemsize=itemsize,
+        statistics=ticket.cached.wanted,
     )
     evaluating = evaluating_bytes(
         shapes,
@@ -215,10 +217,12 @@ def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> i
     """Of as many blocks side by side as a run takes here, or of the sequential variant that needs most."""
     threads = 1 if ticket.device.startswith("cuda") else torch.get_num_threads()
     dense, alone = ticket.variants("dense"), ticket.variants("sequential")
-    blocks = blocks_at_once(shapes, dense, threads=threads, free_bytes=free) if not ticket.has_workers else 1
-    needed = [solving_bytes(shapes, [variant], lanes=threads) for variant in alone]
+    sums, blocks = ticket.cached.wanted, 1
+    if not ticket.has_workers:
+        blocks = blocks_at_once(shapes, dense, threads=threads, free_bytes=free, statistics=sums)
+    needed = [solving_bytes(shapes, [variant], lanes=threads, statistics=sums) for variant in alone]
     if dense:
-        needed.append(blocks * solving_bytes(shapes, dense, lanes=threads // blocks))
+        needed.append(blocks * solving_bytes(shapes, dense, lanes=threads // blocks, statistics=sums))
     return max(needed, default=0)
 
 
@@ -242,7 +246,7 @@ def _disk(
     checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
     is_remote = "://" in ticket.home
     return {
-        "store_bytes": moments_bytes(shapes, sets),
+        "store_bytes": moments_bytes(shapes, sets, ticket.cached.wanted),
         "models_bytes": checkpoint * len(ticket.variants()),
         "store_free_bytes": None if is_remote else _free(Path(ticket.home)),
         "models_free_bytes": _free(Path.cwd()),

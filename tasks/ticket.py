@@ -20,6 +20,7 @@ from crosscal.errors import ModelError, UsageError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, parse_plan
 from crosscal.progress import Report, each, logged, reporting
+from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.compress import Workshop
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
@@ -59,7 +60,7 @@ class Ticket:
 
     @property
     def cached(self) -> Cached:
-        return Cached(self.store, self.model, DENSE, self.dtype)
+        return Cached(self.store, self.model, DENSE, self.dtype, wanted=statistics_needed(self.variants()))
 
     def source(self) -> ModelSource:
         """The run's model, opened once in a process for as long as its files stay what they are.

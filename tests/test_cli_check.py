@@ -20,6 +20,7 @@ from crosscal.stages.preflight import (
     reading_bytes,
     solving_bytes,
 )
+from crosscal.statistics import VECTORS
 from crosscal.store import Store
 from tests.helpers.tiny_models import FAMILIES, save_model, windows
 from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
@@ -174,9 +175,13 @@ def test_the_formulas_on_a_model_of_seven_billion_parameters() -> None:
     block = BlockShape("model.layers.0", sites, parameters=202_383_360, stored_bytes=404_766_720)
     gram_bytes = 4 * (3 * 4096**2 + 11008**2)
     assert block.gram_bytes == gram_bytes
-    assert moments_bytes([block] * 32, 2) == pytest.approx(0.42 * 64 * gram_bytes)
-    reading = reading_bytes([block] * 32, outside=262_144_000, hidden=4096, tokens=144 * 2048, sets=2, itemsize=2)
-    assert reading == 144 * 2048 * 4096 * 2 + 2 * 202_383_360 * 2 + 2 * gram_bytes
+    vector_bytes, headers = 3 * 4 * (3 * 4096 + 11008), 4 * 1800
+    assert moments_bytes([block] * 32, 2, VECTORS) == 64 * (vector_bytes + headers)
+    assert moments_bytes([block] * 32, 2) == pytest.approx(64 * (0.42 * gram_bytes + vector_bytes + 2 * headers))
+    model = {"outside": 262_144_000, "hidden": 4096, "tokens": 144 * 2048, "sets": 2, "itemsize": 2}
+    reading = reading_bytes([block] * 32, **model)
+    assert reading == 144 * 2048 * 4096 * 2 + 2 * 202_383_360 * 2 + 2 * (gram_bytes + 2 * vector_bytes)
+    assert reading - reading_bytes([block] * 32, **model, statistics=VECTORS) == 2 * gram_bytes
     sweep = [variant(f"a{alpha}", "sparsegpt", {"general": 1 - alpha, "legal": alpha}) for alpha in (0.25, 0.5, 0.75)]
     loop = 3 * 202_383_360 // 2  # what was, what it was changed by, what it is now: of half of the block
     largest = 4 * ((2 * 2 + 3) * 11008**2 + 3 * 11008 * 4096 + loop)

@@ -19,11 +19,11 @@ from crosscal.calibration.pool import RECENT, all_parts, draw_pool, most_windows
 from crosscal.calibration.sets import windows_by_key
 from crosscal.corpora import Corpus, documents, ingest, load_corpus
 from crosscal.models import ModelSource
-from crosscal.stages.folding import fold, sets_to_read
+from crosscal.stages.folding import fold, sets_to_read, unread_tokens
 from crosscal.stages.moments import Cached
 from crosscal.stages.sample import Draw, Sample, Sums, sample_documents
 from crosscal.stages.solve import solve_block
-from crosscal.statistics import InputMoments
+from crosscal.statistics import EVERY, VECTORS, InputMoments, Statistic
 from crosscal.store import Store
 from crosscal.store.local_home import LocalHome
 from tests.helpers.tiny_run import collect, dense_cache, keep_windows, variant, workshop
@@ -197,10 +197,12 @@ def assert_close(one: Sequence[InputMoments], other: Sequence[InputMoments]) -> 
         assert float(((a.gram_II - b.gram_II) / torch.outer(scale_I, scale_I)).abs().max()) <= ROUNDOFF_F32
 
 
-def grow(tmp_path: Path, source: ModelSource, draw: Draw, landings: int) -> tuple[Store, list[Sample], list[int]]:
+def grow(
+    tmp_path: Path, source: ModelSource, draw: Draw, landings: int, wanted: frozenset[Statistic] = EVERY
+) -> tuple[Store, list[Sample], list[int]]:
     """Landing after landing, each read and folded; samples, and tokens read for each."""
     store, samples, read = Store(tmp_path / "home"), [], []
-    cached = dense_cache(store, source)
+    cached = dataclasses.replace(dense_cache(store, source), wanted=wanted)
     chance = random.Random(0)
     files = [texts(60, seed=99, sentences=2)]
     files += [texts(chance.choice((4, 9)), seed=number, sentences=2) for number in range(landings)]
@@ -245,10 +247,29 @@ def test_the_moments_that_are_kept_stay_as_many(tmp_path: Path, source: ModelSou
     """Of each split those a solve reads and those that only the sample before needs; and that one can be solved."""
     store, samples, _ = grow(tmp_path, source, ALL, 12)
     cached, sites = dense_cache(store, source), 4 * source.blocks
-    assert len(list(store.keys("moments"))) <= 2 * sites * (ALL.parts_kept_apart + 3)
+    of_a_site = len({which.stored_in for which in Statistic})
+    assert len(list(store.keys("moments"))) <= 2 * of_a_site * sites * (ALL.parts_kept_apart + 3)
     for sample in samples[-2:]:
         assert all(cached.has(key, block) for key in sample.sets for block in range(source.blocks))
     assert not cached.has(samples[3].calibration.apart[-1].key, 0)
+
+
+def test_what_a_later_plan_misses_of_a_folded_sum_is_read_again(tmp_path: Path, source: ModelSource) -> None:
+    """Small sums are folded as a corpus grows; Σ x xᵀ of all that was folded is summed when a plan first needs it."""
+    store, samples, read = grow(tmp_path, source, ALL, 6, wanted=frozenset(VECTORS))
+    newest, small = samples[-1], dataclasses.replace(dense_cache(store, source), wanted=frozenset(VECTORS))
+    assert sum(read) == newest.tokens, "nothing is read twice"
+    keys = [(part.key, part.weight) for part in newest.calibration.parts]
+    before = summed(small, source, keys)
+    every = dense_cache(store, source)
+    assert sum(unread_tokens(every, source.blocks, sums) for sums in (newest.calibration, newest.held_out)) == sum(read)
+    assert collect(every, source, sets_to_read(every, source.blocks, newest)).tokens_read == sum(read)
+    fold(every, source.blocks, newest)
+    found = summed(every, source, keys)
+    assert_close(found, read_anew(tmp_path / "anew", store, source, drawn(store, newest.calibration)))
+    for one, other in zip(found, before, strict=True):
+        assert all(torch.equal(one[which], other[which]) for which in VECTORS), "what was there stays"
+    assert not collect(every, source, sets_to_read(every, source.blocks, newest)).tokens_read
 
 
 def test_what_was_folded_is_read_again_by_who_needs_it(tmp_path: Path, source: ModelSource) -> None:
@@ -337,5 +358,4 @@ def kept_apart(target: Store, store: Store, sums: Sums) -> Sums:
 
 
 def to_float32(moments: InputMoments) -> InputMoments:
-    gram_II, abs_sum_I, sum_I = (part.float() for part in (moments.gram_II, moments.abs_sum_I, moments.sum_I))
-    return dataclasses.replace(moments, gram_II=gram_II, abs_sum_I=abs_sum_I, sum_I=sum_I)
+    return dataclasses.replace(moments, sums={which: sum_.float() for which, sum_ in moments.sums.items()})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crosscal.errors import CorruptArtifact, NotFinite
-from crosscal.statistics import InputMoments
+from crosscal.statistics import InputMoments, Statistic
 from crosscal.store import Artifact, Store, digest_of
 from crosscal.store import moments as codec
 from crosscal.store.moments import read_moments, write_moments
@@ -29,7 +29,11 @@ def activations(inputs: int, tokens: int, dtype: torch.dtype = torch.float32) ->
 
 def made(inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
     moments = InputMoments.of(activations(inputs, 50, dtype))
-    return replace(moments, gram_II=moments.gram_II.triu() + moments.gram_II.triu(1).mT)
+    return with_sum(moments, Statistic.GRAM, moments.gram_II.triu() + moments.gram_II.triu(1).mT)
+
+
+def with_sum(moments: InputMoments, which: Statistic, sum_: torch.Tensor) -> InputMoments:
+    return replace(moments, sums={**moments.sums, which: sum_})
 
 
 def publish(store: Store, moments: InputMoments) -> Artifact:
@@ -49,15 +53,30 @@ def test_every_bit_comes_back(tmp_path: Path, inputs: int, dtype: torch.dtype, m
     moments = made(inputs, dtype)
     back = read_moments(store := Store(tmp_path), publish(store, moments))
     assert back.tokens == moments.tokens
-    for name in ("gram_II", "abs_sum_I", "sum_I"):
-        assert getattr(back, name).dtype == dtype
-        assert bits(getattr(back, name)) == bits(getattr(moments, name))
+    assert back.sums.keys() == moments.sums.keys()
+    for which in Statistic:
+        assert back[which].dtype == dtype
+        assert bits(back[which]) == bits(moments[which])
+
+
+@pytest.mark.parametrize("wanted", [{Statistic.GRAM}, {Statistic.SUM}, {Statistic.SQUARE_SUM, Statistic.ABS_SUM}])
+def test_some_of_the_sums_come_back_alone(tmp_path: Path, wanted: set[Statistic]) -> None:
+    moments = made(33).weighted(2.5).only(wanted)
+    back = read_moments(store := Store(tmp_path), publish(store, moments))
+    assert back.sums.keys() == wanted
+    assert all(bits(back[which]) == bits(moments[which]) for which in wanted)
+    assert (back.tokens, back.weighted_tokens, back.inputs) == (moments.tokens, moments.weighted_tokens, 33)
 
 
 def test_extreme_numbers_come_back(tmp_path: Path) -> None:
     least, most = torch.finfo(torch.float32).tiny / 8, torch.finfo(torch.float32).max
     gram_II = torch.tensor([[most, -0.0, least], [-0.0, 0.0, -most], [least, -most, -least]])
-    moments = InputMoments(gram_II, torch.tensor([most, 0.0, least]), torch.tensor([-most, -0.0, least]), 0)
+    sums = {
+        Statistic.GRAM: gram_II,
+        Statistic.ABS_SUM: torch.tensor([most, 0.0, least]),
+        Statistic.SUM: torch.tensor([-most, -0.0, least]),
+    }
+    moments = InputMoments(sums, 0)
     back = read_moments(store := Store(tmp_path), publish(store, moments))
     assert bits(back.gram_II) == bits(gram_II)
     assert bits(back.sum_I) == bits(moments.sum_I)
@@ -98,15 +117,15 @@ def test_what_version_one_wrote_is_read_still(tmp_path: Path, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["gram_II", "abs_sum_I", "sum_I"])
-def test_what_is_not_finite_is_not_stored(tmp_path: Path, value: float, name: str) -> None:
+@pytest.mark.parametrize("which", Statistic)
+def test_what_is_not_finite_is_not_stored(tmp_path: Path, value: float, which: Statistic) -> None:
     moments, store = made(20), Store(tmp_path)
-    tensor = getattr(moments, name).clone()
+    tensor = moments[which].clone()
     tensor[..., 7] = value
-    if name == "gram_II":
+    if which.is_matrix:
         tensor[7, :] = value
     with pytest.raises(NotFinite):
-        publish(store, replace(moments, **{name: tensor}))
+        publish(store, with_sum(moments, which, tensor))
     assert store.find("moments", KEY) is None
 
 
@@ -130,7 +149,7 @@ def other_exponents(folder: Path, exponent_I: np.ndarray) -> None:
     with pa.memory_map(str(folder / "vectors.arrow")) as source:
         length = len(exponent_I)
         table = pa.ipc.open_file(source).read_all().slice(0, length)
-    table = table.set_column(2, "exponent", pa.array(exponent_I))
+    table = table.set_column(table.column_names.index("exponent"), "exponent", pa.array(exponent_I))
     with pa.ipc.new_file(str(folder / "vectors.arrow"), table.schema) as writer:
         writer.write_table(table)
 

@@ -32,10 +32,10 @@ class LayerProblem:
     name: str
     weight_OI: Tensor
     """In float32 or float64: what it is solved in."""
-    hessian_II: Tensor
-    """Second moment of the inputs per token, undamped, in the weight's dtype."""
+    hessian_II: Tensor | None = None
+    """Second moment of the inputs per token, undamped, in the weight's dtype. Without it no loss is measured."""
     further: Mapping[Statistic, Tensor] = field(default_factory=dict)
-    """What a method needs besides: means per token of |x|, of x."""
+    """What a method needs besides: means per token of |x|, of x; of x² where there is no Hessian."""
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
@@ -48,30 +48,34 @@ class LayerProblem:
     """tr(W H Wᵀ), where it was computed before."""
 
     def __post_init__(self) -> None:
-        inputs = self.weight_OI.shape[1]
-        if self.hessian_II.shape != (inputs, inputs):
-            raise StatisticsError(
-                "weight and Hessian do not fit",
-                where=self.name,
-                got=f"{tuple(self.weight_OI.shape)} and {tuple(self.hessian_II.shape)}",
-            )
-        if self.hessian_II.dtype != self.weight_OI.dtype:
-            raise StatisticsError(
-                "weight and Hessian must have one dtype",
-                where=self.name,
-                got=f"{self.weight_OI.dtype} and {self.hessian_II.dtype}",
-            )
         if not all_finite(self.weight_OI):
             raise NotFinite(
                 "the weight is not finite", where=self.name, do="Check the model: it is broken before compression."
             )
-        if not all_finite(self.hessian_II):
+        if self.hessian_II is not None:
+            self._check_hessian(self.hessian_II)
+
+    def _check_hessian(self, hessian_II: Tensor) -> None:
+        inputs = self.weight_OI.shape[1]
+        if hessian_II.shape != (inputs, inputs):
+            raise StatisticsError(
+                "weight and Hessian do not fit",
+                where=self.name,
+                got=f"{tuple(self.weight_OI.shape)} and {tuple(hessian_II.shape)}",
+            )
+        if hessian_II.dtype != self.weight_OI.dtype:
+            raise StatisticsError(
+                "weight and Hessian must have one dtype",
+                where=self.name,
+                got=f"{self.weight_OI.dtype} and {hessian_II.dtype}",
+            )
+        if not all_finite(hessian_II):
             raise NotFinite("the Hessian is not finite", where=self.name, do="Calibrate in float32 or bfloat16.")
-        if (self.hessian_II.diagonal() < 0).any():
+        if (hessian_II.diagonal() < 0).any():
             raise NotPositiveDefinite(
                 "the Hessian has a negative mean square",
                 where=self.name,
-                got=f"{float(self.hessian_II.diagonal().min()):g} on the diagonal",
+                got=f"{float(hessian_II.diagonal().min()):g} on the diagonal",
                 do="It is not a second moment: read the model again.",
             )
 
@@ -79,17 +83,16 @@ class LayerProblem:
         """The shared factor where it fits, otherwise a new one."""
         if self.shared_factor is not None and self.shared_factor.damping == damping:
             return self.shared_factor
+        if self.hessian_II is None:
+            raise StatisticsError("there is no Hessian to factor", where=self.name)
         return factor(self.hessian_II, damping, name=self.name)
 
     @cached_property
-    def energy(self) -> float:
+    def energy(self) -> float | None:
         """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
-        return quadratic_loss(self.weight_OI, self.hessian_II) if self.known_energy is None else self.known_energy
-
-    @cached_property
-    def dead_inputs(self) -> int:
-        """How many inputs were always zero: H_jj = 0."""
-        return int((self.hessian_II.diagonal() == 0).sum())
+        if self.known_energy is not None or self.hessian_II is None:
+            return self.known_energy
+        return quadratic_loss(self.weight_OI, self.hessian_II)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +101,9 @@ class LayerSolution:
 
     weight_OI: Tensor
     """What stands for the matrix, as read by inputs that are not divided by scales."""
-    loss: float
-    """tr(ΔW H ΔWᵀ): the squared output error per token."""
-    relative_loss: float
+    loss: float | None
+    """tr(ΔW H ΔWᵀ): the squared output error per token; None where there is no H."""
+    relative_loss: float | None
     """`loss` over tr(W H Wᵀ)."""
     base: Form
     """What is stored: `weight_OI` · scale without a low-rank part."""
@@ -176,14 +179,10 @@ def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -
         low_rank = LowRank(left_OK, right_KI)
     weight_OI = base.weight_OI if low_rank is None else base.weight_OI + low_rank.weight_OI
     weight_OI = weight_OI if scale_I is None else weight_OI / scale_I
-    difference_OI = problem.weight_OI - weight_OI
     change_O = _bias_as_stored(problem, layer)
-    loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
-    if loss < 0:
-        loss = _zero_if_roundoff(loss, difference_OI, problem)
-    if not math.isfinite(loss):
+    loss, relative = _losses(problem, problem.weight_OI - weight_OI, change_O)
+    if not (all_finite(weight_OI) if loss is None else math.isfinite(loss)):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
-    relative = loss / problem.energy if problem.energy > 0 else 0.0
     return LayerSolution(weight_OI, loss, relative, base, low_rank, change_O, layer.damping, scale_I)
 
 
@@ -195,6 +194,17 @@ def _bias_as_stored(problem: LayerProblem, layer: Layer) -> Tensor | None:
     return (bias_O + layer.bias_change_O).to(problem.stored_dtype).to(bias_O.dtype) - bias_O
 
 
+def _losses(problem: LayerProblem, difference_OI: Tensor, change_O: Tensor | None) -> tuple[float | None, float | None]:
+    """(loss, loss over the energy)."""
+    if problem.hessian_II is None:
+        return None, None
+    loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
+    energy = problem.energy
+    if loss < 0:
+        loss = _zero_if_roundoff(loss, difference_OI, problem.name, problem.hessian_II)
+    return loss, loss / energy if energy is not None and energy > 0 else 0.0
+
+
 def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
     """The same form with its numbers rounded as the checkpoint stores them."""
     if not isinstance(base, Dense) or stored_dtype in (None, base.weight_OI.dtype):
@@ -203,14 +213,14 @@ def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
     return base if torch.equal(rounded_OI, base.weight_OI) else Dense(rounded_OI)
 
 
-def _zero_if_roundoff(loss: float, difference_OI: Tensor, problem: LayerProblem) -> float:
+def _zero_if_roundoff(loss: float, difference_OI: Tensor, name: str, hessian_II: Tensor) -> float:
     # For a second moment, |d H dᵀ| summed term by term is at most I · Σ_j d_j² H_jj: its roundoff is the allowance.
-    diagonal_loss = float((difference_OI.square() @ problem.hessian_II.diagonal()).sum())
+    diagonal_loss = float((difference_OI.square() @ hessian_II.diagonal()).sum())
     allowance = torch.finfo(difference_OI.dtype).eps * difference_OI.shape[1] * diagonal_loss
     if loss < -allowance:
         raise NotPositiveDefinite(
             "the Hessian is not positive semidefinite",
-            where=problem.name,
+            where=name,
             got=f"a squared error of {loss:g}",
             do="It is not a second moment: read the model again.",
         )

@@ -145,7 +145,8 @@ def site_of(
     if any(problem.hessian_II is not first.hessian_II for problem in problems):
         raise StatisticsError("layers solved together must share a Hessian", where=first.name)
     if statistics is None:
-        own = {Statistic.GRAM: first.hessian_II, Statistic.SQUARE_SUM: first.hessian_II.diagonal()}
+        hessian_II = first.hessian_II
+        own = {} if hessian_II is None else {Statistic.GRAM: hessian_II, Statistic.SQUARE_SUM: hessian_II.diagonal()}
         statistics = Statistics({**own, **first.further}, first.name)
     if first.shared_factor is not None:
         statistics.know(first.shared_factor)

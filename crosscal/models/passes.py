@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from crosscal.models.sites import Matrices, Site, find_matrices, input_of, pre_h
 from crosscal.models.source import ModelSource
 from crosscal.statistics.blas import BLAS
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+from crosscal.statistics.statistic import Statistic
 
 MOST_BATCHES = 16
 """At once, each with one core and its own activations: more would wait for one another's sums. Of a Llama's block the
@@ -71,7 +72,7 @@ class Passes:
         )
 
     def accumulate(
-        self, index: int, sites: tuple[Site, ...], *, keep_outputs: bool
+        self, index: int, sites: tuple[Site, ...], statistics: Collection[Statistic], *, keep_outputs: bool
     ) -> dict[str, dict[str, InputMoments]]:
         """Slice -> site -> moments of one block; its outputs replace its inputs, or are not even computed.
 
@@ -80,7 +81,9 @@ class Passes:
         numbers = self.numbers
         accumulators = {
             name: {
-                site.name: MomentsAccumulator(site.inputs, dtype=numbers.sums_dtype, device=numbers.device)
+                site.name: MomentsAccumulator(
+                    site.inputs, dtype=numbers.sums_dtype, device=numbers.device, wanted=statistics
+                )
                 for site in sites
             }
             for name in self.hidden

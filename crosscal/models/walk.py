@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import attached
 from crosscal.statistics.moments import InputMoments
+from crosscal.statistics.statistic import EVERY, Statistic
 
 Upstream = Literal["dense", "sequential"]
 CACHED_TOKENS = 512
@@ -77,6 +78,7 @@ def walk(
     dtype: torch.dtype | None = None,
     batch_tokens: int = 4096,
     wanted: Callable[[int], bool] | None = None,
+    statistics: Collection[Statistic] = EVERY,
     spill_to: Path | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> WalkReport:
@@ -89,6 +91,7 @@ def walk(
     one thread, and batches add in their order. Of a sequential walk they have as far as what `on_block` returns does.
     `wanted(k)` false: block k is only run forward; a sequential walk then still calls `on_block`, with no moments, to
     learn which parameters were chosen before. Nothing is computed after the last wanted block.
+    `statistics`: without `gram` among them Σ x xᵀ is not summed; the small sums always are.
     `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
     `batch_tokens`: at most so many at once, and at least one window; on a CPU fewer, as its caches like it.
 
@@ -115,7 +118,8 @@ def walk(
             if index + 1 < blocks:
                 ahead = read(index + 1)
             with attached(run.blocks[index], weights):
-                _one_block(run, index, upstream, on_block, is_wanted=index in chosen, is_last=index + 1 == blocks)
+                last = index + 1 == blocks
+                _one_block(run, index, upstream, on_block, statistics, is_wanted=index in chosen, is_last=last)
             del weights
             if progress:
                 progress(source.block_name(index), index + 1, blocks)
@@ -141,13 +145,20 @@ def survey(source: ModelSource) -> list[Matrices]:
 
 
 def _one_block(
-    run: Passes, index: int, upstream: Upstream, on_block: OnBlock, *, is_wanted: bool, is_last: bool
+    run: Passes,
+    index: int,
+    upstream: Upstream,
+    on_block: OnBlock,
+    statistics: Collection[Statistic],
+    *,
+    is_wanted: bool,
+    is_last: bool,
 ) -> None:
     dense, block = upstream == "dense", run.blocks[index]
     found, moments = Matrices((), ()), {}
     if is_wanted:
         found = run.find_matrices(index)
-        moments = run.accumulate(index, found.sites, keep_outputs=dense and not is_last)
+        moments = run.accumulate(index, found.sites, statistics, keep_outputs=dense and not is_last)
     elif dense:
         run.pass_on(index)
     changed: Mapping[str, Tensor] | None = None

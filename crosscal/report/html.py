@@ -154,12 +154,14 @@ def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> 
 
 
 def _worst_layers(layers: Sequence[LayerRow]) -> list[LayerRow]:
-    """The ten solved matrices of the largest loss: held-out where any has one, on the calibration data otherwise."""
+    """The ten solved matrices of the largest loss: held-out where any has one, on the calibration data otherwise; none
+    where no loss was measured."""
     solved = [row for row in layers if not row.stays_dense]
     measured = [row for row in solved if row.heldout_relative_loss is not None]
     if measured:
         return sorted(measured, key=lambda row: -(row.heldout_relative_loss or 0.0))[:10]
-    return sorted(solved, key=lambda row: -row.relative_loss)[:10]
+    known = [row for row in solved if row.relative_loss is not None]
+    return sorted(known, key=lambda row: -(row.relative_loss or 0.0))[:10]
 
 
 def _dead_inputs(layers: Sequence[LayerRow]) -> list[tuple[str, int]]:

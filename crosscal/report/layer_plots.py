@@ -15,12 +15,12 @@ def layer_losses(layers: Sequence[LayerRow], variants: Sequence[str], marks: Map
     """For each variant: the mean relative loss by block, calibration and held-out, and each matrix's loss as a map.
 
     Matrices left dense are in no mean and blank on the map; `marks` says how many a variant has. None where the
-    variants have no solved matrix in a block.
+    variants have no solved matrix with a loss in a block.
     """
     chosen = {
         variant: [row for row in layers if row.variant == variant and row.block is not None] for variant in variants
     }
-    chosen = {variant: rows for variant, rows in chosen.items() if not all(row.stays_dense for row in rows)}
+    chosen = {variant: rows for variant, rows in chosen.items() if any(_is_measured(row) for row in rows)}
     if not chosen:
         return None
     with drawing("layers"):
@@ -37,6 +37,10 @@ def matrix_kind(row: LayerRow) -> str:
     """The matrix's name within its block: "self_attn.q_proj" for "model.layers.3.self_attn.q_proj"."""
     _, _, inside = row.layer.partition(f".{row.block}.")
     return inside or row.layer
+
+
+def _is_measured(row: LayerRow) -> bool:
+    return not row.stays_dense and row.relative_loss is not None
 
 
 def _by_block(axis: Any, rows: Sequence[LayerRow], title: str) -> None:

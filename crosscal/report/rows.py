@@ -55,9 +55,9 @@ class LayerRow:
     """Name of the input shared by the linears that read the same tensor."""
     method: str
     setting: dict[str, Any]
-    loss: float
-    """tr(dW H dW^T) on the calibration mixture, per token."""
-    relative_loss: float
+    loss: float | None
+    """tr(dW H dW^T) on the calibration mixture, per token; None in a run that summed no H, as no method needed it."""
+    relative_loss: float | None
     """loss / tr(W H W^T)."""
     heldout_relative_loss: float | None
     """The same ratio with the Hessian of held-out text; None where no such moments are kept."""

@@ -25,7 +25,7 @@ from crosscal.compressors import Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import MeanSum, Mixture, Statistic
+from crosscal.statistics import VECTORS, MeanSum, Mixture, Statistic
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
@@ -65,6 +65,12 @@ class BlockProblem:
         layers = [f"{self.name}.{matrix.name}" for matrix in site.matrices]
         return allotted(variant.steps, self.sparsities[variant.name], layers)
 
+    @property
+    def always_mixed(self) -> frozenset[Statistic]:
+        """H, which losses are measured with. Where no step of the run needs it there is none, and no loss: then its
+        diagonal, for dead inputs."""
+        return frozenset({Statistic.GRAM if self.cached.measures_losses else Statistic.SQUARE_SUM})
+
     def stored_dtype(self, matrix: MatrixRef) -> torch.dtype:
         """The dtype that the checkpoint stores a matrix in."""
         return self.parameters[matrix.parameter].dtype
@@ -92,17 +98,24 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
     return groups
 
 
-def needed(groups: Mapping[Group, Sequence[Variant]]) -> dict[Group, frozenset[Statistic]]:
-    """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; H in
-    every case, which losses are measured with, and the mean input where a step changes biases. Allocators are done when
-    blocks are solved."""
+def statistics_needed(asked: Iterable[Variant]) -> frozenset[Statistic]:
+    """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it. Without it
+    no loss can be measured, of any variant."""
+    return frozenset(VECTORS).union(*(step.step.needs for variant in asked for step in variant.recipe))
+
+
+def needed(
+    groups: Mapping[Group, Sequence[Variant]], always: frozenset[Statistic] = frozenset({Statistic.GRAM})
+) -> dict[Group, frozenset[Statistic]]:
+    """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; besides
+    what is `always` mixed, and the mean input where a step changes biases. Allocators are done by then."""
     found: dict[Group, frozenset[Statistic]] = {}
     for group, members in groups.items():
-        found[group] = found.get(group, frozenset()) | {Statistic.GRAM}
+        found[group] = found.get(group, always)
         for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
             found[group] |= step.step.needs & MEASURED
             seen = group if step.mixture is None else group.on(step.mixture)
-            found[seen] = found.get(seen, frozenset({Statistic.GRAM})) | step.step.needs
+            found[seen] = found.get(seen, always) | step.step.needs
     return found
 
 
@@ -113,9 +126,13 @@ class SiteStatistics:
         self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Statistic]], *, users: int
     ) -> None:
         self._problem, self._where = problem, f"{problem.name}.{site.name}"
-        self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
-        self._needed, self._left, self._lock = needs, users, threading.Lock()
-        self._splits = (False, True) if any(Statistic.GRAM in each for each in needs.values()) else (False,)
+        by_trace = frozenset({Statistic.SQUARE_SUM})
+        self._needed = {group: each | by_trace if group.trace_normalised else each for group, each in needs.items()}
+        every = frozenset[Statistic]().union(*self._needed.values())
+        self._splits = (False, True) if Statistic.GRAM in every else (False,)
+        cached = dataclasses.replace(problem.cached, wanted=every)
+        self._read = functools.partial(cached.read, block=problem.block, site=site)
+        self._left, self._lock = users, threading.Lock()
         self._sums: dict[Place, MeanSum] | None = None
 
     def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:

@@ -101,7 +101,11 @@ def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
     """How many blocks may be solved side by side (see `preflight.blocks_at_once`)."""
     shapes = preflight.block_shapes(shop.source, shop.cached)
     return preflight.blocks_at_once(
-        shapes, variants, threads=torch.get_num_threads(), free_bytes=free_bytes(shop.device)
+        shapes,
+        variants,
+        threads=torch.get_num_threads(),
+        free_bytes=free_bytes(shop.device),
+        statistics=shop.cached.wanted,
     )
 
 
@@ -147,6 +151,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         batch_tokens=batch_tokens,
         spill_to=spill_folder(shop.source, slices.values(), dtype=dtype, device=shop.device),
         wanted=lambda block: block in unwritten,
+        statistics=cached.wanted,
         progress=report,
     )
     return MomentsReport(done.tokens, 0, misses, done.seconds)

@@ -1,7 +1,8 @@
 """Reading the model over calibration sets, and finding again what was read before.
 
-One artifact per (model, calibration set, upstream, block, site, dtype). A set whose sites are all there is never read
-again; after an interruption only the blocks that are missing are summed.
+One artifact per (model, calibration set, upstream, block, site, dtype, what it holds): the Gram matrix in one, the
+small sums in another (`Statistic.stored_in`). A set whose sites are all there is never read again; when more is wanted
+of it, or after an interruption, only what is missing is summed. What earlier versions stored holds all in one artifact.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
 from crosscal.stages.spill import spill_folder
-from crosscal.statistics import InputMoments
-from crosscal.store import Store, digest_of
+from crosscal.statistics import EVERY, InputMoments, Statistic
+from crosscal.store import Artifact, Store, digest_of
 from crosscal.store.moments import read_moments, write_moments
 
 FORMAT = 1  # of everything below; a change of meaning makes new keys
@@ -45,6 +46,13 @@ class Cached:
     """Of the activations, e.g. `float32`."""
     kind: str = "moments"
     """Of the artifacts."""
+    wanted: frozenset[Statistic] = EVERY
+    """What is read, found and summed; without `gram` no loss is measured."""
+
+    @property
+    def measures_losses(self) -> bool:
+        """Whether there is an H to measure losses with."""
+        return Statistic.GRAM in self.wanted
 
     def sites(self, block: int) -> tuple[Site, ...] | None:
         found = self.matrices(block)
@@ -62,25 +70,48 @@ class Cached:
         sites = self.sites(block)
         return sites is not None and all(self.has_site(calibration, block, site) for site in sites)
 
+    def lacking(self, calibration: str, block: int) -> frozenset[Statistic]:
+        """What of the wanted sums some site of a block lacks: all of them where its sites are not known."""
+        sites = self.sites(block)
+        if sites is None:
+            return self.wanted
+        return frozenset().union(*(self.missing(calibration, block, site) for site in sites))
+
     def has_site(self, calibration: str, block: int, site: Site) -> bool:
-        return self.store.find(self.kind, self._key(calibration, block, site)) is not None
+        return not self.missing(calibration, block, site)
+
+    def missing(self, calibration: str, block: int, site: Site) -> frozenset[Statistic]:
+        """Of what is wanted."""
+        parts = {which.stored_in for which in self.wanted}
+        lacking = {part for part in parts if self._find(calibration, block, site, part) is None}
+        return frozenset(which for which in self.wanted if which.stored_in in lacking)
 
     def read(self, calibration: str, block: int, site: Site) -> InputMoments:
-        return read_moments(self.store, self.store.get(self.kind, self._key(calibration, block, site)))
+        """What is wanted of a site. Raises `MissingArtifact`, `CorruptArtifact`."""
+        artifacts: dict[str, Artifact] = {}
+        for part in sorted({which.stored_in for which in self.wanted}):
+            found = self._find(calibration, block, site, part)
+            found = found or self.store.get(self.kind, self._key(calibration, block, site, part))
+            artifacts[found.key] = found
+        read = [read_moments(self.store, artifact) for artifact in artifacts.values()]
+        sums = {which: sum_ for moments in read for which, sum_ in moments.sums.items()}
+        return dataclasses.replace(read[0], sums=sums).only(self.wanted)
 
     def discard(self, calibration: str, block: int, site: Site) -> None:
-        self.store.discard(self.kind, self._key(calibration, block, site))
+        for key in self._keys(calibration, block, site):
+            self.store.discard(self.kind, key)
 
     def is_kept(self, calibration: str, block: int, site: Site) -> bool:
-        """As `has_site`, without counting as a use."""
-        return self.store.is_kept(self.kind, self._key(calibration, block, site))
+        """Whether anything is there of a site, wanted or not, without counting as a use."""
+        return any(self.store.is_kept(self.kind, key) for key in self._keys(calibration, block, site))
 
     def discard_unused(self, calibration: str, block: int, site: Site) -> None:
         """As `discard`, unless another process at work may need it."""
-        self.store.discard_unused(self.kind, self._key(calibration, block, site))
+        for key in self._keys(calibration, block, site):
+            self.store.discard_unused(self.kind, key)
 
     def publish(self, seen: BlockMoments) -> int:
-        """Store one block's moments, leaving what is there; returns the number of artifacts made."""
+        """Store one block's moments, leaving what is there; returns the number of sites something was stored of."""
         made = 0
         for calibration, sites in seen.moments.items():
             for site in seen.sites:
@@ -96,20 +127,35 @@ class Cached:
         return made
 
     def publish_site(self, calibration: str, block: int, site: Site, moments: InputMoments) -> None:
-        provenance = {
-            "model": self.model,
-            "calibration": calibration,
-            "upstream": self.upstream,
-            "block": block,
-            "site": site.name,
-            "dtype": self.dtype,
-            "tokens": moments.tokens,
-        }
-        with self.store.publish(self.kind, self._key(calibration, block, site), provenance) as folder:
-            write_moments(folder, moments)
+        """Store what is missing of a site."""
+        missing = self.missing(calibration, block, site)
+        for part in sorted({which.stored_in for which in missing}):
+            held = [which for which in Statistic if which in moments.sums and which.stored_in == part]
+            provenance = {
+                "model": self.model,
+                "calibration": calibration,
+                "upstream": self.upstream,
+                "block": block,
+                "site": site.name,
+                "dtype": self.dtype,
+                "tokens": moments.tokens,
+                "sums": held,
+            }
+            with self.store.publish(self.kind, self._key(calibration, block, site, part), provenance) as folder:
+                write_moments(folder, moments.only(held))
 
-    def _key(self, calibration: str, block: int, site: Site) -> str:
-        return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype])
+    def _find(self, calibration: str, block: int, site: Site, part: str) -> Artifact | None:
+        keys = (self._key(calibration, block, site, part), self._key(calibration, block, site))
+        return next((found for key in keys if (found := self.store.find(self.kind, key))), None)
+
+    def _keys(self, calibration: str, block: int, site: Site) -> list[str]:
+        """Of whatever may be there of a site."""
+        parts = dict.fromkeys(which.stored_in for which in Statistic)
+        return [*(self._key(calibration, block, site, part) for part in parts), self._key(calibration, block, site)]
+
+    def _key(self, calibration: str, block: int, site: Site, *part: str) -> str:
+        """Without a part that of earlier versions, whose artifacts hold all sums."""
+        return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype, *part])
 
     def _sites_key(self, block: int) -> str:
         return digest_of([SITES_FORMAT, self.model, block])
@@ -128,9 +174,7 @@ class JustRead(Cached):
     def read(self, calibration: str, block: int, site: Site) -> InputMoments:
         if self.seen is None or self.seen.block != block:
             return super().read(calibration, block, site)
-        moments = self.seen.moments[calibration][site.name]
-        sums = (moments.gram_II.cpu(), moments.abs_sum_I.cpu(), moments.sum_I.cpu())  # as from the disk
-        return InputMoments(*sums, moments.tokens)
+        return self.seen.moments[calibration][site.name].only(self.wanted)
 
 
 def _site(value: dict[str, Any]) -> Site:
@@ -183,6 +227,7 @@ def read_windows(
         nonlocal misses
         misses += cached.publish(seen)
 
+    lacking = (cached.lacking(key, block) for key in unread for block in missing[key])
     slices, dtype = {key: windows[key]() for key in unread}, getattr(torch, cached.dtype)
     with Behind() as behind:  # the next block is read while this one's moments are written
         done = walk(
@@ -194,6 +239,7 @@ def read_windows(
             batch_tokens=batch_tokens,
             spill_to=spill_folder(source, slices.values(), dtype=dtype, device=device),
             wanted=lambda block: any(block in missing[key] for key in unread),
+            statistics=frozenset().union(*lacking),
             progress=report,
         )
     return MomentsReport(done.tokens, hits, misses, done.seconds)

@@ -10,7 +10,7 @@ Shapes: I inputs of a site, O outputs of a matrix.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from crosscal.models.sites import is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
-from crosscal.statistics import Mixture
+from crosscal.statistics import EVERY, VECTORS, Mixture, Statistic
 from crosscal.store import Store
 from crosscal.variants import Variant
 
@@ -41,6 +41,9 @@ REFERENCE = ""
 STORED_SHARE = 0.42
 """Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
 
+ARTIFACT_BYTES = 1800
+"""Of the headers and the manifest of an artifact that holds little else."""
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -56,6 +59,15 @@ class BlockShape:
     def gram_bytes(self) -> int:
         """Of one calibration set: Σ I² over the sites."""
         return sum(inputs * inputs for _, inputs in self.sites) * SUM_BYTES
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of the small sums of one calibration set, as they are stored."""
+        return sum(inputs for _, inputs in self.sites) * len(VECTORS) * SUM_BYTES
+
+    def summed_bytes(self, statistics: Collection[Statistic]) -> int:
+        """Of one calibration set while it is read; vectors are summed in float64."""
+        return 2 * self.vector_bytes + (self.gram_bytes if Statistic.GRAM in statistics else 0)
 
 
 def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
@@ -102,25 +114,41 @@ def _inputs(linear: nn.Module) -> int:
     return int(linear.get_parameter("weight").shape[1 if isinstance(linear, nn.Linear) else 0])
 
 
-def moments_bytes(shapes: Sequence[BlockShape], sets: int) -> int:
-    """On disk, for so many calibration and held-out sets: about 0.42 · 4 bytes · Σ I² each."""
-    return round(STORED_SHARE * sum(shape.gram_bytes for shape in shapes) * sets)
+def moments_bytes(shapes: Sequence[BlockShape], sets: int, statistics: Collection[Statistic] = EVERY) -> int:
+    """On disk, for so many calibration and held-out sets: the vectors, and if wanted about 0.42 · 4 bytes · Σ I²."""
+    artifacts = len({which.stored_in for which in statistics})
+    small = sum(shape.vector_bytes + artifacts * ARTIFACT_BYTES * len(shape.sites) for shape in shapes)
+    grams = sum(shape.gram_bytes for shape in shapes) if Statistic.GRAM in statistics else 0
+    return round(STORED_SHARE * grams + small) * sets
 
 
 def reading_bytes(
-    shapes: Sequence[BlockShape], *, outside: int, hidden: int, tokens: int, sets: int, itemsize: int
+    shapes: Sequence[BlockShape],
+    *,
+    outside: int,
+    hidden: int,
+    tokens: int,
+    sets: int,
+    itemsize: int,
+    statistics: Collection[Statistic] = EVERY,
 ) -> int:
     """Memory of one pass over a model: hidden states of all `tokens`, and the larger of two moments.
 
     At first what lies outside the blocks (`outside` parameters) and one block; then two blocks, one being read ahead,
-    with the Hessians of a block for every set.
+    with the sums of a block for every set.
     """
     block = max(shape.parameters for shape in shapes) * itemsize
-    grams = max(shape.gram_bytes for shape in shapes) * sets
-    return tokens * hidden * itemsize + max(outside * itemsize + block, 2 * block + grams)
+    sums = max(shape.summed_bytes(statistics) for shape in shapes) * sets
+    return tokens * hidden * itemsize + max(outside * itemsize + block, 2 * block + sums)
 
 
-def solving_bytes(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, lanes: int) -> int:
+def solving_bytes(
+    shapes: Sequence[BlockShape],
+    variants: Sequence[Variant],
+    *,
+    lanes: int,
+    statistics: Collection[Statistic] = EVERY,
+) -> int:
     """Memory of solving one block on so many lanes, above what the process uses already: the larger of two moments.
 
     When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`SiteStatistics`),
@@ -137,18 +165,25 @@ def solving_bytes(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, 
     at_widest = min(lanes, len(groups))
     members = -(-len(variants) // max(1, len(groups)))
     loop = (1 + 2 * members) * shape.parameters * SUM_BYTES * LARGEST_SITE
-    matrices = (2 * len(drawn) + 3 * at_widest) * max(widths) ** 2 * SUM_BYTES
+    matrices = (2 * len(drawn) + 3 * at_widest) * max(widths) ** 2 * SUM_BYTES if Statistic.GRAM in statistics else 0
     answers = len(variants) * max(widths) * min(widths) * SUM_BYTES
     all_answers = len(variants) * shape.parameters * SUM_BYTES * ANSWER_COPIES
     solving = max(matrices + answers + (lanes - at_widest + 1) * loop, all_answers + lanes * loop)
     return 2 * shape.stored_bytes + round(solving)
 
 
-def blocks_at_once(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, threads: int, free_bytes: int) -> int:
+def blocks_at_once(
+    shapes: Sequence[BlockShape],
+    variants: Sequence[Variant],
+    *,
+    threads: int,
+    free_bytes: int,
+    statistics: Collection[Statistic] = EVERY,
+) -> int:
     """How many blocks may be solved side by side, the threads shared out among them: as many as half of the free memory
     has room for, and one at least."""
     wanted = range(min(threads, len(shapes)), 1, -1)
-    needed = {number: number * solving_bytes(shapes, variants, lanes=threads // number) for number in wanted}
+    needed = {n: n * solving_bytes(shapes, variants, lanes=threads // n, statistics=statistics) for n in wanted}
     return next((number for number in wanted if needed[number] <= SHARE * free_bytes), 1)
 
 

@@ -52,7 +52,7 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
         statistics.group_is_done()
 
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    needs = needed(groups)
+    needs = needed(groups, problem.always_mixed)
     of_sites = [(site, SiteStatistics(problem, site, needs, users=len(groups))) for site in longest_first]
     jobs = [functools.partial(solve, site, group, statistics) for site, statistics in of_sites for group in groups]
     side_by_side(jobs, problem.device)

@@ -57,7 +57,7 @@ def solve_site(
                 yield from _kept_dense(problem, site, together, str(error))
             else:
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
-    held_out = _held_out(statistics, group) if solutions else None
+    held_out = _held_out(statistics, group) if solutions and problem.cached.measures_losses else None
     for together, done in solutions:
         yield from _measured(problem, site, together, done, held_out, energies)
 
@@ -69,6 +69,8 @@ class _Solved:
     problems: list[LayerProblem]
     answers: list[list[LayerSolution]]
     tokens: int
+    dead_inputs: int
+    """How many inputs were always zero: H_jj = 0."""
     seconds: float
     """For one matrix of one variant."""
 
@@ -93,7 +95,8 @@ def _solve_together(
     recipes = [problem.recipe(variant, site) for variant in members]
     states = solve(site_of(problems, own, storable_I), recipes, statistics_on)
     answers = [solutions(problems, state) for state in states]
-    return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
+    seconds = (time.monotonic() - started) / (len(members) * len(problems))
+    return _Solved(problems, answers, tokens, int((own.square_I == 0).sum()), seconds)
 
 
 def _measured(
@@ -109,10 +112,11 @@ def _measured(
     for matrix, layer, answers in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
-        energies.add(matrix.name, layer.energy, held_out_energy)
+        if layer.energy is not None:
+            energies.add(matrix.name, layer.energy, held_out_energy)
         for variant, solution in zip(members, answers, strict=True):
             loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I)
-            row = _row(problem, site, variant, layer, solution, loss, done.tokens, done.seconds)
+            row = _row(problem, site, variant, layer, solution, loss, done)
             yield variant, Layer(matrix, solution, row)
 
 
@@ -129,16 +133,16 @@ def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
 
 
 def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: Energies) -> list[LayerProblem]:
-    hessian_II, mean_I = own.hessian_II, own.get(Statistic.SUM)
+    hessian_II, mean_I = own.get(Statistic.GRAM) if problem.cached.measures_losses else None, own.get(Statistic.SUM)
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
-            weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, hessian_II.dtype),
+            weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, own.square_I.dtype),
             hessian_II=hessian_II,
             further={} if mean_I is None else {Statistic.SUM: mean_I},
             stored_dtype=problem.stored_dtype(matrix),
-            bias_O=None if (bias_O := matrix.bias_O(problem.parameters)) is None else bias_O.to(hessian_II),
+            bias_O=None if (bias_O := matrix.bias_O(problem.parameters)) is None else bias_O.to(own.square_I),
             known_energy=pair[0] if (pair := known[matrix.name]) else None,
         )
         for matrix in site.matrices
@@ -152,8 +156,7 @@ def _row(
     layer: LayerProblem,
     solution: LayerSolution,
     held_out_loss: float | None,
-    tokens: int,
-    seconds: float,
+    done: _Solved,
 ) -> LayerRow:
     return LayerRow(
         variant=variant.name,
@@ -170,9 +173,9 @@ def _row(
         mean_bits=getattr(solution.base, "mean_bits", None),
         rank=solution.low_rank.left_OK.shape[1] if solution.low_rank else None,
         damping=solution.damping,
-        dead_inputs=layer.dead_inputs,
-        tokens=tokens,
-        seconds=seconds,
+        dead_inputs=done.dead_inputs,
+        tokens=done.tokens,
+        seconds=done.seconds,
         parameters=layer.weight_OI.numel(),
         fold=_fold(site, variant, solution),
     )

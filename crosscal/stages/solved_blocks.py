@@ -75,4 +75,5 @@ def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> 
     samples = {corpus: shop.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}
     sums = [over_sums(each, samples, held_out=held_out).weights for each in mixtures for held_out in (False, True)]
     fields = [field.name for field in dataclasses.fields(LayerRow)]
-    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sums, block])
+    measured = [] if shop.cached.measures_losses else ["without losses"]
+    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sums, block, *measured])

@@ -3,6 +3,16 @@
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.mixture import MeanSum, Mixture
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
-from crosscal.statistics.statistic import Statistic
+from crosscal.statistics.statistic import EVERY, VECTORS, Statistic
 
-__all__ = ["InputMoments", "InverseFactor", "MeanSum", "Mixture", "MomentsAccumulator", "Statistic", "factor"]
+__all__ = [
+    "EVERY",
+    "VECTORS",
+    "InputMoments",
+    "InverseFactor",
+    "MeanSum",
+    "Mixture",
+    "MomentsAccumulator",
+    "Statistic",
+    "factor",
+]

@@ -123,8 +123,8 @@ class Mixture:
 
 def _trace(means: Means) -> float:
     """tr H = Σ_i E[x_i²]."""
-    gram = means.get(Statistic.GRAM)
-    return float((means[Statistic.SQUARE_SUM] if gram is None else gram.diagonal()).sum())
+    square_I = means.get(Statistic.SQUARE_SUM)
+    return float((means[Statistic.GRAM].diagonal() if square_I is None else square_I).sum())
 
 
 class MeanSum:

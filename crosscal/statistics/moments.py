@@ -6,8 +6,8 @@ so shards, corpus versions and machines merge by addition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics.half_product import add_half_product, strips
 from crosscal.statistics.numba_sums import add_sums
-from crosscal.statistics.statistic import Statistic
+from crosscal.statistics.statistic import EVERY, VECTORS, Statistic
 
 CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
 MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
@@ -23,14 +23,9 @@ MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
 
 @dataclass(frozen=True, eq=False)
 class InputMoments:
-    """Sums over the tokens x that reached one input site."""
+    """Sums over the tokens x that reached one input site: all statistics, or those that were asked for."""
 
-    gram_II: Tensor
-    """Σ x xᵀ, symmetric."""
-    abs_sum_I: Tensor
-    """Σ |x|."""
-    sum_I: Tensor
-    """Σ x."""
+    sums: Mapping[Statistic, Tensor]
     tokens: int
     """How many tokens were summed."""
     weighted_tokens: float | None = None
@@ -48,23 +43,18 @@ class InputMoments:
     @classmethod
     def zero(cls, inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
         """The neutral element of `+`."""
-        return cls(
-            torch.zeros(inputs, inputs, dtype=dtype),
-            torch.zeros(inputs, dtype=dtype),
-            torch.zeros(inputs, dtype=dtype),
-            0,
-        )
+        return cls({which: which.zeros(inputs, dtype) for which in Statistic}, 0)
 
     def __add__(self, other: InputMoments) -> InputMoments:
-        """Moments of both sets of tokens. Raises `StatisticsError` when the numbers of inputs differ."""
+        """Moments of both sets of tokens. Raises `StatisticsError` when the numbers of inputs, or the sums, differ."""
         if self.inputs != other.inputs:
             raise StatisticsError(
                 "moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs"
             )
+        if self.sums.keys() != other.sums.keys():
+            raise StatisticsError("different sums cannot be added", got=f"{list(self.sums)} and {list(other.sums)}")
         return InputMoments(
-            self.gram_II + other.gram_II,
-            self.abs_sum_I + other.abs_sum_I,
-            self.sum_I + other.sum_I,
+            {which: mine + other[which] for which, mine in self.sums.items()},
             self.tokens + other.tokens,
             None if self.weighted_tokens is None is other.weighted_tokens else self.mass + other.mass,
         )
@@ -73,29 +63,44 @@ class InputMoments:
         """The same with every token counted `weight` times: `a.weighted(w) + b` is a sum over both, weights kept."""
         if weight == 1.0:
             return self
-        gram_II, abs_sum_I, sum_I = self.gram_II * weight, self.abs_sum_I * weight, self.sum_I * weight
-        return InputMoments(gram_II, abs_sum_I, sum_I, self.tokens, self.mass * weight)
+        return InputMoments({w: each * weight for w, each in self.sums.items()}, self.tokens, self.mass * weight)
+
+    def __getitem__(self, which: Statistic) -> Tensor:
+        """A sum, not to be changed. Σ x² is the diagonal of Σ x xᵀ where it was not summed by itself, as in stores of
+        earlier versions. Raises `StatisticsError` for one that is not here."""
+        if which in self.sums:
+            return self.sums[which]
+        if which is Statistic.SQUARE_SUM and Statistic.GRAM in self.sums:
+            return self.sums[Statistic.GRAM].diagonal()
+        raise StatisticsError("a statistic was not summed", got=which)
+
+    def only(self, wanted: Collection[Statistic]) -> InputMoments:
+        """Some of the sums. Raises `StatisticsError` for one that is not here."""
+        return replace(self, sums={which: self[which] for which in Statistic if which in wanted})
+
+    @property
+    def gram_II(self) -> Tensor:
+        """Σ x xᵀ, symmetric."""
+        return self[Statistic.GRAM]
+
+    @property
+    def abs_sum_I(self) -> Tensor:
+        """Σ |x|."""
+        return self[Statistic.ABS_SUM]
+
+    @property
+    def sum_I(self) -> Tensor:
+        """Σ x."""
+        return self[Statistic.SUM]
 
     @property
     def mass(self) -> float:
         """What means divide by: the sum of the tokens' weights, and so their number where none is weighted."""
         return self.tokens if self.weighted_tokens is None else self.weighted_tokens
 
-    def __getitem__(self, which: Statistic) -> Tensor:
-        """A sum by its name; a view, not to be changed."""
-        match which:
-            case Statistic.GRAM:
-                return self.gram_II
-            case Statistic.SQUARE_SUM:
-                return self.gram_II.diagonal()
-            case Statistic.ABS_SUM:
-                return self.abs_sum_I
-            case Statistic.SUM:
-                return self.sum_I
-
     @property
     def inputs(self) -> int:
-        return self.gram_II.shape[0]
+        return len(next(iter(self.sums.values())))
 
     def hessian_II(self, name: str = "moments") -> Tensor:
         """H = Σ x xᵀ / mass, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
@@ -123,23 +128,31 @@ def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
 
 
 class MomentsAccumulator:
-    """Adds up the moments of a stream of inputs, computing one triangle of the Gram matrix only.
+    """Adds up the moments of a stream of inputs: the vectors, and where wanted one triangle of the Gram matrix.
 
     Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
     `dtype` first. The vectors are summed in `dtype` over 64 rows (on a GPU a batch), in float64 from there on, and
     handed out in `dtype`.
     """
 
-    def __init__(self, inputs: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        self._upper_II = torch.zeros(inputs, inputs, dtype=dtype, device=device)
-        self._abs_sum_I = torch.zeros(inputs, dtype=torch.float64, device=device)
-        self._sum_I = torch.zeros(inputs, dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        inputs: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        wanted: Collection[Statistic] = EVERY,
+    ) -> None:
+        self._inputs, self._dtype = inputs, dtype
+        self._upper_II = Statistic.GRAM.zeros(inputs, dtype, device) if Statistic.GRAM in wanted else None
+        self._vectors = {which: which.zeros(inputs, torch.float64, device) for which in VECTORS}
         self._tokens = 0
 
     @property
     def strips(self) -> Sequence[slice]:
-        """Rows of the triangle that can be added to by themselves; on a GPU it is one strip."""
-        return [slice(0, len(self._upper_II))] if self._upper_II.is_cuda else strips(len(self._upper_II))
+        """Rows of the triangle that can be added to by themselves; one strip on a GPU, and without a triangle."""
+        in_strips = self._upper_II is not None and not self._upper_II.is_cuda
+        return strips(self._inputs) if in_strips else [slice(0, self._inputs)]
 
     def add(self, input_TI: Tensor) -> None:
         """Add the rows of a matrix (any leading shape is flattened to tokens). Raises `StatisticsError` on a wrong
@@ -150,15 +163,14 @@ class MomentsAccumulator:
 
     def add_strip(self, input_TI: Tensor, strip: slice) -> None:
         """One part of `add`, which every strip is to have once; others may be added by other threads meanwhile."""
-        if input_TI.shape[-1] != len(self._upper_II):
-            raise StatisticsError(
-                "inputs of another width", got=f"{input_TI.shape[-1]} instead of {len(self._upper_II)}"
-            )
+        if input_TI.shape[-1] != self._inputs:
+            raise StatisticsError("inputs of another width", got=f"{input_TI.shape[-1]} instead of {self._inputs}")
         rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
-        if not _multiplies_as_is(rows_TI, self._upper_II.dtype):
-            rows_TI = rows_TI.to(self._upper_II.dtype)
+        if not _multiplies_as_is(rows_TI, self._dtype):
+            rows_TI = rows_TI.to(self._dtype)
         for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(CACHED_ROWS):
-            add_half_product(self._upper_II, part_TI, strip)
+            if self._upper_II is not None:
+                add_half_product(self._upper_II, part_TI, strip)
             if strip.start == 0:
                 self._add_vectors(part_TI)
         if strip.start == 0:
@@ -166,14 +178,15 @@ class MomentsAccumulator:
 
     def _add_vectors(self, rows_TI: Tensor) -> None:
         if rows_TI.is_cuda:
-            self._abs_sum_I += rows_TI.abs().sum(0, dtype=self._upper_II.dtype)
-            self._sum_I += rows_TI.sum(0, dtype=self._upper_II.dtype)
+            for which, total_I in self._vectors.items():
+                assert which.of_each is not None
+                total_I += which.of_each(rows_TI.to(self._dtype)).sum(0)
         else:
-            add_sums(rows_TI.numpy(), self._abs_sum_I.numpy(), self._sum_I.numpy())
+            add_sums(rows_TI.numpy(), *(self._vectors[which].numpy() for which in VECTORS))
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
-        return self._moments(self._upper_II.clone())
+        return self._moments(None if self._upper_II is None else self._upper_II.clone())
 
     def finish(self) -> InputMoments:
         """The sums, on the CPU. Nothing can be added any more: there they are the accumulator's own, not a copy."""
@@ -181,11 +194,13 @@ class MomentsAccumulator:
         del self._upper_II
         return self._moments(upper_II)
 
-    def _moments(self, gram_II: Tensor) -> InputMoments:
-        _mirror(gram_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
-        gram_II, dtype = gram_II.to("cpu"), gram_II.dtype
-        abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
-        return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
+    def _moments(self, gram_II: Tensor | None) -> InputMoments:
+        sums = {}
+        if gram_II is not None:
+            _mirror(gram_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
+            sums[Statistic.GRAM] = gram_II.to("cpu")
+        sums |= {which: total_I.to("cpu", self._dtype, copy=True) for which, total_I in self._vectors.items()}
+        return InputMoments(sums, self._tokens)
 
 
 def _mirror(gram_II: Tensor) -> None:
