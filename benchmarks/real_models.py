@@ -171,7 +171,9 @@ def main() -> None:
             base = numbers
             rows += dense_rows(f"{options.model}, dense", run_dir)
         rows += rows_of(f"{options.model}, {name}, {options.sparsity}", numbers, base, FIGURES)
-        rows.append(record(f"{options.model}, {name}", "peak memory", done["peak_rss_bytes"] / 2**20, "MiB"))
+        rows.append(
+            record(f"{options.model}, {name}, {options.sparsity}", "peak memory", done["peak_rss_bytes"] / 2**20, "MiB")
+        )
         print(f"{time.monotonic() - started:6.0f} s  {name}: {dict(next(iter(numbers.values())))}", flush=True)
         print(f"         stages: {done['stages']}", flush=True)
         if not options.dry:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,30 @@ def peers() -> str:
 
 
 def solvers() -> str:
+    heads = ("recipe, level", "layer loss", "held-out loss", "general, % over dense", "domain, % over dense", "seconds")
+    return recipes("solvers", heads, ("layer loss", "held-out loss", "general damage", "domain damage", "seconds"))
+
+
+def real_models() -> str:
+    losses, perplexities = ("layer loss", "held-out loss"), ("general perplexity", "domain perplexity")
+    heads = ("model, recipe, sparsity", *losses, "general perplexity", "biomedical perplexity")
+    heads += ("general, % over dense", "biomedical, % over dense", "seconds", "peak MiB")
+    figures = (*losses, *perplexities, "general damage", "domain damage", "seconds", "peak memory")
+    return recipes("real_models", heads, figures, without_ratio=perplexities)
+
+
+def recipes(name: str, heads: Iterable[str], figures: Sequence[str], without_ratio: Sequence[str] = ()) -> str:
     """One row a recipe and level: each figure and, behind it, its ratio to the first recipe of that level."""
-    rows = read("solvers")
-    figures = ("layer loss", "held-out loss", "general damage", "domain damage", "seconds")
+    rows = read(name)
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
         by_case.setdefault(row["case"], {})[row["figure"]] = number(row["value"])
     cells = []
     for case, values in by_case.items():
-        ratios = {figure: values.get(f"{figure} over base") for figure in figures}
-        cells.append([case, *(f"{values[f]} ({ratios[f]})" if ratios[f] else values[f] for f in figures)])
-    heads = ("recipe, level", "layer loss", "held-out loss", "general, % over dense", "domain, % over dense", "seconds")
+        if not any(figure in values for figure in figures):
+            continue  # what the machine was doing
+        ratios = {f: values.get(f"{f} over base") for f in figures if f not in without_ratio}
+        cells.append([case, *(values.get(f, "") + (f" ({ratios[f]})" if ratios.get(f) else "") for f in figures)])
     return markdown(heads, cells) + circumstances(rows)
 
 
@@ -113,6 +126,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "testbed-draws": draws,
     "peers": peers,
     "solvers": solvers,
+    "real-models": real_models,
 }
 
 
