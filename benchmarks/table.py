@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,16 @@ def peers() -> str:
     return markdown(("case", *figures.values()), cells) + circumstances(rows)
 
 
-def solvers() -> str:
-    heads = ("recipe, level", "layer loss", "held-out loss", "general, % over dense", "domain, % over dense", "seconds")
-    return recipes("solvers", heads, ("layer loss", "held-out loss", "general damage", "domain damage", "seconds"))
+SOLVERS = {
+    "layer loss": "layer loss",
+    "held-out loss": "held-out loss",
+    "general damage": "general, % over dense",
+    "domain damage": "domain, % over dense",
+    "seconds": "seconds",
+}
 
 
-def real_models() -> str:
-    losses, perplexities = ("layer loss", "held-out loss"), ("general perplexity", "domain perplexity")
-    heads = ("model, recipe, sparsity", *losses, "general perplexity", "biomedical perplexity")
-    heads += ("general, % over dense", "biomedical, % over dense", "seconds", "peak MiB")
-    figures = (*losses, *perplexities, "general damage", "domain damage", "seconds", "peak memory")
-    return recipes("real_models", heads, figures, without_ratio=perplexities)
-
-
-def recipes(name: str, heads: Iterable[str], figures: Sequence[str], without_ratio: Sequence[str] = ()) -> str:
+def solvers(name: str = "solvers", figures: Mapping[str, str] = SOLVERS) -> str:
     """One row a recipe and level: each figure and, behind it, its ratio to the first recipe of that level."""
     rows = read(name)
     by_case: dict[str, dict[str, str]] = {}
@@ -114,10 +110,35 @@ def recipes(name: str, heads: Iterable[str], figures: Sequence[str], without_rat
         by_case.setdefault(row["case"], {})[row["figure"]] = number(row["value"])
     cells = []
     for case, values in by_case.items():
-        if not any(figure in values for figure in figures):
+        if not figures.keys() & values.keys():
             continue  # what the machine was doing
-        ratios = {f: values.get(f"{f} over base") for f in figures if f not in without_ratio}
+        ratios = {f: values.get(f"{f} over base") for f in figures if not f.endswith("perplexity")}
         cells.append([case, *(values.get(f, "") + (f" ({ratios[f]})" if ratios.get(f) else "") for f in figures)])
+    return markdown(("recipe, level", *figures.values()), cells) + circumstances(rows)
+
+
+def scales() -> str:
+    return solvers("scales", {"loss behind norms": "loss, matrices behind norms", **SOLVERS})
+
+
+def real_models() -> str:
+    perplexities = {"general perplexity": "general perplexity", "domain perplexity": "domain perplexity"}
+    return solvers("real_models", {**perplexities, **SOLVERS, "peak memory": "peak MiB"})
+
+
+def allocation() -> str:
+    """One row an allocator: perplexities, over the dense model's in brackets, and the extremes of the blocks."""
+    rows = read("allocation")
+    by_case: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row["value"]
+    dense, cells = by_case["dense"], []
+    for case, values in by_case.items():
+        figures = [figure for figure in values if figure.endswith("perplexity")]
+        cell = [f"{number(values[figure])} ({100 * (values[figure] / dense[figure] - 1):+.1f} %)" for figure in figures]
+        blocks = [number(values.get(f"{which} sparsity of a block")) for which in ("lowest", "highest")]
+        cells.append([case, *(cell if case != "dense" else [number(values[f]) for f in figures]), *blocks])
+    heads = ("allocator", "general", "legal", "lowest sparsity of a block", "highest")
     return markdown(heads, cells) + circumstances(rows)
 
 
@@ -126,6 +147,8 @@ VIEWS: dict[str, Callable[[], str]] = {
     "testbed-draws": draws,
     "peers": peers,
     "solvers": solvers,
+    "allocation": allocation,
+    "scales": scales,
     "real-models": real_models,
 }
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from crosscal.compressors import COMPRESSORS, Placed, Sparsity
+from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of
+from crosscal.compressors.allocation import check_allocator
+from crosscal.compressors.recipe import check_order
 from crosscal.errors import PlanError, UsageError
 from crosscal.plan import Compress, CompressionPlan
-from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, has_setting, needed
+from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, example_of, needed
 from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
 
@@ -70,6 +72,11 @@ class Variant:
         return tuple(Placed(step.step, step.mixture) for step in self.recipe)
 
     @property
+    def allocator(self) -> RecipeStep | None:
+        """The step that says, for the whole model, how much the others remove from each layer."""
+        return next((step for step in self.recipe if COMPRESSORS[step.method].kind == ALLOCATE), None)
+
+    @property
     def setting(self) -> dict[str, Any]:
         """All settings; a name that an earlier step has already comes with its method: `refit.iterations`."""
         found: dict[str, Any] = {}
@@ -81,10 +88,14 @@ class Variant:
         return found
 
     @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """How much is compressed, step by step."""
+        return tuple(amount for step in self.recipe for amount in amounts_of(step.step))
+
+    @property
     def grid(self) -> tuple[int, int | None] | None:
         """(bits, inputs per scale) of the integers that are stored; None where no step quantizes."""
-        settings = [dict(step.settings) for step in self.recipe if has_setting(step.method, "bits")]
-        return (settings[-1]["bits"], settings[-1]["group_size"]) if settings else None
+        return grid_of([step.step for step in self.recipe])
 
     def mixtures(self, reference: Mixture) -> list[Mixture]:
         """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
@@ -168,8 +179,8 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
             )
         missing = [name for name in needed(method) if name not in axes]
         if missing:
-            example = {"sparsity": "0.5", "bits": "4"}.get(missing[0], "…")
-            raise PlanError(f"{method} needs `{missing[0]}`", where=where, do=f"Add `{missing[0]}: {example}`.")
+            example = f"{missing[0]}: {example_of(method, missing[0])}"
+            raise PlanError(f"{method} needs `{missing[0]}`", where=where, do=f"Add `{example}`.")
         with _said_of(where):
             mixtures = list(_own_mixtures(plan, part, domain, where))
             settings_list = list(combinations(method, axes))
@@ -180,8 +191,11 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
 
 
 def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
-    """Whether there is something to work on for its first step, and a checkpoint can hold what its last leaves."""
-    first = recipe[0].method
+    """Whether there is something to work on for its first step."""
+    with _said_of(where):
+        check_allocator([(step.method, step.step) for step in recipe])
+        check_order([(step.method, step.step) for step in recipe])
+    first = next(step.method for step in recipe if COMPRESSORS[step.method].kind != ALLOCATE)
     if COMPRESSORS[first].kind not in BEGIN:
         raise PlanError(
             f"{first} works on what an earlier step made",
@@ -189,14 +203,6 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
             got="it comes first",
             do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
         )
-    for step in recipe:
-        if getattr(COMPRESSORS[step.method], "low_rank", False) and dict(step.settings)["rank"] > 0:
-            raise PlanError(
-                f"{step.method} leaves a low-rank part, which checkpoints cannot hold yet",
-                where=where,
-                got=f"rank {dict(step.settings)['rank']}",
-                do="Merged into the matrix it would undo zeros and integers. From Python: `crosscal.compressors.run`.",
-            )
 
 
 @contextmanager
@@ -264,14 +270,11 @@ def _name(recipe: Sequence[RecipeStep], mixture: Mixture | None, upstream: str, 
 def _step_name(step: RecipeStep) -> Iterator[str]:
     """The method, how much it removes or keeps, and whatever else is not as by default."""
     yield step.method
-    values = dict(step.settings)
-    if "sparsity" in values:
-        sparsity = Sparsity.parse(values["sparsity"])
-        yield f"{sparsity.kept}of{sparsity.group}" if sparsity.group else f"{sparsity.fraction * 100:g}"
-    if "bits" in values:
-        yield f"w{values['bits']}" + (f"g{values['group_size']}" if values["group_size"] else "")
+    amounts = amounts_of(step.step)
+    yield from (amount.label for amount in amounts)
+    said = {name for amount in amounts for name in amount.said_by}
     for name, value in step.settings:
-        if name not in ("sparsity", "bits", "group_size") and value != default_of(step.method, name):
+        if name not in said and value != default_of(step.method, name):
             text = f"{value:g}" if isinstance(value, float) else str(value).lower()
             yield name.replace("_", "") + ("" if value is True else text)
     if step.mixture is not None:

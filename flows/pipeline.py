@@ -29,8 +29,10 @@ from crosscal.tasks.model import (
     reuse_blocks,
     solve_block,
     solve_sequential,
+    summarise_block,
     take_block,
     unsolved_blocks,
+    unsummarised_blocks,
 )
 from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
 from crosscal.tasks.ticket import Ticket
@@ -71,6 +73,7 @@ def carry_out(
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
+            summarise_blocks(workers, ticket)
             solve_blocks(workers, ticket)
             sequential = ticket.variants_to_make("sequential")
             readings += [step(solve_sequential, ticket, variant.name) for variant in sequential]
@@ -98,6 +101,18 @@ def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str,
     parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
     yield from step_each(workers, read_part, parts)
     yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
+
+
+def summarise_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
+    """Have allocators look at every block: what they decide depends on all, so no block is solved before."""
+    unread = unsummarised_blocks(ticket)
+    if not unread:
+        return
+    with step_report() as report:
+        calls = [{"ticket": ticket, "block": block} for block in unread]
+        looked_at = step_each(workers, summarise_block, calls, at_once=blocks_side_by_side(ticket, None))
+        for done, _ in enumerate(looked_at, start=1):
+            report("allocating", done, len(unread))
 
 
 def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:

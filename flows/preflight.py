@@ -16,6 +16,7 @@ import torch
 from crosscal.calibration import WindowRequest, tokenizer_digest
 from crosscal.calibration.pool import find_pool, most_windows
 from crosscal.calibration.tokens import begin_token
+from crosscal.compressors.amount import is_written_dense
 from crosscal.corpora import Corpus, load_corpus
 from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
@@ -49,6 +50,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
     asked = variants(plan)
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
+    if unpacked := [variant.name for variant in asked if is_written_dense([p.step for p in variant.steps])]:
+        findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
     problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
     try:

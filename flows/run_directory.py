@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.errors import UsageError
+from crosscal.files import write_whole
 from crosscal.plan import CompressionPlan, dump_plan
-from crosscal.report.files import write_whole
 from crosscal.resources import ROOT
 from crosscal.store.keys import digest_of
 from crosscal.tasks.ticket import Ticket

@@ -100,7 +100,9 @@ def _version(home: str | None, domain: str) -> str:
 def _what(asked: Sequence[Variant]) -> str:
     if not asked:
         return "the dense model"
-    levels = dict.fromkeys((variant.method, level_of(variant.setting)) for variant in asked)
+    levels = dict.fromkeys(
+        (variant.method, level_of([each.text for each in variant.amounts], variant.setting)) for variant in asked
+    )
     mixtures = [variant.mixture.as_dict() for variant in asked if variant.mixture]
     if len(levels) > 1:
         return f"{len(asked)} variants"

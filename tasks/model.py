@@ -8,6 +8,8 @@ from typing import Any
 from prefect import task
 
 from crosscal.models.source import ModelSource
+from crosscal.stages.allocate import allocated, unsummarised
+from crosscal.stages.allocate import summarise_block as summarise
 from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
 from crosscal.stages.folding import fold, sets_to_read
 from crosscal.stages.made_variants import take_blocks
@@ -117,12 +119,28 @@ def unsolved_blocks(ticket: Ticket) -> list[int]:
     return [block for block in range(shop.source.blocks) if not all(writer.has_block(block) for writer in writers)]
 
 
-def blocks_side_by_side(ticket: Ticket) -> int:
+def blocks_side_by_side(ticket: Ticket, upstream: str | None = "dense") -> int:
     """How many blocks this machine may solve at once."""
     on_cpu = ticket.device == "cpu"
     return (
-        blocks_at_once(ticket.workshop(), ticket.variants_to_make("dense")) if on_cpu and not ticket.has_workers else 1
+        blocks_at_once(ticket.workshop(), ticket.variants_to_make(upstream)) if on_cpu and not ticket.has_workers else 1
     )
+
+
+def unsummarised_blocks(ticket: Ticket) -> list[int]:
+    """Blocks that some allocator has yet to look at: those of variants of which the run directory lacks a block."""
+    shop = ticket.workshop()
+    blocks = range(shop.source.blocks)
+    asked = [variant for variant in ticket.variants_to_make() if variant.allocator is not None]
+    return unsummarised(shop, [v for v in asked if not all(shop.writer(v).has_block(block) for block in blocks)])
+
+
+@task(name="summarise-block", task_run_name="summarise block {block}", **RETRIED)
+def summarise_block(ticket: Ticket, block: int) -> int:
+    """Put into the store what all allocators see of a block. Returns the block."""
+    source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
+    summarise(dataclasses.replace(ticket.workshop(), source=source), block, ticket.variants_to_make())
+    return block
 
 
 @task(name="solve-block", task_run_name="solve block {block}", **RETRIED)
@@ -133,9 +151,10 @@ def solve_block(ticket: Ticket, block: int) -> int:
     """
     variants = ticket.variants_to_make("dense")
     if ticket.has_workers:
-        publish_block(dataclasses.replace(ticket.workshop(), source=ticket.source_on_worker()), block, variants)
+        shop = dataclasses.replace(ticket.workshop(), source=ticket.source_on_worker())
+        publish_block(allocated(shop, variants), block, variants)
     else:
-        compress_block(ticket.workshop(), block, variants)
+        compress_block(allocated(ticket.workshop(), variants), block, variants)
     return block
 
 
@@ -151,7 +170,7 @@ def solve_sequential(ticket: Ticket, name: str) -> dict[str, Any]:
     variant = next(variant for variant in ticket.variants("sequential") if variant.name == name)
     with task_report() as report:
         done = compress_sequential(
-            ticket.workshop(),
+            allocated(ticket.workshop(), [variant]),
             variant,
             batch_tokens=ticket.parsed.calibration.batch_tokens,
             report=lambda what, count, total: report(name, count, total),

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from crosscal.calibration.tokens import check_tokenizer
-from crosscal.compressors.recipe import check_inputs
+from crosscal.compressors.recipe import any_step, check_inputs
 from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
+from crosscal.models.adapter import stacked_experts
+from crosscal.models.sites import without_bias
 from crosscal.models.source import ModelSource
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
@@ -32,6 +34,8 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
         yield error
     asked = variants(plan)
     yield from misfits(asked, shapes)
+    yield from unnameable(asked, stacked_experts(source.weights.model))
+    yield from unbiased(asked, without_bias(source.weights.model))
     names = [variant.name for variant in asked]
     if plan.publish is not None and plan.publish.variant not in (BEST, *names):
         known = f"Variants: {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
@@ -53,6 +57,31 @@ def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[
                 if error and setting not in said:
                     said.add((error.what, error.do, inputs))
                     yield error
+
+
+def unnameable(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanError]:
+    """Low-rank parts of matrices that no adapter can name, `stacks` being those of experts."""
+    refused = [variant.name for variant in asked if any_step(variant.steps, "has_low_rank")]
+    if refused and stacks:
+        yield PlanError(
+            "low-rank parts are stored as a LoRA adapter, which cannot name one expert of a stack",
+            where=f"{stacks[0]} and {len(stacks) - 1} more" if len(stacks) > 1 else stacks[0],
+            got=", ".join(refused[:MOST_NAMED]),
+            do="Leave `eora` and `3basil` out for this model, or set rank: 0.",
+        )
+
+
+def unbiased(asked: Sequence[Variant], linears: Sequence[str]) -> Iterator[PlanError]:
+    """Corrections of biases that some linears of the blocks do not have."""
+    refused = [variant.name for variant in asked if any_step(variant.steps, "changes_bias")]
+    if refused and linears:
+        named = f"{', '.join(linears[:MOST_NAMED])}{', …' if len(linears) > MOST_NAMED else ''}"
+        yield PlanError(
+            "these linears have no bias to correct, and the model's config cannot say that they have one",
+            where=named,
+            got=", ".join(refused[:MOST_NAMED]),
+            do="Leave `bias` out for this model.",
+        )
 
 
 def _misfit(variant: Variant, where: str, inputs: int) -> UsageError | None:

@@ -14,9 +14,9 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact
 from crosscal.evaluation import Measurement
+from crosscal.files import write_whole
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
-from crosscal.report.files import write_whole
 from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
@@ -123,6 +123,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         variant=variant.name if variant else DENSE,
         method=variant.method if variant else DENSE,
         setting=variant.setting if variant else {},
+        amounts=[amount.as_row() for amount in variant.amounts] if variant else [],
         upstream=variant.upstream if variant else DENSE,
         mixture=variant.mixture.as_dict() if variant and variant.mixture else {},
         seed=variant.seed if variant else ticket.parsed.seeds[0],

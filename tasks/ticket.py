@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,10 +147,18 @@ def _stamps(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 def resolve_device(wanted: str) -> str:
     """`auto` is a GPU where there is one. Raises `UsageError` for a device that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("no GPU is visible to torch", where="execution.device", got=wanted, do="Use `cpu` or `auto`.")
+        return "cuda" if gpus else "cpu"
+    if wanted == "cpu":
+        return wanted
+    named = re.fullmatch(r"cuda(?::(\d+))?", wanted)
+    if named is None:
+        do = "Use `cpu`, `cuda`, `cuda:1` or `auto`."
+        raise UsageError("not a device", where="execution.device", got=wanted, do=do)
+    if int(named[1] or 0) >= gpus:
+        what = f"torch sees {gpus} GPU(s), counted from 0" if gpus else "no GPU is visible to torch"
+        raise UsageError(what, where="execution.device", got=wanted, do="Use `cpu` or `auto`.")
     return wanted
 
 

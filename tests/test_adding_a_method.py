@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from crosscal.compressors import COMPRESSORS, LayerProblem, Site, Statistic
-from crosscal.compressors.masks import pruned
 from crosscal.compressors.recipe import alone
-from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.plan.settings import described_methods
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
 from tests.helpers.problems import layer

@@ -39,7 +39,7 @@ ROOMS = {
     "compiled": (set(), {"numba"}),
     "lanes": (set(), {"torch"}),
     "store": (
-        {"errors", "compiled", "statistics"},
+        {"errors", "compiled", "files", "statistics"},
         {"torch", "numpy", "pyarrow", "fsspec", "tenacity"},
     ),
     "files": (set(), {"zstandard"}),
@@ -48,7 +48,7 @@ ROOMS = {
     "publication": ({"errors", "store"}, set()),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers"}),
     "models": (
-        {"errors", "lanes", "statistics"},
+        {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
     # test windows are cut as calibration windows are
@@ -56,7 +56,7 @@ ROOMS = {
         {"errors", "files", "calibration"},
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"},
     ),
-    "report": ({"errors", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
+    "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "variants": ({"errors", "plan", *PURE, "store"}, set()),

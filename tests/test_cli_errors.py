@@ -61,6 +61,7 @@ WRONG_PLANS = {
     "n:m": ({"compress": [{"method": "wanda", "sparsity": "2:7"}]}, 2, ["divisible by 7"]),
     "unknown task": ({"evaluate": {"tasks": ["gone.jsonl"]}}, 1, ["gone.jsonl", "questions cannot be read"]),
     "no GPU": ({"execution": {"device": "cuda:7"}}, 2, ["no GPU"]),
+    "no device": ({"execution": {"device": "gpu"}}, 2, ["not a device", "cuda:1"]),
     "a corpus nobody filled": ({"corpora": {"general": None}, "compress": [PRUNE]}, 1, ["crosscal ingest"]),
     "longer than the corpus": (
         {"corpora": {"general": "short"}, "compress": [PRUNE], "calibration": {"windows": 1, "length": 128}},

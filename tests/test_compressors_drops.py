@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosscal.compressors.numba_drops import mark_lowest
+from crosscal.compressors.selection import mark_lowest
 
 
 def sorted_out(score_BO: torch.Tensor, count: int) -> torch.Tensor:

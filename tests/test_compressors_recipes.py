@@ -148,10 +148,10 @@ def test_undeclared_statistics_do_not_matter(name: str) -> None:
     step, problem = COMPRESSORS[name](**settings), layer(6, 64)
     site = site_of([problem])
     start = run(site, [SparseGPT(0.5)] if step.kind == "refine" else [])
-    true = {Statistic.GRAM: problem.hessian_II, Statistic.SQUARE_SUM: problem.hessian_II.diagonal()}
+    true = {Statistic.GRAM: problem.hessian_II, Statistic.SQUARE_SUM: problem.hessian_II.diagonal(), **problem.further}
     means = {key: mean if key in step.needs else torch.full_like(mean, torch.nan) for key, mean in true.items()}
-    poisoned = Site(site.name, start.layers, Statistics(means))
-    clean = Site(site.name, start.layers, Statistics(true))
+    poisoned = Site(site.name, start.layers, Statistics(means), storable_I=torch.clone)
+    clean = Site(site.name, start.layers, Statistics(true), storable_I=torch.clone)
     a, b = run(poisoned, [step]).layers[0].weight_OI, run(clean, [step]).layers[0].weight_OI
     assert torch.equal(a, b)
     assert b.isfinite().all()

@@ -32,6 +32,7 @@ from tests.helpers.tiny_place import crosscal, make_place, values
 SWEEP = [
     {"method": "sparsegpt", "sparsity": [0.2, 0.4, 0.5, 0.6, 0.8, "2:4"], "domain": "legal", "alpha": [0, 0.5]},
     {"method": "gptq", "bits": 4, "group_size": 32},
+    {"steps": [{"method": "owl"}, {"method": "sparsegpt", "sparsity": [0.5, 0.7]}], "domain": "legal", "alpha": 0.5},
 ]
 SET_TOKENS = (8 + 4) * 32
 

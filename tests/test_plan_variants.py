@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from crosscal.compressors import COMPRESSORS
+from crosscal.compressors.recipe import any_step
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, parse_plan
 from crosscal.variants import BEGIN, samples_needed, variants
@@ -162,8 +163,6 @@ def test_the_version_of_a_method_is_part_of_every_key(monkeypatch: pytest.Monkey
         ({"method": "gptq", "bits": "four"}, r"compress\.0\.bits: .*integer.*got 'four'"),
         ({"method": "refit"}, "what an earlier step made"),
         ({"steps": [{"method": "eora"}]}, "what an earlier step made"),
-        ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"method": "eora"}]}, "low-rank part.*cannot hold yet"),
-        ({"method": "3basil", "sparsity": 0.5}, "low-rank part"),
         ({"steps": [{"method": "wanda", "sparsity": 0.5}, {"rank": 3}]}, r"steps\.1: a step is a mapping"),
         ({"steps": [{"method": "wanda", "sparsity": 0.5}], "bits": 4}, "stands in its step"),
         ({"steps": [{"method": "wanda", "sparsity": 0.5}], "method": "gptq"}, "not beside `steps`"),
@@ -174,6 +173,12 @@ def test_the_version_of_a_method_is_part_of_every_key(monkeypatch: pytest.Monkey
 def test_settings_that_cannot_be_are_refused_before_anything_runs(entry: dict, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         expand(entry)
+
+
+def test_a_variant_says_whether_it_has_a_low_rank_part() -> None:
+    steps = [{"method": "wanda", "sparsity": 0.5}, {"method": "eora", "rank": [0, 1]}]
+    found = expand({"steps": steps}, {"method": "3basil", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.5})
+    assert [any_step(variant.steps, "has_low_rank") for variant in found] == [False, True, True, False]
 
 
 def test_a_domain_mixed_with_a_general_corpus_needs_one() -> None:

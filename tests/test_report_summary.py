@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from crosscal.report.groups import columns_of, groups_of, level_of, sparsity_of
+from crosscal.report.groups import columns_of, groups_of
 from crosscal.report.numbers import number_text
 from crosscal.report.table import mixture_text, summary_table
 from crosscal.report.terminal import TerminalTable
@@ -62,8 +62,10 @@ def test_a_flavour_says_what_tells_groups_apart() -> None:
     ],
 )
 def test_levels(setting: dict, level: str, sparsity: float | None) -> None:
-    assert level_of(setting) == level
-    assert sparsity_of(setting) == sparsity
+    [group] = groups_of([result("one", method="some", setting=setting)], [])
+    assert group.level == level
+    amount = group.amount("sparsity")
+    assert (amount and amount["value"]) == sparsity
 
 
 def test_the_best_of_each_level_is_marked() -> None:

@@ -21,10 +21,9 @@ from crosscal.models import ModelSource
 from crosscal.models.checkpoint import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
-from crosscal.stages.block_problem import BlockProblem, grouped
+from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped, needed
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Sample, over_sums
-from crosscal.stages.site_hessians import SiteHessians
 from crosscal.stages.solve import solve_block
 from crosscal.stages.solve_site import _relative_loss
 from crosscal.statistics import InputMoments, Mixture
@@ -379,10 +378,11 @@ def hessians_of(shop: Workshop, mixture: Mapping[str, float], **more) -> Iterato
     """(calibration, held out) of every site of the second block, as solving has them."""
     problem = shop.problem(1, shop.cached)
     each = variant("any", "sparsegpt", mixture, sparsity=0.5, damping=0.01, **more)
-    (group,) = grouped(problem, [each])
+    groups = grouped(problem, [each])
+    (group,) = groups
     for site in problem.sites:
-        hessians = SiteHessians(problem, site, [group])
-        yield hessians(group)[0], hessians(group, held_out=True)[0]
+        statistics = SiteStatistics(problem, site, needed(groups), users=len(groups))
+        yield statistics(group)[0].hessian_II, statistics(group, held_out=True)[0].hessian_II
 
 
 def in_shards(store: Store, corpus: str, tokens_SL: Tensor, *counts: int) -> Sample:
@@ -435,10 +435,11 @@ def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
 
     cached = Starving(**{f.name: getattr(shop.cached, f.name) for f in dataclasses.fields(shop.cached)})
     problem = shop.problem(0, cached)
-    sound, starving = grouped(problem, [VARIANTS[2], VARIANTS[4]])
-    hessians = SiteHessians(problem, problem.sites[0], [sound, starving])
+    groups = grouped(problem, [VARIANTS[2], VARIANTS[4]])
+    sound, starving = groups
+    statistics = SiteStatistics(problem, problem.sites[0], needed(groups), users=len(groups))
     expected = shop.cached.read(shop.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
-    assert torch.equal(hessians(sound)[0], expected)
+    assert torch.equal(statistics(sound)[0].hessian_II, expected)
     with pytest.raises(StatisticsError, match=r"\(legal\): no token ever reached"):
-        hessians(starving)
-    assert hessians(starving, held_out=True)[1] > 0
+        statistics(starving)
+    assert statistics(starving, held_out=True)[1] > 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError, UsageError
-from crosscal.statistics import InputMoments, Mixture
+from crosscal.statistics import InputMoments, Mixture, Statistic
 from tests.helpers.problems import correlated_inputs_TI
 
 GENERAL_TI = correlated_inputs_TI(120, 12, seed=1)
@@ -90,6 +90,47 @@ def test_trace_normalisation_forgets_the_scale_of_a_corpus_and_keeps_the_trace()
     assert_close(mixed_II.trace(), mixture.hessian_II(MOMENTS).trace())
     shares = [second_moment_II(rows_TI) / second_moment_II(rows_TI).trace() for rows_TI in (GENERAL_TI, DOMAIN_TI)]
     assert_close(mixed_II / mixed_II.trace(), 0.6 * shares[0] + 0.4 * shares[1])
+
+
+ROWS_TI = {"general": GENERAL_TI, "domain": DOMAIN_TI, "legal": LEGAL_TI}
+
+
+def means_of(rows_TI: Tensor) -> dict[Statistic, Tensor]:
+    """Written plainly, one token after another."""
+    tokens = list(rows_TI.double())
+    each = {
+        Statistic.GRAM: [x.outer(x) for x in tokens],
+        Statistic.SQUARE_SUM: [x * x for x in tokens],
+        Statistic.ABS_SUM: [x.abs() for x in tokens],
+        Statistic.SUM: tokens,
+    }
+    return {which: torch.stack(terms).mean(0) for which, terms in each.items()}
+
+
+@pytest.mark.parametrize(
+    "weights", [{"domain": 1.0}, {"general": 0.6, "domain": 0.4}, {**dict.fromkeys(ROWS_TI, 1 / 3)}]
+)
+@pytest.mark.parametrize("trace_normalised", [False, True])
+@pytest.mark.parametrize("wanted", [tuple(Statistic), (Statistic.SQUARE_SUM, Statistic.SUM)])
+def test_every_statistic_is_that_of_corpora_brought_to_one_trace(
+    weights: dict[str, float], trace_normalised: bool, wanted: tuple[Statistic, ...]
+) -> None:
+    """The reference scales the inputs themselves, x_k → √s_k x_k, and never a statistic."""
+    means = {corpus: {which: means_of(rows_TI)[which] for which in wanted} for corpus, rows_TI in ROWS_TI.items()}
+    traces = {corpus: float(rows_TI.double().square().sum()) / len(rows_TI) for corpus, rows_TI in ROWS_TI.items()}
+    target = sum(weight * traces[corpus] for corpus, weight in weights.items())
+    scales = {corpus: (target / traces[corpus]) ** 0.5 if trace_normalised else 1.0 for corpus in ROWS_TI}
+    scaled = {corpus: means_of(scales[corpus] * rows_TI) for corpus, rows_TI in ROWS_TI.items()}
+    mixed = Mixture.of(weights).mix(means, trace_normalised=trace_normalised)
+    assert set(mixed) == set(wanted)
+    for which, mean in mixed.items():
+        assert_close(mean, sum((w * scaled[corpus][which] for corpus, w in weights.items()), torch.zeros(())))
+
+
+@pytest.mark.parametrize("which", Statistic)
+def test_a_statistic_moves_with_its_inputs(which: Statistic) -> None:
+    scale_I = torch.rand(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.2
+    assert_close(which.divided(means_of(GENERAL_TI)[which], scale_I), means_of(GENERAL_TI / scale_I)[which])
 
 
 def test_trace_normalisation_allows_a_corpus_of_zeros() -> None:

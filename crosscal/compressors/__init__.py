@@ -6,13 +6,19 @@ and name it in `COMPRESSORS`. Its fields are the plan's fields.
 
 from __future__ import annotations
 
+from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, summarised
 from crosscal.compressors.alps import ALPS
+from crosscal.compressors.amount import Amount, amounts_of, grid_of
+from crosscal.compressors.awq import AWQ
+from crosscal.compressors.bias import Bias
 from crosscal.compressors.descent import Descent
+from crosscal.compressors.dlp import DLP
 from crosscal.compressors.eora import EoRA
 from crosscal.compressors.gptq import GPTQ
 from crosscal.compressors.magnitude import Magnitude
+from crosscal.compressors.owl import OWL
 from crosscal.compressors.problem import Compressor, LayerProblem, LayerSolution, quadratic_loss
-from crosscal.compressors.recipe import Placed, Recipe, Step, run, solve, solve_many
+from crosscal.compressors.recipe import Placed, Recipe, Step, allotted, run, solve, solve_many
 from crosscal.compressors.refit import Refit
 from crosscal.compressors.rtn import RoundToNearest
 from crosscal.compressors.scales import Scales
@@ -20,6 +26,7 @@ from crosscal.compressors.sparse_low_rank import SparseLowRank
 from crosscal.compressors.sparsegpt import SparseGPT
 from crosscal.compressors.sparsegpt_gptq import SparseGPTQ
 from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.spqr import GridOutliers, SpQR
 from crosscal.compressors.state import Dense, Grid, Layer, LowRank, Site, Statistic, Statistics
 from crosscal.compressors.swaps import Swaps
 from crosscal.compressors.wanda import Wanda
@@ -31,28 +38,40 @@ COMPRESSORS: dict[str, type] = {
     "alps": ALPS,
     "swaps": Swaps,
     "refit": Refit,
+    "awq": AWQ,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
     "sparsegpt-gptq": SparseGPTQ,
+    "spqr": SpQR,
     "scales": Scales,
     "descent": Descent,
+    "bias": Bias,
     "eora": EoRA,
     "3basil": SparseLowRank,
+    "owl": OWL,
+    "dlp": DLP,
 }
 
 DATA_FREE = frozenset(name for name, method in COMPRESSORS.items() if not method.needs)
 """Methods whose weights do not depend on the data: a sweep over mixtures solves them once."""
 
 __all__ = [
+    "ALLOCATE",
     "ALPS",
+    "AWQ",
     "COMPRESSORS",
     "DATA_FREE",
+    "DLP",
     "GPTQ",
+    "OWL",
+    "Amount",
+    "Bias",
     "Compressor",
     "Dense",
     "Descent",
     "EoRA",
     "Grid",
+    "GridOutliers",
     "Layer",
     "LayerProblem",
     "LayerSolution",
@@ -64,17 +83,23 @@ __all__ = [
     "RoundToNearest",
     "Scales",
     "Site",
+    "SpQR",
     "SparseGPT",
     "SparseGPTQ",
     "SparseLowRank",
+    "SparsitiesOf",
     "Sparsity",
     "Statistic",
     "Statistics",
     "Step",
     "Swaps",
     "Wanda",
+    "allotted",
+    "amounts_of",
+    "grid_of",
     "quadratic_loss",
     "run",
     "solve",
     "solve_many",
+    "summarised",
 ]

@@ -21,11 +21,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from crosscal.compressors.masks import pruned
 from crosscal.compressors.recipe import alone
 from crosscal.compressors.refit import conjugate_gradients_OI, damped_II
 from crosscal.compressors.selection import count_true
-from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
 from crosscal.statistics.factor import Eigensystem

@@ -29,12 +29,15 @@ class EoRA:
     kind: ClassVar = "repair"
     needs: ClassVar = frozenset({Statistic.GRAM})
     version: ClassVar = 1
-    low_rank: ClassVar = True
     compress = alone
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise UsageError("a rank is 0 or more", got=str(self.rank))
+
+    @property
+    def has_low_rank(self) -> bool:
+        return self.rank > 0
 
     def __call__(self, site: Site) -> Site:
         return site.each(lambda layer: self._repair(layer, site.statistics.hessian_II))

@@ -2,9 +2,9 @@
 
     q = rule(w_j),  e_j = (w_j - q) R_jj,  W[:, k] -= e_j U[j, k] for k > j           U = R⁻¹ of the panel
 
-One column is a handful of vector operations over all rows. In float32 the panel is one kernel, which walks the columns
-inside: compiled by Numba on a CPU (`numba_panel`), by Triton on a GPU (`triton_panel`). All take the same decisions by
-the same arithmetic.
+One column is a handful of vector operations over all rows. In float32 the panel is one kernel on a CPU, which walks the
+columns inside, compiled by Numba (`numba_panel`). On a GPU it is plain torch, or with `CROSSCAL_TRITON=1` a kernel of
+Triton (`triton_panel`) that no GPU has run yet. All take the same decisions by the same arithmetic.
 
 Shapes: C columns of the panel, R stacked rows, M columns of an n:m group, P pairs of them.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ from torch import Tensor
 from crosscal.compressors.column_rule import LEAST_PANEL_COLUMNS
 from crosscal.compressors.grid import from_ints, to_ints
 from crosscal.compressors.selection import lowest_of_group
+from crosscal.errors import UsageError
+
+TRITON_SWITCH = "CROSSCAL_TRITON"
+"""An environment variable: 1 uses Triton's kernel on a GPU. Off until one has run it."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,15 @@ def panel_columns(device: str, dtype: torch.dtype) -> int:
     return 128 if _fastest(device, dtype) is not fix_panel_torch and device == "cpu" else LEAST_PANEL_COLUMNS
 
 
-@functools.cache
 def _fastest(device: str, dtype: torch.dtype) -> Callable[[Panel], FixedPanel]:
+    return _kernel(device, dtype, device == "cuda" and wants_triton())
+
+
+@functools.cache
+def _kernel(device: str, dtype: torch.dtype, triton: bool) -> Callable[[Panel], FixedPanel]:
     if dtype != torch.float32:
         return fix_panel_torch
-    if device == "cuda" and importlib.util.find_spec("triton"):
+    if triton:
         from crosscal.compressors.triton_panel import fix_panel_triton
 
         return fix_panel_triton
@@ -98,6 +107,17 @@ def _fastest(device: str, dtype: torch.dtype) -> Callable[[Panel], FixedPanel]:
 
         return fix_panel_numba
     return fix_panel_torch
+
+
+def wants_triton() -> bool:
+    """Whether a GPU's panels are to be fixed by Triton's kernel. Raises `UsageError` where there is no Triton."""
+    asked = os.environ.get(TRITON_SWITCH, "")
+    if asked in ("", "0"):
+        return False
+    if asked != "1" or not importlib.util.find_spec("triton"):
+        what = "Triton is not installed" if asked == "1" else "not a switch"
+        raise UsageError(what, where=TRITON_SWITCH, got=asked, do="Unset it, or set it to 1 with `triton` installed.")
+    return True
 
 
 def bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:

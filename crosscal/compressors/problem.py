@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
+from crosscal.statistics.statistic import Statistic
 
 PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
 
@@ -32,14 +34,16 @@ class LayerProblem:
     """In float32 or float64: what it is solved in."""
     hessian_II: Tensor
     """Second moment of the inputs per token, undamped, in the weight's dtype."""
-    mean_abs_I: Tensor | None = None
-    """Mean absolute input."""
+    further: Mapping[Statistic, Tensor] = field(default_factory=dict)
+    """What a method needs besides: means per token of |x|, of x."""
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
     """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
     rounded weights."""
 
+    bias_O: Tensor | None = None
+    """Of the linear, where it has one."""
     known_energy: float | None = None
     """tr(W H Wᵀ), where it was computed before."""
 
@@ -82,7 +86,7 @@ class LayerProblem:
         """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
         return quadratic_loss(self.weight_OI, self.hessian_II) if self.known_energy is None else self.known_energy
 
-    @property
+    @cached_property
     def dead_inputs(self) -> int:
         """How many inputs were always zero: H_jj = 0."""
         return int((self.hessian_II.diagonal() == 0).sum())
@@ -93,14 +97,24 @@ class LayerSolution:
     """A compressed layer and what it costs on the problem's own Hessian."""
 
     weight_OI: Tensor
+    """What stands for the matrix, as read by inputs that are not divided by scales."""
     loss: float
     """tr(ΔW H ΔWᵀ): the squared output error per token."""
     relative_loss: float
     """`loss` over tr(W H Wᵀ)."""
     base: Form
-    """What is stored: `weight_OI` without a low-rank part."""
+    """What is stored: `weight_OI` · scale without a low-rank part."""
     low_rank: LowRank | None = None
+    bias_change_O: Tensor | None = None
+    """What the bias changes by, as it is stored."""
     damping: float | None = None
+    scale_I: Tensor | None = None
+    """What its inputs come divided by, once whatever makes them has absorbed it."""
+
+    @property
+    def stands_OI(self) -> Tensor:
+        """The matrix in the model: `weight_OI` · scale."""
+        return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
 
     @property
     def grid(self) -> Grid | None:
@@ -132,13 +146,26 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
     return float(total)
 
 
+def output_loss(
+    difference_OI: Tensor, hessian_II: Tensor, bias_change_O: Tensor | None = None, mean_I: Tensor | None = None
+) -> float:
+    """E‖D x - c‖² = tr(D H Dᵀ) - 2 cᵀ D E[x] + ‖c‖², c being what the bias changes by."""
+    loss = quadratic_loss(difference_OI, hessian_II)
+    if bias_change_O is None:
+        return loss
+    assert mean_I is not None, "a changed bias is measured with the mean input"
+    change_O, mean_change_O = bias_change_O.double(), difference_OI.double() @ mean_I.double()
+    return loss + float(change_O.square().sum() - 2 * change_O @ mean_change_O)
+
+
 def row_losses_O(difference_OI: Tensor, hessian_II: Tensor) -> Tensor:
     """d H dᵀ of every row."""
     return ((difference_OI @ hessian_II) * difference_OI).sum(1)
 
 
-def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
-    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same.
+def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -> LayerSolution:
+    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same: that of the
+    problem as it was given. `scale_I`: that of the layer's site.
 
     Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
     """
@@ -148,14 +175,24 @@ def solved(problem: LayerProblem, layer: Layer) -> LayerSolution:
         left_OK, right_KI = (part.to(problem.stored_dtype).to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
         low_rank = LowRank(left_OK, right_KI)
     weight_OI = base.weight_OI if low_rank is None else base.weight_OI + low_rank.weight_OI
+    weight_OI = weight_OI if scale_I is None else weight_OI / scale_I
     difference_OI = problem.weight_OI - weight_OI
-    loss = quadratic_loss(difference_OI, problem.hessian_II)
+    change_O = _bias_as_stored(problem, layer)
+    loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
     if loss < 0:
         loss = _zero_if_roundoff(loss, difference_OI, problem)
     if not math.isfinite(loss):
         raise NotFinite("the solution is not finite", where=problem.name, do="Raise damping.")
     relative = loss / problem.energy if problem.energy > 0 else 0.0
-    return LayerSolution(weight_OI, loss, relative, base, low_rank, layer.damping)
+    return LayerSolution(weight_OI, loss, relative, base, low_rank, change_O, layer.damping, scale_I)
+
+
+def _bias_as_stored(problem: LayerProblem, layer: Layer) -> Tensor | None:
+    """What the stored bias changes by: b + c is rounded, not c."""
+    if layer.bias_change_O is None or problem.stored_dtype is None:
+        return layer.bias_change_O
+    bias_O = torch.zeros_like(layer.bias_change_O) if problem.bias_O is None else problem.bias_O
+    return (bias_O + layer.bias_change_O).to(problem.stored_dtype).to(bias_O.dtype) - bias_O
 
 
 def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:

@@ -2,13 +2,15 @@
 
 A method is a step, a frozen dataclass of its settings that is called with a state and returns the next one:
 
-    kind      transform, prune, quantize, refine or repair
+    kind      transform, prune, quantize, refine, repair or allocate (see `allocation`, which such a step has instead
+              of being called)
     needs     the statistics that it reads; it is shown no other
     version   part of every key: a change of what the step computes bumps it
     __call__  Site -> Site, pure
 
 A step may also be stacked: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
-that start from one state are solved together, with the same results as one by one.
+that start from one state are solved together, with the same results as one by one. One that leaves a low-rank part says
+`has_low_rank`, one that corrects biases `changes_bias`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from torch import Tensor
+
+from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, sparsities_over, with_sparsities
 from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
 from crosscal.compressors.state import Dense, Layer, Site, Statistic, Statistics
-from crosscal.errors import StatisticsError
+from crosscal.errors import StatisticsError, UsageError
 
-Kind = Literal["transform", "prune", "quantize", "refine", "repair"]
+Kind = Literal["transform", "prune", "quantize", "refine", "repair", "allocate"]
 
 
 class Step(Protocol):
@@ -47,6 +52,11 @@ StatisticsOf = Callable[[Any], Statistics]
 """Of a mixture that a step has for itself."""
 
 
+def any_step(recipe: Recipe, trait: str) -> bool:
+    """Whether one of the steps says this of itself: `has_low_rank`, `changes_bias`."""
+    return any(getattr(placed.step, trait, False) for placed in recipe)
+
+
 def check_inputs(step: Any, inputs: int, name: str) -> None:
     """Whether a step can work on a layer of so many inputs. Raises `UsageError`: groups must divide them."""
     if (sparsity := getattr(step, "sparsity", None)) is not None:
@@ -55,9 +65,31 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
         check_grid(step.group_size, inputs, name)
 
 
+def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
+    """Of the steps of a recipe with their methods' names. Raises `UsageError` for scales behind integers, which share
+    theirs over inputs."""
+    kinds = [step.kind for _, step in recipe]
+    if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
+        what = "a rounded matrix cannot be scaled any more"
+        raise UsageError(what, got=" + ".join(method for method, _ in recipe), do="Scale first, then round.")
+
+
 def run(site: Site, steps: Sequence[Any]) -> Site:
-    """The site after all steps, in order."""
-    return solve(site, [tuple(Placed(step) for step in steps)])[0]
+    """The site after all steps, in order. An allocator takes this site for the whole model."""
+    recipe = tuple(Placed(step) for step in steps)
+    allocator = next((step for step in steps if step.kind == ALLOCATE), None)
+    if allocator is not None:
+        recipe = allotted(recipe, sparsities_over(allocator, [[site]]), [layer.name for layer in site.layers])
+    return solve(site, [recipe])[0]
+
+
+def allotted(recipe: Recipe, sparsities_of: SparsitiesOf, layers: Sequence[str]) -> Recipe:
+    """A recipe without its allocator, for these layers of one site: its steps with the sparsities allotted to them.
+
+    What is allotted is a setting like any other, so that recipes are shared and stacked as without an allocator.
+    """
+    steps = (placed for placed in recipe if placed.step.kind != ALLOCATE)
+    return tuple(dataclasses.replace(each, step=with_sparsities(each.step, sparsities_of, layers)) for each in steps)
 
 
 def solve(site: Site, recipes: Sequence[Recipe], statistics_of: StatisticsOf | None = None) -> list[Site]:
@@ -102,24 +134,29 @@ def _moved(before: Site, after: Site) -> Statistics:
     return before.statistics.scaled(after.scale_I if before.scale_I is None else after.scale_I / before.scale_I)
 
 
-def site_of(problems: Sequence[LayerProblem]) -> Site:
-    """Layer problems that share one Hessian as a site. A factor that they bring is used again."""
+def site_of(
+    problems: Sequence[LayerProblem],
+    statistics: Statistics | None = None,
+    storable_I: Callable[[Tensor], Tensor] | None = None,
+) -> Site:
+    """Layer problems that share one Hessian as a site, by default with the statistics of the first, and with nothing
+    that absorbs scales. A factor that they bring is used again."""
     first = problems[0]
     if any(problem.hessian_II is not first.hessian_II for problem in problems):
         raise StatisticsError("layers solved together must share a Hessian", where=first.name)
-    means = {Statistic.GRAM: first.hessian_II, Statistic.SQUARE_SUM: first.hessian_II.diagonal()}
-    if first.mean_abs_I is not None:
-        means[Statistic.ABS_SUM] = first.mean_abs_I
-    statistics = Statistics(means, first.name)
+    if statistics is None:
+        own = {Statistic.GRAM: first.hessian_II, Statistic.SQUARE_SUM: first.hessian_II.diagonal()}
+        statistics = Statistics({**own, **first.further}, first.name)
     if first.shared_factor is not None:
         statistics.know(first.shared_factor)
     layers = [Layer(p.name, p.weight_OI, Dense(p.weight_OI), stored_dtype=p.stored_dtype) for p in problems]
-    return Site(first.name, tuple(layers), statistics)
+    return Site(first.name, tuple(layers), statistics, storable_I=storable_I)
 
 
 def alone(step: Any, problem: LayerProblem) -> LayerSolution:
     """One step on one layer: `COMPRESSORS[name](...).compress(problem)`."""
-    return solved(problem, run(site_of([problem]), [step]).layers[0])
+    site = run(site_of([problem]), [step])
+    return solved(problem, site.layers[0], site.scale_I)
 
 
 def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[list[LayerSolution]]:
@@ -127,4 +164,9 @@ def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[l
     if not problems:
         return [[] for _ in steps]
     sites = solve(site_of(problems), [(Placed(step),) for step in steps])
-    return [[solved(problem, layer) for problem, layer in zip(problems, site.layers, strict=True)] for site in sites]
+    return [solutions(problems, site) for site in sites]
+
+
+def solutions(problems: Sequence[LayerProblem], site: Site) -> list[LayerSolution]:
+    """The answers to layer problems that a recipe left in their site."""
+    return [solved(problem, layer, site.scale_I) for problem, layer in zip(problems, site.layers, strict=True)]

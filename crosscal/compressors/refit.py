@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crosscal.compressors.masks import kept
 from crosscal.compressors.recipe import alone
+from crosscal.compressors.sparsity import kept
 from crosscal.compressors.state import Dense, Layer, Site, Statistic
 from crosscal.errors import NotPositiveDefinite, UsageError
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from crosscal.compiled import run_loops
 from crosscal.compressors.column_rule import ColumnRule
-from crosscal.compressors.numba_drops import mark_lowest
 from crosscal.compressors.panel import Pattern
-from crosscal.compressors.selection import lowest
+from crosscal.compressors.selection import lowest, mark_lowest
 from crosscal.compressors.state import Layer
 
 

@@ -1,5 +1,8 @@
-"""Exactly so many of the lowest scores; among equals the earlier. Shapes: R rows, C columns, M members of a group, P
-pairs of them."""
+"""Exactly so many of the lowest scores; among equals the earlier.
+
+Shapes: R rows, C columns, M members of a group, P pairs of them; of a block that is pruned: B its columns, O outputs of
+one layer, N scores in one bin.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosscal.compiled import compiled
+
 SAMPLED = 64
 """Of so many scores one is looked at first, to know about where the threshold lies."""
 WORTH_SAMPLING = 2**14
 """Scores from which on that is faster than selecting at once."""
+BINS = 2**13
+BITS_BELOW_BIN = np.uint32(19)
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
@@ -31,6 +39,11 @@ def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
 def lowest(score: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
     return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
+
+
+def kth_lowest(score_N: Tensor, k: int) -> float:
+    """The k-th lowest, counted from 1."""
+    return float(_kth_lowest_R1(score_N[None], k))
 
 
 def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
@@ -83,3 +96,58 @@ def _kth_lowest(score_N: np.ndarray, k: int) -> np.ndarray:
     if not below < k <= below + len(between_N):
         return np.partition(score_N, k - 1)[k - 1]
     return np.partition(between_N, k - below - 1)[k - below - 1]
+
+
+def mark_lowest(drop_BO: Tensor, work_BO: Tensor, score_B: Tensor, count: int) -> None:
+    """Set 1 at the `count` lowest (w s)² of a block, 0 elsewhere, in float32 on a CPU: the twin of `lowest`, compiled.
+
+    Numbers of one sign are ordered as their bits are, so a histogram over the leading bits says in which bin the
+    threshold lies, and only the few per cent in that bin are sorted. Scores are computed anew each time they are
+    needed, which costs less than keeping them.
+    """
+    if 0 < count < work_BO.numel():
+        _mark(work_BO.numpy(), score_B.contiguous().numpy(), count, drop_BO.numpy())
+    else:
+        drop_BO.fill_(float(count > 0))
+
+
+@compiled
+def _mark(work_BO, score_B, count, drop_BO):
+    bins = np.zeros(BINS, np.int64)
+    square_O = np.empty(work_BO.shape[1], np.float32)
+    bits_O = square_O.view(np.uint32)
+    for b in range(len(work_BO)):
+        _squares(work_BO[b], score_B[b], square_O)
+        for o in range(len(bits_O)):
+            bins[bits_O[o] >> BITS_BELOW_BIN] += 1
+    chosen, below = 0, 0
+    while below + bins[chosen] < count:
+        below += bins[chosen]
+        chosen += 1
+    inside_N, found = np.empty(bins[chosen], np.float32), 0
+    for b in range(len(work_BO)):
+        _squares(work_BO[b], score_B[b], square_O)
+        for o in range(len(bits_O)):
+            if bits_O[o] >> BITS_BELOW_BIN == chosen:
+                inside_N[found] = square_O[o]
+                found += 1
+    inside_N.sort()
+    threshold = inside_N[count - below - 1]
+    tied_that_go = count - below - np.searchsorted(inside_N, threshold)
+    for b in range(len(work_BO)):
+        _squares(work_BO[b], score_B[b], square_O)
+        drop_O = drop_BO[b]
+        for o in range(len(square_O)):
+            drop_O[o] = ONE if square_O[o] < threshold else ZERO
+        if tied_that_go:
+            for o in range(len(square_O)):
+                if square_O[o] == threshold and tied_that_go:
+                    drop_O[o] = ONE
+                    tied_that_go -= 1
+
+
+@compiled
+def _squares(work_O, score, square_O):
+    for o in range(len(work_O)):
+        root = work_O[o] * score
+        square_O[o] = root * root

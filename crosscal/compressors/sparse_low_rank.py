@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.eora import best_low_rank
-from crosscal.compressors.masks import pruned
 from crosscal.compressors.recipe import alone
 from crosscal.compressors.refit import conjugate_gradients_OI, damped_II
 from crosscal.compressors.selection import count_true
-from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
 from crosscal.statistics.factor import Eigensystem
@@ -55,7 +54,7 @@ class SparseLowRank:
     kind: ClassVar = "prune"
     needs: ClassVar = frozenset({Statistic.GRAM})
     version: ClassVar = 1
-    low_rank: ClassVar = True
+    has_low_rank: ClassVar = True
     compress = alone
 
     def __post_init__(self) -> None:

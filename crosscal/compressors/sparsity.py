@@ -1,4 +1,4 @@
-"""How much to remove, and exactly which: a fraction, or n kept of every m.
+"""How much to remove, exactly which, and what that leaves behind: weights at 0, and the mask that later steps respect.
 
 Shapes: O outputs, I inputs.
 """
@@ -9,9 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from crosscal.compressors.selection import lowest, lowest_per_row
+from crosscal.compressors.state import Dense, Layer
 from crosscal.errors import UsageError
 
 
@@ -69,3 +71,18 @@ class Sparsity:
         if per == "row":
             return ~lowest_per_row(score_OI, self.removed(score_OI.shape[1]))
         return ~lowest(score_OI, self.removed(score_OI.numel()))
+
+
+def pruned(layer: Layer, keep_OI: Tensor, weight_OI: Tensor | None = None, *, damping: float | None = None) -> Layer:
+    """The layer with the other weights 0; `weight_OI`: what the survivors are now, by default what they were.
+
+    A weight that an earlier step removed has the score 0 and stays removed.
+    """
+    keep_OI = keep_OI if layer.keep_OI is None else keep_OI & layer.keep_OI
+    weight_OI = layer.base.weight_OI if weight_OI is None else weight_OI
+    return layer.changed(Dense(torch.where(keep_OI, weight_OI, 0.0)), keep_OI=keep_OI, damping=damping)
+
+
+def kept(layer: Layer) -> Tensor:
+    """The mask of a layer; all True where nothing was pruned."""
+    return torch.ones_like(layer.target_OI, dtype=torch.bool) if layer.keep_OI is None else layer.keep_OI

@@ -12,28 +12,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from crosscal.compressors.grid import from_ints
-from crosscal.errors import StatisticsError
+from crosscal.errors import StatisticsError, UsageError
 from crosscal.statistics.factor import Eigensystem, InverseFactor, eigensystem, factor
-
-
-class Statistic(StrEnum):
-    """Sums over tokens x of a site's inputs. A step sees them as means per token, mixed over corpora."""
-
-    GRAM = "gram"
-    """Σ x xᵀ, the second moment: H."""
-    SQUARE_SUM = "square_sum"
-    """Σ x²: H's diagonal, at a thousandth of its cost."""
-    ABS_SUM = "abs_sum"
-    """Σ |x|."""
-    SUM = "sum"
-    """Σ x."""
+from crosscal.statistics.statistic import Statistic
 
 
 class Statistics:
@@ -52,6 +39,10 @@ class Statistics:
             raise StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
         return self._means[which]
 
+    def get(self, which: Statistic) -> Tensor | None:
+        """None where it was not declared."""
+        return self._means.get(which)
+
     def only(self, needs: Collection[Statistic]) -> Statistics:
         """The part that a step declared; what was derived from it stays known."""
         part = Statistics({name: self[name] for name in needs}, self._name)
@@ -61,13 +52,8 @@ class Statistics:
 
     def scaled(self, scale_I: Tensor) -> Statistics:
         """The statistics of x / s, from those of x: exact, being moments."""
-        divisor = {
-            Statistic.GRAM: scale_I * scale_I[:, None],
-            Statistic.SQUARE_SUM: scale_I.square(),
-            Statistic.ABS_SUM: scale_I,
-            Statistic.SUM: scale_I,
-        }
-        return Statistics({name: mean / divisor[name] for name, mean in self._means.items()}, self._name)
+        moved = {which: which.divided(mean, scale_I) for which, mean in self._means.items()}
+        return Statistics(moved, self._name)
 
     @property
     def hessian_II(self) -> Tensor:
@@ -158,6 +144,8 @@ class Layer:
     keep_OI: Tensor | None = None
     """False where an earlier step pruned: those weights stay 0 in every later one."""
     low_rank: LowRank | None = None
+    bias_change_O: Tensor | None = None
+    """Added to the linear's bias."""
     stored_dtype: torch.dtype | None = None
     """What the checkpoint stores the matrix in."""
     damping: float | None = None
@@ -187,7 +175,33 @@ class Site:
     statistics: Statistics
     scale_I: Tensor | None = None
     """s: inputs come divided by it, and weights stand multiplied by it; whatever makes the input absorbs 1/s."""
+    storable_I: Callable[[Tensor], Tensor] | None = None
+    """The s nearest to a given one that whatever makes the input can store 1/s of; None where nothing can absorb it."""
 
     def each(self, change: Callable[[Layer], Layer]) -> Site:
         """The site with every layer changed."""
         return dataclasses.replace(self, layers=tuple(change(layer) for layer in self.layers))
+
+    def nearest_I(self, scale_I: Tensor) -> Tensor | None:
+        """The scales nearest to these that inputs can be divided by; None where nothing can absorb them."""
+        if self.storable_I is None:
+            return None
+        return (
+            self.storable_I(scale_I) if self.scale_I is None else self.storable_I(scale_I * self.scale_I) / self.scale_I
+        )
+
+    def scaled(self, scale_I: Tensor) -> Site:
+        """The same outputs from inputs divided by s. Statistics are moved by who runs the recipe.
+
+        Raises `UsageError` for integers, whose scales are shared by inputs.
+        """
+        whole_I = scale_I if self.scale_I is None else self.scale_I * scale_I
+        return dataclasses.replace(self.each(lambda layer: _scaled(layer, scale_I)), scale_I=whole_I)
+
+
+def _scaled(layer: Layer, scale_I: Tensor) -> Layer:
+    if not isinstance(layer.base, Dense):
+        raise UsageError("a rounded matrix cannot be scaled any more", where=layer.name, do="Scale first, then round.")
+    low_rank = layer.low_rank and LowRank(layer.low_rank.left_OK, layer.low_rank.right_KI * scale_I)
+    base = Dense(layer.base.weight_OI * scale_I)
+    return dataclasses.replace(layer, target_OI=layer.target_OI * scale_I, base=base, low_rank=low_rank)

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crosscal.compressors.masks import pruned
 from crosscal.compressors.recipe import alone
+from crosscal.compressors.sparsity import pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
 

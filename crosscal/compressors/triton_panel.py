@@ -4,7 +4,8 @@ The twin of `panel.fix_panel_torch`, with the same decisions by the same arithme
 halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs.
 
 What has been run: the arithmetic, through Triton's interpreter on a CPU (`tests/test_compressors_kernels.py`). On a GPU
-it has neither been compiled nor timed yet; the same test does it where there is one.
+it has neither been compiled nor timed yet; the same test does it where there is one. Until then it is used only where
+`CROSSCAL_TRITON=1` asks for it.
 
 Shapes: C columns of the panel (P: the next power of two), R stacked rows, B rows of a program, M columns of a group.
 """

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from crosscal.compressors.masks import pruned
 from crosscal.compressors.recipe import alone
-from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 
 

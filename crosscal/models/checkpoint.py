@@ -1,6 +1,7 @@
 """Writes a compressed variant of a model as a checkpoint that transformers loads, and loads it back.
 
 block-00003.safetensors     a block, its unchanged tensors included; each may come from another machine
+adapter/                    low-rank parts that are added to linears (`adapter.py`), where there are any
 outside-00000.safetensors   embeddings, norm, head, and what the model has no place for: byte for byte the source's
 config.json, tokenizer …    the source's
 model.safetensors.index.json   written last: a folder without it is not a model
@@ -12,7 +13,6 @@ Tensors have the names that they have in the source's checkpoint, whatever class
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from crosscal.errors import ModelError, NotFinite
+from crosscal.files import whole_file, write_whole
+from crosscal.models import adapter
 from crosscal.models.building import ONE_AT_A_TIME
 from crosscal.models.export import PACKED, unpacked_weight_OI
 from crosscal.models.source import ModelSource
+from crosscal.models.tensor_files import save_tensors
 from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
 from crosscal.statistics.finite import all_finite
 
@@ -42,6 +44,7 @@ class VariantWriter:
     def __init__(self, folder: Path, source: ModelSource) -> None:
         self.folder, self.source = folder, source
         self._skeleton = source.weights.model  # for names and shapes only
+        self._adapter = adapter.AdapterWriter(folder, source)
         folder.mkdir(parents=True, exist_ok=True)
 
     def has_block(self, block: int) -> bool:
@@ -55,9 +58,13 @@ class VariantWriter:
         block as the source stores it, which is read if it is not at hand.
 
         A changed parameter is stored in the dtype the source stores it in. A linear may be replaced by its packed
-        tensors (`export.packed_tensors`). Raises `NotFinite` and `ModelError` naming the tensor.
+        tensors (`export.packed_tensors`), and have factors of a low-rank part (`adapter.factors`), which are written
+        first. Raises `NotFinite` and `ModelError` naming the tensor.
         """
         name = self.source.block_name(block)
+        factors = {key: value for key, value in changed.items() if adapter.is_factor(key)}
+        changed = {key: value for key, value in changed.items() if key not in factors}
+        self._adapter.write_block(block, factors)
         tensors = dict(self.source.load_block(block) if dense is None else dense)
         packed = {key: value for key, value in changed.items() if key.rpartition(".")[2] in PACKED}
         for key, value in changed.items():
@@ -69,7 +76,7 @@ class VariantWriter:
                 tensors[key] = value.detach().to("cpu", tensors[key].dtype)
             if value.is_floating_point() and not all_finite(value if key in packed else tensors[key]):
                 raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
-        _save(self._named(block, tensors, packed), self._block_file(block))
+        save_tensors(self._named(block, tensors, packed), self._block_file(block))
 
     def _named(self, block: int, dense: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A block's tensors under the names of the source's checkpoint."""
@@ -88,15 +95,16 @@ class VariantWriter:
             kept = {key: value for key, value in kept.items() if key not in stacked}
         return named | weights.in_checkpoint(kept)
 
-    def adopt_block(self, block: int, shard: Path) -> None:
-        """Take over a block's file that was written elsewhere."""
+    def adopt_block(self, block: int, shard: Path, adapter_file: Path | None = None) -> None:
+        """Take over a block's file that was written elsewhere, and its factors from the adapter's file there."""
         file = self._block_file(block)
-        aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        shutil.copyfile(shard, aside)
-        _settle(aside, file)
+        self._adapter.adopt_block(block, adapter_file)
+        with whole_file(file) as aside:
+            shutil.copyfile(shard, aside)
 
     def read_block(self, block: int, *, bits: int | None = None) -> dict[str, Tensor]:
-        """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean."""
+        """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean, and
+        low-rank parts added."""
         file, prefix = self._block_file(block), f"{self.source.block_name(block)}."
         written = Weights(dict.fromkeys(tensor_names(file), file), self._skeleton)
         stored = written.stored([key for key in written.files if key.rpartition(".")[2] in PACKED])
@@ -108,7 +116,7 @@ class VariantWriter:
             dense[written.target_of(f"{linear}.weight")] = unpacked_weight_OI(packed, scale_OG, shape, bits)
         expected = set(self._skeleton.state_dict()) - set(dense)
         dense.update(written.load(lambda key: key.startswith(prefix) and key in expected))
-        return {key.removeprefix(prefix): value for key, value in dense.items()}
+        return self._adapter.added(block, {key.removeprefix(prefix): value for key, value in dense.items()})
 
     def finish(self, quantization: Mapping[str, Any] | None = None) -> None:
         """Write what lies outside the blocks, then publish the variant by writing its index.
@@ -124,11 +132,12 @@ class VariantWriter:
         for number, keys in enumerate(_shards(weights, sorted(weights.files.keys() - inside))):
             file = self.folder / f"outside-{number:05d}.safetensors"
             if not file.is_file():
-                _save(weights.stored(keys), file)
+                save_tensors(weights.stored(keys), file)
         _copy_companions(self.source.path, self.folder)
         weight_map = {
             key: file.name for file in sorted(self.folder.glob("*.safetensors")) for key in tensor_names(file)
         }
+        self._adapter.finish()
         self._write_config(quantization, weight_map)
         total_bytes = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         _write_json(self.folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
@@ -149,8 +158,10 @@ class VariantWriter:
 def load_variant(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a checkpoint with dense weights, packed ones unpacked. Raises `ModelError` unless every tensor was found:
-    transformers fills one it does not find with random numbers and a warning.
+    """Load a checkpoint with dense weights, packed ones unpacked; low-rank parts are added to what linears give.
+
+    Raises `ModelError` unless every tensor was found: transformers fills one it does not find with random numbers and a
+    warning.
     """
     if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
@@ -173,6 +184,7 @@ def load_variant(
     lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
     if lost:
         raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))
+    adapter.attach(model, folder)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -198,34 +210,5 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({key: _own(tensor) for key, tensor in tensors.items()}, aside, metadata={"format": "pt"})
-    _settle(aside, file)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A tensor that is all of its storage, as the file format asks."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _write_json(file: Path, value: Any) -> None:
-    aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _settle(aside, file)
-
-
-def _settle(aside: Path, file: Path) -> None:
-    """Give a written file its name once its content is on the disk: existing means complete."""
-    _sync(aside)
-    os.replace(aside, file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(file, json.dumps(value, indent=2, sort_keys=True) + "\n")

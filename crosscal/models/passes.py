@@ -1,25 +1,29 @@
-"""Passes of one block over all hidden states: several batches side by side on a CPU, one after another on a GPU.
+"""Passes of one block over all hidden states: several batches side by side on a CPU, one after another on a GPU; while
+they run, the inputs of the block's sites are fed to moment accumulators.
 
 Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crosscal.errors import ModelError
-from crosscal.lanes import side_by_side
+from crosscal.lanes import Turns, side_by_side
+from crosscal.models import experts
 from crosscal.models.blocks import BlockCalls, StopForward, check_causal
-from crosscal.models.capture import Sums, capture
 from crosscal.models.fast_linears import fast_linears
-from crosscal.models.hidden import batches
-from crosscal.models.sites import Matrices, Site, find_matrices
+from crosscal.models.producers import with_producers
+from crosscal.models.sites import Matrices, Site, find_matrices, input_of, pre_hooks
 from crosscal.models.source import ModelSource
 from crosscal.statistics.blas import BLAS
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
@@ -55,7 +59,10 @@ class Passes:
         """Raises `UnsupportedModel` for a matrix that cannot be calibrated and for a block that is not causal."""
         first_1LD = next(iter(self.hidden.values()))[:1]
         check_causal(lambda hidden_1LD: self._run_batch(index, hidden_1LD), first_1LD, self.source.block_name(index))
-        return find_matrices(self.blocks[index], lambda: self._run_batch(index, first_1LD))
+        block, run = self.blocks[index], lambda: self._run_batch(index, first_1LD)
+        found = find_matrices(block, run)
+        tied = self.source.tied_in_block(index)
+        return dataclasses.replace(found, sites=with_producers(block, found.sites, run, tied))
 
     def pass_on(self, index: int) -> None:
         """Run a block over all slices; its outputs replace its inputs. Raises `ModelError` when one is not finite."""
@@ -151,3 +158,80 @@ def _is_finite(output_BLD: Tensor) -> Tensor:
     # nothing.
     finite = output_BLD.sum().isfinite()
     return finite if finite else output_BLD.isfinite().all()
+
+
+def batches(tokens_SL: Tensor, batch_tokens: int) -> Iterator[slice]:
+    """Ranges of windows with about `batch_tokens` tokens, and at least one window."""
+    windows = max(1, batch_tokens // tokens_SL.shape[1])
+    return (slice(start, min(start + windows, len(tokens_SL))) for start in range(0, len(tokens_SL), windows))
+
+
+class Sums:
+    """The sums of one slice's sites, to which batches add in their order, whichever lane runs them."""
+
+    def __init__(self, accumulators: Mapping[str, MomentsAccumulator]) -> None:
+        self._accumulators, self._turns = accumulators, Turns()
+
+    def add(self, number: int, site: str, input_TI: Tensor) -> None:
+        accumulator = self._accumulators[site]
+        for strip in accumulator.strips:
+            with self._turns.turn((site, strip.start), number):
+                accumulator.add_strip(input_TI, strip)
+
+    def batch(self, number: int) -> AbstractContextManager[None]:
+        """A batch adds inside; those that come later do not wait for it any more afterwards."""
+        return self._turns.job(number)
+
+
+Batch = Callable[[Sums, int], AbstractContextManager[None]]
+"""`with batch(sums, number)`: this thread's forward pass adds to `sums` as the batch of that number, from 0 on."""
+
+
+class _Pass(threading.local):
+    """What the pass of the present thread adds to, and which sites it has reached."""
+
+    sums: Sums
+    number: int
+    reached: set[str]
+
+
+@contextmanager
+def capture(block: nn.Module, sites: Sequence[Site], *, stop_after_last: bool = False) -> Iterator[Batch]:
+    """Inside, a forward pass of the block within `with batch(sums, number)` adds the inputs of each site to `sums`.
+
+    A stacked expert gets the rows of the tokens routed to it; its inner activations are computed once more for that.
+    `stop_after_last`: the pass ends with `StopForward` once every site has had its input, before the last of them
+    computes anything. A pass in which one has none (a starved expert) runs to its end. `find_sites` has seen that no
+    site is reached twice.
+    """
+    linear_sites = {site.name: site for site in sites if site.matrices[0].expert is None}
+    stacks = {site.matrices[0].parameter.rpartition(".")[0] for site in sites if site.matrices[0].expert is not None}
+    watched = {*linear_sites, *stacks}
+    present = _Pass()
+
+    @contextmanager
+    def batch(sums: Sums, number: int) -> Iterator[None]:
+        present.sums, present.number, present.reached = sums, number, set()
+        with sums.batch(number):
+            yield
+
+    def note_reached(name: str) -> None:
+        present.reached.add(name)
+        if stop_after_last and present.reached == watched:
+            raise StopForward
+
+    def note_linear(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        present.sums.add(present.number, name, input_of(args, kwargs))
+        note_reached(name)
+
+    def note_experts(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for expert, input_TH, input_TF in experts.routed_inputs(module, args, kwargs):
+            present.sums.add(present.number, f"{name}.{expert}.{experts.up_name(module)}", input_TH)
+            present.sums.add(present.number, f"{name}.{expert}.down_proj", input_TF)
+        note_reached(name)
+
+    with (
+        pre_hooks({name: block.get_submodule(name) for name in linear_sites}, note_linear),
+        pre_hooks({name: block.get_submodule(name) for name in stacks}, note_experts),
+    ):
+        yield batch

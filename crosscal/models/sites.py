@@ -17,11 +17,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models import experts
+from crosscal.models.blocks import find_blocks
 from crosscal.models.flow import DataFlow
 
 LARGE = 16
@@ -51,6 +54,43 @@ class MatrixRef:
         stored = stored if self.expert is None else stored[self.expert]
         return stored.mT if self.transposed else stored
 
+    @property
+    def bias(self) -> str:
+        """Name of the bias beside it, if there is one: a stack of experts has them elsewhere, and they are left."""
+        return "" if self.expert is not None else f"{self.name}.bias"
+
+    def bias_O(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        return parameters.get(self.bias)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The norm that makes a site's input, x = z · (offset + gain) + bias, and that nothing else reads."""
+
+    name: str
+    """E.g. `input_layernorm`."""
+    parameters: tuple[str, ...]
+    """Names of its gain and, if it has one, its bias inside the block."""
+    offset: float = 0.0
+    """What the module adds to the gain it stores: 1 in Gemma's norms."""
+
+    def divided(self, parameters: Mapping[str, Tensor], scale_I: Tensor) -> dict[str, Tensor]:
+        """Its parameters when its output is to come divided by s, in their own dtype."""
+        gain, *bias = self.parameters
+        new_gain_I = (parameters[gain].to(scale_I) + self.offset) / scale_I - self.offset
+        of_bias = {name: parameters[name].to(scale_I) / scale_I for name in bias}
+        return {name: new.to(parameters[name]) for name, new in ({gain: new_gain_I} | of_bias).items()}
+
+    def storable_I(self, parameters: Mapping[str, Tensor], scale_I: Tensor) -> Tensor:
+        """The s nearest to this one that the gain, as it is stored, can be divided by exactly: what its rounding takes
+        away, the weights can make up for. 1 where the gain would be lost."""
+        gain = self.parameters[0]
+        before_I, after_I = (
+            held[gain].to(scale_I) + self.offset for held in (parameters, self.divided(parameters, scale_I))
+        )
+        storable_I = before_I / after_I
+        return torch.where(storable_I.isfinite() & (storable_I > 0), storable_I, torch.ones_like(scale_I))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -59,6 +99,10 @@ class Site:
     name: str
     matrices: tuple[MatrixRef, ...]
     inputs: int
+    producer: Producer | None = None
+    """What can be divided by scales that the matrices are multiplied by; None: see `no_producer`."""
+    no_producer: str = ""
+    """Why scales of this input cannot be moved anywhere."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +186,13 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def without_bias(model: PreTrainedModel) -> list[str]:
+    """Linears of the blocks, and stacks of experts, that have no bias of their own; each name once for all blocks."""
+    modules = [(name, module) for block in find_blocks(model)[1] for name, module in block.named_modules()]
+    lacking = (name for name, module in modules if is_linear(module) and getattr(module, "bias", None) is None)
+    return list(dict.fromkeys([*lacking, *(name for name, module in modules if experts.is_experts(module))]))
 
 
 def _outputs(linear: nn.Module) -> int:

@@ -24,6 +24,7 @@ from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
 from crosscal.models.building import build_skeleton, causal_class
 from crosscal.models.export import dense_linears
+from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG
 from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -74,6 +75,12 @@ class ModelSource:
                 where=str(path),
                 got=f"neither {INDEX} nor {SINGLE}",
                 do="Convert the model to safetensors first." if pickled else AGAIN,
+            )
+        if (path / ADAPTER / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                "the model has low-rank parts beside its weights, which would be left out",
+                where=str(path / ADAPTER),
+                do="Give the model that it was made from.",
             )
         return cls(path, config, revision)
 
@@ -172,6 +179,12 @@ class ModelSource:
         prefix = f"{self.block_name(block)}."
         tensors = self.weights.load(lambda name: name.startswith(prefix), dtype=dtype, device=device)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def tied_in_block(self, block: int) -> set[str]:
+        """Names inside the block of parameters that also stand elsewhere in the model, or twice in the block."""
+        named = list(self.weights.model.named_parameters(remove_duplicate=False))
+        counts, prefix = Counter(id(parameter) for _, parameter in named), f"{self.block_name(block)}."
+        return {name.removeprefix(prefix) for name, p in named if name.startswith(prefix) and counts[id(p)] > 1}
 
     def load_outside(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -8,10 +8,11 @@ ahead, of the next; the Hessians of one block; and the hidden states of all toke
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,7 @@ from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.building import place_buffers
-from crosscal.models.hidden import hidden_states
-from crosscal.models.passes import Numbers, Passes
+from crosscal.models.passes import Numbers, Passes, batches
 from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import attached
@@ -175,9 +175,49 @@ def _enter(
         with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
             calls = BlockCalls(model, further_outputs(model, blocks[0], probe_BL))
         hidden = stack.enter_context(
-            hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
+            _hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
         )
     return Passes(source, blocks, calls, hidden, numbers)
+
+
+@contextmanager
+def _hidden_states(
+    slices: Mapping[str, Tensor],
+    calls: BlockCalls,
+    *,
+    batch_tokens: int,
+    device: torch.device | str,
+    spill_to: Path | None,
+) -> Iterator[dict[str, Tensor]]:
+    """What enters the first block, one [S, L, D] tensor per slice; a walk overwrites it in place, block after block.
+
+    On `device`, or in a temporary file under `spill_to` that is mapped into memory and gone afterwards.
+    """
+    if spill_to is None:
+        yield {name: _hidden_of(tokens_SL, calls, batch_tokens, device, None) for name, tokens_SL in slices.items()}
+        return
+    spill_to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="hidden-", dir=spill_to) as folder:
+        files = {name: Path(folder, str(index)) for index, name in enumerate(slices)}
+        yield {
+            name: _hidden_of(tokens_SL, calls, batch_tokens, device, files[name]) for name, tokens_SL in slices.items()
+        }
+
+
+def _hidden_of(
+    tokens_SL: Tensor, calls: BlockCalls, batch_tokens: int, device: torch.device | str, file: Path | None
+) -> Tensor:
+    first_1LD = calls.enter(tokens_SL[:1].to(device))
+    hidden_SLD = _allocate((*tokens_SL.shape, first_1LD.shape[-1]), first_1LD.dtype, device, file)
+    for batch in batches(tokens_SL, batch_tokens):
+        hidden_SLD[batch] = calls.enter(tokens_SL[batch].to(device))
+    return hidden_SLD
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, file: Path | None) -> Tensor:
+    if file is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
 def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:

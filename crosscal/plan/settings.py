@@ -85,8 +85,9 @@ def default_of(method: str, name: str) -> Any:
     return _fields(method)[name].default
 
 
-def has_setting(method: str, name: str) -> bool:
-    return name in _fields(method)
+def example_of(method: str, name: str) -> str:
+    """A value that a setting may have."""
+    return {Sparsity: "0.5", int: "4"}.get(typing.get_type_hints(COMPRESSORS[method])[name], "…")
 
 
 def _axis(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Models as artifacts of the store, kind `models`: the files of a loadable folder, named by their content."""
+"""Models as artifacts of the store, kind `models`: a loadable folder's files, with its adapter's, named by content."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from crosscal.store.local_home import LocalHome
 
 MODELS = "models"
 UNFINISHED = ".partial"
+PUBLISHED = ("*", "adapter/*")
 
 
 def publish_model(store: Store, folder: Path, provenance: Mapping[str, Any]) -> str:
     """Keep a copy of a model folder as it is; returns its key. Raises `ModelError` when it changes meanwhile."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.endswith(UNFINISHED))
-    if not any(file.name == "config.json" for file in files):
+    found = (file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file())
+    names = sorted(file.relative_to(folder).as_posix() for file in found if not file.name.endswith(UNFINISHED))
+    if "config.json" not in names:
         raise ModelError("this is not a model directory", where=str(folder), got="no config.json")
-    key = _key(files)
+    key = _key(folder, names)
     if store.find(MODELS, key) is None:
         with store.publish(MODELS, key, provenance) as staged:
-            copies = [staged / file.name for file in files]
-            for file, copy in zip(files, copies, strict=True):
-                copy_file(file, copy)
-            if _key(copies) != key:
+            for name in names:
+                _copy(folder / name, staged / name)
+            if _key(staged, names) != key:
                 raise ModelError("the model changed while it was published", where=str(folder), do="Publish it again.")
     return key
 
 
-def _key(files: Sequence[Path]) -> str:
-    return digest_of([[file.name, digest_file(file)] for file in files])
+def _key(folder: Path, names: Sequence[str]) -> str:
+    return digest_of([[name, digest_file(folder / name)] for name in names])
+
+
+def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    copy_file(file, to)
 
 
 def model_folder(store: Store, key: str, aside: Path) -> Path:
@@ -42,12 +48,11 @@ def model_folder(store: Store, key: str, aside: Path) -> Path:
     """
     artifact = store.get(MODELS, key)
     paths = {name: store.path(artifact, name) for name in artifact.files}
-    if all(path.name == name for name, path in paths.items()):
-        return paths["config.json"].parent
-    aside.mkdir(parents=True, exist_ok=True)
+    if (own := local_folder(store, key)) is not None:
+        return own
     for name, path in paths.items():
         if not (aside / name).exists():
-            copy_file(path, aside / name)
+            _copy(path, aside / name)
     return aside
 
 
@@ -64,5 +69,5 @@ def copy_model(store: Store, key: str, to: Path) -> Path:
     artifact = store.get(MODELS, key)
     to.mkdir(parents=True, exist_ok=True)
     for name in sorted(artifact.files, key=lambda name: name == "config.json"):  # last: without it, it is no model
-        copy_file(store.path(artifact, name), to / name)
+        _copy(store.path(artifact, name), to / name)
     return to

@@ -20,18 +20,18 @@ MOST_OTHERS = 4
 
 
 def curves(groups: Sequence[Group], domain: str | None, corpora: Sequence[str], axis_name: str) -> str | None:
-    """Perplexity of each corpus over `axis_name` ("sparsity" or "bits"), a line for each method and mixture."""
-    found = [group for group in in_curves(groups, domain) if _amount(group, axis_name) is not None]
-    amounts = sorted({amount for group in found if (amount := _amount(group, axis_name)) is not None})
+    """Perplexity of each corpus over `axis_name`, such as "sparsity" or "bits", a line for each method and mixture."""
+    found = [group for group in in_curves(groups, domain) if group.amount(axis_name)]
+    amounts = sorted({_value(group, axis_name) for group in found})
     if len(amounts) < 2:
         return None
     flavours, colours, marks = first_flavours(found), _mixture_colours(found, domain), marks_of(groups)
-    lines = lines_of(found, lambda group: (group.flavour, _label(group, domain)))
+    lines = lines_of(found, lambda group: (group.flavour, (_label(group, domain), _others(group, axis_name))))
     dense = next((group for group in groups if group.is_dense), None)
     with drawing(f"{axis_name} {domain}"):
         figure, axes = panels(len(corpora), columns=min(3, len(corpora)))
         for axis, corpus in zip(axes, corpora, strict=True):
-            for (flavour, mixture), line in lines.items():
+            for (flavour, (mixture, _)), line in lines.items():
                 if flavour in flavours and mixture in colours:
                     look = {"marker": MARKERS[flavours.index(flavour)], "color": colours[mixture]}
                     _curve(axis, line, corpus, axis_name, look, marks)
@@ -50,9 +50,9 @@ def _curve(
     """Fractions joined by a line; n:m patterns stand alone and hollow, for they constrain more than a fraction does."""
     for patterned in (False, True):
         measured = [
-            (_amount(group, axis_name), number.value, math.nan if number.error is None else number.error, group.name)
+            (_value(group, axis_name), number.value, math.nan if number.error is None else number.error, group.name)
             for group in line
-            if isinstance(group.setting.get("sparsity"), str) == patterned and (number := group.perplexity(corpus))
+            if _is_pattern(group) == patterned and (number := group.perplexity(corpus))
         ]
         if measured:
             x, y, error, names = zip(*sorted(measured), strict=True)
@@ -116,8 +116,18 @@ def _mixture_colours(groups: Sequence[Group], domain: str | None) -> dict[str, s
     return found | dict(zip(others[:MOST_OTHERS], COLOURS[3:], strict=False))
 
 
-def _amount(group: Group, axis_name: str) -> float | None:
-    return group.sparsity if axis_name == "sparsity" else group.setting.get("bits")
+def _value(group: Group, axis_name: str) -> float:
+    amount = group.amount(axis_name)
+    return math.nan if amount is None else amount["value"]
+
+
+def _others(group: Group, axis_name: str) -> str:
+    """What else was done, and how much of it: along one line it is the same."""
+    return ", ".join(amount["text"] for amount in group.amounts if amount["axis"] != axis_name)
+
+
+def _is_pattern(group: Group) -> bool:
+    return any(amount["is_pattern"] for amount in group.amounts)
 
 
 def _handles(flavours: Sequence[str], colours: Mapping[str, str], dense: bool) -> list[Any]:

@@ -17,8 +17,6 @@ from crosscal.report.rows import LayerRow, ResultRow, WindowRow
 GENERAL = "general"
 """The corpus that domains are weighed against."""
 DENSE = "dense"
-LEVEL = ("sparsity", "bits")
-"""The settings that say how much is compressed, and that curves are drawn over."""
 Column = tuple[str, str, str]
 """(corpus or task, split, metric)."""
 TEST = "test"
@@ -45,6 +43,8 @@ class Group:
     flavour: str
     """The method, with what else tells its groups apart beside level and mixture: "gptq", "gptq, sequential"."""
     setting: dict[str, Any]
+    amounts: list[dict[str, Any]]
+    """How much was compressed, by axis (see `ResultRow.amounts`)."""
     upstream: str
     mixture: dict[str, float]
     numbers: dict[Column, Number]
@@ -61,8 +61,13 @@ class Group:
 
     @property
     def level(self) -> str:
-        """How much was compressed, in words; groups of one level may be compared."""
-        return level_of(self.setting)
+        """How much was compressed, in words, or all settings where no amount was said; groups of one level may be
+        compared."""
+        return level_of([amount["text"] for amount in self.amounts], self.setting)
+
+    def amount(self, axis: str) -> dict[str, Any] | None:
+        """What was done last on this axis."""
+        return next((amount for amount in reversed(self.amounts) if amount["axis"] == axis), None)
 
     @property
     def alpha(self) -> float | None:
@@ -73,11 +78,6 @@ class Group:
     def domains(self) -> frozenset[str]:
         """The corpora other than the general one that have a weight; empty for a general-only mixture."""
         return frozenset(corpus for corpus, weight in self.mixture.items() if weight > 0 and corpus != GENERAL)
-
-    @property
-    def sparsity(self) -> float | None:
-        """Fraction removed; n:m keeps n of m."""
-        return sparsity_of(self.setting)
 
     def perplexity(self, corpus: str, split: str = TEST) -> Number | None:
         return self.numbers.get((corpus, split, "perplexity"))
@@ -121,24 +121,14 @@ def _stem(row: ResultRow) -> str:
     return row.variant.removesuffix(f"-s{row.seed}")
 
 
-def level_of(setting: dict[str, Any]) -> str:
-    """A setting's amount of compression, "50 % sparsity" or "4 bits g128", or all of it where neither is there."""
-    words = []
-    if (sparsity := setting.get("sparsity")) is not None:
-        words.append(f"{sparsity} sparsity" if isinstance(sparsity, str) else f"{100 * sparsity:g} % sparsity")
-    if (bits := setting.get("bits")) is not None:
-        group_size = setting.get("group_size")
-        words.append(f"{bits} bits" + (f" g{group_size}" if group_size and group_size > 0 else ""))
-    return ", ".join(words) or ", ".join(f"{key} {value}" for key, value in setting.items())
+def level_of(texts: Sequence[str], setting: Mapping[str, Any]) -> str:
+    """ "50 % sparsity, 4 bits g128"; all settings where no step said an amount."""
+    return ", ".join(texts) or ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
-def sparsity_of(setting: dict[str, Any]) -> float | None:
-    """The fraction removed that a setting asks for, written as a fraction or as n:m; None where it asks for none."""
-    sparsity = setting.get("sparsity")
-    if isinstance(sparsity, str) and ":" in sparsity:
-        kept, of = sparsity.split(":")
-        return 1.0 - int(kept) / int(of)
-    return None if sparsity is None else float(sparsity)
+def axes_of(groups: Iterable[Group]) -> list[str]:
+    """What amounts there are of, in the order of their first appearance."""
+    return list(dict.fromkeys(amount["axis"] for group in groups for amount in group.amounts))
 
 
 def _group(
@@ -164,6 +154,7 @@ def _group(
         method=first.method,
         flavour=flavour,
         setting=first.setting,
+        amounts=first.amounts,
         upstream=first.upstream,
         mixture=first.mixture,
         numbers={column: _number(found) for column, found in measured.items()},
@@ -176,10 +167,11 @@ def _group(
 
 def _flavour(row: ResultRow, firsts: Sequence[ResultRow]) -> str:
     peers = [other for other in firsts if other.method == row.method]
+    axes = {amount["axis"] for amount in row.amounts}
     differing = [
         key
         for key, value in row.setting.items()
-        if key not in LEVEL and any(other.setting.get(key) != value for other in peers)
+        if key not in axes and any(other.setting.get(key) != value for other in peers)
     ]
     words = [row.method, *(f"{key} {row.setting[key]}" for key in differing)]
     if any(other.upstream != row.upstream for other in peers):

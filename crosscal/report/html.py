@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
-from crosscal.report.files import write_whole
-from crosscal.report.groups import GENERAL, Column, Group, columns_of
+from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
@@ -111,7 +111,7 @@ def _domain_section(
 
 
 def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence[str]) -> list[str]:
-    charts = [curves(groups, domain, corpora, axis) for axis in ("sparsity", "bits")] if corpora else []
+    charts = [curves(groups, domain, corpora, axis) for axis in axes_of(groups)] if corpora else []
     return [chart for chart in charts if chart]
 
 

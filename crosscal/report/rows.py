@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from crosscal.errors import CrosscalError, UsageError
-from crosscal.report.files import write_whole
+from crosscal.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class ResultRow:
     device: str
     seconds: float
     skipped: str | None = None
+    amounts: list[dict[str, Any]] = field(default_factory=list)
+    """How much the method's steps compress, in order: what `crosscal.compressors.Amount.as_row`
+    says. Empty for the dense model and in rows of earlier versions."""
     begin_token: bool | None = None
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
 
@@ -70,6 +73,14 @@ class LayerRow:
     """Why the matrix stays as it came, "keep-dense: ..."; None for a solved one. Its losses of 0 are no result."""
     parameters: int | None = None
     """Entries of the matrix; None in files of an older version."""
+    fold: str | None = None
+    """Which module absorbed the scales of the matrix's inputs, or "none: ..." and why a method that scales them could
+    not; None where no step scales."""
+    mean_bits: float | None = None
+    """What a weight takes with scales and outliers, in the method's own format; None where `bits` says it nearly, or no
+    integers are left. The checkpoint holds such a matrix dense."""
+    rank: int | None = None
+    """Of the low-rank part that the adapter adds; None where there is none."""
 
     @property
     def stays_dense(self) -> bool:
@@ -120,10 +131,10 @@ def _parse(line: str, kind: type[Row], where: str) -> Row:
         raise UsageError("not a line of JSON", where=where, got=str(error)) from error
     if not isinstance(found, dict):
         raise UsageError("not an object", where=where)
-    required = [field.name for field in fields(kind) if field.default is MISSING]
+    required = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
     missing = [name for name in required if name not in found]
     if missing:
         raise UsageError(
             f"no {', '.join(missing)} in a {kind.__name__}", where=where, do="Was the file written by crosscal?"
         )
-    return kind(**{field.name: found[field.name] for field in fields(kind) if field.name in found})
+    return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})

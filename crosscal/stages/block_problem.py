@@ -1,19 +1,42 @@
-"""A block to be solved, and which of a sweep's variants share what. Shapes: O outputs, I inputs."""
+"""A block to be solved: its weights, which variants share what, and the statistics and energies of its sites.
+
+Each set of a site is read once, added to its corpus's sum and let go. So what is held does not grow with the sets
+(shards) that a corpus consists of: a matrix for each corpus, seed and split that some group mixes, and the one being
+read. Mixtures of corpora are made from the sums, one for each group being solved; corpora, not sets, are brought to one
+trace where a variant asks for that.
+
+Shapes: O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import functools
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from crosscal.compressors import Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
-from crosscal.stages.moments import Cached
+from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import Mixture
+from crosscal.statistics import MeanSum, Mixture, Statistic
+from crosscal.store import digest_of
 from crosscal.variants import Variant
+
+ENERGIES = "energies"
+ENERGIES_FILE = "energies.json"
+ENERGIES_FORMAT = 1  # a change of what is computed makes new keys
+
+MEASURED = frozenset({Statistic.GRAM, Statistic.SUM})
+"""What losses are measured with."""
+Place = tuple[str, int, bool]
+"""(corpus, seed, whether held out)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +55,15 @@ class BlockProblem:
     reference: Mixture
     """Where the loss of methods that need no data is measured."""
     device: str
+    sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
+    """What was allotted, by the names of the variants with an allocator."""
+
+    def recipe(self, variant: Variant, site: Site) -> Recipe:
+        """The variant's steps, with what was allotted to the matrices of a site."""
+        if variant.allocator is None:
+            return variant.steps
+        layers = [f"{self.name}.{matrix.name}" for matrix in site.matrices]
+        return allotted(variant.steps, self.sparsities[variant.name], layers)
 
     def stored_dtype(self, matrix: MatrixRef) -> torch.dtype:
         """The dtype that the checkpoint stores a matrix in."""
@@ -58,3 +90,109 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
         group = Group(mixture, variant.seed, variant.trace_normalised)
         groups.setdefault(group, []).append(variant)
     return groups
+
+
+def needed(groups: Mapping[Group, Sequence[Variant]]) -> dict[Group, frozenset[Statistic]]:
+    """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; H in
+    every case, which losses are measured with, and the mean input where a step changes biases. Allocators are done when
+    blocks are solved."""
+    found: dict[Group, frozenset[Statistic]] = {}
+    for group, members in groups.items():
+        found[group] = found.get(group, frozenset()) | {Statistic.GRAM}
+        for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
+            found[group] |= step.step.needs & MEASURED
+            seen = group if step.mixture is None else group.on(step.mixture)
+            found[seen] = found.get(seen, frozenset({Statistic.GRAM})) | step.step.needs
+    return found
+
+
+class SiteStatistics:
+    """Of one site for several groups, whichever lane asks first; let go after the last user."""
+
+    def __init__(
+        self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Statistic]], *, users: int
+    ) -> None:
+        self._problem, self._where = problem, f"{problem.name}.{site.name}"
+        self._read = functools.partial(problem.cached.read, block=problem.block, site=site)
+        self._needed, self._left, self._lock = needs, users, threading.Lock()
+        self._splits = (False, True) if any(Statistic.GRAM in each for each in needs.values()) else (False,)
+        self._sums: dict[Place, MeanSum] | None = None
+
+    def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
+        """A group's statistics, on the device, and the tokens behind them; of held-out windows what losses take.
+
+        Raises `EmptyStatistics`, `NotFinite`, and what reading the store raises.
+        """
+        with self._lock:
+            if self._sums is None:
+                self._sums = self._summed()
+            sums = {corpus: self._sums[corpus, group.seed, held_out] for corpus in group.mixture.corpora}
+        wanted = self._needed[group] & MEASURED if held_out else self._needed[group]
+        found = {corpus: each.means(f"{self._where} ({corpus})") for corpus, each in sums.items()}
+        means = {corpus: {which: every[which] for which in wanted} for corpus, every in found.items()}
+        mixed = group.mixture.mix(means, trace_normalised=group.trace_normalised)
+        on_device = {which: mean.to(self._problem.device) for which, mean in mixed.items()}
+        return Statistics(on_device, self._where), sum(each.tokens for each in sums.values())
+
+    def group_is_done(self) -> None:
+        """To be called once by each user; after the last nothing is held."""
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._sums = None
+
+    def _summed(self) -> dict[Place, MeanSum]:
+        """Every set once, in an order that does not depend on which groups are solved: sums keep their bits."""
+        of_corpora: dict[tuple[str, int], frozenset[Statistic]] = {}
+        for group, needs in self._needed.items():
+            for corpus in group.mixture.corpora:
+                of_corpora[corpus, group.seed] = of_corpora.get((corpus, group.seed), frozenset()) | needs
+        sums: dict[Place, MeanSum] = {}
+        wanted: dict[str, list[tuple[MeanSum, float]]] = {}
+        for (corpus, seed), needs in sorted(of_corpora.items()):
+            for held_out in self._splits:
+                total = sums[corpus, seed, held_out] = MeanSum(needs & MEASURED if held_out else needs)
+                sample = self._problem.samples[corpus, seed]
+                for part in (sample.held_out if held_out else sample.calibration).parts:
+                    wanted.setdefault(part.key, []).append((total, part.weight))
+        for key in sorted(wanted):
+            moments = self._read(key)
+            for total, weight in wanted[key]:
+                total.add(moments, weight)
+            del moments  # before the next one is read
+        for total in sums.values():
+            total.finish()
+        return sums
+
+
+class Energies:
+    """What losses are relative to, tr(W H Wᵀ), of one block's matrices under one mixture, by the matrices' names:
+    (calibration, held-out or None).
+
+    No setting of a method enters it, so it is computed once per mixture and kept beside the moments it comes from: two
+    of the three products that the losses of one more variant would take. Inputs that come through a variant's own
+    compressed blocks belong to that variant alone, and are not kept.
+    """
+
+    def __init__(self, cached: Cached, block: int, mixture: Any) -> None:
+        """`mixture`: what determines the Hessians, besides model and block: sets, weights and their normalisation."""
+        self._cached, self._block = cached, block
+        self._key = digest_of([ENERGIES_FORMAT, cached.model, cached.dtype, block, mixture])
+        self._artifact = cached.store.find(ENERGIES, self._key) if cached.upstream == DENSE else None
+        stored = cached.store.read_bytes(self._artifact, ENERGIES_FILE) if self._artifact else b"{}"
+        self._known: dict[str, tuple[float, float | None]] = {
+            name: (calibration, held_out) for name, (calibration, held_out) in json.loads(stored).items()
+        }
+
+    def get(self, matrix: str) -> tuple[float, float | None] | None:
+        return self._known.get(matrix)
+
+    def add(self, matrix: str, calibration: float, held_out: float | None) -> None:
+        self._known.setdefault(matrix, (calibration, held_out))
+
+    def keep(self, matrices: int) -> None:
+        """Store them, once they are those of all so many matrices."""
+        if self._cached.upstream == DENSE and self._artifact is None and len(self._known) == matrices:
+            provenance = {"model": self._cached.model, "block": self._block, "dtype": self._cached.dtype}
+            with self._cached.store.publish(ENERGIES, self._key, provenance) as folder:
+                (folder / ENERGIES_FILE).write_text(json.dumps(self._known))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
+from crosscal.compressors import SparsitiesOf
 from crosscal.errors import MissingArtifact
 from crosscal.lanes import each_side_by_side, side_by_side
 from crosscal.models.checkpoint import VariantWriter
@@ -52,6 +53,8 @@ class Workshop:
     samples: Mapping[tuple[str, int], Sample]
     reference: Mixture
     device: str
+    sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
+    """Of the variants with an allocator, by name (see `crosscal.stages.allocate`)."""
 
     def writer(self, variant: Variant) -> VariantWriter:
         return VariantWriter(self.folder / "models" / variant.name, self.source)
@@ -79,6 +82,7 @@ class Workshop:
             samples=self.samples,
             reference=self.reference,
             device=self.device,
+            sparsities=self.sparsities,
         )
 
 

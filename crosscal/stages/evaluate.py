@@ -19,6 +19,7 @@ from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus, documents
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
+from crosscal.models.adapter import adapter_files
 from crosscal.models.checkpoint import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
@@ -136,12 +137,12 @@ def windows_for_testing(
 
 
 def checkpoint_files(folder: Path, name: str = "model", report: Report = silent) -> dict[str, str]:
-    """Name → digest of a checkpoint's config and every file of weights."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """Name → digest of a checkpoint's config and every file of weights, its adapter's included."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *adapter_files(folder)]
     total_bytes, done_bytes, digests = sum(file.stat().st_size for file in files), 0, {}
     for file in files:
         report(f"{name}: bytes hashed", done_bytes, total_bytes)
-        digests[file.name] = digest_file(file)
+        digests[file.relative_to(folder).as_posix()] = digest_file(file)
         done_bytes += file.stat().st_size
     return digests
 

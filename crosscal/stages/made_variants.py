@@ -9,11 +9,14 @@ same, and solves the others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crosscal.models.adapter import WEIGHTS
+from crosscal.models.tensor_files import ADAPTER
 from crosscal.models.weights import INDEX
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
@@ -26,6 +29,7 @@ from crosscal.variants import Variant
 KIND = "made"
 PLACE = "made.json"
 BLOCKS = "block-*.safetensors"
+ALL_FACTORS = f"{ADAPTER}/{WEIGHTS}"
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,22 @@ class Made:
         return (Path(self.folder) / INDEX).is_file()
 
     def shard(self, block: int) -> Path | None:
-        """The file of a block, if it is still what it was."""
+        """The file of a block, if it is still what it was, and low-rank parts beside it are."""
         names = sorted(name for name in self.files if Path(name).match(BLOCKS))
-        file = Path(self.folder) / names[block]
-        return file if file.is_file() and digest_file(file) == self.files[file.name] else None
+        return Path(self.folder) / names[block] if self._is_as_it_was(names[block]) and self._has_adapter else None
+
+    @property
+    def adapter(self) -> Path | None:
+        """The file of all blocks' low-rank parts, where there are any."""
+        return Path(self.folder) / ALL_FACTORS if ALL_FACTORS in self.files else None
+
+    @functools.cached_property
+    def _has_adapter(self) -> bool:
+        return self.adapter is None or self._is_as_it_was(ALL_FACTORS)
+
+    def _is_as_it_was(self, name: str) -> bool:
+        file = Path(self.folder) / name
+        return file.is_file() and digest_file(file) == self.files[name]
 
 
 def made_before(shop: Workshop, variant: Variant) -> Made | None:
@@ -97,7 +113,7 @@ def take_blocks(shop: Workshop, variants: Sequence[Variant], report: Report) -> 
             shard = made.shard(block)
             if shard is not None:
                 shop.write_rows(variant, block, [row for row in made.rows if row.block == block])
-                writer.adopt_block(block, shard)
+                writer.adopt_block(block, shard, made.adapter)
                 taken += 1
             report(f"{variant.name}: taking blocks of an earlier run", done, len(missing))
     return taken

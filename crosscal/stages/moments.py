@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
 from crosscal.lanes import Behind
-from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site
+from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Producer, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
@@ -28,7 +28,7 @@ from crosscal.store import Store, digest_of
 from crosscal.store.moments import read_moments, write_moments
 
 FORMAT = 1  # of everything below; a change of meaning makes new keys
-SITES_FORMAT = 2  # of what is known of a block's matrices
+SITES_FORMAT = 3  # of what is known of a block's matrices: since 3 what makes their inputs
 DENSE = "dense"
 
 
@@ -134,7 +134,9 @@ class JustRead(Cached):
 
 
 def _site(value: dict[str, Any]) -> Site:
-    return Site(value["name"], tuple(MatrixRef(**matrix) for matrix in value["matrices"]), value["inputs"])
+    matrices, made = tuple(MatrixRef(**matrix) for matrix in value["matrices"]), value["producer"]
+    producer = made and Producer(made["name"], tuple(made["parameters"]), made["offset"])
+    return Site(value["name"], matrices, value["inputs"], producer, value["no_producer"])
 
 
 @dataclass(frozen=True)

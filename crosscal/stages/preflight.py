@@ -123,7 +123,7 @@ def reading_bytes(
 def solving_bytes(shapes: Sequence[BlockShape], variants: Sequence[Variant], *, lanes: int) -> int:
     """Memory of solving one block on so many lanes, above what the process uses already: the larger of two moments.
 
-    When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`site_hessians`),
+    When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`SiteStatistics`),
     three matrices for each group in work (its Hessian, the factor, one more), the answers for this site, and what the
     column loops of the other lanes hold. At the end: every answer, as solved and as stored, of which what was let go is
     not all the system's again, and the loops. Always the block's weights, and the file they were read from.

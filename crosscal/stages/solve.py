@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
+from crosscal.models.adapter import factors, with_low_rank
 from crosscal.models.export import can_pack, packed_tensors
 from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Group, grouped
-from crosscal.stages.energies import Energies
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
 from crosscal.stages.sample import over_sums
-from crosscal.stages.site_hessians import SiteHessians
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
 
@@ -30,7 +30,8 @@ class BlockSolution:
     """One variant's answer for one block; tensors by their names inside the block."""
 
     changed: dict[str, Tensor]
-    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones."""
+    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones; and the factors of
+    low-rank parts."""
     dense: dict[str, Tensor]
     """The changed parameters as the next block's inputs depend on them."""
     rows: list[LayerRow]
@@ -45,15 +46,15 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     energies = {group: _energies(problem, group) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
-    def solve(site: Site, group: Group, hessians: SiteHessians) -> None:
-        layers = solve_site(problem, site, hessians, group, groups[group], energies[group])
+    def solve(site: Site, group: Group, statistics: SiteStatistics) -> None:
+        layers = solve_site(problem, site, statistics, group, groups[group], energies[group])
         solved[site, group] = list(layers)
-        hessians.group_is_done()
+        statistics.group_is_done()
 
-    also = [group.on(step.mixture) for group in groups for v in groups[group] for step in v.recipe if step.mixture]
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
-    of_sites = [(site, SiteHessians(problem, site, list(groups), also)) for site in longest_first]
-    jobs = [functools.partial(solve, site, group, hessians) for site, hessians in of_sites for group in groups]
+    needs = needed(groups)
+    of_sites = [(site, SiteStatistics(problem, site, needs, users=len(groups))) for site in longest_first]
+    jobs = [functools.partial(solve, site, group, statistics) for site, statistics in of_sites for group in groups]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
@@ -66,15 +67,33 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
 
 
 def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:
-    dense = replaced_parameters(problem.parameters, {layer.matrix: layer.solution.weight_OI.cpu() for layer in layers})
+    bases_OI = {layer.matrix: layer.solution.base.weight_OI.cpu() for layer in layers}
+    dense = replaced_parameters(problem.parameters, bases_OI)
+    scales = {layer.matrix: layer.solution.scale_I for layer in layers}
+    for site in problem.sites:
+        if site.producer and (scale_I := scales[site.matrices[0]]) is not None:
+            dense |= site.producer.divided(problem.parameters, scale_I.cpu())
     changed = dict(dense)
     for layer in layers:
-        grid = layer.solution.grid
+        grid, low_rank, dtype = layer.solution.grid, layer.solution.low_rank, problem.stored_dtype(layer.matrix)
         if grid is not None and can_pack(layer.matrix):
             del changed[layer.matrix.parameter]
-            scale_OG = grid.scale_OG.to(problem.stored_dtype(layer.matrix))
-            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, scale_OG, grid.bits))
+            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, grid.scale_OG.to(dtype), grid.bits))
+        if layer.solution.bias_change_O is not None:
+            dense[layer.matrix.bias] = changed[layer.matrix.bias] = _new_bias_O(problem, layer)
+        if low_rank is not None:
+            left_OK, right_KI = (part.cpu().to(dtype) for part in (low_rank.left_OK, low_rank.right_KI))
+            changed.update(factors(layer.matrix, left_OK, right_KI))
+            stored, transposed = dense[layer.matrix.parameter], layer.matrix.transposed
+            dense[layer.matrix.parameter] = with_low_rank(stored, left_OK, right_KI, transposed=transposed)
     return BlockSolution(changed, dense, [*(layer.row for layer in layers), *left_dense_rows(problem, variant)])
+
+
+def _new_bias_O(problem: BlockProblem, layer: Layer) -> Tensor:
+    bias_O, change_O = layer.matrix.bias_O(problem.parameters), layer.solution.bias_change_O
+    if bias_O is None or change_O is None:
+        raise ModelError("this linear has no bias to correct", where=layer.row.layer, do="Leave out `bias`.")
+    return (bias_O.to(change_O) + change_O).cpu().to(bias_O.dtype)
 
 
 def _energies(problem: BlockProblem, group: Group) -> Energies:

@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
-from crosscal.compressors.problem import solved
-from crosscal.compressors.recipe import site_of
+from crosscal.compressors.problem import output_loss
+from crosscal.compressors.recipe import site_of, solutions
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Group
-from crosscal.stages.energies import Energies
-from crosscal.stages.site_hessians import SiteHessians
+from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
@@ -36,7 +35,7 @@ class Layer:
 def solve_site(
     problem: BlockProblem,
     site: Site,
-    hessians: SiteHessians,
+    statistics: SiteStatistics,
     group: Group,
     members: Sequence[Variant],
     energies: Energies,
@@ -50,7 +49,7 @@ def solve_site(
     while stacks:
         together = stacks.pop(0)
         try:
-            solutions.append((together, _solve_together(problem, site, hessians, group, together, energies)))
+            solutions.append((together, _solve_together(problem, site, statistics, group, together, energies)))
         except StatisticsError as error:
             if all(variant.fallback != KEEP_DENSE for variant in together):
                 raise
@@ -58,9 +57,9 @@ def solve_site(
                 yield from _kept_dense(problem, site, together, str(error))
             else:
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
-    held_out_II = _held_out(hessians, group) if solutions else None
+    held_out = _held_out(statistics, group) if solutions else None
     for together, done in solutions:
-        yield from _measured(problem, site, together, done, held_out_II, energies)
+        yield from _measured(problem, site, together, done, held_out, energies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,23 +76,23 @@ class _Solved:
 def _solve_together(
     problem: BlockProblem,
     site: Site,
-    hessians: SiteHessians,
+    statistics: SiteStatistics,
     group: Group,
     members: Sequence[Variant],
     energies: Energies,
 ) -> _Solved:
     started = time.monotonic()
-    hessian_II, tokens = hessians(group)
-    problems = _layer_problems(problem, site, hessian_II, energies)
+    own, tokens = statistics(group)
+    problems = _layer_problems(problem, site, own, energies)
 
     def statistics_on(mixture: Mixture) -> Statistics:
         """What a step with a mixture of its own sees."""
-        own_II = hessians(group.on(mixture))[0]
-        means = {Statistic.GRAM: own_II, Statistic.SQUARE_SUM: own_II.diagonal()}
-        return Statistics(means, f"{problem.name}.{site.name}")
+        return statistics(group.on(mixture))[0]
 
-    states = solve(site_of(problems), [variant.steps for variant in members], statistics_on)
-    answers = [[solved(layer, done) for layer, done in zip(problems, state.layers, strict=True)] for state in states]
+    storable_I = site.producer and functools.partial(site.producer.storable_I, problem.parameters)
+    recipes = [problem.recipe(variant, site) for variant in members]
+    states = solve(site_of(problems, own, storable_I), recipes, statistics_on)
+    answers = [solutions(problems, state) for state in states]
     return _Solved(problems, answers, tokens, (time.monotonic() - started) / (len(members) * len(problems)))
 
 
@@ -102,23 +101,25 @@ def _measured(
     site: Site,
     members: Sequence[Variant],
     done: _Solved,
-    held_out_II: Tensor | None,
+    held_out: Statistics | None,
     energies: Energies,
 ) -> Iterator[tuple[Variant, Layer]]:
-    for matrix, layer, solutions in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
+    held_out_II = held_out.hessian_II if held_out else None
+    mean_I = held_out.get(Statistic.SUM) if held_out else None
+    for matrix, layer, answers in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
         held_out_energy = known[1] if known else _energy(layer, held_out_II)
         energies.add(matrix.name, layer.energy, held_out_energy)
-        for variant, solution in zip(members, solutions, strict=True):
-            loss = _relative_loss(layer, solution, held_out_II, held_out_energy)
+        for variant, solution in zip(members, answers, strict=True):
+            loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I)
             row = _row(problem, site, variant, layer, solution, loss, done.tokens, done.seconds)
             yield variant, Layer(matrix, solution, row)
 
 
-def _held_out(hessians: SiteHessians, group: Group) -> Tensor | None:
-    """The Hessian of the held-out windows; None where none of their tokens came by (an expert of few tokens)."""
+def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:
+    """What losses on the held-out windows take; None where none of their tokens came by (an expert of few tokens)."""
     try:
-        return hessians(group, held_out=True)[0]
+        return statistics(group, held_out=True)[0]
     except EmptyStatistics:
         return None
 
@@ -127,14 +128,17 @@ def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
     return None if hessian_II is None else quadratic_loss(layer.weight_OI, hessian_II)
 
 
-def _layer_problems(problem: BlockProblem, site: Site, hessian_II: Tensor, energies: Energies) -> list[LayerProblem]:
+def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: Energies) -> list[LayerProblem]:
+    hessian_II, mean_I = own.hessian_II, own.get(Statistic.SUM)
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
             weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, hessian_II.dtype),
             hessian_II=hessian_II,
+            further={} if mean_I is None else {Statistic.SUM: mean_I},
             stored_dtype=problem.stored_dtype(matrix),
+            bias_O=None if (bias_O := matrix.bias_O(problem.parameters)) is None else bias_O.to(hessian_II),
             known_energy=pair[0] if (pair := known[matrix.name]) else None,
         )
         for matrix in site.matrices
@@ -162,22 +166,36 @@ def _row(
         relative_loss=solution.relative_loss,
         heldout_relative_loss=held_out_loss,
         sparsity=solution.sparsity,
-        bits=solution.grid.bits if solution.grid else None,
+        bits=getattr(solution.base, "bits", None),
+        mean_bits=getattr(solution.base, "mean_bits", None),
+        rank=solution.low_rank.left_OK.shape[1] if solution.low_rank else None,
         damping=solution.damping,
         dead_inputs=layer.dead_inputs,
         tokens=tokens,
         seconds=seconds,
         parameters=layer.weight_OI.numel(),
+        fold=_fold(site, variant, solution),
     )
 
 
+def _fold(site: Site, variant: Variant, solution: LayerSolution) -> str | None:
+    if solution.scale_I is not None and site.producer is not None:
+        return site.producer.name
+    scales = any(placed.step.kind == "transform" for placed in variant.steps)
+    return f"none: {site.no_producer}" if scales else None
+
+
 def _relative_loss(
-    layer: LayerProblem, solution: LayerSolution, hessian_II: Tensor | None, energy: float | None
+    layer: LayerProblem,
+    solution: LayerSolution,
+    hessian_II: Tensor | None,
+    energy: float | None,
+    mean_I: Tensor | None = None,
 ) -> float | None:
     """None without an energy to compare with: a ratio to nothing is no loss of 0."""
     if hessian_II is None or energy is None or energy <= 0:
         return None
-    return quadratic_loss(layer.weight_OI - solution.weight_OI, hessian_II) / energy
+    return output_loss(layer.weight_OI - solution.weight_OI, hessian_II, solution.bias_change_O, mean_I) / energy
 
 
 def _kept_dense(

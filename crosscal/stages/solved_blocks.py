@@ -1,8 +1,8 @@
 """Solved blocks in the store: how a block travels from the machine that solved it to the run directory.
 
-One artifact per (model, variant, sets of its mixture, block): the block's shard as the run directory keeps it, and its
-layer rows. Where machines share only the store, existing there means solved; a run that collected a block needs the
-artifact no longer, and `crosscal store gc` may remove it.
+One artifact per (model, variant, sets of its mixture, block): the block's shard and low-rank parts as the run directory
+keeps them, and its layer rows. Where machines share only the store, existing there means solved; a run that collected a
+block needs the artifact no longer, and `crosscal store gc` may remove it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
         rows = read_rows(store.path(artifact, ROWS), LayerRow)
         # A plan may call the same variant differently.
         shop.write_rows(variant, block, [dataclasses.replace(row, variant=variant.name) for row in rows])
-        shard = next(name for name in artifact.files if name != ROWS)
-        shop.writer(variant).adopt_block(block, store.path(artifact, shard))
+        shard, *adapter = sorted((name for name in artifact.files if name != ROWS), key=lambda name: "/" in name)
+        adapter_file = store.path(artifact, adapter[0]) if adapter else None
+        shop.writer(variant).adopt_block(block, store.path(artifact, shard), adapter_file)
     return len(missing)
 
 

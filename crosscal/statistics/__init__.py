@@ -1,8 +1,8 @@
 """What layers saw, from sums over tokens to a factored Hessian. Pure: torch only."""
 
 from crosscal.statistics.factor import InverseFactor, factor
-from crosscal.statistics.hessian_sum import HessianSum
-from crosscal.statistics.mixture import Mixture
+from crosscal.statistics.mixture import MeanSum, Mixture
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
+from crosscal.statistics.statistic import Statistic
 
-__all__ = ["HessianSum", "InputMoments", "InverseFactor", "Mixture", "MomentsAccumulator", "factor"]
+__all__ = ["InputMoments", "InverseFactor", "MeanSum", "Mixture", "MomentsAccumulator", "Statistic", "factor"]

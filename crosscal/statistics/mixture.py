@@ -1,21 +1,29 @@
-"""Cross-calibration: one Hessian out of several corpora.
+"""Cross-calibration: one Hessian out of several corpora, and every other statistic by the same weights.
+
+`MeanSum` adds up the sets that stand for one corpus, `Mixture` weighs corpora against each other.
 
 Source: arXiv 2502.18424 (cross-calibration, later MixCal) combines a general and an in-domain Hessian through one
 regularisation parameter. The working form here, H = Σ_k w_k · gram_k / tokens_k with Σ w_k = 1, is our reading of it:
 weights act per token, so that a corpus's size does not decide its say.
+
+Shapes: I inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crosscal.errors import StatisticsError, UsageError
-from crosscal.statistics.moments import InputMoments
+from crosscal.statistics.moments import InputMoments, check_sum
+from crosscal.statistics.statistic import Statistic
+
+Means = Mapping[Statistic, Tensor]
+"""Per token."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +71,42 @@ class Mixture:
         if len(self.weights) == 1:
             return moments[self.corpora[0]].hessian_II(name)
         grams = {corpus: moments[corpus].gram_II for corpus in self.corpora}
-        return self._sum(grams, {corpus: moments[corpus].mass for corpus in self.corpora}, trace_normalised)
+        masses = {corpus: moments[corpus].mass for corpus in self.corpora}
+        traces = {corpus: float(grams[corpus].diagonal().sum()) / masses[corpus] for corpus in self.corpora}
+        scales = self._scales(traces if trace_normalised else None)
+        return self._sum(grams, {corpus: weight * scales[corpus] / masses[corpus] for corpus, weight in self.weights})
 
-    def mix(self, hessians: Mapping[str, Tensor], *, trace_normalised: bool = False) -> Tensor:
-        """H = Σ_k w_k H_k of each corpus's Hessian; of a single corpus its own matrix, not a copy.
+    def mix(self, means: Mapping[str, Means], *, trace_normalised: bool = False) -> dict[Statistic, Tensor]:
+        """m = Σ_k w_k m_k of every statistic of all corpora; of a single corpus its own tensors, not copies.
 
-        `trace_normalised` scales every H_k to the weighted mean of their traces first, so that no corpus dominates a
-        site by the scale of its activations; the trace of the mixture stays what it was.
+        `trace_normalised` brings the corpora to one trace first, so that none dominates a site by the scale of its
+        activations: corpus k is taken as √s_k x, s_k = (Σ_j w_j tr H_j) / tr H_k, which multiplies a statistic of
+        degree d by s_k^(d/2). The trace of the mixture stays what it was. It needs E[x xᵀ] or E[x²].
         """
         if len(self.weights) == 1:
-            return hessians[self.corpora[0]]
-        return self._sum(hessians, dict.fromkeys(self.corpora, 1.0), trace_normalised)
+            return dict(means[self.corpora[0]])
+        traces = {corpus: _trace(means[corpus]) for corpus in self.corpora} if trace_normalised else None
+        scales = self._scales(traces)
+        return {
+            which: self._sum(
+                {corpus: means[corpus][which] for corpus in self.corpora},
+                {corpus: weight * scales[corpus] ** (which.degree / 2) for corpus, weight in self.weights},
+            )
+            for which in means[self.corpora[0]]
+        }
 
-    def _sum(self, grams: Mapping[str, Tensor], masses: Mapping[str, float], trace_normalised: bool) -> Tensor:
-        traces = {corpus: float(grams[corpus].diagonal().sum()) / masses[corpus] for corpus in self.corpora}
+    def _scales(self, traces: Mapping[str, float] | None) -> dict[str, float]:
+        """s of every corpus."""
+        if traces is None:
+            return dict.fromkeys(self.corpora, 1.0)
         mean_trace = sum(weight * traces[corpus] for corpus, weight in self.weights)
-        mixed_II = torch.zeros_like(grams[self.corpora[0]])
-        for corpus, weight in self.weights:
-            scale = mean_trace / traces[corpus] if trace_normalised and traces[corpus] > 0 else 1.0
-            mixed_II.add_(grams[corpus], alpha=weight * scale / masses[corpus])
-        return mixed_II
+        return {corpus: mean_trace / trace if trace > 0 else 1.0 for corpus, trace in traces.items()}
+
+    def _sum(self, parts: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
+        mixed = torch.zeros_like(parts[self.corpora[0]])
+        for corpus in self.corpora:
+            mixed.add_(parts[corpus], alpha=factors[corpus])
+        return mixed
 
     def _check(self, moments: Mapping[str, InputMoments], name: str) -> None:
         missing = [corpus for corpus in self.corpora if corpus not in moments]
@@ -95,3 +119,58 @@ class Mixture:
     def mean_abs_I(self, moments: Mapping[str, InputMoments]) -> Tensor:
         """Σ_k w_k · mean |x| over corpus k."""
         return torch.stack([moments[corpus].mean_abs_I * weight for corpus, weight in self.weights]).sum(0)
+
+
+def _trace(means: Means) -> float:
+    """tr H = Σ_i E[x_i²]."""
+    gram = means.get(Statistic.GRAM)
+    return float((means[Statistic.SQUARE_SUM] if gram is None else gram.diagonal()).sum())
+
+
+class MeanSum:
+    """Means Σ_k w_k · sum_k / Σ_k w_k · mass_k of some statistics over the sets that were added, of which none is kept.
+
+    A set counts by the tokens that reached the site, so that one without, as an expert may have, leaves its part to the
+    others. One set alone is its own mean, bit for bit.
+    """
+
+    def __init__(self, wanted: Collection[Statistic] = (Statistic.GRAM,)) -> None:
+        self.tokens = 0
+        self._wanted = sorted(wanted)
+        self._sums: dict[Statistic, Tensor] = {}
+        self._weights: list[float] = []
+        self._masses: list[float] = []
+
+    def add(self, moments: InputMoments, weight: float) -> None:
+        """Raises `StatisticsError` for moments of another width."""
+        if moments.tokens == 0:
+            return
+        for which in self._wanted:
+            self._add(which, moments[which], weight)
+        self._weights.append(weight)
+        self._masses.append(moments.mass)
+        self.tokens += moments.tokens
+
+    def _add(self, which: Statistic, sum_: Tensor, weight: float) -> None:
+        if not self._masses:
+            self._sums[which] = sum_.clone()
+            return
+        total = self._sums[which]
+        if total.shape != sum_.shape:
+            widths = f"{len(total)} and {len(sum_)} inputs"
+            raise StatisticsError("moments of different sites cannot be mixed", got=widths)
+        if len(self._masses) == 1:
+            total.mul_(self._weights[0])
+        total.add_(sum_, alpha=weight)
+
+    def finish(self) -> None:
+        """Make means of the sums, once; then nothing can be added any more."""
+        weighted = sum(weight * mass for weight, mass in zip(self._weights, self._masses, strict=True))
+        for total in self._sums.values():
+            total.div_(self._masses[0] if len(self._masses) == 1 else weighted)
+
+    def means(self, name: str = "site") -> dict[Statistic, Tensor]:
+        """After `finish`; not to be changed. Raises `EmptyStatistics`, `NotFinite`."""
+        for which in self._wanted:
+            check_sum(which, self._sums.get(which, torch.empty(0, 0)), self.tokens, name)
+        return dict(self._sums)

@@ -15,6 +15,7 @@ from torch import Tensor
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
 from crosscal.statistics.half_product import add_half_product, strips
 from crosscal.statistics.numba_sums import add_sums
+from crosscal.statistics.statistic import Statistic
 
 CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
 MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
@@ -80,6 +81,18 @@ class InputMoments:
         """What means divide by: the sum of the tokens' weights, and so their number where none is weighted."""
         return self.tokens if self.weighted_tokens is None else self.weighted_tokens
 
+    def __getitem__(self, which: Statistic) -> Tensor:
+        """A sum by its name; a view, not to be changed."""
+        match which:
+            case Statistic.GRAM:
+                return self.gram_II
+            case Statistic.SQUARE_SUM:
+                return self.gram_II.diagonal()
+            case Statistic.ABS_SUM:
+                return self.abs_sum_I
+            case Statistic.SUM:
+                return self.sum_I
+
     @property
     def inputs(self) -> int:
         return self.gram_II.shape[0]
@@ -91,7 +104,7 @@ class InputMoments:
 
     def check(self, name: str = "moments") -> None:
         """Raises `EmptyStatistics`, `NotFinite` where there is no Hessian."""
-        check_second_moment(self.gram_II, self.tokens, name)
+        check_sum(Statistic.GRAM, self.gram_II, self.tokens, name)
 
     @property
     def mean_abs_I(self) -> Tensor:
@@ -99,14 +112,13 @@ class InputMoments:
         return self.abs_sum_I / (self.mass or 1)
 
 
-def check_second_moment(sum_II: Tensor, tokens: int, name: str) -> None:
-    """Raises `EmptyStatistics`, `NotFinite` for a sum of x xᵀ that is no basis for a Hessian."""
+def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
+    """Raises `EmptyStatistics`, `NotFinite` for a sum that is no basis for a mean."""
     if tokens == 0:
         raise EmptyStatistics(
             "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
         )
-    # Σ x² bounds every product sum (Cauchy-Schwarz), so a finite diagonal is a finite matrix.
-    if not torch.isfinite(sum_II.diagonal()).all():
+    if not torch.isfinite(which.finite_part(sum_)).all():
         raise NotFinite("the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16.")
 
 
@@ -161,17 +173,17 @@ class MomentsAccumulator:
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
-        return self._moments(self._upper_II.to("cpu", copy=True))
+        return self._moments(self._upper_II.clone())
 
     def finish(self) -> InputMoments:
         """The sums, on the CPU. Nothing can be added any more: there they are the accumulator's own, not a copy."""
         upper_II = self._upper_II
         del self._upper_II
-        return self._moments(upper_II.to("cpu"))
+        return self._moments(upper_II)
 
     def _moments(self, gram_II: Tensor) -> InputMoments:
-        _mirror(gram_II)
-        dtype = gram_II.dtype
+        _mirror(gram_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
+        gram_II, dtype = gram_II.to("cpu"), gram_II.dtype
         abs_sum_I, sum_I = (vector_I.to("cpu", dtype, copy=True) for vector_I in (self._abs_sum_I, self._sum_I))
         return InputMoments(gram_II, abs_sum_I, sum_I, self._tokens)
 

@@ -39,7 +39,7 @@ _DAMAGED = "Run `crosscal store verify --quarantine`, then the same command agai
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete, immutable folder of files. `files` maps a name to its `sha256` and `bytes`."""
+    """A complete, immutable folder of files. `files` maps a name (`x`, `folder/x`) to its `sha256` and `bytes`."""
 
     kind: str
     key: str
@@ -227,7 +227,9 @@ def _versions() -> dict[str, str]:
 
 
 def _write_manifest(staged: Path, kind: str, key: str, provenance: dict[str, Any]) -> None:
-    files = {f.name: {"sha256": digest_file(f), "bytes": f.stat().st_size} for f in sorted(staged.iterdir())}
+    found = sorted(file for file in staged.rglob("*") if file.is_file())
+    names = {file.relative_to(staged).as_posix(): file for file in found}
+    files = {name: {"sha256": digest_file(f), "bytes": f.stat().st_size} for name, f in names.items()}
     body = {
         "format": FORMAT,
         "kind": kind,

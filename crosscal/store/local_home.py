@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from crosscal.files import sync
 from crosscal.store.heartbeat import USERS, begin, signs
 from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
@@ -43,15 +44,15 @@ class LocalHome:
     def publish(self, staged: Path, place: str) -> bool:
         target = self.root / place
         with disk_errors(str(self.root)):
-            for file in staged.iterdir():
-                _sync(file)
-            _sync(staged)
+            for file in staged.rglob("*"):
+                sync(file)
+            sync(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
             while not _renamed(staged, target):
                 if (target / MANIFEST).exists():
                     return False
                 self.remove(place)  # a folder without a manifest is nothing, and must not stand in the way
-            _sync(target.parent)
+            sync(target.parent)
         return True
 
     def create(self, place: str, content: bytes) -> bool:
@@ -61,10 +62,10 @@ class LocalHome:
             with disk_errors(str(self.root)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 aside.write_bytes(content)
-                _sync(aside)
+                sync(aside)
                 if not _linked(aside, target):
                     return False
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(aside.parent, ignore_errors=True)
         return True
@@ -182,11 +183,3 @@ def _linked(aside: Path, target: Path) -> bool:
             return False
         os.replace(aside, target)
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -227,7 +227,7 @@ class RemoteHome:
         return f"{self.root}/{place}"
 
     def _file(self, place: str, name: str, sha256: str) -> str:
-        return self._at(f"{place}/{sha256[:16]}-{name}")
+        return self._at(f"{place}/{sha256[:16]}-{name.replace('/', '-')}")  # all in one folder, to be found by `names`
 
     def _fetch(self, place: str, name: str, sha256: str, copy: Path) -> bool:
         path = self._file(place, name, sha256)

@@ -32,8 +32,8 @@ class Verified:
         self._journal = Journal(refs, "verified")
         self._stamps: dict[str, dict[str, str]] = defaultdict(dict)
         for path, stamp in home.stamps("objects").items():
-            artifact, _, name = path.rpartition("/")
-            self._stamps[artifact][name] = stamp
+            parts = path.split("/")
+            self._stamps["/".join(parts[:2])]["/".join(parts[2:])] = stamp
         self._new: dict[str, dict[str, str]] = {}
 
     def holds(self, kind: str, key: str) -> bool:

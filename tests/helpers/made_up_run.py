@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from crosscal.compressors import Sparsity, amounts_of
 from crosscal.report import LayerRow, ResultRow, WindowRow, write_rows
 
 DENSE = {"general": 80.0, "biomedical": 50.0, "legal": 25.0, "wikitext2": 200.0}
@@ -33,7 +35,17 @@ def result(variant: str = "dense", **changes: Any) -> ResultRow:
         "device": "cpu",
         "seconds": 1.0,
     }
-    return ResultRow(**{**fields, **changes})
+    found = {**fields, **changes}
+    return ResultRow(**{"amounts": amounts(found["setting"]), **found})
+
+
+def amounts(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a setting amounts to, as a method with such settings would say."""
+    step = SimpleNamespace(kind="quantize" if "bits" in setting else "prune", **setting)
+    if "sparsity" in setting:
+        step.sparsity = Sparsity.parse(setting["sparsity"])
+    step.group_size = setting.get("group_size")
+    return [amount.as_row() for amount in amounts_of(step)]
 
 
 def layer(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:

@@ -5,13 +5,14 @@ Shapes: T tokens, I inputs, O outputs, G groups.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from crosscal.compressors import LayerProblem, LayerSolution
+from crosscal.compressors import LayerProblem, LayerSolution, Statistic
 
 BLOCK = 128  # columns that share a pruning threshold
 
@@ -42,18 +43,20 @@ def layer(
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
     if stored_dtype is not None:
         weight_OI = weight_OI.to(stored_dtype)
-    hessian_II = _second_moment_II(inputs, seed, tuple(dead)).to(dtype, copy=True)
-    return LayerProblem(name, weight_OI.to(dtype), hessian_II, stored_dtype=stored_dtype)
+    gram_II, abs_I, mean_I = (mean.to(dtype, copy=True) for mean in _means(inputs, seed, tuple(dead)))
+    further = {Statistic.ABS_SUM: abs_I, Statistic.SUM: mean_I}
+    return LayerProblem(name, weight_OI.to(dtype), gram_II, further, stored_dtype=stored_dtype)
 
 
 @functools.cache
-def _second_moment_II(inputs: int, seed: int, dead: tuple[int, ...]) -> Tensor:
+def _means(inputs: int, seed: int, dead: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x xᵀ, |x| and x."""
     input_TI = correlated_inputs_TI(2 * inputs + 16, inputs, seed=seed, dead=dead)
-    return input_TI.mT @ input_TI / len(input_TI)
+    return input_TI.mT @ input_TI / len(input_TI), input_TI.abs().mean(0), input_TI.mean(0)
 
 
 def with_hessian(problem: LayerProblem, hessian_II: Tensor) -> LayerProblem:
-    return LayerProblem(problem.name, problem.weight_OI, hessian_II, stored_dtype=problem.stored_dtype)
+    return dataclasses.replace(problem, hessian_II=hessian_II)
 
 
 def true_loss(problem: LayerProblem, solution: LayerSolution) -> float:

@@ -1,0 +1,189 @@
+"""How much of each layer is to go, so that the model as a whole loses as much as was asked for.
+
+An allocator is a barrier between two phases of a recipe. `summarise` answers for one block, on any machine, with a
+number a layer; `allocate` is pure, sees the numbers of all layers, and says for each what fraction is removed. The
+steps behind it then have that sparsity in place of their own.
+
+Shapes: O outputs, I inputs, L layers, N weights of a unit (a block or a layer).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from crosscal.compressors.sparsity import Sparsity
+from crosscal.compressors.state import Layer, Site, Statistic
+from crosscal.errors import UsageError
+
+ALLOCATE = "allocate"
+Unit = Literal["block", "layer"]
+SparsitiesOf = Callable[[float], Mapping[str, float]]
+"""Target → layer → the fraction that is removed from it."""
+
+
+class Allocator(Protocol):
+    kind: ClassVar = ALLOCATE
+    needs: ClassVar[frozenset[Statistic]]
+    version: ClassVar[int]
+
+    def summarise(self, block: Sequence[Site]) -> dict[str, float]:
+        """A number for every layer of a block, from its dense weights and the statistics that `needs` names."""
+        ...
+
+    def allocate(self, summary: Mapping[str, float], target: float, weights: Mapping[str, int]) -> dict[str, float]:
+        """The fraction removed from each layer; the mean over all weights, of which a layer has so many, is `target`.
+
+        A method that counts over a whole matrix then removes round(fraction · weights) of each, so that the total is
+        within half a weight a layer of target · weights; one that counts in rows, within half a weight a row.
+        """
+        ...
+
+
+def summarised(allocator: Any, block: Sequence[Site]) -> dict[str, float]:
+    """`summarise`, which is shown the statistics that it declares and no others."""
+    return allocator.summarise(
+        [dataclasses.replace(site, statistics=site.statistics.only(allocator.needs)) for site in block]
+    )
+
+
+def sparsities_over(allocator: Any, blocks: Sequence[Sequence[Site]]) -> SparsitiesOf:
+    """What an allocator decides for a model of so many blocks."""
+    layers = [layer for block in blocks for site in block for layer in site.layers]
+    weights = {layer.name: layer.target_OI.numel() for layer in layers}
+    summary = {name: number for block in blocks for name, number in summarised(allocator, block).items()}
+    return lambda target: allocator.allocate(summary, target, weights)
+
+
+def of_units(block: Sequence[Site], per: Unit, number: Callable[[list[Tensor]], float]) -> dict[str, float]:
+    """`number` of the scores |W_oi| √H_ii (Wanda's) of a block's matrices together, the same for each; or one by one.
+
+    As in the papers' code, which joins the scores of a block's matrices before it looks at them.
+    """
+    scores = {
+        layer.name: layer.target_OI.abs() * site.statistics.square_I.sqrt() for site in block for layer in site.layers
+    }
+    if per == "layer":
+        return {name: number([score_OI]) for name, score_OI in scores.items()}
+    return dict.fromkeys(scores, number(list(scores.values()))) if scores else {}
+
+
+def check_spread(spread: float, per: str) -> None:
+    """Raises `UsageError`."""
+    if not 0 <= spread <= 1 or per not in ("block", "layer"):
+        raise UsageError("`spread` is 0 to 1, `per` is block or layer", got=f"spread {spread}, per {per}")
+
+
+def spread_out(
+    importance: Mapping[str, float], target: float, weights: Mapping[str, int], spread: float
+) -> dict[str, float]:
+    """Less is removed the more important a layer is, over a range of 2 · spread around the target:
+
+        x_l = 2 · spread · (importance_l - min) / (max - min),   sparsity_l = target - (x_l - mean of x)
+
+    the mean being that over weights, and over blocks of equal size the papers' mean over blocks. Where that leaves
+    [0, 1], the others take the rest (`filled`). Without a spread, or between equals, every layer has the target itself.
+    """
+    if not importance:
+        return {}
+    found_L = np.array(list(importance.values()), dtype=np.float64)
+    weight_L = np.array([weights[name] for name in importance], dtype=np.float64)
+    width = np.ptp(found_L)
+    share_L = (found_L - found_L.min()) / width * (2 * spread) if width > 0 else np.zeros_like(found_L)
+    wanted_L = target - (share_L - np.average(share_L, weights=weight_L))
+    return dict(zip(importance, filled(wanted_L, weight_L, target).tolist(), strict=True))
+
+
+def filled(wanted_L: np.ndarray, weight_L: np.ndarray, target: float) -> np.ndarray:
+    """What is wanted, moved by one number for all and cut to [0, 1], so that the weighted mean is the target.
+
+    min(max(wanted + t, 0), 1) has a mean that grows with t in straight pieces between the t at which some layer
+    becomes full or empty; the piece that holds the target says which t it is.
+    """
+    if wanted_L.min() >= 0 and wanted_L.max() <= 1:
+        return wanted_L
+
+    def mean(move: float) -> float:
+        return float(np.average(np.clip(wanted_L + move, 0, 1), weights=weight_L))
+
+    edges = np.unique(np.concatenate([-wanted_L, 1 - wanted_L]))
+    after = min(max(bisect.bisect_left(edges, target, key=mean), 1), len(edges) - 1)
+    low, high = edges[after - 1], edges[after]
+    part = (target - mean(low)) / (mean(high) - mean(low))
+    return np.clip(wanted_L + low + part * (high - low), 0, 1)
+
+
+def with_sparsities(step: Any, sparsities_of: SparsitiesOf, layers: Sequence[str]) -> Any:
+    """The step with what was allotted to these layers of one site; as it is when it removes nothing.
+
+    A layer that an allocator knows nothing of keeps the step's own setting: its statistics cannot be read, and the
+    solve says so. Raises `UsageError` for n:m, which is the same everywhere.
+    """
+    sparsity = getattr(step, "sparsity", None)
+    if sparsity is None:
+        return step
+    if sparsity.group:
+        raise UsageError("n:m cannot be allotted", got=str(sparsity), do="Give a fraction behind an allocator.")
+    sparsities = sparsities_of(sparsity.fraction)
+    steps = tuple(
+        dataclasses.replace(step, sparsity=Sparsity(sparsities.get(layer, sparsity.fraction))) for layer in layers
+    )
+    return steps[0] if len(set(steps)) == 1 else PerLayer(steps)
+
+
+EXAMPLE = "For example `steps: [{method: owl}, {method: sparsegpt, sparsity: 0.7}]`."
+
+
+def check_allocator(recipe: Sequence[tuple[str, Any]]) -> None:
+    """Of the steps of a recipe with their methods' names. Raises `UsageError`.
+
+    An allocator looks at the dense matrices, so it stands first; there is one; some step behind it removes a fraction,
+    and none removes n:m, which is the same in every layer.
+    """
+    allocators = [number for number, (_, step) in enumerate(recipe) if step.kind == ALLOCATE]
+    if not allocators:
+        return
+    name, last = recipe[allocators[0]][0], allocators[-1]
+    if last:
+        what = f"{recipe[last][0]} looks at the dense matrices: it stands first, and alone"
+        raise UsageError(what, got=" + ".join(method for method, _ in recipe), do=EXAMPLE)
+    removed = [sparsity for _, step in recipe if (sparsity := getattr(step, "sparsity", None)) is not None]
+    if not removed:
+        raise UsageError(f"{name} shares out a sparsity, and no step behind it has one", do=EXAMPLE)
+    for sparsity in removed:
+        if sparsity.group:
+            what = f"{name} cannot share out n:m, which is the same in every layer"
+            raise UsageError(what, got=str(sparsity), do=f"Give a fraction, or leave {name} out.")
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A step with another setting for each layer of a site: layers of equal settings are solved together, and all
+    share what is derived from the site's statistics."""
+
+    steps: tuple[Any, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.steps[0].kind
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.steps[0].needs
+
+    @property
+    def version(self) -> int:
+        return self.steps[0].version
+
+    def __call__(self, site: Site) -> Site:
+        done: dict[str, Layer] = {}
+        for step in dict.fromkeys(self.steps):
+            own = tuple(layer for layer, its in zip(site.layers, self.steps, strict=True) if its == step)
+            done |= {layer.name: layer for layer in step(dataclasses.replace(site, layers=own)).layers}
+        return site.each(lambda layer: done[layer.name])

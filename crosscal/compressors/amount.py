@@ -1,0 +1,58 @@
+"""How much a step compresses: what variants are named by, compared at and drawn over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Amount:
+    axis: str
+    """What it is an amount of, and the name of the setting that says it: `sparsity`, `bits`."""
+    value: float
+    text: str
+    """"50 % sparsity", "4 bits g128": what has the same text may be compared."""
+    label: str
+    """In a name: "50", "w4g128"."""
+    said_by: tuple[str, ...]
+    """The settings that the label says."""
+    is_pattern: bool = False
+    """n:m, which constrains more than a fraction of the same value does."""
+
+    def as_row(self) -> dict[str, Any]:
+        """As rows of results hold it."""
+        return {"axis": self.axis, "value": self.value, "text": self.text, "is_pattern": self.is_pattern}
+
+
+def amounts_of(step: Any) -> tuple[Amount, ...]:
+    """What a step says itself by `amounts`, or else its sparsity and the grid of its integers."""
+    if (own := getattr(step, "amounts", None)) is not None:
+        return own
+    found = []
+    if (sparsity := getattr(step, "sparsity", None)) is not None:
+        how_much, label = str(sparsity), f"{sparsity.kept}of{sparsity.group}"
+        if not sparsity.group:
+            how_much, label = f"{100 * sparsity.fraction:g} %", f"{100 * sparsity.fraction:g}"
+        text, is_pattern = f"{how_much} sparsity", sparsity.group is not None
+        found.append(Amount("sparsity", sparsity.fraction, text, label, ("sparsity",), is_pattern))
+    if (grid := grid_of([step])) is not None:
+        bits, group_size = grid
+        suffix = f"g{group_size}" if group_size else ""
+        text = f"{bits} bits {suffix}".rstrip()
+        found.append(Amount("bits", bits, text, f"w{bits}{suffix}", ("bits", "group_size")))
+    return tuple(found)
+
+
+def grid_of(steps: Sequence[Any]) -> tuple[int, int | None] | None:
+    """(bits, inputs per scale) of the integers that a recipe leaves; None where no step rounds, or the last one that
+    does leaves a form that cannot be packed."""
+    rounding = [step for step in steps if step.kind == "quantize"]
+    is_packed = bool(rounding) and getattr(rounding[-1], "is_packed", True)
+    return (rounding[-1].bits, rounding[-1].group_size) if is_packed else None
+
+
+def is_written_dense(steps: Sequence[Any]) -> bool:
+    """Whether the integers that a recipe leaves have a form that no checkpoint holds: written in the model's dtype."""
+    return grid_of(steps) is None and any(step.kind == "quantize" for step in steps)

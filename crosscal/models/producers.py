@@ -1,0 +1,138 @@
+"""Which norm makes the input of a site, and can be divided by scales that the site's weights are multiplied by.
+
+Shapes: I inputs of a site.
+
+Found by watching one run: the norm whose output is the very tensor that the site's matrices read. Verified by running
+the block twice more: a random s, dividing the norm and multiplying the matrices, must leave the block's output as it
+was. It does not where anything else depends on the norm (a router, a residual branch), or where the norm computes
+something else than supposed. All numbers involved are powers of two and the norms' own parameters are out of the way,
+so that a right fold changes no bit in any dtype. Matrices that make other matrices' inputs (v and o, up and down) are
+no producers here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosscal.models.sites import Producer, Site, input_of, is_linear, pre_hooks, replaced_parameters
+from crosscal.models.weights import attached
+
+OFFSETS = (0.0, 1.0)
+"""Gains are stored as they are, or less one (Gemma)."""
+TOLERANCE = 1e-6
+"""Of the output's norm; a right fold has 0 but for sums of no fixed order."""
+NO_NORM = "no norm makes its input"
+EXPERT = "an expert shares its input with the router and other experts"
+TIED = "{} is tied to another parameter of the model"
+OTHERS = "something else depends on {}"
+
+
+def with_producers(
+    block: nn.Module, sites: Sequence[Site], run: Callable[[], Tensor], tied: Collection[str] = ()
+) -> tuple[Site, ...]:
+    """The sites, each with its producer or the reason why it has none. `run()` gives the block's output, the same at
+    each call, and `tied` names the block's parameters that also stand elsewhere in the model."""
+    makers = _makers(block, sites, run)
+    reasons = {site.name: EXPERT if site.matrices[0].expert is not None else NO_NORM for site in sites}
+    candidates: dict[Site, Producer] = {}
+    for site in (site for site in sites if site.name in makers):
+        name = makers[site.name]
+        if len(block.get_submodule(name).get_parameter("weight")) != site.inputs:
+            continue  # what the matrices read is a view that cuts the norm's output otherwise
+        parameters = tuple(f"{name}.{part}" for part, _ in block.get_submodule(name).named_parameters(recurse=False))
+        lost = [parameter for parameter in parameters if parameter in tied]
+        reasons[site.name] = TIED.format(lost[0]) if lost else OTHERS.format(name)
+        if not lost:
+            candidates[site] = Producer(name, parameters)
+    found = _verified(block, candidates, run)
+    return tuple(
+        dataclasses.replace(site, producer=found[site])
+        if site in found
+        else dataclasses.replace(site, no_producer=reasons[site.name])
+        for site in sites
+    )
+
+
+def _makers(block: nn.Module, sites: Sequence[Site], run: Callable[[], object]) -> dict[str, str]:
+    """Site -> the norm whose output, or a view of it, its matrices are handed, unchanged since."""
+    made: dict[int, tuple[str, int, Tensor]] = {}  # holds the outputs, so that no tensor's identity is used again
+    makers: dict[str, str] = {}
+
+    def note_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read = _whole(input_of(args, kwargs))
+        norm, version, _ = made.get(id(read), ("", -1, None))
+        if version == read._version:
+            makers[name] = norm
+
+    linears = {site.name: block.get_submodule(site.name) for site in sites if site.matrices[0].expert is None}
+    with ExitStack() as stack, pre_hooks(linears, note_input):
+        for name, norm in block.named_modules():
+            if _is_norm(norm):
+
+                def note_output(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                    if isinstance(output, Tensor):
+                        made[id(_whole(output))] = (name, output._version, _whole(output))
+
+                stack.callback(norm.register_forward_hook(note_output).remove)
+        run()
+    return makers
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a view is a view of."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A gain and at most a bias, of one dimension: a matrix of one row is none."""
+    own = dict(module.named_parameters(recurse=False))
+    names = list(own)
+    return (
+        names in (["weight"], ["weight", "bias"]) and all(p.ndim == 1 for p in own.values()) and not is_linear(module)
+    )
+
+
+def _verified(block: nn.Module, candidates: Mapping[Site, Producer], run: Callable[[], Tensor]) -> dict[Site, Producer]:
+    """Those that hold: all at once if they do, or else one by one."""
+    if not candidates:
+        return {}
+    for offset in OFFSETS:
+        supposed = {site: dataclasses.replace(producer, offset=offset) for site, producer in candidates.items()}
+        if _holds(block, supposed, run):
+            return supposed
+    if len(candidates) == 1:
+        return {}
+    return {k: v for site, producer in candidates.items() for k, v in _verified(block, {site: producer}, run).items()}
+
+
+def _holds(block: nn.Module, folds: Mapping[Site, Producer], run: Callable[[], Tensor]) -> bool:
+    """Whether the block computes the same with random scales folded."""
+    chance = torch.Generator().manual_seed(0)
+    parameters = dict(block.named_parameters())
+    plain: dict[str, Tensor] = {}
+    folded: dict[str, Tensor] = {}
+    for site, producer in folds.items():
+        gain, *bias = producer.parameters
+        scale_I = _powers_of_two(parameters[gain], chance)
+        own = {gain: torch.ones_like(parameters[gain]) - producer.offset}
+        own |= {name: _powers_of_two(parameters[name], chance) for name in bias}
+        weights = {matrix: matrix.weight_OI(parameters) * scale_I for matrix in site.matrices}
+        plain |= own
+        folded |= producer.divided(own, scale_I) | replaced_parameters(parameters, weights)
+    with attached(block, plain):
+        before = run()
+    with attached(block, plain | folded):
+        after = run()
+    return bool((after - before).norm() <= TOLERANCE * before.norm())
+
+
+def _powers_of_two(like: Tensor, chance: torch.Generator) -> Tensor:
+    """Of 1/4, 1/2, 2 and 4: never 1."""
+    exponents = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, like.shape, generator=chance)]
+    return exponents.exp2().to(like)

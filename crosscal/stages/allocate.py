@@ -1,0 +1,153 @@
+"""The barrier in front of the solves: what allocators see of every layer of the model, and what they decide.
+
+One artifact per (model, allocator, sets of its mixture, block), a number and a size for every layer, and one of all
+blocks together: kilobytes, from the dense model's moments, also for a variant whose own inputs come through its
+compressed blocks. Whoever misses one makes it; what is decided is a pure function of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from crosscal.compressors import Dense, Layer, SparsitiesOf, summarised
+from crosscal.compressors import Site as State
+from crosscal.errors import StatisticsError
+from crosscal.lanes import side_by_side
+from crosscal.models.sites import Site
+from crosscal.stages.block_problem import BlockProblem, Group, SiteStatistics
+from crosscal.stages.compress import Workshop
+from crosscal.stages.sample import over_sums
+from crosscal.statistics import Statistic
+from crosscal.statistics.finite import all_finite
+from crosscal.store import digest_of
+from crosscal.variants import Variant
+
+FORMAT = 1  # a change of what is summarised makes new keys; of how, the allocator's version
+KIND = "summaries"
+FILE = "summary.json"
+
+Summary = Mapping[str, tuple[float, int]]
+"""Layer → (its number, its weights)."""
+
+
+def allocated(shop: Workshop, variants: Sequence[Variant]) -> Workshop:
+    """The workshop with what the allocators of these variants decide, for `Workshop.problem`."""
+    summaries: dict[str, Summary] = {}
+    sparsities: dict[str, SparsitiesOf] = {}
+    for variant in variants:
+        if variant.allocator is not None:
+            key = _key(shop, variant)
+            if key not in summaries:
+                summaries[key] = _of_all_blocks(shop, variant)
+            sparsities[variant.name] = _sparsities_of(variant.allocator.step, summaries[key])
+    return dataclasses.replace(shop, sparsities=sparsities)
+
+
+def unsummarised(shop: Workshop, variants: Sequence[Variant]) -> list[int]:
+    """Blocks of which some variant's allocator has not been told."""
+    by_key = {_key(shop, variant): variant for variant in variants if variant.allocator is not None}
+    wanted = [variant for key, variant in by_key.items() if _read(shop, key) is None]
+    blocks = range(shop.source.blocks)
+    return [b for b in blocks if any(shop.cached.store.find(KIND, _key(shop, v, b)) is None for v in wanted)]
+
+
+def summarise_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
+    """See that the store has what these variants' allocators see of a block; returns how many were made."""
+    store = shop.cached.store
+    by_key = {_key(shop, variant, block): variant for variant in variants if variant.allocator is not None}
+    missing = {key: variant for key, variant in by_key.items() if store.find(KIND, key) is None}
+    if missing:
+        problem = shop.problem(block, shop.cached)
+        states = _states(problem, missing.values())
+        for key, variant in missing.items():
+            assert variant.allocator is not None
+            found = states[_group(shop, variant)]
+            weights = {layer.name: layer.target_OI.numel() for site in found for layer in site.layers}
+            numbers = summarised(variant.allocator.step, found)
+            _publish(shop, key, variant, {name: (number, weights[name]) for name, number in numbers.items()})
+    return len(missing)
+
+
+def _states(problem: BlockProblem, variants: Collection[Variant]) -> dict[Group, list[State]]:
+    """Each group's sites with the statistics that its allocators need; every set of a site is read once.
+
+    Left out is a site whose statistics cannot be read (an expert without tokens), or whose weights are not finite: its
+    solve raises the same, unless the plan allows for it.
+    """
+    needs: dict[Group, frozenset[Statistic]] = {}
+    for variant in variants:
+        assert variant.allocator is not None
+        group = _group(problem, variant)
+        needs[group] = needs.get(group, frozenset()) | variant.allocator.step.needs
+
+    def of_site(site: Site) -> dict[Group, State]:
+        statistics, found = SiteStatistics(problem, site, needs, users=1), {}
+        weights = {matrix.name: matrix.weight_OI(problem.parameters) for matrix in site.matrices}
+        for group in needs if all(map(all_finite, weights.values())) else ():
+            try:
+                own, _ = statistics(group)
+            except StatisticsError:
+                continue
+            like = own[next(iter(needs[group]))]
+            targets = {f"{problem.name}.{name}": weight_OI.to(like) for name, weight_OI in weights.items()}
+            layers = tuple(Layer(name, weight_OI, Dense(weight_OI)) for name, weight_OI in targets.items())
+            found[group] = State(f"{problem.name}.{site.name}", layers, own)
+        return found
+
+    of_sites = side_by_side([functools.partial(of_site, site) for site in problem.sites], problem.device)
+    return {group: [found[group] for found in of_sites if group in found] for group in needs}
+
+
+def _group(known: Workshop | BlockProblem, variant: Variant) -> Group:
+    """Whose Hessian the variant's allocator sees."""
+    assert variant.allocator is not None
+    mixture = variant.allocator.mixture or variant.mixture or known.reference
+    return Group(mixture, variant.seed, variant.trace_normalised)
+
+
+def _key(shop: Workshop, variant: Variant, block: int | None = None) -> str:
+    """Everything that an allocator's summary of a block, or of all, depends on."""
+    assert variant.allocator is not None
+    group = _group(shop, variant)
+    samples = {corpus: shop.samples[corpus, group.seed] for corpus in group.mixture.corpora}
+    sets = over_sums(group.mixture, samples).weights
+    allocator = variant.allocator.key[:-1]  # the mixture is told by the sets behind it
+    normalised = group.trace_normalised and "corpora"
+    return digest_of([FORMAT, shop.cached.model, shop.cached.dtype, allocator, sets, normalised, block])
+
+
+def _of_all_blocks(shop: Workshop, variant: Variant) -> Summary:
+    key = _key(shop, variant)
+    found = _read(shop, key)
+    if found is None:
+        found = {}
+        for block in range(shop.source.blocks):
+            summarise_block(shop, block, [variant])
+            found.update(_read(shop, _key(shop, variant, block)) or {})
+        _publish(shop, key, variant, found)
+    return found
+
+
+def _sparsities_of(allocator: Any, summary: Summary) -> SparsitiesOf:
+    numbers = {layer: number for layer, (number, _) in summary.items()}
+    weights = {layer: weight for layer, (_, weight) in summary.items()}
+    return functools.cache(lambda target: allocator.allocate(numbers, target, weights))
+
+
+def _read(shop: Workshop, key: str) -> dict[str, tuple[float, int]] | None:
+    artifact = shop.cached.store.find(KIND, key)
+    if artifact is None:
+        return None
+    stored = json.loads(shop.cached.store.read_bytes(artifact, FILE))
+    return {layer: (number, weights) for layer, (number, weights) in stored.items()}
+
+
+def _publish(shop: Workshop, key: str, variant: Variant, summary: Summary) -> None:
+    assert variant.allocator is not None
+    provenance = {"model": shop.cached.model, "allocator": variant.allocator.method}
+    with shop.cached.store.publish(KIND, key, provenance) as folder:
+        (folder / FILE).write_text(json.dumps(summary))

@@ -1,0 +1,316 @@
+"""Models whose norms have absorbed the scales of a recipe: same outputs, true losses, whoever makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from crosscal.errors import PlanError
+from crosscal.models import ModelSource
+from crosscal.models.checkpoint import load_variant
+from crosscal.models.export import can_pack
+from crosscal.models.sites import Site
+from crosscal.plan import CompressionPlan
+from crosscal.progress import silent
+from crosscal.report.rows import LayerRow, ResultRow, read_rows
+from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.made_variants import note_made, take_blocks
+from crosscal.stages.solve import solve_block
+from crosscal.stages.solved_blocks import collect_block, publish_block
+from crosscal.statistics import Mixture
+from crosscal.store import Store, digest_file
+from crosscal.variants import KEEP_DENSE, RecipeStep, Variant, variants
+from tests.helpers.tiny_models import load_plain, save_model, windows
+from tests.helpers.tiny_place import crosscal, make_place
+from tests.helpers.tiny_run import collect, sample, workshop
+
+FAMILIES = ("llama", "gemma2", "gpt2", "opt", "phi", "qwen3-moe", "deepseek-v3", "gpt-oss", "falcon-new", "bloom")
+ROUNDOFF_F32 = 1e-4
+AWQ = ("awq", {"bits": 3, "group_size": 4})
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut would leave is not asked here."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def recipe(name: str, *steps: tuple[str, dict[str, Any]], **more: Any) -> Variant:
+    made = tuple(RecipeStep(method, tuple(settings.items())) for method, settings in steps)
+    return Variant(name, made, Mixture.of({"general": 1.0}), more.pop("upstream", "dense"), 0, False, **more)
+
+
+FOLDED = recipe("folded", AWQ)
+ROUNDED = recipe("rounded", AWQ, ("rtn", {"bits": 3, "group_size": 4}))
+SOLVED = recipe("solved", AWQ, ("gptq", {"bits": 3, "group_size": 8, "damping": 0.01}))
+PRUNED = recipe("pruned", AWQ, ("sparsegpt", {"sparsity": 0.5, "damping": 0.01}), ("refit", {}))
+PLAIN = recipe("plain", ("rtn", {"bits": 3, "group_size": 4}))
+EVERY = [FOLDED, ROUNDED, SOLVED, PRUNED, PLAIN]
+
+
+def shop_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count: int = 40) -> Workshop:
+    """A model of a family, a few of whose norms' gains are large, and its moments. Every expert has tokens."""
+    weights = save_model(family, folder / "model", dtype=dtype) / "model.safetensors"
+    tensors = load_file(weights)
+    for tensor in (tensor for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")):
+        tensor[::7] += 6
+    save_file(tensors, weights, metadata={"format": "pt"})
+    source = ModelSource.open(folder / "model")
+    store = Store(folder / "home")
+    shop = workshop(folder / "run", store, source, sample(store, "general", windows(count, seed=1)))
+    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
+    return shop
+
+
+def make(shop: Workshop, wanted: list[Variant]) -> None:
+    for block in range(shop.source.blocks):
+        compress_block(shop, block, wanted)
+    for each in wanted:
+        publish_variant(shop, each)
+
+
+def sites_of(shop: Workshop) -> list[tuple[int, Site]]:
+    return [(block, site) for block in range(shop.source.blocks) for site in shop.cached.sites(block) or ()]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): digest_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(windows(3, seed=9), use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_alone_change_no_output_of_the_loaded_checkpoint(family: str, tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, family)
+    make(shop, [FOLDED])
+    made = tmp_path / "run" / "models" / "folded"
+    before, after = logits(load_plain(shop.source.path)), logits(load_plain(made))
+    assert (after - before).norm() <= 1e-5 * before.norm()
+    dense, stored = load_plain(shop.source.path).state_dict(), load_plain(made).state_dict()
+    rows = {row.layer: row for row in layer_rows(shop, [FOLDED])}
+    changed: dict[bool, list[bool]] = {True: [], False: []}
+    for block, site in sites_of(shop):
+        prefix = f"{shop.source.block_name(block)}."
+        folds = {rows[prefix + matrix.name].fold for matrix in site.matrices}
+        assert folds == {site.producer.name if site.producer else f"none: {site.no_producer}"}
+        made_by = site.producer.parameters if site.producer else ()
+        for name in (*made_by, *(matrix.parameter for matrix in site.matrices)):
+            changed[bool(made_by)].append(not torch.equal(dense[prefix + name], stored[prefix + name]))
+    assert any(changed[True])
+    assert not any(changed[False])
+    assert all(row.relative_loss <= 1e-10 for row in rows.values())
+    assert not (json.loads((made / "config.json").read_text()).get("quantization_config"))
+
+
+@torch.no_grad()
+def true_relative_losses(shop: Workshop, each: Variant) -> dict[str, float]:
+    """‖W x - V x'‖² / ‖W x‖² of every matrix, from the loaded models alone: x is what the dense model hands to it, x'
+    what the variant's own norm makes of that norm's input in the dense model."""
+    dense = load_plain(shop.source.path, torch.float64)
+    made = load_variant(shop.folder / "models" / each.name, dtype=torch.float64)
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, args, kwargs: inputs.__setitem__(name, args[0] if args else next(iter(kwargs.values())))
+
+    for name, module in dense.named_modules():
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+    dense(windows(40, seed=1)[:-2], use_cache=False)
+    found: dict[str, float] = {}
+    for block, site in sites_of(shop):
+        prefix = f"{shop.source.block_name(block)}."
+        for matrix in site.matrices:
+            x = inputs[prefix + matrix.name]
+            moved = x
+            if site.producer:
+                moved = made.get_submodule(prefix + site.producer.name)(inputs[prefix + site.producer.name])
+            weights = [matrix.weight_OI({matrix.parameter: model.get_parameter(prefix + matrix.parameter)})
+                       for model in (dense, made)]  # fmt: skip
+            wanted = x @ weights[0].mT
+            error = wanted - moved @ weights[1].mT
+            found[prefix + matrix.name] = float(error.square().sum() / wanted.square().sum())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_reported_losses_are_those_of_the_files(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """LayerNorm's bias, too, is rounded as it is stored: GPT-2's losses may differ by that."""
+    shop = shop_of(tmp_path, family, dtype)
+    make(shop, EVERY)
+    for each in EVERY:
+        expected = true_relative_losses(shop, each)
+        rows = [row for row in layer_rows(shop, [each]) if row.fallback is None]
+        assert {row.layer for row in rows} == expected.keys()
+        rounding = 1e-3 if (family, dtype) == ("gpt2", torch.bfloat16) else 1e-6
+        for row in rows:
+            assert row.relative_loss == pytest.approx(expected[row.layer], rel=2e-3 + rounding, abs=rounding)
+            assert (row.fold is None) == (each is PLAIN)
+
+
+def test_scales_help_where_a_few_inputs_are_large(tmp_path: Path) -> None:
+    """Rounding behind scales costs no more, matrix by matrix of every site that could be scaled: r = 0 is tried."""
+    shop = shop_of(tmp_path, "llama")
+    make(shop, [ROUNDED, PLAIN])
+    of = {each.name: {row.layer: row.loss for row in layer_rows(shop, [each])} for each in (ROUNDED, PLAIN)}
+    for block, site in sites_of(shop):
+        layers = [f"{shop.source.block_name(block)}.{matrix.name}" for matrix in site.matrices]
+        folded, plain = (sum(of[name][layer] for layer in layers) for name in ("rounded", "plain"))
+        assert folded <= plain * (1 + 1e-6) if site.producer else folded == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3-moe"])
+def test_what_is_loaded_is_what_was_solved(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, family, dtype)
+    make(shop, EVERY)
+    for each in EVERY:
+        state = load_variant(shop.folder / "models" / each.name).state_dict()
+        for block in range(shop.source.blocks):
+            solution = solve_block(shop.problem(block, shop.cached), [each])[each.name]
+            for name, tensor in solution.dense.items():
+                assert torch.equal(state[f"{shop.source.block_name(block)}.{name}"], tensor.to(dtype)), name
+    packed = [key for key in contents(shop.folder / "models" / "rounded") if "safetensors" in key]
+    assert packed
+    grids = {row.layer: row.bits for row in layer_rows(shop, [ROUNDED]) if row.fallback is None}
+    assert set(grids.values()) == {3}
+    assert any(can_pack(matrix) for _, site in sites_of(shop) for matrix in site.matrices) or family == "gpt2"
+
+
+def test_the_stored_dtype_rounds_a_fold_once(tmp_path: Path) -> None:
+    """In bfloat16 the norm's own rounding is made up for by the weights: gain · weight, which the input meets, is off
+    by the rounding of the weight alone."""
+    for family in ("llama", "gemma2"):
+        shop = shop_of(tmp_path / family, family, torch.bfloat16)
+        make(shop, [FOLDED])
+        dense, made = (load_plain(path).state_dict() for path in (shop.source.path, shop.folder / "models" / "folded"))
+        for block, site in ((block, site) for block, site in sites_of(shop) if site.producer):
+            prefix = f"{shop.source.block_name(block)}."
+            assert site.producer
+            gains = [state[prefix + site.producer.parameters[0]] + site.producer.offset for state in (dense, made)]
+            for matrix in site.matrices:
+                pairs = zip((dense, made), gains, strict=True)
+                before, after = (state[prefix + matrix.parameter] * gain for state, gain in pairs)
+                torch.testing.assert_close(after, before, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-9)
+
+
+@pytest.mark.parametrize("each", [ROUNDED, PRUNED], ids=lambda each: each.name)
+@torch.no_grad()
+def test_sequential_inputs_come_through_the_folded_blocks(each: Variant, tmp_path: Path) -> None:
+    """The moments of a later block are those of the model as it was written, before that block's own norm is divided;
+    a run that was killed goes on to the same model."""
+    shop = shop_of(tmp_path, "llama")
+    each = dataclasses.replace(each, upstream="sequential")
+    compress_sequential(shop, each, batch_tokens=64, report=silent)
+    publish_variant(shop, each)
+    made = shop.folder / "models" / each.name
+    model, dense = load_variant(made, dtype=torch.float64), load_plain(shop.source.path)
+    entering: list[Tensor] = []
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    model(windows(40, seed=1)[:-2], use_cache=False)
+    input_TI = dense.model.layers[1].input_layernorm(entering[0]).flatten(0, 1)
+    energies = {  # tr(W H Wᵀ) of the dense matrix on these inputs
+        row.layer: float((input_TI @ dense.get_parameter(f"{row.layer}.weight").double().mT).square().sum())
+        for row in layer_rows(shop, [each])
+        if row.site == "self_attn.q_proj" and row.block == 1
+    }
+    for row in layer_rows(shop, [each]):
+        if row.layer in energies:
+            assert row.fold == "input_layernorm"
+            assert row.loss / row.relative_loss == pytest.approx(energies[row.layer] / len(input_TI), rel=ROUNDOFF_F32)
+    before = contents(made)
+    for late in (1, 2):
+        (made / f"block-{late:05d}.safetensors").unlink()
+    (made / "model.safetensors.index.json").unlink()
+    shutil.rmtree(tmp_path / "home")
+    again = shop_of(tmp_path, "llama")
+    compress_sequential(again, each, batch_tokens=64, report=silent)
+    publish_variant(again, each)
+    assert contents(made) == before
+
+
+def test_blocks_of_other_machines_and_runs_are_the_same(tmp_path: Path) -> None:
+    shop = shop_of(tmp_path, "gemma2")
+    make(shop, EVERY)
+    expected = contents(shop.folder / "models")
+    away = dataclasses.replace(shop, folder=tmp_path / "away")
+    for block in range(shop.source.blocks):
+        publish_block(shop, block, EVERY)
+        assert collect_block(away, block, EVERY) == len(EVERY)
+    for each in EVERY:
+        publish_variant(away, each)
+    assert contents(away.folder / "models") == expected
+    folded = [row.fold for row in layer_rows(shop, EVERY)]
+    assert folded == [row.fold for row in layer_rows(away, EVERY)]
+    later = dataclasses.replace(shop, folder=tmp_path / "later")
+    for each in EVERY:
+        made = shop.folder / "models" / each.name
+        files = {name: digest for name, digest in contents(made).items() if name.endswith(".safetensors")}
+        note_made(shop, each, files, layer_rows(shop, [each]))
+    assert take_blocks(later, EVERY, silent) == len(EVERY) * shop.source.blocks
+    for each in EVERY:
+        publish_variant(later, each)
+    assert contents(later.folder / "models") == expected
+
+
+def test_a_site_that_stays_dense_divides_no_norm(tmp_path: Path) -> None:
+    """Few tokens: H is singular, and without damping nothing can be solved where the plan allows for that."""
+    shop = shop_of(tmp_path, "llama", count=3)
+    each = recipe("kept", AWQ, ("sparsegpt", {"sparsity": 0.5, "damping": 0.0}), fallback=KEEP_DENSE)
+    make(shop, [each])
+    rows = layer_rows(shop, [each])
+    kept = {row.layer for row in rows if row.fallback}
+    assert kept
+    assert {row.fold for row in rows if row.fallback} == {None}
+    dense, made = (load_plain(path).state_dict() for path in (shop.source.path, shop.folder / "models" / "kept"))
+    for block, site in ((block, site) for block, site in sites_of(shop) if site.producer):
+        prefix = f"{shop.source.block_name(block)}."
+        assert site.producer
+        for name in [*site.producer.parameters, *(matrix.parameter for matrix in site.matrices)]:
+            assert torch.equal(dense[prefix + name], made[prefix + name]) == (prefix + site.name in kept)
+
+
+def test_a_plan_with_awq_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = make_place(tmp_path)
+    scales, at = {"method": "awq", "bits": 3, "group_size": 32}, {"domain": "legal", "alpha": 0.5}
+    rounding = [{"method": name, "bits": 4, "group_size": 32} for name in ("rtn", "gptq")]
+    place.write_plan(compress=[{**at, "steps": [scales, last]} for last in rounding] + [{**at, **scales}])
+    run = Path(place.run()["run_dir"])
+    rows = {row.variant: row for row in read_rows(run / "results.jsonl", ResultRow) if row.corpus_or_task == "legal"}
+    names = [
+        "awq-bits3-groupsize32-rtn-w4g32-legal-a0.5",
+        "awq-bits3-groupsize32-gptq-w4g32-legal-a0.5",
+        "awq-bits3-groupsize32-legal-a0.5",
+    ]
+    assert list(rows) == ["dense", *names]
+    assert [amount["text"] for amount in rows[names[0]].amounts] == ["4 bits g32"]
+    assert rows[names[2]].amounts == []
+    assert rows[names[2]].value == pytest.approx(rows["dense"].value, rel=1e-4)
+    layers = read_rows(run / "layers.jsonl", LayerRow)
+    assert {row.fold for row in layers if row.site == "self_attn.q_proj"} == {"input_layernorm"}
+    assert {row.fold for row in layers if row.site == "mlp.down_proj"} == {"none: no norm makes its input"}
+    assert {row.bits for row in layers if row.variant == names[2]} == {None}
+
+
+def test_scales_come_before_rounding(tmp_path: Path) -> None:
+    entry = {"steps": [{"method": "rtn", "bits": 4}, {"method": "awq", "bits": 4}]}
+    plan = CompressionPlan.model_validate({"model": "m", "corpora": {"general": "g"}, "compress": [entry]})
+    with pytest.raises(PlanError, match=r"compress\.0: .*rtn \+ awq"):
+        variants(plan)
+    place = make_place(tmp_path)
+    place.write_plan(compress=[entry])
+    assert crosscal("plan", "check", str(place.plan), "--home", str(place.home)).code == 2

@@ -1,0 +1,155 @@
+"""Every statistic that a recipe's steps declare reaches them in a run, mixed as H is; no other does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscal.compressors import COMPRESSORS, Site, Statistic
+from crosscal.errors import StatisticsError
+from crosscal.models import ModelSource
+from crosscal.progress import silent
+from crosscal.stages.compress import Workshop, compress_block, compress_sequential
+from crosscal.stages.sample import Sample
+from crosscal.statistics import Mixture
+from crosscal.store import Store
+from crosscal.variants import RecipeStep, Variant
+from tests.helpers.tiny_run import collect, sample, tiny_source, windows, workshop
+
+MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
+Seen = dict[str, dict[Statistic, Tensor]]
+"""Name of a site -> what a step was shown there."""
+SEEN: dict[str, Seen] = {}
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Notes the statistics that it declares, and changes nothing."""
+
+    name: str
+
+    kind: ClassVar = "prune"
+    needs: ClassVar = frozenset(Statistic)
+    version: ClassVar = 1
+
+    def __call__(self, site: Site) -> Site:
+        block_and_site = site.layers[0].name
+        SEEN.setdefault(self.name, {})[block_and_site] = {w: site.statistics[w].clone() for w in self.needs}
+        return site
+
+
+@dataclass(frozen=True)
+class Means(Spy):
+    needs: ClassVar = frozenset({Statistic.ABS_SUM, Statistic.SUM})
+
+
+@dataclass(frozen=True)
+class Prying(Means):
+    """Asks for one that it does not declare, which another step of its recipe does."""
+
+    def __call__(self, site: Site) -> Site:
+        assert site.statistics[Statistic.SUM].ndim == 1
+        assert site.statistics.hessian_II.ndim == 2
+        return site
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    SEEN.clear()
+    for name, step in (("spy", Spy), ("means", Means), ("prying", Prying)):
+        monkeypatch.setitem(COMPRESSORS, name, step)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return tiny_source(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def samples(store: Store) -> list[Sample]:
+    """`legal` came in two shards, of which the first is quiet."""
+    return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
+
+
+def spied(name: str, method: str = "spy", **more: object) -> Variant:
+    """Two steps: one on the recipe's mixture, one on its own."""
+    recipe = (
+        RecipeStep(method, (("name", name),)),
+        RecipeStep("spy", (("name", f"{name}-own"),), OWN),
+    )
+    return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
+
+
+def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) -> Seen:
+    """In float64 and by hand from the sums of every set: per corpus, then over corpora."""
+    found: Seen = {}
+    for block in range(shop.source.blocks):
+        for site in shop.cached.sites(block) or ():
+            means: dict[str, dict[Statistic, Tensor]] = {}
+            for corpus in mixture:
+                parts = shop.samples[corpus, 0].calibration.parts
+                read = [(part.weight, shop.cached.read(part.key, block, site)) for part in parts]
+                mass = sum(weight * moments.tokens for weight, moments in read)
+                total = {w: torch.stack([weight * m[w].double() for weight, m in read]).sum(0) for w in Statistic}
+                means[corpus] = {which: each / mass for which, each in total.items()}
+            trace = {corpus: float(of[Statistic.GRAM].trace()) for corpus, of in means.items()}
+            mean_trace = sum(weight * trace[corpus] for corpus, weight in mixture.items())
+            scale = {corpus: mean_trace / trace[corpus] if normalised else 1.0 for corpus in mixture}
+            power = {Statistic.GRAM: 1, Statistic.SQUARE_SUM: 1, Statistic.ABS_SUM: 0.5, Statistic.SUM: 0.5}
+            found[f"{shop.source.block_name(block)}.{site.matrices[0].name}"] = {
+                which: torch.stack([w * scale[c] ** power[which] * means[c][which] for c, w in mixture.items()]).sum(0)
+                for which in Statistic
+            }
+    return found
+
+
+def assert_close(seen: Seen, wanted: Seen) -> None:
+    assert seen.keys() == wanted.keys()
+    for name, means in seen.items():
+        for which, mean in means.items():
+            bound = 1e-5 * float(wanted[name][which].abs().max())
+            torch.testing.assert_close(mean.double(), wanted[name][which], rtol=0, atol=bound)
+
+
+def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
+    shop = workshop(folder, store, source, *samples(store))
+    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
+    for block in range(source.blocks):
+        compress_block(shop, block, asked)
+    return shop
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_what_steps_declare_is_mixed_as_h_is(
+    tmp_path: Path, store: Store, source: ModelSource, normalised: bool
+) -> None:
+    shop = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
+    assert_close(SEEN["all"], expected(shop, MIXED.as_dict(), normalised=normalised))
+    assert_close(SEEN["all-own"], expected(shop, OWN.as_dict(), normalised=normalised))
+
+
+def test_a_sequential_walk_shows_the_same(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    """The spies change nothing, so that inputs through their blocks are the dense ones."""
+    shop = solved(tmp_path / "run", store, source, spied("dense"))
+    compress_sequential(shop, spied("walk", upstream="sequential"), batch_tokens=64, report=silent)
+    assert_close(SEEN["walk"], expected(shop, MIXED.as_dict(), normalised=False))
+    assert_close(SEEN["walk-own"], expected(shop, OWN.as_dict(), normalised=False))
+
+
+def test_a_step_sees_what_it_declares_and_no_more(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    solved(tmp_path / "run", store, source, spied("few", "means"))
+    assert all(set(means) == {Statistic.ABS_SUM, Statistic.SUM} for means in SEEN["few"].values())
+    with pytest.raises(StatisticsError, match="does not declare"):
+        solved(tmp_path / "poisoned", store, source, spied("more", "prying"))
