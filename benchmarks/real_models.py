@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from records import load_average, record, write
-from solvers import numbers_of, rows_of, warm_up
+from solvers import numbers_of, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import ResultRow, read_rows
+from crosscal.warm_up import warm_up
 
 GGUF_PACKAGE = "gguf==0.19.0"
 CHUNK_BYTES = 2**20

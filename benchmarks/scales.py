@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from records import record, write
-from solvers import GROUP, measured, rows_of, warm_up
+from solvers import GROUP, measured, rows_of
 
 from crosscal.report.rows import LayerRow, read_rows
+from crosscal.warm_up import warm_up
 
 RECIPES = {
     "rtn": ["awq off", "rtn"],

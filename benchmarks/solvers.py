@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from records import record, write
 
-from crosscal.compressors import GPTQ, LayerProblem, SparseGPT
 from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
+from crosscal.warm_up import warm_up
 
 DOMAINS = ("biomedical", "legal")
 FIGURES = ("layer loss", "held-out loss", "general damage", "domain damage", "seconds")
@@ -148,13 +148,6 @@ def picture(points: list[tuple[str, str, float, float]], file: Path) -> None:
     )
     axes.legend()
     figure.savefig(file, dpi=120)
-
-
-def warm_up() -> None:
-    """Have the loops compiled that a first solve would wait for."""
-    weight_OI, hessian_II = torch.randn(64, 128), torch.eye(128)
-    for step in (SparseGPT(0.5), SparseGPT("2:4"), GPTQ(4, 64)):
-        step.compress(LayerProblem("warm-up", weight_OI, hessian_II))
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ ROOMS = {
         {"typer", "rich"},
     ),
     "__main__": ({"cli"}, set()),
+    "warm_up": ({"statistics", "compressors", "store"}, {"torch"}),
     "__init__": ({"errors", "plan", "variants", *PURE, *EDGES}, set()),
 }
 ORCHESTRATED = {

@@ -1,0 +1,29 @@
+"""Have every compiled loop made before anything waits for it: `python -m crosscal.warm_up`, which `make setup` calls.
+
+The machine code stays beside Python's (see `crosscal.compiled`), so it is made once for each installation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from crosscal.compressors import GPTQ, LayerProblem, SparseGPT
+from crosscal.statistics import MomentsAccumulator
+from crosscal.store.triangle import pack_triangle, unpack_triangle
+
+INPUTS = 64
+
+
+def warm_up() -> None:
+    """Sum, pack and solve something small, each way that has a loop of its own."""
+    accumulator = MomentsAccumulator(INPUTS)
+    accumulator.add(torch.randn(4 * INPUTS, INPUTS))
+    moments = accumulator.finish()
+    unpack_triangle(*pack_triangle(moments.gram_II.numpy()), INPUTS)
+    problem = LayerProblem("warm-up", torch.randn(INPUTS, INPUTS), moments.hessian_II())
+    for step in (SparseGPT(0.5), SparseGPT("2:4"), GPTQ(4, INPUTS)):  # pyright: ignore[reportArgumentType]
+        step.compress(problem)
+
+
+if __name__ == "__main__":
+    warm_up()
