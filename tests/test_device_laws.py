@@ -108,7 +108,6 @@ def test_every_method_on_the_device(case: Any, seen: Seen) -> None:
         mine, theirs = solved(there, there_layer), solved(own, here_layer)
         assert_same(mine, theirs)
         assert (mine.loss, mine.sparsity) == (theirs.loss, theirs.sparsity)
-        assert there.dead_inputs == 2
 
 
 def most_waits(recipe: Sequence[Any]) -> int:

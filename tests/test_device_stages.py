@@ -76,7 +76,8 @@ def in_float64(shop: Workshop) -> Workshop:
 def every_method() -> list[Variant]:
     """Pruning and rounding by themselves; what refines or repairs behind both, the last with a mixture of its own."""
     alone = [name for name, case in FIRST.items() if case.kind in ("prune", "quantize")]
-    others = [step_of(name) for name, case in FIRST.items() if case.kind in ("refine", "repair")]
+    refining = [name for name, case in FIRST.items() if case.kind in ("refine", "repair")]
+    others = [step_of(name) for name in refining if name != "bias"]  # which this family's linears have not
     others.append(dataclasses.replace(others[-1], mixture=Mixture.of({"general": 1.0})))
     long = (step_of("magnitude"), *others, step_of("rtn"), *others)
     recipe = dataclasses.replace(variant("recipe", "magnitude", MIXED), recipe=long)

@@ -96,7 +96,7 @@ class SparseLowRank:
             free_OI = ((wanted_OI @ eigen.vectors_II) * weight_I) @ eigen.vectors_II.mT
             raised_OI = free_OI + multiplier_OI / penalty
             keep_OI = self._project(layer, raised_OI, free_OI)
-            sparse_OI = torch.where(keep_OI, raised_OI, 0.0)
+            sparse_OI = raised_OI * keep_OI
             multiplier_OI = (raised_OI - sparse_OI).mul_(penalty)
             basis_OK = _next_basis_OK(target_OI - free_OI, hessian_II, self.rank, basis_OK)
             low_OI = basis_OK @ (basis_OK.mT @ (target_OI - free_OI))
