@@ -15,6 +15,7 @@ from typing import Any
 
 from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of
 from crosscal.compressors.allocation import check_allocator
+from crosscal.compressors.recipe import check_order
 from crosscal.errors import PlanError, UsageError
 from crosscal.plan import Compress, CompressionPlan
 from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, example_of, needed
@@ -193,6 +194,7 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
     """Whether there is something to work on for its first step, and a checkpoint can hold what its last leaves."""
     with _said_of(where):
         check_allocator([(step.method, step.step) for step in recipe])
+        check_order([(step.method, step.step) for step in recipe])
     first = next(step.method for step in recipe if COMPRESSORS[step.method].kind != ALLOCATE)
     if COMPRESSORS[first].kind not in BEGIN:
         raise PlanError(
@@ -200,14 +202,6 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
             where=where,
             got="it comes first",
             do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
-        )
-    kinds = [COMPRESSORS[step.method].kind for step in recipe]
-    if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
-        raise PlanError(
-            "scales are moved before a matrix is rounded",
-            where=where,
-            got=" + ".join(step.method for step in recipe),
-            do="Put the method that scales first.",
         )
     for step in recipe:
         if getattr(COMPRESSORS[step.method], "low_rank", False) and dict(step.settings)["rank"] > 0:

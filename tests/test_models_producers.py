@@ -94,6 +94,20 @@ def test_norms_behind_a_residual_branch_are_refused(tmp_path: Path) -> None:
         assert {site: sites[site].no_producer for site in reasons} == reasons
 
 
+def test_a_norm_that_two_blocks_share_is_tied(tmp_path: Path) -> None:
+    source = ModelSource.open(save_model("llama", tmp_path / "model"))
+    assert [source.tied_in_block(block) for block in range(3)] == [set(), set(), set()]
+    layers = source.weights.model.model.layers
+    layers[0].input_layernorm.weight = layers[2].input_layernorm.weight
+    layers[1].input_layernorm.weight = layers[1].post_attention_layernorm.weight
+    inner = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert [source.tied_in_block(block) for block in range(3)] == [
+        {"input_layernorm.weight"},
+        inner,
+        {"input_layernorm.weight"},
+    ]
+
+
 class Norm(nn.Module):
     """x / rms(x), times a gain that is stored less `offset`, and perhaps bent."""
 

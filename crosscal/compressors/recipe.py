@@ -25,7 +25,7 @@ from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, sparsities_o
 from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
 from crosscal.compressors.state import Dense, Layer, Site, Statistic, Statistics
-from crosscal.errors import StatisticsError
+from crosscal.errors import StatisticsError, UsageError
 
 Kind = Literal["transform", "prune", "quantize", "refine", "repair", "allocate"]
 
@@ -57,6 +57,15 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
         sparsity.check(inputs, name)
     if hasattr(step, "group_size"):
         check_grid(step.group_size, inputs, name)
+
+
+def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
+    """Of the steps of a recipe with their methods' names. Raises `UsageError` for scales behind integers, which share
+    theirs over inputs."""
+    kinds = [step.kind for _, step in recipe]
+    if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
+        what = "a rounded matrix cannot be scaled any more"
+        raise UsageError(what, got=" + ".join(method for method, _ in recipe), do="Scale first, then round.")
 
 
 def run(site: Site, steps: Sequence[Any]) -> Site:
