@@ -5,6 +5,7 @@ CrosscalError             exit code 1
 │   └── PlanError         a field of the plan
 ├── CorpusError           documents: unreadable, unusable, too few
 ├── CalibrationError      windows cannot be drawn or generated
+│   └── TooLittleText     documents do not fill one window yet; an EvaluationError as well
 ├── ModelError            a checkpoint that cannot be read
 │   └── UnsupportedModel  a module the walker does not know how to handle
 ├── StatisticsError       numbers a solve cannot start from
@@ -107,4 +108,8 @@ class StoreFull(StoreError):
 
 
 class EvaluationError(CrosscalError):
+    pass
+
+
+class TooLittleText(CalibrationError, EvaluationError):
     pass

@@ -16,8 +16,9 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from crosscal.corpora.corpus import load_corpus, ref_name
-from crosscal.errors import StoreError
+from crosscal.errors import StoreError, TooLittleText
 from crosscal.flows.holders import has_ended
+from crosscal.flows.news import News, NothingNew
 from crosscal.flows.pipeline import carry_out, versions_of
 from crosscal.flows.shown import tag_run
 from crosscal.flows.steps import step
@@ -63,16 +64,20 @@ def _carry_out(
     ledger: Ledger, run: Run, plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None
 ) -> dict[str, Any]:
     """One turn. Whatever ends it is in the ledger: a failure counts as an attempt, an interruption hardly."""
+    news = News(ledger, run.domain)
     try:
         plan = load_plan(plan_path, overrides, run.domain)
         tag_run(plan, run.domain)
         newest = load_corpus(ledger.store, run.domain).version
         folder = str(Path(out) / f"{run.domain}-v{newest}") if out else None
-        record = carry_out(plan, home, folder, mark=lambda name: ledger.mark(run, name) and None)
+        try:
+            record = carry_out(plan, home, folder, lambda name: ledger.mark(run, name) and None, news.check)
+        except (NothingNew, TooLittleText) as error:
+            return _unchanged(ledger, run, news.explained(error), newest)
         decision = _decide(plan, home, record, run)
         used = record["corpora"][run.domain]["version"]
         facts = {name: decision[name] for name in ("reason", "model", "variant", "perplexity") if name in decision}
-        ledger.mark(run, decision["outcome"], version=used, run_dir=record["run_dir"], **facts)
+        ledger.mark(run, decision["outcome"], version=used, run_dir=record["run_dir"], inputs=news.inputs, **facts)
     except Exception as error:
         _close(ledger, run, "failed", str(error) or type(error).__name__)
         raise
@@ -84,6 +89,14 @@ def _carry_out(
     event = PUBLISHED if decision["outcome"] == "published" else KEPT
     tell(event, f"crosscal.model.{run.domain}", {"domain": run.domain, "version": used, **facts})
     return {"version": used, "message": message, "run_dir": record["run_dir"], **decision, "record": record}
+
+
+def _unchanged(ledger: Ledger, run: Run, nothing: NothingNew, newest: int) -> dict[str, Any]:
+    version = nothing.version or newest
+    ledger.mark(run, "unchanged", version=version, reason=nothing.reason, inputs=nothing.inputs)
+    message = f"{run.domain} v{version}: nothing new: {nothing.reason}"
+    _log().info(message)
+    return {"version": version, "message": message, "outcome": "unchanged", "reason": nothing.reason}
 
 
 def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -37,11 +37,16 @@ from crosscal.variants import samples_needed
 
 
 def carry_out(
-    plan: CompressionPlan, home: str, out: str | None, mark: Callable[[str], None] = lambda state: None
+    plan: CompressionPlan,
+    home: str,
+    out: str | None,
+    mark: Callable[[str], None] = lambda state: None,
+    check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
 ) -> dict[str, Any]:
     """The steps in their order. A call of this function inside a Prefect flow run shows each step as a task run.
 
-    `mark` is told "recompressed" once the models are there and "evaluated" once they are measured.
+    `mark` is told "recompressed" once the models are there and "evaluated" once they are measured. `check` is called
+    with what was sampled, before anything is read, and the store's name of every corpus; it ends the run by raising.
     """
     watch = Stopwatch()
     ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
@@ -55,6 +60,7 @@ def carry_out(
         needed = samples_needed(plan)
         samples = [step(draw_sample, ticket, name, stored.get(name, name), seed) for name, seed in needed]
         ticket = dataclasses.replace(ticket, samples=samples)
+        check(ticket, stored)
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
         quality = step(describe_samples, ticket)
@@ -111,7 +117,7 @@ def _record(
         "dtype": ticket.dtype,
         "stages": dict(watch.seconds),
         "cache": {"hits": sum(r["hits"] for r in readings), "misses": sum(r["misses"] for r in readings)},
-        "calibration_tokens": sum(p["tokens"] + p["held_out_tokens"] for s in ticket.samples for p in s["parts"]),
+        "calibration_tokens": sum(sample.tokens for sample in ticket.sampled),
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,

@@ -14,12 +14,14 @@ from typing import Any
 import psutil
 import torch
 
-from crosscal.calibration import tokenizer_digest
-from crosscal.corpora import load_corpus
+from crosscal.calibration import WindowRequest, tokenizer_digest
+from crosscal.calibration.pool import find_pool, most_windows
+from crosscal.corpora import Corpus, load_corpus
 from crosscal.corpora.sources import resolve
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.models.source import ModelSource
-from crosscal.plan import CompressionPlan, Documents, SelfGenerated
+from crosscal.plan import CompressionPlan, Documents, RandomTokens, SelfGenerated
+from crosscal.stages.folding import unread_tokens
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
@@ -28,8 +30,9 @@ from crosscal.stages.preflight import (
     moments_bytes,
     reading_bytes,
     solving_bytes,
-    stored_sets,
+    stored_set,
 )
+from crosscal.stages.sample import Draw, sums_of
 from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.model import identify
 from crosscal.tasks.refusals import refusals
@@ -76,46 +79,64 @@ def _missing_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
 
 def _reading(ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int) -> dict[str, Any]:
     """What is known of one corpus in one draw, as of its last ingest."""
-    wanted = _sets_wanted(ticket, plan, source, name, seed)
-    calibration = plan.calibration
-    length = min(calibration.length, source.max_positions or calibration.length)
-    found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
-    if wanted is None:
-        tokens = (calibration.windows + calibration.held_out_windows) * length
-        return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
-    keys = stored_sets(ticket.store, wanted)
-    tokens = [one["windows"] * length for one in wanted]
-    cached = [is_read(ticket.cached, key, source.blocks) for key in keys]
-    unread = sum(t for t, is_cached in zip(tokens, cached, strict=True) if not is_cached)
-    state = "cached" if all(cached) else "to read" if all(keys) else "not sampled yet"
-    return {**found, "sets": keys, "state": state, "tokens_to_read": unread, "tokens_cached": sum(tokens) - unread}
-
-
-def _sets_wanted(
-    ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int
-) -> list[dict[str, Any]] | None:
-    """How the calibration and held-out sets of a corpus will be described in the store; None before it is ingested."""
     calibration, origin = plan.calibration, plan.corpora[name]
-    length = min(calibration.length, source.max_positions or calibration.length)
-    asked = {"train": calibration.windows, "validation": calibration.held_out_windows}
-    common = {"tokenizer": tokenizer_digest(source.path), "length": length, "seed": seed}
+    draw = Draw(calibration.windows, calibration.length, seed, calibration.held_out_windows)
+    asked = [draw.calibration(draw.windows), draw.held_out(draw.held_out_windows)]
+    requests = [request.within(source.max_positions)[0] for request in asked]
+    found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
     if not isinstance(origin, Documents):
-        kind = {"source": "model", "model": ticket.model} if isinstance(origin, SelfGenerated) else {}
-        kind = kind or {"source": "vocabulary"}
-        return [{**common, **kind, "split": split, "windows": windows} for split, windows in asked.items()]
+        return found | _told([_generated(ticket, source, request, origin) for request in requests])
     try:
         corpus = load_corpus(ticket.store, stored_name(name, origin))
     except CorpusError:
-        return None
-    wanted, seen_characters = [], 0
-    for shard in corpus.shards:  # each later shard gets its share of the windows, as in `crosscal.stages.sample`
-        characters = shard.characters.get("train", 0)
-        seen_characters += characters
-        share = characters / seen_characters if seen_characters else 0.0
-        for split, windows in asked.items():
-            shares = {"split": split, "windows": max(1, round(windows * share))}
-            wanted.append({**common, "source": "documents", "shard": shard.key, **shares})
-    return wanted
+        tokens = sum(request.windows * request.length for request in requests)
+        return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
+    return found | _told(
+        [_drawn(ticket, source, corpus, request, calibration.parts_kept_apart) for request in requests]
+    )
+
+
+def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]:
+    """Of both splits: keys of sets that a solve reads, None where one is not drawn yet; tokens to read, and all."""
+    keys = [key for found, _, _ in splits for key in found]
+    unread = sum(to_read for _, to_read, _ in splits)
+    state = "not sampled yet" if None in keys else "to read" if unread else "cached"
+    cached = sum(tokens for _, _, tokens in splits) - unread
+    return {"sets": keys, "state": state, "tokens_to_read": unread, "tokens_cached": cached}
+
+
+def _generated(
+    ticket: Ticket, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens
+) -> tuple[list[str | None], int, int]:
+    kind = {"source": "vocabulary"}
+    if isinstance(origin, SelfGenerated):
+        kind = {"source": "model", "model": ticket.model}
+    asked = {"split": request.split, "windows": request.windows, "length": request.length, "seed": request.seed}
+    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
+    tokens = request.windows * request.length
+    return [key], 0 if is_read(ticket.cached, key, source.blocks) else tokens, tokens
+
+
+def _drawn(
+    ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int
+) -> tuple[list[str | None], int, int]:
+    """What was drawn already, and at most as much of later shards as the rule lets them give."""
+    pool, undrawn = find_pool(ticket.store, corpus.shards, tokenizer_digest(source.path), request)
+    keys: list[str | None] = []
+    unread = tokens = 0
+    if pool is not None and pool.parts:
+        sums = sums_of(pool, parts_kept_apart)
+        keys, tokens = [part.key for part in sums.parts], sums.tokens
+        unread = unread_tokens(ticket.cached, source.blocks, sums)
+    windows, characters = (pool.windows, pool.characters) if pool else (0, 0)
+    for shard in undrawn:
+        characters += shard.characters[request.split]
+        most = most_windows(request, windows, shard.characters[request.split], characters)
+        windows += most
+        keys.append(None)
+        unread += most * request.length
+        tokens += most * request.length
+    return keys, unread, tokens
 
 
 def _reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:

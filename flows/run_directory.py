@@ -26,7 +26,7 @@ def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -
     inputs = {
         "model": ticket.model,
         "dtype": ticket.dtype,
-        "samples": [(sample["corpus"], sample["seed"], sample["parts"]) for sample in ticket.samples],
+        "samples": [(sample.corpus, sample.seed, *sample.keys) for sample in ticket.sampled],
         "variants": [(variant.name, variant.key) for variant in ticket.variants()],
         "solver": SOLVER,
     }
@@ -40,7 +40,8 @@ def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -
             where=str(folder),
             do="Choose another --out, or remove the directory.",
         )
-    write_whole(marker, json.dumps({"identity": identity, **inputs}, indent=1))
+    content = {"identity": identity, **inputs, "sets": [sample.as_json() for sample in ticket.sampled]}
+    write_whole(marker, json.dumps(content, indent=1))
     write_whole(folder / "plan.yaml", dump_plan(plan))
     return folder.absolute()
 

@@ -60,7 +60,13 @@ def _ingested(name: str, stored: str, version: int) -> dict[str, Any]:
 def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, Any]:
     """Draw (or generate) the calibration and held-out windows of one corpus for one seed."""
     calibration = ticket.parsed.calibration
-    draw = Draw(calibration.windows, calibration.length, seed, calibration.held_out_windows)
+    draw = Draw(
+        calibration.windows,
+        calibration.length,
+        seed,
+        calibration.held_out_windows,
+        parts_kept_apart=calibration.parts_kept_apart,
+    )
     origin = ticket.parsed.corpora[name]
     source = ticket.source()
     if isinstance(origin, Documents):

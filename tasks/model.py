@@ -7,8 +7,10 @@ from typing import Any
 
 from prefect import task
 
+from crosscal.models.source import ModelSource
 from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
-from crosscal.stages.moments import collect_moments
+from crosscal.stages.folding import fold, sets_to_read
+from crosscal.stages.moments import Cached, MomentsReport, collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes
 from crosscal.stages.sample import Sample
@@ -40,8 +42,9 @@ def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:
     """What workers have to read, in loads for one of them each; nothing where there are no workers."""
     if not ticket.has_workers:
         return []
-    sets = [key for sample in ticket.samples for key in Sample.from_json(sample).sets]
-    found = loads(ticket.cached, ticket.source().blocks, sets, ticket.parsed.execution.part_tokens)
+    cached, blocks = ticket.cached, ticket.source().blocks
+    sets = [key for sample in ticket.sampled for key in sets_to_read(cached, blocks, sample)]
+    found = loads(cached, blocks, sets, ticket.parsed.execution.part_tokens)
     return [[dataclasses.asdict(part) for part in load] for load in found]
 
 
@@ -62,20 +65,33 @@ def read_part(ticket: Ticket, number: int, load: list[dict[str, Any]]) -> dict[s
 
 @task(name="moments", task_run_name="read {sample[corpus]}, seed {sample[seed]}", **RETRIED)
 def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
-    """Read the model over one corpus's windows, unless the store has all of it, or add up what workers read of them."""
-    sets, source = Sample.from_json(sample).sets, ticket.source()
+    """Read the model over one corpus's windows, unless the store has all of it, or add up what workers read of them;
+    then fold the sets that are not kept apart."""
+    drawn, source, cached = Sample.from_json(sample), ticket.source(), ticket.cached
+    sets = sets_to_read(cached, source.blocks, drawn)
     if ticket.has_workers:
-        return dataclasses.asdict(add_parts(ticket.cached, source.blocks, sets, ticket.parsed.execution.part_tokens))
-    with task_report() as report:
-        done = collect_moments(
-            ticket.cached,
-            source,
-            sets,
-            device=ticket.device,
-            batch_tokens=ticket.parsed.calibration.batch_tokens,
-            report=lambda what, count, total: report(f"{sample['corpus']}: reading", count, total),
-        )
+        done = add_parts(cached, source.blocks, sets, ticket.parsed.execution.part_tokens)
+    else:
+        done = _collect(ticket, cached, source, sets, sample["corpus"])
+    fold(cached, source.blocks, drawn)
     return dataclasses.asdict(done)
+
+
+def _collect(ticket: Ticket, cached: Cached, source: ModelSource, sets: list[str], corpus: str) -> MomentsReport:
+    """In passes of no more sets than a solve reads, which is what memory has been reckoned for."""
+    calibration, done = ticket.parsed.calibration, MomentsReport(0, 0, 0, 0.0)
+    at_once = 2 * (calibration.parts_kept_apart + 1)
+    with task_report() as report:
+        for start in range(0, len(sets), at_once):
+            done += collect_moments(
+                cached,
+                source,
+                sets[start : start + at_once],
+                device=ticket.device,
+                batch_tokens=calibration.batch_tokens,
+                report=lambda what, count, total: report(f"{corpus}: reading", count, total),
+            )
+    return done
 
 
 def unsolved_blocks(ticket: Ticket) -> list[int]:

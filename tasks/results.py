@@ -17,7 +17,6 @@ from crosscal.report.files import write_whole
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, examination, measure
-from crosscal.stages.sample import Sample
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.ticket import Ticket, task_report
@@ -88,7 +87,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
 @task(name="describe", task_run_name="describe calibration", **PLAIN)
 def describe_samples(ticket: Ticket) -> dict[str, Any]:
     """Write `samples.json`, some of each corpus's calibration text; returns the quality of all of it in numbers."""
-    samples = [Sample.from_json(sample) for sample in ticket.samples]
+    samples = ticket.sampled
     shown = readable_samples(ticket.store, ticket.source(), samples, per_corpus=2)
     write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
     return sample_quality(ticket.store, ticket.source(), samples)

@@ -60,6 +60,10 @@ class Ticket:
         return ModelSource.open(plan.model, plan.revision)
 
     @property
+    def sampled(self) -> list[Sample]:
+        return [Sample.from_json(sample) for sample in self.samples]
+
+    @property
     def has_workers(self) -> bool:
         """Whether other processes, perhaps of other machines, read windows and solve blocks: they share the store."""
         return self.parsed.execution.runner == "dask"
@@ -78,7 +82,7 @@ class Ticket:
         return source
 
     def workshop(self) -> Workshop:
-        samples = [Sample.from_json(sample) for sample in self.samples]
+        samples = self.sampled
         corpora = {sample.corpus for sample in samples}
         reference = next((sample.corpus for sample in samples if GENERAL not in corpora), GENERAL)
         return Workshop(

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from crosscal.calibration import (
+    CalibrationSet,
+    Pool,
     WindowRequest,
-    draw_windows,
+    draw_pool,
     random_windows,
     readable,
     text_quality,
     tokenizer_digest,
 )
+from crosscal.calibration.sets import windows_by_key
 from crosscal.corpora import Shard, documents, ingest
 from crosscal.errors import CalibrationError, UsageError
 from crosscal.store import Store
@@ -49,6 +52,15 @@ def reference(store: Store, shard: Shard, request: WindowRequest, *, begin: bool
     return torch.tensor(stream[: windows * request.length]).reshape(windows, request.length)
 
 
+def draw(store: Store, shard: Shard, request: WindowRequest, *, begin: bool = True, digest: str = TOKENIZER) -> Pool:
+    return draw_pool(store, [shard], tiny_tokenizer(begin=begin), digest, request)
+
+
+def windows_of(store: Store, pool: Pool) -> torch.Tensor:
+    (part,) = pool.parts
+    return windows_by_key(store, part.key)
+
+
 @pytest.mark.parametrize("begin", [True, False])
 @pytest.mark.parametrize(
     "request_",
@@ -61,66 +73,52 @@ def reference(store: Store, shard: Shard, request: WindowRequest, *, begin: bool
     ],
 )
 def test_windows_are_the_documents_joined_and_cut(store, shard, request_, begin):
-    drawn = draw_windows(store, shard, tiny_tokenizer(begin=begin), TOKENIZER, request_)
+    drawn = windows_of(store, draw(store, shard, request_, begin=begin))
     expected = reference(store, shard, request_, begin=begin)
-    assert drawn.tokens_SL.dtype == torch.int64
-    assert torch.equal(drawn.tokens_SL, expected)
+    assert drawn.dtype == torch.int64
+    assert torch.equal(drawn, expected)
 
 
 def test_a_drawn_set_is_found_again_as_it_was(store, shard, tmp_path):
-    request = WindowRequest(10_000, 200, 5)
-    drawn = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, request, max_length=64)
-    found = draw_windows(Store(tmp_path / "home"), shard, tiny_tokenizer(), TOKENIZER, request, max_length=64)
-    assert torch.equal(drawn.tokens_SL, found.tokens_SL)
-    assert (drawn.key, drawn.notes, drawn.provenance) == (found.key, found.notes, found.provenance)
+    drawn = draw(store, shard, WindowRequest(10_000, 64, 5))
+    assert draw(Store(tmp_path / "home"), shard, WindowRequest(10_000, 64, 5)) == drawn
     assert len(list(store.list("calibration"))) == 1
 
 
-def test_notes_are_about_the_request_not_about_who_drew_first(store, shard):
-    exact = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 64), max_length=64)
-    shortened = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 2048), max_length=64)
-    assert shortened.key == exact.key
-    assert exact.notes == ()
-    assert shortened.notes == ("Windows have 64 tokens instead of 2048: the model takes no more.",)
+def test_windows_are_no_longer_than_the_model_takes():
+    assert WindowRequest(4, 64).within(64) == (WindowRequest(4, 64), ())
+    note = "Windows have 64 tokens instead of 2048: the model takes no more."
+    assert WindowRequest(4, 2048).within(64) == (WindowRequest(4, 64), (note,))
 
 
 def test_a_found_set_is_not_drawn(store, shard):
-    request = WindowRequest(4, 32)
-    draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, request)
-    gone = Shard(shard.key, {}, {})  # nothing could be drawn from this one
-    assert draw_windows(store, gone, tiny_tokenizer(), TOKENIZER, request).tokens_SL.shape == (4, 32)
+    drawn = draw(store, shard, WindowRequest(4, 32))
+    store.discard("corpora", shard.key)  # nothing can be drawn any more
+    assert draw(store, shard, WindowRequest(4, 32)) == drawn
 
 
 def test_everything_that_matters_has_its_own_set(store, shard):
     requests = [WindowRequest(4, 32), WindowRequest(5, 32), WindowRequest(4, 33), WindowRequest(4, 32, 1)]
     requests.append(WindowRequest(2, 32, split="validation"))
-    drawn = [draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, request) for request in requests]
-    drawn.append(draw_windows(store, shard, tiny_tokenizer(), "1" * 64, requests[0]))
-    assert len({calibration.key for calibration in drawn}) == 6
-    assert not torch.equal(drawn[0].tokens_SL, drawn[3].tokens_SL)
-    assert torch.equal(drawn[0].tokens_SL, drawn[1].tokens_SL[:4])
-
-
-def test_what_falls_short_is_noted(store, shard):
-    drawn = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4000, 2048), max_length=128)
-    assert drawn.tokens_SL.shape[1] == 128
-    assert drawn.notes == (
-        "Windows have 128 tokens instead of 2048: the model takes no more.",
-        f"{len(drawn.tokens_SL)} windows instead of 4000: the train split holds no more.",
-    )
-    assert draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 64), max_length=64).notes == ()
+    pools = [draw(store, shard, request) for request in requests]
+    pools.append(draw(store, shard, requests[0], digest="1" * 64))
+    assert len({part.key for pool in pools for part in pool.parts}) == 6
+    drawn = [windows_of(store, pool) for pool in pools]
+    assert not torch.equal(drawn[0], drawn[3])
+    assert torch.equal(drawn[0], drawn[1][:4])
 
 
 @pytest.mark.parametrize("split", ["test", "nonsense"])
-def test_less_than_a_window_is_an_error_with_the_numbers(store, shard, split):
-    request = WindowRequest(1, 100_000, split=split)
-    with pytest.raises(CalibrationError, match=rf"{split} split .* 100000 tokens .*got \d+ tokens in \d+ documents"):
-        draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, request)
+def test_less_than_a_window_stays_in_the_pool(store, shard, split):
+    pool = draw(store, shard, WindowRequest(1, 100_000, split=split))
+    assert pool.parts == ()
+    tokens = sum(len(tiny_tokenizer()(text)["input_ids"]) + 1 for text in documents(store, shard, split))
+    assert len(pool.rest) == tokens
 
 
 def test_a_tokenizer_without_end_of_text_is_an_error(store, shard):
     with pytest.raises(CalibrationError, match="no end-of-text token"):
-        draw_windows(store, shard, tiny_tokenizer(end=False), TOKENIZER, WindowRequest(1, 16))
+        draw_pool(store, [shard], tiny_tokenizer(end=False), TOKENIZER, WindowRequest(1, 16))
 
 
 def test_long_documents_make_no_noise(store, shard, caplog):
@@ -129,7 +127,7 @@ def test_long_documents_make_no_noise(store, shard, caplog):
     assert longest > tokenizer.model_max_length
     tokenizer = tiny_tokenizer()
     with caplog.at_level(logging.WARNING):
-        draw_windows(store, shard, tokenizer, TOKENIZER, WindowRequest(1000, 64))
+        draw_pool(store, [shard], tokenizer, TOKENIZER, WindowRequest(1000, 64))
     assert not caplog.records
 
 
@@ -167,8 +165,8 @@ def test_random_windows_are_uniform_over_ordinary_tokens(store):
 
 
 def test_readable_shows_the_windows(store, shard):
-    drawn = draw_windows(store, shard, tiny_tokenizer(), TOKENIZER, WindowRequest(4, 64))
-    shown = readable(drawn, tiny_tokenizer(), 2)
+    tokens_SL = windows_of(store, draw(store, shard, WindowRequest(4, 64)))
+    shown = readable(CalibrationSet(tokens_SL, {}, ()), tiny_tokenizer(), 2)
     assert len(shown) == 2
     assert shown[0].startswith("<s>Document")
     assert "</s><s>Document" in "".join(shown)

@@ -113,7 +113,8 @@ def test_a_worker_that_sees_another_model_or_none_refuses(tmp_path: Path) -> Non
 
 def test_a_block_that_a_worker_kept_for_itself_is_told(tmp_path: Path) -> None:
     """As when every machine has a folder `.crosscal` of its own."""
-    parts = [{"calibration": "0" * 64, "held_out": "1" * 64, "share": 1.0, "tokens": 1, "held_out_tokens": 1}]
-    samples = [{"corpus": name, "seed": 0, "parts": parts, "notes": []} for name in ("general", "legal")]
+    sums = {"apart": [{"key": "0" * 64, "tokens": 1, "weight": 1.0}], "folded": None, "whole": None, "pool": None}
+    each = {"calibration": sums, "held_out": sums, "seed": 0, "notes": []}
+    samples = [{"corpus": name, **each} for name in ("general", "legal")]
     with pytest.raises(MissingArtifact, match="one place for all workers"):
         take_block(ticket(tmp_path, run_dir=str(tmp_path / "run"), samples=samples), 0)

@@ -234,8 +234,8 @@ def test_what_lands_during_a_run_is_the_next_runs(place: Place, monkeypatch: pyt
 
 
 def shards_sampled(run_dir: str) -> int:
-    samples = json.loads((Path(run_dir) / "identity.json").read_text())["samples"]
-    return next(len(parts) for corpus, _, parts in samples if corpus == LEGAL)
+    samples = json.loads((Path(run_dir) / "identity.json").read_text())["sets"]
+    return next(len(sample["calibration"]["apart"]) for sample in samples if sample["corpus"] == LEGAL)
 
 
 @pytest.mark.parametrize("candidate", [BEST, "wanda-60-legal-a0.5"])

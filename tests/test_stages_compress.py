@@ -21,12 +21,23 @@ from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
 from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
-from crosscal.stages.sample import Part, Sample, over_sets
+from crosscal.stages.sample import Sample, over_sets, over_sums
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import InputMoments, Mixture
 from crosscal.store import Store
 from crosscal.variants import Variant
-from tests.helpers.tiny_run import collect, dense_cache, keep_windows, sample, tiny_source, variant, windows, workshop
+from tests.helpers.tiny_run import (
+    collect,
+    dense_cache,
+    keep_windows,
+    part,
+    sample,
+    sums,
+    tiny_source,
+    variant,
+    windows,
+    workshop,
+)
 
 ROUNDOFF_F32 = 1e-4
 MIXED = {"general": 0.25, "legal": 0.75}
@@ -164,9 +175,11 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
     for block, site in [(index, site) for index in (0, 1) for site in shop.cached.sites(index) or ()]:
         hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
         for corpus, weight in (each.mixture or shop.reference).weights:
-            for part in shop.samples[corpus, 0].parts:
-                moments = shop.cached.read(part.held_out if held_out else part.calibration, block, site)
-                hessian_II += weight * part.share * moments.gram_II.double() / moments.tokens
+            found_in = shop.samples[corpus, 0].held_out if held_out else shop.samples[corpus, 0].calibration
+            mass = sum(each_set.mass for each_set in found_in.parts)
+            for each_set in found_in.parts:
+                moments = shop.cached.read(each_set.key, block, site)
+                hessian_II += weight * each_set.weight * moments.gram_II.double() / mass
         for layer in (f"model.layers.{block}.{matrix.name}" for matrix in site.matrices):
             dense_OI = dense[f"{layer}.weight"].double()
             error_OI = dense_OI - model.get_parameter(f"{layer}.weight").detach().double()
@@ -239,7 +252,7 @@ def test_a_sequential_model_made_again_reads_nothing_and_is_the_same(
     tmp_path: Path, store: Store, source: ModelSource, each: Variant
 ) -> None:
     parts = samples(store)
-    tokens = sum(part.tokens + part.held_out_tokens for one in parts for part in one.parts)
+    tokens = sum(each.tokens for each in parts)
     first = sequentially(workshop(tmp_path / "first", store, source, *parts), each)
     assert (first.tokens_read, first.hits, first.misses) == (tokens, 0, 2 * 4 * 6)
     second = sequentially(workshop(tmp_path / "second", store, source, *parts), each)
@@ -302,8 +315,8 @@ def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
 
 def starved(tmp_path: Path, store: Store, source: ModelSource) -> Workshop:
     """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` has no inverse."""
-    few = Part(keep_windows(store, windows(1, 5)), keep_windows(store, windows(1, 6)), 1.0, 32, 32)
-    shop = workshop(tmp_path / "run", store, source, Sample("general", 0, (few,)))
+    few = (sums(part(store, windows(1, seed))) for seed in (5, 6))
+    shop = workshop(tmp_path / "run", store, source, Sample("general", 0, *few))
     collect(shop.cached, source, shop.samples["general", 0].sets)
     return shop
 
@@ -345,11 +358,15 @@ def test_a_mixture_over_sets_weighs_shards_by_their_share(store: Store) -> None:
     general, legal = samples(store)
     by_name: Mapping[str, Sample] = {"general": general, "legal": legal}
     mixture = over_sets(Mixture.of(MIXED), by_name)
-    expected = {general.parts[0].calibration: 0.25}
-    expected |= {legal.parts[0].calibration: 0.75 * 0.6, legal.parts[1].calibration: 0.75 * 0.4}
+    expected = {general.calibration.apart[0].key: 0.25}
+    first, second = legal.calibration.apart
+    expected |= {first.key: 0.75 * 0.6, second.key: 0.75 * 0.4}
     assert mixture.as_dict() == pytest.approx(expected)
     held_out = over_sets(Mixture.of(MIXED), by_name, held_out=True)
-    assert set(held_out.corpora) == {part.held_out for one in by_name.values() for part in one.parts}
+    assert set(held_out.corpora) == {part.key for one in by_name.values() for part in one.held_out.apart}
+    for is_held_out in (False, True):
+        keys = {each.keys[is_held_out]: MIXED[name] for name, each in by_name.items()}
+        assert over_sums(Mixture.of(MIXED), by_name, held_out=is_held_out).as_dict() == keys
 
 
 def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(store: Store, source: ModelSource) -> None:
@@ -357,21 +374,24 @@ def test_a_corpus_that_landed_in_two_shards_has_the_hessian_of_one(store: Store,
     keys = [keep_windows(store, part) for part in (tokens_SL, tokens_SL[:3], tokens_SL[3:])]
     cached = dense_cache(store, source)
     collect(cached, source, keys)
-    whole = Sample("a", 0, (Part(keys[0], keys[0], 1.0, 0, 0),))
-    shards = Sample("a", 0, (Part(keys[1], keys[1], 3 / 9, 0, 0), Part(keys[2], keys[2], 6 / 9, 0, 0)))
+    cut = [tokens_SL], [tokens_SL[:3], tokens_SL[3:]]
+    (whole, shards) = (Sample("a", 0, all_of, all_of) for all_of in (sums(*(part(store, s) for s in c)) for c in cut))
     for site in cached.sites(1) or ():
         moments = {key: cached.read(key, 1, site) for key in keys}
         one, two = (over_sets(Mixture.of({"a": 1.0}), {"a": each}).hessian_II(moments) for each in (whole, shards))
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6 * float(one.abs().max()))
 
 
-def test_the_share_of_a_shard_that_never_reached_a_site_goes_to_the_others(store: Store) -> None:
+def test_a_shard_counts_at_a_site_by_what_reached_it(store: Store) -> None:
     _, legal = samples(store)
-    first, second = (part.calibration for part in legal.parts)
+    one, two = legal.calibration.apart
     only = Mixture.of({"legal": 1.0})
-    assert over_sets(only, {"legal": legal}, empty=[first]).as_dict() == {second: 1.0}
-    starving = over_sets(only, {"legal": legal}, empty=[first, second])
-    assert set(starving.corpora) == {first, second}
-    moments = {key: InputMoments.zero(4) for key in (first, second)}
+    assert over_sets(only, {"legal": legal}, seen={one.key: 0, two.key: 3}).as_dict() == {two.key: 1.0}
+    masses = one.weight * 5, two.weight * 2
+    uneven = over_sets(only, {"legal": legal}, seen={one.key: 5, two.key: 2}).as_dict()
+    assert uneven == pytest.approx({one.key: masses[0] / sum(masses), two.key: masses[1] / sum(masses)})
+    starving = over_sets(only, {"legal": legal}, seen={one.key: 0, two.key: 0})
+    assert set(starving.corpora) == {one.key, two.key}
+    moments = {key: InputMoments.zero(4) for key in starving.corpora}
     with pytest.raises(StatisticsError, match="no token ever reached"):
         starving.hessian_II(moments)

@@ -11,7 +11,7 @@ import pytest
 from crosscal.calibration import TemperatureSchedule
 from crosscal.calibration.sets import windows_by_key
 from crosscal.corpora import Corpus, ingest, load_corpus
-from crosscal.errors import CalibrationError
+from crosscal.errors import TooLittleText
 from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.stages import sample as stage
@@ -49,37 +49,30 @@ def test_a_landed_shard_is_sampled_by_its_share_and_changes_no_earlier_set(
     first = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW)
     corpus = land(store, tmp_path, "legal", 20, seed=2)
     second = sample_documents(store, corpus, source, DRAW)
-    assert [part.share for part in first.parts] == [1.0]
     characters = [shard.characters["train"] for shard in corpus.shards]
     shares = [count / sum(characters) for count in characters]
-    assert [part.share for part in second.parts] == pytest.approx(shares)
-    assert (second.parts[0].calibration, second.parts[0].held_out) == (
-        first.parts[0].calibration,
-        first.parts[0].held_out,
-    )
-    assert first.parts[0].tokens == DRAW.windows * DRAW.length
-    assert second.parts[1].tokens == round(DRAW.windows * shares[1]) * DRAW.length
-    assert second.parts[1].held_out_tokens == max(1, round(DRAW.held_out_windows * shares[1])) * DRAW.length
+    masses = [part.mass for part in second.calibration.parts]
+    assert [mass / sum(masses) for mass in masses] == pytest.approx(shares, rel=0.05)
+    assert second.calibration.parts[0] == first.calibration.parts[0]
+    assert second.held_out.parts[0] == first.held_out.parts[0]
+    assert first.calibration.tokens == DRAW.windows * DRAW.length
+    assert second.calibration.parts[1].tokens == round(DRAW.windows * shares[1]) * DRAW.length
     assert Sample.from_json(json.loads(json.dumps(second.as_json()))) == second
-    for part in second.parts:
-        assert windows_by_key(store, part.calibration).numel() == part.tokens
+    for part in (*second.calibration.parts, *second.held_out.parts):
+        assert windows_by_key(store, part.key).numel() == part.tokens
 
 
-def test_a_shard_that_fills_no_window_is_left_out_with_a_note(
-    store: Store, source: ModelSource, tmp_path: Path
-) -> None:
-    whole = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW)
-    after = sample_documents(store, land(store, tmp_path, "legal", 1, seed=2), source, DRAW)
-    assert after.parts == whole.parts
-    assert any("legal: shard 2 of 2 is left out" in note for note in after.notes)
-    with pytest.raises(CalibrationError, match="tiny"):
+def test_too_little_text_is_told_of_the_corpus(store: Store, source: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(TooLittleText, match="tiny: the train split does not fill one window"):
         sample_documents(store, land(store, tmp_path, "tiny", 1, seed=3, sentences=1), source, DRAW)
 
 
 def test_held_out_windows_come_from_other_documents(store: Store, source: ModelSource, tmp_path: Path) -> None:
-    part = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW).parts[0]
-    drawn = {tuple(window) for window in windows_by_key(store, part.calibration).tolist()}
-    held_out = {tuple(window) for window in windows_by_key(store, part.held_out).tolist()}
+    whole = sample_documents(store, land(store, tmp_path, "legal", 60, seed=1), source, DRAW)
+    drawn, held_out = (
+        {tuple(window) for window in windows_by_key(store, sums.apart[0].key).tolist()}
+        for sums in (whole.calibration, whole.held_out)
+    )
     assert len(held_out) == DRAW.held_out_windows
     assert not drawn & held_out
 
@@ -100,8 +93,8 @@ def test_text_that_was_written_is_found_again_without_loading_the_model(
     assert len(loads) == 1
     assert written() == first
     assert len(loads) == 1
-    assert first.parts[0].tokens == DRAW.windows * DRAW.length
-    assert first.parts[0].calibration != first.parts[0].held_out
+    assert first.calibration.tokens == DRAW.windows * DRAW.length
+    assert first.calibration.key != first.held_out.key
 
 
 def test_samples_are_described_in_text_and_numbers(store: Store, source: ModelSource, tmp_path: Path) -> None:
@@ -112,7 +105,7 @@ def test_samples_are_described_in_text_and_numbers(store: Store, source: ModelSo
     everything = [legal, noise, other_seed]
     shown = readable_samples(store, source, everything, per_corpus=3)
     assert [entry["corpus"] for entry in shown] == ["legal"] * 3 + ["noise"] * 3
-    assert shown[0]["text"] == source.tokenizer().decode(windows_by_key(store, legal.parts[0].calibration)[0])
+    assert shown[0]["text"] == source.tokenizer().decode(windows_by_key(store, legal.calibration.key)[0])
     assert all(len(entry["text"]) <= SHOWN_CHARACTERS + 2 for entry in shown)
     quality = json.loads(json.dumps(sample_quality(store, source, everything), allow_nan=False))
     assert list(quality) == ["legal", "noise"]

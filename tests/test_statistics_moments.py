@@ -87,7 +87,7 @@ def test_sums_of_sets_are_moments_of_their_union() -> None:
     assert_same(a + b + c, accumulated(input_TI))
     assert_same((a + b) + c, a + (b + c))
     for left, right in zip(vars(a + b).values(), vars(b + a).values(), strict=True):
-        assert left == right if isinstance(left, int) else torch.equal(left, right)
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def test_zero_is_neutral_bit_for_bit() -> None:

@@ -24,7 +24,7 @@ from crosscal.plan import parse_plan
 from crosscal.progress import silent
 from crosscal.stages.compress import Workshop, compress_blocks, compress_sequential, publish_variants
 from crosscal.stages.moments import DENSE, Cached, collect_moments
-from crosscal.stages.sample import Part, Sample, over_sets
+from crosscal.stages.sample import Part, Sample, Sums, over_sets
 from crosscal.statistics import Mixture, factor
 from crosscal.store import Store, digest_of
 from crosscal.variants import Variant, variants
@@ -40,7 +40,8 @@ def stored(store: Store, corpus: str, tokens_SL: torch.Tensor) -> str:
 
 def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torch.Tensor) -> Sample:
     calibration, held_out = stored(store, corpus, tokens_SL), stored(store, f"{corpus} held out", held_out_SL)
-    return Sample(corpus, 0, (Part(calibration, held_out, 1.0, tokens_SL.numel(), held_out_SL.numel()),))
+    sums = (Sums((Part(key, set_SL.numel()),)) for key, set_SL in ((calibration, tokens_SL), (held_out, held_out_SL)))
+    return Sample(corpus, 0, *sums)
 
 
 def samples(store: Store, job: dict[str, Any]) -> dict[tuple[str, int], Sample]:

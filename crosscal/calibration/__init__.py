@@ -1,18 +1,21 @@
 """Calibration text: windows drawn from documents, written by the model itself, or random."""
 
 from crosscal.calibration.generation import generate_windows, readable
+from crosscal.calibration.pool import Part, Pool, draw_pool
 from crosscal.calibration.quality import TextQuality, text_quality
 from crosscal.calibration.sampling import TemperatureSchedule
 from crosscal.calibration.sets import CalibrationSet, WindowRequest
 from crosscal.calibration.tokens import tokenizer_digest
-from crosscal.calibration.windows import draw_windows, random_windows
+from crosscal.calibration.windows import random_windows
 
 __all__ = [
     "CalibrationSet",
+    "Part",
+    "Pool",
     "TemperatureSchedule",
     "TextQuality",
     "WindowRequest",
-    "draw_windows",
+    "draw_pool",
     "generate_windows",
     "random_windows",
     "readable",

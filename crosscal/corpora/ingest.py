@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +130,17 @@ def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: boo
         earlier = tuple(shard for shard in earlier if store.find("corpora", shard.key))
     known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
     fresh = {digest: entry.split for digest, entry in spool.entries.items() if digest not in known}
-    splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh)
+    staying: dict[bytes, str] = {}
     if replace and not known.keys() <= spool.entries.keys():
         earlier = ()
-        splits |= {digest: known[digest] for digest in spool.entries if digest in known}
+        staying = {digest: known[digest] for digest in spool.entries if digest in known}
     elif not fresh and record:
         return corpus_of(name, version, record), 0, False
+    counts = Counter(staying.values())
+    for shard in earlier:
+        counts.update(shard.documents)
+    splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh, counts)
+    splits |= staying
     shards = (*earlier, _publish_shard(store, spool, splits))
     record = record_of(shards)
     version = store.refs.append(ref_name(name), version, record)

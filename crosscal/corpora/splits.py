@@ -18,21 +18,25 @@ def preferred(one: str | None, other: str | None) -> str | None:
     return max(one, other, key=PRECEDENCE.index)
 
 
-def assign(named: Mapping[bytes, str | None]) -> dict[bytes, str]:
+def assign(named: Mapping[bytes, str | None], earlier: Mapping[str, int] | None = None) -> dict[bytes, str]:
     """digest → split for the documents of one shard, from digest → the split its file named (or None).
 
-    Named splits are kept. A validation or test split that nothing names is carved out of the other documents: 5 %
-    of them (at least one each, from three documents on), the first in the order of SHA-256("split" + digest). The
-    outcome depends on the set of documents alone.
+    Named splits are kept. A validation or test split that nothing here names is carved out of the other documents,
+    the first in the order of SHA-256("split" + digest), until the corpus has 5 % of its documents in it (at least one,
+    from three documents on). `earlier`: how many documents of each split the corpus has already, so that as many are
+    carved whether they land one by one or together; which ones depends on the documents that landed together alone.
     """
+    earlier = earlier or {}
     pool = sorted(
         (digest for digest, split in named.items() if split in (None, "train")),
         key=lambda digest: hashlib.sha256(b"split" + digest).digest(),
     )
-    share = max(1, round(HELD_OUT_FRACTION * len(pool))) if len(pool) >= MIN_DOCUMENTS_TO_CARVE else 0
+    documents = sum(earlier.values()) + len(pool)
+    wanted = max(1, round(HELD_OUT_FRACTION * documents)) if documents >= MIN_DOCUMENTS_TO_CARVE else 0
     splits = {digest: split or "train" for digest, split in named.items()}
     for split in ("test", "validation"):
         if split not in named.values():
-            splits.update(dict.fromkeys(pool[:share], split))
-            pool = pool[share:]
+            missing = max(0, wanted - earlier.get(split, 0))
+            splits.update(dict.fromkeys(pool[:missing], split))
+            pool = pool[missing:]
     return splits

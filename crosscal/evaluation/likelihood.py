@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from crosscal.errors import EvaluationError
+from crosscal.errors import EvaluationError, TooLittleText
 from crosscal.evaluation.measurement import Measurement
 
 SOFTMAX_ENTRIES = 2**24
@@ -77,7 +77,7 @@ def windows_of(texts: Iterable[str], tokenizer: Any, length: int, windows: int |
     tokens_T = torch.cat([torch.empty(0, dtype=torch.int32), *_encoded(texts, tokenizer)])
     whole = len(tokens_T) // length
     if whole == 0:
-        raise EvaluationError(
+        raise TooLittleText(
             "not enough text for one window",
             got=f"{len(tokens_T)} tokens for a window of {length}",
             do="Add test documents, or shorten the evaluation windows.",

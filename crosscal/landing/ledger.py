@@ -3,7 +3,7 @@
 refs/ledger/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused, all its names
 refs/refusals/<digest, 16 digits>            what was not even read: an odd name, a link that leads out, too large
 refs/requests/<domain>                       the newest ingested version of the domain's corpus
-refs/recompressions/<domain>/<number>        the runs (see `runs`): … → recompressed → evaluated → published | kept
+refs/recompressions/<domain>/<number>        the runs (see `runs`): … → published | kept | unchanged
 
 A domain is pending while its requested version is newer than the one of its last finished run. Three failed runs of
 one version, or ten that were killed, and the version is given up, until a newer version or `request(again=True)`.
@@ -168,7 +168,7 @@ class Ledger:
         return last if last is not None and last.is_open and not is_dead(last, has_ended) else None
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
-        """Add a line to a run's history; `published`, `kept`, `failed` and `abandoned` close it."""
+        """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed` and `abandoned` close it."""
         return self.runs.mark(run, name, version=version, **facts)
 
     def entries(self, domain: str) -> list[Entry]:

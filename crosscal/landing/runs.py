@@ -1,6 +1,7 @@
 """Recompressions of a domain, one after the other: refs `recompressions/<domain>/<number>`, one for each run.
 
     claimed → recompressed → evaluated → published | kept | failed | abandoned
+    claimed → unchanged
 
 Creating the next number is the claim, and only one process can. A run whose process is gone is marked abandoned before
 the next number is made, so that a holder which was only slow finds its run closed and stops.
@@ -20,7 +21,8 @@ from crosscal.landing.records import state, update
 from crosscal.store import Store
 from crosscal.store.processes import is_ended, is_here, process_started, this_process
 
-FINISHED = ("published", "kept")
+FINISHED = ("published", "kept", "unchanged")
+"""`unchanged`: the newest version makes the models of the last finished run, or has too little text for any."""
 ENDED = (*FINISHED, "failed", "abandoned")
 LEASE_SECONDS = 86400.0
 """A run of another machine, of which no API knows the state, is taken for dead this long after its last sign."""

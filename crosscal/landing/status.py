@@ -30,7 +30,7 @@ def _row(ledger: Ledger, domain: str) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, domain: str) -> str:
-    """`running`, `waiting`, `given up`, `published`, `kept`, or `nothing usable`."""
+    """`running`, `waiting`, `given up`, `published`, `kept`, `unchanged`, or `nothing usable`."""
     if ledger.holder(domain) is not None:
         return "running"
     if ledger.pending(domain) is not None:

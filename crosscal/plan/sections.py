@@ -71,6 +71,9 @@ class Calibration(_Section):
     """Which windows are drawn; a list repeats the whole sweep for each."""
     held_out_windows: int = Field(16, ge=1)
     """Windows from the validation split, for the held-out layer error."""
+    parts_kept_apart: int = Field(4, ge=1, le=16)
+    """Of a corpus that grows, the newest so many sets of windows keep their moments each by itself; those of older ones
+    are kept as one sum."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens a forward pass."""
 

@@ -26,10 +26,11 @@ from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.block_problem import BlockProblem
+from crosscal.stages.folding import unfolded
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.moments import Cached, MomentsReport
 from crosscal.stages.preflight import block_shapes, solving_bytes
-from crosscal.stages.sample import Sample, over_sets
+from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import Mixture
@@ -112,9 +113,10 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     alone; they are kept, so that solving it again reads nothing.
     """
     mixture = variant.mixture or shop.reference
-    samples = {corpus: shop.samples[corpus, variant.seed] for corpus in mixture.corpora}
+    samples = {corpus: unfolded(shop.cached.store, shop.samples[corpus, variant.seed]) for corpus in mixture.corpora}
+    shop = dataclasses.replace(shop, samples={(corpus, variant.seed): each for corpus, each in samples.items()})
     sets = [key for sample in samples.values() for key in sample.sets]
-    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over_sets(mixture, samples)))
+    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over_sums(mixture, samples)))
     writer, blocks = shop.writer(variant), range(shop.source.blocks)
     unwritten = [block for block in blocks if not writer.has_block(block)]
     if all(cached.has(key, block) for key in sets for block in unwritten):

@@ -23,7 +23,7 @@ def readable_samples(
     """The beginning of the first windows of every corpus, as `samples.json` of a run holds them."""
     tokenizer, shown = source.tokenizer(), []
     for sample in _first_draws(samples):
-        tokens_SL = windows_by_key(store, sample.parts[0].calibration)
+        tokens_SL = windows_by_key(store, sample.calibration.apart[0].key)
         for text in readable(CalibrationSet(tokens_SL, {}, ()), tokenizer, per_corpus):
             cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
             shown.append({"corpus": sample.corpus, "text": cut})
@@ -31,11 +31,12 @@ def readable_samples(
 
 
 def sample_quality(store: Store, source: ModelSource, samples: Sequence[Sample]) -> dict[str, dict[str, float | None]]:
-    """Corpus -> the measures of `TextQuality` over all its calibration windows; None where one is undefined."""
+    """Corpus -> the measures of `TextQuality` over its calibration windows, of a corpus that has grown for long the
+    newest (those kept apart); None where one is undefined."""
     vocabulary = source.config.get_text_config().vocab_size
     found: dict[str, dict[str, float | None]] = {}
     for sample in _first_draws(samples):
-        tokens_SL = torch.cat([windows_by_key(store, part.calibration) for part in sample.parts])
+        tokens_SL = torch.cat([windows_by_key(store, part.key) for part in sample.calibration.apart])
         measured = dataclasses.asdict(text_quality(tokens_SL, vocabulary))
         found[sample.corpus] = {name: value if math.isfinite(value) else None for name, value in measured.items()}
     return found

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from crosscal.calibration import tokenizer_digest
 from crosscal.corpora import Corpus, documents
+from crosscal.errors import TooLittleText
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
 from crosscal.models.checkpoint import load_variant
 from crosscal.models.source import ModelSource
@@ -76,20 +77,14 @@ def examination(
     dtype: torch.dtype,
 ) -> Examination:
     """Cut the test windows and load the tasks, once for all models of a run."""
-    tokenizer = source.tokenizer()
     positions = source.max_positions
-    length = min(length, positions or length)
-
-    def cut(corpus: Corpus) -> torch.Tensor:
-        texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
-        return windows_of(texts, tokenizer, length, windows)
 
     return Examination(
         store,
-        {corpus.name: cut(corpus) for corpus in corpora},
+        {corpus.name: test_windows(store, corpus, source, length=length, windows=windows) for corpus in corpora},
         positions or QUESTION_TOKENS,
         tokenizer_digest(source.path),
-        tokenizer,
+        source.tokenizer(),
         QuestionSuite.load(tasks, limit=limit),
         tuple(tasks),
         limit,
@@ -97,6 +92,15 @@ def examination(
         device,
         dtype,
     )
+
+
+def test_windows(store: Store, corpus: Corpus, source: ModelSource, *, length: int, windows: int) -> torch.Tensor:
+    """Windows of all test documents of a corpus: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
+    texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
+    try:
+        return windows_of(texts, source.tokenizer(), min(length, source.max_positions or length), windows)
+    except TooLittleText as error:
+        raise TooLittleText(error.what, where=f"{corpus.name}", got=error.got, do=error.do) from error
 
 
 def checkpoint_digest(folder: Path) -> str:

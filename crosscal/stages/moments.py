@@ -64,6 +64,14 @@ class Cached:
     def discard(self, calibration: str, block: int, site: Site) -> None:
         self.store.discard(self.kind, self._key(calibration, block, site))
 
+    def is_kept(self, calibration: str, block: int, site: Site) -> bool:
+        """As `has_site`, without counting as a use."""
+        return self.store.is_kept(self.kind, self._key(calibration, block, site))
+
+    def discard_unused(self, calibration: str, block: int, site: Site) -> None:
+        """As `discard`, unless another process at work may need it."""
+        self.store.discard_unused(self.kind, self._key(calibration, block, site))
+
     def publish(self, seen: BlockMoments) -> int:
         """Store one block's moments, leaving what is there; returns the number of artifacts made."""
         made = 0

@@ -105,13 +105,10 @@ def solving_bytes(shapes: Sequence[BlockShape], *, variants: int, sets: int) -> 
     return block * (1 + 2 * variants) + widest * widest * SUM_BYTES * (sets + 4)
 
 
-def stored_sets(store: Store, wanted: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """For each description, the key of the calibration set whose provenance says all of it; None where none does."""
-    stored = list(store.list("calibration"))
-    return [
-        next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in one.items())), None)
-        for one in wanted
-    ]
+def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
+    """The key of the calibration set whose provenance says all of this; None where none does."""
+    stored = store.list("calibration")
+    return next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in wanted.items())), None)
 
 
 def is_read(cached: Cached, calibration: str | None, blocks: int) -> bool:

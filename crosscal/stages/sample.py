@@ -1,18 +1,16 @@
-"""From a corpus to the windows that stand for it: one calibration set and one held-out set per shard.
+"""From a corpus to the windows that stand for it: calibration sets of its training text, and held-out sets.
 
-A corpus grows by shards, and each shard is sampled on its own, so that a landed shard costs only its own tokens.
-Shard k gets its share of the corpus as it then was, windows · characters_k / (characters_1 + … + characters_k),
-rounded, at least one; so the first gets all of the plan's windows, and nothing read before is ever drawn anew. In
-the Hessian every shard counts by its share of the characters, however many windows it had:
-H = Σ_k share_k · gram_k / tokens_k. A shard that does not fill one window, or none of held-out text, is left out with
-a note.
+A corpus grows by shards, and each is drawn from as it lands, with what the ones before it left (see
+`crosscal.calibration.pool`). In the Hessian every token counts by the text that it stands for,
+H = Σ_k weight_k · gram_k / Σ_k weight_k · tokens_k, and all weights are 1 until the plan's windows are drawn. Sums add,
+so all but the newest `parts_kept_apart` sets are read and kept as one (see `crosscal.stages.folding`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,16 +18,18 @@ from transformers import PreTrainedModel
 
 from crosscal.calibration import (
     CalibrationSet,
+    Part,
+    Pool,
     TemperatureSchedule,
     WindowRequest,
-    draw_windows,
+    draw_pool,
     generate_windows,
     random_windows,
     tokenizer_digest,
 )
 from crosscal.calibration.stop_words import STOP_WORDS
-from crosscal.corpora import Corpus, Shard
-from crosscal.errors import CalibrationError
+from crosscal.corpora import Corpus
+from crosscal.errors import TooLittleText
 from crosscal.models.checkpoint import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
@@ -38,53 +38,93 @@ from crosscal.store import Store
 
 
 @dataclass(frozen=True)
-class Part:
-    """One shard's windows: keys of its calibration sets and its share of the corpus."""
+class Sums:
+    """The sets of one split, as their moments are kept."""
 
-    calibration: str
-    held_out: str
-    share: float
-    tokens: int
-    held_out_tokens: int
+    apart: tuple[Part, ...]
+    """Calibration sets."""
+    folded: Part | None = None
+    """The sum of all that are older."""
+    whole: Part | None = None
+    """The sum of all: its key says what the Hessian is made of, however much of it is folded. None for one set."""
+    pool: str | None = None
+    """Where the draws that made them are told (see `crosscal.calibration.pool`)."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.apart if self.folded is None else (self.folded, *self.apart)
+
+    @property
+    def key(self) -> str:
+        return self.apart[0].key if self.whole is None else self.whole.key
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Sums:
+        folded, whole = (None if part is None else Part(**part) for part in (value["folded"], value["whole"]))
+        return cls(tuple(Part(**part) for part in value["apart"]), folded, whole, value["pool"])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What stands for one corpus in one draw. Shares sum to 1."""
+    """What stands for one corpus in one draw."""
 
     corpus: str
     seed: int
-    parts: tuple[Part, ...]
+    calibration: Sums
+    held_out: Sums
     notes: tuple[str, ...] = ()
 
     @property
     def sets(self) -> list[str]:
-        return [key for part in self.parts for key in (part.calibration, part.held_out)]
+        """Keys of all moments that a solve reads."""
+        return [part.key for part in (*self.calibration.parts, *self.held_out.parts)]
+
+    @property
+    def tokens(self) -> int:
+        return self.calibration.tokens + self.held_out.tokens
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """What the Hessians are made of, on both splits."""
+        return self.calibration.key, self.held_out.key
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Sample:
-        parts = tuple(Part(**part) for part in value["parts"])
-        return cls(value["corpus"], value["seed"], parts, tuple(value["notes"]))
+        calibration, held_out = Sums.from_json(value["calibration"]), Sums.from_json(value["held_out"])
+        return cls(value["corpus"], value["seed"], calibration, held_out, tuple(value["notes"]))
 
 
 def over_sets(
-    mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False, empty: Collection[str] = ()
+    mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False, seen: Mapping[str, float] | None = None
 ) -> Mixture:
     """A mixture of corpora as a mixture of the calibration sets that stand for them.
 
-    `empty`: sets of which no token reached the site in question, as happens to an expert; a corpus's other shards take
-    their share. A corpus that has only such sets keeps them, and solving will say that the site is starved.
+    `seen`: set → mass of the tokens that reached the site in question, of an expert not all. A corpus of which none
+    did keeps equal shares, and solving will say that the site is starved.
     """
     weights: dict[str, float] = {}
     for corpus, weight in mixture.weights:
-        shares = [(part.held_out if held_out else part.calibration, part.share) for part in samples[corpus].parts]
-        shares = [(key, share) for key, share in shares if key not in empty] or shares
-        total = sum(share for _, share in shares)
-        for key, share in shares:
-            weights[key] = weights.get(key, 0.0) + weight * share / total
+        parts = (samples[corpus].held_out if held_out else samples[corpus].calibration).parts
+        masses = {part.key: part.weight * (part.tokens if seen is None else seen[part.key]) for part in parts}
+        total = sum(masses.values())
+        for key, mass in masses.items():
+            weights[key] = weights.get(key, 0.0) + weight * (mass / total if total else 1 / len(masses))
+    return Mixture.of(weights)
+
+
+def over_sums(mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False) -> Mixture:
+    """A mixture of corpora by what their Hessians are made of: whatever they are called, and however much is folded."""
+    weights: dict[str, float] = {}
+    for corpus, weight in mixture.weights:
+        key = samples[corpus].keys[held_out]
+        weights[key] = weights.get(key, 0.0) + weight
     return Mixture.of(weights)
 
 
@@ -96,6 +136,8 @@ class Draw:
     length: int
     seed: int
     held_out_windows: int
+    parts_kept_apart: int = 4
+    """The newest sets whose moments are kept each by itself."""
 
     def calibration(self, windows: int) -> WindowRequest:
         return WindowRequest(windows, self.length, self.seed, "train")
@@ -105,32 +147,37 @@ class Draw:
 
 
 def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Draw) -> Sample:
-    """Draw windows from every shard. Raises `CalibrationError` when not one shard fills a window."""
+    """Draw windows from every shard that has not been drawn from.
+
+    Raises `TooLittleText` when all documents of a split together do not fill one window.
+    """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
+    found, notes = [], []
+    for asked in (draw.calibration(draw.windows), draw.held_out(draw.held_out_windows)):
+        request, said = asked.within(source.max_positions)
+        pool = draw_pool(store, corpus.shards, tokenizer, digest, request)
+        if not pool.parts:
+            raise _too_little(corpus, request, pool)
+        found.append(sums_of(pool, draw.parts_kept_apart))
+        if pool.windows < request.windows:
+            said += (f"{pool.windows} windows instead of {request.windows}: the {request.split} split holds no more.",)
+        notes += [f"{corpus.name}: {note}" for note in said]
+    return Sample(corpus.name, draw.seed, *found, notes=tuple(dict.fromkeys(notes)))
 
-    def drawn(shard: Shard, request: WindowRequest) -> CalibrationSet:
-        return draw_windows(store, shard, tokenizer, digest, request, max_length=source.max_positions)
 
-    parts, notes, seen_characters = [], [], 0
-    too_small: CalibrationError | None = None
-    for number, shard in enumerate(corpus.shards, start=1):
-        characters = shard.characters.get("train", 0)
-        seen_characters += characters
-        share = characters / seen_characters if seen_characters else 0.0
-        try:
-            calibration = drawn(shard, draw.calibration(max(1, round(draw.windows * share))))
-            held_out = drawn(shard, draw.held_out(max(1, round(draw.held_out_windows * share))))
-        except CalibrationError as error:
-            too_small = error
-            notes.append(f"{corpus.name}: shard {number} of {len(corpus.shards)} is left out: {error.what}.")
-            continue
-        parts.append((calibration, held_out, characters))
-        notes += [f"{corpus.name}: {note}" for note in (*calibration.notes, *held_out.notes)]
-    if not parts and too_small is not None:
-        raise CalibrationError(too_small.what, where=corpus.name, got=too_small.got, do=too_small.do)
-    total = sum(characters for _, _, characters in parts)
-    return Sample(
-        corpus.name, draw.seed, tuple(_part(c, h, n / total) for c, h, n in parts), tuple(dict.fromkeys(notes))
+def sums_of(pool: Pool, parts_kept_apart: int) -> Sums:
+    """The newest sets of a pool apart, the older ones folded."""
+    apart = pool.parts[-parts_kept_apart:]
+    folded = pool.sums[-parts_kept_apart - 1] if len(pool.sums) > parts_kept_apart else None
+    return Sums(apart, folded, pool.sums[-1] if len(pool.sums) > 1 else None, pool.key)
+
+
+def _too_little(corpus: Corpus, request: WindowRequest, pool: Pool) -> TooLittleText:
+    return TooLittleText(
+        f"the {request.split} split does not fill one window of {request.length} tokens",
+        where=corpus.name,
+        got=f"{len(pool.rest)} tokens in {corpus.documents(request.split)} documents",
+        do="Add documents or ask for a shorter `length`.",
     )
 
 
@@ -141,7 +188,7 @@ def sample_random(store: Store, name: str, source: ModelSource, draw: Draw) -> S
         random_windows(store, tokenizer, digest, request, max_length=source.max_positions)
         for request in (draw.calibration(draw.windows), draw.held_out(draw.held_out_windows))
     )
-    return Sample(name, draw.seed, (_part(calibration, held_out, 1.0),), calibration.notes)
+    return Sample(name, draw.seed, _one(calibration), _one(held_out), calibration.notes)
 
 
 def sample_self(
@@ -180,8 +227,8 @@ def sample_self(
     loaded = functools.cache(lambda: load_variant(source.path, device=device))
     calibration = generated(draw.calibration(draw.windows))
     held_out = generated(draw.held_out(draw.held_out_windows))
-    return Sample(name, draw.seed, (_part(calibration, held_out, 1.0),), calibration.notes)
+    return Sample(name, draw.seed, _one(calibration), _one(held_out), calibration.notes)
 
 
-def _part(calibration: CalibrationSet, held_out: CalibrationSet, share: float) -> Part:
-    return Part(calibration.key, held_out.key, share, calibration.tokens_SL.numel(), held_out.tokens_SL.numel())
+def _one(calibration: CalibrationSet) -> Sums:
+    return Sums((Part(calibration.key, calibration.tokens_SL.numel()),))

@@ -19,7 +19,7 @@ from crosscal.models.sites import Site, replaced_parameters
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Group, grouped
 from crosscal.stages.energies import Energies
-from crosscal.stages.sample import over_sets
+from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, SiteMoments, solve_site
 from crosscal.variants import Variant
 
@@ -76,5 +76,5 @@ def _assembled(problem: BlockProblem, layers: Sequence[Layer]) -> BlockSolution:
 
 def _energies(problem: BlockProblem, group: Group) -> Energies:
     samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
-    sets = [over_sets(group.mixture, samples, held_out=held_out).weights for held_out in (False, True)]
+    sets = [over_sums(group.mixture, samples, held_out=held_out).weights for held_out in (False, True)]
     return Energies(problem.cached, problem.block, [sets, group.trace_normalised])

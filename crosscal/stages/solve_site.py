@@ -100,11 +100,9 @@ def _read_mixture(
 ) -> tuple[Tensor, int]:
     """The Hessian of a group, on the device, and the tokens behind it."""
     samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
-    mixture = over_sets(group.mixture, samples, held_out=held_out)
-    moments = {key: read(key) for key in mixture.corpora}
-    empty = [key for key in moments if moments[key].tokens == 0]
-    if empty:
-        mixture = over_sets(group.mixture, samples, held_out=held_out, empty=empty)
+    moments = {key: read(key) for key in over_sets(group.mixture, samples, held_out=held_out).corpora}
+    seen = {key: part.mass for key, part in moments.items()}
+    mixture = over_sets(group.mixture, samples, held_out=held_out, seen=seen)
     hessian_II = mixture.hessian_II(moments, trace_normalised=group.trace_normalised, name=where)
     return hessian_II.to(problem.device), sum(part.tokens for part in moments.values())
 

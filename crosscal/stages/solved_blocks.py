@@ -14,7 +14,7 @@ from crosscal.errors import MissingArtifact
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.compress import Workshop
-from crosscal.stages.sample import over_sets
+from crosscal.stages.sample import over_sums
 from crosscal.stages.solve import solve_block
 from crosscal.store import digest_of
 from crosscal.variants import Variant
@@ -69,5 +69,5 @@ def block_key(shop: Workshop, variant: Variant, block: int) -> str:
     """Everything that the solution depends on: names of corpora do not enter, the windows behind them do."""
     mixture = variant.mixture or shop.reference
     samples = {corpus: shop.samples[corpus, variant.seed] for corpus in mixture.corpora}
-    sets = [over_sets(mixture, samples, held_out=held_out).weights for held_out in (False, True)]
+    sets = [over_sums(mixture, samples, held_out=held_out).weights for held_out in (False, True)]
     return digest_of([FORMAT, shop.cached.model, shop.cached.dtype, variant.key, sets, block])

@@ -31,6 +31,8 @@ class InputMoments:
     """Σ x."""
     tokens: int
     """How many tokens were summed."""
+    weighted_tokens: float | None = None
+    """The sum of the tokens' weights, where the sums are weighted; None where every token weighs 1."""
 
     @classmethod
     def of(cls, input_TI: Tensor) -> InputMoments:
@@ -62,14 +64,27 @@ class InputMoments:
             self.abs_sum_I + other.abs_sum_I,
             self.sum_I + other.sum_I,
             self.tokens + other.tokens,
+            None if self.weighted_tokens is None is other.weighted_tokens else self.mass + other.mass,
         )
+
+    def weighted(self, weight: float) -> InputMoments:
+        """The same with every token counted `weight` times: `a.weighted(w) + b` is a sum over both, weights kept."""
+        if weight == 1.0:
+            return self
+        gram_II, abs_sum_I, sum_I = self.gram_II * weight, self.abs_sum_I * weight, self.sum_I * weight
+        return InputMoments(gram_II, abs_sum_I, sum_I, self.tokens, self.mass * weight)
+
+    @property
+    def mass(self) -> float:
+        """What means divide by: the sum of the tokens' weights, and so their number where none is weighted."""
+        return self.tokens if self.weighted_tokens is None else self.weighted_tokens
 
     @property
     def inputs(self) -> int:
         return self.gram_II.shape[0]
 
     def hessian_II(self, name: str = "moments") -> Tensor:
-        """H = Σ x xᵀ / tokens, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
+        """H = Σ x xᵀ / mass, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
         if self.tokens == 0:
             raise EmptyStatistics(
                 "no token ever reached this input",
@@ -81,12 +96,12 @@ class InputMoments:
             raise NotFinite(
                 "the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16."
             )
-        return self.gram_II / self.tokens
+        return self.gram_II / self.mass
 
     @property
     def mean_abs_I(self) -> Tensor:
-        """Σ |x| / tokens; zero without tokens."""
-        return self.abs_sum_I / max(self.tokens, 1)
+        """Σ |x| / mass; zero without tokens."""
+        return self.abs_sum_I / (self.mass or 1)
 
 
 class MomentsAccumulator:

@@ -97,6 +97,20 @@ class Store:
         """Remove an artifact that nobody needs any more; it may be gone already."""
         self.home.remove(_place(kind, key))
 
+    def is_kept(self, kind: str, key: str) -> bool:
+        """Whether there is an artifact of this name; asking is no use of it."""
+        return self.home.read(f"{_place(kind, key)}/{MANIFEST}") is not None
+
+    def discard_unused(self, kind: str, key: str) -> bool:
+        """Remove an artifact unless it was used since the first of the other processes now at work began; whether it
+        was removed. An object store does not know: there it is removed."""
+        place = _place(kind, key)
+        is_dated = self.home.keeps_times and self.is_kept(kind, key)
+        if is_dated and self.home.unused_since(place) >= self.home.in_use_since():
+            return False
+        self.home.remove(place)
+        return True
+
     def path(self, artifact: Artifact, name: str) -> Path:
         """A local path to one file, its digest checked once per store object. Raises `CorruptArtifact`."""
         place, sha256 = _place(artifact.kind, artifact.key), artifact.files[name]["sha256"]

@@ -24,6 +24,9 @@ _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 class Home(Protocol):
     """Places are paths relative to the home, with forward slashes."""
 
+    keeps_times: bool
+    """Whether it knows when an artifact was last used."""
+
     def staging(self) -> Path:
         """A fresh local folder to write an artifact's files into."""
         ...

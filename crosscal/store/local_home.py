@@ -22,6 +22,8 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 class LocalHome:
     """Folders appear and vanish by a rename, so that every file seen is a file that is whole."""
 
+    keeps_times = True
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 

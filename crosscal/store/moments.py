@@ -35,6 +35,8 @@ def write_moments(folder: Path, moments: InputMoments) -> None:
     gram_II = moments.gram_II.numpy()
     planes_PN, exponent_I = pack_triangle(gram_II)
     metadata = {"inputs": str(moments.inputs), "tokens": str(moments.tokens), "dtype": str(gram_II.dtype)}
+    if moments.weighted_tokens is not None:
+        metadata["weighted_tokens"] = repr(moments.weighted_tokens)
     schema = _schema(len(planes_PN)).with_metadata(metadata)
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
     with pa.ipc.new_file(str(folder / "gram.arrow"), schema, options=options) as writer:
@@ -52,7 +54,7 @@ def read_moments(store: Store, artifact: Artifact) -> InputMoments:
     gram, vectors = store.path(artifact, "gram.arrow"), store.path(artifact, "vectors.arrow")
     try:
         exponent_I, abs_sum_I, sum_I = _read_vectors(vectors)
-        gram_II, tokens = _read_gram(gram, exponent_I)
+        gram_II, tokens, weighted_tokens = _read_gram(gram, exponent_I)
         for vector_I in (abs_sum_I, sum_I):
             if len(vector_I) != len(gram_II) or vector_I.dtype != gram_II.dtype:
                 raise ValueError(f"{len(vector_I)} {vector_I.dtype} sums for {len(gram_II)} inputs")
@@ -63,7 +65,7 @@ def read_moments(store: Store, artifact: Artifact) -> InputMoments:
             got=str(error)[:200],
             do="Remove this artifact; the same command then makes it anew.",
         ) from error
-    return InputMoments(gram_II, abs_sum_I, sum_I, tokens)
+    return InputMoments(gram_II, abs_sum_I, sum_I, tokens, weighted_tokens)
 
 
 def _schema(planes: int) -> pa.Schema:
@@ -79,12 +81,13 @@ def _read_vectors(path: Path) -> tuple[np.ndarray | None, Tensor, Tensor]:
     return exponent_I, abs_sum_I, sum_I
 
 
-def _read_gram(path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, int]:
-    """The full matrix and its tokens."""
+def _read_gram(path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, int, float | None]:
+    """The full matrix, its tokens, and the sum of their weights where they have any."""
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         metadata = reader.schema.metadata or {}
         inputs, tokens = int(metadata[b"inputs"]), int(metadata[b"tokens"])
+        weighted_tokens = float(metadata[b"weighted_tokens"]) if b"weighted_tokens" in metadata else None
         dtype = _DTYPES[metadata[b"dtype"].decode()]
         entries = inputs * (inputs + 1) // 2
         # Before any memory is asked for: a header cannot claim more than the file has batches for.
@@ -95,7 +98,7 @@ def _read_gram(path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, int]:
         if exponent_I is not None and (len(exponent_I) != inputs or exponent_I.dtype != np.uint16):
             raise ValueError(f"{len(exponent_I)} {exponent_I.dtype} exponents for {inputs} inputs")
         planes_PN = _read_planes(reader, entries, dtype.itemsize)
-    return torch.from_numpy(unpack_triangle(planes_PN, exponent_I, inputs)), tokens
+    return torch.from_numpy(unpack_triangle(planes_PN, exponent_I, inputs)), tokens, weighted_tokens
 
 
 def _read_planes(reader: pa.ipc.RecordBatchFileReader, entries: int, planes: int) -> np.ndarray:

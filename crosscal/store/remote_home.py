@@ -47,6 +47,8 @@ _retried = retry(
 
 
 class RemoteHome:
+    keeps_times = False
+
     def __init__(self, url: str) -> None:
         self.url = url
         try:

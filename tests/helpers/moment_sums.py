@@ -21,8 +21,8 @@ def difference_from_one_reading(run_dir: Path, home: str, corpus: str, source: M
     one reading of the same windows into the empty store `elsewhere`; relative to the geometric mean of the two
     diagonal entries, which bounds every entry. Raises `AssertionError` when the tokens differ."""
     identity = json.loads((run_dir / "identity.json").read_text())
-    parts = next(parts for name, _, parts in identity["samples"] if name == corpus)
-    keys = [part["calibration"] for part in parts]
+    sums = next(sample["calibration"] for sample in identity["sets"] if sample["corpus"] == corpus)
+    keys = [part["key"] for part in sums["apart"]]
     stored = Cached(Store(home), source.digest, DENSE, identity["dtype"])
     windows_SL = torch.cat([windows_by_key(stored.store, key) for key in keys])
     anew = Cached(Store(elsewhere), source.digest, DENSE, identity["dtype"])

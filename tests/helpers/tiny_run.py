@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.compress import Workshop
 from crosscal.stages.moments import DENSE, Cached, MomentsReport, collect_moments
-from crosscal.stages.sample import Part, Sample
+from crosscal.stages.sample import Part, Sample, Sums
 from crosscal.statistics import Mixture
 from crosscal.store import Store, digest_of
 from crosscal.variants import Variant
@@ -39,19 +40,20 @@ def keep_windows(store: Store, tokens_SL: torch.Tensor) -> str:
 
 
 def sample(store: Store, corpus: str, *shards: torch.Tensor) -> Sample:
-    """One part per shard, its share that of its windows; of each the last two windows are held out."""
-    total = sum(map(len, shards))
-    parts = [
-        Part(
-            keep_windows(store, tokens_SL[:-2]),
-            keep_windows(store, tokens_SL[-2:]),
-            len(tokens_SL) / total,
-            tokens_SL[:-2].numel(),
-            tokens_SL[-2:].numel(),
-        )
-        for tokens_SL in shards
-    ]
-    return Sample(corpus, 0, tuple(parts))
+    """One part per shard, weighing as much as all of its windows; of each the last two windows are held out."""
+    weights = [len(tokens_SL) / (len(tokens_SL) - 2) for tokens_SL in shards]
+    calibration = [part(store, tokens_SL[:-2], weight) for tokens_SL, weight in zip(shards, weights, strict=True)]
+    held_out = [part(store, tokens_SL[-2:], len(tokens_SL) / 2) for tokens_SL in shards]
+    return Sample(corpus, 0, sums(*calibration), sums(*held_out))
+
+
+def part(store: Store, tokens_SL: torch.Tensor, weight: float = 1.0) -> Part:
+    return Part(keep_windows(store, tokens_SL), tokens_SL.numel(), weight)
+
+
+def sums(*parts: Part) -> Sums:
+    """Nothing of it folded."""
+    return Sums(parts, whole=functools.reduce(Part.plus, parts) if len(parts) > 1 else None)
 
 
 def dense_cache(store: Store, source: ModelSource, dtype: str = "float32") -> Cached:

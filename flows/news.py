@@ -1,0 +1,77 @@
+"""Whether what landed can make another model: asked once windows are drawn, before anything is read.
+
+The ledger does not know how long a plan's windows are. So a run draws them, which costs the tokens that landed, and
+ends as `unchanged` when its models would be those of the last finished run, or when the domain's documents do not fill
+one window yet. What has landed waits in the pool, and counts with the landing that fills the next window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from crosscal.corpora import load_corpus
+from crosscal.errors import TooLittleText
+from crosscal.landing import Ledger
+from crosscal.landing.runs import FINISHED
+from crosscal.stages.evaluate import test_windows
+from crosscal.store import digest_of
+from crosscal.tasks.ticket import Ticket
+
+
+class NothingNew(Exception):
+    """The run's models would be those that there are."""
+
+    def __init__(self, reason: str, version: int | None = None, inputs: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.version, self.inputs = reason, version, inputs
+
+
+@dataclasses.dataclass
+class News:
+    """What one run of a domain is made from, compared with the last that finished."""
+
+    ledger: Ledger
+    domain: str
+    inputs: str | None = None
+    """Digest of all that determines the models, once it is known."""
+
+    def check(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
+        """Raises `NothingNew`, and `TooLittleText` when there is no window of test text."""
+        self.inputs = inputs_of(ticket)
+        last = self._last()
+        version = ticket.versions.get(self.domain)
+        if last is not None and last["inputs"] == self.inputs:
+            reason = f"no window of training text is new since v{last['version']}; what has landed waits for more"
+            raise NothingNew(reason, version, self.inputs)
+        if last is None and self.domain in ticket.parsed.perplexity_corpora:
+            self._check_test_text(ticket, stored[self.domain])
+
+    def explained(self, error: NothingNew | TooLittleText) -> NothingNew:
+        """Too little text of the domain is nothing new yet; of another corpus it is a failure, and raised again."""
+        if isinstance(error, NothingNew):
+            return error
+        if error.where != self.domain:
+            raise error
+        return NothingNew(f"{error.what} (got {error.got}); what has landed counts as soon as enough has")
+
+    def _last(self) -> dict[str, Any] | None:
+        """The newest finished run that says what it was made from."""
+        for run in self.ledger.runs.newest_first(self.domain):
+            if run.state in FINISHED and run.states[-1].get("inputs"):
+                return {"version": run.version, "inputs": run.states[-1]["inputs"]}
+        return None
+
+    def _check_test_text(self, ticket: Ticket, stored: str) -> None:
+        """Before the first run: test text only grows."""
+        plan = ticket.parsed
+        corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=self.domain)
+        length = plan.evaluate.length or plan.calibration.length
+        test_windows(ticket.store, corpus, ticket.source(), length=length, windows=1)
+
+
+def inputs_of(ticket: Ticket) -> str:
+    """Digest of plan, model and training windows: of what the models of a run are made from."""
+    windows = [(sample.corpus, sample.seed, sample.calibration.key) for sample in ticket.sampled]
+    return digest_of([ticket.plan, ticket.model, ticket.dtype, windows])
