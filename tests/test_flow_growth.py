@@ -28,6 +28,7 @@ from tests.helpers.tiny_text import SENTENCES
 pytestmark = pytest.mark.slow
 
 LEGAL = "legal"
+SHORT = "When it rains we stay at home."
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 DOCUMENTS, LENGTH = 150, 256
 FILES = {"together": 150, "few": 6, "single": 1}
@@ -119,7 +120,7 @@ def moments_in(place: Place) -> list[tuple[str, str]]:
 
 def test_a_landing_counts_once_it_fills_a_window_and_starts_no_run_before(place: Place) -> None:
     ledger = Ledger(Store(place.home))
-    add(place, "a.jsonl", "x", "y", "z", "w")
+    add(place, "a.jsonl", *(f"{SHORT} {letter}" for letter in "abcd"))
     waiting = go(place)
     assert [run["outcome"] for run in waiting["runs"]] == ["unchanged"]
     assert "legal v1: nothing new: the train split does not fill one window of 32 tokens" in waiting["message"]
@@ -133,7 +134,7 @@ def test_a_landing_counts_once_it_fills_a_window_and_starts_no_run_before(place:
     assert [run["outcome"] for run in first["runs"]] == ["published"]
 
     before, runs = moments_in(place), sorted((place.folder / "runs").iterdir())
-    add(place, "short.jsonl", "a short one")
+    add(place, "short.jsonl", SHORT)
     nothing = go(place)
     assert [run["outcome"] for run in nothing["runs"]] == ["unchanged"]
     assert "no window of training text is new since v4" in nothing["message"]
@@ -143,7 +144,7 @@ def test_a_landing_counts_once_it_fills_a_window_and_starts_no_run_before(place:
     assert [move.corpus_version for move in Published(Store(place.home)).history(LEGAL)] == [4]
     assert {entry.state for entry in ledger.entries(LEGAL)} == {"unchanged", "published"}
 
-    add(place, "again.jsonl", "a short one")
+    add(place, "again.jsonl", SHORT)
     assert go(place)["runs"] == [], "what had landed before asks for nothing"
     add(place, "empty.jsonl")
     assert go(place)["runs"] == [], "nor does what is refused"
@@ -160,7 +161,7 @@ def test_another_plan_on_the_same_windows_is_a_run(place: Place) -> None:
     ledger = Ledger(Store(place.home))
     ledger.request(LEGAL, 1)
     assert go(place)["runs"][0]["outcome"] == "published"
-    add(place, "short.jsonl", "a short one")
+    add(place, "short.jsonl", SHORT)
     record = recompress.fn(
         str(place.plan), ["compress.0.sparsity=0.6"], str(place.home), str(place.folder / "other"), LEGAL
     )
@@ -172,7 +173,7 @@ def test_too_little_text_of_another_corpus_is_a_failure(place: Place) -> None:
         corpora={"general": "tiny.txt", "$domain": {}},
         compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain"}],
     )
-    (place.folder / "tiny.txt").write_text("x\n")
+    (place.folder / "tiny.txt").write_text(f"{SHORT}\n")
     write_documents(place.folder / "more.jsonl", seed="more", count=80)
     ingest(Store(place.home), LEGAL, [str(place.folder / "more.jsonl")])
     ledger = Ledger(Store(place.home))
