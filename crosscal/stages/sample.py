@@ -79,13 +79,17 @@ class Sample:
     notes: tuple[str, ...] = ()
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of both splits: whose moments a solve reads."""
+        return (*self.calibration.parts, *self.held_out.parts)
+
+    @property
     def sets(self) -> list[str]:
-        """Keys of all moments that a solve reads."""
-        return [part.key for part in (*self.calibration.parts, *self.held_out.parts)]
+        return [part.key for part in self.parts]
 
     @property
     def tokens(self) -> int:
-        return self.calibration.tokens + self.held_out.tokens
+        return sum(part.tokens for part in self.parts)
 
     @property
     def keys(self) -> tuple[str, str]:
