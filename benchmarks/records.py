@@ -64,6 +64,11 @@ def load_average() -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, `-dirty` when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of this checkout, `-dirty` when files differ from it: others than results, which benchmarks write."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")

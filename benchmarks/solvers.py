@@ -1,7 +1,7 @@
 """What better solvers gain from the same Hessians, and what they cost: real text, a small real model.
 
     python benchmarks/solvers.py TESTBED [--home STORE] [--seeds 5] [--sparsities 0.5 0.6 0.7 0.8 2:4] [--bits 4 3 2]
-                                 [--without "sparsegpt+refit exact" ...]
+                                 [--without "sparsegpt+refit exact" ...] [--claim solvers]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Every recipe is solved from the store's
 own Hessians, half general and half domain text (alpha .5), through the product itself. A row is the mean over draws
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsities", nargs="*", default=["0.5", "0.6", "0.7", "0.8", "2:4"])
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--claim", default="solvers", help="name of the result file")
     parser.add_argument("--without", nargs="*", default=[], metavar="RECIPE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,8 +175,8 @@ def main() -> None:
         }
         points.append((level, name, mean["seconds"], 100 * mean["general damage"]))
         print(f"{time.monotonic() - started:6.0f} s  {case}: {points[-1][2]:.1f} s, {points[-1][3]:.2f} %", flush=True)
-        write("solvers", rows)
-        picture(points, Path(__file__).parent / "results" / "solvers.png")
+        write(arguments.claim, rows)
+        picture(points, Path(__file__).parent / "results" / f"{arguments.claim}.png")
 
 
 if __name__ == "__main__":

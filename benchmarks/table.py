@@ -147,6 +147,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "testbed-draws": draws,
     "peers": peers,
     "solvers": solvers,
+    "solvers_one_draw": lambda: solvers("solvers_one_draw"),
     "allocation": allocation,
     "scales": scales,
     "real-models": real_models,
