@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distributed import Client
+from distributed.comm import CommClosedError
 
 Found = TypeVar("Found")
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ class Cluster:
         """Kill a worker as soon as it is at a task of this name: its exit code, None when it never came to that."""
         with Client(self.address, set_as_default=False) as client:
             while while_true():
-                for address, keys in client.call_stack().items():
+                for address, keys in _call_stack(client).items():
                     if any(task in key for key in keys):
                         pid = client.run(os.getpid, workers=[address])[address]
                         worker = next(worker for worker in self.workers if worker.pid == pid)
@@ -67,6 +68,14 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
         for process in started:
             process.kill()
             process.wait()
+
+
+def _call_stack(client: Client) -> dict[str, dict[str, object]]:
+    """What every worker is at. The scheduler drops our connection when a worker drops its own meanwhile: look again."""
+    try:
+        return client.call_stack()
+    except CommClosedError:
+        return {}
 
 
 def _address(contact: Path) -> str | None:
