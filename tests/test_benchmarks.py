@@ -32,6 +32,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
     assert all(value > 0 for name, value in figures.items() if not name.startswith("peak"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corpora", [1, 2])
 def test_a_point_of_the_scaling_grid(corpora: int) -> None:
     one = {"tokens": 512, "hidden": 64, "blocks": 1, "variants": 2, "corpora": corpora}

@@ -109,6 +109,7 @@ def test_blocks_of_another_run_directory_are_taken_as_they_are(place: Place, sol
     assert weights(place.folder / "fourth") == weights(other)
 
 
+@pytest.mark.slow
 def test_only_what_was_never_made_is_solved(place: Place, solved: list) -> None:
     write(place, keep_models=False)
     place.run()

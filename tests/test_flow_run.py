@@ -140,6 +140,7 @@ def test_one_new_document_in_a_hundred_costs_a_fiftieth_at_most(place: Place) ->
     assert difference_from_one_reading(place.folder / "run2", home, "legal", source, anew) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_sweep_reads_each_corpus_once(place: Place) -> None:
     sparsities = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
     entry = {"method": "sparsegpt", "sparsity": sparsities, "domain": "legal", "alpha": [0.5, 1]}

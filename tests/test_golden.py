@@ -14,6 +14,7 @@ LOSS = 1e-3
 PERPLEXITY = 5e-3
 
 
+@pytest.mark.slow
 def test_demo_gives_the_golden_numbers(tmp_path: Path) -> None:
     golden = json.loads(FILE.read_text(encoding="utf-8"))
     found = numbers(tmp_path)

@@ -272,6 +272,7 @@ def test_what_a_later_plan_misses_of_a_folded_sum_is_read_again(tmp_path: Path, 
     assert not collect(every, source, sets_to_read(every, source.blocks, newest)).tokens_read
 
 
+@pytest.mark.slow
 def test_what_was_folded_is_read_again_by_who_needs_it(tmp_path: Path, source: ModelSource) -> None:
     """An older sample, another number of sets apart, or another precision: all their windows, in few passes."""
     store, samples, _ = grow(tmp_path, source, ALL, 8)

@@ -86,7 +86,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return calibrated(folder / "small", 64, 128), calibrated(folder / "large", HIDDEN, INNER)
 
 
-@pytest.mark.parametrize(("lanes", "variants"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("lanes", "variants"), [(1, 1), (2, 4), (4, 4)])
 def test_the_peak_of_a_solve_with_16_sets_is_what_the_preflight_says(
     folders: tuple[Path, Path], lanes: int, variants: int
 ) -> None:

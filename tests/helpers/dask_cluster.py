@@ -41,7 +41,7 @@ class Cluster:
                         worker = next(worker for worker in self.workers if worker.pid == pid)
                         worker.kill()
                         return worker.wait()
-                time.sleep(0.01)
+                time.sleep(0.1)
         return None
 
 
