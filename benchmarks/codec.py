@@ -19,7 +19,7 @@ from pathlib import Path
 import records
 import torch
 
-from crosscal.statistics import InputMoments
+from crosscal.statistics import InputMoments, Statistic
 from crosscal.store import moments as codec
 
 INPUTS, TOKENS = (2048, 4096), 4096
@@ -37,8 +37,8 @@ def measured(moments: InputMoments, folder: Path) -> tuple[float, float]:
     start = time.perf_counter()
     codec.write_moments(folder, moments)
     written = time.perf_counter()
-    exponent_I, _, _ = codec._read_vectors(folder / "vectors.arrow")
-    gram_II, *_ = codec._read_gram(folder / "gram.arrow", exponent_I)
+    exponents = codec._read_vectors(folder / "vectors.arrow")[1]
+    gram_II, _ = codec._read_matrix(Statistic.GRAM, folder / "gram.arrow", exponents["exponent"])
     read = time.perf_counter()
     assert torch.equal(gram_II.triu(), moments.gram_II.triu())
     return written - start, read - written

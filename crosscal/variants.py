@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of
+from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity, amounts_of, grid_of, takes_two_streams
 from crosscal.compressors.allocation import check_allocator
 from crosscal.compressors.recipe import check_order
 from crosscal.errors import PlanError, UsageError
@@ -25,7 +25,7 @@ from crosscal.store.keys import digest_of
 GENERAL = "general"
 KEEP_DENSE = "keep-dense"
 """The fallback a plan may name: a matrix that cannot be solved stays as it is, and the report lists it."""
-BEGIN = ("transform", "prune", "quantize")
+BEGIN = ("correct", "transform", "prune", "quantize")
 """What a recipe may begin with: there is nothing yet to refine or to repair."""
 
 
@@ -141,7 +141,7 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
     recipes = [list(_recipes(plan, parts, domain, where, has_steps=entry.steps is not None)) for domain, _ in contexts]
     for same in zip(*recipes, strict=True):  # a setting on all mixtures, then the next one
         for recipe, (_, mixture) in zip(same, contexts, strict=True):
-            yield from _of_recipe(plan, entry, recipe, mixture)
+            yield from _of_recipe(plan, entry, recipe, mixture, where)
 
 
 def _recipes(
@@ -156,8 +156,16 @@ def _recipes(
 
 
 def _of_recipe(
-    plan: CompressionPlan, entry: Compress, recipe: tuple[RecipeStep, ...], mixture: Mixture
+    plan: CompressionPlan, entry: Compress, recipe: tuple[RecipeStep, ...], mixture: Mixture, where: str
 ) -> Iterator[Variant]:
+    if "dense" in entry.upstream and takes_two_streams(step.step for step in recipe):
+        pairing = next(step.method for step in recipe if takes_two_streams([step.step]))
+        raise PlanError(
+            f"{pairing} corrects what compressed blocks change, which nothing does with a dense upstream",
+            where=where,
+            got=f"upstream {', '.join(entry.upstream)}",
+            do="Set `upstream: sequential`.",
+        )
     data_free = not any(COMPRESSORS[step.method].needs for step in recipe)
     upstreams = ["dense"] if data_free else entry.upstream
     seeds = plan.seeds[:1] if data_free else plan.seeds

@@ -14,6 +14,7 @@ from typing import Any
 
 from prefect.task_runners import TaskRunner
 
+from crosscal.compressors import takes_two_streams
 from crosscal.flows.cluster import cluster
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
@@ -39,6 +40,9 @@ from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
 NO_LOSSES = "layer losses were not measured: no method of this plan needs H, so it was not summed"
+OF_DENSE_OUTPUTS = (
+    "layer losses of {} are against the dense model's outputs: the errors of earlier blocks count as well"
+)
 
 
 def carry_out(
@@ -131,7 +135,9 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 def _record(
     ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
-    unmeasured = [] if ticket.cached.measures_losses else [NO_LOSSES]
+    said = [] if ticket.cached.measures_losses else [NO_LOSSES]
+    if paired := [each.name for each in ticket.variants() if takes_two_streams(p.step for p in each.steps)]:
+        said.append(OF_DENSE_OUTPUTS.format(", ".join(paired)))
     return {
         "run_dir": ticket.run_dir,
         "model": ticket.model,
@@ -145,7 +151,7 @@ def _record(
         "corpora": corpora,
         "notes": [
             *notes,
-            *unmeasured,
+            *said,
             *_rejections(corpora),
             *(note for sample in ticket.samples for note in sample["notes"]),
         ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, Documents, RandomTokens, SelfGenerated
+from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.folding import unread_tokens
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.preflight import (
@@ -39,6 +41,7 @@ from crosscal.stages.preflight import (
     stored_set,
 )
 from crosscal.stages.sample import Draw, sums_of
+from crosscal.statistics import Statistic
 from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.model import identify
 from crosscal.tasks.refusals import refusals
@@ -65,22 +68,18 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         return {**findings, "problems": [*problems, str(error)]}
     readings = [_reading(ticket, plan, source, name, seed) for name, seed in samples_needed(plan)]
     again = [_reading_again(variant, readings) for variant in ticket.variants("sequential")]
-    memory = _memory(ticket, source, shapes, readings)
-    disk = _disk(ticket, source, shapes, readings, again)
+    memory = _memory(ticket, source, shapes, readings + again)
+    disk = _disk(ticket, source, shapes, readings + again)
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
-        "sums": sorted(ticket.cached.wanted),
+        "sums": sorted(statistics_needed(asked)),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),
         "memory": memory,
         "disk": disk,
     }
     return {**findings, "problems": problems + _shortages(memory, disk)}
-
-
-def _numbers(ticket: Ticket) -> dict[str, str]:
-    return {"device": ticket.device, "dtype": ticket.dtype}
 
 
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
@@ -176,24 +175,27 @@ def _reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict
     return {**found, "tokens_to_read": tokens, "tokens_cached": 0}
 
 
+def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
+    """What a reading sums: for a sequential variant besides what all have in common what it declares itself."""
+    mine = [variant for variant in ticket.variants("sequential") if variant.name == reading.get("variant")]
+    return ticket.cached.wanted | (statistics_needed(mine) if mine else frozenset())
+
+
 def _memory(
     ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape], readings: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """An estimate, above what this process uses already. One corpus is read at a time."""
+    """An estimate, above what this process uses already. One corpus is read at a time, for a sequential variant all of
+    its mixture."""
     unread = [reading for reading in readings if reading["tokens_to_read"]]
     config = source.config.get_text_config()
     inside = sum(shape.parameters for shape in shapes)
     parameters = parameters_of(source)
     itemsize = getattr(torch, ticket.dtype).itemsize
-    reading = reading_bytes(
-        shapes,
-        outside=parameters - inside,
-        hidden=config.hidden_size,
-        tokens=max((reading["tokens_to_read"] for reading in unread), default=0),
-        sets=max((len(reading["sets"] or (0, 0)) for reading in unread), default=0),
-        itemsize=itemsize,
-        statistics=ticket.cached.wanted,
-    )
+    one_pass = partial(reading_bytes, shapes, outside=parameters - inside, hidden=config.hidden_size, itemsize=itemsize)
+    needed = [
+        one_pass(tokens=each["tokens_to_read"], sets=len(each["sets"] or (0, 0)), statistics=_sums(ticket, each))
+        for each in unread
+    ]
     evaluating = evaluating_bytes(
         shapes,
         parameters=parameters,
@@ -206,7 +208,7 @@ def _memory(
     free = free_bytes(ticket.device)
     return {
         "device": ticket.device,
-        "reading_bytes": reading if unread else 0,
+        "reading_bytes": max(needed, default=0),
         "solving_bytes": _solving_bytes(ticket, shapes, free),
         "evaluating_bytes": evaluating,
         "free_bytes": free,
@@ -220,7 +222,8 @@ def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> i
     sums, blocks = ticket.cached.wanted, 1
     if not ticket.has_workers:
         blocks = blocks_at_once(shapes, dense, threads=threads, free_bytes=free, statistics=sums)
-    needed = [solving_bytes(shapes, [variant], lanes=threads, statistics=sums) for variant in alone]
+    sums_of = {variant: sums | statistics_needed([variant]) for variant in alone}
+    needed = [solving_bytes(shapes, [variant], lanes=threads, statistics=sums_of[variant]) for variant in alone]
     if dense:
         needed.append(blocks * solving_bytes(shapes, dense, lanes=threads // blocks, statistics=sums))
     return max(needed, default=0)
@@ -234,19 +237,16 @@ def _batch_tokens(plan: CompressionPlan, source: ModelSource) -> int:
 
 
 def _disk(
-    ticket: Ticket,
-    source: ModelSource,
-    shapes: Sequence[BlockShape],
-    readings: Sequence[dict[str, Any]],
-    again: Sequence[dict[str, Any]],
+    ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape], readings: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """An estimate of what the store and the run directory will grow by. All models stand on the disk before they are
     measured, whether they are kept or not; a model whose blocks are solved already is counted again."""
-    sets = sum(len(reading["sets"] or (0, 0)) for reading in [*readings, *again] if reading["state"] != "cached")
+    unread = [reading for reading in readings if reading["state"] != "cached"]
+    moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(ticket, each)) for each in unread]
     checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
     is_remote = "://" in ticket.home
     return {
-        "store_bytes": moments_bytes(shapes, sets, ticket.cached.wanted),
+        "store_bytes": sum(moments),
         "models_bytes": checkpoint * len(ticket.variants()),
         "store_free_bytes": None if is_remote else _free(Path(ticket.home)),
         "models_free_bytes": _free(Path.cwd()),

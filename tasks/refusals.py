@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from crosscal.calibration.tokens import check_tokenizer
-from crosscal.compressors.recipe import any_step, check_inputs
+from crosscal.compressors.recipe import any_step, check_inputs, takes_two_streams
 from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.adapter import stacked_experts
@@ -35,6 +35,7 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
     asked = variants(plan)
     yield from misfits(asked, shapes)
     yield from unnameable(asked, stacked_experts(source.weights.model))
+    yield from unpaired(asked, stacked_experts(source.weights.model))
     yield from unbiased(asked, without_bias(source.weights.model))
     names = [variant.name for variant in asked]
     if plan.publish is not None and plan.publish.variant not in (BEST, *names):
@@ -68,6 +69,19 @@ def unnameable(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[Plan
             where=f"{stacks[0]} and {len(stacks) - 1} more" if len(stacks) > 1 else stacks[0],
             got=", ".join(refused[:MOST_NAMED]),
             do="Leave `eora` and `3basil` out for this model, or set rank: 0.",
+        )
+
+
+def unpaired(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanError]:
+    """Methods that pair inputs of two streams, of experts to which either stream sends tokens of its own."""
+    refused = [variant.name for variant in asked if takes_two_streams(placed.step for placed in variant.steps)]
+    if refused and stacks:
+        yield PlanError(
+            "behind compressed blocks other tokens are routed to an expert than in the dense model, so that its inputs "
+            "have no pairs",
+            where=f"{stacks[0]} and {len(stacks) - 1} more" if len(stacks) > 1 else stacks[0],
+            got=", ".join(refused[:MOST_NAMED]),
+            do="Leave out methods that need `cross` for this model.",
         )
 
 

@@ -24,7 +24,7 @@ from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.compress import Workshop
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import Mixture
+from crosscal.statistics import EVERY, Mixture
 from crosscal.store import Store
 from crosscal.tasks.artifacts import progress_shown
 from crosscal.variants import GENERAL, Variant, variants
@@ -60,7 +60,9 @@ class Ticket:
 
     @property
     def cached(self) -> Cached:
-        return Cached(self.store, self.model, DENSE, self.dtype, wanted=statistics_needed(self.variants()))
+        """What is read of the dense model, which is one stream."""
+        wanted = statistics_needed(self.variants()) & EVERY
+        return Cached(self.store, self.model, DENSE, self.dtype, wanted=wanted)
 
     def source(self) -> ModelSource:
         """The run's model, opened once in a process for as long as its files stay what they are.

@@ -16,6 +16,7 @@ from crosscal.compressors import (
     DLP,
     GPTQ,
     OWL,
+    QEP,
     Bias,
     Compressor,
     Descent,
@@ -50,7 +51,20 @@ CASES: list[Compressor] = [
     *(ALPS(sparsity, iterations=40) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
     *(SparseLowRank(sparsity, 4, iterations=30) for sparsity in (HALF, TWO_OF_FOUR, DENSE)),
     *(AWQ(bits, group) for bits, group in ((2, 32), (4, None))),
-    *(Refit(), Refit(None), Swaps(), Scales(), Descent(), EoRA(4), EoRA(0), OWL(), DLP(), Bias()),
+    *(
+        Refit(),
+        Refit(None),
+        Swaps(),
+        Scales(),
+        Descent(),
+        EoRA(4),
+        EoRA(0),
+        OWL(),
+        DLP(),
+        Bias(),
+        QEP(),
+        QEP(1.0, 0.01),
+    ),
 ]
 LOSS_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}  # float32: D H Dᵀ cancels up to the condition number
 

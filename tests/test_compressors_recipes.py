@@ -159,15 +159,16 @@ def test_undeclared_statistics_do_not_matter(name: str) -> None:
 
 def test_statistics_of_scaled_inputs_are_those_of_the_scaled_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
-    input_TI = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    input_TI, dense_TI = torch.randn(2, 50, 8, generator=generator, dtype=torch.float64)
     scale_I = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
 
-    def of(x_TI: Tensor) -> Statistics:
-        gram_II = x_TI.mT @ x_TI / len(x_TI)
-        means = {Statistic.GRAM: gram_II, Statistic.SQUARE_SUM: gram_II.diagonal()}
-        return Statistics(means | {Statistic.ABS_SUM: x_TI.abs().mean(0), Statistic.SUM: x_TI.mean(0)})
+    def of(x_TI: Tensor, d_TI: Tensor) -> Statistics:
+        gram_II, drift_II = (each_TI.mT @ each_TI / len(x_TI) for each_TI in (x_TI, d_TI - x_TI))
+        means = {Statistic.GRAM: gram_II, Statistic.SQUARE_SUM: gram_II.diagonal(), Statistic.DRIFT: drift_II}
+        means |= {Statistic.ABS_SUM: x_TI.abs().mean(0), Statistic.SUM: x_TI.mean(0)}
+        return Statistics(means | {Statistic.CROSS: d_TI.mT @ x_TI / len(x_TI)})
 
-    moved, again = of(input_TI).scaled(scale_I), of(input_TI / scale_I)
+    moved, again = of(input_TI, dense_TI).scaled(scale_I), of(input_TI / scale_I, dense_TI / scale_I)
     for statistic in Statistic:
         torch.testing.assert_close(moved[statistic], again[statistic])
 

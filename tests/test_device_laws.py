@@ -19,7 +19,7 @@ from crosscal.compressors.panel import fix_panel_torch
 from crosscal.compressors.problem import solved
 from crosscal.compressors.recipe import site_of
 from crosscal.errors import UsageError
-from crosscal.statistics import InputMoments, MeanSum, Mixture, MomentsAccumulator, Statistic, factor
+from crosscal.statistics import EVERY, InputMoments, MeanSum, Mixture, MomentsAccumulator, Statistic, factor
 from crosscal.statistics.factor import eigensystem
 from tests.helpers.pretend_device import assert_same, devices_of, on_device, pretended_cuda
 from tests.helpers.pretended_tensor import DeviceMix, Seen
@@ -67,7 +67,7 @@ def test_hessians_are_mixed_and_factored_where_they_are() -> None:
         mixed_II = mixture.hessian_II(there, trace_normalised=normalised)
         assert_same(mixed_II, mixture.hessian_II(here, trace_normalised=normalised))
     assert_same(mixture.mean_abs_I(there), mixture.mean_abs_I(here))
-    sums = [MeanSum(Statistic) for _ in range(2)]
+    sums = [MeanSum(EVERY) for _ in range(2)]
     for total, moments in zip(sums, (there, here), strict=True):
         for each in moments.values():
             total.add(each, 0.7)

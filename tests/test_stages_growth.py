@@ -247,7 +247,7 @@ def test_the_moments_that_are_kept_stay_as_many(tmp_path: Path, source: ModelSou
     """Of each split those a solve reads and those that only the sample before needs; and that one can be solved."""
     store, samples, _ = grow(tmp_path, source, ALL, 12)
     cached, sites = dense_cache(store, source), 4 * source.blocks
-    of_a_site = len({which.stored_in for which in Statistic})
+    of_a_site = len({which.stored_in for which in EVERY})
     assert len(list(store.keys("moments"))) <= 2 * of_a_site * sites * (ALL.parts_kept_apart + 3)
     for sample in samples[-2:]:
         assert all(cached.has(key, block) for key in sample.sets for block in range(source.blocks))

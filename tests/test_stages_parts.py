@@ -14,7 +14,7 @@ from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.moments import Cached
 from crosscal.stages.parts import KIND, Part, add_parts, loads, parts_of, read_parts
-from crosscal.statistics import InputMoments, Statistic
+from crosscal.statistics import EVERY, InputMoments
 from crosscal.store import Store
 from tests.helpers.tiny_run import LENGTH, collect, dense_cache, keep_windows, tiny_source, windows
 
@@ -103,7 +103,7 @@ def test_what_was_read_is_not_read_again_and_parts_are_removed_once_added_up(
     with pytest.raises(MissingArtifact):  # a part that nobody read is never left out of the sum
         add_parts(cached, source.blocks, [key], 2 * LENGTH)
     assert [read(cached, source, load) for load in work] == [0, 2 * LENGTH, LENGTH]
-    assert len(list(cached.store.list(KIND))) == 3 * SITES * len({which.stored_in for which in Statistic})
+    assert len(list(cached.store.list(KIND))) == 3 * SITES * len({which.stored_in for which in EVERY})
     add_parts(cached, source.blocks, [key], 2 * LENGTH)
     assert list(cached.store.list(KIND)) == []
     assert list(loads(cached, source.blocks, [key], 2 * LENGTH)) == []

@@ -18,7 +18,7 @@ from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.compress import Workshop, compress_block, compress_sequential
 from crosscal.stages.sample import Sample
-from crosscal.statistics import Mixture
+from crosscal.statistics import EVERY, Mixture
 from crosscal.store import Store
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_run import collect, sample, tiny_source, windows, workshop
@@ -36,7 +36,7 @@ class Spy:
     name: str
 
     kind: ClassVar = "prune"
-    needs: ClassVar = frozenset(Statistic)
+    needs: ClassVar = EVERY
     version: ClassVar = 1
 
     def __call__(self, site: Site) -> Site:
@@ -102,7 +102,7 @@ def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) 
                 parts = shop.samples[corpus, 0].calibration.parts
                 read = [(part.weight, shop.cached.read(part.key, block, site)) for part in parts]
                 mass = sum(weight * moments.tokens for weight, moments in read)
-                total = {w: torch.stack([weight * m[w].double() for weight, m in read]).sum(0) for w in Statistic}
+                total = {w: torch.stack([weight * m[w].double() for weight, m in read]).sum(0) for w in EVERY}
                 means[corpus] = {which: each / mass for which, each in total.items()}
             trace = {corpus: float(of[Statistic.GRAM].trace()) for corpus, of in means.items()}
             mean_trace = sum(weight * trace[corpus] for corpus, weight in mixture.items())
@@ -110,7 +110,7 @@ def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) 
             power = {Statistic.GRAM: 1, Statistic.SQUARE_SUM: 1, Statistic.ABS_SUM: 0.5, Statistic.SUM: 0.5}
             found[f"{shop.source.block_name(block)}.{site.matrices[0].name}"] = {
                 which: torch.stack([w * scale[c] ** power[which] * means[c][which] for c, w in mixture.items()]).sum(0)
-                for which in Statistic
+                for which in EVERY
             }
     return found
 

@@ -188,7 +188,7 @@ def test_parts_hold_what_is_wanted_and_leave_nothing(tmp_path: Path, store: Stor
     for block in range(source.blocks):
         for site in wanting(store, source, EVERY).sites(block) or ():
             one, other = (wanting(each, source, EVERY).read(key, block, site) for each in (store, whole))
-            for which in Statistic:
+            for which in EVERY:
                 bound = 1e-5 * float(other[which].abs().max())
                 torch.testing.assert_close(one[which], other[which], rtol=0, atol=bound)
 

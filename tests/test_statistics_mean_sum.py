@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
-from crosscal.statistics import InputMoments, MeanSum, Statistic
+from crosscal.statistics import InputMoments, MeanSum, MomentsAccumulator, Statistic
 from tests.helpers.problems import correlated_inputs_TI
 
-SETS = [InputMoments.of(scale * correlated_inputs_TI(40 + 7 * scale, 12, seed=scale)) for scale in (1, 2, 5)]
-EMPTY = InputMoments.zero(12, torch.float64)
+
+def of(input_TI: torch.Tensor) -> InputMoments:
+    """Of both streams."""
+    accumulator = MomentsAccumulator(input_TI.shape[1], dtype=torch.float64, wanted=tuple(Statistic))
+    accumulator.add(input_TI, input_TI.roll(1, dims=1))
+    return accumulator.finish()
+
+
+SETS = [of(scale * correlated_inputs_TI(40 + 7 * scale, 12, seed=scale)) for scale in (1, 2, 5)]
+EMPTY = InputMoments.zero(12, torch.float64, tuple(Statistic))
 
 
 def summed(*pairs: tuple[InputMoments, float]) -> MeanSum:
@@ -64,6 +72,6 @@ def test_what_is_no_hessian_is_an_error_that_names_the_place() -> None:
     broken = correlated_inputs_TI(20, 12, seed=3)
     broken[2, 3] = float("inf")
     with pytest.raises(NotFinite, match="qkv"):
-        summed((SETS[0], 0.5), (InputMoments.of(broken), 0.5)).means("qkv")
+        summed((SETS[0], 0.5), (of(broken), 0.5)).means("qkv")
     with pytest.raises(StatisticsError, match="12 and 3 inputs"):
-        summed((SETS[0], 0.5), (InputMoments.of(torch.ones(4, 3)), 0.5))
+        summed((SETS[0], 0.5), (of(torch.ones(4, 3)), 0.5))

@@ -95,14 +95,19 @@ def test_trace_normalisation_forgets_the_scale_of_a_corpus_and_keeps_the_trace()
 ROWS_TI = {"general": GENERAL_TI, "domain": DOMAIN_TI, "legal": LEGAL_TI}
 
 
-def means_of(rows_TI: Tensor) -> dict[Statistic, Tensor]:
+DENSE_TI = {corpus: rows_TI + 0.3 * rows_TI.roll(1, dims=1) for corpus, rows_TI in ROWS_TI.items()}
+
+
+def means_of(rows_TI: Tensor, dense_TI: Tensor) -> dict[Statistic, Tensor]:
     """Written plainly, one token after another."""
-    tokens = list(rows_TI.double())
+    tokens, dense = list(rows_TI.double()), list(dense_TI.double())
     each = {
         Statistic.GRAM: [x.outer(x) for x in tokens],
         Statistic.SQUARE_SUM: [x * x for x in tokens],
         Statistic.ABS_SUM: [x.abs() for x in tokens],
         Statistic.SUM: tokens,
+        Statistic.CROSS: [d.outer(x) for d, x in zip(dense, tokens, strict=True)],
+        Statistic.DRIFT: [(d - x).outer(d - x) for d, x in zip(dense, tokens, strict=True)],
     }
     return {which: torch.stack(terms).mean(0) for which, terms in each.items()}
 
@@ -116,11 +121,12 @@ def test_every_statistic_is_that_of_corpora_brought_to_one_trace(
     weights: dict[str, float], trace_normalised: bool, wanted: tuple[Statistic, ...]
 ) -> None:
     """The reference scales the inputs themselves, x_k → √s_k x_k, and never a statistic."""
-    means = {corpus: {which: means_of(rows_TI)[which] for which in wanted} for corpus, rows_TI in ROWS_TI.items()}
+    means = {corpus: means_of(ROWS_TI[corpus], DENSE_TI[corpus]) for corpus in ROWS_TI}
+    means = {corpus: {which: every[which] for which in wanted} for corpus, every in means.items()}
     traces = {corpus: float(rows_TI.double().square().sum()) / len(rows_TI) for corpus, rows_TI in ROWS_TI.items()}
     target = sum(weight * traces[corpus] for corpus, weight in weights.items())
     scales = {corpus: (target / traces[corpus]) ** 0.5 if trace_normalised else 1.0 for corpus in ROWS_TI}
-    scaled = {corpus: means_of(scales[corpus] * rows_TI) for corpus, rows_TI in ROWS_TI.items()}
+    scaled = {corpus: means_of(s * ROWS_TI[corpus], s * DENSE_TI[corpus]) for corpus, s in scales.items()}
     mixed = Mixture.of(weights).mix(means, trace_normalised=trace_normalised)
     assert set(mixed) == set(wanted)
     for which, mean in mixed.items():
@@ -130,7 +136,9 @@ def test_every_statistic_is_that_of_corpora_brought_to_one_trace(
 @pytest.mark.parametrize("which", Statistic)
 def test_a_statistic_moves_with_its_inputs(which: Statistic) -> None:
     scale_I = torch.rand(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.2
-    assert_close(which.divided(means_of(GENERAL_TI)[which], scale_I), means_of(GENERAL_TI / scale_I)[which])
+    dense_TI = DENSE_TI["general"]
+    mean, expected = means_of(GENERAL_TI, dense_TI)[which], means_of(GENERAL_TI / scale_I, dense_TI / scale_I)[which]
+    assert_close(which.divided(mean, scale_I), expected)
 
 
 def test_trace_normalisation_allows_a_corpus_of_zeros() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crosscal.errors import CorruptArtifact, NotFinite
-from crosscal.statistics import InputMoments, Statistic
+from crosscal.statistics import InputMoments, MomentsAccumulator, Statistic
 from crosscal.store import Artifact, Store, digest_of
 from crosscal.store import moments as codec
 from crosscal.store.moments import read_moments, write_moments
@@ -28,8 +28,13 @@ def activations(inputs: int, tokens: int, dtype: torch.dtype = torch.float32) ->
 
 
 def made(inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
-    moments = InputMoments.of(activations(inputs, 50, dtype))
-    return with_sum(moments, Statistic.GRAM, moments.gram_II.triu() + moments.gram_II.triu(1).mT)
+    """Of both streams."""
+    accumulator, input_TI = (
+        MomentsAccumulator(inputs, dtype=dtype, wanted=tuple(Statistic)),
+        activations(inputs, 50, dtype),
+    )
+    accumulator.add(input_TI, input_TI + 0.1 * input_TI.flip(1))
+    return accumulator.finish()
 
 
 def with_sum(moments: InputMoments, which: Statistic, sum_: torch.Tensor) -> InputMoments:
@@ -59,7 +64,10 @@ def test_every_bit_comes_back(tmp_path: Path, inputs: int, dtype: torch.dtype, m
         assert bits(back[which]) == bits(moments[which])
 
 
-@pytest.mark.parametrize("wanted", [{Statistic.GRAM}, {Statistic.SUM}, {Statistic.SQUARE_SUM, Statistic.ABS_SUM}])
+@pytest.mark.parametrize(
+    "wanted",
+    [{Statistic.GRAM}, {Statistic.SUM}, {Statistic.SQUARE_SUM, Statistic.ABS_SUM}, {Statistic.CROSS, Statistic.DRIFT}],
+)
 def test_some_of_the_sums_come_back_alone(tmp_path: Path, wanted: set[Statistic]) -> None:
     moments = made(33).weighted(2.5).only(wanted)
     back = read_moments(store := Store(tmp_path), publish(store, moments))
@@ -75,11 +83,13 @@ def test_extreme_numbers_come_back(tmp_path: Path) -> None:
         Statistic.GRAM: gram_II,
         Statistic.ABS_SUM: torch.tensor([most, 0.0, least]),
         Statistic.SUM: torch.tensor([-most, -0.0, least]),
+        Statistic.CROSS: torch.tensor([[-0.0, -0.0, least], [0.0, -most, -0.0], [-least, most, 0.0]]),
     }
     moments = InputMoments(sums, 0)
     back = read_moments(store := Store(tmp_path), publish(store, moments))
     assert bits(back.gram_II) == bits(gram_II)
     assert bits(back.sum_I) == bits(moments.sum_I)
+    assert bits(back[Statistic.CROSS]) == bits(moments[Statistic.CROSS])
 
 
 def test_moments_of_a_starved_expert_come_back(tmp_path: Path) -> None:
@@ -91,6 +101,13 @@ def test_moments_of_a_starved_expert_come_back(tmp_path: Path) -> None:
 def test_a_matrix_takes_less_than_43_percent(tmp_path: Path) -> None:
     artifact = publish(Store(tmp_path), InputMoments.of(activations(1024, 4096)))
     assert artifact.bytes < 0.43 * 1024 * 1024 * 4
+
+
+def test_a_matrix_that_is_not_symmetric_takes_twice_as_much(tmp_path: Path) -> None:
+    accumulator, input_TI = MomentsAccumulator(1024, wanted=tuple(Statistic)), activations(1024, 4096)
+    accumulator.add(input_TI, input_TI + 0.1 * input_TI.flip(1))
+    artifact = publish(Store(tmp_path), accumulator.finish().only({Statistic.CROSS}))
+    assert artifact.bytes < 0.86 * 1024 * 1024 * 4
 
 
 def written_by_version_one(folder: Path, moments: InputMoments) -> None:
@@ -186,7 +203,7 @@ def test_a_file_that_is_not_what_it_says_is_an_error_though_its_digest_is_right(
         read_moments(store, store.get("moments", KEY))
 
 
-@pytest.mark.parametrize("name", ["gram.arrow", "vectors.arrow"])
+@pytest.mark.parametrize("name", ["gram.arrow", "vectors.arrow", "cross.arrow", "drift.arrow"])
 def test_a_flipped_bit_is_found_before_it_is_decoded(tmp_path: Path, name: str) -> None:
     artifact = publish(Store(tmp_path), made(20))
     file = tmp_path / "objects" / "moments" / KEY / name

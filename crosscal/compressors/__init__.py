@@ -18,7 +18,8 @@ from crosscal.compressors.gptq import GPTQ
 from crosscal.compressors.magnitude import Magnitude
 from crosscal.compressors.owl import OWL
 from crosscal.compressors.problem import Compressor, LayerProblem, LayerSolution, quadratic_loss
-from crosscal.compressors.recipe import Placed, Recipe, Step, allotted, run, solve, solve_many
+from crosscal.compressors.qep import QEP
+from crosscal.compressors.recipe import Placed, Recipe, Step, allotted, run, solve, solve_many, takes_two_streams
 from crosscal.compressors.refit import Refit
 from crosscal.compressors.rtn import RoundToNearest
 from crosscal.compressors.scales import Scales
@@ -38,6 +39,7 @@ COMPRESSORS: dict[str, type] = {
     "alps": ALPS,
     "swaps": Swaps,
     "refit": Refit,
+    "qep": QEP,
     "awq": AWQ,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
@@ -64,6 +66,7 @@ __all__ = [
     "DLP",
     "GPTQ",
     "OWL",
+    "QEP",
     "Amount",
     "Bias",
     "Compressor",
@@ -102,4 +105,5 @@ __all__ = [
     "solve",
     "solve_many",
     "summarised",
+    "takes_two_streams",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosscal.compressors.selection import count_true
 from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank
+from crosscal.compressors.streams import Streams
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
@@ -35,7 +36,8 @@ class LayerProblem:
     hessian_II: Tensor | None = None
     """Second moment of the inputs per token, undamped, in the weight's dtype. Without it no loss is measured."""
     further: Mapping[Statistic, Tensor] = field(default_factory=dict)
-    """What a method needs besides: means per token of |x|, of x; of x² where there is no Hessian."""
+    """What a method needs besides: means per token of |x|, of x; of x² where there is no Hessian; `cross` and `drift`,
+    with which losses are those against the dense model's outputs (see `streams`)."""
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None
@@ -87,11 +89,18 @@ class LayerProblem:
             raise StatisticsError("there is no Hessian to factor", where=self.name)
         return factor(self.hessian_II, damping, name=self.name)
 
+    @property
+    def streams(self) -> Streams | None:
+        """Where the dense model's inputs are known beside those of the problem, what outputs are compared with."""
+        return Streams.of({Statistic.GRAM: self.hessian_II, **self.further}.get)
+
     @cached_property
     def energy(self) -> float | None:
-        """tr(W H Wᵀ): the squared output per token, what losses are relative to."""
+        """tr(W H Wᵀ): the squared output per token, what losses are relative to; with two streams the dense model's."""
         if self.known_energy is not None or self.hessian_II is None:
             return self.known_energy
+        if self.streams is not None:
+            return self.streams.energy(self.weight_OI)
         return quadratic_loss(self.weight_OI, self.hessian_II)
 
 
@@ -102,9 +111,9 @@ class LayerSolution:
     weight_OI: Tensor
     """What stands for the matrix, as read by inputs that are not divided by scales."""
     loss: float | None
-    """tr(ΔW H ΔWᵀ): the squared output error per token; None where there is no H."""
+    """tr(ΔW H ΔWᵀ), with two streams E‖W x - V y‖²: the squared output error per token; None where there is no H."""
     relative_loss: float | None
-    """`loss` over tr(W H Wᵀ)."""
+    """`loss` over the problem's energy."""
     base: Form
     """What is stored: `weight_OI` · scale without a low-rank part."""
     low_rank: LowRank | None = None
@@ -198,10 +207,15 @@ def _losses(problem: LayerProblem, difference_OI: Tensor, change_O: Tensor | Non
     """(loss, loss over the energy)."""
     if problem.hessian_II is None:
         return None, None
-    loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
-    energy = problem.energy
+    streams, energy = problem.streams, problem.energy
+    if streams is None:
+        loss = output_loss(difference_OI, problem.hessian_II, change_O, problem.further.get(Statistic.SUM))
+    else:
+        assert change_O is None, "plans refuse a changed bias beside two streams"
+        loss = streams.loss(problem.weight_OI, difference_OI)
     if loss < 0:
-        loss = _zero_if_roundoff(loss, difference_OI, problem.name, problem.hessian_II)
+        of_streams = 0.0 if streams is None or energy is None else energy
+        loss = _zero_if_roundoff(loss, difference_OI, problem.name, problem.hessian_II, of_streams)
     return loss, loss / energy if energy is not None and energy > 0 else 0.0
 
 
@@ -213,10 +227,11 @@ def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
     return base if torch.equal(rounded_OI, base.weight_OI) else Dense(rounded_OI)
 
 
-def _zero_if_roundoff(loss: float, difference_OI: Tensor, name: str, hessian_II: Tensor) -> float:
+def _zero_if_roundoff(loss: float, difference_OI: Tensor, name: str, hessian_II: Tensor, energy: float = 0.0) -> float:
+    """`energy`: of what terms that cancel besides are made."""
     # For a second moment, |d H dᵀ| summed term by term is at most I · Σ_j d_j² H_jj: its roundoff is the allowance.
     diagonal_loss = float((difference_OI.square() @ hessian_II.diagonal()).sum())
-    allowance = torch.finfo(difference_OI.dtype).eps * difference_OI.shape[1] * diagonal_loss
+    allowance = torch.finfo(difference_OI.dtype).eps * difference_OI.shape[1] * (diagonal_loss + energy)
     if loss < -allowance:
         raise NotPositiveDefinite(
             "the Hessian is not positive semidefinite",

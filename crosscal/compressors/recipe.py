@@ -2,8 +2,8 @@
 
 A method is a step, a frozen dataclass of its settings that is called with a state and returns the next one:
 
-    kind      transform, prune, quantize, refine, repair or allocate (see `allocation`, which such a step has instead
-              of being called)
+    kind      correct, transform, prune, quantize, refine, repair or allocate (see `allocation`, which such a step has
+              instead of being called)
     needs     the statistics that it reads; it is shown no other
     version   part of every key: a change of what the step computes bumps it
     __call__  Site -> Site, pure
@@ -16,7 +16,7 @@ that start from one state are solved together, with the same results as one by o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -27,8 +27,9 @@ from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
 from crosscal.compressors.state import Dense, Layer, Site, Statistic, Statistics
 from crosscal.errors import StatisticsError, UsageError
+from crosscal.statistics.statistic import streams_of
 
-Kind = Literal["transform", "prune", "quantize", "refine", "repair", "allocate"]
+Kind = Literal["correct", "transform", "prune", "quantize", "refine", "repair", "allocate"]
 
 
 class Step(Protocol):
@@ -57,6 +58,11 @@ def any_step(recipe: Recipe, trait: str) -> bool:
     return any(getattr(placed.step, trait, False) for placed in recipe)
 
 
+def takes_two_streams(steps: Iterable[Any]) -> bool:
+    """Whether one of the steps needs inputs of the dense model beside those behind compressed blocks."""
+    return any(streams_of(step.needs) > 1 for step in steps)
+
+
 def check_inputs(step: Any, inputs: int, name: str) -> None:
     """Whether a step can work on a layer of so many inputs. Raises `UsageError`: groups must divide them."""
     if (sparsity := getattr(step, "sparsity", None)) is not None:
@@ -67,11 +73,20 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
 
 def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
     """Of the steps of a recipe with their methods' names. Raises `UsageError` for scales behind integers, which share
-    theirs over inputs."""
-    kinds = [step.kind for _, step in recipe]
+    theirs over inputs; for a correction with nothing to compress behind it, or something before it."""
+    kinds, got = [step.kind for _, step in recipe], " + ".join(method for method, _ in recipe)
+    for place in (place for place, kind in enumerate(kinds) if kind == "correct"):
+        before, behind = set(kinds[:place]), set(kinds[place + 1 :])
+        if not behind & {"prune", "quantize"} or before - {"allocate", "transform"}:
+            what = f"{recipe[place][0]} corrects a matrix before it is pruned or rounded"
+            raise UsageError(what, got=got, do="Put it in front: [{method: qep}, {method: gptq, bits: 4}].")
     if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
         what = "a rounded matrix cannot be scaled any more"
-        raise UsageError(what, got=" + ".join(method for method, _ in recipe), do="Scale first, then round.")
+        raise UsageError(what, got=got, do="Scale first, then round.")
+    steps = [step for _, step in recipe]
+    if takes_two_streams(steps) and any(getattr(step, "changes_bias", False) for step in steps):
+        what = "a changed bias cannot be measured against the dense model's outputs: their mean input is not summed"
+        raise UsageError(what, got=got, do="Leave out `bias`, or the methods that need `cross`.")
 
 
 def run(site: Site, steps: Sequence[Any]) -> Site:

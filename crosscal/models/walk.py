@@ -3,11 +3,13 @@
 Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 
 All batches of all slices go through block k before block k + 1. In memory are the weights of one block and, being read
-ahead, of the next; the Hessians of one block; and the hidden states of all tokens, overwritten in place.
+ahead, of the next; the Hessians of one block; and the hidden states of all tokens, overwritten in place. A sequential
+walk that is to pair the inputs of compressed blocks with those of the dense model holds these states twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crosscal.errors import ModelError
+from crosscal.errors import ModelError, UsageError
 from crosscal.lanes import side_by_side
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.building import place_buffers
@@ -30,7 +32,7 @@ from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.weights import attached
 from crosscal.statistics.moments import InputMoments
-from crosscal.statistics.statistic import EVERY, Statistic
+from crosscal.statistics.statistic import EVERY, Statistic, streams_of
 
 Upstream = Literal["dense", "sequential"]
 CACHED_TOKENS = 512
@@ -38,6 +40,7 @@ CACHED_TOKENS = 512
 full speed. 4096 tokens take 10 % more time (hidden size 512)."""
 
 SURVEY_TOKENS = 256
+SEQUENTIAL = "Set `upstream: sequential`: inputs of the dense model are its own counterparts."
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class BlockMoments:
 @dataclass(frozen=True)
 class WalkReport:
     tokens: int
-    """Of all slices; each was run once (`dense`) or twice (`sequential`) through every block."""
+    """Of all slices; each was run once (`dense`) or twice (`sequential`, three times in pairs) through every block."""
     blocks: int
     seconds: float
 
@@ -91,24 +94,30 @@ def walk(
     one thread, and batches add in their order. Of a sequential walk they have as far as what `on_block` returns does.
     `wanted(k)` false: block k is only run forward; a sequential walk then still calls `on_block`, with no moments, to
     learn which parameters were chosen before. Nothing is computed after the last wanted block.
-    `statistics`: without `gram` among them Σ x xᵀ is not summed; the small sums always are.
+    `statistics`: without `gram` among them Σ x xᵀ is not summed; the small sums always are. Those of two streams take a
+    sequential walk, and a dense stream of hidden states that goes through the dense weights alone.
     `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
     `batch_tokens`: at most so many at once, and at least one window; on a CPU fewer, as its caches like it.
 
-    Raises `UnsupportedModel` for a model that cannot be walked, `ModelError` for unreadable weights, unusable windows
-    and hidden states that are not finite.
+    Raises `UnsupportedModel` for a model that cannot be walked, or whose inputs cannot be paired, `UsageError` for
+    pairs with a dense upstream, `ModelError` for unreadable weights, unusable windows and hidden states that are not
+    finite.
     """
     started = time.monotonic()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else source.dtype)
     if torch.device(device).type == "cpu":
         batch_tokens = min(batch_tokens, CACHED_TOKENS)
     _check_windows(source, slices)
+    in_pairs = streams_of(statistics) == 2
+    if in_pairs and upstream == "dense":
+        raise UsageError("with a dense upstream there are no two streams to pair", got="cross", do=SEQUENTIAL)
     chosen = [block for block in range(source.blocks) if wanted is None or wanted(block)]
     blocks = max(chosen, default=-1) + 1
     if not blocks:
         return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
-        enter = partial(_enter, source, slices, stack, Numbers(torch.device(device), dtype, batch_tokens), spill_to)
+        numbers = Numbers(torch.device(device), dtype, batch_tokens)
+        enter = partial(_enter, source, slices, stack, numbers, spill_to, in_pairs=in_pairs)
         [run] = side_by_side([enter], device, threads_each=1)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
@@ -158,9 +167,10 @@ def _one_block(
     found, moments = Matrices((), ()), {}
     if is_wanted:
         found = run.find_matrices(index)
-        moments = run.accumulate(index, found.sites, statistics, keep_outputs=dense and not is_last)
-    elif dense:
-        run.pass_on(index)
+        keep = {"keep_outputs": dense and not is_last, "keep_dense": not is_last}
+        moments = run.accumulate(index, found.sites, statistics, **keep)
+    elif dense or run.dense:
+        run.pass_on(index, run.dense)
     changed: Mapping[str, Tensor] | None = None
     if is_wanted or not dense:
         name = run.source.block_name(index)
@@ -175,9 +185,16 @@ def _one_block(
 
 
 def _enter(
-    source: ModelSource, slices: Mapping[str, Tensor], stack: ExitStack, numbers: Numbers, spill_to: Path | None
+    source: ModelSource,
+    slices: Mapping[str, Tensor],
+    stack: ExitStack,
+    numbers: Numbers,
+    spill_to: Path | None,
+    *,
+    in_pairs: bool = False,
 ) -> Passes:
-    """Run what comes before the blocks: the hidden states of every token, and how the model calls each block."""
+    """Run what comes before the blocks: the hidden states of every token, and how the model calls each block.
+    `in_pairs`: twice the states, one stream to stay dense."""
     model = source.skeleton(numbers.dtype)
     place_buffers(model, numbers.device)
     blocks = find_blocks(model)[1]
@@ -185,50 +202,36 @@ def _enter(
     with attached(model, source.load_outside(dtype=numbers.dtype, device=numbers.device)):
         with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
             calls = BlockCalls(model, further_outputs(model, blocks[0], probe_BL))
-        hidden = stack.enter_context(
-            _hidden_states(slices, calls, batch_tokens=numbers.batch_tokens, device=numbers.device, spill_to=spill_to)
-        )
-    return Passes(source, blocks, calls, hidden, numbers)
+        allocate = stack.enter_context(_allocator(numbers.device, spill_to))
+        hidden = {name: _hidden_of(tokens_SL, calls, numbers, allocate) for name, tokens_SL in slices.items()}
+    dense = {name: allocate(each.shape, each.dtype).copy_(each) for name, each in hidden.items()} if in_pairs else None
+    return Passes(source, blocks, calls, hidden, numbers, dense)
+
+
+Allocate = Callable[[torch.Size, torch.dtype], Tensor]
+"""A place for hidden states of a shape and dtype, nothing in it yet."""
 
 
 @contextmanager
-def _hidden_states(
-    slices: Mapping[str, Tensor],
-    calls: BlockCalls,
-    *,
-    batch_tokens: int,
-    device: torch.device | str,
-    spill_to: Path | None,
-) -> Iterator[dict[str, Tensor]]:
-    """What enters the first block, one [S, L, D] tensor per slice; a walk overwrites it in place, block after block.
-
-    On `device`, or in a temporary file under `spill_to` that is mapped into memory and gone afterwards.
-    """
+def _allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]:
+    """On `device`, or in temporary files under `spill_to` that are mapped into memory and gone afterwards."""
     if spill_to is None:
-        yield {name: _hidden_of(tokens_SL, calls, batch_tokens, device, None) for name, tokens_SL in slices.items()}
+        yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
     spill_to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hidden-", dir=spill_to) as folder:
-        files = {name: Path(folder, str(index)) for index, name in enumerate(slices)}
-        yield {
-            name: _hidden_of(tokens_SL, calls, batch_tokens, device, files[name]) for name, tokens_SL in slices.items()
-        }
+        files = (str(Path(folder, str(number))) for number in itertools.count())
+        mapped = partial(torch.from_file, shared=True)
+        yield lambda shape, dtype: mapped(next(files), size=shape.numel(), dtype=dtype).view(shape)
 
 
-def _hidden_of(
-    tokens_SL: Tensor, calls: BlockCalls, batch_tokens: int, device: torch.device | str, file: Path | None
-) -> Tensor:
-    first_1LD = calls.enter(tokens_SL[:1].to(device))
-    hidden_SLD = _allocate((*tokens_SL.shape, first_1LD.shape[-1]), first_1LD.dtype, device, file)
-    for batch in batches(tokens_SL, batch_tokens):
-        hidden_SLD[batch] = calls.enter(tokens_SL[batch].to(device))
+def _hidden_of(tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate: Allocate) -> Tensor:
+    """What enters the first block, [S, L, D]; a walk overwrites it in place, block after block."""
+    first_1LD = calls.enter(tokens_SL[:1].to(numbers.device))
+    hidden_SLD = allocate(torch.Size((*tokens_SL.shape, first_1LD.shape[-1])), first_1LD.dtype)
+    for batch in batches(tokens_SL, numbers.batch_tokens):
+        hidden_SLD[batch] = calls.enter(tokens_SL[batch].to(numbers.device))
     return hidden_SLD
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, file: Path | None) -> Tensor:
-    if file is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
 def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from crosscal.compressors import Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import VECTORS, MeanSum, Mixture, Statistic
+from crosscal.statistics import OF_TWO_STREAMS, VECTORS, MeanSum, Mixture, Statistic, streams_of
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
@@ -33,7 +33,7 @@ ENERGIES = "energies"
 ENERGIES_FILE = "energies.json"
 ENERGIES_FORMAT = 1  # a change of what is computed makes new keys
 
-MEASURED = frozenset({Statistic.GRAM, Statistic.SUM})
+MEASURED = frozenset({Statistic.GRAM, Statistic.SUM}) | OF_TWO_STREAMS
 """What losses are measured with."""
 Place = tuple[str, int, bool]
 """(corpus, seed, whether held out)."""
@@ -100,8 +100,13 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 
 def statistics_needed(asked: Iterable[Variant]) -> frozenset[Statistic]:
     """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it. Without it
-    no loss can be measured, of any variant."""
-    return frozenset(VECTORS).union(*(step.step.needs for variant in asked for step in variant.recipe))
+    no loss can be measured, of any variant. Sums of two streams are summed for the variants that declare them alone."""
+    return frozenset(VECTORS).union(*(_with_measure(step.step.needs) for variant in asked for step in variant.recipe))
+
+
+def _with_measure(needs: frozenset[Statistic]) -> frozenset[Statistic]:
+    """A step that aims at the dense model's outputs is measured against them, which takes both sums of two streams."""
+    return needs | OF_TWO_STREAMS if streams_of(needs) > 1 else needs
 
 
 def needed(
@@ -113,7 +118,7 @@ def needed(
     for group, members in groups.items():
         found[group] = found.get(group, always)
         for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
-            found[group] |= step.step.needs & MEASURED
+            found[group] |= _with_measure(step.step.needs) & MEASURED
             seen = group if step.mixture is None else group.on(step.mixture)
             found[seen] = found.get(seen, always) | step.step.needs
     return found

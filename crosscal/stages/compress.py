@@ -27,14 +27,14 @@ from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report, silent
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages import preflight
-from crosscal.stages.block_problem import BlockProblem
+from crosscal.stages.block_problem import BlockProblem, statistics_needed
 from crosscal.stages.folding import unfolded
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.moments import Cached, JustRead, MomentsReport
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
-from crosscal.statistics import Mixture
+from crosscal.statistics import Mixture, streams_of
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
@@ -124,7 +124,8 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     shop = dataclasses.replace(shop, samples={(corpus, variant.seed): each for corpus, each in samples.items()})
     sets = [key for sample in samples.values() for key in sample.sets]
     over = [over_sums(mixture, samples) for mixture in mixtures]
-    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over))
+    wanted = shop.cached.wanted | statistics_needed([variant])
+    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over), wanted=wanted)
     writer, blocks = shop.writer(variant), range(shop.source.blocks)
     unwritten = [block for block in blocks if not writer.has_block(block)]
     if all(cached.has(key, block) for key in sets for block in unwritten):
@@ -141,6 +142,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         return _solve_alone(shop, JustRead.of(cached, seen), variant, seen.block).dense
 
     slices, dtype = {key: windows_by_key(cached.store, key) for key in sets}, getattr(torch, cached.dtype)
+    streams = streams_of(cached.wanted)
     done = walk(
         shop.source,
         slices,
@@ -149,7 +151,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         device=shop.device,
         dtype=dtype,
         batch_tokens=batch_tokens,
-        spill_to=spill_folder(shop.source, slices.values(), dtype=dtype, device=shop.device),
+        spill_to=spill_folder(shop.source, slices.values(), dtype=dtype, device=shop.device, streams=streams),
         wanted=lambda block: block in unwritten,
         statistics=cached.wanted,
         progress=report,

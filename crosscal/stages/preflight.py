@@ -24,7 +24,7 @@ from crosscal.models.sites import is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
-from crosscal.statistics import EVERY, VECTORS, Mixture, Statistic
+from crosscal.statistics import EVERY, OF_TWO_STREAMS, VECTORS, Mixture, Statistic, streams_of
 from crosscal.store import Store
 from crosscal.variants import Variant
 
@@ -57,7 +57,7 @@ class BlockShape:
 
     @property
     def gram_bytes(self) -> int:
-        """Of one calibration set: Σ I² over the sites."""
+        """Of one matrix [I, I] a site and calibration set: Σ I² over the sites."""
         return sum(inputs * inputs for _, inputs in self.sites) * SUM_BYTES
 
     @property
@@ -67,7 +67,7 @@ class BlockShape:
 
     def summed_bytes(self, statistics: Collection[Statistic]) -> int:
         """Of one calibration set while it is read; vectors are summed in float64."""
-        return 2 * self.vector_bytes + (self.gram_bytes if Statistic.GRAM in statistics else 0)
+        return 2 * self.vector_bytes + self.gram_bytes * sum(which.is_matrix for which in statistics)
 
 
 def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
@@ -115,11 +115,13 @@ def _inputs(linear: nn.Module) -> int:
 
 
 def moments_bytes(shapes: Sequence[BlockShape], sets: int, statistics: Collection[Statistic] = EVERY) -> int:
-    """On disk, for so many calibration and held-out sets: the vectors, and if wanted about 0.42 · 4 bytes · Σ I²."""
+    """On disk, for so many calibration and held-out sets: the vectors, and of every matrix that is wanted about
+    0.42 · 4 bytes · Σ I², twice as much where it is not symmetric."""
     artifacts = len({which.stored_in for which in statistics})
     small = sum(shape.vector_bytes + artifacts * ARTIFACT_BYTES * len(shape.sites) for shape in shapes)
-    grams = sum(shape.gram_bytes for shape in shapes) if Statistic.GRAM in statistics else 0
-    return round(STORED_SHARE * grams + small) * sets
+    triangles = sum((1 if which.is_symmetric else 2) for which in statistics if which.is_matrix)
+    grams = sum(shape.gram_bytes for shape in shapes)
+    return round(STORED_SHARE * triangles * grams + small) * sets
 
 
 def reading_bytes(
@@ -132,14 +134,16 @@ def reading_bytes(
     itemsize: int,
     statistics: Collection[Statistic] = EVERY,
 ) -> int:
-    """Memory of one pass over a model: hidden states of all `tokens`, and the larger of two moments.
+    """Memory of one pass over a model: hidden states of all `tokens`, in one stream or two, and the larger of two
+    moments.
 
     At first what lies outside the blocks (`outside` parameters) and one block; then two blocks, one being read ahead,
     with the sums of a block for every set.
     """
     block = max(shape.parameters for shape in shapes) * itemsize
     sums = max(shape.summed_bytes(statistics) for shape in shapes) * sets
-    return tokens * hidden * itemsize + max(outside * itemsize + block, 2 * block + sums)
+    states = streams_of(statistics) * tokens * hidden * itemsize
+    return states + max(outside * itemsize + block, 2 * block + sums)
 
 
 def solving_bytes(
@@ -152,7 +156,8 @@ def solving_bytes(
     """Memory of solving one block on so many lanes, above what the process uses already: the larger of two moments.
 
     When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`SiteStatistics`),
-    three matrices for each group in work (its Hessian, the factor, one more), the answers for this site, and what the
+    three matrices for each group in work (its Hessian, the factor, one more), of every sum of two streams as many again
+    but the factor, the answers for this site, and what the
     column loops of the other lanes hold. At the end: every answer, as solved and as stored, of which what was let go is
     not all the system's again, and the loops. Always the block's weights, and the file they were read from.
     """
@@ -165,7 +170,9 @@ def solving_bytes(
     at_widest = min(lanes, len(groups))
     members = -(-len(variants) // max(1, len(groups)))
     loop = (1 + 2 * members) * shape.parameters * SUM_BYTES * LARGEST_SITE
-    matrices = (2 * len(drawn) + 3 * at_widest) * max(widths) ** 2 * SUM_BYTES if Statistic.GRAM in statistics else 0
+    held = (2 * len(drawn) + 3 * at_widest) if Statistic.GRAM in statistics else 0
+    held += (2 * len(drawn) + 2 * at_widest) * len(OF_TWO_STREAMS & set(statistics))
+    matrices = held * max(widths) ** 2 * SUM_BYTES
     answers = len(variants) * max(widths) * min(widths) * SUM_BYTES
     all_answers = len(variants) * shape.parameters * SUM_BYTES * ANSWER_COPIES
     solving = max(matrices + answers + (lanes - at_widest + 1) * loop, all_answers + lanes * loop)

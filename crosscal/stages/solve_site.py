@@ -15,10 +15,11 @@ from torch import Tensor
 from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
 from crosscal.compressors.problem import output_loss
 from crosscal.compressors.recipe import site_of, solutions
+from crosscal.compressors.streams import Streams
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics
+from crosscal.stages.block_problem import MEASURED, BlockProblem, Energies, Group, SiteStatistics
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
@@ -109,13 +110,14 @@ def _measured(
 ) -> Iterator[tuple[Variant, Layer]]:
     held_out_II = held_out.hessian_II if held_out else None
     mean_I = held_out.get(Statistic.SUM) if held_out else None
+    streams = Streams.of(held_out.get) if held_out else None
     for matrix, layer, answers in zip(site.matrices, done.problems, zip(*done.answers, strict=True), strict=True):
         known = energies.get(matrix.name)
-        held_out_energy = known[1] if known else _energy(layer, held_out_II)
+        held_out_energy = known[1] if known else _energy(layer, held_out_II, streams)
         if layer.energy is not None:
             energies.add(matrix.name, layer.energy, held_out_energy)
         for variant, solution in zip(members, answers, strict=True):
-            loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I)
+            loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I, streams)
             row = _row(problem, site, variant, layer, solution, loss, done)
             yield variant, Layer(matrix, solution, row)
 
@@ -128,19 +130,21 @@ def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:
         return None
 
 
-def _energy(layer: LayerProblem, hessian_II: Tensor | None) -> float | None:
-    return None if hessian_II is None else quadratic_loss(layer.weight_OI, hessian_II)
+def _energy(layer: LayerProblem, hessian_II: Tensor | None, streams: Streams | None) -> float | None:
+    if hessian_II is None:
+        return None
+    return quadratic_loss(layer.weight_OI, hessian_II) if streams is None else streams.energy(layer.weight_OI)
 
 
 def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: Energies) -> list[LayerProblem]:
-    hessian_II, mean_I = own.get(Statistic.GRAM) if problem.cached.measures_losses else None, own.get(Statistic.SUM)
+    hessian_II = own.get(Statistic.GRAM) if problem.cached.measures_losses else None
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
         LayerProblem(
             name=f"{problem.name}.{matrix.name}",
             weight_OI=matrix.weight_OI(problem.parameters).to(problem.device, own.square_I.dtype),
             hessian_II=hessian_II,
-            further={} if mean_I is None else {Statistic.SUM: mean_I},
+            further={which: mean for which in MEASURED - {Statistic.GRAM} if (mean := own.get(which)) is not None},
             stored_dtype=problem.stored_dtype(matrix),
             bias_O=None if (bias_O := matrix.bias_O(problem.parameters)) is None else bias_O.to(own.square_I),
             known_energy=pair[0] if (pair := known[matrix.name]) else None,
@@ -194,11 +198,15 @@ def _relative_loss(
     hessian_II: Tensor | None,
     energy: float | None,
     mean_I: Tensor | None = None,
+    streams: Streams | None = None,
 ) -> float | None:
     """None without an energy to compare with: a ratio to nothing is no loss of 0."""
     if hessian_II is None or energy is None or energy <= 0:
         return None
-    return output_loss(layer.weight_OI - solution.weight_OI, hessian_II, solution.bias_change_O, mean_I) / energy
+    difference_OI = layer.weight_OI - solution.weight_OI
+    if streams is not None:
+        return streams.loss(layer.weight_OI, difference_OI) / energy
+    return output_loss(difference_OI, hessian_II, solution.bias_change_O, mean_I) / energy
 
 
 def _kept_dense(

@@ -29,14 +29,16 @@ def spill_folder(
     device: str,
     free: int | None = None,
     folder: Path | None = None,
+    streams: int = 1,
 ) -> Path | None:
     """None where the hidden states of all `windows` take at most half of the device's free memory, or else a folder.
+    `streams`: how often a walk holds them.
 
     It is the system's folder for temporary files, which `TMPDIR` names; a walk removes what it puts there. Raises
     `ModelError` where they do not fit there either: a mapped file that outgrows its disk would end the process.
     """
     tokens, hidden = sum(tokens_SL.numel() for tokens_SL in windows), source.config.get_text_config().hidden_size
-    needed_bytes = tokens * hidden * dtype.itemsize
+    needed_bytes = streams * tokens * hidden * dtype.itemsize
     free = free_bytes(device) if free is None else free
     if needed_bytes <= SHARE * free:
         return None

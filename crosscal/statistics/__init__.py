@@ -3,10 +3,11 @@
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.mixture import MeanSum, Mixture
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
-from crosscal.statistics.statistic import EVERY, VECTORS, Statistic
+from crosscal.statistics.statistic import EVERY, OF_TWO_STREAMS, VECTORS, Statistic, streams_of
 
 __all__ = [
     "EVERY",
+    "OF_TWO_STREAMS",
     "VECTORS",
     "InputMoments",
     "InverseFactor",
@@ -15,4 +16,5 @@ __all__ = [
     "MomentsAccumulator",
     "Statistic",
     "factor",
+    "streams_of",
 ]

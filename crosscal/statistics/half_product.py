@@ -1,4 +1,4 @@
-"""The upper triangle of XᵀX: half of the work of a plain matrix product.
+"""The upper triangle of XᵀX: half of the work of a plain matrix product; and YᵀX, of which all is needed.
 
 Shapes: T tokens, I inputs, B rows of a strip or panel, M columns beside it.
 
@@ -54,6 +54,29 @@ def add_panels(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
             panel_BI.addmm_(left_TB.mT, right_TI)
         else:
             panel_BI += torch.mm(left_TB.mT, right_TI, out_dtype=upper_II.dtype)
+
+
+def add_product(product_II: Tensor, left_TI: Tensor, right_TI: Tensor, strip: slice) -> None:
+    """Add `Y[:, strip]ᵀ X` to the rows of a strip, in place. What dtypes may be, and bits: as in `add_half_product`."""
+    own_TB = left_TI[:, strip]
+    if product_II.device.type == "cpu" and product_II.dtype in BLAS_LETTERS:
+        _add_product_by_blas(product_II[strip], own_TB.contiguous(), right_TI.contiguous())
+    elif right_TI.dtype == product_II.dtype:
+        product_II[strip].addmm_(own_TB.mT, right_TI)
+    else:
+        product_II[strip] += torch.mm(own_TB.mT, right_TI, out_dtype=product_II.dtype)
+
+
+def _add_product_by_blas(product_BI: Tensor, left_TB: Tensor, right_TI: Tensor) -> None:
+    assert product_BI.is_contiguous()
+    assert left_TB.dtype == right_TI.dtype == product_BI.dtype
+    tokens, inputs = right_TI.shape
+    rows = left_TB.shape[1]
+    if not tokens or not inputs or not rows:
+        return
+    gemm = BLAS.routines(product_BI.dtype)[1]
+    right, left, product = right_TI.data_ptr(), left_TB.data_ptr(), product_BI.data_ptr()
+    gemm(b"N", b"T", inputs, rows, tokens, 1.0, right, inputs, left, rows, 1.0, product, inputs)
 
 
 def _add_by_blas(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from crosscal.errors import EmptyStatistics, NotFinite, StatisticsError
-from crosscal.statistics.half_product import add_half_product, strips
+from crosscal.statistics.half_product import add_half_product, add_product, strips
 from crosscal.statistics.numba_sums import add_sums
-from crosscal.statistics.statistic import EVERY, VECTORS, Statistic
+from crosscal.statistics.statistic import EVERY, OF_TWO_STREAMS, VECTORS, Statistic
 
 CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
 MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
@@ -41,9 +41,11 @@ class InputMoments:
         return accumulator.moments()
 
     @classmethod
-    def zero(cls, inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
-        """The neutral element of `+`."""
-        return cls({which: which.zeros(inputs, dtype) for which in Statistic}, 0)
+    def zero(
+        cls, inputs: int, dtype: torch.dtype = torch.float32, wanted: Collection[Statistic] = EVERY
+    ) -> InputMoments:
+        """The neutral element of `+` among moments that hold these sums."""
+        return cls({which: which.zeros(inputs, dtype) for which in Statistic if which in wanted}, 0)
 
     def __add__(self, other: InputMoments) -> InputMoments:
         """Moments of both sets of tokens. Raises `StatisticsError` when the numbers of inputs, or the sums, differ."""
@@ -130,6 +132,9 @@ def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
 class MomentsAccumulator:
     """Adds up the moments of a stream of inputs: the vectors, and where wanted one triangle of the Gram matrix.
 
+    With any of `OF_TWO_STREAMS` wanted all of them are summed, and every input comes with that of the same tokens in
+    the dense model.
+
     Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
     `dtype` first. The vectors are summed in `dtype` over 64 rows (on a GPU a batch), in float64 from there on, and
     handed out in `dtype`.
@@ -145,36 +150,55 @@ class MomentsAccumulator:
     ) -> None:
         self._inputs, self._dtype = inputs, dtype
         self._upper_II = Statistic.GRAM.zeros(inputs, dtype, device) if Statistic.GRAM in wanted else None
+        self._cross_II = self._drift_II = None
+        if OF_TWO_STREAMS & set(wanted):
+            self._cross_II = Statistic.CROSS.zeros(inputs, dtype, device)
+            self._drift_II = Statistic.DRIFT.zeros(inputs, dtype, device)
         self._vectors = {which: which.zeros(inputs, torch.float64, device) for which in VECTORS}
         self._tokens = 0
 
     @property
     def strips(self) -> Sequence[slice]:
-        """Rows of the triangle that can be added to by themselves; one strip on a GPU, and without a triangle."""
-        in_strips = self._upper_II is not None and not self._upper_II.is_cuda
+        """Rows of the matrices that can be added to by themselves; one strip on a GPU, and without a matrix."""
+        matrix_II = self._cross_II if self._upper_II is None else self._upper_II
+        in_strips = matrix_II is not None and not matrix_II.is_cuda
         return strips(self._inputs) if in_strips else [slice(0, self._inputs)]
 
-    def add(self, input_TI: Tensor) -> None:
-        """Add the rows of a matrix (any leading shape is flattened to tokens). Raises `StatisticsError` on a wrong
-        width. On a CPU the sums have the same bits whatever torch's number of threads, as long as BLAS has one
-        (`BLAS.one_thread`)."""
+    def add(self, input_TI: Tensor, dense_TI: Tensor | None = None) -> None:
+        """Add the rows of a matrix (any leading shape is flattened to tokens), with those of the same tokens in the
+        dense model where two streams are summed. Raises `StatisticsError` on a wrong width, and for dense inputs that
+        are missing, unasked for or of other tokens. On a CPU the sums have the same bits whatever torch's number of
+        threads, as long as BLAS has one (`BLAS.one_thread`)."""
         for strip in self.strips:
-            self.add_strip(input_TI, strip)
+            self.add_strip(input_TI, strip, dense_TI)
 
-    def add_strip(self, input_TI: Tensor, strip: slice) -> None:
+    def add_strip(self, input_TI: Tensor, strip: slice, dense_TI: Tensor | None = None) -> None:
         """One part of `add`, which every strip is to have once; others may be added by other threads meanwhile."""
         if input_TI.shape[-1] != self._inputs:
             raise StatisticsError("inputs of another width", got=f"{input_TI.shape[-1]} instead of {self._inputs}")
-        rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
-        if not _multiplies_as_is(rows_TI, self._dtype):
-            rows_TI = rows_TI.to(self._dtype)
-        for part_TI in [rows_TI] if rows_TI.is_cuda else rows_TI.split(CACHED_ROWS):
+        rows_TI = self._rows(input_TI)
+        for part_TI in _in_caches(rows_TI):
             if self._upper_II is not None:
                 add_half_product(self._upper_II, part_TI, strip)
             if strip.start == 0:
                 self._add_vectors(part_TI)
+        self._add_streams(rows_TI, input_TI.shape, dense_TI, strip)
         if strip.start == 0:
             self._tokens += rows_TI.shape[0]
+
+    def _rows(self, input_TI: Tensor) -> Tensor:
+        rows_TI = input_TI.detach().reshape(-1, input_TI.shape[-1])
+        return rows_TI if _multiplies_as_is(rows_TI, self._dtype) else rows_TI.to(self._dtype)
+
+    def _add_streams(self, rows_TI: Tensor, shape: torch.Size, dense_TI: Tensor | None, strip: slice) -> None:
+        if (dense_TI is None) != (self._cross_II is None) or (dense_TI is not None and dense_TI.shape != shape):
+            got = "none" if dense_TI is None else str(tuple(dense_TI.shape))
+            raise StatisticsError("inputs of both streams must be of the same tokens", got=f"{tuple(shape)} and {got}")
+        if dense_TI is None or self._cross_II is None or self._drift_II is None:
+            return
+        for part_TI, dense_part_TI in zip(_in_caches(rows_TI), _in_caches(self._rows(dense_TI)), strict=True):
+            add_product(self._cross_II, dense_part_TI, part_TI, strip)
+            add_half_product(self._drift_II, dense_part_TI.to(self._dtype) - part_TI.to(self._dtype), strip)
 
     def _add_vectors(self, rows_TI: Tensor) -> None:
         if rows_TI.is_cuda:
@@ -186,19 +210,26 @@ class MomentsAccumulator:
 
     def moments(self) -> InputMoments:
         """The sums so far, copied to the CPU: what is added later does not change them."""
-        return self._moments(None if self._upper_II is None else self._upper_II.clone())
+        return self._moments({which: matrix_II.clone() for which, matrix_II in self._matrices().items()})
 
     def finish(self) -> InputMoments:
         """The sums, on the CPU. Nothing can be added any more: there they are the accumulator's own, not a copy."""
-        upper_II = self._upper_II
-        del self._upper_II
-        return self._moments(upper_II)
+        matrices = self._matrices()
+        del self._upper_II, self._cross_II, self._drift_II
+        return self._moments(matrices)
 
-    def _moments(self, gram_II: Tensor | None) -> InputMoments:
+    def _matrices(self) -> dict[Statistic, Tensor]:
+        """Of symmetric ones the upper triangle."""
+        held = {Statistic.GRAM: self._upper_II, Statistic.CROSS: self._cross_II, Statistic.DRIFT: self._drift_II}
+        return {which: matrix_II for which, matrix_II in held.items() if matrix_II is not None}
+
+    def _moments(self, matrices: dict[Statistic, Tensor]) -> InputMoments:
         sums = {}
-        if gram_II is not None:
-            _mirror(gram_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
-            sums[Statistic.GRAM] = gram_II.to("cpu")
+        for which in list(matrices):
+            matrix_II = matrices.pop(which)  # let go, one by one
+            if which.is_symmetric:
+                _mirror(matrix_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
+            sums[which] = matrix_II.to("cpu")
         sums |= {which: total_I.to("cpu", self._dtype, copy=True) for which, total_I in self._vectors.items()}
         return InputMoments(sums, self._tokens)
 
@@ -210,6 +241,10 @@ def _mirror(gram_II: Tensor) -> None:
         corner_BB = gram_II[start:stop, start:stop]
         corner_BB.copy_(corner_BB.triu() + corner_BB.triu(1).mT)
         gram_II[stop:, start:stop] = gram_II[start:stop, stop:].mT
+
+
+def _in_caches(rows_TI: Tensor) -> Sequence[Tensor]:
+    return [rows_TI] if rows_TI.is_cuda else rows_TI.split(CACHED_ROWS)
 
 
 def _multiplies_as_is(rows_TI: Tensor, dtype: torch.dtype) -> bool:

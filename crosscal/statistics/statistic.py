@@ -6,7 +6,7 @@ Shapes: T tokens, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 
 import torch
@@ -38,10 +38,19 @@ class Statistic(StrEnum):
     """Σ |x|."""
     SUM = "sum", 1, torch.positive, "vectors"
     """Σ x."""
+    CROSS = "cross", 2, None, "cross"
+    """Σ x_dense xᵀ: the same token in the dense model and behind compressed blocks. Not symmetric."""
+    DRIFT = "drift", 2, None, "cross"
+    """Σ (x_dense - x)(x_dense - x)ᵀ: what losses against the dense model's outputs take besides, free of the
+    cancellation that a difference of large sums has. Comes along with `cross`."""
 
     @property
     def is_matrix(self) -> bool:
         return self.of_each is None
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self is not Statistic.CROSS
 
     def divided(self, mean: Tensor, scale_I: Tensor) -> Tensor:
         """The statistic of x / s from that of x, s > 0: exact, being a moment."""
@@ -52,10 +61,19 @@ class Statistic(StrEnum):
         return torch.zeros((inputs, inputs) if self.is_matrix else (inputs,), dtype=dtype, device=device)
 
     def finite_part(self, sum_: Tensor) -> Tensor:
-        """What is finite exactly where all of it is: Σ x² bounds every product sum (Cauchy-Schwarz)."""
-        return sum_.diagonal() if self.is_matrix else sum_
+        """What is finite exactly where all of it is: Σ x² bounds every product sum (Cauchy-Schwarz), but of products of
+        two different inputs the diagonal says nothing."""
+        return sum_.diagonal() if self.is_matrix and self.is_symmetric else sum_
 
 
 VECTORS = tuple(which for which in Statistic if not which.is_matrix)
 """Those that are small: a reading sums them in any case."""
-EVERY = frozenset(Statistic)
+OF_TWO_STREAMS = frozenset({Statistic.CROSS, Statistic.DRIFT})
+"""Those that take a dense stream of hidden states beside the compressed one, in a walk with sequential upstream."""
+EVERY = frozenset(Statistic) - OF_TWO_STREAMS
+"""Of one stream: all that a reading of the dense model can sum."""
+
+
+def streams_of(wanted: Collection[Statistic]) -> int:
+    """How many streams of hidden states a walk holds for these."""
+    return 1 if OF_TWO_STREAMS.isdisjoint(wanted) else 2

@@ -1,14 +1,16 @@
-"""Moments on disk: Arrow IPC, the upper triangle of the Gram matrix as byte planes, each compressed with zstd.
+"""Moments on disk: Arrow IPC, the upper triangle of a Gram matrix as byte planes, each compressed with zstd.
 
 A lossless file of about 0.41 of the full matrix (`crosscal.store.triangle` says how). `gram.arrow` has one uint8 column
 per byte plane, most significant last; `vectors.arrow` has a column for every other sum that the artifact holds, and the
-diagonal's `exponent` beside a matrix; inputs, tokens and dtype stand in the schema metadata.
+diagonal's `exponent` beside a matrix; inputs, tokens and dtype stand in the schema metadata. Every matrix has a file of
+its name. One that is not symmetric is two triangles, its own and then that of its transpose.
 
 Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, P bytes a number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,13 @@ from crosscal.store.artifacts import Artifact, Store
 from crosscal.store.triangle import pack_triangle, unpack_triangle
 
 BATCH_ENTRIES = 1 << 21  # triangle entries per record batch: bounds the memory of writing and reading
-GRAM, VECTORS = "gram.arrow", "vectors.arrow"
+VECTORS = "vectors.arrow"
+MATRICES = {which: f"{which}.arrow" for which in Statistic if which.is_matrix}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def write_moments(folder: Path, moments: InputMoments) -> None:
-    """Write the sums that there are into a folder, matrices as `gram.arrow`. Raises `NotFinite`: what is stored can be
-    solved from."""
+    """Write the sums that there are into a folder. Raises `NotFinite`: what is stored can be solved from."""
     if not all(map(all_finite, moments.sums.values())):
         raise NotFinite("moments that are not finite are not stored", do="Calibrate in float32 or bfloat16.")
     vectors = {which.value: each.numpy() for which, each in moments.sums.items() if not which.is_matrix}
@@ -42,13 +44,13 @@ def write_moments(folder: Path, moments: InputMoments) -> None:
     if moments.weighted_tokens is not None:
         metadata["weighted_tokens"] = repr(moments.weighted_tokens)
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
-    if Statistic.GRAM in moments.sums:
-        planes_PN, vectors["exponent"] = pack_triangle(moments.gram_II.numpy())
-        schema = _schema(len(planes_PN)).with_metadata(metadata)
-        with arrow_file(folder / GRAM, schema, options) as writer:
-            for start in range(0, planes_PN.shape[1], BATCH_ENTRIES):
-                part_PN = planes_PN[:, start : start + BATCH_ENTRIES]
-                writer.write_batch(pa.record_batch([array_of(plane_N) for plane_N in part_PN], schema=schema))
+    for which in (each for each in MATRICES if each in moments.sums):
+        matrix_II = moments.sums[which].numpy()
+        schema = _schema(matrix_II.itemsize).with_metadata(metadata)
+        with arrow_file(folder / MATRICES[which], schema, options) as writer:
+            for triangle_II in [matrix_II] if which.is_symmetric else [matrix_II, np.ascontiguousarray(matrix_II.T)]:
+                planes_PN, vectors[_exponent(which)] = pack_triangle(triangle_II)
+                _write_planes(writer, planes_PN)
     table = pa.table({name: array_of(vector_I) for name, vector_I in vectors.items()})
     with arrow_file(folder / VECTORS, table.schema.with_metadata(metadata), options) as writer:
         writer.write_table(table.replace_schema_metadata(metadata))
@@ -56,12 +58,14 @@ def write_moments(folder: Path, moments: InputMoments) -> None:
 
 def read_moments(store: Store, artifact: Artifact) -> InputMoments:
     """Read moments back, bit for bit: the sums that an artifact holds. Raises `CorruptArtifact`."""
-    files = {name: store.path(artifact, name) for name in (GRAM, VECTORS) if name in artifact.files}
+    held = {which: name for which, name in MATRICES.items() if name in artifact.files}
+    files = {name: store.path(artifact, name) for name in (*held.values(), VECTORS) if name in artifact.files}
     try:
-        sums, exponent_I, header = _read_vectors(files[VECTORS])
-        if GRAM in files:
-            gram_II, header = _read_gram(files[GRAM], exponent_I)
-            sums = {Statistic.GRAM: gram_II, **sums}
+        vectors, exponents, header = _read_vectors(files[VECTORS])
+        sums: dict[Statistic, Tensor] = {}
+        for which, name in held.items():
+            sums[which], header = _read_matrix(which, files[name], exponents.get(_exponent(which)))
+        sums |= vectors
         if header is None or not sums:
             raise ValueError("no header or no sums")
         for sum_ in sums.values():
@@ -96,26 +100,39 @@ class _Header:
         return cls(inputs, tokens, dtype, weighted_tokens)
 
 
+def _exponent(which: Statistic) -> str:
+    """Name of the column; the first matrix was once the only one."""
+    return "exponent" if which is Statistic.GRAM else f"{which}_exponent"
+
+
+def _write_planes(writer: pa.ipc.RecordBatchFileWriter, planes_PN: np.ndarray) -> None:
+    for start in range(0, planes_PN.shape[1], BATCH_ENTRIES):
+        part_PN = planes_PN[:, start : start + BATCH_ENTRIES]
+        writer.write_batch(pa.record_batch([array_of(plane_N) for plane_N in part_PN], schema=_schema(len(planes_PN))))
+
+
 def _schema(planes: int) -> pa.Schema:
     return pa.schema([(f"byte{plane}", pa.uint8()) for plane in range(planes)])
 
 
-def _read_vectors(path: Path) -> tuple[dict[Statistic, Tensor], np.ndarray | None, _Header | None]:
-    """(sums, exponent_I, header); the first version of the store had no exponents, and the header in `gram.arrow`."""
+def _read_vectors(path: Path) -> tuple[dict[Statistic, Tensor], dict[str, np.ndarray], _Header | None]:
+    """(sums, exponents by their columns, header); the first version of the store had no exponents, and the header in
+    `gram.arrow`."""
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
         copied = {name: table[name].to_numpy().copy() for name in table.column_names}
         header = _Header.of(table.schema) if table.schema.metadata else None
-    exponent_I = copied.pop("exponent", None)
-    return {Statistic(name): torch.from_numpy(vector_I) for name, vector_I in copied.items()}, exponent_I, header
+    exponents = {name: copied.pop(name) for name in map(_exponent, MATRICES) if name in copied}
+    return {Statistic(name): torch.from_numpy(vector_I) for name, vector_I in copied.items()}, exponents, header
 
 
-def _read_gram(path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, _Header]:
+def _read_matrix(which: Statistic, path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, _Header]:
     """The full matrix, and what its file says of it."""
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         header = _Header.of(reader.schema)
-        entries = header.inputs * (header.inputs + 1) // 2
+        triangle = header.inputs * (header.inputs + 1) // 2
+        entries = triangle if which.is_symmetric else 2 * triangle
         # Before any memory is asked for: a header cannot claim more than the file has batches for.
         if entries > reader.num_record_batches * BATCH_ENTRIES:
             raise ValueError(f"{header.inputs} inputs in {reader.num_record_batches} batches")
@@ -123,15 +140,21 @@ def _read_gram(path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, _Head
             raise ValueError(f"columns {reader.schema.names} for {header.dtype}")
         if exponent_I is not None and (len(exponent_I) != header.inputs or exponent_I.dtype != np.uint16):
             raise ValueError(f"{len(exponent_I)} {exponent_I.dtype} exponents for {header.inputs} inputs")
-        planes_PN = _read_planes(reader, entries, header.dtype.itemsize)
-    return torch.from_numpy(unpack_triangle(planes_PN, exponent_I, header.inputs)), header
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        planes = (_read_planes(batches, triangle, header.dtype.itemsize) for _ in range(entries // triangle))
+        matrix_II, *transposed = (unpack_triangle(planes_PN, exponent_I, header.inputs) for planes_PN in planes)
+        if next(batches, None) is not None:
+            raise ValueError(f"more than {entries} entries")
+    for below_II in transposed:
+        np.copyto(matrix_II, below_II, where=np.tri(header.inputs, k=-1, dtype=bool))
+    return torch.from_numpy(matrix_II), header
 
 
-def _read_planes(reader: pa.ipc.RecordBatchFileReader, entries: int, planes: int) -> np.ndarray:
+def _read_planes(batches: Iterator[pa.RecordBatch], entries: int, planes: int) -> np.ndarray:
+    """The next triangle of so many entries; a batch never holds parts of two."""
     planes_PN = np.empty((planes, entries), dtype=np.uint8)
     position = 0
-    for index in range(reader.num_record_batches):
-        batch = reader.get_batch(index)
+    while position < entries and (batch := next(batches, None)) is not None:
         for plane, column in enumerate(batch.columns):
             planes_PN[plane, position : position + batch.num_rows] = column.to_numpy()
         position += batch.num_rows

@@ -39,12 +39,14 @@ def layer(
     stored_dtype: torch.dtype | None = None,
     name: str = "blocks.0.linear",
 ) -> LayerProblem:
-    """A problem with more tokens than inputs, so that its Hessian is well conditioned."""
+    """A problem with more tokens than inputs, so that its Hessian is well conditioned. The dense model's inputs are
+    multiples of them."""
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
     if stored_dtype is not None:
         weight_OI = weight_OI.to(stored_dtype)
     gram_II, abs_I, mean_I = (mean.to(dtype, copy=True) for mean in _means(inputs, seed, tuple(dead)))
-    further = {Statistic.ABS_SUM: abs_I, Statistic.SUM: mean_I}
+    dense_I = 1 + 0.2 * torch.arange(inputs, dtype=torch.float64).sin().to(dtype)
+    further = {Statistic.ABS_SUM: abs_I, Statistic.SUM: mean_I, Statistic.CROSS: dense_I[:, None] * gram_II}
     return LayerProblem(name, weight_OI.to(dtype), gram_II, further, stored_dtype=stored_dtype)
 
 
