@@ -58,6 +58,22 @@ def test_moments_are_summed_on_the_device_and_handed_out_on_the_cpu(dtype: torch
     assert_same(InputMoments.of(input_TI.to("cuda")), so_far, "cpu", ROUNDOFF_F32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=label)
+def test_pairs_are_summed_on_the_device_and_handed_out_on_the_cpu(dtype: torch.dtype) -> None:
+    dense_TI, input_TI = (correlated_inputs_TI(70, 200, seed=seed).to(dtype) for seed in (3, 4))
+    sums_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    mine, theirs = (
+        MomentsAccumulator(200, dtype=sums_dtype, device=device, wanted=tuple(Statistic)) for device in ("cuda", "cpu")
+    )
+    with pytest.raises(DeviceMix):
+        MomentsAccumulator(200, dtype=sums_dtype, device="cuda", wanted=tuple(Statistic)).add(
+            input_TI.to("cuda"), dense_TI
+        )
+    mine.add(input_TI.to("cuda"), dense_TI.to("cuda"))
+    theirs.add(input_TI, dense_TI)
+    assert_same(mine.finish(), theirs.finish(), "cpu", ROUNDOFF_F32)
+
+
 def test_hessians_are_mixed_and_factored_where_they_are() -> None:
     inputs = [correlated_inputs_TI(80, 24, seed=seed, dead=[5]) for seed in (1, 2)]
     here = {name: InputMoments.of(input_TI) for name, input_TI in zip(("general", "legal"), inputs, strict=True)}
@@ -89,6 +105,8 @@ def recipes_of(case: Any) -> list[list[Any]]:
     """By itself, and behind others: one case of each method, and every refinement. Allocators stand in front."""
     if case.kind == ALLOCATE:
         return [[case, FIRST["wanda"]]]
+    if case.kind == "correct":
+        return [[case], [case, FIRST["gptq"]]]
     if case.kind in ("refine", "repair"):
         return [[case], *([*start, case] for start in STARTS.values())]
     return [[case], [*STARTS["pruned"], case]] if case in FIRST.values() else [[case]]

@@ -106,8 +106,11 @@ def test_a_block_is_solved_on_the_device_and_handed_out_on_the_cpu(shop: Worksho
         assert all(dataclasses.replace(mine, seconds=0) == dataclasses.replace(own, seconds=0) for mine, own in pairs)
 
 
-def test_a_sequential_model_is_made_through_the_device(shop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_sequential_model_is_made_through_the_device(shop: Workshop, tmp_path: Path, corrected: bool) -> None:
     one = variant("sequential", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, upstream="sequential")
+    if corrected:
+        one = dataclasses.replace(one, recipe=(RecipeStep("qep", ()), *one.recipe))
     made = {}
     for device in ("cpu", "cuda"):
         store = Store(tmp_path / device / "home")
