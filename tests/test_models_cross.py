@@ -166,8 +166,9 @@ def test_a_walk_that_goes_on_pairs_the_same_inputs(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
 def test_routed_tokens_have_no_pairs(family: str, tmp_path: Path) -> None:
     source = ModelSource.open(save_model(family, tmp_path / "model"))
-    with pytest.raises(UnsupportedModel, match=r"layers\.0\.mlp\.experts.*tokens are routed|tokens are routed"):
+    with pytest.raises(UnsupportedModel, match="tokens are routed") as caught:
         walked(source, {"all": windows(2)})
+    assert ".experts." in str(caught.value.where)
 
 
 def test_a_dense_walk_has_one_stream(tmp_path: Path) -> None:
