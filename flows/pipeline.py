@@ -25,6 +25,7 @@ from crosscal.tasks.model import (
     identify_model,
     parts_to_read,
     publish_models,
+    read_gradients,
     read_moments,
     read_part,
     reuse_blocks,
@@ -103,10 +104,13 @@ def versions_of(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
-    """See that all moments are in the store. Workers read parts of the windows, which then are added up."""
+    """See that all moments are in the store. Workers read parts of the windows, which then are added up. Then the
+    gradients of the loss, if some step needs them: of one corpus by one worker."""
     parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
     yield from step_each(workers, read_part, parts)
     yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
+    over = [sample for sample in ticket.samples if (sample["corpus"], sample["seed"]) in ticket.over_gradients]
+    yield from step_each(workers, read_gradients, [{"ticket": ticket, "sample": sample} for sample in over])
 
 
 def summarise_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:

@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 
-from crosscal.calibration import WindowRequest, tokenizer_digest
-from crosscal.calibration.pool import find_pool, most_windows
-from crosscal.calibration.tokens import begin_token
 from crosscal.compressors.amount import is_written_dense
-from crosscal.corpora import Corpus, load_corpus
 from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
+from crosscal.flows.unread import reading, reading_again
 from crosscal.models.source import ModelSource
-from crosscal.plan import CompressionPlan, Documents, RandomTokens, SelfGenerated
+from crosscal.plan import CompressionPlan
 from crosscal.stages.block_problem import statistics_needed
-from crosscal.stages.folding import unread_tokens
+from crosscal.stages.gradients import CachedGradients, gradient_dtype
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.preflight import (
     BlockShape,
@@ -32,21 +29,19 @@ from crosscal.stages.preflight import (
     blocks_at_once,
     evaluating_bytes,
     existing_parent,
-    is_read,
+    gradients_bytes,
     left_dense,
     moments_bytes,
     parameters_of,
     reading_bytes,
     solving_bytes,
-    stored_set,
+    walking_back_bytes,
 )
-from crosscal.stages.sample import Draw, sums_of
-from crosscal.statistics import Statistic
-from crosscal.tasks.corpora import stored_name
+from crosscal.statistics import Gradient, Statistic
 from crosscal.tasks.model import identify
 from crosscal.tasks.refusals import refusals
 from crosscal.tasks.ticket import Ticket
-from crosscal.variants import Variant, samples_needed, variants
+from crosscal.variants import samples_needed, variants
 
 
 def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
@@ -66,16 +61,21 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         problems += [str(error) for error in refusals(plan, source, shapes)]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
-    readings = [_reading(ticket, plan, source, name, seed) for name, seed in samples_needed(plan)]
-    again = [_reading_again(variant, readings) for variant in ticket.variants("sequential")]
-    memory = _memory(ticket, source, shapes, readings + again)
-    disk = _disk(ticket, source, shapes, readings + again)
+    readings = [reading(ticket, source, name, seed, ticket.cached) for name, seed in samples_needed(plan)]
+    again = [reading_again(variant, readings) for variant in ticket.variants("sequential")]
+    gradients = [
+        {**reading(ticket, source, *place, CachedGradients(ticket.cached), held_out=False), "of": Gradient.SQUARE}
+        for place in sorted(ticket.over_gradients)
+    ]
+    memory = _memory(ticket, source, shapes, readings + again, gradients)
+    disk = _disk(ticket, source, shapes, readings + again, gradients)
+    told = [*readings, *again, *gradients]
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
-        "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
-        "sums": sorted(statistics_needed(asked)),
-        "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),
+        "reading": [{name: value for name, value in each.items() if name != "sets"} for each in told],
+        "sums": sorted([*statistics_needed(asked), *([Gradient.SQUARE] if gradients else [])]),
+        "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
         "memory": memory,
         "disk": disk,
     }
@@ -94,87 +94,6 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
                 yield problem
 
 
-def _reading(ticket: Ticket, plan: CompressionPlan, source: ModelSource, name: str, seed: int) -> dict[str, Any]:
-    """What is known of one corpus in one draw, as of its last ingest."""
-    calibration, origin = plan.calibration, plan.corpora[name]
-    draw = Draw(
-        calibration.windows,
-        calibration.length,
-        seed,
-        calibration.held_out_windows,
-        begin_token=calibration.begin_token,
-        plain_text=calibration.plain_text,
-    )
-    asked = [draw.calibration(draw.windows), draw.held_out(draw.held_out_windows)]
-    requests = [request.within(source.max_positions)[0] for request in asked]
-    found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
-    if not isinstance(origin, Documents):
-        return found | _told([_generated(ticket, source, request, origin) for request in requests])
-    try:
-        corpus = load_corpus(ticket.store, stored_name(name, origin))
-    except CorpusError:
-        tokens = sum(request.windows * request.length for request in requests)
-        return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
-    return found | _told(
-        [_drawn(ticket, source, corpus, request, calibration.parts_kept_apart) for request in requests]
-    )
-
-
-def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]:
-    """Of both splits: keys of sets that a solve reads, None where one is not drawn yet; tokens to read, and all."""
-    keys = [key for found, _, _ in splits for key in found]
-    unread = sum(to_read for _, to_read, _ in splits)
-    state = "not sampled yet" if None in keys else "to read" if unread else "cached"
-    cached = sum(tokens for _, _, tokens in splits) - unread
-    return {"sets": keys, "state": state, "tokens_to_read": unread, "tokens_cached": cached}
-
-
-def _generated(
-    ticket: Ticket, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens
-) -> tuple[list[str | None], int, int]:
-    kind = {"source": "vocabulary"}
-    if isinstance(origin, SelfGenerated):
-        kind = {"source": "model", "model": ticket.model}
-    begin = begin_token(source.tokenizer(), request.begin_token)
-    asked = {"begin": begin, **dataclasses.replace(request, plain_text=False).provenance(begin)}
-    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
-    tokens = request.windows * request.length
-    return [key], 0 if is_read(ticket.cached, key, source.blocks) else tokens, tokens
-
-
-def _drawn(
-    ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int
-) -> tuple[list[str | None], int, int]:
-    """What was drawn already, and at most as much of later shards as the rule lets them give."""
-    pool, undrawn = find_pool(ticket.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
-    keys: list[str | None] = []
-    unread = tokens = 0
-    if pool is not None and pool.parts:
-        sums = sums_of(pool, parts_kept_apart)
-        keys, tokens = [part.key for part in sums.parts], sums.tokens
-        unread = unread_tokens(ticket.cached, source.blocks, sums)
-    windows, characters = (pool.windows, pool.characters) if pool else (0, 0)
-    for shard in undrawn:
-        characters += shard.characters[request.split]
-        most = most_windows(request, windows, shard.characters[request.split], characters)
-        windows += most
-        keys.append(None)
-        unread += most * request.length
-        tokens += most * request.length
-    return keys, unread, tokens
-
-
-def _reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A sequential variant reads the windows of its mixture once more, through its own compressed blocks, unless an
-    earlier run kept what it saw: that cannot be told before the windows are drawn."""
-    corpora = variant.mixture.corpora if variant.mixture else ()
-    mine = [reading for reading in readings if reading["corpus"] in corpora and reading["seed"] == variant.seed]
-    tokens = sum(reading["tokens_to_read"] + reading["tokens_cached"] for reading in mine)
-    sets = [key for reading in mine for key in reading["sets"] or (None, None)]
-    found = {"variant": variant.name, "seed": variant.seed, "sets": sets, "state": "at most"}
-    return {**found, "tokens_to_read": tokens, "tokens_cached": 0}
-
-
 def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
     """What a reading sums: for a sequential variant besides what all have in common what it declares itself."""
     mine = [variant for variant in ticket.variants("sequential") if variant.name == reading.get("variant")]
@@ -182,20 +101,36 @@ def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
 
 
 def _memory(
-    ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape], readings: Sequence[dict[str, Any]]
+    ticket: Ticket,
+    source: ModelSource,
+    shapes: Sequence[BlockShape],
+    readings: Sequence[dict[str, Any]],
+    gradients: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """An estimate, above what this process uses already. One corpus is read at a time, for a sequential variant all of
     its mixture."""
     unread = [reading for reading in readings if reading["tokens_to_read"]]
     config = source.config.get_text_config()
-    inside = sum(shape.parameters for shape in shapes)
     parameters = parameters_of(source)
+    outside = parameters - sum(shape.parameters for shape in shapes)
     itemsize = getattr(torch, ticket.dtype).itemsize
-    one_pass = partial(reading_bytes, shapes, outside=parameters - inside, hidden=config.hidden_size, itemsize=itemsize)
+    sizes = {"outside": outside, "hidden": config.hidden_size}
+    one_pass = partial(reading_bytes, shapes, **sizes, itemsize=itemsize)
     needed = [
         one_pass(tokens=each["tokens_to_read"], sets=len(each["sets"] or (0, 0)), statistics=_sums(ticket, each))
         for each in unread
     ]
+    free = free_bytes(ticket.device)
+    walking_back = walking_back_bytes(
+        shapes,
+        **sizes,
+        **_largest(gradients),
+        vocabulary=config.vocab_size,
+        length=ticket.parsed.calibration.length,
+        windows=torch.get_num_threads() if ticket.device == "cpu" else 1,
+        itemsize=gradient_dtype(ticket.dtype).itemsize,
+        free_bytes=free,
+    )
     evaluating = evaluating_bytes(
         shapes,
         parameters=parameters,
@@ -205,14 +140,21 @@ def _memory(
         itemsize=itemsize,
         has_questions=bool(ticket.parsed.evaluate.tasks),
     )
-    free = free_bytes(ticket.device)
     return {
         "device": ticket.device,
         "reading_bytes": max(needed, default=0),
+        "gradients_bytes": walking_back if _largest(gradients)["tokens"] else 0,
         "solving_bytes": _solving_bytes(ticket, shapes, free),
         "evaluating_bytes": evaluating,
         "free_bytes": free,
     }
+
+
+def _largest(readings: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Tokens, and sets, that are read at once at most."""
+    unread = [each for each in readings if each["tokens_to_read"]]
+    tokens = max((each["tokens_to_read"] for each in unread), default=0)
+    return {"tokens": tokens, "sets": max((len(each["sets"] or (0, 0)) for each in unread), default=0)}
 
 
 def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> int:
@@ -237,16 +179,21 @@ def _batch_tokens(plan: CompressionPlan, source: ModelSource) -> int:
 
 
 def _disk(
-    ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape], readings: Sequence[dict[str, Any]]
+    ticket: Ticket,
+    source: ModelSource,
+    shapes: Sequence[BlockShape],
+    readings: Sequence[dict[str, Any]],
+    gradients: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """An estimate of what the store and the run directory will grow by. All models stand on the disk before they are
     measured, whether they are kept or not; a model whose blocks are solved already is counted again."""
     unread = [reading for reading in readings if reading["state"] != "cached"]
     moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(ticket, each)) for each in unread]
+    squares = sum(len(each["sets"] or (0,)) for each in gradients if each["state"] != "cached")
     checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
     is_remote = "://" in ticket.home
     return {
-        "store_bytes": sum(moments),
+        "store_bytes": sum(moments) + gradients_bytes(shapes, squares),
         "models_bytes": checkpoint * len(ticket.variants()),
         "store_free_bytes": None if is_remote else _free(Path(ticket.home)),
         "models_free_bytes": _free(Path.cwd()),
@@ -266,6 +213,7 @@ def _shortages(memory: dict[str, Any], disk: dict[str, Any]) -> list[str]:
     found = []
     for use, remedy in (
         ("reading", "Lower calibration.windows or calibration.length."),
+        ("gradients", "Lower calibration.windows or calibration.length."),
         ("solving", "Split `compress` into several plans: all variants of a block are solved at once."),
         ("evaluating", "Lower evaluate.batch_tokens or evaluate.length; all weights of a model must fit."),
     ):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from prefect import task
 
-from crosscal.models.source import ModelSource
 from crosscal.stages.allocate import allocated, unsummarised
 from crosscal.stages.allocate import summarise_block as summarise
 from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
 from crosscal.stages.folding import fold, sets_to_read
+from crosscal.stages.gradients import CachedGradients, collect_gradients
 from crosscal.stages.made_variants import take_blocks
-from crosscal.stages.moments import Cached, MomentsReport, collect_moments
+from crosscal.stages.moments import MomentsReport, collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
 from crosscal.stages.preflight import block_shapes, left_dense
 from crosscal.stages.sample import Sample
@@ -83,24 +85,36 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
             report(f"{sample['corpus']}: adding up what workers read", 0, None)
             done = add_parts(cached, source.blocks, sets, ticket.parsed.execution.part_tokens)
     else:
-        done = _collect(ticket, cached, source, sets, sample["corpus"])
+        done = _collect(
+            ticket, functools.partial(collect_moments, cached, source), sets, f"{sample['corpus']}: reading"
+        )
     fold(cached, source.blocks, drawn)
     return dataclasses.asdict(done)
 
 
-def _collect(ticket: Ticket, cached: Cached, source: ModelSource, sets: list[str], corpus: str) -> MomentsReport:
+@task(name="gradients", task_run_name="gradients over {sample[corpus]}, seed {sample[seed]}", **RETRIED)
+def read_gradients(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
+    """See that the store has the gradients of the loss over one corpus's calibration windows; fold older sets."""
+    drawn, cached = Sample.from_json(sample), CachedGradients(ticket.cached)
+    source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
+    sets = sets_to_read(cached, source.blocks, drawn, held_out=False)
+    collect = functools.partial(collect_gradients, cached, source)
+    done = _collect(ticket, collect, sets, f"{sample['corpus']}: gradients")
+    fold(cached, source.blocks, drawn, held_out=False)
+    return dataclasses.asdict(done)
+
+
+def _collect(ticket: Ticket, collect: Callable[..., MomentsReport], sets: list[str], what: str) -> MomentsReport:
     """In passes of no more sets than a solve reads, which is what memory has been reckoned for."""
     calibration, done = ticket.parsed.calibration, MomentsReport(0, 0, 0, 0.0)
     at_once = 2 * (calibration.parts_kept_apart + 1)
     with task_report() as report:
         for start in range(0, len(sets), at_once):
-            done += collect_moments(
-                cached,
-                source,
+            done += collect(
                 sets[start : start + at_once],
                 device=ticket.device,
                 batch_tokens=calibration.batch_tokens,
-                report=lambda what, count, total: report(f"{corpus}: reading", count, total),
+                report=lambda _, count, total: report(what, count, total),
             )
     return done
 

@@ -20,8 +20,9 @@ from crosscal.errors import ModelError, UsageError
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, parse_plan
 from crosscal.progress import Report, each, logged, reporting
-from crosscal.stages.block_problem import statistics_needed
+from crosscal.stages.block_problem import gradients_needed, statistics_needed
 from crosscal.stages.compress import Workshop
+from crosscal.stages.gradients import CachedGradients, Gradients
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
 from crosscal.statistics import EVERY, Mixture
@@ -101,17 +102,28 @@ class Ticket:
         resolve_device(self.device)
         return source
 
+    @property
+    def reference(self) -> Mixture:
+        """Where the losses of methods without data are measured."""
+        corpora = [sample["corpus"] for sample in self.samples] or list(self.parsed.corpora)
+        return Mixture.of({GENERAL if GENERAL in corpora else corpora[0]: 1.0})
+
+    @property
+    def over_gradients(self) -> set[tuple[str, int]]:
+        """The (corpus, seed) pairs over which some step needs the loss's gradients."""
+        return gradients_needed(self.variants(), self.reference)
+
     def workshop(self) -> Workshop:
-        samples = self.sampled
-        corpora = {sample.corpus for sample in samples}
-        reference = next((sample.corpus for sample in samples if GENERAL not in corpora), GENERAL)
+        samples = {(sample.corpus, sample.seed): sample for sample in self.sampled}
+        cached = self.cached
         return Workshop(
             folder=Path(self.run_dir),
             source=self.source(),
-            cached=self.cached,
-            samples={(sample.corpus, sample.seed): sample for sample in samples},
-            reference=Mixture.of({reference: 1.0}),
+            cached=cached,
+            samples=samples,
+            reference=self.reference,
             device=self.device,
+            gradients=Gradients(CachedGradients(cached), samples) if self.over_gradients else None,
         )
 
     def variants(self, upstream: str | None = None) -> list[Variant]:

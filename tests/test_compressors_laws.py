@@ -14,6 +14,7 @@ from crosscal.compressors import (
     COMPRESSORS,
     DATA_FREE,
     DLP,
+    GBLM,
     GPTQ,
     OWL,
     QEP,
@@ -38,11 +39,16 @@ from crosscal.compressors import (
     Wanda,
 )
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError, UsageError
+from crosscal.statistics import Gradient
 from tests.helpers.problems import correlated_inputs_TI, layer, true_loss, with_hessian
 
 HALF, TWO_OF_FOUR, DENSE, NOTHING = (Sparsity.parse(value) for value in (0.5, "2:4", 0.0, 1.0))
 CASES: list[Compressor] = [
-    *(method(sparsity) for method in (Magnitude, Wanda, SparseGPT) for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)),
+    *(
+        method(sparsity)
+        for method in (Magnitude, Wanda, GBLM, SparseGPT)
+        for sparsity in (HALF, TWO_OF_FOUR, DENSE, NOTHING)
+    ),
     SparseGPT(HALF, damping=0.1),
     *(RoundToNearest(bits, group) for bits, group in ((2, 32), (4, None), (8, 160))),
     *(GPTQ(bits, group, order) for bits, group in ((2, 32), (4, None), (8, 160)) for order in (False, True)),
@@ -122,7 +128,7 @@ def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> N
         assert solution.relative_loss == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if type(c) in (Magnitude, Wanda)], ids=label)
+@pytest.mark.parametrize("case", [c for c in CASES if type(c) in (Magnitude, Wanda, GBLM)], ids=label)
 def test_masks_keep_the_survivors_as_they_were(case: Compressor) -> None:
     problem = layer()
     weight_OI = case.compress(problem).weight_OI
@@ -140,6 +146,25 @@ def test_wanda_is_weight_times_input_norm() -> None:
     problem = layer(5, 12)
     score_OI = problem.weight_OI.abs() * problem.hessian_II.diagonal().sqrt()
     weight_OI = Wanda(Sparsity.parse(0.25)).compress(problem).weight_OI
+    for row, scores in zip(weight_OI.tolist(), score_OI.tolist(), strict=True):
+        removed = sorted(range(12), key=scores.__getitem__)[:3]
+        assert [i for i, weight in enumerate(row) if weight == 0] == sorted(removed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=label)
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR, Sparsity.parse(0.7)], ids=label)
+def test_gblm_without_gradients_is_wanda(sparsity: Sparsity, dtype: torch.dtype) -> None:
+    problem = layer(dtype=dtype)
+    without = GBLM(sparsity, gradient_weight=0).compress(problem).weight_OI
+    assert torch.equal(without, Wanda(sparsity).compress(problem).weight_OI)
+    assert not torch.equal(without, GBLM(sparsity).compress(problem).weight_OI)
+
+
+def test_gblm_is_weight_times_both_norms() -> None:
+    problem = layer(5, 12)
+    norm_I, gradient_OI = problem.hessian_II.diagonal().sqrt(), problem.further[Gradient.SQUARE].sqrt()
+    score_OI = problem.weight_OI.abs() * (norm_I + 7.0 * gradient_OI)
+    weight_OI = GBLM(Sparsity.parse(0.25), gradient_weight=7.0).compress(problem).weight_OI
     for row, scores in zip(weight_OI.tolist(), score_OI.tolist(), strict=True):
         removed = sorted(range(12), key=scores.__getitem__)[:3]
         assert [i for i, weight in enumerate(row) if weight == 0] == sorted(removed)
@@ -231,6 +256,8 @@ def test_silence_everywhere_is_an_error_where_data_is_needed() -> None:
         (SparseGPTQ, {"sparsity": "2:4", "bits": 4, "group_size": 6}),
         (Wanda, {"sparsity": "half"}),
         (Magnitude, {"sparsity": -1}),
+        (GBLM, {"sparsity": 0.5, "gradient_weight": -1.0}),
+        (GBLM, {"sparsity": 0.5, "gradient_weight": float("nan")}),
     ],
 )
 def test_bad_settings_are_refused_before_any_layer_is_seen(method: type, settings: dict[str, Any]) -> None:

@@ -39,7 +39,9 @@ from crosscal.compressors import (
 )
 from crosscal.compressors.problem import solved
 from crosscal.compressors.recipe import site_of
+from crosscal.compressors.sparsity import pruned
 from crosscal.errors import NotPositiveDefinite, StatisticsError, UsageError
+from crosscal.statistics import Gradient
 from tests.helpers.problems import layer, true_loss
 
 PRUNERS = [Magnitude(0.6), Wanda(0.6), SparseGPT(0.6), SparseGPT("2:4"), ALPS(0.6, iterations=30)]
@@ -136,8 +138,14 @@ def test_a_step_sees_what_it_declared_and_nothing_else() -> None:
             assert site.statistics.square_I.shape == (8,)
             return site if site.statistics.hessian_II.any() else site.each(lambda layer: layer)
 
-    with pytest.raises(StatisticsError, match="does not declare"):
-        run(site_of([layer(4, 8)]), [Liar()])
+    @dataclass(frozen=True)
+    class Curious(Liar):
+        def __call__(self, site: Site) -> Site:
+            return site.each(lambda each: pruned(each, site.statistics.grad_square_OI(each.name) > 0))
+
+    for step in (Liar(), Curious()):
+        with pytest.raises(StatisticsError, match="does not declare"):
+            run(site_of([layer(4, 8)]), [step])
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -150,8 +158,11 @@ def test_undeclared_statistics_do_not_matter(name: str) -> None:
     start = run(site, [SparseGPT(0.5)] if step.kind == "refine" else [])
     true = {Statistic.GRAM: problem.hessian_II, Statistic.SQUARE_SUM: problem.hessian_II.diagonal(), **problem.further}
     means = {key: mean if key in step.needs else torch.full_like(mean, torch.nan) for key, mean in true.items()}
-    poisoned = Site(site.name, start.layers, Statistics(means), storable_I=torch.clone)
-    clean = Site(site.name, start.layers, Statistics(true), storable_I=torch.clone)
+    gradients = [{problem.name: every.pop(Gradient.SQUARE)} for every in (true, means)]
+    clean, poisoned = (
+        Site(site.name, start.layers, Statistics(every, grad_squares=squares), storable_I=torch.clone)
+        for every, squares in zip((true, means), gradients, strict=True)
+    )
     a, b = run(poisoned, [step]).layers[0].weight_OI, run(clean, [step]).layers[0].weight_OI
     assert torch.equal(a, b)
     assert b.isfinite().all()
@@ -171,6 +182,25 @@ def test_statistics_of_scaled_inputs_are_those_of_the_scaled_inputs() -> None:
     moved, again = of(input_TI, dense_TI).scaled(scale_I), of(input_TI / scale_I, dense_TI / scale_I)
     for statistic in Statistic:
         torch.testing.assert_close(moved[statistic], again[statistic])
+
+
+def test_gradients_of_scaled_weights_are_those_of_the_scaled_layer() -> None:
+    """The loss as a function of W · s, reading x / s, by autograd: window by window."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_BTI, back_BTO = (torch.randn(3, 5, n, generator=generator, dtype=torch.float64) for n in (8, 4))
+    weight_OI = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    scale_I = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
+
+    def squared(scale_I: Tensor) -> Tensor:
+        total = torch.zeros(4, 8, dtype=torch.float64)
+        for input_TI, back_TO in zip(inputs_BTI, back_BTO, strict=True):
+            scaled_OI = (weight_OI * scale_I).requires_grad_()
+            loss = (torch.tanh(input_TI / scale_I @ scaled_OI.mT) * back_TO).sum()
+            total += torch.autograd.grad(loss, scaled_OI)[0] ** 2
+        return total / 3
+
+    statistics = Statistics({}, grad_squares={"layer": squared(torch.ones(8))})
+    torch.testing.assert_close(statistics.scaled(scale_I).grad_square_OI("layer"), squared(scale_I))
 
 
 def test_the_exact_refit_is_the_least_squares_solution_of_every_row() -> None:

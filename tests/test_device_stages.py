@@ -25,6 +25,7 @@ from crosscal.progress import silent
 from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages.compress import Workshop, compress_sequential
 from crosscal.stages.evaluate import windows_for_testing
+from crosscal.stages.gradients import CachedGradients, Gradients, collect_gradients
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import Mixture
@@ -59,13 +60,16 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """With moments in float64, read on a CPU."""
+    """With moments and gradients in float64, read on a CPU."""
     folder = tmp_path_factory.mktemp("device")
     source, store = tiny_source(folder / "model"), Store(folder / "home")
     made = in_float64(workshop(folder / "run", store, source, *samples(store)))
     for each in made.samples.values():
         collect(made.cached, source, each.sets)
-    return made
+    gradients = Gradients(CachedGradients(made.cached), made.samples)
+    sets = [part.key for each in made.samples.values() for part in each.calibration.parts]
+    collect_gradients(gradients.cached, source, sets, device="cpu", batch_tokens=64, report=silent)
+    return dataclasses.replace(made, gradients=gradients)
 
 
 def in_float64(shop: Workshop) -> Workshop:

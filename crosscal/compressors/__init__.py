@@ -14,6 +14,7 @@ from crosscal.compressors.bias import Bias
 from crosscal.compressors.descent import Descent
 from crosscal.compressors.dlp import DLP
 from crosscal.compressors.eora import EoRA
+from crosscal.compressors.gblm import GBLM
 from crosscal.compressors.gptq import GPTQ
 from crosscal.compressors.magnitude import Magnitude
 from crosscal.compressors.owl import OWL
@@ -28,13 +29,14 @@ from crosscal.compressors.sparsegpt import SparseGPT
 from crosscal.compressors.sparsegpt_gptq import SparseGPTQ
 from crosscal.compressors.sparsity import Sparsity
 from crosscal.compressors.spqr import GridOutliers, SpQR
-from crosscal.compressors.state import Dense, Grid, Layer, LowRank, Site, Statistic, Statistics
+from crosscal.compressors.state import Dense, Grid, Layer, LowRank, Need, Site, Statistic, Statistics
 from crosscal.compressors.swaps import Swaps
 from crosscal.compressors.wanda import Wanda
 
 COMPRESSORS: dict[str, type] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "gblm": GBLM,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
     "swaps": Swaps,
@@ -64,6 +66,7 @@ __all__ = [
     "COMPRESSORS",
     "DATA_FREE",
     "DLP",
+    "GBLM",
     "GPTQ",
     "OWL",
     "QEP",
@@ -80,6 +83,7 @@ __all__ = [
     "LayerSolution",
     "LowRank",
     "Magnitude",
+    "Need",
     "Placed",
     "Recipe",
     "Refit",

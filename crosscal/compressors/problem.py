@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.selection import count_true
-from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank
+from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank, Need
 from crosscal.compressors.streams import Streams
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
@@ -35,9 +35,10 @@ class LayerProblem:
     """In float32 or float64: what it is solved in."""
     hessian_II: Tensor | None = None
     """Second moment of the inputs per token, undamped, in the weight's dtype. Without it no loss is measured."""
-    further: Mapping[Statistic, Tensor] = field(default_factory=dict)
+    further: Mapping[Need, Tensor] = field(default_factory=dict)
     """What a method needs besides: means per token of |x|, of x; of x² where there is no Hessian; `cross` and `drift`,
-    with which losses are those against the dense model's outputs (see `streams`)."""
+    with which losses are those against the dense model's outputs (see `streams`); the mean per window of the squared
+    gradients [O, I]."""
     shared_factor: InverseFactor | None = None
     """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
     stored_dtype: torch.dtype | None = None

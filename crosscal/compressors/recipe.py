@@ -25,8 +25,9 @@ from torch import Tensor
 from crosscal.compressors.allocation import ALLOCATE, SparsitiesOf, sparsities_over, with_sparsities
 from crosscal.compressors.grid import check_grid
 from crosscal.compressors.problem import LayerProblem, LayerSolution, solved
-from crosscal.compressors.state import Dense, Layer, Site, Statistic, Statistics
+from crosscal.compressors.state import Dense, Layer, Need, Site, Statistic, Statistics
 from crosscal.errors import StatisticsError, UsageError
+from crosscal.statistics.gradients import Gradient
 from crosscal.statistics.statistic import streams_of
 
 Kind = Literal["correct", "transform", "prune", "quantize", "refine", "repair", "allocate"]
@@ -34,7 +35,7 @@ Kind = Literal["correct", "transform", "prune", "quantize", "refine", "repair", 
 
 class Step(Protocol):
     kind: ClassVar[Kind]
-    needs: ClassVar[frozenset[Statistic]]
+    needs: ClassVar[frozenset[Need]]
     version: ClassVar[int]
 
     def __call__(self, site: Site) -> Site: ...
@@ -162,7 +163,9 @@ def site_of(
     if statistics is None:
         hessian_II = first.hessian_II
         own = {} if hessian_II is None else {Statistic.GRAM: hessian_II, Statistic.SQUARE_SUM: hessian_II.diagonal()}
-        statistics = Statistics({**own, **first.further}, first.name)
+        own |= {which: mean for which, mean in first.further.items() if isinstance(which, Statistic)}
+        gradients = {each.name: each.further[Gradient.SQUARE] for each in problems if Gradient.SQUARE in each.further}
+        statistics = Statistics(own, first.name, gradients)
     if first.shared_factor is not None:
         statistics.know(first.shared_factor)
     layers = [Layer(p.name, p.weight_OI, Dense(p.weight_OI), stored_dtype=p.stored_dtype) for p in problems]

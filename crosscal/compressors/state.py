@@ -20,40 +20,62 @@ from torch import Tensor
 from crosscal.compressors.grid import from_ints
 from crosscal.errors import StatisticsError, UsageError
 from crosscal.statistics.factor import Eigensystem, InverseFactor, eigensystem, factor
+from crosscal.statistics.gradients import Gradient
 from crosscal.statistics.statistic import Statistic
+
+Need = Statistic | Gradient
+"""What a step may declare: sums over a site's inputs, and over the loss's gradients by its matrices."""
 
 
 class Statistics:
-    """Per-token means of what a step declared that it needs, and what is derived from them, computed once.
+    """Means of what a step declared that it needs, and what is derived from them, computed once: per token of what the
+    site's inputs sum up to, per window of the gradients of each layer.
 
     Asking for anything else raises `StatisticsError`: `needs` cannot lie.
     """
 
-    def __init__(self, means: Mapping[Statistic, Tensor], name: str = "site") -> None:
-        self._means, self._name = dict(means), name
+    def __init__(
+        self,
+        means: Mapping[Statistic, Tensor],
+        name: str = "site",
+        grad_squares: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`grad_squares`: E[g²] [O, I] by the names of layers."""
+        self._means, self._name, self._grad_squares = dict(means), name, dict(grad_squares or {})
         self._factors: dict[float, InverseFactor] = {}
         self._eigensystems: dict[float, Eigensystem] = {}
 
     def __getitem__(self, which: Statistic) -> Tensor:
         if which not in self._means:
-            raise StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
+            raise self._undeclared(which)
         return self._means[which]
+
+    def grad_square_OI(self, layer: str) -> Tensor:
+        """E[g²] of a layer's matrix, g = ∂loss/∂W of one window: the diagonal of its empirical Fisher matrix."""
+        if layer not in self._grad_squares:
+            raise self._undeclared(Gradient.SQUARE)
+        return self._grad_squares[layer]
+
+    def _undeclared(self, which: Need) -> StatisticsError:
+        return StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
 
     def get(self, which: Statistic) -> Tensor | None:
         """None where it was not declared."""
         return self._means.get(which)
 
-    def only(self, needs: Collection[Statistic]) -> Statistics:
+    def only(self, needs: Collection[Need]) -> Statistics:
         """The part that a step declared; what was derived from it stays known."""
-        part = Statistics({name: self[name] for name in needs}, self._name)
+        means = {which: self[which] for which in needs if isinstance(which, Statistic)}
+        part = Statistics(means, self._name, self._grad_squares if Gradient.SQUARE in needs else None)
         if Statistic.GRAM in needs:
             part._factors, part._eigensystems = self._factors, self._eigensystems
         return part
 
     def scaled(self, scale_I: Tensor) -> Statistics:
-        """The statistics of x / s, from those of x: exact, being moments."""
+        """The statistics of x / s and W · s, from those of x and W: exact, being moments."""
         moved = {which: which.divided(mean, scale_I) for which, mean in self._means.items()}
-        return Statistics(moved, self._name)
+        gradients = {name: Gradient.SQUARE.divided(each, scale_I) for name, each in self._grad_squares.items()}
+        return Statistics(moved, self._name, gradients)
 
     @property
     def hessian_II(self) -> Tensor:

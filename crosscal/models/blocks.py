@@ -84,7 +84,7 @@ class BlockCalls:
             calls.append(call)
             if len(calls) == len(self._blocks):
                 raise StopForward
-            return poison_BLD if self._further is None else (poison_BLD, *self._further)
+            return self.as_output(poison_BLD)
 
         with stubbed(self._blocks, on_call):
             forward(self._model, tokens_BL)
@@ -95,6 +95,10 @@ class BlockCalls:
 
     def of(self, shape_BL: torch.Size, block: int) -> BlockCall:
         return self._calls[shape_BL][block]
+
+    def as_output(self, hidden_BLD: Tensor) -> Any:
+        """Hidden states in the form in which a block returns them."""
+        return hidden_BLD if self._further is None else (hidden_BLD, *self._further)
 
     def _keep(self, shape_BL: torch.Size, calls: tuple[BlockCall, ...]) -> None:
         known = self._calls.setdefault(shape_BL, calls)

@@ -187,19 +187,23 @@ class ModelSource:
         return {name.removeprefix(prefix) for name, p in named if name.startswith(prefix) and counts[id(p)] > 1}
 
     def load_outside(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", with_head: bool = False
     ) -> dict[str, Tensor]:
-        """What runs before the blocks (embeddings) and after them (norm), without the output head.
+        """What runs before the blocks (embeddings) and after them (norm), by default without the output head.
 
         Tensors outside the blocks that the model has no place for, such as another head, are left alone.
         """
-        head = self.weights.model.get_output_embeddings()
-        heads = tuple(f"{name}." for name, module in self.weights.model.named_modules() if module is head)
+        model = self.weights.model
+        head = model.get_output_embeddings()
+        heads = tuple(f"{name}." for name, module in model.named_modules() if module is head and not with_head)
 
         def wanted(name: str) -> bool:
             return self.is_outside(name) and not name.startswith(heads) and name not in self.weights.strays
 
-        return self.weights.load(wanted, dtype=dtype, device=device)
+        tensors = self.weights.load(wanted, dtype=dtype, device=device)
+        tied = model.all_tied_weights_keys if with_head else {}
+        shared = {name: tensors[other] for name, other in tied.items() if name not in tensors and other in tensors}
+        return tensors | shared
 
     def is_outside(self, name: str) -> bool:
         """Whether a tensor of the model belongs to no block."""

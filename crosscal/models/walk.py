@@ -107,7 +107,7 @@ def walk(
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else source.dtype)
     if torch.device(device).type == "cpu":
         batch_tokens = min(batch_tokens, CACHED_TOKENS)
-    _check_windows(source, slices)
+    check_windows(source, slices)
     in_pairs = streams_of(statistics) == 2
     if in_pairs and upstream == "dense":
         raise UsageError("with a dense upstream there are no two streams to pair", got="cross", do=SEQUENTIAL)
@@ -117,8 +117,8 @@ def walk(
         return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
         numbers = Numbers(torch.device(device), dtype, batch_tokens)
-        enter = partial(_enter, source, slices, stack, numbers, spill_to, in_pairs=in_pairs)
-        [run] = side_by_side([enter], device, threads_each=1)
+        start = partial(enter, source, slices, stack, numbers, spill_to, in_pairs=in_pairs)
+        [run] = side_by_side([start], device, threads_each=1)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
         ahead = read(0)
@@ -143,7 +143,7 @@ def survey(source: ModelSource) -> list[Matrices]:
     tokens_1L = torch.randint(source.config.get_text_config().vocab_size, (1, length), generator=chance)
     numbers, of_kind, found = Numbers(torch.device("cpu"), torch.float32, length), {}, []
     with torch.no_grad(), ExitStack() as stack:
-        run = _enter(source, {"made up": tokens_1L}, stack, numbers, None)
+        run = enter(source, {"made up": tokens_1L}, stack, numbers, None)
         for index, block in enumerate(run.blocks):
             kind = tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items())
             if kind not in of_kind:
@@ -184,7 +184,7 @@ def _one_block(
             run.pass_on(index)
 
 
-def _enter(
+def enter(
     source: ModelSource,
     slices: Mapping[str, Tensor],
     stack: ExitStack,
@@ -202,7 +202,7 @@ def _enter(
     with attached(model, source.load_outside(dtype=numbers.dtype, device=numbers.device)):
         with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
             calls = BlockCalls(model, further_outputs(model, blocks[0], probe_BL))
-        allocate = stack.enter_context(_allocator(numbers.device, spill_to))
+        allocate = stack.enter_context(allocator(numbers.device, spill_to))
         hidden = {name: _hidden_of(tokens_SL, calls, numbers, allocate) for name, tokens_SL in slices.items()}
     dense = {name: allocate(each.shape, each.dtype).copy_(each) for name, each in hidden.items()} if in_pairs else None
     return Passes(source, blocks, calls, hidden, numbers, dense)
@@ -213,7 +213,7 @@ Allocate = Callable[[torch.Size, torch.dtype], Tensor]
 
 
 @contextmanager
-def _allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]:
+def allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]:
     """On `device`, or in temporary files under `spill_to` that are mapped into memory and gone afterwards."""
     if spill_to is None:
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
@@ -234,7 +234,8 @@ def _hidden_of(tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate:
     return hidden_SLD
 
 
-def _check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:
+def check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:
+    """Raises `ModelError` for windows that this model cannot read."""
     vocabulary, longest = source.config.get_text_config().vocab_size, source.max_positions
     if not slices:
         raise ModelError("there is nothing to calibrate on", got="no slices")

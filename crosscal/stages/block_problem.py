@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosscal.compressors import Recipe, SparsitiesOf, Statistics, allotted
+from crosscal.compressors import COMPRESSORS, Need, Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
+from crosscal.stages.gradients import Gradients
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import OF_TWO_STREAMS, VECTORS, MeanSum, Mixture, Statistic, streams_of
+from crosscal.statistics import OF_TWO_STREAMS, VECTORS, Gradient, MeanSum, Mixture, Statistic, streams_of
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
@@ -57,6 +58,8 @@ class BlockProblem:
     device: str
     sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
     """What was allotted, by the names of the variants with an allocator."""
+    gradients: Gradients | None = None
+    """Where some step needs them."""
 
     def recipe(self, variant: Variant, site: Site) -> Recipe:
         """The variant's steps, with what was allotted to the matrices of a site."""
@@ -101,20 +104,37 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 def statistics_needed(asked: Iterable[Variant]) -> frozenset[Statistic]:
     """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it. Without it
     no loss can be measured, of any variant. Sums of two streams are summed for the variants that declare them alone."""
-    return frozenset(VECTORS).union(*(_with_measure(step.step.needs) for variant in asked for step in variant.recipe))
+    needs = (_with_measure(step.step.needs) for variant in asked for step in variant.recipe)
+    return frozenset(VECTORS).union(*map(of_inputs, needs))
 
 
-def _with_measure(needs: frozenset[Statistic]) -> frozenset[Statistic]:
+def gradients_needed(asked: Iterable[Variant], reference: Mixture) -> set[tuple[str, int]]:
+    """The (corpus, seed) pairs over which some step of these variants needs the loss's gradients."""
+    seen = [
+        (step.mixture or variant.mixture or reference, variant.seed)
+        for variant in asked
+        for step in variant.recipe
+        if Gradient.SQUARE in COMPRESSORS[step.method].needs
+    ]
+    return {(corpus, seed) for mixture, seed in seen for corpus in mixture.corpora}
+
+
+def of_inputs(needs: frozenset[Need]) -> frozenset[Statistic]:
+    """Those of the needs that are sums over a site's inputs."""
+    return frozenset(which for which in needs if isinstance(which, Statistic))
+
+
+def _with_measure(needs: frozenset[Need]) -> frozenset[Need]:
     """A step that aims at the dense model's outputs is measured against them, which takes both sums of two streams."""
-    return needs | OF_TWO_STREAMS if streams_of(needs) > 1 else needs
+    return needs | OF_TWO_STREAMS if streams_of(of_inputs(needs)) > 1 else needs
 
 
 def needed(
     groups: Mapping[Group, Sequence[Variant]], always: frozenset[Statistic] = frozenset({Statistic.GRAM})
-) -> dict[Group, frozenset[Statistic]]:
+) -> dict[Group, frozenset[Need]]:
     """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; besides
     what is `always` mixed, and the mean input where a step changes biases. Allocators are done by then."""
-    found: dict[Group, frozenset[Statistic]] = {}
+    found: dict[Group, frozenset[Need]] = {}
     for group, members in groups.items():
         found[group] = found.get(group, always)
         for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
@@ -128,17 +148,18 @@ class SiteStatistics:
     """Of one site for several groups, whichever lane asks first; let go after the last user."""
 
     def __init__(
-        self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Statistic]], *, users: int
+        self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Need]], *, users: int
     ) -> None:
-        self._problem, self._where = problem, f"{problem.name}.{site.name}"
+        self._problem, self._site, self._where = problem, site, f"{problem.name}.{site.name}"
         by_trace = frozenset({Statistic.SQUARE_SUM})
         self._needed = {group: each | by_trace if group.trace_normalised else each for group, each in needs.items()}
-        every = frozenset[Statistic]().union(*self._needed.values())
+        every = of_inputs(frozenset[Need]().union(*self._needed.values()))
         self._splits = (False, True) if Statistic.GRAM in every else (False,)
         cached = dataclasses.replace(problem.cached, wanted=every)
         self._read = functools.partial(cached.read, block=problem.block, site=site)
         self._left, self._lock = users, threading.Lock()
         self._sums: dict[Place, MeanSum] | None = None
+        self._grad_squares: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
         """A group's statistics, on the device, and the tokens behind them; of held-out windows what losses take.
@@ -149,26 +170,47 @@ class SiteStatistics:
             if self._sums is None:
                 self._sums = self._summed()
             sums = {corpus: self._sums[corpus, group.seed, held_out] for corpus in group.mixture.corpora}
-        wanted = self._needed[group] & MEASURED if held_out else self._needed[group]
+            gradients = {} if held_out else self._gradients(group)
+        wanted = of_inputs(self._needed[group] & MEASURED if held_out else self._needed[group])
         found = {corpus: each.means(f"{self._where} ({corpus})") for corpus, each in sums.items()}
         means = {corpus: {which: every[which] for which in wanted} for corpus, every in found.items()}
         mixed = group.mixture.mix(means, trace_normalised=group.trace_normalised)
         on_device = {which: mean.to(self._problem.device) for which, mean in mixed.items()}
-        return Statistics(on_device, self._where), sum(each.tokens for each in sums.values())
+        traces = group.mixture.traces(means) if group.trace_normalised else None
+        grad_squares = {
+            f"{self._problem.name}.{name}": group.mixture.mixed(parts, Gradient.SQUARE.degree, traces)
+            for name, parts in gradients.items()
+        }
+        moved = {name: mean_OI.to(self._problem.device) for name, mean_OI in grad_squares.items()}
+        return Statistics(on_device, self._where, moved), sum(each.tokens for each in sums.values())
+
+    def _gradients(self, group: Group) -> dict[str, dict[str, Tensor]]:
+        """Matrix -> corpus -> E[g²], where the group needs it; read once for all groups."""
+        if Gradient.SQUARE not in self._needed[group]:
+            return {}
+        assert self._problem.gradients is not None, "who needs gradients has them collected first"
+        for corpus in group.mixture.corpora:
+            place = corpus, group.seed
+            if place not in self._grad_squares:
+                means = self._problem.gradients.means(*place, self._problem.block, self._site, self._where)
+                self._grad_squares[place] = means
+        of_corpora = {corpus: self._grad_squares[corpus, group.seed] for corpus in group.mixture.corpora}
+        names = [matrix.name for matrix in self._site.matrices]
+        return {name: {corpus: means[name] for corpus, means in of_corpora.items()} for name in names}
 
     def group_is_done(self) -> None:
         """To be called once by each user; after the last nothing is held."""
         with self._lock:
             self._left -= 1
             if not self._left:
-                self._sums = None
+                self._sums, self._grad_squares = None, {}
 
     def _summed(self) -> dict[Place, MeanSum]:
         """Every set once, in an order that does not depend on which groups are solved: sums keep their bits."""
         of_corpora: dict[tuple[str, int], frozenset[Statistic]] = {}
         for group, needs in self._needed.items():
             for corpus in group.mixture.corpora:
-                of_corpora[corpus, group.seed] = of_corpora.get((corpus, group.seed), frozenset()) | needs
+                of_corpora[corpus, group.seed] = of_corpora.get((corpus, group.seed), frozenset()) | of_inputs(needs)
         sums: dict[Place, MeanSum] = {}
         wanted: dict[str, list[tuple[MeanSum, float]]] = {}
         for (corpus, seed), needs in sorted(of_corpora.items()):

@@ -29,6 +29,7 @@ from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages import preflight
 from crosscal.stages.block_problem import BlockProblem, statistics_needed
 from crosscal.stages.folding import unfolded
+from crosscal.stages.gradients import Gradients
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.moments import Cached, JustRead, MomentsReport
 from crosscal.stages.sample import Sample, over_sums
@@ -55,6 +56,8 @@ class Workshop:
     device: str
     sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
     """Of the variants with an allocator, by name (see `crosscal.stages.allocate`)."""
+    gradients: Gradients | None = None
+    """Where some step needs them: the dense model's, also for a variant with sequential inputs."""
 
     def writer(self, variant: Variant) -> VariantWriter:
         return VariantWriter(self.folder / "models" / variant.name, self.source)
@@ -83,6 +86,7 @@ class Workshop:
             reference=self.reference,
             device=self.device,
             sparsities=self.sparsities,
+            gradients=self.gradients,
         )
 
 

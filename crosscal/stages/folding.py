@@ -1,4 +1,4 @@
-"""The moments of a corpus that grows, kept as one sum and the newest few sets.
+"""The moments (and gradients) of a corpus that grows, kept as one sum and the newest few sets.
 
     folded_k = folded_k-1 + weight_k · moments_k
 
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -21,20 +22,34 @@ from crosscal.calibration.pool import Part, all_parts, read_pool
 from crosscal.calibration.sets import stored_windows, windows_by_key
 from crosscal.errors import MissingArtifact
 from crosscal.models.sites import Site
-from crosscal.stages.moments import Cached
 from crosscal.stages.sample import Sample, Sums
 from crosscal.store import Store, digest_of
 
 
-def sets_to_read(cached: Cached, blocks: int, sample: Sample) -> list[str]:
-    """Keys of all moments that `fold` and a solve need; those that the store lacks are of calibration sets."""
-    parts = [part for sums in _both(sample) for part in (*_terms(cached, blocks, sums), *sums.apart)]
+class Kept(Protocol):
+    """Sums over calibration sets in the store, an artifact or more a site: moments, gradients."""
+
+    @property
+    def store(self) -> Store: ...
+    def sites(self, block: int) -> tuple[Site, ...] | None: ...
+    def has(self, calibration: str, block: int) -> bool: ...
+    def has_site(self, calibration: str, block: int, site: Site) -> bool: ...
+    def read(self, calibration: str, block: int, site: Site) -> Any: ...
+    def publish_site(self, calibration: str, block: int, site: Site, sums: Any, /) -> None: ...
+    def is_kept(self, calibration: str, block: int, site: Site) -> bool: ...
+    def discard_unused(self, calibration: str, block: int, site: Site) -> None: ...
+
+
+def sets_to_read(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> list[str]:
+    """Keys of all sums that `fold` and a solve need, of both splits or of the calibration windows alone; those that the
+    store lacks are of calibration sets."""
+    parts = [part for sums in _splits(sample, held_out) for part in (*_terms(cached, blocks, sums), *sums.apart)]
     return list(dict.fromkeys(part.key for part in parts))
 
 
-def fold(cached: Cached, blocks: int, sample: Sample) -> None:
+def fold(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> None:
     """See that the sums of a sample are in the store, and remove what only older samples need."""
-    for sums in _both(sample):
+    for sums in _splits(sample, held_out):
         if sums.folded is None:
             continue
         terms = _terms(cached, blocks, sums)
@@ -44,7 +59,7 @@ def fold(cached: Cached, blocks: int, sample: Sample) -> None:
         _forget(cached, blocks, sums, [part for part in terms if part.key != sums.folded.key])
 
 
-def unread_tokens(cached: Cached, blocks: int, sums: Sums) -> int:
+def unread_tokens(cached: Kept, blocks: int, sums: Sums) -> int:
     """Of the sets that would have to be read."""
     folded = () if sums.folded is None else (sums.folded,)
     kept = _kept(cached, blocks, sums)
@@ -54,7 +69,7 @@ def unread_tokens(cached: Cached, blocks: int, sums: Sums) -> int:
 
 def unfolded(store: Store, sample: Sample) -> Sample:
     """The same in sets of windows alone, for who has to read them all: sets that weigh alike are one."""
-    calibration, held_out = (_unfolded(store, sums) for sums in _both(sample))
+    calibration, held_out = (_unfolded(store, sums) for sums in _splits(sample, held_out=True))
     return dataclasses.replace(sample, calibration=calibration, held_out=held_out)
 
 
@@ -64,13 +79,13 @@ def _unfolded(store: Store, sums: Sums) -> Sums:
     return dataclasses.replace(sums, folded=None, apart=(*_windows(store, sums), *sums.apart))
 
 
-def _terms(cached: Cached, blocks: int, sums: Sums) -> list[Part]:
+def _terms(cached: Kept, blocks: int, sums: Sums) -> list[Part]:
     """What the folded sum is made of: the newest sum that is there and the sets since, or else all windows anew."""
     kept = _kept(cached, blocks, sums)
     return _windows(cached.store, sums) if kept is None else kept
 
 
-def _kept(cached: Cached, blocks: int, sums: Sums) -> list[Part] | None:
+def _kept(cached: Kept, blocks: int, sums: Sums) -> list[Part] | None:
     if sums.folded is None:
         return []
     if _is_complete(cached, sums.folded.key, blocks):
@@ -103,7 +118,7 @@ def _joined(store: Store, parts: Sequence[Part]) -> Part:
     return Part(digest_of(provenance), sum(part.tokens for part in parts), parts[0].weight)
 
 
-def _add(cached: Cached, folded: Part, terms: Sequence[Part], block: int, site: Site) -> None:
+def _add(cached: Kept, folded: Part, terms: Sequence[Part], block: int, site: Site) -> None:
     try:
         moments = (cached.read(part.key, block, site).weighted(part.weight) for part in terms)
         total = functools.reduce(operator.add, moments)
@@ -114,7 +129,7 @@ def _add(cached: Cached, folded: Part, terms: Sequence[Part], block: int, site: 
     cached.publish_site(folded.key, block, site, total)
 
 
-def _forget(cached: Cached, blocks: int, sums: Sums, terms: Sequence[Part]) -> None:
+def _forget(cached: Kept, blocks: int, sums: Sums, terms: Sequence[Part]) -> None:
     """Remove the sets and sums that neither this sample nor the one before its newest set needs."""
     assert sums.pool is not None
     assert sums.folded is not None
@@ -132,13 +147,13 @@ def _forget(cached: Cached, blocks: int, sums: Sums, terms: Sequence[Part]) -> N
                 cached.discard_unused(key, block, site)
 
 
-def _both(sample: Sample) -> tuple[Sums, Sums]:
-    return sample.calibration, sample.held_out
+def _splits(sample: Sample, held_out: bool) -> tuple[Sums, ...]:
+    return (sample.calibration, sample.held_out) if held_out else (sample.calibration,)
 
 
-def _sites(cached: Cached, blocks: int) -> Iterator[tuple[int, Site]]:
+def _sites(cached: Kept, blocks: int) -> Iterator[tuple[int, Site]]:
     return ((block, site) for block in range(blocks) for site in cached.sites(block) or ())
 
 
-def _is_complete(cached: Cached, calibration: str, blocks: int) -> bool:
+def _is_complete(cached: Kept, calibration: str, blocks: int) -> bool:
     return all(cached.has(calibration, block) for block in range(blocks))

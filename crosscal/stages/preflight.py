@@ -23,7 +23,10 @@ from crosscal.models.blocks import find_blocks
 from crosscal.models.sites import is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
+from crosscal.stages.block_problem import gradients_needed
+from crosscal.stages.folding import Kept
 from crosscal.stages.moments import Cached
+from crosscal.stages.spill import SHARE as HIDDEN_SHARE
 from crosscal.statistics import EVERY, OF_TWO_STREAMS, VECTORS, Mixture, Statistic, streams_of
 from crosscal.store import Store
 from crosscal.variants import Variant
@@ -41,6 +44,11 @@ REFERENCE = ""
 STORED_SHARE = 0.42
 """Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
 
+STORED_GRADIENTS = 0.9
+"""Of squared gradients, as they are stored; measured on trained models."""
+ACTIVATIONS = (16, 4)
+"""Numbers a token that autograd keeps of a block: so many times the hidden size, and the feed-forward part's inner
+width; more where a family computes attention by a whole matrix of scores (`tests/test_stages_gradients.py`)."""
 ARTIFACT_BYTES = 1800
 """Of the headers and the manifest of an artifact that holds little else."""
 
@@ -146,6 +154,42 @@ def reading_bytes(
     return states + max(outside * itemsize + block, 2 * block + sums)
 
 
+def gradients_bytes(shapes: Sequence[BlockShape], sets: int) -> int:
+    """On disk, for so many calibration sets: as many numbers as the blocks have parameters."""
+    return (
+        round(sum(STORED_GRADIENTS * s.parameters * SUM_BYTES + ARTIFACT_BYTES * len(s.sites) for s in shapes)) * sets
+    )
+
+
+def walking_back_bytes(
+    shapes: Sequence[BlockShape],
+    *,
+    outside: int,
+    hidden: int,
+    vocabulary: int,
+    length: int,
+    windows: int,
+    tokens: int,
+    sets: int,
+    itemsize: int,
+    free_bytes: int,
+) -> int:
+    """Memory of the gradients over `tokens`, in so many windows of `length` at once.
+
+    The inputs of every block and what the last one gives, unless that is more than half of the free memory and lies on
+    disk; and the larger of two moments. At the head what lies outside the blocks, and logits, twice, with their
+    gradient; in the blocks two of them, one being read ahead, the sums of two for every set, one's being stored, and of
+    each window activations and, twice, as allocators give back late, the gradients of a block.
+    """
+    inputs = (len(shapes) + 1) * tokens * hidden * itemsize
+    block = max(shape.parameters for shape in shapes)
+    widest = max(width for shape in shapes for _, width in shape.sites)
+    kept = length * (ACTIVATIONS[0] * hidden + ACTIVATIONS[1] * widest) * itemsize
+    head = outside * itemsize + windows * length * vocabulary * (2 * SUM_BYTES + itemsize)
+    back = 2 * block * itemsize + 2 * block * SUM_BYTES * sets + windows * (kept + 2 * block * itemsize)
+    return (inputs if inputs <= HIDDEN_SHARE * free_bytes else 0) + max(head, back)
+
+
 def solving_bytes(
     shapes: Sequence[BlockShape],
     variants: Sequence[Variant],
@@ -173,6 +217,9 @@ def solving_bytes(
     held = (2 * len(drawn) + 3 * at_widest) if Statistic.GRAM in statistics else 0
     held += (2 * len(drawn) + 2 * at_widest) * len(OF_TWO_STREAMS & set(statistics))
     matrices = held * max(widths) ** 2 * SUM_BYTES
+    squares = gradients_needed(variants, reference)
+    # Squared gradients of each corpus, and mixed, are as large as the weights of the site.
+    matrices += (len(squares) + at_widest) * shape.parameters * LARGEST_SITE * SUM_BYTES if squares else 0
     answers = len(variants) * max(widths) * min(widths) * SUM_BYTES
     all_answers = len(variants) * shape.parameters * SUM_BYTES * ANSWER_COPIES
     solving = max(matrices + answers + (lanes - at_widest + 1) * loop, all_answers + lanes * loop)
@@ -227,8 +274,8 @@ def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
     return next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in wanted.items())), None)
 
 
-def is_read(cached: Cached, calibration: str | None, blocks: int) -> bool:
-    """Whether every block's moments of a calibration set are in the store."""
+def is_read(cached: Kept, calibration: str | None, blocks: int) -> bool:
+    """Whether every block's sums over a calibration set are in the store."""
     return calibration is not None and all(cached.has(calibration, block) for block in range(blocks))
 
 

@@ -1,6 +1,7 @@
 """What layers saw, from sums over tokens to a factored Hessian. Pure: torch only."""
 
 from crosscal.statistics.factor import InverseFactor, factor
+from crosscal.statistics.gradients import Gradient, GradientSums
 from crosscal.statistics.mixture import MeanSum, Mixture
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from crosscal.statistics.statistic import EVERY, OF_TWO_STREAMS, VECTORS, Statistic, streams_of
@@ -9,6 +10,8 @@ __all__ = [
     "EVERY",
     "OF_TWO_STREAMS",
     "VECTORS",
+    "Gradient",
+    "GradientSums",
     "InputMoments",
     "InverseFactor",
     "MeanSum",

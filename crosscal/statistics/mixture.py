@@ -83,17 +83,21 @@ class Mixture:
         activations: corpus k is taken as √s_k x, s_k = (Σ_j w_j tr H_j) / tr H_k, which multiplies a statistic of
         degree d by s_k^(d/2). The trace of the mixture stays what it was. It needs E[x xᵀ] or E[x²].
         """
+        traces = self.traces(means) if trace_normalised else None
+        every = means[self.corpora[0]]
+        return {which: self.mixed({c: means[c][which] for c in self.corpora}, which.degree, traces) for which in every}
+
+    def mixed(self, parts: Mapping[str, Tensor], degree: int, traces: Mapping[str, float] | None = None) -> Tensor:
+        """One statistic of a degree; `traces`: those of all corpora, where they are brought to one."""
         if len(self.weights) == 1:
-            return dict(means[self.corpora[0]])
-        traces = {corpus: _trace(means[corpus]) for corpus in self.corpora} if trace_normalised else None
+            return parts[self.corpora[0]]
         scales = self._scales(traces)
-        return {
-            which: self._sum(
-                {corpus: means[corpus][which] for corpus in self.corpora},
-                {corpus: weight * scales[corpus] ** (which.degree / 2) for corpus, weight in self.weights},
-            )
-            for which in means[self.corpora[0]]
-        }
+        factors = {corpus: weight * scales[corpus] ** (degree / 2) for corpus, weight in self.weights}
+        return self._sum(parts, factors)
+
+    def traces(self, means: Mapping[str, Means]) -> dict[str, float]:
+        """tr H_k of every corpus; of a single one nothing is asked."""
+        return {corpus: _trace(means[corpus]) for corpus in self.corpora} if len(self.weights) > 1 else {}
 
     def _scales(self, traces: Mapping[str, float] | None) -> dict[str, float]:
         """s of every corpus."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors import LayerProblem, LayerSolution, Statistic
+from crosscal.statistics import Gradient
 
 BLOCK = 128  # columns that share a pruning threshold
 
@@ -46,7 +47,15 @@ def layer(
         weight_OI = weight_OI.to(stored_dtype)
     gram_II, abs_I, mean_I = (mean.to(dtype, copy=True) for mean in _means(inputs, seed, tuple(dead)))
     dense_I = 1 + 0.2 * torch.arange(inputs, dtype=torch.float64).sin().to(dtype)
-    further = {Statistic.ABS_SUM: abs_I, Statistic.SUM: mean_I, Statistic.CROSS: dense_I[:, None] * gram_II}
+    # a gradient of a weight is a sum of its input times what comes back to its output: none for dead inputs
+    back_O = torch.randn(outputs, generator=torch.Generator().manual_seed(seed + 2000), dtype=torch.float64) ** 2
+    grad_square_OI = 1e-3 * torch.outer(back_O, gram_II.diagonal().double() ** 2).to(dtype)
+    further = {
+        Statistic.ABS_SUM: abs_I,
+        Statistic.SUM: mean_I,
+        Statistic.CROSS: dense_I[:, None] * gram_II,
+        Gradient.SQUARE: grad_square_OI,
+    }
     return LayerProblem(name, weight_OI.to(dtype), gram_II, further, stored_dtype=stored_dtype)
 
 

@@ -1,0 +1,77 @@
+"""Gradient sums: how the loss depends on every weight of a site, window by window.
+
+The loss of a window is its mean next-token cross-entropy, in nats a prediction, and g = ∂loss/∂W of one window. Σ g² is
+the diagonal of the empirical Fisher matrix, counted by window: tokens of one window depend on each other, so that their
+gradients are added first and squared then. Sums and counts, never means: sets, shards and machines merge by addition.
+
+Shapes: O outputs, I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from crosscal.errors import NotFinite, StatisticsError
+from crosscal.statistics.finite import all_finite
+
+
+class Gradient(StrEnum):
+    """Sums over windows of what the loss says of each weight. A step sees them as means per window, layer by layer,
+    mixed over corpora as the statistics of inputs are."""
+
+    SQUARE = "grad_square"
+    """Σ g²."""
+
+    @property
+    def degree(self) -> int:
+        """f(c x) = c^degree f(x) where inputs are taken c times and what stands behind the matrix is left alone: the
+        gradient of W is Σ δ xᵀ over tokens."""
+        return 2
+
+    def divided(self, mean_OI: Tensor, scale_I: Tensor) -> Tensor:
+        """The statistic of the matrix W · s that reads x / s, from that of W: its gradient is that of W over s."""
+        return mean_OI / scale_I**self.degree
+
+
+@dataclass(frozen=True, eq=False)
+class GradientSums:
+    """Σ g² over windows of every matrix that reads one site."""
+
+    squares: Mapping[str, Tensor]
+    """Matrix -> Σ g² [O, I]."""
+    windows: int
+    weighted_windows: float | None = None
+    """The sum of the windows' weights, where the sums are weighted; None where every window weighs 1."""
+
+    def __add__(self, other: GradientSums) -> GradientSums:
+        """The sums over both sets of windows. Raises `StatisticsError` for other matrices."""
+        shapes = [{name: tuple(each.shape) for name, each in sums.squares.items()} for sums in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise StatisticsError("gradients of different sites cannot be added", got=f"{shapes[0]} and {shapes[1]}")
+        return GradientSums(
+            {name: mine_OI + other.squares[name] for name, mine_OI in self.squares.items()},
+            self.windows + other.windows,
+            None if self.weighted_windows is None is other.weighted_windows else self.mass + other.mass,
+        )
+
+    def weighted(self, weight: float) -> GradientSums:
+        """The same with every window counted `weight` times."""
+        if weight == 1.0:
+            return self
+        squares = {name: square_OI * weight for name, square_OI in self.squares.items()}
+        return GradientSums(squares, self.windows, self.mass * weight)
+
+    @property
+    def mass(self) -> float:
+        """What means divide by: the sum of the windows' weights, and so their number where none is weighted."""
+        return self.windows if self.weighted_windows is None else self.weighted_windows
+
+    def means(self, name: str = "site") -> dict[str, Tensor]:
+        """E[g²] of every matrix. Raises `NotFinite`."""
+        if not all(map(all_finite, self.squares.values())):
+            raise NotFinite("the gradients were not finite", where=name, do="Calibrate in float32 or bfloat16.")
+        return {matrix: square_OI / self.mass for matrix, square_OI in self.squares.items()}

@@ -1,0 +1,106 @@
+"""What of a plan's windows a run would still read: as of now, nothing is drawn or generated here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from crosscal.calibration import WindowRequest, tokenizer_digest
+from crosscal.calibration.pool import find_pool, most_windows
+from crosscal.calibration.tokens import begin_token
+from crosscal.corpora import Corpus, load_corpus
+from crosscal.errors import CorpusError
+from crosscal.models.source import ModelSource
+from crosscal.plan import Documents, RandomTokens, SelfGenerated
+from crosscal.stages.folding import Kept, unread_tokens
+from crosscal.stages.preflight import is_read, stored_set
+from crosscal.stages.sample import Draw, sums_of
+from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import Variant
+
+
+def reading(
+    ticket: Ticket, source: ModelSource, name: str, seed: int, cached: Kept, *, held_out: bool = True
+) -> dict[str, Any]:
+    """What is known of one corpus in one draw, as of its last ingest: what is missing of the sums of both splits, or of
+    the calibration windows alone."""
+    plan = ticket.parsed
+    calibration, origin = plan.calibration, plan.corpora[name]
+    draw = Draw(
+        calibration.windows,
+        calibration.length,
+        seed,
+        calibration.held_out_windows,
+        begin_token=calibration.begin_token,
+        plain_text=calibration.plain_text,
+    )
+    asked = [draw.calibration(draw.windows), *([draw.held_out(draw.held_out_windows)] if held_out else [])]
+    requests = [request.within(source.max_positions)[0] for request in asked]
+    found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
+    if not isinstance(origin, Documents):
+        return found | _told([_generated(ticket, source, request, origin, cached) for request in requests])
+    try:
+        corpus = load_corpus(ticket.store, stored_name(name, origin))
+    except CorpusError:
+        tokens = sum(request.windows * request.length for request in requests)
+        return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
+    return found | _told(
+        [_drawn(ticket, source, corpus, request, calibration.parts_kept_apart, cached) for request in requests]
+    )
+
+
+def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]:
+    """Of both splits: keys of sets that a solve reads, None where one is not drawn yet; tokens to read, and all."""
+    keys = [key for found, _, _ in splits for key in found]
+    unread = sum(to_read for _, to_read, _ in splits)
+    state = "not sampled yet" if None in keys else "to read" if unread else "cached"
+    cached = sum(tokens for _, _, tokens in splits) - unread
+    return {"sets": keys, "state": state, "tokens_to_read": unread, "tokens_cached": cached}
+
+
+def _generated(
+    ticket: Ticket, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens, cached: Kept
+) -> tuple[list[str | None], int, int]:
+    kind = {"source": "vocabulary"}
+    if isinstance(origin, SelfGenerated):
+        kind = {"source": "model", "model": ticket.model}
+    begin = begin_token(source.tokenizer(), request.begin_token)
+    asked = {"begin": begin, **dataclasses.replace(request, plain_text=False).provenance(begin)}
+    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
+    tokens = request.windows * request.length
+    return [key], 0 if is_read(cached, key, source.blocks) else tokens, tokens
+
+
+def _drawn(
+    ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int, cached: Kept
+) -> tuple[list[str | None], int, int]:
+    """What was drawn already, and at most as much of later shards as the rule lets them give."""
+    pool, undrawn = find_pool(ticket.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
+    keys: list[str | None] = []
+    unread = tokens = 0
+    if pool is not None and pool.parts:
+        sums = sums_of(pool, parts_kept_apart)
+        keys, tokens = [part.key for part in sums.parts], sums.tokens
+        unread = unread_tokens(cached, source.blocks, sums)
+    windows, characters = (pool.windows, pool.characters) if pool else (0, 0)
+    for shard in undrawn:
+        characters += shard.characters[request.split]
+        most = most_windows(request, windows, shard.characters[request.split], characters)
+        windows += most
+        keys.append(None)
+        unread += most * request.length
+        tokens += most * request.length
+    return keys, unread, tokens
+
+
+def reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A sequential variant reads the windows of its mixture once more, through its own compressed blocks, unless an
+    earlier run kept what it saw: that cannot be told before the windows are drawn."""
+    corpora = variant.mixture.corpora if variant.mixture else ()
+    mine = [reading for reading in readings if reading["corpus"] in corpora and reading["seed"] == variant.seed]
+    tokens = sum(reading["tokens_to_read"] + reading["tokens_cached"] for reading in mine)
+    sets = [key for reading in mine for key in reading["sets"] or (None, None)]
+    found = {"variant": variant.name, "seed": variant.seed, "sets": sets, "state": "at most"}
+    return {**found, "tokens_to_read": tokens, "tokens_cached": 0}

@@ -1,0 +1,401 @@
+"""Gradients as a cached statistic: computed once, resumed, added, mixed as H is, seen by who declares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosscal.calibration.sets import windows_by_key
+from crosscal.compressors import COMPRESSORS, Site, Statistic
+from crosscal.errors import CorruptArtifact, MissingArtifact, NotFinite, StatisticsError
+from crosscal.models import ModelSource
+from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
+from crosscal.progress import silent
+from crosscal.report.rows import LayerRow, read_rows
+from crosscal.stages.block_problem import gradients_needed, statistics_needed
+from crosscal.stages.compress import Workshop, compress_block, compress_sequential
+from crosscal.stages.folding import fold, sets_to_read, unread_tokens
+from crosscal.stages.gradients import KIND, CachedGradients, Gradients, collect_gradients
+from crosscal.stages.moments import MomentsReport
+from crosscal.stages.preflight import ACTIVATIONS
+from crosscal.stages.sample import Sample
+from crosscal.statistics import VECTORS, Gradient, GradientSums, Mixture
+from crosscal.store import Store
+from crosscal.store.gradients import read_gradients, write_gradients
+from crosscal.variants import RecipeStep, Variant
+from tests.helpers.tiny_models import load_plain, save_model
+from tests.helpers.tiny_place import Place, crosscal, make_place
+from tests.helpers.tiny_run import collect, dense_cache, keep_windows, sample, variant, windows, workshop
+from tests.helpers.tiny_text import tiny_llama
+from tests.test_stages_growth import ALL, drawn, grow
+
+MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
+SITES = 4  # of a block
+SEEN: dict[str, dict[str, Tensor]] = {}
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Notes the gradients that it is shown, and changes nothing."""
+
+    name: str
+
+    kind: ClassVar = "prune"
+    needs: ClassVar = frozenset({Gradient.SQUARE})
+    version: ClassVar = 1
+
+    def __call__(self, site: Site) -> Site:
+        shown = {layer.name: site.statistics.grad_square_OI(layer.name).clone() for layer in site.layers}
+        SEEN.setdefault(self.name, {}).update(shown)
+        return site
+
+
+@dataclass(frozen=True)
+class Prying(Spy):
+    """Asks for gradients that another step of its recipe declares."""
+
+    needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    SEEN.clear()
+    for name, step in (("spy", Spy), ("prying", Prying)):
+        monkeypatch.setitem(COMPRESSORS, name, step)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    tiny_llama(folder := tmp_path_factory.mktemp("model"))
+    return ModelSource.open(folder)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def known(store: Store, source: ModelSource, dtype: str = "float32") -> CachedGradients:
+    """With the sites of the model's blocks, which a first reading finds."""
+    cached = dataclasses.replace(dense_cache(store, source, dtype), wanted=frozenset(VECTORS))
+    if cached.sites(0) is None:
+        collect(cached, source, [keep_windows(store, windows(1, seed=77))])
+    return CachedGradients(cached)
+
+
+def walk(cached: CachedGradients, source: ModelSource, keys: list[str], **more: Any) -> MomentsReport:
+    return collect_gradients(cached, source, keys, device="cpu", batch_tokens=64, **{"report": silent, **more})
+
+
+def every(cached: CachedGradients, source: ModelSource, key: str) -> dict[tuple[int, str], Tensor]:
+    """(block, matrix) -> Σ g²."""
+    return {
+        (block, matrix): square_OI
+        for block in range(source.blocks)
+        for site in cached.sites(block) or ()
+        for matrix, square_OI in cached.read(key, block, site).squares.items()
+    }
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_walked_once_and_an_interrupted_walk_goes_on(tmp_path: Path, source: ModelSource) -> None:
+    whole, parts = (known(Store(tmp_path / name), source) for name in ("whole", "parts"))
+    key, tokens = keep_windows(whole.store, windows(3, seed=1)), 3 * 32
+    assert keep_windows(parts.store, windows(3, seed=1)) == key
+    first = walk(whole, source, [key])
+    assert (first.tokens_read, first.hits, first.misses) == (tokens, 0, SITES * source.blocks)
+    again = walk(whole, source, [key])
+    assert (again.tokens_read, again.hits, again.misses) == (0, SITES * source.blocks, 0)
+
+    class Killed(Exception):
+        pass
+
+    def killed(what: str, done: int, total: int | None) -> None:
+        if total is not None and done == total - 1:  # behind the last block, before the first one
+            raise Killed
+
+    with pytest.raises(Killed):
+        walk(parts, source, [key], report=killed)
+    there = [block for block in range(source.blocks) if parts.has(key, block)]
+    assert there == list(range(1, source.blocks))
+    resumed = walk(parts, source, [key])
+    assert (resumed.hits, resumed.misses) == (SITES * len(there), SITES)
+    expected = every(whole, source, key)
+    found = every(parts, source, key)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[place], expected[place]) for place in expected)
+
+
+def test_sums_over_disjoint_sets_add(store: Store, source: ModelSource) -> None:
+    cached, tokens_SL = known(store, source, "float64"), windows(5, seed=2)
+    keys = [keep_windows(store, each) for each in (tokens_SL, tokens_SL[:2], tokens_SL[2:])]
+    walk(cached, source, keys)
+    for block in range(source.blocks):
+        for site in cached.sites(block) or ():
+            whole, first, rest = (cached.read(key, block, site) for key in keys)
+            total = first + rest
+            assert total.windows == whole.windows == 5
+            for matrix, square_OI in whole.squares.items():
+                torch.testing.assert_close(total.squares[matrix], square_OI)
+            half = first.weighted(0.5) + rest
+            assert half.mass == 4.0
+            for matrix, mean_OI in half.means().items():
+                expected_OI = (0.5 * first.squares[matrix] + rest.squares[matrix]) / 4.0
+                torch.testing.assert_close(mean_OI, expected_OI)
+
+
+def test_sums_that_do_not_fit_are_refused() -> None:
+    mine, other = (GradientSums({"q": torch.zeros(2, size)}, 1) for size in (3, 4))
+    with pytest.raises(StatisticsError, match="different sites"):
+        mine + other
+    with pytest.raises(NotFinite, match=r"here: .*|not finite"):
+        GradientSums({"q": torch.full((2, 3), torch.nan)}, 1).means("here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [1.0, 0.375])
+def test_what_is_stored_is_read_back_bit_for_bit(
+    store: Store, dtype: torch.dtype, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosscal.store.gradients.BATCH_ENTRIES", 50)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"self_attn.q_proj": (9, 16), "experts.3.down_proj": (1, 3), "transposed": (5, 7)}
+    squares = {name: torch.randn(shape, generator=generator, dtype=dtype) ** 2 for name, shape in sizes.items()}
+    squares["transposed"] = squares["transposed"].mT
+    sums = GradientSums(squares, 7).weighted(weight)
+    with store.publish(KIND, "0" * 64, {}) as folder:
+        write_gradients(folder, sums)
+    found = read_gradients(store, store.get(KIND, "0" * 64))
+    assert (found.windows, found.mass) == (sums.windows, sums.mass)
+    assert found.squares.keys() == squares.keys()
+    for name, square_OI in sums.squares.items():
+        assert found.squares[name].dtype == dtype
+        assert torch.equal(found.squares[name], square_OI)
+
+
+def test_files_that_are_no_gradients_name_the_artifact(store: Store) -> None:
+    with store.publish(KIND, "1" * 64, {}) as folder:
+        (folder / "gradients.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(CorruptArtifact, match="gradients/1111"):
+        read_gradients(store, store.get(KIND, "1" * 64))
+
+
+# --- what steps see --------------------------------------------------------------------------------------------------
+
+
+def samples(store: Store) -> list[Sample]:
+    """`legal` came in two shards of their own weights."""
+    return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
+
+
+def spied(name: str, method: str = "spy", **more: object) -> Variant:
+    """Two steps: one on the recipe's mixture, one on its own."""
+    recipe = (RecipeStep(method, (("name", name),)), RecipeStep("spy", (("name", f"{name}-own"),), OWN))
+    return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
+
+
+def prepared(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
+    """As a run over these variants has it before it solves."""
+    shop = workshop(folder, store, source, *samples(store))
+    shop = dataclasses.replace(shop, cached=dataclasses.replace(shop.cached, wanted=statistics_needed(asked)))
+    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
+    cached = CachedGradients(shop.cached)
+    for place in sorted(gradients_needed(asked, shop.reference)):
+        walk(cached, source, sets_to_read(cached, source.blocks, shop.samples[place], held_out=False))
+    return dataclasses.replace(shop, gradients=Gradients(cached, shop.samples))
+
+
+def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
+    shop = prepared(folder, store, source, *asked)
+    for block in range(source.blocks):
+        compress_block(shop, block, asked)
+    return shop
+
+
+def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) -> dict[str, Tensor]:
+    """By hand from the sums of every set: per window of a corpus, then over corpora."""
+    assert shop.gradients is not None
+    found: dict[str, Tensor] = {}
+    for block in range(shop.source.blocks):
+        for site in shop.cached.sites(block) or ():
+            scale, means = {}, {}
+            for corpus in mixture:
+                parts = shop.samples[corpus, 0].calibration.parts
+                read = [(part.weight, shop.gradients.cached.read(part.key, block, site)) for part in parts]
+                mass = sum(weight * sums.windows for weight, sums in read)
+                moments = [(part.weight, shop.cached.read(part.key, block, site)) for part in parts]
+                squares = sum(weight * float(each[Statistic.SQUARE_SUM].sum()) for weight, each in moments)
+                scale[corpus] = squares / sum(weight * each.tokens for weight, each in moments)
+                means[corpus] = {
+                    matrix.name: sum(weight * sums.squares[matrix.name].double() for weight, sums in read) / mass
+                    for matrix in site.matrices
+                }
+            mean = sum(weight * scale[corpus] for corpus, weight in mixture.items())
+            factor = {c: mean / scale[c] if normalised else 1.0 for c in mixture}
+            for matrix in site.matrices:
+                name = f"{shop.source.block_name(block)}.{matrix.name}"
+                found[name] = sum(w * factor[c] * means[c][matrix.name] for c, w in mixture.items())
+    return found
+
+
+def assert_close(seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert seen.keys() == wanted.keys()
+    for name, mean_OI in seen.items():
+        bound = 1e-5 * float(wanted[name].abs().max())
+        torch.testing.assert_close(mean_OI.double(), wanted[name], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_gradients_are_mixed_by_the_weights_that_h_is(
+    tmp_path: Path, store: Store, source: ModelSource, normalised: bool
+) -> None:
+    shop = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
+    assert_close(SEEN["all"], expected(shop, MIXED.as_dict(), normalised=normalised))
+    assert_close(SEEN["all-own"], expected(shop, OWN.as_dict(), normalised=False))
+
+
+def test_a_sequential_walk_shows_the_dense_gradients(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    """Also behind blocks that were changed."""
+    walked = spied("walked", upstream="sequential")
+    pruned = RecipeStep("magnitude", (("sparsity", 0.9),))
+    shop = prepared(tmp_path / "run", store, source, walked)
+    compress_sequential(
+        shop, dataclasses.replace(walked, recipe=(pruned, *walked.recipe)), batch_tokens=64, report=silent
+    )
+    assert_close(SEEN["walked"], expected(shop, MIXED.as_dict(), normalised=False))
+
+
+def test_who_does_not_declare_gradients_is_not_shown_them(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    with pytest.raises(StatisticsError, match="does not declare"):
+        solved(tmp_path / "run", store, source, spied("more", "prying"))
+
+
+def test_only_the_corpora_of_steps_that_declare_them_are_walked() -> None:
+    general, legal = Mixture.of({"general": 1.0}), Mixture.of({"legal": 1.0})
+    gblm = variant("a", "gblm", {"legal": 1.0}, sparsity=0.5)
+    own = dataclasses.replace(gblm, mixture=legal, recipe=(dataclasses.replace(gblm.recipe[0], mixture=general),))
+    wanda = variant("b", "wanda", {"biomedical": 1.0}, sparsity=0.5)
+    assert gradients_needed([gblm, wanda], general) == {("legal", 0)}
+    assert gradients_needed([own, wanda], legal) == {("general", 0)}
+    assert gradients_needed([wanda], general) == set()
+
+
+def test_solving_without_the_gradients_names_what_is_missing(tmp_path: Path, store: Store, source: ModelSource) -> None:
+    shop = prepared(tmp_path / "run", store, source, spied("all"))
+    for artifact in list(store.list(KIND)):
+        store.discard(KIND, artifact.key)
+    with pytest.raises(MissingArtifact, match=KIND):
+        compress_block(shop, 0, [spied("all")])
+
+
+# --- a corpus that grows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [10_000, 12])
+def test_gradients_of_a_corpus_that_grows_are_folded(tmp_path: Path, source: ModelSource, windows: int) -> None:
+    draw = dataclasses.replace(ALL, windows=windows, held_out_windows=windows)
+    store, landed, _ = grow(tmp_path, source, draw, 7, wanted=frozenset(VECTORS))
+    cached, read = known(store, source), []
+    for each in landed:
+        before = unread_tokens(cached, source.blocks, each.calibration)
+        done = walk(cached, source, sets_to_read(cached, source.blocks, each, held_out=False))
+        fold(cached, source.blocks, each, held_out=False)
+        read.append(done.tokens_read)
+        assert read[-1] == before
+    newest = landed[-1]
+    assert sum(read) == newest.calibration.tokens, "nothing is walked twice"
+    assert len(list(store.keys(KIND))) <= SITES * source.blocks * (draw.parts_kept_apart + 3)
+    means = Gradients(cached, {("legal", 0): newest})
+    alone = known(Store(tmp_path / "anew"), source)
+    weights = {part.key: part.weight for part in drawn(store, newest.calibration)}
+    keys = {key: keep_windows(alone.store, windows_by_key(store, key)) for key in weights}
+    walk(alone, source, list(keys.values()))
+    for site in cached.sites(1) or ():
+        total = [alone.read(keys[key], 1, site).weighted(weight) for key, weight in weights.items()]
+        found = means.means("legal", 0, 1, site, "here")
+        for matrix, mean_OI in found.items():
+            wanted_OI = sum(each.squares[matrix].double() for each in total) / sum(each.mass for each in total)
+            torch.testing.assert_close(mean_OI.double(), wanted_OI, rtol=0, atol=1e-5 * float(wanted_OI.max()))
+
+
+# --- what it takes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt-neox", "phi"])
+def test_activations_are_reckoned_as_autograd_keeps_them(family: str, tmp_path: Path) -> None:
+    """Between what is kept and 2.5 times that."""
+    model = load_plain(save_model(family, tmp_path / "model"), torch.float32).requires_grad_(False)
+    block, tokens_1L = find_blocks(model)[1][0], windows(1, seed=0, high=90)
+    calls = BlockCalls(model, further_outputs(model, block, tokens_1L))
+    hidden_1LD = calls.enter(tokens_1L).detach().requires_grad_()
+    weights = {p.requires_grad_(p.ndim > 1).untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        calls.of(hidden_1LD.shape[:2], 0).run(block, hidden_1LD.clone())
+    numbers = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights) / 4
+    reckoned = tokens_1L.shape[1] * (ACTIVATIONS[0] * 32 + ACTIVATIONS[1] * 48)
+    assert numbers <= reckoned <= 2.5 * numbers
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def check(place: Place) -> dict[str, Any]:
+    return json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json").out)
+
+
+def test_a_run_walks_back_for_who_needs_it_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = make_place(tmp_path)
+    wanda = {"method": "wanda", "sparsity": 0.5, "domain": "legal", "alpha": 0.5}
+    gblm = {**wanda, "method": "gblm", "gradient_weight": [0, 25], "upstream": ["dense", "sequential"]}
+    place.write_plan(compress=[wanda])
+    small = check(place)
+    assert Gradient.SQUARE not in small["sums"]
+    assert small["memory"]["gradients_bytes"] == 0
+    first = place.run()
+    assert not list(Store(place.home).keys(KIND)), "no step needed any"
+
+    place.write_plan(compress=[wanda, gblm])
+    before = check(place)
+    assert Gradient.SQUARE in before["sums"]
+    mine = [each for each in before["reading"] if each.get("of") == Gradient.SQUARE]
+    assert {each["corpus"] for each in mine} == {"general", "legal"}
+    assert sum(each["tokens_to_read"] for each in mine) == 2 * 8 * 32, "calibration windows, not held-out ones"
+    assert before["memory"]["gradients_bytes"] > 0
+    second = place.run("--out", str(tmp_path / "more"))
+    again = sum(each["tokens_to_read"] for each in before["reading"] if each["state"] == "at most")
+    assert second["calibration_tokens_read"] == 2 * 8 * 32 + again
+    assert first["calibration_tokens_read"] > 0
+    taken = sum(artifact.bytes for artifact in Store(place.home).list(KIND))
+    reckoned = before["disk"]["store_bytes"] - check(place)["disk"]["store_bytes"]
+    assert taken == pytest.approx(reckoned, rel=0.35)
+
+    rows = read_rows(Path(second["run_dir"]) / "layers.jsonl", LayerRow)
+    assert all(row.sparsity == 0.5 for row in rows)
+    models = tmp_path / "more" / "models"
+    zero, plain = models / "gblm-50-gradientweight0-legal-a0.5", models / "wanda-50-legal-a0.5"
+    shards = sorted(file.name for file in plain.glob("*.safetensors"))
+    assert shards
+    assert all((zero / name).read_bytes() == (plain / name).read_bytes() for name in shards), "a = 0 is Wanda"
+
+    third = place.run("--out", str(tmp_path / "again"))
+    assert third["calibration_tokens_read"] == 0
+    assert check(place)["memory"]["gradients_bytes"] == 0
