@@ -142,6 +142,21 @@ def allocation() -> str:
     return markdown(heads, cells) + circumstances(rows)
 
 
+def gradients() -> str:
+    """One row a method and level: perplexities of both domains' models, over the dense model's in brackets."""
+    rows = read("gradients")
+    by_case: dict[str, dict[str, float]] = {}
+    for row in (row for row in rows if row["figure"].endswith(" perplexity")):
+        by_case.setdefault(row["case"], {})[row["figure"].removesuffix(" perplexity")] = row["value"]
+    dense, cells = by_case.pop("dense"), []
+    for name in dict.fromkeys(case.rpartition(",")[0] for case in by_case):
+        found = [(corpus, by_case[f"{name}, {domain}"]) for domain in CORPORA[1:] for corpus in ("general", domain)]
+        cells.append([name, *(f"{number(v[c])} ({100 * (v[c] / dense[c] - 1):+.1f} %)" for c, v in found)])
+    costs = [f"{row['case']}, {row['figure']}: {number(row['value'])} {row['unit']}".strip() for row in rows[:5]]
+    heads = ("method", "half biomedical: general", "biomedical", "half legal: general", "legal")
+    return markdown(heads, cells) + f"\n{'; '.join(costs)}.\n" + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -149,6 +164,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "solvers": solvers,
     "solvers_one_draw": lambda: solvers("solvers_one_draw"),
     "allocation": allocation,
+    "gradients": gradients,
     "scales": scales,
     "real-models": real_models,
 }
