@@ -44,8 +44,8 @@ REFERENCE = ""
 STORED_SHARE = 0.42
 """Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
 
-STORED_GRADIENTS = 0.9
-"""Of squared gradients, as they are stored; measured on trained models."""
+STORED_GRADIENTS = 0.75
+"""Of squared gradients, as they are stored (`benchmarks/gradients.py`)."""
 ACTIVATIONS = (16, 4)
 """Numbers a token that autograd keeps of a block: so many times the hidden size, and the feed-forward part's inner
 width; more where a family computes attention by a whole matrix of scores (`tests/test_stages_gradients.py`)."""
