@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from crosscal.errors import ModelError
 from crosscal.models import ModelSource, VariantWriter, load_variant, quantization_config
 from crosscal.models.packing import FUSED, INITIALISED, TRANSPOSED
 from tests.helpers import tiny_packed
@@ -107,3 +108,13 @@ def test_a_hub_checkpoint_with_stacked_experts_is_packed_as_well(tmp_path: Path)
     assert all(not key.endswith("experts.gate_up_proj") for key in stored(tmp_path / "variant"))
     write(stacked, tmp_path / "dense", is_packed=False)
     assert stored(tmp_path / "dense").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("family", ["falcon-new", "gpt-bigcode", "nanochat", "mamba2", "recurrent-gemma"])
+def test_packed_all_the_same_it_would_not_load(family: str, tmp_path: Path) -> None:
+    """What is left dense has to be; and loading notices, as it loads the plain way."""
+    source = ModelSource.open(save(family, tmp_path / "model"))
+    source.packing._initialised = set()
+    write(source, tmp_path / "variant", is_packed=True)
+    with pytest.raises(ModelError, match="cannot be loaded by transformers .*AttributeError"):
+        load_variant(tmp_path / "variant")
