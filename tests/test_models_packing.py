@@ -116,5 +116,5 @@ def test_packed_all_the_same_it_would_not_load(family: str, tmp_path: Path) -> N
     source = ModelSource.open(save(family, tmp_path / "model"))
     source.packing._initialised = set()
     write(source, tmp_path / "variant", is_packed=True)
-    with pytest.raises(ModelError, match="cannot be loaded by transformers .*AttributeError"):
+    with pytest.raises(ModelError, match=r"cannot be loaded by transformers .*AttributeError"):
         load_variant(tmp_path / "variant")
