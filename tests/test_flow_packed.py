@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
+from crosscal.stages.solve import IN_PARTS
 from tests.helpers import tiny_models, tiny_packed
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_text import tiny_tokenizer
@@ -21,10 +23,10 @@ RECIPES = [{"method": "gptq", "bits": 4, "group_size": None}, {"method": "magnit
 PACKED, PRUNED = "gptq-w4-general", "magnitude-50"
 
 
-def place_of(folder: Path, family: str = "llama") -> Place:
+def place_of(folder: Path, family: str = "llama", **settings: Any) -> Place:
     place = make_place(folder)
     config = (tiny_models.configs() | tiny_packed.configs())[family]
-    config.vocab_size = 400
+    config.update({"vocab_size": 400, **settings})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -83,6 +85,26 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     assert (place.run_dir / "models" / PRUNED / "model.safetensors.index.json").exists()
     assert (place.run_dir / "report.html").read_text().count("q_proj") > 0
     assert any(note.startswith(PACKED) and "no model" in note for note in json.loads(_record(place))["notes"])
+
+
+def test_a_stack_with_a_starved_expert_stays_dense_and_loads(tmp_path: Path) -> None:
+    """transformers takes all experts of a stack for packed, or none; the others are packed as ever."""
+    place = place_of(tmp_path, "qwen3-moe", num_experts_per_tok=1)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    router = "model.layers.0.mlp.gate.weight"
+    tensors[router][3] = tensors[router][:3].mean(0)  # never the most wanted of four
+    save_file(tensors, file, metadata={"format": "pt"})
+    place.write_plan(compress=[RECIPES[0] | {"fallback": "keep-dense"}])
+    assert place.run()["failed"] == {}
+    rows = read_rows(place.run_dir / "layers.jsonl", LayerRow)
+    stack = [row for row in rows if row.layer.startswith("model.layers.0.mlp.experts")]
+    starved = [row for row in stack if ".3." in row.layer]
+    assert all(row.fallback for row in starved)
+    assert all(row.bits == 4 and row.written_dense == IN_PARTS for row in stack if row not in starved)
+    others = [row for row in rows if row not in stack and row.fallback is None]
+    assert others
+    assert all(row.bits == 4 and row.written_dense is None for row in others)
 
 
 def test_a_run_says_that_it_decodes(tmp_path: Path) -> None:
