@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from crosscal.errors import ModelError
 from crosscal.models import experts
@@ -27,6 +28,7 @@ from crosscal.models.weights import Weights
 TRANSPOSED = "stored transposed (Conv1D), which the packed format cannot hold"
 FUSED = "a stack of experts that transformers does not load as packed linears"
 INITIALISED = "transformers initialises this weight on loading, and fails where it is packed"
+REBUILT = "transformers builds a quantized model of this family from other modules, which dense tensors do not fit"
 RENAMED = "transformers does not find the packed tensors of this linear under any name"
 
 
@@ -58,6 +60,8 @@ class Packing:
         self._weights = weights
         self._rules = [_Rules(each) for each in dict.fromkeys((weights, loaded_as))]
         self._initialised = initialised
+        modules = (module for each in (weights, loaded_as) for module in each.model.modules())
+        self._is_rebuilt = any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in modules)
         self._linears: dict[str, tuple[PackedLinear, ...] | str] = {}
 
     def why_dense(self, parameter: str) -> str:
@@ -78,6 +82,8 @@ class Packing:
         return self._linears[parameter]
 
     def _find(self, parameter: str) -> tuple[PackedLinear, ...] | str:
+        if self._is_rebuilt:
+            return REBUILT
         name, _, kind = parameter.rpartition(".")
         module = self._weights.model.get_submodule(name)
         if experts.is_experts(module) and module.get_parameter(kind).ndim == 3:
@@ -138,7 +144,7 @@ class _Rules:
         """Whether the packed parts of this expert's linear arrive at one stack, by way of a conversion."""
         places = [self._naming.place(f"{spelled}.{part}") for part in PACKED]
         stacks = {name for name, _ in places}
-        return len(stacks) == 1 and stacks <= set(self._naming.expected) and all(pattern for _, pattern in places)
+        return len(stacks) == 1 and stacks.pop() in self._naming.expected and all(pattern for _, pattern in places)
 
 
 def touched_when_initialised(model: PreTrainedModel) -> set[str]:
