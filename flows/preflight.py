@@ -23,6 +23,7 @@ from crosscal.plan import CompressionPlan
 from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.gradients import CachedGradients, gradient_dtype
 from crosscal.stages.memory import free_bytes
+from crosscal.stages.packed_size import stored
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
@@ -31,6 +32,7 @@ from crosscal.stages.preflight import (
     existing_parent,
     gradients_bytes,
     left_dense,
+    matrices_of,
     moments_bytes,
     parameters_of,
     reading_bytes,
@@ -38,7 +40,7 @@ from crosscal.stages.preflight import (
     walking_back_bytes,
 )
 from crosscal.statistics import Gradient, Statistic
-from crosscal.tasks.model import identify
+from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.refusals import refusals
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed, variants
@@ -58,6 +60,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
         shapes = block_shapes(source, ticket.cached)
         kept = {"left_dense": left_dense(source, ticket.cached), "not_calibrated": source.uncalibrated}
+        kept |= {"notes": decoded(source)}
         problems += [str(error) for error in refusals(plan, source, shapes)]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
@@ -73,6 +76,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
+        "stored": stored(source, ticket.variants(), lambda: matrices_of(source, ticket.cached)),
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in told],
         "sums": sorted([*statistics_needed(asked), *([Gradient.SQUARE] if gradients else [])]),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
@@ -190,7 +194,7 @@ def _disk(
     unread = [reading for reading in readings if reading["state"] != "cached"]
     moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(ticket, each)) for each in unread]
     squares = sum(len(each["sets"] or (0,)) for each in gradients if each["state"] != "cached")
-    checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
+    checkpoint = sum(file.stat().st_size for file in set(source.weights.stored_in.values()))
     is_remote = "://" in ticket.home
     return {
         "store_bytes": sum(moments) + gradients_bytes(shapes, squares),

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,11 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
 from crosscal.models.building import build_skeleton, causal_class
+from crosscal.models.encoded import ENCODINGS, encoded_tensors, encoding_of, without_unused
 from crosscal.models.export import dense_linears
-from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG
-from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
+from crosscal.models.packing import Packing, touched_when_initialised
+from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, AGAIN, INDEX, SINGLE, files_by_tensor
+from crosscal.models.weights import Weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -59,6 +61,7 @@ class ModelSource:
 
     def __init__(self, path: Path, config: PretrainedConfig, revision: str | None = None) -> None:
         self.path, self.config, self.revision = path, config, revision
+        self._quantization = _take_encoding(config)
         self._computing = threading.RLock()
 
     @classmethod
@@ -87,7 +90,7 @@ class ModelSource:
     @_shared_property
     def digest(self) -> str:
         """sha256 over config.json and the content of every weight file; names of folders and files do not enter."""
-        files = [self.path / "config.json", *sorted(set(self.weights.files.values()))]
+        files = [self.path / "config.json", *sorted(set(self.weights.stored_in.values()))]
         digests = []
         for file in files:
             with file.open("rb") as stream:
@@ -105,30 +108,47 @@ class ModelSource:
     @_shared_property
     def weights(self) -> Weights:
         """The checkpoint's tensors; `weights.model` is shared, for names and shapes alone."""
-        return Weights(files_by_tensor(self.path), self.skeleton())
+        files, encoded = files_by_tensor(self.path), {}
+        if self._quantization is not None:
+            files = without_unused(files)
+            encoded = encoded_tensors(files, self._quantization, self.dtype)
+        return Weights(files, self.skeleton(), encoded)
+
+    @property
+    def encoding(self) -> str | None:
+        """What the matrices are stored as, where they are decoded while they are read."""
+        encoding = encoding_of(self._quantization)
+        return encoding and f"{encoding}, {ENCODINGS[encoding]}"
 
     @_shared_property
-    def _loaded_as(self) -> Weights:
+    def loaded_as(self) -> Weights:
         """The checkpoint as the class that its config names holds it: of a multimodal wrapper, not the language model
         inside that is calibrated."""
         names = self.config.architectures or ()
         kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
         if kind is None or kind is causal_class(self.config):
             return self.weights
-        return Weights(self.weights.files, self._built(kind, torch.float32))
+        return Weights(self.weights.stored_in, self._built(kind, torch.float32), self.weights.encoded)
 
     def name_when_loaded(self, name: str) -> str:
         """What the class that the config names calls a tensor of the calibrated model."""
-        return self._loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
+        return self.loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
 
-    def linears_besides(self, packed: Sequence[str]) -> set[str]:
-        """Names of all `nn.Linear` modules whose weights are not `packed` (checkpoint names), in both classes."""
-        both = (self.weights, self._loaded_as)
-        return {
-            name
-            for weights in both
-            for name in dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
-        }
+    def linears_besides(self, packed: Collection[str]) -> set[str]:
+        """Every linear and router that is not among the `packed` ones (checkpoint names of their weights), under all
+        names that readers may know it by: those of both classes and the checkpoint's."""
+        found: set[str] = set()
+        for weights in dict.fromkeys((self.weights, self.loaded_as)):
+            names = dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
+            found |= {spelled for name in names for spelled in (name, weights.linear_of(f"{name}.weight"))}
+        return found | {key.removesuffix(".weight") for key in self.weights.stacked_keys() - set(packed)}
+
+    @_shared_property
+    def packing(self) -> Packing:
+        """Which matrices can be written packed."""
+        kinds = {type(weights.model) for weights in (self.weights, self.loaded_as)}
+        touched = [touched_when_initialised(self._built(kind, torch.float32)) for kind in kinds]
+        return Packing(self.weights, self.loaded_as, set().union(*touched))
 
     @property
     def uncalibrated(self) -> list[str]:
@@ -246,9 +266,22 @@ def _read_config(path: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError("the model's config cannot be read", where=str(path), got=_first_line(error)) from error
     quantization: Any = getattr(config, "quantization_config", None)
-    if quantization:
-        raise ModelError("the model is already quantized", where=str(path), do="Give the unquantized checkpoint.")
+    if quantization and encoding_of(quantization) is None:
+        got = str(quantization.get("quant_method"))
+        raise ModelError(
+            "the model is already quantized", where=str(path), got=got, do="Give the unquantized checkpoint."
+        )
     return config
+
+
+def _take_encoding(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a config says of encoded weights; afterwards it is that of the decoded model."""
+    quantization = vars(config).pop("quantization_config", None)
+    if quantization is None:
+        return None
+    if not isinstance(config.dtype, torch.dtype):
+        config.dtype = torch.bfloat16
+    return dict(quantization)
 
 
 def _first_line(error: Exception) -> str:
