@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crosscal.compressors import Magnitude, run
 from crosscal.compressors.recipe import site_of
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.statistics.numba_sums import add_sums
 from tests.helpers.pretend_device import devices_of, on_device, pretended_cuda
 from tests.helpers.pretended_tensor import CUDA, DeviceMix, Seen, aten

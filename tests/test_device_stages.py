@@ -19,7 +19,7 @@ from crosscal.corpora.corpus import load_corpus
 from crosscal.errors import UsageError
 from crosscal.evaluation import likelihood, perplexity, window_nll
 from crosscal.models import ModelSource
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.plan import load_plan
 from crosscal.progress import silent
 from crosscal.report.rows import ResultRow, read_rows

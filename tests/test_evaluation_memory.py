@@ -24,7 +24,7 @@ import json, sys, threading
 from pathlib import Path
 import psutil, torch
 from crosscal.evaluation import perplexity
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 
 process, done = psutil.Process(), threading.Event()
 small, large = (Path(name) for name in sys.argv[1:3])

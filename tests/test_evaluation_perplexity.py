@@ -14,7 +14,7 @@ import torch
 import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import Measurement, logits, perplexity, window_nll, windows_of
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, save_model
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 

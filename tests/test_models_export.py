@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from crosscal.errors import ModelError
 from crosscal.models import (
+    Ints,
     MatrixRef,
     ModelSource,
     VariantWriter,
-    can_pack,
     load_variant,
     packed_tensors,
     quantization_config,
@@ -29,7 +29,7 @@ def write_packed(source: ModelSource, folder: Path, bits: int, group_size: int |
     generator, expected = torch.Generator().manual_seed(bits), {}
     writer = VariantWriter(folder, source)
     for block in range(source.blocks):
-        packed: dict[str, Tensor] = {}
+        packed: dict[MatrixRef, Ints] = {}
         for name, weight_OI in source.load_block(block).items():
             if not name.endswith("_proj.weight"):
                 continue
@@ -37,10 +37,10 @@ def write_packed(source: ModelSource, folder: Path, bits: int, group_size: int |
             group = group_size or inputs
             ints_OI = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, inputs), generator=generator)
             scale_OG = torch.rand(outputs, inputs // group, generator=generator).to(source.dtype)
-            packed |= packed_tensors(name.removesuffix(".weight"), ints_OI, scale_OG, bits)
+            packed[MatrixRef(name.removesuffix(".weight"), name)] = Ints(ints_OI, scale_OG, bits)
             grid = ints_OI.view(outputs, -1, group) * scale_OG[..., None]
             expected[f"{source.block_name(block)}.{name}"] = grid.view(outputs, inputs).to(source.dtype)
-        writer.write_block(block, packed)
+        writer.write_block(block, {}, packed=packed)
         read = writer.read_block(block, bits=bits)
         prefix = f"{source.block_name(block)}."
         assert all(torch.equal(read[n.removeprefix(prefix)], w) for n, w in expected.items() if n.startswith(prefix))
@@ -97,9 +97,3 @@ def test_what_stays_dense_is_on_the_ignore_list(tmp_path: Path) -> None:
 def test_integers_outside_the_grid_are_refused() -> None:
     with pytest.raises(ModelError, match=r"3 bits lie between -4 and 3 \(got -1 to 4\)"):
         packed_tensors("x", torch.tensor([[-1, 4]]), torch.ones(1, 1), 3)
-
-
-def test_only_plain_linears_can_be_packed() -> None:
-    assert can_pack(MatrixRef("q", "q.weight"))
-    assert not can_pack(MatrixRef("c_fc", "c_fc.weight", transposed=True))
-    assert not can_pack(MatrixRef("experts.0.down_proj", "experts.down_proj", expert=0))

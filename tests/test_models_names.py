@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from crosscal.compressors import COMPRESSORS, LayerProblem
 from crosscal.models import (
     BlockMoments,
+    Ints,
     MatrixRef,
     ModelSource,
     VariantWriter,
-    can_pack,
     load_variant,
-    packed_tensors,
     quantization_config,
     replaced_parameters,
     walk,
@@ -64,8 +63,9 @@ def write(source: ModelSource, folder: Path, *, is_packed: bool) -> dict[str, Te
         parameters = source.load_block(block)
         mine = [matrix for number, matrix in seen if number == block]
         if is_packed:
-            mine = [matrix for matrix in mine if can_pack(matrix)]
-        changed: dict[str, Tensor] = {}
+            name = source.block_name(block)
+            mine = [matrix for matrix in mine if not source.packing.why_dense(f"{name}.{matrix.parameter}")]
+        packed: dict[MatrixRef, Ints] = {}
         new: dict[MatrixRef, Tensor] = {}
         for matrix in mine:
             weight_OI = matrix.weight_OI(parameters)
@@ -75,10 +75,10 @@ def write(source: ModelSource, folder: Path, *, is_packed: bool) -> dict[str, Te
                 solution = COMPRESSORS["rtn"](bits=BITS, group_size=None).compress(problem)
                 assert solution.grid is not None
                 new[matrix] = solution.weight_OI.to(weight_OI.dtype)
-                changed |= packed_tensors(matrix.name, solution.grid.ints_OI, solution.grid.scale_OG, BITS)
+                packed[matrix] = Ints(solution.grid.ints_OI, solution.grid.scale_OG.to(weight_OI.dtype), BITS)
         dense = replaced_parameters(parameters, new)
         weights |= {f"{source.block_name(block)}.{name}": value for name, value in (parameters | dense).items()}
-        writer.write_block(block, changed if is_packed else dense)
+        writer.write_block(block, {} if is_packed else dense, packed=packed)
     writer.finish(quantization_config(BITS, None, []) if is_packed else None)
     return weights
 
@@ -115,13 +115,10 @@ def test_packed_linears_alone_change_names(family: str, tmp_path: Path) -> None:
     write(source, tmp_path / "variant", is_packed=True)
     after = stored(tmp_path / "variant")
     packed = {key.removesuffix("_packed") for key in after if key.endswith(".weight_packed")}
-    stacked = source.weights.keys_of(source.weights.is_converted) if packed else set()
     parts = {f"{key.rpartition('.')[0]}.{part}" for key in packed for part in PARTS}
     assert packed <= before.keys()
-    stacks = after.keys() - parts - before.keys()  # experts beside packed linears stay stacked
-    assert before.keys() - after.keys() == packed | stacked
-    assert all(".experts." in key for key in stacks)
-    assert_unchanged_but(packed | stacked, before, after)
+    assert after.keys() == (before.keys() - packed) | parts
+    assert_unchanged_but(packed, before, after)
 
 
 def loads_completely(kind: Any, folder: Path) -> Any:

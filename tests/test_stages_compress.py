@@ -18,7 +18,7 @@ from torch import Tensor
 from crosscal.compressors import COMPRESSORS, LayerProblem, Sparsity, problem, quadratic_loss
 from crosscal.errors import NotPositiveDefinite, StatisticsError
 from crosscal.models import ModelSource
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
 from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped, needed

@@ -1,13 +1,15 @@
 """Any Hugging Face decoder, read block by block, and compressed checkpoints of it."""
 
-from crosscal.models.checkpoint import VariantWriter, load_variant
-from crosscal.models.export import can_pack, packed_tensors, quantization_config
+from crosscal.models.checkpoint import VariantWriter
+from crosscal.models.export import Ints, packed_tensors, quantization_config
+from crosscal.models.loading import load_variant
 from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site, find_matrices, find_sites, replaced_parameters
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, Upstream, WalkReport, walk
 
 __all__ = [
     "BlockMoments",
+    "Ints",
     "LeftDense",
     "Matrices",
     "MatrixRef",
@@ -16,7 +18,6 @@ __all__ = [
     "Upstream",
     "VariantWriter",
     "WalkReport",
-    "can_pack",
     "find_matrices",
     "find_sites",
     "load_variant",

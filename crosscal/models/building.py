@@ -86,10 +86,10 @@ def _compute_buffers(model: PreTrainedModel) -> None:
             if (buffer := module._buffers[key]) is not None and buffer.is_meta:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
         if computed:
-            _owner(name, owners)._init_weights(module)
+            owner_of(name, owners)._init_weights(module)
 
 
-def _owner(name: str, owners: dict[str, PreTrainedModel]) -> PreTrainedModel:
+def owner_of(name: str, owners: dict[str, PreTrainedModel]) -> PreTrainedModel:
     """The innermost model that a module belongs to."""
     path = max((path for path in owners if not path or f"{name}.".startswith(f"{path}.")), key=len)
     return owners[path]

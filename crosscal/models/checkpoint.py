@@ -1,4 +1,4 @@
-"""Writes a compressed variant of a model as a checkpoint that transformers loads, and loads it back.
+"""Writes a compressed variant of a model as a checkpoint that transformers loads.
 
 block-00003.safetensors     a block, its unchanged tensors included; each may come from another machine
 adapter/                    low-rank parts that are added to linears (`adapter.py`), where there are any
@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from crosscal.errors import ModelError, NotFinite
 from crosscal.files import whole_file, write_whole
 from crosscal.models import adapter
-from crosscal.models.building import ONE_AT_A_TIME
-from crosscal.models.export import PACKED, unpacked_weight_OI
+from crosscal.models.export import PACKED, Ints, packed_tensors, unpacked_weight_OI
+from crosscal.models.sites import MatrixRef
 from crosscal.models.source import ModelSource
-from crosscal.models.tensor_files import save_tensors
-from crosscal.models.weights import AGAIN, INDEX, Weights, tensor_names
+from crosscal.models.tensor_files import INDEX, Encoded, save_tensors, tensor_names
+from crosscal.models.weights import Weights
 from crosscal.statistics.finite import all_finite
 
 SHARD_BYTES = 2**30
@@ -52,48 +50,65 @@ class VariantWriter:
         return self._block_file(block).is_file()
 
     def write_block(
-        self, block: int, changed: Mapping[str, Tensor], *, dense: Mapping[str, Tensor] | None = None
+        self,
+        block: int,
+        changed: Mapping[str, Tensor],
+        *,
+        packed: Mapping[MatrixRef, Ints] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write a block with some tensors changed (names inside the block); the others are copied from `dense`, the
         block as the source stores it, which is read if it is not at hand.
 
-        A changed parameter is stored in the dtype the source stores it in. A linear may be replaced by its packed
-        tensors (`export.packed_tensors`), and have factors of a low-rank part (`adapter.factors`), which are written
-        first. Raises `NotFinite` and `ModelError` naming the tensor.
+        A changed parameter is stored in the dtype the source stores it in. `packed` are matrices whose integers are
+        stored in their place, of a stack of experts all or none (see `Packing`). Factors of a low-rank part
+        (`adapter.factors`) are written first. Raises `NotFinite` and `ModelError` naming the tensor.
         """
-        name = self.source.block_name(block)
+        name, packed = self.source.block_name(block), packed or {}
         factors = {key: value for key, value in changed.items() if adapter.is_factor(key)}
-        changed = {key: value for key, value in changed.items() if key not in factors}
         self._adapter.write_block(block, factors)
         tensors = dict(self.source.load_block(block) if dense is None else dense)
-        packed = {key: value for key, value in changed.items() if key.rpartition(".")[2] in PACKED}
         for key, value in changed.items():
-            where = f"{name}.{key}"
-            dense_key = f"{key.rpartition('.')[0]}.weight" if key in packed else key
-            if dense_key not in tensors or (key not in packed and value.shape != tensors[key].shape):
-                raise ModelError("the block holds no tensor of this name and shape", where=where, got=f"{value.shape}")
-            if key not in packed:
-                tensors[key] = value.detach().to("cpu", tensors[key].dtype)
-            if value.is_floating_point() and not all_finite(value if key in packed else tensors[key]):
-                raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
+            if key in factors:
+                continue
+            if key not in tensors or value.shape != tensors[key].shape:
+                got = f"{tuple(value.shape)}"
+                raise ModelError("the block holds no tensor of this name and shape", where=f"{name}.{key}", got=got)
+            tensors[key] = value.detach().to("cpu", tensors[key].dtype)
+            _check_finite(tensors[key], f"{name}.{key}")
+        for matrix in packed:
+            if matrix.parameter not in tensors:
+                raise ModelError("the block holds no tensor of this name", where=f"{name}.{matrix.parameter}")
         save_tensors(self._named(block, tensors, packed), self._block_file(block))
 
-    def _named(self, block: int, dense: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _named(self, block: int, dense: Mapping[str, Tensor], packed: Mapping[MatrixRef, Ints]) -> dict[str, Tensor]:
         """A block's tensors under the names of the source's checkpoint."""
         weights, prefix = self.source.weights, f"{self.source.block_name(block)}."
-        dropped = {f"{key.rpartition('.')[0]}.weight" for key in packed}
-        kept = {f"{prefix}{key}": value for key, value in dense.items() if key not in dropped}
+        by_expert = {(matrix.parameter, matrix.expert): ints for matrix, ints in packed.items()}
+        parameters = dict.fromkeys(matrix.parameter for matrix in packed)
+        kept = {f"{prefix}{key}": value for key, value in dense.items() if key not in parameters}
         named: dict[str, Tensor] = {}
-        for key, value in packed.items():
-            linear, _, part = key.rpartition(".")
-            named[weights.key_of_part(f"{prefix}{linear}.weight", part)] = value
+        for parameter in parameters:
+            for linear in self.source.packing.linears(f"{prefix}{parameter}"):
+                ints = by_expert.get((parameter, linear.expert))
+                if ints is None:
+                    raise ModelError("of a stack of experts all are packed, or none", where=linear.name)
+                parts = packed_tensors(linear.name, linear.of(ints.ints_OI), linear.of(ints.scale_OG), ints.bits)
+                _check_finite(parts[f"{linear.name}.weight_scale"], linear.name)
+                named.update(parts)
         if packed:
-            # In a quantized checkpoint transformers takes experts in the hub's spelling, one tensor per expert, to be
-            # packed, which only linears can be here: they stay stacked, as modules hold them.
-            stacked = {key: value for key, value in kept.items() if weights.is_converted(key)}
-            named.update({self.source.name_when_loaded(key): value for key, value in stacked.items()})
-            kept = {key: value for key, value in kept.items() if key not in stacked}
+            stacks, kept = self._stacked(kept)
+            named.update(stacks)
         return named | weights.in_checkpoint(kept)
+
+    def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The stacks of experts that stay dense beside packed linears, as the loading class names them, and the rest.
+
+        In a quantized checkpoint transformers takes all experts in the hub's spelling, one tensor for each, to be
+        packed."""
+        of_stacks = {key: value for key, value in tensors.items() if self.source.weights.is_converted(key)}
+        rest = {key: value for key, value in tensors.items() if key not in of_stacks}
+        return {self.source.name_when_loaded(key): value for key, value in of_stacks.items()}, rest
 
     def adopt_block(self, block: int, shard: Path, adapter_file: Path | None = None) -> None:
         """Take over a block's file that was written elsewhere, and its factors from the adapter's file there."""
@@ -106,27 +121,27 @@ class VariantWriter:
         """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean, and
         low-rank parts added."""
         file, prefix = self._block_file(block), f"{self.source.block_name(block)}."
-        written = Weights(dict.fromkeys(tensor_names(file), file), self._skeleton)
-        stored = written.stored([key for key in written.files if key.rpartition(".")[2] in PACKED])
-        dense: dict[str, Tensor] = {}
-        for linear in {key.rpartition(".")[0] for key in stored}:
-            if bits is None:
-                raise ModelError("the block was written packed; reading it takes its bits", where=str(file))
-            packed, scale_OG, shape = (stored[f"{linear}.{part}"] for part in PACKED)
-            dense[written.target_of(f"{linear}.weight")] = unpacked_weight_OI(packed, scale_OG, shape, bits)
-        expected = set(self._skeleton.state_dict()) - set(dense)
-        dense.update(written.load(lambda key: key.startswith(prefix) and key in expected))
+        files = dict.fromkeys(tensor_names(file), file)
+        linears = [key.removesuffix("_packed") for key in files if key.endswith(".weight_packed")]
+        if linears and bits is None:
+            raise ModelError("the block was written packed; reading it takes its bits", where=str(file))
+        encoded = {
+            linear: Encoded(tuple(f"{linear.removesuffix('.weight')}.{part}" for part in PACKED), _unpack(bits or 0))
+            for linear in linears
+        }
+        dense = Weights(files, self._skeleton, encoded).load(lambda key: key.startswith(prefix))
         return self._adapter.added(block, {key.removeprefix(prefix): value for key, value in dense.items()})
 
     def finish(self, quantization: Mapping[str, Any] | None = None) -> None:
         """Write what lies outside the blocks, then publish the variant by writing its index.
 
         `quantization`: what `export.quantization_config` gives; its `ignore` list is completed with every linear that
-        was written dense.
+        was written dense. Where all were, the config says nothing of it.
         """
         unwritten = [block for block in range(self.source.blocks) if not self.has_block(block)]
         if unwritten:
             raise ModelError("blocks are not written yet", where=str(self.folder), got=str(unwritten))
+        self._stack_experts()
         weights = self.source.weights
         inside = weights.keys_of(lambda name: not self.source.is_outside(name))
         for number, keys in enumerate(_shards(weights, sorted(weights.files.keys() - inside))):
@@ -142,11 +157,25 @@ class VariantWriter:
         total_bytes = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         _write_json(self.folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
+    def _stack_experts(self) -> None:
+        """Where some blocks have packed linears, write the experts of those that have none as the others' (`_stacked`):
+        when a block is written, nothing is known of the others."""
+        files = {block: self._block_file(block) for block in range(self.source.blocks)}
+        names = {block: tensor_names(file) for block, file in files.items()}
+        is_packed = {block for block, keys in names.items() if any(key.endswith(".weight_packed") for key in keys)}
+        taken_apart = self.source.weights.stacked_keys()
+        for block in files.keys() - is_packed if is_packed else ():
+            if not taken_apart.isdisjoint(names[block]):
+                prefix = f"{self.source.block_name(block)}."
+                written = Weights(dict.fromkeys(names[block], files[block]), self._skeleton)
+                stacks, rest = self._stacked(written.load(lambda key, prefix=prefix: key.startswith(prefix)))
+                save_tensors(stacks | self.source.weights.in_checkpoint(rest), files[block])
+
     def _write_config(self, quantization: Mapping[str, Any] | None, weight_map: Mapping[str, str]) -> None:
         config = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # it would point at code that is not copied
-        if quantization is not None:
-            packed = [key.removesuffix("_packed") for key in weight_map if key.endswith(".weight_packed")]
+        packed = [key.removesuffix("_packed") for key in weight_map if key.endswith(".weight_packed")]
+        if quantization is not None and packed:
             ignore = {*quantization.get("ignore", ()), *self.source.linears_besides(packed)}
             config["quantization_config"] = {**quantization, "ignore": sorted(ignore)}
         _write_json(self.folder / "config.json", config)
@@ -155,37 +184,13 @@ class VariantWriter:
         return self.folder / f"block-{block:05d}.safetensors"
 
 
-def load_variant(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """Load a checkpoint with dense weights, packed ones unpacked; low-rank parts are added to what linears give.
+def _check_finite(tensor: Tensor, where: str) -> None:
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise NotFinite("a compressed tensor is not finite in the checkpoint's dtype", where=where)
 
-    Raises `ModelError` unless every tensor was found: transformers fills one it does not find with random numbers and a
-    warning.
-    """
-    if not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
-        raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if getattr(config, "quantization_config", None):
-            config.quantization_config["dequantize"] = True
-        with ONE_AT_A_TIME:
-            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-                folder,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError("the checkpoint cannot be loaded", where=str(folder), got=str(error), do=AGAIN) from error
-    lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
-    if lost:
-        raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))
-    adapter.attach(model, folder)
-    return model.eval().requires_grad_(False).to(device)
+
+def _unpack(bits: int) -> Callable[..., Tensor]:
+    return partial(unpacked_weight_OI, bits=bits)
 
 
 def _shards(weights: Weights, keys: list[str]) -> Iterator[list[str]]:

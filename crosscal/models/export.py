@@ -8,6 +8,7 @@ Symmetric grids only: weight = integer * scale, integers in [-2**(bits-1), 2**(b
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor, nn
 
 from crosscal.errors import ModelError
-from crosscal.models.sites import MatrixRef
 
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 
 
-def can_pack(matrix: MatrixRef) -> bool:
-    """Whether the format can hold this matrix: an `nn.Linear`, not a transposed one nor one expert of a stack."""
-    return matrix.expert is None and not matrix.transposed
+@dataclass(frozen=True, eq=False)
+class Ints:
+    """A quantized matrix, to be written packed: ints_OI · scale_OG, in the scale's dtype."""
+
+    ints_OI: Tensor
+    scale_OG: Tensor
+    bits: int
 
 
 def packed_tensors(name: str, ints_OI: Tensor, scale_OG: Tensor, bits: int) -> dict[str, Tensor]:
@@ -45,7 +49,7 @@ def unpacked_weight_OI(packed: Tensor, scale_OG: Tensor, shape: Tensor, bits: in
 
 
 def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]) -> dict[str, Any]:
-    """What `config.json` says of the format. `ignore`: every `nn.Linear` that stays dense (see `dense_linears`)."""
+    """What `config.json` says of the format. `ignore`: every linear that stays dense (see `dense_linears`)."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -64,9 +68,18 @@ def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]
 
 
 def dense_linears(model: nn.Module, packed: Iterable[str]) -> list[str]:
-    """Names of the model's `nn.Linear` modules that are not among the `packed` ones."""
+    """Names of the model's modules with a matrix that a reader might take for a packed linear's: every `nn.Linear` and
+    every router that is not among the `packed` ones."""
     quantized = set(packed)
-    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in quantized]
+    return [name for name, module in model.named_modules() if name not in quantized and _is_like_linear(module)]
+
+
+def _is_like_linear(module: nn.Module) -> bool:
+    """Routers are modules of their own in transformers, and linears elsewhere."""
+    weight = module._parameters.get("weight")
+    return isinstance(module, nn.Linear) or (
+        weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    )
 
 
 def _range(ints: Tensor) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,9 @@ from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
 from crosscal.models.building import build_skeleton, causal_class
 from crosscal.models.export import dense_linears
-from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG
-from crosscal.models.weights import AGAIN, INDEX, SINGLE, Weights, files_by_tensor
+from crosscal.models.packing import Packing, touched_when_initialised
+from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, AGAIN, INDEX, SINGLE, files_by_tensor
+from crosscal.models.weights import Weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -108,7 +109,7 @@ class ModelSource:
         return Weights(files_by_tensor(self.path), self.skeleton())
 
     @_shared_property
-    def _loaded_as(self) -> Weights:
+    def loaded_as(self) -> Weights:
         """The checkpoint as the class that its config names holds it: of a multimodal wrapper, not the language model
         inside that is calibrated."""
         names = self.config.architectures or ()
@@ -119,16 +120,23 @@ class ModelSource:
 
     def name_when_loaded(self, name: str) -> str:
         """What the class that the config names calls a tensor of the calibrated model."""
-        return self._loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
+        return self.loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
 
-    def linears_besides(self, packed: Sequence[str]) -> set[str]:
-        """Names of all `nn.Linear` modules whose weights are not `packed` (checkpoint names), in both classes."""
-        both = (self.weights, self._loaded_as)
-        return {
-            name
-            for weights in both
-            for name in dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
-        }
+    def linears_besides(self, packed: Collection[str]) -> set[str]:
+        """Every linear and router that is not among the `packed` ones (checkpoint names of their weights), under all
+        names that readers may know it by: those of both classes and the checkpoint's."""
+        found: set[str] = set()
+        for weights in dict.fromkeys((self.weights, self.loaded_as)):
+            names = dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
+            found |= {spelled for name in names for spelled in (name, weights.linear_of(f"{name}.weight"))}
+        return found | {key.removesuffix(".weight") for key in self.weights.stacked_keys() - set(packed)}
+
+    @_shared_property
+    def packing(self) -> Packing:
+        """Which matrices can be written packed."""
+        kinds = {type(weights.model) for weights in (self.weights, self.loaded_as)}
+        touched = [touched_when_initialised(self._built(kind, torch.float32)) for kind in kinds]
+        return Packing(self.weights, self.loaded_as, set().union(*touched))
 
     @property
     def uncalibrated(self) -> list[str]:

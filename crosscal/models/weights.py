@@ -2,13 +2,11 @@
 
 A checkpoint may name or cut its tensors differently from the modules: one tensor per expert where the module holds
 all experts stacked, an older spelling of a layer. transformers' own conversion rules are applied, to the tensors that
-are asked for and no others, so that a block can be read without the rest of the model. (Some of what is imported for
-that is not public in transformers; a release that moves it fails at import, not in silence.)
+are asked for and no others, so that a block can be read without the rest of the model (see `naming.py`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,39 +15,34 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    SkipParameters,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import SkipParameters, dot_natural_key, revert_weight_conversion
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from crosscal.errors import ModelError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-AGAIN = "Download or save the model again."
+from crosscal.models.naming import Naming
+from crosscal.models.tensor_files import AGAIN, Encoded, Reader, bytes_of, some_of
 
 Wanted = Callable[[str], bool]
 """Says of a module's tensor name whether it is asked for."""
 
 
 class Weights:
-    """Tensors in safetensors files (`files`: checkpoint name -> file), as `model`, on the meta device, names them."""
+    """Tensors in safetensors files (`files`: checkpoint name -> file), as `model`, on the meta device, names them.
 
-    def __init__(self, files: Mapping[str, Path], model: PreTrainedModel) -> None:
-        self.files, self.model = files, model
-        self._expected = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
-        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    `encoded`: names of tensors that are not stored as they are; their parts are no tensors of the checkpoint then.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Path], model: PreTrainedModel, encoded: Mapping[str, Encoded] | None = None
+    ) -> None:
+        self.model, self._stored_in, self._encoded = model, files, encoded or {}
+        parts = {part for each in self._encoded.values() for part in each.parts}
+        plain = {key: file for key, file in files.items() if key not in parts}
+        self.files = plain | {key: files[each.parts[0]] for key, each in self._encoded.items()}
+        self._naming = Naming(model)
+        self._expected = self._naming.expected
         self._sources, self.strays = self._match_names()
 
     def load(
@@ -58,10 +51,10 @@ class Weights:
         """Every wanted tensor, in `dtype` or as stored. Raises `ModelError` for missing, stray or unreadable ones."""
         strays = [name for name in self.strays if wanted(name)]
         if strays:
-            raise ModelError("the checkpoint holds tensors that the model has no place for", got=_some(strays))
+            raise ModelError("the checkpoint holds tensors that the model has no place for", got=some_of(strays))
         loaded: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            reader = _Reader(self.files, stack)
+            reader = Reader(self._stored_in, self._encoded, stack)
             for target, sources in self._sources.items():
                 if wanted(target):
                     kept_dtype = self._dtype_of(target, dtype)
@@ -73,7 +66,7 @@ class Weights:
     def stored(self, keys: list[str]) -> dict[str, Tensor]:
         """Tensors exactly as the checkpoint names and stores them."""
         with ExitStack() as stack:
-            reader = _Reader(self.files, stack)
+            reader = Reader(self._stored_in, self._encoded, stack)
             return {key: reader(key) for key in keys}
 
     def keys_of(self, wanted: Wanted) -> set[str]:
@@ -86,15 +79,15 @@ class Weights:
         Everything that is converted together must be there together, for instance a whole block. Raises `ModelError`
         where transformers' own inverse does not lead back to the checkpoint's names.
         """
-        reverted = revert_weight_conversion(self.model, dict(tensors))
+        plain = {target for target in tensors if self._sources.get(target) and not self.is_converted(target)}
+        found = {key: tensors[target] for target in plain for key, _ in self._sources[target]}
+        converted = {target: tensor for target, tensor in tensors.items() if target not in plain}
+        reverted = revert_weight_conversion(self.model, converted)
         places: dict[tuple[str, str | None], list[str]] = {}
         for name in sorted(reverted, key=dot_natural_key):
-            places.setdefault(self._place(name), []).append(name)
-        found: dict[str, Tensor] = {}
+            places.setdefault(self._naming.place(name), []).append(name)
         for (target, pattern), names in places.items():
             keys = [key for key, its_pattern in self._sources.get(target, ()) if its_pattern == pattern]
-            if pattern is None and len(names) == 1:
-                names *= len(keys)  # one tensor stored under several names
             if not keys or len(keys) != len(names):
                 raise ModelError(
                     "this tensor cannot be written as the checkpoint stores it", where=target, got=f"{len(keys)} names"
@@ -104,41 +97,42 @@ class Weights:
 
     def target_of(self, key: str) -> str:
         """The model's name of a checkpoint's tensor that is not converted."""
-        return self._place(key)[0]
+        return self._naming.place(key)[0]
 
-    def key_of_part(self, target: str, part: str) -> str:
-        """What a part that stands for `target` is called: `(x.weight, weight_packed)` -> `x.weight_packed`, `x` in
-        the checkpoint's spelling if that leads back to the module, else in the model's own."""
-        (key, pattern), *more = self._sources[target]
-        theirs, own = _with_last(key, part), _with_last(target, part)
-        is_plain = pattern is None and not more and key.endswith(".weight")
-        return theirs if is_plain and self._renamed(theirs) == _with_last(self._renamed(key), part) else own
+    def linear_of(self, target: str) -> str:
+        """What the checkpoint calls a linear: of `x.weight`, x in its spelling, or in the model's own where it stores
+        that tensor in some other way."""
+        sources = self._sources.get(target, [])
+        is_plain = len(sources) == 1 and sources[0][1] is None and sources[0][0].endswith(".weight")
+        return (sources[0][0] if is_plain else target).removesuffix(".weight")
+
+    def stacked_keys(self) -> set[str]:
+        """The checkpoint's names of linears that the model holds in stacks: those of experts."""
+        stacks = (target for target in self._sources if self._expected[target].ndim == 3)
+        return {key for stack in stacks for key, pattern in self._sources[stack] if pattern and key.endswith(".weight")}
 
     def is_converted(self, target: str) -> bool:
         return self._sources[target][0][1] is not None
 
-    def _renamed(self, key: str) -> str:
-        return rename_source_key(key, self._renamings, self._converters)[0]
-
-    def _place(self, key: str) -> tuple[str, str | None]:
-        """(module name, conversion pattern) of a checkpoint name."""
-        prefix = self.model.base_model_prefix
-        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._expected)
-        if name not in self._expected and key in self._expected:
-            return key, None  # a rule meant for an older spelling matched a name that is already right
-        return name, pattern
+    def taken_apart(self, stack: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What becomes of a stack of experts under the names of a checkpoint that stores them one by one."""
+        (key, pattern), *_ = self._sources[stack]
+        if pattern is not None:
+            return self.in_checkpoint({stack: tensor})
+        own, theirs = f"{stack.rpartition('.')[0]}.", f"{key.rpartition('.')[0]}."
+        reverted = revert_weight_conversion(self.model, {stack: tensor})
+        return {theirs + name.removeprefix(own) if name.startswith(own) else name: t for name, t in reverted.items()}
 
     def bytes_of(self, key: str) -> int:
-        with _opened(self.files[key]) as file:
-            view = file.get_slice(key)
-            return int(torch.Size(view.get_shape()).numel()) * _ITEM_BYTES.get(view.get_dtype(), 8)
+        """As it is stored, or at most when it is decoded."""
+        return bytes_of(self._stored_in, self._encoded, key)
 
     def _match_names(self) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, str]]:
         """Module name -> (checkpoint name, conversion pattern), in order; of strays: module name -> checkpoint name."""
         sources: dict[str, list[tuple[str, str | None]]] = {}
         strays: dict[str, str] = {}
         for key in sorted(self.files, key=dot_natural_key):
-            name, pattern = self._place(key)
+            name, pattern = self._naming.place(key)
             if name in self._expected:
                 sources.setdefault(name, []).append((key, pattern))
             else:
@@ -150,7 +144,7 @@ class Weights:
     def _assemble(self, target: str, tensors: list[tuple[str, str | None, Tensor]]) -> dict[str, Tensor]:
         if tensors[0][1] is None:
             return {target: tensors[-1][2]}
-        rule = next(rule for rule in self._converters if tensors[0][1] in rule.source_patterns)
+        rule = next(rule for rule in self._naming.converters if tensors[0][1] in rule.source_patterns)
         rule = deepcopy(rule)
         for key, pattern, tensor in tensors:
             rule.add_tensor(target, key, str(pattern), cast(Any, tensor))  # a tensor may stand for its future
@@ -179,7 +173,7 @@ class Weights:
         if info.missing_keys:
             raise ModelError(
                 "tensors are missing from the checkpoint",
-                got=_some(sorted(info.missing_keys)),
+                got=some_of(sorted(info.missing_keys)),
                 do=AGAIN,
             )
         for name, tensor in loaded.items():
@@ -199,76 +193,13 @@ def attached(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     unknown = sorted(tensors.keys() - empty.keys())
     if unknown:
         raise ModelError(
-            "these are not names of tensors of the module", where=type(module).__name__, got=_some(unknown)
+            "these are not names of tensors of the module", where=type(module).__name__, got=some_of(unknown)
         )
     module.load_state_dict(tensors, strict=False, assign=True)
     try:
         yield
     finally:
         module.load_state_dict({name: empty[name] for name in tensors}, strict=False, assign=True)
-
-
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-class _Reader:
-    """Reads tensors of several files, each opened once."""
-
-    def __init__(self, files: Mapping[str, Path], stack: ExitStack) -> None:
-        self._files, self._stack, self._open = files, stack, {}
-
-    def __call__(self, key: str) -> Tensor:
-        file = self._files[key]
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(_opened(file))
-        try:
-            return self._open[file].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        # pread, not mmap: pages of a mapped file would count as memory in use.
-        handle = safe_open(str(file), framework="pt", device="cpu", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
-    with handle as opened:
-        yield opened
-
-
-def _unreadable(file: Path, error: Exception) -> ModelError:
-    return ModelError("this weight file cannot be read", where=str(file), got=str(error), do=AGAIN)
-
-
-def files_by_tensor(folder: Path) -> dict[str, Path]:
-    """Checkpoint name -> the file that holds it. Raises `ModelError` when a file is missing or damaged."""
-    index = folder / INDEX
-    names = sorted(set(_weight_map(index).values())) if index.is_file() else [SINGLE]
-    files: dict[str, Path] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelError("a weight file is missing", where=str(folder), got=f"no {name}", do=AGAIN)
-        files.update(dict.fromkeys(tensor_names(folder / name), folder / name))
-    if index.is_file():
-        gone = sorted(set(_weight_map(index)) - set(files))
-        if gone:
-            raise ModelError("tensors that the index lists are in no file", where=str(index), got=_some(gone))
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError("the index of the weight files cannot be read", where=str(index), got=str(error)) from error
-
-
-def tensor_names(file: Path) -> list[str]:
-    """The checkpoint names in one file."""
-    with _opened(file) as opened:
-        return list(opened.keys())
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -284,11 +215,3 @@ def _loading_info(missing: set[str] | None = None, unexpected: set[str] | None =
         conversion_errors={},
         skipped_pp_keys=set(),
     )
-
-
-def _with_last(name: str, part: str) -> str:
-    return f"{name.rpartition('.')[0]}.{part}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -81,6 +81,8 @@ class LayerRow:
     integers are left. The checkpoint holds such a matrix dense."""
     rank: int | None = None
     """Of the low-rank part that the adapter adds; None where there is none."""
+    written_dense: str | None = None
+    """Why a rounded matrix is stored as dense numbers and not packed; None where it is packed, or not rounded."""
 
     @property
     def stays_dense(self) -> bool:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,8 @@ class BlockProblem:
     device: str
     sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
     """What was allotted, by the names of the variants with an allocator."""
+    why_dense: Callable[[str], str] = lambda parameter: ""
+    """Of a parameter by its full name: why integers in its place cannot be written packed; empty where they can."""
 
     def recipe(self, variant: Variant, site: Site) -> Recipe:
         """The variant's steps, with what was allotted to the matrices of a site."""

@@ -83,6 +83,7 @@ class Workshop:
             reference=self.reference,
             device=self.device,
             sparsities=self.sparsities,
+            why_dense=lambda parameter: self.source.packing.why_dense(parameter),
         )
 
 
@@ -200,4 +201,5 @@ def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -
 
 def _write(shop: Workshop, variant: Variant, problem: BlockProblem, solution: BlockSolution) -> None:
     shop.write_rows(variant, problem.block, solution.rows)
-    shop.writer(variant).write_block(problem.block, solution.changed, dense=problem.parameters)
+    writer = shop.writer(variant)
+    writer.write_block(problem.block, solution.changed, packed=solution.packed, dense=problem.parameters)

@@ -20,7 +20,7 @@ from crosscal.corpora import Corpus, documents
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
 from crosscal.models.adapter import adapter_files
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
 from crosscal.store import Store, digest_file, digest_of

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosscal.models.adapter import WEIGHTS
-from crosscal.models.tensor_files import ADAPTER
-from crosscal.models.weights import INDEX
+from crosscal.models.tensor_files import ADAPTER, INDEX
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.compress import Workshop

@@ -30,7 +30,7 @@ from crosscal.calibration import (
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.corpora import Corpus
 from crosscal.errors import TooLittleText
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
 from crosscal.statistics import Mixture

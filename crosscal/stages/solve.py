@@ -6,6 +6,7 @@ Per site, the Hessians of each mixture are mixed and factored once, and shared b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from torch import Tensor
 from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.adapter import factors, with_low_rank
-from crosscal.models.export import can_pack, packed_tensors
-from crosscal.models.sites import Site, replaced_parameters
+from crosscal.models.export import Ints
+from crosscal.models.sites import MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
+
+IN_PARTS = "another matrix of the same stack of experts is not packed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +33,9 @@ class BlockSolution:
     """One variant's answer for one block; tensors by their names inside the block."""
 
     changed: dict[str, Tensor]
-    """What the checkpoint stores instead: dense weights, or the packed tensors of quantized ones; and the factors of
-    low-rank parts."""
+    """What the checkpoint stores instead: dense weights, and the factors of low-rank parts."""
+    packed: dict[MatrixRef, Ints]
+    """What it stores as integers."""
     dense: dict[str, Tensor]
     """The changed parameters as the next block's inputs depend on them."""
     rows: list[LayerRow]
@@ -73,12 +77,13 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
     for site in problem.sites:
         if site.producer and (scale_I := scales[site.matrices[0]]) is not None:
             dense |= site.producer.divided(problem.parameters, scale_I.cpu())
-    changed = dict(dense)
+    changed, packed = dict(dense), {}
+    why_dense = _why_dense(problem, layers)
     for layer in layers:
         grid, low_rank, dtype = layer.solution.grid, layer.solution.low_rank, problem.stored_dtype(layer.matrix)
-        if grid is not None and can_pack(layer.matrix):
-            del changed[layer.matrix.parameter]
-            changed.update(packed_tensors(layer.matrix.name, grid.ints_OI, grid.scale_OG.to(dtype), grid.bits))
+        if grid is not None and not why_dense[layer.matrix]:
+            changed.pop(layer.matrix.parameter, None)
+            packed[layer.matrix] = Ints(grid.ints_OI, grid.scale_OG.to(dtype), grid.bits)
         if layer.solution.bias_change_O is not None:
             dense[layer.matrix.bias] = changed[layer.matrix.bias] = _new_bias_O(problem, layer)
         if low_rank is not None:
@@ -86,7 +91,26 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
             changed.update(factors(layer.matrix, left_OK, right_KI))
             stored, transposed = dense[layer.matrix.parameter], layer.matrix.transposed
             dense[layer.matrix.parameter] = with_low_rank(stored, left_OK, right_KI, transposed=transposed)
-    return BlockSolution(changed, dense, [*(layer.row for layer in layers), *left_dense_rows(problem, variant)])
+    rows = [dataclasses.replace(layer.row, written_dense=why_dense[layer.matrix] or None) for layer in layers]
+    return BlockSolution(changed, packed, dense, [*rows, *left_dense_rows(problem, variant)])
+
+
+def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef, str]:
+    """Matrix -> why its integers are written as the dense numbers that they stand for; empty where they are packed, or
+    where there are none. Experts of a stack are packed all or none: so does transformers read them."""
+    why = {
+        layer.matrix: problem.why_dense(f"{problem.name}.{layer.matrix.parameter}") if layer.solution.grid else ""
+        for layer in layers
+    }
+    stacks: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.matrix.expert is not None:
+            stacks.setdefault(layer.matrix.parameter.rpartition(".")[0], []).append(layer)
+    for stack in stacks.values():
+        if any(layer.solution.grid is None or why[layer.matrix] for layer in stack):
+            whole = {layer.matrix: why[layer.matrix] or IN_PARTS for layer in stack if layer.solution.grid}
+            why.update(whole)
+    return why
 
 
 def _new_bias_O(problem: BlockProblem, layer: Layer) -> Tensor:

@@ -19,7 +19,7 @@ from crosscal.stages.solve import solve_block
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-FORMAT = 2  # a change of what is solved or how it is written makes new keys: since 2 under the names of the source
+FORMAT = 3  # a change of what is solved or how it is written makes new keys: since 3 experts are packed
 KIND = "blocks"
 ROWS = "layers.jsonl"
 
@@ -36,8 +36,8 @@ def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
             provenance = {"model": shop.cached.model, "variant": variant.name, "block": block}
             with store.publish(KIND, keys[variant.name], provenance) as folder:
                 write_rows(folder / ROWS, solutions[variant.name].rows)
-                writer, changed = VariantWriter(folder, shop.source), solutions[variant.name].changed
-                writer.write_block(block, changed, dense=problem.parameters)
+                writer, solved = VariantWriter(folder, shop.source), solutions[variant.name]
+                writer.write_block(block, solved.changed, packed=solved.packed, dense=problem.parameters)
     return len(missing)
 
 

@@ -1,0 +1,76 @@
+"""Loads a checkpoint, dense or packed, as any user of transformers does, and unpacks it.
+
+What is measured has been loaded in the plain way, so that a checkpoint which transformers cannot load never counts as
+a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import decompress_module
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from crosscal.errors import ModelError
+from crosscal.models import adapter
+from crosscal.models.building import ONE_AT_A_TIME
+from crosscal.models.tensor_files import AGAIN, INDEX, SINGLE
+
+
+def load_variant(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a checkpoint with dense weights, packed ones unpacked; low-rank parts are added to what linears give.
+
+    Raises `ModelError` for whatever stops transformers, and unless every tensor was found: it fills one that it does
+    not find with random numbers and a warning.
+    """
+    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
+    try:
+        stored_dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).dtype
+        with ONE_AT_A_TIME:
+            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+                folder,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ModelError("the checkpoint cannot be loaded by transformers", where=str(folder), got=got, do=AGAIN) from error
+    lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
+    if lost:
+        raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))
+    _unpack(model, stored_dtype if isinstance(stored_dtype, torch.dtype) else None)
+    if dtype is not None:
+        _widen(model, dtype)
+    adapter.attach(model, folder)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _unpack(model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:
+    """Make plain linears of packed ones, with the weights that a model in the checkpoint's dtype computes with."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    packed = [module for module in model.modules() if hasattr(module, "weight_packed")]
+    for module in packed:
+        decompress_module(module, leave_decompressed=False)
+        weight_OI = module.get_parameter("weight").detach()
+        rounded_OI = weight_OI.to(stored_dtype or weight_OI.dtype).to(weight_OI.dtype)
+        module.register_parameter("weight", nn.Parameter(rounded_OI, requires_grad=False))
+    quantizer.compressor.remove_decompression_hook(model)
+    quantizer.remove_quantization_config(model)
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Unpacked stacks of experts come in the checkpoint's dtype, whatever was asked for."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
