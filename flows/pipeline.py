@@ -82,9 +82,10 @@ def carry_out(
             step(publish_models, ticket)
     mark("recompressed")
     with watch.stage("evaluate"):
-        step(evaluate_models, ticket, stored)
+        judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
-    record = _record(ticket, watch, corpora, readings, known["notes"]) | {"calibration_quality": quality}
+    record = _record(ticket, watch, corpora, readings, [*known["notes"], *judged["notes"]])
+    record |= {"calibration_quality": quality, "failed": judged["failed"]}
     write_run_record(run_dir, record)
     with watch.stage("report"):
         step(make_report, str(run_dir))

@@ -24,6 +24,7 @@ from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, Documents, RandomTokens, SelfGenerated
 from crosscal.stages.folding import unread_tokens
 from crosscal.stages.memory import free_bytes
+from crosscal.stages.packed_size import stored
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
@@ -32,6 +33,7 @@ from crosscal.stages.preflight import (
     existing_parent,
     is_read,
     left_dense,
+    matrices_of,
     moments_bytes,
     parameters_of,
     reading_bytes,
@@ -70,6 +72,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
+        "stored": stored(source, ticket.variants(), lambda: matrices_of(source, ticket.cached)),
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in readings + again],
         "sums": sorted(ticket.cached.wanted),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in readings + again),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 from prefect import task
 
 from crosscal.corpora import load_corpus
-from crosscal.errors import MissingArtifact
+from crosscal.errors import MissingArtifact, ModelError
 from crosscal.evaluation import Measurement
 from crosscal.files import write_whole
+from crosscal.models.tensor_files import INDEX
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
+from crosscal.report.groups import TEST
+from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
@@ -27,7 +31,7 @@ from crosscal.tasks.options import PLAIN
 from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
-DENSE = "dense"
+DENSE, PERPLEXITY = "dense", "perplexity"
 AGAIN = "Run the same command again: what was removed meanwhile is made anew."
 
 
@@ -39,11 +43,24 @@ def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
     return [variant.name for variant in variants]
 
 
-@task(name="evaluate", task_run_name="evaluate models", **PLAIN)
-def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
-    """Measure the dense model and every variant; returns how many rows `results.jsonl` then has.
+@dataclass(frozen=True)
+class _Judged:
+    """What is known of a variant in the end: of its model, or of one that was measured and not kept."""
 
-    Writes it, `layers.jsonl`, and `windows.jsonl`: what each perplexity is the mean of.
+    measured: list[Measurement]
+    layers: list[LayerRow]
+    size_bytes: int | None = None
+    """Of its files; None where this run made none."""
+    failed: str | None = None
+    """Why it cannot be loaded or measured."""
+
+
+@task(name="evaluate", task_run_name="evaluate models", **PLAIN)
+def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
+    """Measure the dense model and every variant; returns `failed`, variant → why it cannot be loaded or measured, and
+    `notes` on what is stored dense.
+
+    Writes `results.jsonl`, `layers.jsonl`, and `windows.jsonl`: what each perplexity is the mean of.
 
     `stored` gives the store's name of every corpus of documents.
     """
@@ -51,39 +68,50 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> int:
     with task_report() as report:
         exam = examination_of(ticket, stored, report)
         found: dict[Variant | None, list[Measurement]] = {}
-        found[None], layers = measure(exam, ticket.source().path, name=DENSE, report=report), []
+        found[None], judged = measure(exam, ticket.source().path, name=DENSE, report=report), dict[str, _Judged]()
         for number, variant in enumerate(variants, start=1):
             report("measuring models", number - 1, len(variants))
             name = f"model {number} of {len(variants)}, {variant.name}"
-            found[variant], of_layers = _measured(ticket, exam, variant, name, report)
-            layers += of_layers
+            judged[variant.name] = one = _judged(ticket, exam, variant, name, report)
+            found[variant] = one.measured
         report("measuring models", len(variants), len(variants))
     rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
     write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
     write_rows(run_dir / "results.jsonl", rows)
-    write_rows(run_dir / "layers.jsonl", layers)
-    return len(rows)
+    write_rows(run_dir / "layers.jsonl", [row for one in judged.values() for row in one.layers])
+    dtype = str(ticket.source().dtype).removeprefix("torch.")
+    texts = {name: dense_text(one.layers, dtype) for name, one in judged.items()}
+    sizes = {name: one.size_bytes for name, one in judged.items() if one.size_bytes is not None}
+    failed = {name: one.failed for name, one in judged.items() if one.failed}
+    return {
+        "failed": failed,
+        "notes": [*(f"{n}: failed: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
+    }
 
 
-def _measured(
-    ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report
-) -> tuple[list[Measurement], list[LayerRow]]:
-    """A variant's measurements and layers: of its model, or of one that was measured and not kept."""
-    shop, is_kept = ticket.workshop(), ticket.parsed.execution.keep_models
+def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report) -> _Judged:
+    """A variant measured. One that cannot be is no model, and loses its index; the others are none the worse for it."""
+    shop = ticket.workshop()
     if variant in ticket.variants_to_make():
         folder, layers = Path(ticket.run_dir) / "models" / variant.name, layer_rows(shop, [variant])
         files = checkpoint_files(folder, name, report)
-        found = measure(exam, folder, files=files, name=name, report=report)
-        note_made(shop, variant, files, layers)
+        size_bytes = sum((folder / file).stat().st_size for file in files)
+        try:
+            judged = _Judged(measure(exam, folder, files=files, name=name, report=report), layers, size_bytes)
+            note_made(shop, variant, files, layers)
+        except ModelError as error:
+            (folder / INDEX).unlink(missing_ok=True)
+            skipped = [Measurement(corpus, TEST, PERPLEXITY, None, None, 0, 0.0, str(error)) for corpus in exam.windows]
+            judged = _Judged(skipped, layers, size_bytes, str(error))
     else:
         made = made_before(shop, variant)
         known = exam.find(made.weights) if made else None
         if made is None or known is None:
             raise MissingArtifact("a variant's numbers are not in the store any more", where=variant.name, do=AGAIN)
-        found, layers = known, made.rows
-    if not is_kept:
+        judged = _Judged(known, made.rows)
+    if not ticket.parsed.execution.keep_models:
         discard_model(shop, variant)
-    return found, layers
+    return judged
 
 
 def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:

@@ -56,29 +56,35 @@ def matrices(source: ModelSource) -> list[tuple[int, MatrixRef]]:
     return found
 
 
+def rounded(source: ModelSource, block: int) -> tuple[dict[MatrixRef, Ints], dict[MatrixRef, Tensor]]:
+    """Whatever of a block can be packed, at 4 bits: integers and the weights that they stand for."""
+    parameters, name = source.load_block(block), source.block_name(block)
+    ints: dict[MatrixRef, Ints] = {}
+    weights: dict[MatrixRef, Tensor] = {}
+    for matrix in (matrix for number, matrix in matrices(source) if number == block):
+        if not source.packing.why_dense(f"{name}.{matrix.parameter}"):
+            weight_OI = matrix.weight_OI(parameters)
+            problem = LayerProblem(
+                matrix.name, weight_OI.float(), torch.eye(weight_OI.shape[1]), stored_dtype=weight_OI.dtype
+            )
+            solution = COMPRESSORS["rtn"](bits=BITS, group_size=None).compress(problem)
+            assert solution.grid is not None
+            ints[matrix] = Ints(solution.grid.ints_OI, solution.grid.scale_OG.to(weight_OI.dtype), BITS)
+            weights[matrix] = solution.weight_OI.to(weight_OI.dtype)
+    return ints, weights
+
+
 def write(source: ModelSource, folder: Path, *, is_packed: bool) -> dict[str, Tensor]:
     """A variant with every matrix halved or quantized to 4 bits; gives its weights by their full names in the model."""
     writer, weights, seen = VariantWriter(folder, source), dict[str, Tensor](), matrices(source)
     for block in range(source.blocks):
         parameters = source.load_block(block)
-        mine = [matrix for number, matrix in seen if number == block]
-        if is_packed:
-            name = source.block_name(block)
-            mine = [matrix for matrix in mine if not source.packing.why_dense(f"{name}.{matrix.parameter}")]
-        packed: dict[MatrixRef, Ints] = {}
-        new: dict[MatrixRef, Tensor] = {}
-        for matrix in mine:
-            weight_OI = matrix.weight_OI(parameters)
-            new[matrix] = weight_OI / 2
-            if is_packed:
-                problem = LayerProblem(matrix.name, weight_OI.float(), torch.eye(weight_OI.shape[1]))
-                solution = COMPRESSORS["rtn"](bits=BITS, group_size=None).compress(problem)
-                assert solution.grid is not None
-                new[matrix] = solution.weight_OI.to(weight_OI.dtype)
-                packed[matrix] = Ints(solution.grid.ints_OI, solution.grid.scale_OG.to(weight_OI.dtype), BITS)
+        ints, new = rounded(source, block) if is_packed else ({}, {})
+        if not is_packed:
+            new = {matrix: matrix.weight_OI(parameters) / 2 for number, matrix in seen if number == block}
         dense = replaced_parameters(parameters, new)
         weights |= {f"{source.block_name(block)}.{name}": value for name, value in (parameters | dense).items()}
-        writer.write_block(block, {} if is_packed else dense, packed=packed)
+        writer.write_block(block, {} if is_packed else dense, packed=ints)
     writer.finish(quantization_config(BITS, None, []) if is_packed else None)
     return weights
 

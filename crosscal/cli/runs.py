@@ -12,7 +12,7 @@ import typer
 
 from crosscal.cli.options import HOME, Home, Json, Set
 from crosscal.cli.printing import print_rows, print_value
-from crosscal.errors import UsageError
+from crosscal.errors import CrosscalError, UsageError
 from crosscal.resources import DEMO_PLAN
 
 
@@ -37,6 +37,9 @@ def run(
         print(json.dumps(record))
     else:
         _show_run(record)
+    if record.get("failed"):
+        names = ", ".join(record["failed"])
+        raise CrosscalError("these variants are no models; the others are", got=names, do="The notes say why.")
 
 
 def ingest(

@@ -43,7 +43,9 @@ def load_variant(
             )
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
-        raise ModelError("the checkpoint cannot be loaded by transformers", where=str(folder), got=got, do=AGAIN) from error
+        raise ModelError(
+            "the checkpoint cannot be loaded by transformers", where=str(folder), got=got, do=AGAIN
+        ) from error
     lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
     if lost:
         raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))

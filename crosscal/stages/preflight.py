@@ -20,7 +20,7 @@ from torch import nn
 from crosscal.evaluation.logits import row_bytes, rows_at_once
 from crosscal.models import experts
 from crosscal.models.blocks import find_blocks
-from crosscal.models.sites import is_linear
+from crosscal.models.sites import Matrices, is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.moments import Cached
@@ -82,15 +82,19 @@ def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
     return shapes
 
 
+def matrices_of(source: ModelSource, cached: Cached) -> list[Matrices]:
+    """The matrices of every block: as they were calibrated before, or else as a survey finds them."""
+    known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
+    return known if len(known) == source.blocks else survey(source)
+
+
 def left_dense(source: ModelSource, cached: Cached) -> list[str]:
     """What no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
 
     One block of each kind is read, unless the model was calibrated before. Raises `UnsupportedModel` for a model that
     cannot be calibrated.
     """
-    known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
-    blocks = known if len(known) == source.blocks else survey(source)
-    counts = Counter((left.name, left.reason) for found in blocks for left in found.left_dense)
+    counts = Counter((left.name, left.reason) for found in matrices_of(source, cached) for left in found.left_dense)
     return [f"{name}: {reason} ({count} block{'s' if count > 1 else ''})" for (name, reason), count in counts.items()]
 
 

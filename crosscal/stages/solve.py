@@ -25,6 +25,7 @@ from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
 from crosscal.variants import Variant
 
+OUTLIERS = "no format that engines load holds outliers"
 IN_PARTS = "another matrix of the same stack of experts is not packed"
 
 
@@ -102,6 +103,7 @@ def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef
         layer.matrix: problem.why_dense(f"{problem.name}.{layer.matrix.parameter}") if layer.solution.grid else ""
         for layer in layers
     }
+    why |= {layer.matrix: OUTLIERS for layer in layers if layer.row.mean_bits is not None}
     stacks: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.matrix.expert is not None:

@@ -1,0 +1,87 @@
+"""What of a variant will be stored packed, and the size of its folder: said before anything is solved.
+
+Shapes: O outputs, I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.models.sites import Matrices, MatrixRef
+from crosscal.models.source import ModelSource
+from crosscal.report.packed import share_text
+from crosscal.stages.solve import IN_PARTS
+from crosscal.variants import Variant
+
+SHAPE_BYTES = 16
+"""Of the two integers that say how large a packed matrix is."""
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """Of one grid in one model."""
+
+    reasons: Mapping[str, int]
+    """Why parameters of the blocks' matrices are not packed -> how many."""
+    of_parameters: int
+    saved_bytes: int
+    """What they take less than all dense."""
+
+
+def stored_size(source: ModelSource, blocks: Sequence[Matrices], grid: tuple[int, int | None]) -> StoredSize:
+    """`blocks`: the matrices of each; `grid`: bits and inputs per scale."""
+    bits, group_size = grid
+    reasons: dict[str, int] = defaultdict(int)
+    parameters, saved, itemsize = 0, 0.0, source.dtype.itemsize
+    shapes = {name: tensor.shape for name, tensor in source.weights.model.named_parameters()}
+    for number, found in enumerate(blocks):
+        prefix = f"{source.block_name(number)}."
+        matrices = {matrix: site.inputs for site in found.sites for matrix in site.matrices}
+        why_dense = _reasons(source, prefix, matrices, group_size)
+        for matrix, inputs in matrices.items():
+            count = shapes[prefix + matrix.parameter].numel()
+            count //= shapes[prefix + matrix.parameter][0] if matrix.expert is not None else 1
+            scales = count // inputs * (inputs // group_size if group_size else 1)
+            parameters += count
+            if why := why_dense[matrix]:
+                reasons[why] += count
+            else:
+                saved += count * itemsize - (count * bits / 8 + scales * itemsize + SHAPE_BYTES)
+        for left in found.left_dense:
+            count = shapes[prefix + left.parameter].numel()
+            reasons[f"left dense: {left.reason}"] += count
+            parameters += count
+    return StoredSize(reasons, parameters, round(saved))
+
+
+def stored(
+    source: ModelSource, variants: Sequence[Variant], find_matrices: Callable[[], Sequence[Matrices]]
+) -> list[dict[str, Any]]:
+    """For each grid that some variant stores: how much of the blocks stays dense and why, and about how large the model
+    will be. `find_matrices`: asked for the matrices of every block, if there is such a variant."""
+    grids: dict[tuple[int, int | None], list[str]] = defaultdict(list)
+    for variant in variants:
+        if variant.grid is not None:
+            grids[variant.grid].append(variant.name)
+    matrices = find_matrices() if grids else []
+    checkpoint = sum(source.weights.bytes_of(key) for key in source.weights.files)
+    dtype, found = str(source.dtype).removeprefix("torch."), []
+    for grid, names in grids.items():
+        size = stored_size(source, matrices, grid)
+        dense = share_text(size.reasons, size.of_parameters, dtype) or "all packed"
+        found.append({"variants": names, "bytes": checkpoint - size.saved_bytes, "dense": dense})
+    return found
+
+
+def _reasons(
+    source: ModelSource, prefix: str, matrices: Mapping[MatrixRef, int], group_size: int | None
+) -> dict[MatrixRef, str]:
+    why = {matrix: source.packing.why_dense(f"{prefix}{matrix.parameter}") for matrix in matrices}
+    misfits = {matrix for matrix, inputs in matrices.items() if group_size and inputs % group_size}
+    why |= {matrix: f"group_size {group_size} does not divide its {matrices[matrix]} inputs" for matrix in misfits}
+    stacks = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None and why[matrix]}
+    in_parts = {m for m in matrices if m.expert is not None and m.parameter.rpartition(".")[0] in stacks}
+    return {matrix: why[matrix] or (IN_PARTS if matrix in in_parts else "") for matrix in matrices}
