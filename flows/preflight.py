@@ -42,7 +42,7 @@ from crosscal.stages.preflight import (
 )
 from crosscal.stages.sample import Draw, sums_of
 from crosscal.tasks.corpora import stored_name
-from crosscal.tasks.model import identify
+from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.refusals import refusals
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import Variant, samples_needed, variants
@@ -62,6 +62,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
         shapes = block_shapes(source, ticket.cached)
         kept = {"left_dense": left_dense(source, ticket.cached), "not_calibrated": source.uncalibrated}
+        kept |= {"notes": decoded(source)}
         problems += [str(error) for error in refusals(plan, source, shapes)]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
@@ -246,7 +247,7 @@ def _disk(
     """An estimate of what the store and the run directory will grow by. All models stand on the disk before they are
     measured, whether they are kept or not; a model whose blocks are solved already is counted again."""
     sets = sum(len(reading["sets"] or (0, 0)) for reading in [*readings, *again] if reading["state"] != "cached")
-    checkpoint = sum(file.stat().st_size for file in set(source.weights.files.values()))
+    checkpoint = sum(file.stat().st_size for file in set(source.weights.stored_in.values()))
     is_remote = "://" in ticket.home
     return {
         "store_bytes": moments_bytes(shapes, sets, ticket.cached.wanted),

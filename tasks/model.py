@@ -27,7 +27,7 @@ def identify(ticket: Ticket) -> dict[str, Any]:
     """Digest, device and dtype: what every key of the run depends on."""
     device = resolve_device(ticket.parsed.execution.device)
     source = ticket.source()
-    total_bytes = sum(file.stat().st_size for file in set(source.weights.files.values()))
+    total_bytes = sum(file.stat().st_size for file in set(source.weights.stored_in.values()))
     with task_report() as report:
         report(f"hashing {total_bytes / 1e9:.1f} GB of the model's files", 0, None)
         digest = source.digest
@@ -44,7 +44,14 @@ def identify_model(ticket: Ticket) -> dict[str, Any]:
     check_request(ticket.parsed, source, block_shapes(source, cached))
     left_dense(source, cached)  # or why the model cannot be calibrated
     copied = [f"{part}: not calibrated, copied as it is" for part in source.uncalibrated]
-    return {**known, "notes": copied}
+    return {**known, "notes": [*decoded(source), *copied]}
+
+
+def decoded(source: ModelSource) -> list[str]:
+    """What a run says of a checkpoint whose weights are decoded while they are read."""
+    dtype = str(source.dtype).removeprefix("torch.")
+    read = f"the checkpoint is stored in {source.encoding}: read, and written unless packed, as {dtype}"
+    return [read] if source.encoding else []
 
 
 def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:

@@ -85,7 +85,7 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     failed = {name: one.failed for name, one in judged.items() if one.failed}
     return {
         "failed": failed,
-        "notes": [*(f"{n}: failed: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
+        "notes": [*(f"{n} is no model: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
     }
 
 

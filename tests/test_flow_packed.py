@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from crosscal.report.rows import LayerRow, ResultRow, read_rows
 from tests.helpers import tiny_models, tiny_packed
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_text import tiny_tokenizer
+from tests.test_models_encoded import encode_fp8
 
 RECIPES = [{"method": "gptq", "bits": 4, "group_size": None}, {"method": "magnitude", "sparsity": 0.5}]
 PACKED, PRUNED = "gptq-w4-general", "magnitude-50"
@@ -81,6 +83,25 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     assert (place.run_dir / "models" / PRUNED / "model.safetensors.index.json").exists()
     assert (place.run_dir / "report.html").read_text().count("q_proj") > 0
     assert any(note.startswith(PACKED) and "no model" in note for note in json.loads(_record(place))["notes"])
+
+
+def test_a_run_says_that_it_decodes(tmp_path: Path) -> None:
+    """And measures the model that it read: the numbers are those of the same values in bfloat16."""
+    place = place_of(tmp_path)
+    plain = {name: tmp_path / name for name in ("model", "meant")}
+    shutil.copytree(plain["model"], plain["meant"])
+    save_file(encode_fp8(plain["model"]), plain["meant"] / "model.safetensors", metadata={"format": "pt"})
+    told = json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json").out)
+    assert told["problems"] == []
+    record = place.run()
+    [note] = [note for note in record["notes"] if "fp8" in note]
+    assert told["model"]["notes"] == [note]
+    assert "bfloat16" in note
+    place.write_plan(compress=RECIPES, model="meant")
+    crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(tmp_path / "other"))
+    rows = [read_rows(folder / "results.jsonl", ResultRow) for folder in (place.run_dir, tmp_path / "other")]
+    numbers = [{(row.variant, row.corpus_or_task): row.value for row in each} for each in rows]
+    assert numbers[0] == numbers[1]
 
 
 def _record(place: Place) -> str:

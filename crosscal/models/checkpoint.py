@@ -174,6 +174,7 @@ class VariantWriter:
     def _write_config(self, quantization: Mapping[str, Any] | None, weight_map: Mapping[str, str]) -> None:
         config = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # it would point at code that is not copied
+        config.pop("quantization_config", None)  # of a source whose weights were decoded
         packed = [key.removesuffix("_packed") for key in weight_map if key.endswith(".weight_packed")]
         if quantization is not None and packed:
             ignore = {*quantization.get("ignore", ()), *self.source.linears_besides(packed)}

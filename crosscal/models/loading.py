@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from crosscal.errors import ModelError
 from crosscal.models import adapter
-from crosscal.models.building import ONE_AT_A_TIME
+from crosscal.models.building import ONE_AT_A_TIME, place_buffers
+from crosscal.models.encoded import encoding_of
+from crosscal.models.source import ModelSource
 from crosscal.models.tensor_files import AGAIN, INDEX, SINGLE
 
 
@@ -31,7 +33,9 @@ def load_variant(
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
     try:
-        stored_dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).dtype
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if encoding_of(getattr(config, "quantization_config", None)):
+            return _decoded(folder, device, dtype)
         with ONE_AT_A_TIME:
             model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
                 folder,
@@ -41,6 +45,8 @@ def load_variant(
                 local_files_only=True,
                 output_loading_info=True,
             )
+    except ModelError:
+        raise
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise ModelError(
@@ -49,11 +55,23 @@ def load_variant(
     lost = sorted(str(key) for problem in ("missing_keys", "mismatched_keys") for key in report[problem])
     if lost:
         raise ModelError("tensors of the model are not in the checkpoint", where=str(folder), got=", ".join(lost[:4]))
-    _unpack(model, stored_dtype if isinstance(stored_dtype, torch.dtype) else None)
+    _unpack(model, config.dtype if isinstance(config.dtype, torch.dtype) else None)
     if dtype is not None:
         _widen(model, dtype)
     adapter.attach(model, folder)
     return model.eval().requires_grad_(False).to(device)
+
+
+def _decoded(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model whose checkpoint is encoded (`encoded.py`), with the weights that calibration reads."""
+    source = ModelSource.open(folder)
+    model = source.skeleton(dtype or source.dtype)
+    tensors = source.weights.load(lambda name: True, dtype=dtype, device=device)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    place_buffers(model, device)
+    model.set_experts_implementation(model.get_correct_experts_implementation(None))  # as `from_pretrained` chooses
+    return model
 
 
 def _unpack(model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:

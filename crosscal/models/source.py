@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from crosscal.errors import ModelError
 from crosscal.models.blocks import find_blocks
 from crosscal.models.building import build_skeleton, causal_class
+from crosscal.models.encoded import ENCODINGS, encoded_tensors, encoding_of, without_unused
 from crosscal.models.export import dense_linears
 from crosscal.models.packing import Packing, touched_when_initialised
 from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, AGAIN, INDEX, SINGLE, files_by_tensor
@@ -60,6 +61,7 @@ class ModelSource:
 
     def __init__(self, path: Path, config: PretrainedConfig, revision: str | None = None) -> None:
         self.path, self.config, self.revision = path, config, revision
+        self._quantization = _take_encoding(config)
         self._computing = threading.RLock()
 
     @classmethod
@@ -88,7 +90,7 @@ class ModelSource:
     @_shared_property
     def digest(self) -> str:
         """sha256 over config.json and the content of every weight file; names of folders and files do not enter."""
-        files = [self.path / "config.json", *sorted(set(self.weights.files.values()))]
+        files = [self.path / "config.json", *sorted(set(self.weights.stored_in.values()))]
         digests = []
         for file in files:
             with file.open("rb") as stream:
@@ -106,7 +108,17 @@ class ModelSource:
     @_shared_property
     def weights(self) -> Weights:
         """The checkpoint's tensors; `weights.model` is shared, for names and shapes alone."""
-        return Weights(files_by_tensor(self.path), self.skeleton())
+        files, encoded = files_by_tensor(self.path), {}
+        if self._quantization is not None:
+            files = without_unused(files)
+            encoded = encoded_tensors(files, self._quantization, self.dtype)
+        return Weights(files, self.skeleton(), encoded)
+
+    @property
+    def encoding(self) -> str | None:
+        """What the matrices are stored as, where they are decoded while they are read."""
+        encoding = encoding_of(self._quantization)
+        return encoding and f"{encoding}, {ENCODINGS[encoding]}"
 
     @_shared_property
     def loaded_as(self) -> Weights:
@@ -116,7 +128,7 @@ class ModelSource:
         kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
         if kind is None or kind is causal_class(self.config):
             return self.weights
-        return Weights(self.weights.files, self._built(kind, torch.float32))
+        return Weights(self.weights.stored_in, self._built(kind, torch.float32), self.weights.encoded)
 
     def name_when_loaded(self, name: str) -> str:
         """What the class that the config names calls a tensor of the calibrated model."""
@@ -250,9 +262,22 @@ def _read_config(path: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError("the model's config cannot be read", where=str(path), got=_first_line(error)) from error
     quantization: Any = getattr(config, "quantization_config", None)
-    if quantization:
-        raise ModelError("the model is already quantized", where=str(path), do="Give the unquantized checkpoint.")
+    if quantization and encoding_of(quantization) is None:
+        got = str(quantization.get("quant_method"))
+        raise ModelError(
+            "the model is already quantized", where=str(path), got=got, do="Give the unquantized checkpoint."
+        )
     return config
+
+
+def _take_encoding(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a config says of encoded weights; afterwards it is that of the decoded model."""
+    quantization = vars(config).pop("quantization_config", None)
+    if quantization is None:
+        return None
+    if not isinstance(config.dtype, torch.dtype):
+        config.dtype = torch.bfloat16
+    return dict(quantization)
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DECODED_BYTES = 4
 """A byte that is stored may stand for two numbers of two bytes."""
+UNENCODED = "Give a checkpoint in bfloat16, or one whose config names its fp8 format (`weight_scale_inv`)."
 AGAIN = "Download or save the model again."
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -41,8 +42,15 @@ class Reader:
 
     def __call__(self, key: str) -> Tensor:
         if (encoded := self._encoded.get(key)) is not None:
-            return encoded.decode(*(self._read(part) for part in encoded.parts))
-        return self._read(key)
+            try:
+                return encoded.decode(*(self._read(part) for part in encoded.parts))
+            except ModelError as error:
+                raise ModelError(error.what, where=key, got=error.got, do=error.do) from error
+        tensor = self._read(key)
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            what = "a tensor is stored in 8 bits, and nothing says by what scales it is to be multiplied"
+            raise ModelError(what, where=f"{self._files[key]}, {key}", got=str(tensor.dtype), do=UNENCODED)
+        return tensor
 
     def _read(self, key: str) -> Tensor:
         file = self._files[key]

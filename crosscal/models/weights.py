@@ -37,10 +37,10 @@ class Weights:
     def __init__(
         self, files: Mapping[str, Path], model: PreTrainedModel, encoded: Mapping[str, Encoded] | None = None
     ) -> None:
-        self.model, self._stored_in, self._encoded = model, files, encoded or {}
-        parts = {part for each in self._encoded.values() for part in each.parts}
+        self.model, self.stored_in, self.encoded = model, files, encoded or {}
+        parts = {part for each in self.encoded.values() for part in each.parts}
         plain = {key: file for key, file in files.items() if key not in parts}
-        self.files = plain | {key: files[each.parts[0]] for key, each in self._encoded.items()}
+        self.files = plain | {key: files[each.parts[0]] for key, each in self.encoded.items()}
         self._naming = Naming(model)
         self._expected = self._naming.expected
         self._sources, self.strays = self._match_names()
@@ -54,7 +54,7 @@ class Weights:
             raise ModelError("the checkpoint holds tensors that the model has no place for", got=some_of(strays))
         loaded: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            reader = Reader(self._stored_in, self._encoded, stack)
+            reader = Reader(self.stored_in, self.encoded, stack)
             for target, sources in self._sources.items():
                 if wanted(target):
                     kept_dtype = self._dtype_of(target, dtype)
@@ -66,7 +66,7 @@ class Weights:
     def stored(self, keys: list[str]) -> dict[str, Tensor]:
         """Tensors exactly as the checkpoint names and stores them."""
         with ExitStack() as stack:
-            reader = Reader(self._stored_in, self._encoded, stack)
+            reader = Reader(self.stored_in, self.encoded, stack)
             return {key: reader(key) for key in keys}
 
     def keys_of(self, wanted: Wanted) -> set[str]:
@@ -125,7 +125,7 @@ class Weights:
 
     def bytes_of(self, key: str) -> int:
         """As it is stored, or at most when it is decoded."""
-        return bytes_of(self._stored_in, self._encoded, key)
+        return bytes_of(self.stored_in, self.encoded, key)
 
     def _match_names(self) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, str]]:
         """Module name -> (checkpoint name, conversion pattern), in order; of strays: module name -> checkpoint name."""

@@ -71,11 +71,17 @@ def configs() -> dict[str, PretrainedConfig]:
 FAMILIES = tuple(configs())
 
 
+def wide_configs() -> dict[str, PretrainedConfig]:
+    """Of which the experts' inputs are multiples of 32, as mxfp4 asks."""
+    mixture = {**COMMON, **EXPERTS, "intermediate_size": 64}
+    return {"gpt-oss-wide": transformers.GptOssConfig(**mixture, **SLIDING, num_local_experts=4, head_dim=8)}
+
+
 def save_model(
     family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Path:
     """A checkpoint of a family with random weights, large enough that nothing is close to linear or to zero."""
-    config = configs()[family]
+    config = (configs() | wide_configs())[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

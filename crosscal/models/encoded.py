@@ -1,0 +1,70 @@
+"""Checkpoints whose matrices are stored in 8 or 4 bits with scales: decoded while they are read, a tensor at a time.
+
+What they mean is computed by transformers' own code. What is written is dense in the config's dtype, or packed by a
+recipe: the encoding of the source is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from crosscal.errors import ModelError
+from crosscal.models.tensor_files import Encoded
+
+FP8, MXFP4 = "fp8", "mxfp4"
+ENCODINGS = {FP8: "8-bit floats with a scale for each tile", MXFP4: "4-bit floats with a scale for 32 of them"}
+SCALE = "_scale_inv"
+UNUSED = (".activation_scale", ".input_scale")
+"""Of inputs that an engine rounds while it computes: no part of the weights."""
+
+
+def encoding_of(quantization: Mapping[str, Any] | None) -> str | None:
+    """Of a config's `quantization_config`: the encoding, if it is one that can be decoded."""
+    method = (quantization or {}).get("quant_method")
+    return method if method in ENCODINGS else None
+
+
+def encoded_tensors(
+    files: Mapping[str, Path], quantization: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Encoded]:
+    """The tensors of a checkpoint that are to be decoded, by the names they would have if they were not encoded."""
+    if encoding_of(quantization) == MXFP4:
+        names = [key.removesuffix("_blocks") for key in files if key.endswith("_blocks")]
+        decode = partial(_from_mxfp4, dtype=dtype)
+        return {name: Encoded((f"{name}_blocks", f"{name}_scales"), decode) for name in names}
+    tile = quantization.get("weight_block_size") or None
+    names = [key for key in files if f"{key}{SCALE}" in files]
+    return {name: Encoded((name, f"{name}{SCALE}"), partial(_from_fp8, tile=tile, dtype=dtype)) for name in names}
+
+
+def without_unused(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {key: file for key, file in files.items() if not key.endswith(UNUSED)}
+
+
+def _from_mxfp4(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return convert_moe_packed_tensors(blocks, scales, dtype=dtype).contiguous()
+
+
+def _from_fp8(weight: Tensor, scales: Tensor, *, tile: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
+    """Each number times the scale of its tile. Shapes: [..., R, C], and [..., R / tile, C / tile] rounded up: the last
+    tile of the rows or columns may be cut off, which transformers' code takes for smaller tiles."""
+    size, tiles = weight.shape[-2:], scales.shape[-2:]
+    padding = [0, 0]
+    if tile is not None and tuple(tiles) == tuple(-(-n // side) for n, side in zip(size, tile, strict=True)):
+        padding = [count * side - n for count, side, n in zip(tiles, tile, size, strict=True)]
+        weight = functional.pad(weight.view(torch.uint8), (0, padding[1], 0, padding[0])).view(weight.dtype)
+    try:
+        decoded = Fp8Dequantize(None)._dequantize_one(weight, scales, output_dtype=dtype)
+    except ValueError as error:
+        got = f"shape {tuple(weight.shape)}, scales {tuple(scales.shape)}, tiles of {tile}"
+        raise ModelError("the scales do not fit the matrix that they belong to", got=got) from error
+    return decoded[..., : size[0], : size[1]].contiguous() if any(padding) else decoded
