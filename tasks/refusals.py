@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from crosscal.calibration.tokens import check_tokenizer
-from crosscal.compressors.recipe import any_step, check_inputs
+from crosscal.compressors.recipe import any_step, check_inputs, group_misfit
 from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.adapter import stacked_experts
@@ -47,16 +47,25 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
 
 
 def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[UsageError]:
-    """Group sizes and n:m patterns that do not divide the inputs of some site; each setting is said once."""
+    """n:m patterns that do not divide the inputs of some site, and group sizes that divide those of fewer than half of
+    them (else the others stay dense); each setting is said once."""
     said: set[tuple[str, Any, int]] = set()
     for variant in asked:
+        spared = _fits_most(variant, shapes)
         for shape in shapes:
             for site, inputs in shape.sites:
+                if spared and group_misfit(variant.steps, inputs):
+                    continue
                 error = _misfit(variant, f"{variant.name}, {shape.name}.{site}", inputs)
                 setting = (error.what, error.do, inputs) if error else None
                 if error and setting not in said:
                     said.add((error.what, error.do, inputs))
                     yield error
+
+
+def _fits_most(variant: Variant, shapes: Sequence[BlockShape]) -> bool:
+    misfits = [bool(group_misfit(variant.steps, inputs)) for shape in shapes for _, inputs in shape.sites]
+    return sum(misfits) * 2 < len(misfits)
 
 
 def unnameable(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanError]:

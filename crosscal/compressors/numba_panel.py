@@ -27,7 +27,7 @@ LEAST_TILES = 8
 """Of a thread: half a millisecond of work, ten times what it takes to start one."""
 FOUR = 4
 """Columns whose errors are fed forward together, to the columns after them."""
-STORED = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORED = {None: 0, torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 NOTHING = np.zeros((1, 1), np.float32)
 LARGEST_HALF = np.float32(65520.0)  # from here on float16 is infinite

@@ -65,6 +65,12 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
         check_grid(step.group_size, inputs, name)
 
 
+def group_misfit(recipe: Sequence[Placed], inputs: int) -> str:
+    """Which group size of a recipe's steps does not divide a matrix's inputs; empty where all do."""
+    sizes = (size for placed in recipe if (size := getattr(placed.step, "group_size", None)) is not None)
+    return next((f"group_size {size} does not divide its {inputs} inputs" for size in sizes if inputs % size), "")
+
+
 def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
     """Of the steps of a recipe with their methods' names. Raises `UsageError` for scales behind integers, which share
     theirs over inputs."""

@@ -21,7 +21,7 @@ from crosscal.compressors.panel import FixedPanel, Panel, bands
 ROWS = 64  # of a program: with 32 columns, 16 numbers a thread and matrix
 WARPS = 4
 NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds a small float32 to an integer
-STORED = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORED = {None: 0, torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def fix_panel_triton(panel: Panel) -> FixedPanel:

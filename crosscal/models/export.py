@@ -7,6 +7,7 @@ Symmetric grids only: weight = integer * scale, integers in [-2**(bits-1), 2**(b
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from crosscal.errors import ModelError
 
+VERSION = importlib.metadata.version("compressed-tensors")
+"""Integers of 3, 5, 6 and 7 bits were packed otherwise by earlier versions."""
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 
 
@@ -62,7 +65,8 @@ def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "version": VERSION,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}},
         "ignore": sorted(ignore),
     }
 

@@ -137,6 +137,9 @@ class Weights:
                 sources.setdefault(name, []).append((key, pattern))
             else:
                 strays[name] = key
+        for tied, source in self.model.all_tied_weights_keys.items():  # stored under either name, or both
+            if source in self._expected and source not in sources and tied in sources:
+                sources[source] = sources[tied]
         info = _loading_info(unexpected=set(strays))
         self.model._adjust_missing_and_unexpected_keys(info)  # old rotary tables and masks, which loading leaves out
         return sources, {name: strays[name] for name in strays if name in info.unexpected_keys}

@@ -14,6 +14,7 @@ from crosscal.models.sites import Matrices, MatrixRef
 from crosscal.models.source import ModelSource
 from crosscal.report.packed import share_text
 from crosscal.stages.solve import IN_PARTS
+from crosscal.stages.solve_site import LEFT_DENSE
 from crosscal.variants import Variant
 
 SHAPE_BYTES = 16
@@ -52,7 +53,7 @@ def stored_size(source: ModelSource, blocks: Sequence[Matrices], grid: tuple[int
                 saved += count * itemsize - (count * bits / 8 + scales * itemsize + SHAPE_BYTES)
         for left in found.left_dense:
             count = shapes[prefix + left.parameter].numel()
-            reasons[f"left dense: {left.reason}"] += count
+            reasons[f"{LEFT_DENSE}: {left.reason}"] += count
             parameters += count
     return StoredSize(reasons, parameters, round(saved))
 
@@ -81,7 +82,7 @@ def _reasons(
 ) -> dict[MatrixRef, str]:
     why = {matrix: source.packing.why_dense(f"{prefix}{matrix.parameter}") for matrix in matrices}
     misfits = {matrix for matrix, inputs in matrices.items() if group_size and inputs % group_size}
-    why |= {matrix: f"group_size {group_size} does not divide its {matrices[matrix]} inputs" for matrix in misfits}
+    why |= {m: f"{LEFT_DENSE}: group_size {group_size} does not divide its {matrices[m]} inputs" for m in misfits}
     stacks = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None and why[matrix]}
     in_parts = {m for m in matrices if m.expert is not None and m.parameter.rpartition(".")[0] in stacks}
     return {matrix: why[matrix] or (IN_PARTS if matrix in in_parts else "") for matrix in matrices}

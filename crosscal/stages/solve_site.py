@@ -14,13 +14,16 @@ from torch import Tensor
 
 from crosscal.compressors import Dense, LayerProblem, LayerSolution, Statistic, Statistics, quadratic_loss, solve
 from crosscal.compressors.problem import output_loss
-from crosscal.compressors.recipe import site_of, solutions
+from crosscal.compressors.recipe import group_misfit, site_of, solutions
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
+
+LEFT_DENSE = "left dense"
+MOST_NAMED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,23 +46,38 @@ def solve_site(
     """Every matrix of a site for every variant of a group, with its losses on both sets of windows.
 
     Raises `StatisticsError` naming the site or layer, unless the variant names `keep-dense` as its fallback: then its
-    matrices stay as they are, and their rows say why.
+    matrices stay as they are, and their rows say why. So do those whose inputs no group size of the recipe divides.
     """
-    stacks, solutions = [members], []
+    misfits = {variant: why for variant in members if (why := group_misfit(variant.steps, site.inputs))}
+    for variant, why in misfits.items():
+        yield from _kept_dense(problem, site, [variant], f"{LEFT_DENSE}: {why}")
+    fitting = [variant for variant in members if variant not in misfits]
+    stacks, solutions = [fitting] if fitting else [], []
     while stacks:
         together = stacks.pop(0)
         try:
             solutions.append((together, _solve_together(problem, site, statistics, group, together, energies)))
         except StatisticsError as error:
             if all(variant.fallback != KEEP_DENSE for variant in together):
-                raise
+                raise _explained(error, problem) from error
             if len(together) == 1:
-                yield from _kept_dense(problem, site, together, str(error))
+                yield from _kept_dense(problem, site, together, f"{KEEP_DENSE}: {error}")
             else:
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
     held_out = _held_out(statistics, group) if solutions and problem.cached.measures_losses else None
     for together, done in solutions:
         yield from _measured(problem, site, together, done, held_out, energies)
+
+
+def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError:
+    """What no window can mend is not the windows' fault: a matrix of zeros makes the inputs of the next one zero."""
+    matrices = [matrix for site in problem.sites for matrix in site.matrices]
+    zero = [matrix.name for matrix in matrices if not matrix.weight_OI(problem.parameters).any()]
+    if not zero or not isinstance(error, EmptyStatistics):
+        return error
+    got = f"all zeros in the checkpoint: {', '.join(zero[:MOST_NAMED])}{', …' if len(zero) > MOST_NAMED else ''}"
+    do = f"Name `fallback: {KEEP_DENSE}` in the plan to leave what reads their outputs as it is."
+    return EmptyStatistics(error.what, where=error.where, got=got, do=do)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,11 +222,11 @@ def _relative_loss(
 def _kept_dense(
     problem: BlockProblem, site: Site, members: Sequence[Variant], why: str
 ) -> Iterator[tuple[Variant, Layer]]:
-    """The plan named this fallback: the matrices stay as they are, and every one of them is listed with the reason."""
+    """The matrices stay as they are, and every one of them is listed with the reason."""
     for variant in members:
         for matrix in site.matrices:
             weight_OI = matrix.weight_OI(problem.parameters)
-            row = _dense_row(problem, variant, matrix.name, site.name, weight_OI, f"{KEEP_DENSE}: {why}")
+            row = _dense_row(problem, variant, matrix.name, site.name, weight_OI, why)
             yield variant, Layer(matrix, LayerSolution(weight_OI, 0.0, 0.0, Dense(weight_OI)), row)
 
 
@@ -216,7 +234,7 @@ def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRo
     """The block's matrices that no method changes, such as routers, each with the reason as its `fallback`."""
     for left in problem.left_dense:
         stored = problem.parameters[left.parameter]
-        yield _dense_row(problem, variant, left.name, left.name, stored, f"left dense: {left.reason}")
+        yield _dense_row(problem, variant, left.name, left.name, stored, f"{LEFT_DENSE}: {left.reason}")
 
 
 def _dense_row(

@@ -95,7 +95,8 @@ def _mean_square(hessian_II: Tensor, name: str) -> float:
     if not all_finite(hessian_II):
         raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
     if not hessian_II.diagonal().any():
-        raise EmptyStatistics("every input of this site was zero", where=name, do="Check the calibration windows.")
+        do = "Are the windows empty, or is a matrix before it zero in the checkpoint?"
+        raise EmptyStatistics("every input of this site was zero", where=name, do=do)
     return float(hessian_II.diagonal().mean(dtype=torch.float64))
 
 
