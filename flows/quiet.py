@@ -7,6 +7,7 @@ import logging
 from transformers.utils.logging import disable_progress_bar
 
 from crosscal.errors import CrosscalError
+from crosscal.models.loading import without_bars
 
 PREFECT = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 
@@ -14,6 +15,7 @@ PREFECT = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 def quiet_libraries() -> None:
     """No bar for every model that transformers loads; no traceback in Prefect's log for an error with a remedy."""
     disable_progress_bar()
+    without_bars()
     for name in PREFECT:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(without_expected_traceback)

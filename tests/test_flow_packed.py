@@ -72,6 +72,7 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
     assert done.code == 1
     assert PACKED in done.err
+    assert "%|" not in done.err  # no bars of the libraries that load
     after = read_rows(place.run_dir / "results.jsonl", ResultRow)
     numbers = [
         {(row.variant, row.corpus_or_task): row.value for row in rows if row.variant != PACKED}

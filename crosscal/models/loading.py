@@ -6,11 +6,14 @@ a model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.compressors.base import decompress_module
+from compressed_tensors.compressors.model_compressors import model_compressor
+from compressed_tensors.quantization.lifecycle import apply
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +23,8 @@ from crosscal.models.building import ONE_AT_A_TIME, place_buffers
 from crosscal.models.encoded import encoding_of
 from crosscal.models.source import ModelSource
 from crosscal.models.tensor_files import AGAIN, INDEX, SINGLE
+
+T = TypeVar("T")
 
 
 def load_variant(
@@ -94,3 +99,14 @@ def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
             parameter.data = parameter.data.to(dtype)
+
+
+def without_bars() -> None:
+    """Have compressed-tensors draw no bar for every model that is loaded, as `disable_progress_bar` does for
+    transformers; it has no switch for that."""
+    for module in (apply, model_compressor):
+        vars(module)["tqdm"] = _bare
+
+
+def _bare(items: Iterable[T], **_: Any) -> Iterable[T]:
+    return items
