@@ -113,7 +113,7 @@ def test_a_hub_checkpoint_with_stacked_experts_is_packed_as_well(tmp_path: Path)
     assert stored(tmp_path / "dense").keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("family", ["falcon-new", "gpt-bigcode", "nanochat", "mamba2", "recurrent-gemma"])
+@pytest.mark.parametrize("family", ["gpt-bigcode", "nanochat", "mamba2", "recurrent-gemma"])
 def test_packed_all_the_same_it_would_not_load(family: str, tmp_path: Path) -> None:
     """What is left dense has to be; and loading notices, as it loads the plain way."""
     source = ModelSource.open(save(family, tmp_path / "model"))

@@ -27,6 +27,7 @@ from crosscal.models.weights import Weights
 
 TRANSPOSED = "stored transposed (Conv1D), which the packed format cannot hold"
 FUSED = "a stack of experts that transformers does not load as packed linears"
+SPECIAL = "a linear that multiplies in a way of its own (in groups, say), which readers of packed linears do not know"
 INITIALISED = "transformers initialises this weight on loading, and fails where it is packed"
 REBUILT = "transformers builds a quantized model of this family from other modules, which dense tensors do not fit"
 RENAMED = "transformers does not find the packed tensors of this linear under any name"
@@ -95,6 +96,8 @@ class Packing:
         theirs = self._weights.linear_of(parameter)
         if name in self._initialised or any(rules.module_of(theirs) in self._initialised for rules in self._rules):
             return INITIALISED
+        if type(module).forward is not nn.Linear.forward:
+            return SPECIAL
         spelled = next((one for one in (theirs, name) if all(rules.hold_linear(one) for rules in self._rules)), None)
         return (PackedLinear(spelled, None, 0, module.out_features),) if spelled else RENAMED
 
