@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Variant:
     trace_normalised: bool
     fallback: str | None = None
     """What the plan allows for matrices that cannot be solved; None stops the run."""
+    leave_dense: tuple[str, ...] = ()
+    """Patterns over the names of matrices that stay as they are."""
 
     @property
     def method(self) -> str:
@@ -104,10 +107,10 @@ class Variant:
     @property
     def key(self) -> str:
         """Digest of everything about the variant but its name: a chain over the steps with their versions."""
-        mixture = self.mixture.as_dict() if self.mixture else None
-        chain = [step.key for step in self.recipe]
+        mixture, chain = self.mixture.as_dict() if self.mixture else None, [step.key for step in self.recipe]
         normalised = self.trace_normalised and "corpora"  # what has one trace: sets had it in earlier versions
-        return digest_of([chain, mixture, self.upstream, self.seed, normalised, self.fallback])
+        left = filter(None, [sorted(self.leave_dense)])
+        return digest_of([chain, mixture, self.upstream, self.seed, normalised, self.fallback, *left])
 
 
 def variants(plan: CompressionPlan) -> list[Variant]:
@@ -116,9 +119,7 @@ def variants(plan: CompressionPlan) -> list[Variant]:
     for index, entry in enumerate(plan.compress):
         for variant in _expand(plan, entry, f"compress.{index}"):
             found.setdefault(variant.key, variant)
-    names: dict[str, int] = {}
-    for variant in found.values():
-        names[variant.name] = names.get(variant.name, 0) + 1
+    names = Counter(variant.name for variant in found.values())
     return [
         variant if names[variant.name] == 1 else dataclasses.replace(variant, name=f"{variant.name}-{variant.key[:6]}")
         for variant in found.values()
@@ -174,7 +175,7 @@ def _of_recipe(
     for upstream, seed in itertools.product(upstreams, seeds):
         name = _name(recipe, seen, upstream, normalised)
         name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
-        yield Variant(name, recipe, seen, upstream, seed, normalised, entry.fallback)
+        yield Variant(name, recipe, seen, upstream, seed, normalised, entry.fallback, tuple(plan.leave_dense))
 
 
 def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str) -> Iterator[RecipeStep]:

@@ -22,6 +22,7 @@ from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
 from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.gradients import CachedGradients, gradient_dtype
+from crosscal.stages.left_dense import left_dense
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.packed_size import stored
 from crosscal.stages.preflight import (
@@ -31,7 +32,6 @@ from crosscal.stages.preflight import (
     evaluating_bytes,
     existing_parent,
     gradients_bytes,
-    left_dense,
     matrices_of,
     moments_bytes,
     parameters_of,
@@ -59,8 +59,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         source = ticket.source()
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
         shapes = block_shapes(source, ticket.cached)
-        kept = {"left_dense": left_dense(source, ticket.cached), "not_calibrated": source.uncalibrated}
-        kept |= {"notes": decoded(source)}
+        kept: dict[str, Any] = {"left_dense": left_dense(source, ticket.cached, plan.leave_dense)}
+        kept |= {"not_calibrated": source.uncalibrated, "notes": decoded(source)}
         problems += [str(error) for error in refusals(plan, source, shapes)]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}

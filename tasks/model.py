@@ -15,10 +15,11 @@ from crosscal.stages.allocate import summarise_block as summarise
 from crosscal.stages.compress import blocks_at_once, compress_block, compress_sequential, publish_variants
 from crosscal.stages.folding import fold, sets_to_read
 from crosscal.stages.gradients import CachedGradients, collect_gradients
+from crosscal.stages.left_dense import left_dense
 from crosscal.stages.made_variants import take_blocks
 from crosscal.stages.moments import MomentsReport, collect_moments
 from crosscal.stages.parts import Part, add_parts, loads, read_parts
-from crosscal.stages.preflight import block_shapes, left_dense
+from crosscal.stages.preflight import block_shapes
 from crosscal.stages.sample import Sample
 from crosscal.stages.solved_blocks import collect_block, publish_block
 from crosscal.tasks.options import PLAIN, RETRIED
@@ -45,7 +46,7 @@ def identify_model(ticket: Ticket) -> dict[str, Any]:
     source = ticket.source()
     cached = dataclasses.replace(ticket.cached, model=known["model"])
     check_request(ticket.parsed, source, block_shapes(source, cached))
-    left_dense(source, cached)  # or why the model cannot be calibrated
+    left_dense(source, cached, ticket.parsed.leave_dense)  # or why the model cannot be calibrated
     copied = [f"{part}: not calibrated, copied as it is" for part in source.uncalibrated]
     return {**known, "notes": [*decoded(source), *copied]}
 

@@ -10,7 +10,7 @@ from crosscal.compressors.recipe import any_step, check_inputs, group_misfit, ta
 from crosscal.errors import CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.adapter import stacked_experts
-from crosscal.models.sites import without_bias
+from crosscal.models.sites import is_left, without_bias
 from crosscal.models.source import ModelSource
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
@@ -54,8 +54,9 @@ def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[
     for variant in asked:
         spared = _fits_most(variant, shapes)
         for shape in shapes:
-            for site, inputs in shape.sites:
-                if spared and group_misfit(variant.steps, inputs):
+            for site, inputs in shape.matrices or shape.sites:
+                is_spared = spared and group_misfit(variant.steps, inputs)
+                if is_spared or is_left(f"{shape.name}.{site}", variant.leave_dense):
                     continue
                 error = _misfit(variant, f"{variant.name}, {shape.name}.{site}", inputs)
                 setting = (error.what, error.do, inputs) if error else None

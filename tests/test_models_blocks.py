@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs, stubbed
+from crosscal.models.calls import Between
 from tests.helpers.tiny_models import configs, windows
 
 
@@ -22,9 +25,14 @@ class Layer(nn.Module):
 
     def forward(self, hidden_states: Tensor, extra: object = None) -> object:
         output = self.proj(hidden_states)
+        if isinstance(extra, dict):
+            output = output + extra.get("left", 0)
+            extra["left"] = output.mean(-1, keepdim=True)
+        elif isinstance(extra, Tensor):
+            output = output + extra.reshape(*extra.shape, *[1] * (output.ndim - extra.ndim))
         if not self.several:
             return output
-        return output, output.sum() if self.several is True else self.several
+        return output, output.sum(-1) if self.several is True else self.several
 
 
 class Odd(PreTrainedModel):
@@ -35,15 +43,22 @@ class Odd(PreTrainedModel):
     def __init__(self, habit: str) -> None:
         super().__init__(configs()["llama"])
         self.embed = nn.Embedding(96, 32)
-        self.layers = nn.ModuleList(Layer(habit == "several outputs") for _ in range(3))
+        self.layers = nn.ModuleList(Layer("outputs" in habit) for _ in range(3))
         self.habit = habit
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
         x_BLD = self.embed(input_ids)
-        reused: object = None
+        reused: Any = None
+        shared: dict[str, Tensor] = {}
         for layer in self.layers if self.habit != "reversed" else reversed(self.layers):
             assert layer.kind == "full"
-            passed = {"leaks": x_BLD.mean(1), "reads tokens": input_ids, "shares": {}, "reuses outputs": reused}
+            passed = {
+                "leaks": x_BLD.mean((1, 2)),
+                "reads tokens": input_ids,
+                "shares": shared,
+                "reuses outputs": reused,
+            }
+            passed["changes outputs"] = None if reused is None else reused * 2
             extra = passed.get(self.habit)
             if self.habit == "skips" and layer is not self.layers[0]:
                 continue
@@ -53,19 +68,42 @@ class Odd(PreTrainedModel):
         return x_BLD
 
 
-def run_twice(habit: str) -> BlockCalls:
+@torch.no_grad()
+def calls_of(habit: str) -> tuple[Odd, BlockCalls, dict[int, Tensor]]:
+    """What enters the blocks of a model with a habit, for three batches."""
+    torch.manual_seed(0)
     model = Odd(habit).eval()
-    calls = BlockCalls(model, None)
-    for seed in (0, 1):
-        calls.enter(windows(2, seed=seed))
-    return calls
+    calls = BlockCalls(model, further_outputs(model, model.layers[0], windows(1)))
+    return (
+        model,
+        calls,
+        {seed: calls.enter(windows(count, seed=seed), seed) for seed, count in ((0, 2), (1, 2), (2, 1))},
+    )
 
 
-def test_a_plain_chain_is_understood() -> None:
-    calls, model = run_twice("none"), Odd("none")
-    hidden_BLD = torch.randn(2, 24, 32)
-    output_BLD = calls.of(torch.Size((2, 24)), 1).run(model.layers[1], hidden_BLD)
-    torch.testing.assert_close(output_BLD, model.layers[1].proj(hidden_BLD))
+@pytest.mark.parametrize("habit", ["none", "several outputs", "reads tokens", "shares", "reuses outputs"])
+@torch.no_grad()
+def test_blocks_one_by_one_give_what_the_model_gives(habit: str) -> None:
+    """All batches through a block before the next block, and each block twice: a walk measures, then passes on."""
+    model, calls, hidden = calls_of(habit)
+    between = dict.fromkeys(hidden, Between())
+    for block in range(3):
+        for batch in hidden:
+            again = calls.run(batch, block, hidden[batch], between[batch])[0]
+            hidden[batch], between[batch] = calls.run(batch, block, hidden[batch], between[batch])
+            assert torch.equal(hidden[batch], again)
+    for batch, hidden_BLD in hidden.items():
+        assert torch.equal(hidden_BLD, model(windows(len(hidden_BLD), seed=batch)))
+
+
+@torch.no_grad()
+def test_what_is_handed_on_can_be_had_of_the_first_window() -> None:
+    for habit in ("shares", "reuses outputs"):
+        _, calls, hidden = calls_of(habit)
+        calls.enter(windows(2, seed=0)[:1], "first")
+        output_BLD, between = calls.run(0, 0, hidden[0], Between())
+        first_1LD, _ = calls.run("first", 1, output_BLD[:1], between.first())
+        torch.testing.assert_close(first_1LD, calls.run(0, 1, output_BLD, between)[0][:1])
 
 
 @pytest.mark.parametrize(
@@ -73,28 +111,14 @@ def test_a_plain_chain_is_understood() -> None:
     [
         ("scales", "between its blocks"),
         ("leaks", "depends on the output of another block"),
-        ("shares", "may change between blocks"),
-        ("reads tokens", "depend on the tokens"),
+        ("changes outputs", "depends on the output of another block"),
         ("reversed", "do not run once each, in order"),
         ("skips", "did not run all its blocks"),
     ],
 )
 def test_habits_that_a_walk_would_lose_are_refused(habit: str, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
-        run_twice(habit)
-
-
-@torch.no_grad()
-def test_further_outputs_of_a_block_must_stay_unused() -> None:
-    model = Odd("several outputs")
-    further = further_outputs(model, model.layers[0], windows(1))
-    assert further is not None
-    assert further[0] is not None
-    assert further[0].isnan()
-    BlockCalls(model, further).enter(windows(2))
-    model.habit = "reuses outputs"
-    with pytest.raises(UnsupportedModel, match="depends on the output of another block"):
-        BlockCalls(model, further).enter(windows(2))
+        calls_of(habit)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from crosscal.models import Matrices, find_matrices
 from crosscal.models.blocks import find_blocks
 from crosscal.models.experts import is_experts
-from crosscal.models.sites import GATE, ROUTER, SMALL
+from crosscal.models.finding import GATE, ROUTER, SMALL
 from tests.helpers.tiny_models import COMMON, windows
 
 SIZES = [(32, 32, 32), (32, 32, 24), (24, 32, 32), (32, 24, 32)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ class Block(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         y_TI = self.first(x_TI)
         if self.odd == "unused":
-            return nn.functional.linear(y_TI, self.second.weight)
+            return y_TI
         if self.odd == "twice":
             y_TI = self.first(y_TI)
         if self.odd == "in place":
@@ -94,7 +95,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(
     ("odd", "named"),
-    [("matrix", "mixing"), ("embedding", "table.weight"), ("unused", "second"), ("twice", "first")],
+    [("matrix", "mixing"), ("embedding", "table"), ("unused", "second"), ("twice", "first")],
 )
 def test_what_is_not_understood_is_named(odd: str, named: str) -> None:
     block = Block(odd)
@@ -116,8 +117,32 @@ def test_hooks_are_gone_afterwards() -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
-def test_an_unmarked_stack_of_experts_is_refused() -> None:
-    block = find_blocks(MixtralForCausalLM(configs()["mixtral"]))[1][0]
-    del block.mlp.experts.is_transposed
-    with pytest.raises(UnsupportedModel, match=r"^mlp\.experts\.gate_up_proj:"):
+@torch.no_grad()
+def test_a_linear_that_multiplies_in_groups_is_as_many_matrices() -> None:
+    class Grouped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            weight_GOI = self.weight.unflatten(0, (2, -1))
+            return torch.einsum("tgi,goi->tgo", input.unflatten(-1, (2, -1)), weight_GOI).flatten(1)
+
+    class Plain(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight.T + self.bias
+
+    block = nn.Sequential(Plain(64, 96), nn.Tanh(), Grouped(48, 40, bias=False))
+    sites = find_sites(block, lambda: block(torch.randn(9, 64)))
+    found = {matrix.name: site.inputs for site in sites for matrix in site.matrices}
+    assert found == {"0": 64, "2.0.weight": 48, "2.1.weight": 48}
+
+
+@torch.no_grad()
+def test_an_unmarked_stack_of_experts_is_known_by_its_products() -> None:
+    """As matrices that lie the same way round; and one that never runs is named."""
+    model = MixtralForCausalLM._from_config(configs()["mixtral"], experts_implementation="eager").eval()
+    block, tokens_SL = find_blocks(model)[1][0], windows(4)
+    marked = {matrix for site in find_sites(block, lambda: model(tokens_SL)) for matrix in site.matrices}
+    del block.mlp.experts.has_bias
+    unmarked = {matrix for site in find_sites(block, lambda: model(tokens_SL)) for matrix in site.matrices}
+    assert {dataclasses.replace(matrix, is_called=True) for matrix in unmarked} == marked
+    assert unmarked != marked
+    with pytest.raises(UnsupportedModel, match=r"mlp\.experts\.gate_up_proj"):
         find_sites(block, lambda: None)

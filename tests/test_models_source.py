@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from crosscal.errors import CrosscalError, ModelError
 from crosscal.models import ModelSource, walk
-from crosscal.models.weights import attached
+from crosscal.models.attaching import attached
+from crosscal.models.walk import survey
 from tests.helpers.tiny_models import FAMILIES, load_plain, save_model, windows
 
 
@@ -156,3 +157,24 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ModelError, match="not a causal language model"):
         _ = ModelSource.open(folder).blocks
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("hidden_size", "x", "Field 'hidden_size' expected int"),
+        ("num_attention_heads", 0, "modulo by zero"),
+        ("num_attention_heads", 7, "not a multiple of the number of attention heads"),
+        ("hidden_act", "nothing", "nothing"),
+        ("num_hidden_layers", -1, "one list of -1 decoder blocks"),
+        ("vocab_size", None, "Field 'vocab_size' expected int"),
+        ("rope_parameters", {"rope_type": "?"}, r"\?"),
+        ("intermediate_size", 50, "does not fit the config"),
+        ("model_type", "none", "none"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_an_error_of_ours(field: str, value: object, said: str, tmp_path: Path) -> None:
+    file = save_model("llama", tmp_path / "model") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ModelError, match=said):
+        survey(ModelSource.open(tmp_path / "model"))

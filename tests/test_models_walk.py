@@ -13,8 +13,9 @@ from torch import Tensor
 from crosscal.errors import ModelError
 from crosscal.models import BlockMoments, ModelSource, replaced_parameters, walk
 from crosscal.models.blocks import StopForward
-from crosscal.models.passes import Sums, capture
-from crosscal.models.sites import find_sites
+from crosscal.models.capture import capture
+from crosscal.models.finding import find_sites
+from crosscal.models.passes import Sums
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, load_plain, plain_grams, save_model, windows
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForCausalLM
+
+from crosscal.errors import PlanError, UnsupportedModel
 from crosscal.models import ModelSource
 from crosscal.models.blocks import find_blocks
 from crosscal.models.experts import is_experts
-from crosscal.stages.compress import compress_block, layer_rows
-from crosscal.stages.preflight import left_dense
+from crosscal.stages.compress import Workshop, compress_block, layer_rows
+from crosscal.stages.left_dense import left_dense
 from crosscal.store import Store
+from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import save_model
-from tests.helpers.tiny_run import collect, sample, variant, windows, workshop
+from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows, workshop
 
 
 def test_what_stays_dense_is_a_row_with_the_reason(tmp_path: Path) -> None:
@@ -57,3 +68,97 @@ def matrices(source: ModelSource) -> list[str]:
                 parts = [name if expert is None else f"{name}.{expert}.{parameter}" for expert in experts]
                 found += [f"{source.block_name(index)}.{part}" for part in parts if tensor.ndim > 1]
     return found
+
+
+LEFT = ("*.mlp.gate_proj", "model.layers.1.*")
+
+
+def solved(source: ModelSource, store: Store, folder: Path, *variants: Variant) -> Workshop:
+    shop = workshop(folder, store, source, sample(store, "general", windows(40, seed=1, high=96)))
+    for each in shop.samples.values():
+        collect(shop.cached, source, each.sets)
+    for block in range(source.blocks):
+        compress_block(shop, block, variants)
+    return shop
+
+
+@pytest.mark.parametrize("method", [{"sparsity": 0.5}, {"bits": 4, "group_size": None}], ids=["sparse", "quantized"])
+def test_what_a_plan_names_stays_and_nothing_else_changes(method: dict[str, Any], tmp_path: Path) -> None:
+    source, store = ModelSource.open(save_model("llama", tmp_path / "model")), Store(tmp_path / "home")
+    whole = variant("whole", "sparsegpt" if "sparsity" in method else "gptq", {"general": 1.0}, **method)
+    part = dataclasses.replace(whole, name="part", leave_dense=LEFT)
+    assert part.key != whole.key
+    shop = solved(source, store, tmp_path / "run", whole, part)
+    rows = {name: {row.layer: row for row in layer_rows(shop, [each])} for name, each in (("w", whole), ("p", part))}
+    assert rows["w"].keys() == rows["p"].keys()
+    named = {layer for layer in rows["p"] if any(fnmatch(layer, pattern) for pattern in LEFT)}
+    assert {layer for layer, row in rows["p"].items() if row.fallback} == named
+    assert len(named) == 2 + 7  # one of each of three blocks, and all of the second
+    bits = method.get("bits")
+    for block in range(source.blocks):
+        before = source.load_block(block)
+        after = {each: shop.writer(each).read_block(block, bits=bits) for each in (whole, part)}
+        for name in before:
+            is_named = f"{source.block_name(block)}.{name.removesuffix('.weight')}" in named
+            assert torch.equal(after[part][name], before[name] if is_named else after[whole][name]), name
+    for layer in rows["p"].keys() - named:
+        assert dataclasses.replace(rows["p"][layer], variant="", seconds=0.0) == dataclasses.replace(
+            rows["w"][layer], variant="", seconds=0.0
+        )
+    assert all("named in `leave_dense`" in (rows["p"][layer].fallback or "") for layer in named)
+    assert "mlp.gate_proj: named in `leave_dense` (3 blocks)" in left_dense(source, shop.cached, LEFT)
+
+
+def test_a_norm_is_not_divided_while_something_that_reads_it_stays_dense(tmp_path: Path) -> None:
+    file = save_model("llama", tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    for name in (name for name in tensors if name.endswith("post_attention_layernorm.weight")):
+        tensors[name][:4] *= 30  # inputs that are worth a scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    source, store = ModelSource.open(tmp_path / "model"), Store(tmp_path / "home")
+    steps = (
+        RecipeStep("awq", (("bits", 4), ("group_size", None))),
+        RecipeStep("gptq", (("bits", 4), ("group_size", None))),
+    )
+    scaled = dataclasses.replace(variant("awq", "gptq", {"general": 1.0}, bits=4, group_size=None), recipe=steps)
+    part = dataclasses.replace(scaled, name="part", leave_dense=("*.mlp.gate_proj",))
+    shop = solved(source, store, tmp_path / "run", scaled, part)
+    norm = "post_attention_layernorm.weight"
+    for block in range(source.blocks):
+        before = source.load_block(block)[norm]
+        assert not torch.equal(shop.writer(scaled).read_block(block, bits=4)[norm], before)
+        assert torch.equal(shop.writer(part).read_block(block, bits=4)[norm], before)
+    folds = {row.layer: row.fold for row in layer_rows(shop, [part])}
+    assert folds["model.layers.0.mlp.up_proj"] == "none: a matrix that reads it stays dense"
+
+
+def test_a_pattern_that_names_nothing_is_an_error(tmp_path: Path) -> None:
+    source = ModelSource.open(save_model("llama", tmp_path / "model"))
+    cached = dense_cache(Store(tmp_path / "home"), source)
+    with pytest.raises(PlanError, match=r"leave_dense: no matrix of a block has such a name \(got \*\.down\)"):
+        left_dense(source, cached, ["*.down_proj", "*.down"])
+
+
+def test_what_cannot_be_calibrated_is_refused_or_left_if_it_is_named(tmp_path: Path) -> None:
+    """The remedy in the message is one; check and solve say the same."""
+    config = BartConfig(
+        vocab_size=96, d_model=32, decoder_layers=2, decoder_ffn_dim=48, decoder_attention_heads=4, is_decoder=True,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    BartForCausalLM(config).save_pretrained(tmp_path / "model")
+    source, store = ModelSource.open(tmp_path / "model"), Store(tmp_path / "home")
+    half = variant("half", "wanda", {"general": 1.0}, sparsity=0.5)
+    with pytest.raises(UnsupportedModel, match=r"encoder_attn\.k_proj: this matrix never receives") as checked:
+        left_dense(source, dense_cache(store, source))
+    with pytest.raises(UnsupportedModel) as run:
+        solved(source, store, tmp_path / "refused", half)
+    assert (run.value.what, run.value.where, run.value.do) == (
+        checked.value.what, checked.value.where, checked.value.do
+    )  # fmt: skip
+    patterns = yaml.safe_load(checked.value.do.split("`")[1])["leave_dense"]
+    left_dense(source, dense_cache(store, source), patterns)
+    part = dataclasses.replace(half, leave_dense=tuple(patterns))
+    shop = solved(source, store, tmp_path / "run", part)
+    dense = [row for row in layer_rows(shop, [part]) if row.fallback]
+    assert len(dense) == 2 * 4
+    assert all("encoder_attn" in row.layer and "never receives" in (row.fallback or "") for row in dense)

@@ -2,8 +2,9 @@
 
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import Ints, packed_tensors, quantization_config
+from crosscal.models.finding import find_matrices, find_sites
 from crosscal.models.loading import load_variant
-from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site, find_matrices, find_sites, replaced_parameters
+from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site, replaced_parameters
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, Upstream, WalkReport, walk
 

@@ -3,38 +3,42 @@
 Shapes: B windows of a batch, L tokens of a window, D hidden size.
 
 No table of model families: the model is run with its blocks replaced by stubs, which note the arguments they are
-called with (masks, position tables). Between stubs travels a tensor of NaN. A model that changes it on the way, or lets
-it into another argument, does something between its blocks that running them one by one would lose; it is refused.
+called with (masks, position tables). Between stubs travels a tensor of NaN, and what else blocks return is poisoned
+likewise. A model that changes it on the way, or lets it into another argument, does something between its blocks that
+running them one by one would lose; it is refused. What it passes on as it is, is passed on (`calls.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from crosscal.errors import UnsupportedModel
+from crosscal.models.calls import (
+    Between,
+    BlockCall,
+    FromBefore,
+    Shared,
+    leaves,
+    mapped,
+    poison,
+    split_arguments,
+    understood,
+)
 
-HIDDEN = "hidden_states"
-
-
-@dataclass(frozen=True, eq=False)
-class BlockCall:
-    """The arguments of one block besides its hidden states, for batches of one shape."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-    returns_tuple: bool
-
-    def run(self, block: nn.Module, hidden_BLD: Tensor) -> Tensor:
-        """The block's output hidden states."""
-        output = block(hidden_BLD, *self.positional, **self.named)
-        return output[0] if self.returns_tuple else output
+USUAL_DIMS = 3
+"""Of hidden states; others may have streams (Gemma 3n, DeepSeek-V4) before or behind the windows."""
+BROKEN = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What models raise that cannot be run in this way."""
 
 
 class StopForward(Exception):
@@ -42,80 +46,116 @@ class StopForward(Exception):
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost list of `num_hidden_layers` modules of the decoder, with its name in the model."""
-    decoder, blocks = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    """The outermost list of `num_hidden_layers` modules of the decoder, or its only list, and its name in the model."""
+    blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found: list[tuple[str, nn.ModuleList]] = []
+    # `get_decoder` of some gives the head, which has the name `decoder`
+    for decoder in (model.get_decoder(), getattr(model, model.base_model_prefix, model)):
+        outermost = _outermost_lists(model, decoder)
+        found = [each for each in outermost if len(each[1]) == blocks] or (outermost if len(outermost) == 1 else [])
+        if found:
+            break
+    if len(found) != 1 or not len(found[0][1]):
+        names = ", ".join(name for name, _ in found) or "none"
+        raise UnsupportedModel(f"{type(model).__name__}: one list of {blocks} decoder blocks was expected", got=names)
+    return found[0]
+
+
+def _outermost_lists(model: PreTrainedModel, decoder: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), "")
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in decoder.named_modules():
-        inside_another = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) == blocks and not inside_another:
-            found.append((name, module))
-    if len(found) != 1:
-        names = ", ".join(prefix + name for name, _ in found) or "none"
-        raise UnsupportedModel(f"{type(model).__name__}: one list of {blocks} decoder blocks was expected", got=names)
-    return prefix + found[0][0], found[0][1]
+        inside_another = any(f"{prefix}{name}".startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inside_another:
+            found.append((prefix + name, module))
+    return found
 
 
 class BlockCalls:
-    """Learns, from the model itself, how its blocks are called; keeps one set of arguments per shape of batch."""
+    """Learns, from the model itself, how its blocks are called for each batch."""
 
-    def __init__(self, model: PreTrainedModel, further: tuple[Tensor | None, ...] | None) -> None:
+    def __init__(self, model: PreTrainedModel, further: tuple[Any, ...] | None) -> None:
         """`further`: what `further_outputs` found of this model."""
         self._model, self._blocks, self._further = model, find_blocks(model)[1], further
-        self._calls: dict[torch.Size, tuple[BlockCall, ...]] = {}
+        self._calls: dict[Hashable, tuple[BlockCall, ...]] = {}
+        self._of_shape: dict[torch.Size, tuple[BlockCall, ...]] = {}
+        self._window_dim = 0
+        self.depend_on_tokens = False
+        """Whether some argument differed between batches of one shape."""
 
-    def enter(self, tokens_BL: Tensor) -> Tensor:
-        """Run the model up to its first block: the hidden states that enter it. Notes every block's arguments."""
+    def enter(self, tokens_BL: Tensor, batch: Hashable = None) -> Tensor:
+        """Run the model up to its first block: the hidden states that enter it, windows first. Notes every block's
+        arguments, under the name of this batch."""
+        hidden, calls = self._pass(tokens_BL)
+        is_usual = hidden.ndim == USUAL_DIMS and len(hidden) == len(tokens_BL)
+        if not is_usual and not self._of_shape:
+            self._window_dim = _differing_dim(hidden, self._pass(tokens_BL.repeat(2, 1))[0])
+        known = self._of_shape.setdefault(tokens_BL.shape, calls)
+        shared = [(call.sharing(first), first) for call, first in zip(calls, known, strict=True)]
+        self._calls[batch] = tuple(call for call, _ in shared)
+        self.depend_on_tokens |= any(not call.has_tensors_of(first) for call, first in shared)
+        return hidden.movedim(self._window_dim, 0)
+
+    def run(self, batch: Hashable, block: int, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
+        """A block's output hidden states, windows first, and what it hands on besides."""
+        entering = hidden_BLD.movedim(0, self._window_dim)
+        output, between = self.of(batch, block).run(self._blocks[block], entering, between)
+        return output.movedim(self._window_dim, 0), between
+
+    def _pass(self, tokens_BL: Tensor) -> tuple[Tensor, tuple[BlockCall, ...]]:
+        """What enters the first block, and how each is called."""
         calls: list[BlockCall] = []
-        hidden_BLD: Tensor | None = None
-        poison_BLD: Tensor | None = None
+        hidden: list[Tensor] = []
+        travelling: tuple[Any, ...] = ()
+        shared: list[Any] = []
 
         def on_call(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal hidden_BLD, poison_BLD
+            nonlocal travelling
             name = f"block {block} of {type(self._model).__name__}"
-            entering_BLD, call = _split_arguments(args, kwargs, self._further is not None)
+            entering_BLD, call = split_arguments(args, kwargs, self._further is not None)
             if block != len(calls):
                 raise UnsupportedModel("the blocks do not run once each, in order", where=name)
-            if hidden_BLD is None or poison_BLD is None:
-                hidden_BLD, poison_BLD = entering_BLD, torch.full_like(entering_BLD, torch.nan)
-            elif entering_BLD is not poison_BLD:
+            if not hidden:
+                hidden.append(entering_BLD)
+            elif entering_BLD is not travelling[0]:
                 raise UnsupportedModel("the model changes the hidden states between its blocks", where=name)
-            _check_arguments(call, name)
-            calls.append(call)
+            calls.append(understood(call, travelling[1:], shared, name))
             if len(calls) == len(self._blocks):
                 raise StopForward
-            return self.as_output(poison_BLD)
+            further = mapped(self._further or (), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            travelling = (poison(entering_BLD), *further)
+            return travelling[0] if self._further is None else travelling
 
         with stubbed(self._blocks, on_call):
             forward(self._model, tokens_BL)
-        if hidden_BLD is None or len(calls) != len(self._blocks):
+        if not hidden or len(calls) != len(self._blocks):
             raise UnsupportedModel("the model did not run all its blocks", where=type(self._model).__name__)
-        self._keep(tokens_BL.shape, tuple(calls))
-        return hidden_BLD
+        return hidden[0], tuple(calls)
 
-    def of(self, shape_BL: torch.Size, block: int) -> BlockCall:
-        return self._calls[shape_BL][block]
+    @property
+    def hand_on(self) -> bool:
+        """Whether some block may take from another one more than its hidden states."""
+        calls = [call for calls in self._of_shape.values() for call in calls]
+        return any(isinstance(leaf, FromBefore | Shared) for call in calls for leaf in call.leaves)
+
+    def of(self, batch: Hashable, block: int) -> BlockCall:
+        return self._calls[batch][block]
+
+    def wanted_of(self, batch: Hashable, block: int) -> frozenset[int]:
+        """Places of a block's further outputs that the next one takes."""
+        calls = self._calls[batch]
+        return calls[block + 1].wanted if block + 1 < len(calls) else frozenset()
 
     def as_output(self, hidden_BLD: Tensor) -> Any:
-        """Hidden states in the form in which a block returns them."""
-        return hidden_BLD if self._further is None else (hidden_BLD, *self._further)
-
-    def _keep(self, shape_BL: torch.Size, calls: tuple[BlockCall, ...]) -> None:
-        known = self._calls.setdefault(shape_BL, calls)
-        for block, (first, second) in enumerate(zip(known, calls, strict=True)):
-            if first is not second and not _equal(first, second):
-                raise UnsupportedModel(
-                    "a block's arguments depend on the tokens", where=f"block {block} of {type(self._model).__name__}"
-                )
+        """Hidden states, windows first, in the form in which a block returns them."""
+        output = hidden_BLD.movedim(0, self._window_dim)
+        return output if self._further is None else (output, *self._further)
 
 
-def further_outputs(
-    model: PreTrainedModel, first_block: nn.Module, tokens_BL: Tensor
-) -> tuple[Tensor | None, ...] | None:
-    """What blocks return after the hidden states, made NaN; None if they return hidden states alone.
+def further_outputs(model: PreTrainedModel, first_block: nn.Module, tokens_BL: Tensor) -> tuple[Any, ...] | None:
+    """What blocks return after the hidden states, poisoned; None if they return hidden states alone.
 
-    `first_block` has its weights and is run once. Attention weights, say, are returned by some and used by no one; as
-    NaN they would show in another block's arguments if they were.
+    `first_block` has its weights and is run once. Attention weights, say, are returned by some and used by no one.
     """
     output: Any = None
 
@@ -128,26 +168,32 @@ def further_outputs(
         forward(model, tokens_BL)
     if isinstance(output, Tensor):
         return None
-    if not all(extra is None or (isinstance(extra, Tensor) and extra.is_floating_point()) for extra in output[1:]):
-        kinds = ", ".join(type(extra).__name__ for extra in output[1:])
+    if not isinstance(output, tuple | list) or not all(isinstance(leaf, Tensor | None) for leaf in leaves(output[1:])):
+        further = output[1:] if isinstance(output, tuple | list) else (output,)
+        kinds = ", ".join(type(extra).__name__ for extra in further)
         raise UnsupportedModel(
             "a block returns more than its hidden states", where=type(first_block).__name__, got=kinds
         )
-    return tuple(None if extra is None else torch.full_like(extra, torch.nan) for extra in output[1:])
+    return mapped(tuple(output[1:]), lambda leaf: None if leaf is None else poison(leaf))
 
 
-def check_causal(run: Callable[[Tensor], Tensor], hidden_1LD: Tensor, name: str) -> None:
+def check_causal(run: Callable[[Tensor], Tensor], hidden_1LD: Tensor, name: str, tokens: int) -> None:
     """Raises `UnsupportedModel` if what a block gives for the first half of a window depends on the second half.
 
     `run` gives the block's output. More than roundoff, sqrt(eps) of the dtype relative to the output, at more than half
-    of the positions: a router may decide a tie otherwise at one of them.
+    of the positions: a router may decide a tie otherwise at one of them. `tokens`: of the window.
     """
-    early = hidden_1LD.shape[1] // 2
-    other_1LD = hidden_1LD.clone()
-    other_1LD[:, early:] = -hidden_1LD[:, early:].flip(1)
-    first_1LD, second_1LD = (run(each)[:, :early].float() for each in (hidden_1LD, other_1LD))
-    change_L = (first_1LD - second_1LD).norm(dim=-1)[0]
-    tolerance_L = torch.finfo(hidden_1LD.dtype).eps ** 0.5 * first_1LD.norm(dim=-1)[0]
+    dim = next((dim for dim, size in enumerate(hidden_1LD.shape[:-1]) if dim and size == tokens), None)
+    if dim is None:
+        raise UnsupportedModel("what enters this block is not one hidden state a token", where=name)
+    early = hidden_1LD.shape[dim] // 2
+    kept, late = hidden_1LD.tensor_split([early], dim)
+    other_1LD = torch.cat([kept, -late.flip(dim)], dim)
+    first, second = (
+        run(each).narrow(dim, 0, early).float().movedim(dim, 0).flatten(1) for each in (hidden_1LD, other_1LD)
+    )
+    change_L = (first - second).norm(dim=-1)
+    tolerance_L = torch.finfo(hidden_1LD.dtype).eps ** 0.5 * first.norm(dim=-1)
     if (change_L > tolerance_L).float().sum() > early / 2:
         raise UnsupportedModel(
             "not a causal model: what this block gives for a token depends on later tokens",
@@ -163,6 +209,17 @@ def forward(model: PreTrainedModel, tokens_BL: Tensor) -> None:
         base(input_ids=tokens_BL, use_cache=False)
     except StopForward:
         return
+    except BROKEN as error:
+        raise unsupported(
+            error, "this model cannot be run on tokens alone, block by block", type(model).__name__
+        ) from error
+
+
+def unsupported(error: Exception, what: str, where: str) -> Exception:
+    """What to raise for something that a model's own code raised; memory that ran out is no fault of the model."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    return UnsupportedModel(what, where=where, got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 @contextmanager
@@ -176,6 +233,10 @@ def stubbed(blocks: nn.ModuleList, on_call: Callable[[int, tuple[Any, ...], dict
     finally:
         for index, block in enumerate(real):
             blocks[index] = block
+
+
+def _differing_dim(one: Tensor, two: Tensor) -> int:
+    return next((dim for dim, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b), 0)
 
 
 class _Stub(nn.Module):
@@ -196,43 +257,3 @@ class _Stub(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
-
-
-def _split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tuple_returned: bool) -> tuple[Tensor, BlockCall]:
-    if args:
-        return args[0], BlockCall(args[1:], dict(kwargs), tuple_returned)
-    named = dict(kwargs)
-    return named.pop(HIDDEN), BlockCall((), named, tuple_returned)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
-
-
-def _call_leaves(call: BlockCall) -> list[Any]:
-    return [leaf for value in (*call.positional, *call.named.values()) for leaf in _leaves(value)]
-
-
-def _check_arguments(call: BlockCall, name: str) -> None:
-    for leaf in _call_leaves(call):
-        if isinstance(leaf, Tensor):
-            if leaf.is_floating_point() and leaf.isnan().any():
-                raise UnsupportedModel("an argument of the block depends on the output of another block", where=name)
-        elif not isinstance(leaf, (type(None), bool, int, float, str)):
-            raise UnsupportedModel(
-                "an argument of the block may change between blocks", where=name, got=type(leaf).__name__
-            )
-
-
-def _equal(a: BlockCall, b: BlockCall) -> bool:
-    leaves_a, leaves_b = _call_leaves(a), _call_leaves(b)
-    if len(leaves_a) != len(leaves_b) or a.named.keys() != b.named.keys():
-        return False
-    return all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
-        for x, y in zip(leaves_a, leaves_b, strict=True)
-    )

@@ -13,9 +13,16 @@ import threading
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from crosscal.errors import UnsupportedModel
 
@@ -30,13 +37,27 @@ _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.un
 
 
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of causal language models that a config stands for; loads its module. Raises `UnsupportedModel`."""
-    try:
+    """The class of causal language models that a config stands for; loads its module.
+
+    Of a multimodal config that has no such class the one that its `architectures` name: the language model inside is
+    what is walked, and the rest of it stays as it is. Raises `UnsupportedModel`.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    except KeyError:
-        raise UnsupportedModel(
-            "not a causal language model that transformers knows", got=f"model type {config.model_type!r}"
-        ) from None
+    is_whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    for kind in (getattr(transformers, name, None) for name in config.architectures or ()):
+        if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel) or kind.config_class is not type(config):
+            continue
+        if is_whole or kind.__name__.endswith("ForCausalLM"):
+            return kind
+    raise UnsupportedModel(
+        "not a causal language model that transformers knows", got=f"model type {config.model_type!r}"
+    )
+
+
+def loading_class(config: PretrainedConfig) -> Any:
+    """What `from_pretrained` of gives the same model with its weights."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else causal_class(config)
 
 
 def build_skeleton(config: PretrainedConfig, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
@@ -80,13 +101,20 @@ def _compute_buffers(model: PreTrainedModel) -> None:
     owners: dict[str, PreTrainedModel] = {
         name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
     }
+    computed: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        computed = [key for key in module._buffers if key in module._non_persistent_buffers_set]
-        for key in computed:
+        for key in (key for key in module._buffers if key in module._non_persistent_buffers_set):
             if (buffer := module._buffers[key]) is not None and buffer.is_meta:
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-        if computed:
+                unset = torch.nan if buffer.is_floating_point() else 0
+                module._buffers[key] = computed[f"{name}.{key}"] = torch.full_like(buffer, unset, device="cpu")
+    # A buffer may be filled by its own module or by one around it (Falcon-H1: the model, for all its blocks).
+    around = {path.rpartition(".")[0] for path in computed}
+    for name, module in model.named_modules():
+        if any(f"{path}.".startswith(f"{name}." if name else "") for path in around):
             owner_of(name, owners)._init_weights(module)
+    for path, buffer in computed.items():
+        if buffer.is_floating_point() and buffer.isnan().all() and buffer.numel():
+            raise UnsupportedModel("transformers does not say what this table holds", where=path)
 
 
 def owner_of(name: str, owners: dict[str, PreTrainedModel]) -> PreTrainedModel:

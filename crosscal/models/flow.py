@@ -3,15 +3,19 @@
 Two sets stand at each tensor that a parameter had a part in. `by_value`: parameters whose values entered it through
 floating-point tensors only. `at_all`: also those whose part was a choice, made through integers or truth values (the
 indices of a top-k, a mask). What is in `at_all` of a matrix's input and not in `by_value` only decides what the matrix
-reads: it is a router.
+reads: it is a router. One that also weighs what experts read (Llama 4) is known by `picked`: matrices from whose own
+outputs indices were taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,13 +29,25 @@ class Origin:
 
     by_value: frozenset[str] = frozenset()
     at_all: frozenset[str] = frozenset()
+    nearest: frozenset[str] = frozenset()
+    """Of matrices: the last ones on the way."""
+    picked: frozenset[str] = frozenset()
+    """Those that were nearest where indices were taken."""
 
     def __or__(self, other: Origin) -> Origin:
-        return Origin(self.by_value | other.by_value, self.at_all | other.at_all)
+        return Origin(*(mine | its for mine, its in zip(self._sets, other._sets, strict=True)))
 
     @property
     def as_choice(self) -> Origin:
-        return Origin(frozenset(), self.at_all)
+        return Origin(frozenset(), self.at_all, frozenset(), self.picked)
+
+    @property
+    def as_indices(self) -> Origin:
+        return Origin(frozenset(), self.at_all, frozenset(), self.picked | self.nearest)
+
+    @property
+    def _sets(self) -> tuple[frozenset[str], ...]:
+        return (self.by_value, self.at_all, self.nearest, self.picked)
 
 
 NOTHING = Origin()
@@ -43,9 +59,13 @@ class DataFlow(TorchFunctionMode):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._parameters = {
-            id(parameter): Origin(frozenset((name,)), frozenset((name,)))
+            id(parameter): Origin(own := frozenset((name,)), own, own if parameter.ndim > 1 else frozenset())
             for name, parameter in block.named_parameters()
         }
+        self._outputs = {name: len(parameter) for name, parameter in block.named_parameters() if parameter.ndim}
+        self._experts: dict[str, int] = {}
+        self._watched: dict[int, str] = {}
+        self._on_routers: Callable[[frozenset[str]], object] = len
 
     def origin(self, value: Any) -> Origin:
         """Of a tensor, or of all tensors in nested tuples, lists and dicts."""
@@ -55,13 +75,49 @@ class DataFlow(TorchFunctionMode):
             found |= mine if tensor.is_floating_point() else mine.as_choice
         return found
 
+    def choosing(self, given: Any, read: Any) -> frozenset[str]:
+        """Parameters that only decide what a matrix reads, of all that it is given."""
+        return self.origin(given).at_all - self.origin(read).by_value
+
+    @contextmanager
+    def watching(
+        self, parameters: Mapping[str, Tensor], on_routers: Callable[[frozenset[str]], object]
+    ) -> Iterator[None]:
+        """Inside, what decides which rows these parameters are multiplied with is handed to `on_routers`."""
+        self._watched = {tensor.untyped_storage().data_ptr(): name for name, tensor in parameters.items()}
+        self._experts = {name: tensor.shape[0] for name, tensor in parameters.items() if tensor.ndim > 2}
+        self._on_routers = on_routers
+        yield
+        self._watched = {}
+
+    def _own(self, tensor: Tensor) -> frozenset[str]:
+        own = self._parameters.get(id(tensor))
+        return own.nearest if own else frozenset()
+
+    def _look(self, given: Any) -> None:
+        places = {tensor: self._watched.get(tensor.untyped_storage().data_ptr()) for tensor in _tensors(given)}
+        held = {name for name in places.values() if name is not None}
+        read = [tensor for tensor, name in places.items() if name is None and tensor.is_floating_point()]
+        if not held or not read:  # no product: taking one of a stack by its number, say
+            return
+        weighing = {
+            name
+            for name in self.origin(read).picked
+            if any(self._outputs[name] == self._experts.get(stack) for stack in held)
+        }
+        self._on_routers((self.choosing(given, read) - held) | weighing)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self._watched:
+            self._look((args, kwargs))
         origin = NOTHING if name in _SHAPE_ONLY else self.origin((args, kwargs))
         result = func(*args, **kwargs)
         if origin == NOTHING:
             return result
+        if own := {name for tensor in _tensors((args, kwargs)) for name in self._own(tensor)}:
+            origin = dataclasses.replace(origin, nearest=frozenset(own))
         # `x += y`, `x[i] = y`, `out=x`: the result is also, or only, in an argument
         is_in_place = (
             name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
@@ -74,7 +130,9 @@ class DataFlow(TorchFunctionMode):
 
 
 def _seen_through(tensor: Tensor, origin: Origin) -> Origin:
-    return origin if tensor.is_floating_point() else origin.as_choice
+    if tensor.is_floating_point() or tensor.is_complex():
+        return origin
+    return origin.as_choice if tensor.dtype == torch.bool else origin.as_indices
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

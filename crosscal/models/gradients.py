@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from crosscal.errors import ModelError
+from crosscal.errors import ModelError, UnsupportedModel
 from crosscal.lanes import Turns, side_by_side
+from crosscal.models.attaching import attached
 from crosscal.models.blocks import find_blocks, stubbed
 from crosscal.models.building import place_buffers
+from crosscal.models.calls import Between
 from crosscal.models.passes import Numbers, Passes
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import CACHED_TOKENS, Allocate, WalkReport, allocator, check_windows, enter
-from crosscal.models.weights import attached
 from crosscal.statistics.finite import all_finite
 
 MOST_WINDOWS = 16
@@ -87,6 +88,12 @@ def walk_back(
     with torch.no_grad(), ExitStack() as stack:
         start = partial(enter, source, slices, stack, Numbers(device, dtype, batch_tokens), spill_to)
         [run] = side_by_side([start], device, threads_each=1)
+        if run.calls.hand_on or run.calls.depend_on_tokens:
+            raise UnsupportedModel(
+                "blocks of this model read more than hidden states; no gradients are taken through that",
+                where=source.block_name(0),
+                do="Leave out methods that need gradients (`crosscal methods` says which do).",
+            )
         kept = _forward(run, first, stack.enter_context(allocator(device, spill_to)), told)
         _head(run, slices)
         told("loss")
@@ -120,7 +127,9 @@ def _forward(run: Passes, first: int, allocate: Allocate, told: Callable[[str], 
     kept: list[dict[str, Tensor]] = []
     for index, weights in _weights(run, range(run.source.blocks)):
         if index >= first:
-            kept.append({name: allocate(each.shape, each.dtype).copy_(each) for name, each in run.hidden.items()})
+            kept.append(
+                {name: allocate(each.shape, each.dtype).copy_(each) for name, each in run.stream.hidden.items()}
+            )
         with attached(run.blocks[index], weights):
             run.pass_on(index)
         told(run.source.block_name(index))
@@ -139,13 +148,13 @@ def _head(run: Passes, slices: Mapping[str, Tensor]) -> None:
 
     def of_window(name: str, window: int) -> None:
         tokens_1L = slices[name][window : window + 1].to(numbers.device)
-        hidden_1LD = run.hidden[name][window : window + 1].to(numbers.device, copy=True).requires_grad_()
-        present.output = run.calls.as_output(hidden_1LD)
+        hidden_1LD = run.stream.hidden[name][window : window + 1].to(numbers.device, copy=True).requires_grad_()
         with torch.enable_grad():
+            present.output = run.calls.as_output(hidden_1LD)
             logits_RV = model(input_ids=tokens_1L, use_cache=False).logits[0, :-1]
             loss = functional.cross_entropy(logits_RV.to(numbers.sums_dtype), tokens_1L[0, 1:])
             (gradient_1LD,) = torch.autograd.grad(loss, hidden_1LD)
-        run.hidden[name][window : window + 1] = gradient_1LD.to(run.hidden[name])
+        run.stream.hidden[name][window : window + 1] = gradient_1LD.to(run.stream.hidden[name])
 
     weights = source.load_outside(dtype=numbers.dtype, device=numbers.device, with_head=True)
     with attached(model, weights), stubbed(find_blocks(model)[1], lambda *_: present.output):
@@ -168,11 +177,11 @@ def _one_block_back(
         hidden_1LD = inputs[name][here].to(numbers.device, copy=True).requires_grad_()
         with torch.enable_grad():
             # A copy: a block may add to its input in place.
-            output_1LD = run.calls.of(hidden_1LD.shape[:2], index).run(block, hidden_1LD.clone())
-            output_gradient_1LD = run.hidden[name][here].to(numbers.device)
+            output_1LD = run.calls.run((name, None), index, hidden_1LD.clone(), Between())[0]
+            output_gradient_1LD = run.stream.hidden[name][here].to(numbers.device)
             # A parameter that no token of the window came by (an expert) has no gradient.
             found = torch.autograd.grad(output_1LD, [hidden_1LD, *asked], output_gradient_1LD, allow_unused=True)
-        run.hidden[name][here] = found[0].to(run.hidden[name])
+        run.stream.hidden[name][here] = found[0].to(run.stream.hidden[name])
         if asked:
             with turns[name].job(window), turns[name].turn("sum", window):
                 for total, gradient in zip(sums[name].values(), found[1:], strict=True):

@@ -15,11 +15,11 @@ from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.compressors.model_compressors import model_compressor
 from compressed_tensors.quantization.lifecycle import apply
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from crosscal.errors import ModelError
 from crosscal.models import adapter
-from crosscal.models.building import ONE_AT_A_TIME, place_buffers
+from crosscal.models.building import ONE_AT_A_TIME, loading_class, place_buffers
 from crosscal.models.encoded import encoding_of
 from crosscal.models.source import ModelSource
 from crosscal.models.tensor_files import AGAIN, INDEX, SINGLE
@@ -42,7 +42,7 @@ def load_variant(
         if encoding_of(getattr(config, "quantization_config", None)):
             return _decoded(folder, device, dtype)
         with ONE_AT_A_TIME:
-            model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+            model, report = loading_class(config).from_pretrained(  # a pair, with output_loading_info
                 folder,
                 dtype=dtype or "auto",
                 trust_remote_code=False,

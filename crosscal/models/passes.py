@@ -8,23 +8,23 @@ Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crosscal.errors import ModelError, UnsupportedModel
 from crosscal.lanes import Turns, side_by_side
-from crosscal.models import experts
-from crosscal.models.blocks import BlockCalls, StopForward, check_causal
+from crosscal.models.blocks import BROKEN, BlockCalls, StopForward, check_causal, unsupported
+from crosscal.models.calls import Between
+from crosscal.models.capture import capture
 from crosscal.models.fast_linears import fast_linears
+from crosscal.models.finding import find_matrices, without_tied
 from crosscal.models.producers import with_producers
-from crosscal.models.sites import Matrices, Site, find_matrices, input_of, pre_hooks
+from crosscal.models.sites import Matrices, Site
 from crosscal.models.source import ModelSource
 from crosscal.statistics.blas import BLAS
 from crosscal.statistics.finite import all_finite
@@ -48,32 +48,57 @@ class Numbers:
 
 
 @dataclass(frozen=True, eq=False)
+class Stream:
+    """What has come out of the blocks so far; overwritten in place."""
+
+    hidden: Mapping[str, Tensor]
+    """Slice -> hidden_SLD."""
+    between: dict[tuple[str, int], Between] = field(default_factory=dict)
+    """(slice, first window) of a batch -> what blocks hand on besides."""
+
+    def between_of(self, name: str, batch: slice) -> Between:
+        return self.between.get((name, batch.start), Between())
+
+
+@dataclass(frozen=True, eq=False)
 class Passes:
     """What stays the same from block to block, and the hidden states, which do not."""
 
     source: ModelSource
     blocks: nn.ModuleList
     calls: BlockCalls
-    hidden: Mapping[str, Tensor]
-    """Slice -> hidden_SLD, overwritten in place."""
+    stream: Stream
     numbers: Numbers
-    dense: Mapping[str, Tensor] | None = None
+    tokens: Mapping[str, int]
+    """Slice -> L."""
+    dense: Stream | None = None
     """The same of the dense model, where inputs are wanted in pairs."""
 
     def find_matrices(self, index: int) -> Matrices:
         """Raises `UnsupportedModel` for a matrix that cannot be calibrated and for a block that is not causal."""
-        first_1LD = next(iter(self.hidden.values()))[:1]
-        check_causal(lambda hidden_1LD: self._run_batch(index, hidden_1LD), first_1LD, self.source.block_name(index))
-        block, run = self.blocks[index], lambda: self._run_batch(index, first_1LD)
+        name, hidden_SLD = next(iter(self.stream.hidden.items()))
+        first_1LD, between = hidden_SLD[:1], self.stream.between_of(name, slice(0, 1)).first()
+
+        where = self.source.block_name(index)
+
+        def run_on(hidden_1LD: Tensor) -> Tensor:
+            try:
+                return self._run(index, hidden_1LD, (name, None), between)[0]
+            except BROKEN as error:
+                raise unsupported(error, "this block cannot be run by itself", where) from error
+
+        check_causal(run_on, first_1LD, where, self.tokens[name])
+        block, run = self.blocks[index], lambda: run_on(first_1LD)
         found = find_matrices(block, run)
         tied = self.source.tied_in_block(index)
+        found = without_tied(found, tied)
         return dataclasses.replace(found, sites=with_producers(block, found.sites, run, tied))
 
-    def pass_on(self, index: int, stream: Mapping[str, Tensor] | None = None) -> None:
-        """Run a block over all slices of `hidden`, or of another stream; its outputs replace its inputs. Raises
+    def pass_on(self, index: int, stream: Stream | None = None) -> None:
+        """Run a block over all slices, or over those of another stream; its outputs replace its inputs. Raises
         `ModelError` when one is not finite."""
-        hidden = self.hidden if stream is None else stream
-        self._over_batches(index, lambda name, number, batch: [self._pass_batch(index, hidden[name], batch)])
+        passed = stream or self.stream
+        self._over_batches(index, lambda name, number, batch: [self._pass_batch(index, passed, name, batch)])
 
     def accumulate(
         self,
@@ -90,7 +115,7 @@ class Passes:
         Raises `ModelError` for inputs or outputs that are not finite, `UnsupportedModel` where a site's inputs in the
         two streams are not of the same tokens.
         """
-        accumulators = {name: self._accumulators(sites, statistics) for name in self.hidden}
+        accumulators = {name: self._accumulators(sites, statistics) for name in self.stream.hidden}
         sums = {name: Sums(of_slice) for name, of_slice in accumulators.items()}
         if self.dense is not None and (routed := [site.name for site in sites if site.matrices[0].expert is not None]):
             raise not_paired(f"{self.source.block_name(index)}.{routed[0]}")
@@ -105,11 +130,11 @@ class Passes:
                 with sums[name].batch(number):
                     finite = []
                     if self.dense is not None:
-                        note = partial(self._note, dense, index, tokens=self.dense[name][batch].shape[:2].numel())
+                        note = partial(self._note, dense, index, tokens=(batch.stop - batch.start) * self.tokens[name])
                         with taking(note, stop_after_last=not keep_dense):
-                            finite = self._pass_or_stop(index, self.dense[name], batch, keep=keep_dense)
+                            finite = self._pass_or_stop(index, self.dense, name, batch, keep=keep_dense)
                     with taking(add, stop_after_last=not keep_outputs):
-                        return finite + self._pass_or_stop(index, self.hidden[name], batch, keep=keep_outputs)
+                        return finite + self._pass_or_stop(index, self.stream, name, batch, keep=keep_outputs)
 
             self._over_batches(index, run)
         moments = {
@@ -136,8 +161,8 @@ class Passes:
         """Run the batches of all slices; `run` says of a batch whether its outputs are finite. Raises `ModelError`."""
         names_and_runs = [
             (name, partial(run, name, number, batch))
-            for name, hidden_SLD in self.hidden.items()
-            for number, batch in enumerate(batches(hidden_SLD, self.numbers.batch_tokens))
+            for name, hidden_SLD in self.stream.hidden.items()
+            for number, batch in enumerate(batches(len(hidden_SLD), self.tokens[name], self.numbers.batch_tokens))
         ]
         # BLAS has threads of its own, which would wait for work at full speed on the other lanes' cores.
         with fast_linears(self.blocks[index], tokens=self.numbers.batch_tokens), BLAS.one_thread():
@@ -145,27 +170,35 @@ class Passes:
             answers = side_by_side(runs, self.numbers.device, most=MOST_BATCHES, threads_each=1)
         self._check_outputs(index, [(name, finite) for (name, _), finite in zip(names_and_runs, answers, strict=True)])
 
-    def _pass_or_stop(self, index: int, hidden_SLD: Tensor, batch: slice, *, keep: bool) -> list[Tensor]:
+    def _pass_or_stop(self, index: int, stream: Stream, name: str, batch: slice, *, keep: bool) -> list[Tensor]:
         """Whether the outputs are finite, where they are kept."""
         if keep:
-            return [self._pass_batch(index, hidden_SLD, batch)]
+            return [self._pass_batch(index, stream, name, batch)]
         with suppress(StopForward):
-            self._run_batch(index, hidden_SLD[batch])
+            self._run_batch(index, stream, name, batch)
         return []
 
-    def _pass_batch(self, index: int, hidden_SLD: Tensor, batch: slice) -> Tensor:
+    def _pass_batch(self, index: int, stream: Stream, name: str, batch: slice) -> Tensor:
         """Whether the outputs are finite: a tensor, so that a GPU is not waited for."""
-        output_BLD = self._run_batch(index, hidden_SLD[batch])
+        output_BLD, between = self._run_batch(index, stream, name, batch)
+        hidden_SLD, key = stream.hidden[name], (name, batch.start)
         hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
+        wanted = self.calls.wanted_of(key, index)
+        outputs = tuple(leaf if place in wanted else None for place, leaf in enumerate(between.outputs))
+        stream.between[key] = Between(outputs, between.shared)
         return _is_finite(output_BLD)
 
-    def _run_batch(self, index: int, hidden_BLD: Tensor) -> Tensor:
+    def _run_batch(self, index: int, stream: Stream, name: str, batch: slice) -> tuple[Tensor, Between]:
+        key = (name, batch.start)
+        return self._run(index, stream.hidden[name][batch], key, stream.between_of(name, batch))
+
+    def _run(self, index: int, hidden_BLD: Tensor, batch: Hashable, between: Between) -> tuple[Tensor, Between]:
         # A copy: a block may add to its input in place.
-        call = self.calls.of(hidden_BLD.shape[:2], index)
-        return call.run(self.blocks[index], hidden_BLD.to(self.numbers.device, copy=True))
+        hidden_BLD = hidden_BLD.to(self.numbers.device, copy=True)
+        return self.calls.run(batch, index, hidden_BLD, between)
 
     def _check_outputs(self, index: int, finite: list[tuple[str, list[Tensor]]]) -> None:
-        for name in self.hidden:
+        for name in self.stream.hidden:
             parts = [part for owner, of_batch in finite if owner == name for part in of_batch]
             if parts and not torch.stack(parts).all():
                 raise self._not_finite(f"the hidden states of slice {name!r} are not finite after block {index}")
@@ -204,10 +237,10 @@ def _is_finite(output_BLD: Tensor) -> Tensor:
     return finite if finite else output_BLD.isfinite().all()
 
 
-def batches(tokens_SL: Tensor, batch_tokens: int) -> Iterator[slice]:
-    """Ranges of windows with about `batch_tokens` tokens, and at least one window."""
-    windows = max(1, batch_tokens // tokens_SL.shape[1])
-    return (slice(start, min(start + windows, len(tokens_SL))) for start in range(0, len(tokens_SL), windows))
+def batches(count: int, length: int, batch_tokens: int) -> Iterator[slice]:
+    """Ranges of `count` windows with about `batch_tokens` tokens, and at least one window."""
+    windows = max(1, batch_tokens // length)
+    return (slice(start, min(start + windows, count)) for start in range(0, count, windows))
 
 
 class Sums:
@@ -226,60 +259,3 @@ class Sums:
     def batch(self, number: int) -> AbstractContextManager[None]:
         """A batch adds inside; those that come later do not wait for it any more afterwards."""
         return self._turns.job(number)
-
-
-Take = Callable[[str, Tensor], None]
-"""Called with a site and its input."""
-
-
-class Taking(Protocol):
-    def __call__(self, take: Take, *, stop_after_last: bool = False) -> AbstractContextManager[None]: ...
-
-
-class _Pass(threading.local):
-    """What takes the inputs of the present thread's pass, and which sites it has reached."""
-
-    take: Take
-    stops: bool
-    reached: set[str]
-
-
-@contextmanager
-def capture(block: nn.Module, sites: Sequence[Site]) -> Iterator[Taking]:
-    """Inside, a forward pass of the block within `with taking(take)` has `take` called with the input of each site.
-
-    A stacked expert gets the rows of the tokens routed to it; its inner activations are computed once more for that.
-    `stop_after_last`: the pass ends with `StopForward` once every site has had its input, before the last of them
-    computes anything. A pass in which one has none (a starved expert) runs to its end. `find_sites` has seen that no
-    site is reached twice.
-    """
-    linear_sites = {site.name: site for site in sites if site.matrices[0].expert is None}
-    stacks = {site.matrices[0].parameter.rpartition(".")[0] for site in sites if site.matrices[0].expert is not None}
-    watched = {*linear_sites, *stacks}
-    present = _Pass()
-
-    @contextmanager
-    def taking(take: Take, *, stop_after_last: bool = False) -> Iterator[None]:
-        present.take, present.stops, present.reached = take, stop_after_last, set()
-        yield
-
-    def note_reached(name: str) -> None:
-        present.reached.add(name)
-        if present.stops and present.reached == watched:
-            raise StopForward
-
-    def note_linear(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        present.take(name, input_of(args, kwargs))
-        note_reached(name)
-
-    def note_experts(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for expert, input_TH, input_TF in experts.routed_inputs(module, args, kwargs):
-            present.take(f"{name}.{expert}.{experts.up_name(module)}", input_TH)
-            present.take(f"{name}.{expert}.down_proj", input_TF)
-        note_reached(name)
-
-    with (
-        pre_hooks({name: block.get_submodule(name) for name in linear_sites}, note_linear),
-        pre_hooks({name: block.get_submodule(name) for name in stacks}, note_experts),
-    ):
-        yield taking

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crosscal.models.attaching import attached
 from crosscal.models.sites import Producer, Site, input_of, is_linear, pre_hooks, replaced_parameters
-from crosscal.models.weights import attached
 
 OFFSETS = (0.0, 1.0)
 """Gains are stored as they are, or less one (Gemma)."""
@@ -70,7 +70,7 @@ def _makers(block: nn.Module, sites: Sequence[Site], run: Callable[[], object]) 
         if version == read._version:
             makers[name] = norm
 
-    linears = {site.name: block.get_submodule(site.name) for site in sites if site.matrices[0].expert is None}
+    linears = {site.name: block.get_submodule(site.name) for site in sites if site.is_called}
     with ExitStack() as stack, pre_hooks(linears, note_input):
         for name, norm in block.named_modules():
             if _is_norm(norm):

@@ -1,21 +1,17 @@
-"""The input sites of a decoder block: which of its matrices read the same tensor.
+"""The matrices of a decoder block, and its input sites: which of them read the same tensor.
 
 Shapes: O outputs, I inputs of a matrix, E experts.
-
-Found by watching one forward pass: linears that are handed the same tensor object share a site (q, k, v; gate, up).
-Every matrix of the block is accounted for: solved, or named with the reason why it stays as it is. Routers of mixtures
-of experts do: they are tiny, and a changed choice of expert is not an error that a Hessian of their inputs measures.
-What a router is follows from the flow of the data (`flow.py`), not from names or sizes. Anything else that is large and
-not understood is an error, never a silent omission.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from crosscal.errors import UnsupportedModel
 from crosscal.models import experts
 from crosscal.models.blocks import find_blocks
-from crosscal.models.flow import DataFlow
-
-LARGE = 16
-"""A parameter is a matrix to account for when two of its dimensions exceed this: depthwise convolutions and the state
-matrices of recurrent layers stay below, and have nothing to prune."""
-ROUTER = "a router: it only chooses what others read"
-GATE = "a gate of one output"
-SMALL = f"no two dimensions above {LARGE}"
 
 
 @dataclass(frozen=True)
@@ -47,10 +35,17 @@ class MatrixRef:
     """Its place in a stack of experts."""
     transposed: bool = False
     """Stored as [I, O]."""
+    parts: int | None = None
+    """A two-dimensional parameter holds so many experts, one below the other."""
+    is_called: bool = True
+    """It belongs to a linear, or a stack of experts, that the block calls: not multiplied by elsewhere."""
+
+    NOT_CALLED: ClassVar[str] = "it is multiplied by without a linear, which alone can be packed"
 
     def weight_OI(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """A view of the matrix, outputs first."""
         stored = parameters[self.parameter]
+        stored = stored if self.parts is None else stored.unflatten(0, (self.parts, -1))
         stored = stored if self.expert is None else stored[self.expert]
         return stored.mT if self.transposed else stored
 
@@ -104,6 +99,18 @@ class Site:
     no_producer: str = ""
     """Why scales of this input cannot be moved anywhere."""
 
+    @property
+    def is_called(self) -> bool:
+        """Whether its matrices belong to linears that the block calls."""
+        return self.matrices[0].is_called and self.matrices[0].expert is None
+
+    def without(self, block: str, leave_dense: Collection[str]) -> Site:
+        """The site without the matrices that a pattern names; as these read the same input, it cannot be scaled."""
+        kept = tuple(matrix for matrix in self.matrices if not is_left(f"{block}.{matrix.name}", leave_dense))
+        if len(kept) == len(self.matrices):
+            return self
+        return dataclasses.replace(self, matrices=kept, producer=None, no_producer="a matrix that reads it stays dense")
+
 
 @dataclass(frozen=True)
 class LeftDense:
@@ -113,6 +120,8 @@ class LeftDense:
     """E.g. `mlp.gate`."""
     parameter: str
     reason: str
+    must_be_asked: bool = False
+    """It could not be calibrated: only a plan that names it may go on."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,37 @@ class Matrices:
 
     sites: tuple[Site, ...]
     left_dense: tuple[LeftDense, ...]
+
+    def check(self, block: str, leave_dense: Collection[str] = ()) -> None:
+        """As `check_all`, of one block with this name, e.g. `model.layers.3`."""
+        check_all({block: self}, leave_dense)
+
+
+def check_all(found: Mapping[str, Matrices], leave_dense: Collection[str] = ()) -> None:
+    """Raises `UnsupportedModel` if some matrix cannot be calibrated that no pattern of `leave_dense` matches.
+
+    `found`: by the blocks' names. All such matrices are named at once.
+    """
+    missing = [
+        (f"{block}.{one.name}".removeprefix("."), one)
+        for block, matrices in found.items()
+        for one in matrices.left_dense
+        if one.must_be_asked and not is_left(f"{block}.{one.name}", leave_dense)
+    ]
+    if missing:
+        where, first = missing[0]
+        patterns = list(dict.fromkeys(f"*.{one.name}" for _, one in missing))
+        raise UnsupportedModel(
+            first.reason,
+            where=where,
+            got=f"{len(missing)} such matrices" if len(missing) > 1 else "",
+            do=f"To compress the others, name it in the plan: `leave_dense: {json.dumps(patterns)}`.",
+        )
+
+
+def is_left(layer: str, patterns: Collection[str]) -> bool:
+    """Whether a pattern (`*.encoder_attn.*`) matches a matrix's full name."""
+    return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[MatrixRef, Tensor]) -> dict[str, Tensor]:
@@ -131,52 +171,6 @@ def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[Ma
             changed[matrix.parameter] = parameters[matrix.parameter].detach().clone()
         matrix.weight_OI(changed).copy_(weight_OI)
     return changed
-
-
-def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
-    """The sites alone of what `find_matrices` finds."""
-    return find_matrices(block, run).sites
-
-
-def find_matrices(block: nn.Module, run: Callable[[], object]) -> Matrices:
-    """Every matrix of a block, seen while `run()` runs it once in this thread.
-
-    Raises `UnsupportedModel`, naming the module, for a matrix that cannot be calibrated.
-    """
-    linears = {name: module for name, module in block.named_modules() if is_linear(module) and _outputs(module) > 1}
-    stacks = {name: module for name, module in block.named_modules() if experts.is_experts(module)}
-    flow = DataFlow(block)
-    routers: set[str] = set()
-    seen: dict[str, Tensor] = {}  # holds the inputs, so that no tensor's identity is used again
-    versions: dict[str, int] = {}
-    stacks_seen: set[str] = set()
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in seen or name in stacks_seen:
-            raise UnsupportedModel("this matrix is used more than once in a block", where=name)
-        read = input_of(args, kwargs) if name in linears else next(iter(_arguments(module, args, kwargs)))
-        choosing = flow.origin((args, kwargs)).at_all - flow.origin(read).by_value
-        routers.update(choosing)
-        if name in linears:
-            seen[name], versions[name] = read, read._version
-            return
-        stacks_seen.add(name)
-        if not choosing:
-            raise UnsupportedModel("what routes tokens to these experts cannot be told", where=name)
-
-    with pre_hooks(linears | stacks, note), flow:
-        run()
-    solved = {name: module for name, module in linears.items() if f"{name}.weight" not in routers}
-    _refuse_unknown(block, solved, routers)
-    unused = [name for name in solved if name not in seen]
-    if unused:
-        raise UnsupportedModel("this matrix never receives an input, so it cannot be calibrated", where=unused[0])
-    shared: dict[tuple[int, int], list[str]] = {}
-    for name in (name for name in seen if name in solved):
-        shared.setdefault((id(seen[name]), versions[name]), []).append(name)
-    dense = [_linear_site(names, solved) for names in shared.values()]
-    sites = (*dense, *(site for name, module in stacks.items() for site in _expert_sites(name, module)))
-    return Matrices(sites, tuple(_left_dense(block, sites, routers)))
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -195,13 +189,8 @@ def without_bias(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys([*lacking, *(name for name, module in modules if experts.is_experts(module))]))
 
 
-def _outputs(linear: nn.Module) -> int:
+def outputs(linear: nn.Module) -> int:
     return linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """A call's arguments in the order of the module's signature."""
-    return list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
 
 
 @contextmanager
@@ -217,46 +206,3 @@ def pre_hooks(
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-
-
-def _linear_site(names: list[str], linears: Mapping[str, nn.Module]) -> Site:
-    matrices = tuple(MatrixRef(name, f"{name}.weight", transposed=isinstance(linears[name], Conv1D)) for name in names)
-    return Site(
-        names[0],
-        matrices,
-        matrices[0].weight_OI({matrices[0].parameter: linears[names[0]].get_parameter("weight")}).shape[1],
-    )
-
-
-def _expert_sites(name: str, module: nn.Module) -> Iterator[Site]:
-    for expert in range(experts.count(module)):
-        for part in (experts.up_name(module), "down_proj"):
-            path = f"{name}.{part}".removeprefix(".")
-            matrix = MatrixRef(f"{name}.{expert}.{part}".removeprefix("."), path, expert, bool(module.is_transposed))
-            yield Site(matrix.name, (matrix,), matrix.weight_OI({path: module.get_parameter(part)}).shape[1])
-
-
-def _left_dense(block: nn.Module, sites: tuple[Site, ...], routers: set[str]) -> Iterator[LeftDense]:
-    solved = {matrix.parameter for site in sites for matrix in site.matrices}
-    stacks = {name for name, module in block.named_modules() if experts.is_experts(module)}
-    for parameter, tensor in block.named_parameters():
-        owner, _, kind = parameter.rpartition(".")
-        if tensor.ndim < 2 or parameter in solved or owner in stacks:  # what else a stack holds are its biases
-            continue
-        is_gate = is_linear(block.get_submodule(owner)) and _outputs(block.get_submodule(owner)) == 1
-        reason = ROUTER if parameter in routers else GATE if is_gate else SMALL
-        yield LeftDense(owner if kind == "weight" else parameter, parameter, reason)
-
-
-def _refuse_unknown(block: nn.Module, solved: Mapping[str, nn.Module], routers: set[str]) -> None:
-    for name, module in block.named_modules():
-        for parameter, tensor in module.named_parameters(recurse=False):
-            path = f"{name}.{parameter}".removeprefix(".")
-            is_large = tensor.ndim > 1 and sorted(tensor.shape)[-2] > LARGE
-            is_known = path in routers or experts.is_experts(module) or (name in solved and parameter == "weight")
-            if is_large and not is_known:
-                raise UnsupportedModel(
-                    f"{type(module).__name__} holds a matrix that crosscal does not know how to calibrate",
-                    where=path,
-                    got=f"shape {tuple(tensor.shape)}",
-                )

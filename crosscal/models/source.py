@@ -16,12 +16,17 @@ from typing import Any, TypeVar, overload
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crosscal.errors import ModelError
-from crosscal.models.blocks import find_blocks
+from crosscal.models.blocks import BROKEN, find_blocks
 from crosscal.models.building import build_skeleton, causal_class
 from crosscal.models.encoded import ENCODINGS, encoded_tensors, encoding_of, without_unused
 from crosscal.models.export import dense_linears
@@ -32,6 +37,7 @@ from crosscal.models.weights import Weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
 _COMPUTED = re.compile(r"\.(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 """Tables that older versions of transformers stored and that models compute."""
 
@@ -166,12 +172,14 @@ class ModelSource:
     @property
     def max_positions(self) -> int | None:
         """The longest window the config allows, where it says so."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        config = self.config.get_text_config()
+        said = [getattr(config, name, None) for name in _POSITIONS]
+        return next((positions for positions in said if isinstance(positions, int) and positions > 0), None)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, *BROKEN) as error:
             raise ModelError(
                 "the model's tokenizer cannot be loaded", where=str(self.path), got=_first_line(error)
             ) from error
@@ -183,7 +191,7 @@ class ModelSource:
     def _built(self, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
         try:
             return build_skeleton(deepcopy(self.config), kind, dtype)
-        except (ValueError, ImportError) as error:
+        except BROKEN as error:
             raise ModelError(
                 f"no {kind.__name__} can be built from the config", where=str(self.path), got=_first_line(error)
             ) from error
@@ -263,7 +271,7 @@ def _local_directory(name: str, revision: str | None) -> Path:
 def _read_config(path: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *BROKEN) as error:
         raise ModelError("the model's config cannot be read", where=str(path), got=_first_line(error)) from error
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization and encoding_of(quantization) is None:
@@ -285,4 +293,6 @@ def _take_encoding(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError):  # the first of its lines only says that a check failed
+        return " ".join(str(error).split())
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from crosscal.errors import ModelError, UsageError
 from crosscal.lanes import side_by_side
+from crosscal.models.attaching import attached
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.building import place_buffers
-from crosscal.models.passes import Numbers, Passes, batches
+from crosscal.models.passes import Numbers, Passes, Stream, batches
 from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
-from crosscal.models.weights import attached
 from crosscal.statistics.moments import InputMoments
 from crosscal.statistics.statistic import EVERY, Statistic, streams_of
 
@@ -137,19 +137,26 @@ def walk(
 
 def survey(source: ModelSource) -> list[Matrices]:
     """The matrices of every block, before anything is calibrated: of blocks that are built alike one is read and run,
-    on one window of made-up tokens. Raises what `walk` would raise for them."""
-    length = min(SURVEY_TOKENS, source.max_positions or SURVEY_TOKENS)
+    on one window of made-up tokens; all are where blocks hand on more than hidden states. Raises what `walk` would
+    raise for them."""
+    length = min(SURVEY_TOKENS, max(2, (source.max_positions or 2 * SURVEY_TOKENS) // 2))
     chance = torch.Generator().manual_seed(0)
     tokens_1L = torch.randint(source.config.get_text_config().vocab_size, (1, length), generator=chance)
     numbers, of_kind, found = Numbers(torch.device("cpu"), torch.float32, length), {}, []
     with torch.no_grad(), ExitStack() as stack:
         run = enter(source, {"made up": tokens_1L}, stack, numbers, None)
         for index, block in enumerate(run.blocks):
-            kind = tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items())
-            if kind not in of_kind:
-                with attached(block, source.load_block(index, dtype=numbers.dtype)):
-                    of_kind[kind] = run.find_matrices(index)
-            found.append(of_kind[kind])
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items())
+            kind = (shapes, frozenset(source.tied_in_block(index)))
+            if kind in of_kind and not run.calls.hand_on:
+                found.append(of_kind[kind])
+                continue
+            with attached(block, source.load_block(index, dtype=numbers.dtype)):
+                found.append(of_kind[kind] if kind in of_kind else run.find_matrices(index))
+                if run.calls.hand_on:  # a later block needs what this one leaves
+                    run.pass_on(index)
+            if not any(left.must_be_asked for left in found[-1].left_dense):  # another may use what this one does not
+                of_kind[kind] = found[-1]
     return found
 
 
@@ -203,9 +210,10 @@ def enter(
         with attached(blocks[0], source.load_block(0, dtype=numbers.dtype, device=numbers.device)):
             calls = BlockCalls(model, further_outputs(model, blocks[0], probe_BL))
         allocate = stack.enter_context(allocator(numbers.device, spill_to))
-        hidden = {name: _hidden_of(tokens_SL, calls, numbers, allocate) for name, tokens_SL in slices.items()}
+        hidden = {name: _hidden_of(name, each, calls, numbers, allocate) for name, each in slices.items()}
+    tokens = {name: tokens_SL.shape[1] for name, tokens_SL in slices.items()}
     dense = {name: allocate(each.shape, each.dtype).copy_(each) for name, each in hidden.items()} if in_pairs else None
-    return Passes(source, blocks, calls, hidden, numbers, dense)
+    return Passes(source, blocks, calls, Stream(hidden), numbers, tokens, Stream(dense) if dense else None)
 
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
@@ -225,12 +233,12 @@ def allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]
         yield lambda shape, dtype: mapped(next(files), size=shape.numel(), dtype=dtype).view(shape)
 
 
-def _hidden_of(tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate: Allocate) -> Tensor:
+def _hidden_of(name: str, tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate: Allocate) -> Tensor:
     """What enters the first block, [S, L, D]; a walk overwrites it in place, block after block."""
-    first_1LD = calls.enter(tokens_SL[:1].to(numbers.device))
-    hidden_SLD = allocate(torch.Size((*tokens_SL.shape, first_1LD.shape[-1])), first_1LD.dtype)
-    for batch in batches(tokens_SL, numbers.batch_tokens):
-        hidden_SLD[batch] = calls.enter(tokens_SL[batch].to(numbers.device))
+    first_1LD = calls.enter(tokens_SL[:1].to(numbers.device), (name, None))
+    hidden_SLD = allocate(torch.Size((len(tokens_SL), *first_1LD.shape[1:])), first_1LD.dtype)
+    for batch in batches(len(tokens_SL), tokens_SL.shape[1], numbers.batch_tokens):
+        hidden_SLD[batch] = calls.enter(tokens_SL[batch].to(numbers.device), (name, batch.start))
     return hidden_SLD
 
 

@@ -8,14 +8,14 @@ are asked for and no others, so that a block can be read without the rest of the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import SkipParameters, dot_natural_key, revert_weight_conversion
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -44,6 +44,7 @@ class Weights:
         self._naming = Naming(model)
         self._expected = self._naming.expected
         self._sources, self.strays = self._match_names()
+        self._tied = self._stored_once()
 
     def load(
         self, wanted: Wanted, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -55,11 +56,18 @@ class Weights:
         loaded: dict[str, Tensor] = {}
         with ExitStack() as stack:
             reader = Reader(self.stored_in, self.encoded, stack)
-            for target, sources in self._sources.items():
-                if wanted(target):
-                    kept_dtype = self._dtype_of(target, dtype)
-                    tensors = [(key, pattern, _moved(reader(key), kept_dtype, device)) for key, pattern in sources]
-                    loaded.update(self._assemble(target, tensors))
+
+            def read(target: str) -> dict[str, Tensor]:
+                kept_dtype = self._dtype_of(target, dtype)
+                sources = self._sources[target]
+                tensors = [(key, pattern, _moved(reader(key), kept_dtype, device)) for key, pattern in sources]
+                return self._assemble(target, tensors)
+
+            for target in filter(wanted, self._sources):
+                loaded.update(read(target))
+            for target, stored in self._tied.items():
+                if wanted(target) and target not in loaded:
+                    loaded[target] = loaded[stored] if stored in loaded else read(stored)[stored]
         self._check_complete(loaded, wanted)
         return loaded
 
@@ -88,6 +96,8 @@ class Weights:
             places.setdefault(self._naming.place(name), []).append(name)
         for (target, pattern), names in places.items():
             keys = [key for key, its_pattern in self._sources.get(target, ()) if its_pattern == pattern]
+            if not keys and target in self._tied:
+                continue  # written where the checkpoint has it
             if not keys or len(keys) != len(names):
                 raise ModelError(
                     "this tensor cannot be written as the checkpoint stores it", where=target, got=f"{len(keys)} names"
@@ -112,7 +122,7 @@ class Weights:
         return {key for stack in stacks for key, pattern in self._sources[stack] if pattern and key.endswith(".weight")}
 
     def is_converted(self, target: str) -> bool:
-        return self._sources[target][0][1] is not None
+        return target in self._sources and self._sources[target][0][1] is not None
 
     def taken_apart(self, stack: str, tensor: Tensor) -> dict[str, Tensor]:
         """What becomes of a stack of experts under the names of a checkpoint that stores them one by one."""
@@ -143,6 +153,16 @@ class Weights:
         info = _loading_info(unexpected=set(strays))
         self.model._adjust_missing_and_unexpected_keys(info)  # old rotary tables and masks, which loading leaves out
         return sources, {name: strays[name] for name in strays if name in info.unexpected_keys}
+
+    def _stored_once(self) -> dict[str, str]:
+        """Module name that the checkpoint lacks -> the name of the same parameter that it has."""
+        groups: dict[str, list[str]] = {}
+        for name, other in self.model.all_tied_weights_keys.items():
+            group = groups.setdefault(other, groups.get(name, [other]))
+            group.append(name)
+            groups[name] = group
+        has = {name: next((other for other in group if other in self._sources), None) for name, group in groups.items()}
+        return {name: other for name, other in has.items() if other is not None and name not in self._sources}
 
     def _assemble(self, target: str, tensors: list[tuple[str, str | None, Tensor]]) -> dict[str, Tensor]:
         if tensors[0][1] is None:
@@ -187,22 +207,6 @@ class Weights:
                     where=name,
                     got=str(tuple(tensor.shape)),
                 )
-
-
-@contextmanager
-def attached(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors into a module, such as one on the meta device; what it held before is back afterwards."""
-    empty = module.state_dict()
-    unknown = sorted(tensors.keys() - empty.keys())
-    if unknown:
-        raise ModelError(
-            "these are not names of tensors of the module", where=type(module).__name__, got=some_of(unknown)
-        )
-    module.load_state_dict(tensors, strict=False, assign=True)
-    try:
-        yield
-    finally:
-        module.load_state_dict({name: empty[name] for name in tensors}, strict=False, assign=True)
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:

@@ -216,6 +216,8 @@ class CompressionPlan(_Section):
     compress: list[Compress] = []
     evaluate: Evaluate = Evaluate()  # pyright: ignore[reportCallIssue]
     execution: Execution = Execution()  # pyright: ignore[reportCallIssue]
+    leave_dense: list[str] = []
+    """Matrices that stay as they are, by patterns over their names: `*.mixer.dt_proj`, `model.layers.0.*`."""
     publish: Publish | None = None
     """Left out, a landed domain's models are measured and kept in their run directory."""
 

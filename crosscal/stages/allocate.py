@@ -17,7 +17,7 @@ from crosscal.compressors import Dense, Layer, SparsitiesOf, summarised
 from crosscal.compressors import Site as State
 from crosscal.errors import StatisticsError
 from crosscal.lanes import side_by_side
-from crosscal.models.sites import Site
+from crosscal.models.sites import Site, is_left
 from crosscal.stages.block_problem import BlockProblem, Group, SiteStatistics
 from crosscal.stages.compress import Workshop
 from crosscal.stages.sample import over_sums
@@ -43,7 +43,8 @@ def allocated(shop: Workshop, variants: Sequence[Variant]) -> Workshop:
             key = _key(shop, variant)
             if key not in summaries:
                 summaries[key] = _of_all_blocks(shop, variant)
-            sparsities[variant.name] = _sparsities_of(variant.allocator.step, summaries[key])
+            summary = {k: v for k, v in summaries[key].items() if not is_left(k, variant.leave_dense)}
+            sparsities[variant.name] = _sparsities_of(variant.allocator.step, summary)
     return dataclasses.replace(shop, sparsities=sparsities)
 
 

@@ -80,7 +80,10 @@ def stored(
 def _reasons(
     source: ModelSource, prefix: str, matrices: Mapping[MatrixRef, int], group_size: int | None
 ) -> dict[MatrixRef, str]:
-    why = {matrix: source.packing.why_dense(f"{prefix}{matrix.parameter}") for matrix in matrices}
+    why = {
+        matrix: source.packing.why_dense(f"{prefix}{matrix.parameter}") if matrix.is_called else matrix.NOT_CALLED
+        for matrix in matrices
+    }
     misfits = {matrix for matrix, inputs in matrices.items() if group_size and inputs % group_size}
     why |= {m: f"{LEFT_DENSE}: group_size {group_size} does not divide its {matrices[m]} inputs" for m in misfits}
     stacks = {matrix.parameter.rpartition(".")[0] for matrix in matrices if matrix.expert is not None and why[matrix]}

@@ -9,7 +9,6 @@ Shapes: I inputs of a site, O outputs of a matrix.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +61,8 @@ class BlockShape:
     """(name, I) of every input site."""
     parameters: int
     stored_bytes: int
+    matrices: tuple[tuple[str, int], ...] = ()
+    """(name, I) of all that sites have; empty where sites are estimates."""
 
     @property
     def gram_bytes(self) -> int:
@@ -84,9 +85,10 @@ def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
     for index, block in enumerate(find_blocks(source.weights.model)[1]):
         known = cached.sites(index)
         sites = [(site.name, site.inputs) for site in known] if known else list(_likely_sites(block))
+        matrices = tuple((matrix.name, site.inputs) for site in known or () for matrix in site.matrices)
         parameters = sum(parameter.numel() for parameter in block.parameters())
         stored_bytes = parameters * source.dtype.itemsize
-        shapes.append(BlockShape(source.block_name(index), tuple(sites), parameters, stored_bytes))
+        shapes.append(BlockShape(source.block_name(index), tuple(sites), parameters, stored_bytes, matrices))
     return shapes
 
 
@@ -94,16 +96,6 @@ def matrices_of(source: ModelSource, cached: Cached) -> list[Matrices]:
     """The matrices of every block: as they were calibrated before, or else as a survey finds them."""
     known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
     return known if len(known) == source.blocks else survey(source)
-
-
-def left_dense(source: ModelSource, cached: Cached) -> list[str]:
-    """What no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
-
-    One block of each kind is read, unless the model was calibrated before. Raises `UnsupportedModel` for a model that
-    cannot be calibrated.
-    """
-    counts = Counter((left.name, left.reason) for found in matrices_of(source, cached) for left in found.left_dense)
-    return [f"{name}: {reason} ({count} block{'s' if count > 1 else ''})" for (name, reason), count in counts.items()]
 
 
 def _likely_sites(block: nn.Module) -> Iterator[tuple[str, int]]:

@@ -18,11 +18,11 @@ from crosscal.errors import ModelError
 from crosscal.lanes import side_by_side
 from crosscal.models.adapter import factors, with_low_rank
 from crosscal.models.export import Ints
-from crosscal.models.sites import MatrixRef, Site, replaced_parameters
+from crosscal.models.sites import Matrices, MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
 from crosscal.stages.sample import over_sums
-from crosscal.stages.solve_site import Layer, left_dense_rows, solve_site
+from crosscal.stages.solve_site import Layer, left_dense_rows, parts_of, solve_site
 from crosscal.variants import Variant
 
 OUTLIERS = "no format that engines load holds outliers"
@@ -45,15 +45,20 @@ class BlockSolution:
 def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, BlockSolution]:
     """Solve every matrix of a block for every variant, by name; sites side by side, those that take longest first.
 
-    Raises `StatisticsError` naming the layer.
+    Raises `StatisticsError` naming the layer, `UnsupportedModel` for a matrix that has no statistics and that a variant
+    does not leave dense.
     """
     groups = grouped(problem, variants)
+    for variant in variants:
+        Matrices(problem.sites, problem.left_dense).check(problem.name, variant.leave_dense)
     energies = {group: _energies(problem, group) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
     def solve(site: Site, group: Group, statistics: SiteStatistics) -> None:
-        layers = solve_site(problem, site, statistics, group, groups[group], energies[group])
-        solved[site, group] = list(layers)
+        solved[site, group] = []
+        for part, members in parts_of(problem, site, groups[group]).items():
+            if part.matrices:
+                solved[site, group] += solve_site(problem, part, statistics, group, members, energies[group])
         statistics.group_is_done()
 
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
@@ -76,7 +81,7 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
     dense = replaced_parameters(problem.parameters, bases_OI)
     scales = {layer.matrix: layer.solution.scale_I for layer in layers}
     for site in problem.sites:
-        if site.producer and (scale_I := scales[site.matrices[0]]) is not None:
+        if site.producer and (scale_I := scales.get(site.matrices[0])) is not None:
             dense |= site.producer.divided(problem.parameters, scale_I.cpu())
     changed, packed = dict(dense), {}
     why_dense = _why_dense(problem, layers)
@@ -96,13 +101,14 @@ def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer])
     return BlockSolution(changed, packed, dense, [*rows, *left_dense_rows(problem, variant)])
 
 
+def _why_alone(problem: BlockProblem, matrix: MatrixRef) -> str:
+    return problem.why_dense(f"{problem.name}.{matrix.parameter}") if matrix.is_called else matrix.NOT_CALLED
+
+
 def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef, str]:
     """Matrix -> why its integers are written as the dense numbers that they stand for; empty where they are packed, or
     where there are none. Experts of a stack are packed all or none: so does transformers read them."""
-    why = {
-        layer.matrix: problem.why_dense(f"{problem.name}.{layer.matrix.parameter}") if layer.solution.grid else ""
-        for layer in layers
-    }
+    why = {layer.matrix: _why_alone(problem, layer.matrix) if layer.solution.grid else "" for layer in layers}
     why |= {layer.matrix: OUTLIERS for layer in layers if layer.row.mean_bits is not None}
     stacks: dict[str, list[Layer]] = {}
     for layer in layers:

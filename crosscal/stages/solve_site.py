@@ -23,6 +23,7 @@ from crosscal.stages.block_problem import MEASURED, BlockProblem, Energies, Grou
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
+ASKED = "named in `leave_dense`"
 LEFT_DENSE = "left dense"
 MOST_NAMED = 4
 
@@ -68,6 +69,14 @@ def solve_site(
     held_out = _held_out(statistics, group) if solutions and problem.cached.measures_losses else None
     for together, done in solutions:
         yield from _measured(problem, site, together, done, held_out, energies)
+
+
+def parts_of(problem: BlockProblem, site: Site, members: Sequence[Variant]) -> dict[Site, list[Variant]]:
+    """What of a site is solved for which of the variants: some leave matrices of it dense."""
+    parts: dict[Site, list[Variant]] = {}
+    for variant in members:
+        parts.setdefault(site.without(problem.name, variant.leave_dense), []).append(variant)
+    return parts
 
 
 def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError:
@@ -239,10 +248,16 @@ def _kept_dense(
 
 
 def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRow]:
-    """The block's matrices that no method changes, such as routers, each with the reason as its `fallback`."""
+    """The block's matrices that no method changes, such as routers, and those that the plan names, each with the reason
+    as its `fallback`."""
     for left in problem.left_dense:
         stored = problem.parameters[left.parameter]
         yield _dense_row(problem, variant, left.name, left.name, stored, f"{LEFT_DENSE}: {left.reason}")
+    for site in problem.sites:
+        kept = site.without(problem.name, variant.leave_dense).matrices
+        for matrix in (matrix for matrix in site.matrices if matrix not in kept):
+            weight_OI = matrix.weight_OI(problem.parameters)
+            yield _dense_row(problem, variant, matrix.name, site.name, weight_OI, f"{LEFT_DENSE}: {ASKED}")
 
 
 def _dense_row(

@@ -1,0 +1,184 @@
+"""What a model hands to a block besides its hidden states, and what blocks hand on to later ones.
+
+Shapes: B windows of a batch, L tokens of a window, D hidden size.
+
+Arguments are nested tuples, lists and dicts of leaves: tensors, numbers, words. Two kinds of leaves change from block
+to block and are put in for each run: a further output of the block before (`FromBefore`), and a dict that is empty
+before the first block, in which blocks leave tensors for others (`Shared`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosscal.errors import UnsupportedModel
+
+HIDDEN = "hidden_states"
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class FromBefore:
+    """Stands for what the block before returned at this place behind its hidden states."""
+
+    place: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Stands for the dict of this number that all blocks are given."""
+
+    number: int
+    empty: MutableMapping[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """What the blocks so far have handed on, of one batch."""
+
+    outputs: tuple[Any, ...] = ()
+    shared: dict[int, MutableMapping[Any, Any]] = field(default_factory=dict)
+
+    def first(self) -> Between:
+        """That of the batch's first window."""
+
+        def cut(leaf: Any) -> Any:
+            return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+        shared = {}
+        for number, held in self.shared.items():
+            shared[number] = copy.copy(held)
+            shared[number].update({key: mapped(value, cut) for key, value in held.items()})
+        return Between(mapped(self.outputs, cut), shared)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """The arguments of one block besides its hidden states, for one batch."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    returns_tuple: bool
+
+    def run(self, block: nn.Module, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
+        """The block's output hidden states, and what it hands on besides. `between` is not changed."""
+        shared = {number: copy.copy(held) for number, held in between.shared.items()}
+
+        def given(leaf: Any) -> Any:
+            if isinstance(leaf, FromBefore):
+                return between.outputs[leaf.place]
+            if isinstance(leaf, Shared):
+                return shared.setdefault(leaf.number, copy.copy(leaf.empty))
+            return leaf
+
+        output = block(hidden_BLD, *mapped(self.positional, given), **mapped(self.named, given))
+        if not self.returns_tuple:
+            return output, Between((), shared)
+        return output[0], Between(tuple(leaves(output[1:])), shared)
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """Places of the further outputs that it takes from the block before."""
+        return frozenset(leaf.place for leaf in self.leaves if isinstance(leaf, FromBefore))
+
+    @property
+    def leaves(self) -> list[Any]:
+        return [*leaves(self.positional), *leaves(self.named)]
+
+    def sharing(self, other: BlockCall) -> BlockCall:
+        """This call, with the tensors of the other where they are equal: held once."""
+        mine, its = self.leaves, other.leaves
+        if len(mine) != len(its):
+            return self
+        pairs = iter(zip(mine, its, strict=True))
+
+        def one(_: Any) -> Any:
+            leaf, known = next(pairs)
+            both = isinstance(leaf, Tensor) and isinstance(known, Tensor)
+            return known if both and (leaf is known or _equal(leaf, known)) else leaf
+
+        return BlockCall(mapped(self.positional, one), mapped(self.named, one), self.returns_tuple)
+
+    def has_tensors_of(self, other: BlockCall) -> bool:
+        """Whether every tensor is the other's."""
+        pairs = zip(self.leaves, other.leaves, strict=False)
+        return all(mine is its for mine, its in pairs if isinstance(mine, Tensor))
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tuple_returned: bool) -> tuple[Tensor, BlockCall]:
+    """The hidden states of a call, and the rest of it."""
+    if args:
+        return args[0], BlockCall(args[1:], dict(kwargs), tuple_returned)
+    named = dict(kwargs)
+    return named.pop(HIDDEN), BlockCall((), named, tuple_returned)
+
+
+def understood(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[Any], name: str) -> BlockCall:
+    """The call with what changes from block to block marked.
+
+    `outputs_before`: poison that the block before returned; `shared`: the dicts seen in this pass, to which it adds.
+    Raises `UnsupportedModel` for an argument that a block decides in any other way.
+    """
+    before = {id(leaf): place for place, leaf in enumerate(leaves(outputs_before)) if isinstance(leaf, Tensor)}
+
+    def mark(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) in before:
+                return FromBefore(before[id(leaf)])
+            if is_poisoned(leaf):
+                raise UnsupportedModel("an argument of the block depends on the output of another block", where=name)
+        elif isinstance(leaf, MutableMapping) and not leaf:
+            if not any(leaf is known for known in shared):
+                shared.append(leaf)
+            return Shared(next(number for number, known in enumerate(shared) if known is leaf), copy.copy(leaf))
+        elif not isinstance(leaf, _PLAIN):
+            raise UnsupportedModel(
+                "an argument of the block may change between blocks", where=name, got=type(leaf).__name__
+            )
+        return leaf
+
+    return BlockCall(mapped(call.positional, mark), mapped(call.named, mark), call.returns_tuple)
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """A tensor like this that shows wherever it has gone: NaN, or the least of integers."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.full_like(tensor, torch.nan)
+    return torch.full_like(tensor, False if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
+
+
+def is_poisoned(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).min).any())
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nesting with every leaf changed, in the order of `leaves`."""
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(part, change) for part in value)
+    if isinstance(value, dict) and value:
+        return {key: mapped(part, change) for key, part in value.items()}
+    return change(value)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists and dicts; an empty dict is one."""
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from leaves(part)
+    elif isinstance(value, dict) and value:
+        for part in value.values():
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
