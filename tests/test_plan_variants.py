@@ -59,7 +59,11 @@ def test_a_model_asked_for_twice_is_made_once() -> None:
 def test_names_are_unique_and_safe_as_folders() -> None:
     found = expand(
         {
-            "method": [name for name, method in COMPRESSORS.items() if method.kind in BEGIN and name != "3basil"],
+            "method": [
+                name
+                for name, method in COMPRESSORS.items()
+                if method.kind in set(BEGIN) - {"correct"} and name != "3basil"
+            ],
             "sparsity": [0.5, 0.55, 0.555, 0, 1, "2:4", "1:4"],
             "bits": [2, 4, 8],
             "group_size": [128, 32, None],
