@@ -28,6 +28,10 @@ def check_request(plan: CompressionPlan, source: ModelSource, shapes: Sequence[B
 def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> Iterator[CrosscalError]:
     """Everything that would stop the run later: settings that do not fit the model, tasks that do not exist."""
     try:
+        source.weights.check_names()
+    except CrosscalError as error:
+        yield error
+    try:
         calibration = plan.calibration
         check_tokenizer(source.tokenizer(), calibration.begin_token, plain_text=calibration.plain_text)
     except CrosscalError as error:

@@ -114,3 +114,18 @@ def sums(folder: Path) -> tuple[list[str], float]:
 def plain_logits(folder: Path) -> Tensor:
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder).eval()(windows(2)).logits
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_what_a_checkpoint_lacks_is_told_before_anything_is_read(tmp_path: Path, lost: str) -> None:
+    """By plan check and by the run, in one sentence, whether it stands before, in or behind the blocks."""
+    place = place_of(tmp_path)
+    edit(place, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
+    place.write_plan(compress=[GPTQ | {"group_size": None}])
+    problems = [problem for problem in check(place)["problems"] if "missing from the checkpoint" in problem]
+    assert len(problems) == 1
+    assert lost in problems[0]
+    done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
+    assert done.code != 0
+    assert problems[0] in done.err
+    assert not [*place.home.glob("objects/moments/*")]

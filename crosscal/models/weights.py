@@ -8,7 +8,7 @@ are asked for and no others, so that a block can be read without the rest of the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import SkipParameters, dot_natural_key, revert_weight_conversion
+from transformers.core_model_loading import SkipParameters, WeightConverter, dot_natural_key, revert_weight_conversion
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from crosscal.errors import ModelError
@@ -70,6 +70,16 @@ class Weights:
                     loaded[target] = loaded[stored] if stored in loaded else read(stored)[stored]
         self._check_complete(loaded, wanted)
         return loaded
+
+    def check_names(self) -> None:
+        """Raises `ModelError` for tensors of the model that no file holds; none is read."""
+        held = {*self._sources, *self._tied}
+        for target, sources in self._sources.items():
+            rule = self._rule(sources[0][1])
+            if rule is not None:  # one conversion may make several tensors
+                first = rule.target_patterns[0]
+                held |= {target.replace(first, other) for other in rule.target_patterns}
+        self._check_missing(held, lambda name: True)
 
     def stored(self, keys: list[str]) -> dict[str, Tensor]:
         """Tensors exactly as the checkpoint names and stores them."""
@@ -167,8 +177,8 @@ class Weights:
     def _assemble(self, target: str, tensors: list[tuple[str, str | None, Tensor]]) -> dict[str, Tensor]:
         if tensors[0][1] is None:
             return {target: tensors[-1][2]}
-        rule = next(rule for rule in self._naming.converters if tensors[0][1] in rule.source_patterns)
-        rule = deepcopy(rule)
+        rule = deepcopy(self._rule(tensors[0][1]))
+        assert rule is not None
         for key, pattern, tensor in tensors:
             rule.add_tensor(target, key, str(pattern), cast(Any, tensor))  # a tensor may stand for its future
         info = _loading_info()
@@ -181,6 +191,9 @@ class Weights:
             ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def _rule(self, pattern: str | None) -> WeightConverter | None:
+        return next((rule for rule in self._naming.converters if pattern in rule.source_patterns), None)
+
     def _dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         if dtype is None:
             return None
@@ -188,17 +201,7 @@ class Weights:
         return next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), dtype)
 
     def _check_complete(self, loaded: Mapping[str, Tensor], wanted: Wanted) -> None:
-        tied = self.model.all_tied_weights_keys
-        info = _loading_info(
-            missing={name for name in self._expected if wanted(name) and name not in loaded and name not in tied}
-        )
-        self.model._adjust_missing_and_unexpected_keys(info)
-        if info.missing_keys:
-            raise ModelError(
-                "tensors are missing from the checkpoint",
-                got=some_of(sorted(info.missing_keys)),
-                do=AGAIN,
-            )
+        self._check_missing(loaded, wanted)
         for name, tensor in loaded.items():
             if name not in self._expected or tensor.shape != self._expected[name].shape:
                 due = tuple(self._expected[name].shape) if name in self._expected else "no such tensor"
@@ -207,6 +210,15 @@ class Weights:
                     where=name,
                     got=str(tuple(tensor.shape)),
                 )
+
+    def _check_missing(self, held: Collection[str], wanted: Wanted) -> None:
+        tied = self.model.all_tied_weights_keys
+        missing = {name for name in self._expected if wanted(name) and name not in held and name not in tied}
+        info = _loading_info(missing=missing)
+        self.model._adjust_missing_and_unexpected_keys(info)
+        if info.missing_keys:
+            names = some_of(sorted(info.missing_keys))
+            raise ModelError("tensors are missing from the checkpoint", got=names, do=AGAIN)
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
