@@ -22,6 +22,10 @@ CrosscalError             exit code 1
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Self
+
 
 class CrosscalError(Exception):
     """A failure with a remedy. The command line prints it as one message and exits with `exit_code`."""
@@ -37,6 +41,14 @@ class CrosscalError(Exception):
         if self.got:
             head += f" (got {self.got})"
         return f"{head}. {self.do}" if self.do else head
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same failure, told by names that users know, for instance a corpus's in place of a digest."""
+
+        def told(text: str) -> str:
+            return functools.reduce(lambda so_far, name: so_far.replace(name, names[name]), names, text)
+
+        return type(self)(told(self.what), where=told(self.where), got=told(self.got), do=told(self.do))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions travel between processes; the default would call the class with the message alone.

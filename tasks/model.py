@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import task
 
+from crosscal.errors import CrosscalError
 from crosscal.models.source import ModelSource
 from crosscal.stages.allocate import allocated, unsummarised
 from crosscal.stages.allocate import summarise_block as summarise
@@ -94,9 +96,7 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
             report(f"{sample['corpus']}: adding up what workers read", 0, None)
             done = add_parts(cached, source.blocks, sets, ticket.parsed.execution.part_tokens)
     else:
-        done = _collect(
-            ticket, functools.partial(collect_moments, cached, source), sets, f"{sample['corpus']}: reading"
-        )
+        done = _collect(ticket, functools.partial(collect_moments, cached, source), sets, sample["corpus"], "reading")
     fold(cached, source.blocks, drawn)
     return dataclasses.asdict(done)
 
@@ -108,24 +108,36 @@ def read_gradients(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
     source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
     sets = sets_to_read(cached, source.blocks, drawn, held_out=False)
     collect = functools.partial(collect_gradients, cached, source)
-    done = _collect(ticket, collect, sets, f"{sample['corpus']}: gradients")
+    done = _collect(ticket, collect, sets, sample["corpus"], "gradients")
     fold(cached, source.blocks, drawn, held_out=False)
     return dataclasses.asdict(done)
 
 
-def _collect(ticket: Ticket, collect: Callable[..., MomentsReport], sets: list[str], what: str) -> MomentsReport:
+def _collect(
+    ticket: Ticket, collect: Callable[..., MomentsReport], sets: list[str], corpus: str, what: str
+) -> MomentsReport:
     """In passes of no more sets than a solve reads, which is what memory has been reckoned for."""
     calibration, done = ticket.parsed.calibration, MomentsReport(0, 0, 0, 0.0)
     at_once = 2 * (calibration.parts_kept_apart + 1)
     with task_report() as report:
         for start in range(0, len(sets), at_once):
-            done += collect(
-                sets[start : start + at_once],
-                device=ticket.device,
-                batch_tokens=calibration.batch_tokens,
-                report=lambda _, count, total: report(what, count, total),
-            )
+            with _said_by(dict.fromkeys(sets, corpus)):
+                done += collect(
+                    sets[start : start + at_once],
+                    device=ticket.device,
+                    batch_tokens=calibration.batch_tokens,
+                    report=lambda _, count, total: report(f"{corpus}: {what}", count, total),
+                )
     return done
+
+
+@contextmanager
+def _said_by(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors name corpora in place of the digests of their windows."""
+    try:
+        yield
+    except CrosscalError as error:
+        raise error.renamed(names) from error
 
 
 @task(name="reuse", task_run_name="take blocks of earlier runs", **PLAIN)
@@ -191,9 +203,11 @@ def take_block(ticket: Ticket, block: int) -> None:
 def solve_sequential(ticket: Ticket, name: str) -> dict[str, Any]:
     """Solve one variant whose inputs come through its own compressed blocks."""
     variant = next(variant for variant in ticket.variants("sequential") if variant.name == name)
-    with task_report() as report:
+    shop = allocated(ticket.workshop(), [variant])
+    corpora = {key: corpus for (corpus, _), sample in shop.samples.items() for key in sample.sets}
+    with task_report() as report, _said_by(corpora):
         done = compress_sequential(
-            allocated(ticket.workshop(), [variant]),
+            shop,
             variant,
             batch_tokens=ticket.parsed.calibration.batch_tokens,
             report=lambda what, count, total: report(name, count, total),

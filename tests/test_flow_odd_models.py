@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,15 @@ def test_what_a_checkpoint_lacks_is_told_before_anything_is_read(tmp_path: Path,
     assert done.code != 0
     assert problems[0] in done.err
     assert not [*place.home.glob("objects/moments/*")]
+
+
+@pytest.mark.parametrize("upstream", ["dense", "sequential"])
+def test_an_error_of_a_reading_names_the_corpus(tmp_path: Path, upstream: str) -> None:
+    place = place_of(tmp_path)
+    place.write_plan(compress=[GPTQ | {"group_size": None, "upstream": upstream}])
+    weight = "model.layers.1.mlp.up_proj.weight"
+    edit(place, lambda tensors: tensors | {weight: torch.full_like(tensors[weight], torch.inf)})
+    done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
+    assert done.code == 1
+    assert "'general'" in done.err
+    assert not re.search("[0-9a-f]{12}", done.err)

@@ -80,14 +80,18 @@ def parts_of(problem: BlockProblem, site: Site, members: Sequence[Variant]) -> d
 
 
 def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError:
-    """What no window can mend is not the windows' fault: a matrix of zeros makes the inputs of the next one zero."""
+    """With the ways out of inputs that no token reached. What no window can mend is not the windows' fault: a matrix of
+    zeros makes the inputs of the next one zero."""
+    if not isinstance(error, EmptyStatistics):
+        return error
     matrices = [matrix for site in problem.sites for matrix in site.matrices]
     zero = [matrix.name for matrix in matrices if not matrix.weight_OI(problem.parameters).any()]
-    if not zero or not isinstance(error, EmptyStatistics):
-        return error
-    got = f"all zeros in the checkpoint: {', '.join(zero[:MOST_NAMED])}{', …' if len(zero) > MOST_NAMED else ''}"
-    do = f"Name `fallback: {KEEP_DENSE}` in the plan to leave what reads their outputs as it is."
-    return EmptyStatistics(error.what, where=error.where, got=got, do=do)
+    if zero:
+        got = f"all zeros in the checkpoint: {', '.join(zero[:MOST_NAMED])}{', …' if len(zero) > MOST_NAMED else ''}"
+        do = f"Name `fallback: {KEEP_DENSE}` in the plan to leave what reads their outputs as it is."
+        return EmptyStatistics(error.what, where=error.where, got=got, do=do)
+    do = f"{error.do} `fallback: {KEEP_DENSE}` in the plan leaves such a matrix as it is."
+    return EmptyStatistics(error.what, where=error.where, got=error.got, do=do)
 
 
 @dataclass(frozen=True, eq=False)
