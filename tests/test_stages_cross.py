@@ -17,7 +17,7 @@ from crosscal.calibration.sets import windows_by_key
 from crosscal.compressors import COMPRESSORS, Site, Statistic
 from crosscal.errors import PlanError
 from crosscal.models import ModelSource
-from crosscal.models.checkpoint import load_variant
+from crosscal.models.loading import load_variant
 from crosscal.plan import parse_plan
 from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, read_rows

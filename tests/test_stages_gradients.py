@@ -19,6 +19,7 @@ from crosscal.compressors import COMPRESSORS, Site, Statistic
 from crosscal.errors import CorruptArtifact, MissingArtifact, NotFinite, StatisticsError
 from crosscal.models import ModelSource
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
+from crosscal.models.calls import Between
 from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, read_rows
 from crosscal.stages.block_problem import gradients_needed, statistics_needed
@@ -348,7 +349,7 @@ def test_activations_are_reckoned_as_autograd_keeps_them(family: str, tmp_path: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        calls.of(hidden_1LD.shape[:2], 0).run(block, hidden_1LD.clone())
+        calls.of(None, 0).run(block, hidden_1LD.clone(), Between())
     numbers = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights) / 4
     reckoned = tokens_1L.shape[1] * (ACTIVATIONS[0] * 32 + ACTIVATIONS[1] * 48)
     assert numbers <= reckoned <= 2.5 * numbers
