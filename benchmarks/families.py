@@ -80,14 +80,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     of_type: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         of_type.setdefault(row["family"], []).append(row)
-    run = [mine for mine in of_type.values() if all(row["runs"] for row in mine)]
+    run = [mine for mine in of_type.values() if _runs(mine)]
     counts = {
-        "run": run,
+        "run in every size that transformers builds": run,
         "of these with `leave_dense`": [mine for mine in run if mine[0]["leave_dense"]],
         "refused in the same words by plan check and run": [
             m for m in of_type.values() if _refusals(m) and not _faults(m)
         ],
-        "not built by transformers": [mine for mine in of_type.values() if any(row["not_built"] for row in mine)],
+        "not built by transformers": [mine for mine in of_type.values() if not _built(mine)],
         "with a fault": [mine for mine in of_type.values() if _faults(mine)],
     }
     totals = ", ".join(f"{len(found)} {what}" for what, found in counts.items())
@@ -95,6 +95,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [_line(family, mine) for family, mine in sorted(of_type.items())]
     heads = ("type", "supported", "solved", "left dense", "packed at 4 bits", "notes")
     return f"{len(of_type)} types, {len(rows)} models: {totals}.\n\n{markdown(heads, lines)}\n{made}.\n"
+
+
+def _built(mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in mine if not row["not_built"]]
+
+
+def _runs(mine: Sequence[dict[str, Any]]) -> bool:
+    return bool(_built(mine)) and all(row["runs"] for row in _built(mine))
 
 
 def _faults(mine: Sequence[dict[str, Any]]) -> list[str]:
@@ -106,10 +114,9 @@ def _refusals(mine: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _line(family: str, mine: Sequence[dict[str, Any]]) -> list[str]:
-    runs = all(row["runs"] for row in mine)
-    notes = (
-        _faults(mine) or _refusals(mine) or list(dict.fromkeys(row["not_built"] for row in mine if row["not_built"]))
-    )
+    runs, unbuilt = _runs(mine), [row for row in mine if row["not_built"]]
+    notes = _faults(mine) or _refusals(mine)
+    notes += [f"not built: {row['size']} ({row['not_built']})" for row in unbuilt[:1]]
     if mine[0]["copied"]:
         notes.append("copied: " + ", ".join(part.partition(" (")[0] for part in mine[0]["copied"]))
     if patterns := mine[0]["leave_dense"]:
