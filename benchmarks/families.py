@@ -154,7 +154,8 @@ def main() -> None:
         for size in asked.sizes:
             known[family, size] = _measured(family, size)
             print(_shown(known[family, size]), flush=True)
-            asked.out.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+            lines = ",\n".join(json.dumps(row) for row in known.values())
+            asked.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if asked.out == RESULT:
         DOC.write_text(rendered(DOC.read_text(encoding="utf-8"), list(known.values())), encoding="utf-8")
 
