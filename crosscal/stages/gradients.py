@@ -26,7 +26,7 @@ from crosscal.models.gradients import BlockGradients, walk_back
 from crosscal.models.sites import Site
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
-from crosscal.stages.moments import Cached, MomentsReport
+from crosscal.stages.moments import Cached, MomentsReport, unread_blocks
 from crosscal.stages.sample import Sample
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import Gradient, GradientSums
@@ -125,10 +125,8 @@ def collect_gradients(
     report: Report,
 ) -> MomentsReport:
     """See that the gradients over these calibration sets are in the store; the model is run for what is not."""
-    blocks = range(source.blocks)
-    missing = {key: {block for block in blocks if not cached.has(key, block)} for key in calibrations}
-    hits = sum(len(cached.sites(block) or ()) for found in missing.values() for block in blocks if block not in found)
-    unread = [key for key, found in missing.items() if found]
+    missing, hits = unread_blocks(cached.has, cached.sites, calibrations, source.blocks)
+    unread = list(missing)
     if not unread:
         return MomentsReport(0, hits, 0, 0.0)
     slices, dtype = {key: windows_by_key(cached.store, key) for key in unread}, gradient_dtype(cached.moments.dtype)

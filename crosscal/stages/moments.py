@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -215,10 +215,8 @@ def read_windows(
     report: Report,
 ) -> MomentsReport:
     """As `collect_moments`, for windows_SL by the key of their moments; only what is read is asked for."""
-    blocks = range(source.blocks)
-    missing = {key: {block for block in blocks if not cached.has(key, block)} for key in windows}
-    hits = sum(len(cached.sites(block) or ()) for found in missing.values() for block in blocks if block not in found)
-    unread = [key for key, found in missing.items() if found]
+    missing, hits = unread_blocks(cached.has, cached.sites, windows, source.blocks)
+    unread = list(missing)
     if not unread:
         return MomentsReport(0, hits, 0, 0.0)
     misses = 0
@@ -243,3 +241,16 @@ def read_windows(
             progress=report,
         )
     return MomentsReport(done.tokens, hits, misses, done.seconds)
+
+
+def unread_blocks(
+    has: Callable[[str, int], bool],
+    sites: Callable[[int], tuple[Site, ...] | None],
+    calibrations: Iterable[str],
+    blocks: int,
+) -> tuple[dict[str, set[int]], int]:
+    """The blocks whose sums the store lacks, by calibration set, sets that lack none left out; and how many sites' sums
+    it holds of the others. `has`, `sites`: what a kind of sums answers, as `Cached` does."""
+    lacking = {key: {block for block in range(blocks) if not has(key, block)} for key in calibrations}
+    held = [block for found in lacking.values() for block in range(blocks) if block not in found]
+    return {key: found for key, found in lacking.items() if found}, sum(len(sites(block) or ()) for block in held)
