@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.flows.cluster import needs_server, temporary_server
-from crosscal.flows.health import probe
+from crosscal.flows.health import check_access, probe
 from crosscal.flows.recompress import recompress
 from crosscal.flows.shown import counted
 from crosscal.plan import load_plan
@@ -30,7 +30,8 @@ def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: 
             return recompress.fn(str(plan), overrides, home, out, domain)
         with temporary_server():
             return recompress(str(plan), overrides, home, out, domain)
-    probe(os.environ["PREFECT_API_URL"])
+    for check in (probe, check_access):  # a run is not made to find out
+        check(os.environ["PREFECT_API_URL"])
     return recompress(str(plan), overrides, home, out, domain)
 
 

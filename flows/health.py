@@ -22,27 +22,14 @@ def probe(api_url: str) -> None:
         ) from error
 
 
-def server_needed(for_what: str) -> str:
-    """The server's URL, once it has answered and let us in.
-
-    Raises `UsageError` when none is named, `CrosscalError` when it is down or refuses.
-    """
+def check_access(api_url: str) -> None:
+    """Raises `CrosscalError` when the server does not let us in, or answers with an error."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
-    api_url = os.environ.get("PREFECT_API_URL")
-    if not api_url:
-        raise UsageError(
-            f"{for_what} needs a Prefect server, and PREFECT_API_URL names none",
-            do="Start one (`prefect server start`) and set PREFECT_API_URL=http://127.0.0.1:4200/api.",
-        )
     try:
-        probe(api_url)
         with get_client(sync_client=True) as client:
             client.read_work_pools(limit=1)
-    except UsageError as error:
-        do = "Start it (`prefect server start`), or correct PREFECT_API_URL."
-        raise CrosscalError(error.what, where=error.where, got=error.got, do=do) from error
     except PrefectHTTPStatusError as error:
         refused = error.response.status_code in (401, 403)
         raise CrosscalError(
@@ -51,4 +38,23 @@ def server_needed(for_what: str) -> str:
             got=f"status {error.response.status_code}",
             do="Set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING." if refused else "",
         ) from error
+
+
+def server_needed(for_what: str) -> str:
+    """The server's URL, once it has answered and let us in.
+
+    Raises `UsageError` when none is named, `CrosscalError` when it is down or refuses.
+    """
+    api_url = os.environ.get("PREFECT_API_URL")
+    if not api_url:
+        raise UsageError(
+            f"{for_what} needs a Prefect server, and PREFECT_API_URL names none",
+            do="Start one (`prefect server start`) and set PREFECT_API_URL=http://127.0.0.1:4200/api.",
+        )
+    try:
+        probe(api_url)
+    except UsageError as error:
+        do = "Start it (`prefect server start`), or correct PREFECT_API_URL."
+        raise CrosscalError(error.what, where=error.where, got=error.got, do=do) from error
+    check_access(api_url)
     return api_url

@@ -26,6 +26,7 @@ from prefect.states import Cancelled, Running
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
 from crosscal.errors import CrosscalError
 from crosscal.flows.deploying import compare, deploy
+from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
 from crosscal.flows.watch import watch
@@ -110,6 +111,8 @@ def test_a_server_that_refuses_is_told_from_one_that_is_down(client: SyncPrefect
     with temporary_settings({PREFECT_API_AUTH_STRING: "crosscal:something else"}):
         with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
             compare(config(folder))
+        with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
+            drive(Path(__file__).parent.parent / "plans/demo.yaml", [], str(folder / "store"), None)
 
 
 def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
