@@ -62,7 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = plan_of(arguments.testbed.resolve())
     done = carry_out(parse_plan(plan), arguments.home, f"{arguments.home}/runs/allocation")
-    results = read_rows(Path(done["run_dir"]) / "results.jsonl", ResultRow)
+    rows_of_run = read_rows(Path(done["run_dir"]) / "results.jsonl", ResultRow)
+    results = [row for row in rows_of_run if row.split == "test"]
     layers = read_rows(Path(done["run_dir"]) / "layers.jsonl", LayerRow)
     names = list(dict.fromkeys(row.variant for row in results if row.method != "dense"))
     rows = []

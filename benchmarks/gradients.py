@@ -95,7 +95,7 @@ def main() -> None:
     gblm = {"method": "gblm", "sparsity": SPARSITIES, "gradient_weight": WEIGHTS}
     done = run(testbed, home, {"method": "wanda", "sparsity": SPARSITIES}, gblm)
     for row in read_rows(Path(done["run_dir"]) / "results.jsonl", ResultRow):
-        if row.value is None or (row.mixture and row.corpus_or_task not in row.mixture):
+        if row.value is None or row.split != "test" or (row.mixture and row.corpus_or_task not in row.mixture):
             continue
         weight = f" a={row.setting['gradient_weight']:g}" if row.method == "gblm" else ""
         level = f" {row.setting['sparsity']:.0%}" if row.mixture else ""

@@ -78,7 +78,8 @@ def small_landings(store: Store, folder: Path) -> list[dict[str, Any]]:
     asked = plan([*FILES], compress=compress, calibration=calibration, evaluate=evaluate)
     carry_out(parse_plan(asked), store.location, str(run))
     results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    found = {(row["variant"], row["corpus_or_task"]): (row["value"], row["stderr"]) for row in results}
+    of_test = [row for row in results if row["split"] == "test"]
+    found = {(row["variant"], row["corpus_or_task"]): (row["value"], row["stderr"]) for row in of_test}
     tokenizer, rows = ModelSource.open(DEMO / "model").tokenizer(), []
     for sample in read(run, "identity.json")["sets"]:
         name = sample["corpus"]

@@ -139,9 +139,8 @@ def plan_of(model: Path, steps: list[dict[str, Any]], options: argparse.Namespac
 
 
 def dense_rows(case: str, run_dir: Path) -> list[dict[str, Any]]:
-    found = {
-        row.corpus_or_task: row for row in read_rows(run_dir / "results.jsonl", ResultRow) if row.method == "dense"
-    }
+    rows = read_rows(run_dir / "results.jsonl", ResultRow)
+    found = {row.corpus_or_task: row for row in rows if (row.method, row.split) == ("dense", "test")}
     kinds = {"general": "general perplexity", "biomedical": "domain perplexity"}
     return [record(case, figure, found[name].value or 0.0, "", found[name].stderr) for name, figure in kinds.items()]
 

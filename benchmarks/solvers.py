@@ -94,7 +94,7 @@ def measured(testbed: Path, home: str, family: str, name: str, level: str, entry
 
 def numbers_of(run_dir: Path) -> dict[tuple[int, str], dict[str, float]]:
     """(draw, domain) -> numbers of a run of one recipe at one level."""
-    results = read_rows(run_dir / "results.jsonl", ResultRow)
+    results = [row for row in read_rows(run_dir / "results.jsonl", ResultRow) if row.split == "test"]
     layers = read_rows(run_dir / "layers.jsonl", LayerRow)
     dense = {row.corpus_or_task: row.value for row in results if row.method == "dense"}
     numbers: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)

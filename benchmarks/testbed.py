@@ -76,7 +76,8 @@ def draws(testbed: Path, seeds: int) -> dict[str, Any]:
 
 def run(plan: dict[str, Any], home: str, out: str) -> list[ResultRow]:
     record_of_run = carry_out(parse_plan(plan), home, out)
-    return read_rows(Path(record_of_run["run_dir"]) / "results.jsonl", ResultRow)
+    rows = read_rows(Path(record_of_run["run_dir"]) / "results.jsonl", ResultRow)
+    return [row for row in rows if row.split == "test"]
 
 
 def grid_rows(results: list[ResultRow]) -> list[dict[str, Any]]:

@@ -13,10 +13,12 @@ from typing import Any
 
 from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
+from crosscal.evaluation import TEST
 from crosscal.landing import Ledger
 from crosscal.landing.runs import FINISHED
-from crosscal.stages.evaluate import windows_for_testing
+from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
+from crosscal.tasks.results import cutting_of
 from crosscal.tasks.ticket import Ticket
 
 
@@ -65,13 +67,8 @@ class News:
 
     def _check_test_text(self, ticket: Ticket, stored: str) -> None:
         """Before the first run: test text only grows."""
-        plan = ticket.parsed
         corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=self.domain)
-        length = plan.evaluate.length or plan.calibration.length
-        begin, plain_text = plan.calibration.begin_token, plan.calibration.plain_text
-        windows_for_testing(
-            ticket.store, corpus, ticket.source(), length=length, windows=1, begin=begin, plain_text=plain_text
-        )
+        windows_for(ticket.store, corpus, TEST, ticket.source(), cutting_of(ticket.parsed))
 
 
 def inputs_of(ticket: Ticket) -> str:

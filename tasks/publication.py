@@ -12,6 +12,7 @@ from prefect import task
 
 from crosscal.calibration import tokenizer_digest
 from crosscal.errors import MissingArtifact, PlanError
+from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.landing.records import again_on_conflict, now
 from crosscal.plan import BEST, Publish
 from crosscal.publication import Decision, Pointer, Published, Rule, decide, model_folder, publish_model
@@ -73,7 +74,8 @@ def candidate_of(rule: Publish, run_dir: Path) -> str:
     if rule.variant != BEST:
         return rule.variant
     rows = read_rows(run_dir / "results.jsonl", ResultRow)
-    measured = [row for row in rows if (row.metric, row.corpus_or_task) == ("perplexity", rule.domain)]
+    wanted = (PERPLEXITY, rule.domain, TEST)
+    measured = [row for row in rows if (row.metric, row.corpus_or_task, row.split) == wanted]
     found = {row.variant: math.inf if row.value is None else row.value for row in measured if row.variant != DENSE}
     if not found:
         raise PlanError("there is no model to publish", where="compress", do="Add an entry to `compress`.")
@@ -113,5 +115,5 @@ def _perplexities(exam: Examination, folder: Path) -> dict[str, float]:
     """Corpus → perplexity; what was measured before is found again."""
     with task_report() as report:
         measured = measure(exam, folder, name=folder.name, report=report)
-    found = (one for one in measured if one.metric == "perplexity")
+    found = (one for one in measured if (one.metric, one.split) == (PERPLEXITY, TEST))
     return {one.corpus_or_task: one.value for one in found if one.value is not None}

@@ -14,24 +14,25 @@ from prefect import task
 
 from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact, ModelError
-from crosscal.evaluation import Measurement
+from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.files import write_whole
 from crosscal.models.tensor_files import INDEX
+from crosscal.plan import CompressionPlan
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
-from crosscal.report.groups import TEST
 from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
+from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
-DENSE, PERPLEXITY = "dense", "perplexity"
+DENSE = "dense"
 AGAIN = "Run the same command again: what was removed meanwhile is made anew."
 
 
@@ -85,7 +86,7 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     failed = {name: one.failed for name, one in judged.items() if one.failed}
     return {
         "failed": failed,
-        "notes": [*(f"{n} is no model: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
+        "notes": [*exam.notes, *(f"{n} is no model: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
     }
 
 
@@ -101,7 +102,8 @@ def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, repo
             note_made(shop, variant, files, layers)
         except ModelError as error:
             (folder / INDEX).unlink(missing_ok=True)
-            skipped = [Measurement(corpus, TEST, PERPLEXITY, None, None, 0, 0.0, str(error)) for corpus in exam.windows]
+            why = str(error)
+            skipped = [Measurement(t.corpus, t.split, PERPLEXITY, None, None, 0, 0.0, why) for t in exam.texts]
             judged = _Judged(skipped, layers, size_bytes, str(error))
     else:
         made = made_before(shop, variant)
@@ -115,7 +117,7 @@ def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, repo
 
 
 def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:
-    """The plan's test windows and tasks."""
+    """The plan's windows and tasks."""
     plan = ticket.parsed
     chosen = {name: stored[name] for name in plan.perplexity_corpora}
     corpora = [
@@ -126,16 +128,23 @@ def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = sile
         ticket.store,
         corpora,
         ticket.source(),
-        length=plan.evaluate.length or plan.calibration.length,
-        windows=plan.evaluate.windows,
+        cutting_of(plan),
         tasks=plan.evaluate.tasks,
         limit=plan.evaluate.limit,
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,
         dtype=getattr(torch, ticket.dtype),
-        begin=plan.calibration.begin_token,
-        plain_text=plan.calibration.plain_text,
         report=report,
+    )
+
+
+def cutting_of(plan: CompressionPlan) -> Cutting:
+    """How the plan has held-out text cut."""
+    return Cutting(
+        plan.evaluate.length or plan.calibration.length,
+        {TEST: plan.evaluate.windows, VALIDATION: plan.evaluate.validation_windows},
+        plan.calibration.begin_token,
+        plan.calibration.plain_text,
     )
 
 

@@ -24,8 +24,8 @@ from crosscal.plan import load_plan
 from crosscal.progress import silent
 from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages.compress import Workshop, compress_sequential
-from crosscal.stages.evaluate import windows_for_testing
 from crosscal.stages.gradients import CachedGradients, Gradients, collect_gradients
+from crosscal.stages.heldout_text import Cutting, windows_for
 from crosscal.stages.memory import free_bytes
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import Mixture
@@ -193,8 +193,8 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for row in rows:
         model = load_variant(source.path if row.variant == "dense" else place.run_dir / "models" / row.variant)
         corpus = load_corpus(store, stored_name("general", plan.corpora["general"]))
-        tokens_SL = windows_for_testing(store, corpus, source, length=32, windows=4)
-        found = perplexity(model, tokens_SL, name=corpus.name, split="test", device="cpu")
+        tokens_SL = windows_for(store, corpus, row.split, source, Cutting(32, {"test": 4, "validation": 32}))
+        found = perplexity(model, tokens_SL, name=corpus.name, split=row.split, device="cpu")
         assert row.value == pytest.approx(found.value, rel=ROUNDOFF_F32)
 
 

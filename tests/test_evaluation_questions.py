@@ -243,12 +243,14 @@ def test_rows_of_lm_eval() -> None:
 def test_a_group_is_told_by_its_mean_or_by_its_tasks(tmp_path: Path) -> None:
     from lm_eval.api.group import AggMetricConfig, Group
 
-    suite = QuestionSuite.load([question_file(tmp_path / f"{name}.jsonl") for name in ("law", "medicine")])
-    leaves = {name: task for loaded in suite.loaded for name, task in loaded.leaves["tasks"].items()}
+    files = [question_file(tmp_path / f"{name}.jsonl") for name in ("law", "medicine")]
+    loaded = QuestionSuite.load(files).loaded
+    leaves = {name: task for each in loaded for name, task in each.leaves["tasks"].items()}
     for aggregate, names in ((None, ["law", "medicine"]), ([AggMetricConfig(metric="acc")], ["facts"])):
         group = Group(name="facts", aggregate_metric_list=aggregate)
         for task in leaves.values():
             group.add(task)
-        loaded = LoadedTask("facts", {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}})
-        found = QuestionSuite((loaded,), {}).measure(tiny_llama(), tiny_tokenizer(), max_length=128)
+        parts = {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}}
+        suite = QuestionSuite((LoadedTask("facts", "facts", parts),), {})
+        found = suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
         assert list(dict.fromkeys(m.corpus_or_task for m in found)) == names

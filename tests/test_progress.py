@@ -14,6 +14,7 @@ from crosscal.corpora import ingest, load_corpus
 from crosscal.models import ModelSource
 from crosscal.progress import Pace, logged
 from crosscal.stages.evaluate import examination, measure
+from crosscal.stages.heldout_text import Cutting
 from crosscal.store import Store
 from tests.helpers.tiny_place import write_corpus
 from tests.helpers.tiny_text import tiny_llama
@@ -72,15 +73,18 @@ def test_an_evaluation_tells_every_window_and_every_answer(tmp_path: Path) -> No
     ingest(store, "general", [str(tmp_path / "general")])
     told: list[tuple[str, int, int | None]] = []
     exam = examination(
-        store, [load_corpus(store, "general")], source, length=32, windows=4, tasks=[str(questions)], limit=None,
-        batch_tokens=32, device="cpu", dtype=torch.float32, report=lambda *now: told.append(now),
+        store, [load_corpus(store, "general")], source, Cutting(32, {"test": 4, "validation": 2}),
+        tasks=[str(questions)], limit=None, batch_tokens=32, device="cpu", dtype=torch.float32,
+        report=lambda *now: told.append(now),
     )  # fmt: skip
     measure(exam, source.path, name="dense", report=lambda *now: told.append(now))
     assert [now[1:] for now in told if now[0] == "dense: windows of general"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [now[1:] for now in told if now[0] == "dense: windows of general (validation)"] == [(1, 2), (2, 2)]
     answers = [now for now in told if now[0] == "dense: answers of facts"]
     assert answers[-1][1:] == (12, 12)
     assert [now[1] for now in answers] == sorted(now[1] for now in answers)
     order = [re.sub(r" of .*", "", now[0]) for now in told]
     assert list(dict.fromkeys(order)) == [
-        "general: reading test documents", "dense: bytes hashed", "dense: loading", "dense: windows", "dense: answers",
+        "general: reading test documents", "general: reading validation documents", "dense: bytes hashed",
+        "dense: loading", "dense: windows", "dense: answers",
     ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Laws of measuring: once per content, whatever the folder is called, and never kept while a task is skipped."""
+"""Laws of measuring: each text and task once per content, whatever it and the model's folder are called; what could
+not be measured is said and not kept."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from crosscal.corpora import Corpus, ingest, load_corpus
+from crosscal.evaluation.questions import LoadedTask
 from crosscal.models import ModelSource
 from crosscal.stages import evaluate as stage
 from crosscal.stages.evaluate import Examination, examination, measure
+from crosscal.stages.heldout_text import Cutting, HeldOutText
 from crosscal.store import Store
 from tests.helpers.tiny_text import SENTENCES, tiny_llama
 
@@ -31,9 +34,10 @@ def source(tmp_path: Path) -> ModelSource:
 
 @pytest.fixture
 def corpus(store: Store, tmp_path: Path) -> Corpus:
-    file = tmp_path / "test.jsonl"
-    file.write_text("".join(json.dumps({"text": f"{i} " + " ".join(SENTENCES)}) + "\n" for i in range(40)))
-    ingest(store, "legal", [str(file)])
+    for split in ("test", "validation"):
+        lines = (json.dumps({"text": f"{split} {i} " + " ".join(SENTENCES)}) + "\n" for i in range(40))
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    ingest(store, "legal", [str(tmp_path / "test.jsonl"), str(tmp_path / "validation.jsonl")])
     return load_corpus(store, "legal")
 
 
@@ -54,10 +58,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-def exam(store: Store, source: ModelSource, corpus: Corpus, *tasks: str, limit: int | None = None) -> Examination:
+def exam(
+    store: Store, source: ModelSource, corpus: Corpus, *tasks: str, limit: int | None = None, windows: int = 4
+) -> Examination:
     return examination(
-        store, [corpus], source, length=32, windows=4, tasks=tasks, limit=limit, batch_tokens=64, device="cpu",
-        dtype=torch.float32,
+        store, [corpus], source, Cutting(32, {"test": windows, "validation": 2}), tasks=tasks, limit=limit,
+        batch_tokens=64, device="cpu", dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -65,9 +71,10 @@ def test_the_same_weights_are_measured_once_wherever_they_lie(
     tmp_path: Path, store: Store, source: ModelSource, corpus: Corpus, questions: Path, loads: list[Path]
 ) -> None:
     first = measure(exam(store, source, corpus, str(questions)), source.path)
-    assert {(found.corpus_or_task, found.metric) for found in first} == {
-        ("legal", "perplexity"), ("questions", "acc"), ("questions", "acc_norm"),
-    }  # fmt: skip
+    assert [(found.corpus_or_task, found.split, found.metric) for found in first] == [
+        ("legal", "test", "perplexity"), ("legal", "validation", "perplexity"),
+        ("questions", "test", "acc"), ("questions", "test", "acc_norm"),
+    ]  # fmt: skip
     shutil.copytree(source.path, tmp_path / "elsewhere")
     again = measure(exam(Store(store.location), source, corpus, str(questions)), tmp_path / "elsewhere")
     assert again == first
@@ -82,7 +89,7 @@ def test_whatever_a_number_depends_on_is_measured_anew(
     tiny_llama(tmp_path / "other", seed=1)
     measure(base, tmp_path / "other")
     measure(replace(base, dtype=torch.float64), source.path)
-    measure(replace(base, windows={"legal": base.windows["legal"][:1]}), source.path)
+    measure(exam(store, source, corpus, windows=2), source.path)
     asked = exam(store, source, corpus, str(questions))
     measure(asked, source.path)
     measure(exam(store, source, corpus, str(questions), limit=2), source.path)
@@ -91,14 +98,52 @@ def test_whatever_a_number_depends_on_is_measured_anew(
     assert len(loads) == 7
 
 
-def test_nothing_is_kept_while_a_task_is_skipped(
+def test_what_was_skipped_is_not_kept_and_all_else_is(
     store: Store, source: ModelSource, corpus: Corpus, loads: list[Path]
 ) -> None:
     whole = exam(store, source, corpus)
-    unreachable = replace(
-        whole, tasks=("far-away",), suite=replace(whole.suite, skipped={"far-away": "no network today"})
-    )
+    unreachable = replace(whole, suite=replace(whole.suite, skipped={"far-away": "no network today"}))
     for _ in range(2):
-        assert [found.skipped for found in measure(unreachable, source.path)] == [None, "no network today"]
-    assert len(loads) == 2
-    assert list(store.list("evaluations")) == []
+        assert [found.skipped for found in measure(unreachable, source.path)] == [None, None, "no network today"]
+    assert len(loads) == 1
+    assert len(list(store.list("evaluations"))) == 2
+    assert [found.skipped for found in measure(whole, source.path)] == [None, None]
+
+
+def test_what_is_new_alone_is_measured(
+    store: Store, source: ModelSource, corpus: Corpus, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus under another name, another task, more windows of one text."""
+    done: list[tuple[str, str]] = []
+    before = Examination.measured
+
+    def watched(self: Examination, model: object, subject: HeldOutText | LoadedTask, *more: object) -> object:
+        is_text = isinstance(subject, HeldOutText)
+        done.append((subject.corpus, subject.split) if is_text else (subject.name, ""))
+        return before(self, model, subject, *more)
+
+    monkeypatch.setattr(Examination, "measured", watched)
+
+    def new(asked: Examination) -> list[tuple[str, str]]:
+        done.clear()
+        measure(asked, source.path)
+        return list(done)
+
+    other = replace(corpus, name="law")
+    assert new(exam(store, source, corpus)) == [("legal", "test"), ("legal", "validation")]
+    assert new(exam(store, source, other)) == []
+    assert [found.corpus_or_task for found in measure(exam(store, source, other), source.path)] == ["law", "law"]
+    assert new(exam(store, source, corpus, str(questions))) == [("questions", "")]
+    assert new(exam(store, source, corpus, windows=8)) == [("legal", "test")]
+    assert new(exam(store, source, corpus, str(questions), windows=8)) == []
+
+
+def test_a_corpus_without_validation_text_is_measured_on_its_test_text_and_that_is_said(
+    store: Store, source: ModelSource, tmp_path: Path
+) -> None:
+    file = tmp_path / "only.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{i} " + " ".join(SENTENCES)}) + "\n" for i in range(9)))
+    ingest(store, "tested", [str(file)], split="test")
+    asked = exam(store, source, load_corpus(store, "tested"))
+    assert [(text.corpus, text.split) for text in asked.texts] == [("tested", "test")]
+    assert asked.notes == ("tested has no validation text, and nothing is chosen by it (0 tokens for a window of 32).",)

@@ -132,13 +132,13 @@ def evaluate(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Measure one model on a plan's test windows and tasks."""
+    """Measure one model on a plan's windows of test and validation text, and on its tasks."""
     from crosscal.flows.evaluate import evaluate_model
     from crosscal.plan import load_plan
 
     rows = evaluate_model(model, load_plan(plan, tuple(overrides or ())), home)
     if not as_json:
-        shown = ("variant", "corpus_or_task", "metric", "value", "stderr", "tokens", "skipped")
+        shown = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "skipped")
         rows = [{name: row[name] for name in shown if row[name] is not None} for row in rows]
     print_rows(rows, as_json)
 

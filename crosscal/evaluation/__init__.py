@@ -1,11 +1,14 @@
 """What a model is worth: perplexity on held-out windows, accuracy on questions, and summaries of both."""
 
 from crosscal.evaluation.likelihood import perplexity, window_nll, windows_of
-from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.measurement import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.evaluation.questions import QuestionSuite
 from crosscal.evaluation.summaries import paired_difference, pareto_front, spread
 
 __all__ = [
+    "PERPLEXITY",
+    "TEST",
+    "VALIDATION",
     "Measurement",
     "QuestionSuite",
     "paired_difference",

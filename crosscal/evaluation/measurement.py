@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+TEST, VALIDATION = "test", "validation"
+"""Splits: what is reported is measured on the first, whatever chooses reads the second."""
+PERPLEXITY = "perplexity"
+
 
 @dataclass(frozen=True)
 class Measurement:

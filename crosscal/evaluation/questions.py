@@ -16,7 +16,7 @@ from typing import Any
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.logits import rows_at_once
-from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.measurement import TEST, Measurement
 from crosscal.evaluation.question_files import FORMS, Question, is_question_file, read_questions, task_names
 
 _log = logging.getLogger(__name__)
@@ -32,9 +32,11 @@ Progress = Callable[[str, int, int], None]
 """Called with (task, requests answered, of how many) as work goes on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedTask:
     name: str
+    source: str
+    """As the plan says it: a path, or lm-eval's name."""
     leaves: dict[str, Any]
     """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
 
@@ -65,12 +67,22 @@ class QuestionSuite:
         files = [task for task in tasks if is_question_file(task)]
         names = [task for task in tasks if not is_question_file(task)]
         with _quiet_lm_eval():
-            local = [_local_task(name, read_questions(path)) for path, name in task_names(files).items()]
+            local = [_local_task(name, path, read_questions(path)) for path, name in task_names(files).items()]
             builtin, skipped = _builtin_tasks(names)
         return cls((*local, *builtin), skipped, limit)
 
-    def measure(
+    def measure(self, model: Any, tokenizer: Any, **how: Any) -> list[Measurement]:
+        """Every metric of every task on one model, `how` being what `measure_one` takes."""
+        measured = [one for task in self.loaded for one in self.measure_one(task, model, tokenizer, **how)]
+        return measured + self.unreachable
+
+    @property
+    def unreachable(self) -> list[Measurement]:
+        return [Measurement(name, TEST, "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()]
+
+    def measure_one(
         self,
+        task: LoadedTask,
         model: Any,
         tokenizer: Any,
         *,
@@ -78,7 +90,7 @@ class QuestionSuite:
         batch_size: int = MOST_QUESTIONS,
         progress: Progress | None = None,
     ) -> list[Measurement]:
-        """Every metric of every task on one model, which stays on the device it is on.
+        """Every metric of a task on one model, which stays on the device it is on.
 
         A choice is scored by its summed log-likelihood after the question and one space (`acc`), and by that sum over
         its length in characters (`acc_norm`), with no examples in front. A prompt longer than `max_length` tokens loses
@@ -88,17 +100,12 @@ class QuestionSuite:
         from lm_eval.models.huggingface import HFLM
 
         build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
-        measured: list[Measurement] = []
-        for task in self.loaded:
-            with _quiet_lm_eval(partial(progress, task.name) if progress else None):
-                lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
-                measured += _measure_task(lm, task, self.limit, batch_size)
-        return measured + [
-            Measurement(name, "test", "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()
-        ]
+        with _quiet_lm_eval(partial(progress, task.name) if progress else None):
+            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+            return _measure_task(lm, task, self.limit, batch_size)
 
 
-def _local_task(name: str, questions: list[Question]) -> LoadedTask:
+def _local_task(name: str, path: str, questions: list[Question]) -> LoadedTask:
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
 
@@ -121,7 +128,7 @@ def _local_task(name: str, questions: list[Question]) -> LoadedTask:
         "num_fewshot": 0,
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
     }
-    return LoadedTask(name, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
+    return LoadedTask(name, path, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
 
 
 def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, str]]:
@@ -134,7 +141,7 @@ def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, st
     for name in names:
         _check_known(name, manager.task_index)
         try:
-            task = LoadedTask(name, dict(manager.load([name])))
+            task = LoadedTask(name, name, dict(manager.load([name])))
         except UNREACHABLE as error:
             skipped[name] = f"{type(error).__name__}: {error}"
             continue

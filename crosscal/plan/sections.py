@@ -161,12 +161,15 @@ def _corpora_named(entry: dict[str, Any]) -> Iterator[str]:
 
 class Evaluate(_Section):
     perplexity: list[Name] | None = None
-    """Corpora whose test split is measured; left out, all with documents."""
+    """Corpora whose test and validation text is measured; left out, all with documents."""
     tasks: list[str] = []
     """lm-eval task names, or files of questions (.jsonl, .ndjson, .json, also compressed)."""
     windows: int = Field(64, ge=2)
+    """Of each corpus's test text: what reports show."""
+    validation_windows: int = Field(32, ge=2)
+    """Of each corpus's validation text, where it has some: what choices are made by."""
     length: int | None = Field(None, ge=8)
-    """Tokens a test window; left out, that of the calibration."""
+    """Tokens a window; left out, that of the calibration."""
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
     """Questions per task; left out, all."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION
 from crosscal.evaluation.summaries import spread
 from crosscal.report.left_dense import LeftDense, left_dense_of
 from crosscal.report.numbers import Number
@@ -19,7 +20,6 @@ GENERAL = "general"
 DENSE = "dense"
 Column = tuple[str, str, str]
 """(corpus or task, split, metric)."""
-TEST = "test"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Group:
         return frozenset(corpus for corpus, weight in self.mixture.items() if weight > 0 and corpus != GENERAL)
 
     def perplexity(self, corpus: str, split: str = TEST) -> Number | None:
-        return self.numbers.get((corpus, split, "perplexity"))
+        return self.numbers.get((corpus, split, PERPLEXITY))
 
 
 def groups_of(
@@ -102,9 +102,13 @@ def groups_of(
 
 
 def columns_of(results: Sequence[ResultRow]) -> list[Column]:
-    """Every (corpus or task, split, metric) with a number: perplexities first, then tasks, in order of appearance."""
+    """Every (corpus or task, split, metric) with a number: perplexities first, then tasks, in order of appearance.
+
+    Without perplexities of validation text: they are for choosing, and of what is chosen the test's are shown.
+    """
     seen = dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
-    return sorted(seen, key=lambda column: column[2] != "perplexity")
+    shown = (column for column in seen if column[1:] != (VALIDATION, PERPLEXITY))
+    return sorted(shown, key=lambda column: column[2] != PERPLEXITY)
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:

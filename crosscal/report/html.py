@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
@@ -121,7 +122,7 @@ def _perplexity_corpora(columns: Sequence[Column]) -> list[str]:
 
 def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
     dense = [item for group in groups if group.is_dense for item in group.numbers.items()]
-    return [(name, number) for (name, _, metric), number in dense if metric == "perplexity"]
+    return [(name, number) for (name, split, metric), number in dense if (split, metric) == (TEST, PERPLEXITY)]
 
 
 def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> tuple[list[str], set[str]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from transformers import PreTrainedTokenizerBase
 
 from crosscal.calibration import tokenizer_digest
 from crosscal.calibration.tokens import begin_token
-from crosscal.corpora import Corpus, documents
-from crosscal.errors import TooLittleText
-from crosscal.evaluation import Measurement, QuestionSuite, perplexity, windows_of
+from crosscal.corpora import Corpus
+from crosscal.evaluation import TEST, Measurement, QuestionSuite, perplexity
+from crosscal.evaluation.questions import LoadedTask
 from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
+from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
-FORMAT = 2  # of stored measurements: since 2 with what each window had
+FORMAT = 3  # of stored measurements: since 3 each text's and each task's by themselves
+KIND, PLACE = "evaluations", "measurements.json"
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
+Subject = HeldOutText | LoadedTask
+"""What is measured, and kept, by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +40,9 @@ class Examination:
     """What every model of a run is measured on."""
 
     store: Store
-    windows: dict[str, torch.Tensor]
-    """Corpus -> test windows [S, L]."""
+    texts: tuple[HeldOutText, ...]
+    notes: tuple[str, ...]
+    """What is not measured, and why, in sentences."""
     begin: bool | None
     """Whether they begin with beginning-of-text; None: as the tokenizer's texts do."""
     max_length: int
@@ -45,95 +50,118 @@ class Examination:
     tokenizer_digest: str
     tokenizer: PreTrainedTokenizerBase
     suite: QuestionSuite
-    tasks: tuple[str, ...]
     limit: int | None
     batch_tokens: int
     device: str
     dtype: torch.dtype
 
-    def key(self, weights: str) -> str:
-        """Digest of the weights and of everything they are measured on."""
-        return digest_of([FORMAT, weights, self._windows_digest, self._questions, str(self.dtype)])
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All that can be measured, in the order of the rows."""
+        return (*self.texts, *self.suite.loaded)
 
     def find(self, weights: str) -> list[Measurement] | None:
-        """What was measured on these weights before; None if nothing was."""
-        artifact = self.store.find("evaluations", self.key(weights))
+        """What was measured on these weights before; None if anything is missing."""
+        found = [self.stored(weights, subject) for subject in self.subjects]
+        return None if any(one is None for one in found) else self.in_all(one for one in found if one is not None)
+
+    def in_all(self, measured: Iterable[list[Measurement]]) -> list[Measurement]:
+        """With a row for each task that cannot be had."""
+        return [one for each in measured for one in each] + self.suite.unreachable
+
+    def stored(self, weights: str, subject: Subject) -> list[Measurement] | None:
+        artifact = self.store.find(KIND, self.key(weights, subject))
         if artifact is None:
             return None
-        stored = json.loads(self.store.read_bytes(artifact, "measurements.json"))
-        return [self.described(Measurement.from_json(value)) for value in stored]
+        stored = json.loads(self.store.read_bytes(artifact, PLACE))
+        return [self._named(Measurement.from_json(value), subject) for value in stored]
 
-    def described(self, found: Measurement) -> Measurement:
-        """With what the text began with: questions are always encoded as the tokenizer does by default."""
-        wanted = self.begin if found.corpus_or_task in self.windows else None
-        return dataclasses.replace(found, begin_token=begin_token(self.tokenizer, wanted) is not None)
+    def keep(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> None:
+        with self.store.publish(KIND, self.key(weights, subject), {"weights": weights}) as staged:
+            (staged / PLACE).write_bytes(canonical_json([dataclasses.asdict(value) for value in measured]))
+
+    def key(self, weights: str, subject: Subject) -> str:
+        """Digest of the weights and of all that the numbers depend on; not of what a plan calls it."""
+        if isinstance(subject, HeldOutText):
+            return digest_of([FORMAT, weights, str(self.dtype), subject.digest])
+        about = [self.limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
+        return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject.source], about])
+
+    def measured(self, model: Any, subject: Subject, name: str, report: Report) -> list[Measurement]:
+        """One text or task on a model, which is on the device."""
+        if isinstance(subject, LoadedTask):
+
+            def answered(task: str, done: int, total: int) -> None:
+                report(f"{name}: answers of {task}", done, total)
+
+            found = self.suite.measure_one(
+                subject, model, self.tokenizer, max_length=self.max_length, progress=answered
+            )
+        else:
+            where = subject.corpus if subject.split == TEST else f"{subject.corpus} ({subject.split})"
+            found = [
+                perplexity(
+                    model,
+                    subject.tokens_SL,
+                    name=subject.corpus,
+                    split=subject.split,
+                    device=self.device,
+                    batch_tokens=self.batch_tokens,
+                    progress=functools.partial(report, f"{name}: windows of {where}"),
+                )
+            ]
+        return [self._named(one, subject) for one in found]
+
+    def _named(self, found: Measurement, subject: Subject) -> Measurement:
+        """As this plan calls it, with what the text began with: questions are always encoded as the tokenizer does by
+        default."""
+        if isinstance(subject, LoadedTask):
+            return dataclasses.replace(found, begin_token=self._begins[None])
+        return dataclasses.replace(
+            found, corpus_or_task=subject.corpus, split=subject.split, begin_token=self._begins[self.begin]
+        )
 
     @functools.cached_property
-    def _windows_digest(self) -> str:
-        return digest_of({name: tokens_SL.tolist() for name, tokens_SL in self.windows.items()})
+    def _begins(self) -> dict[bool | None, bool]:
+        return {wanted: begin_token(self.tokenizer, wanted) is not None for wanted in (None, self.begin)}
 
     @functools.cached_property
-    def _questions(self) -> list[Any]:
-        if not self.tasks:
-            return []
-        tasks = [[Path(task).name, digest_file(Path(task))] if Path(task).is_file() else task for task in self.tasks]
-        return [tasks, self.limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
+    def _identities(self) -> dict[str, Any]:
+        """What each task is: lm-eval's name, or name and content of a file."""
+        files = {task.source: Path(task.source) for task in self.suite.loaded if Path(task.source).is_file()}
+        named = {task.source: task.source for task in self.suite.loaded}
+        return named | {source: [file.name, digest_file(file)] for source, file in files.items()}
 
 
 def examination(
     store: Store,
     corpora: Sequence[Corpus],
     source: ModelSource,
+    cutting: Cutting,
     *,
-    length: int,
-    windows: int,
     tasks: Sequence[str],
     limit: int | None,
     batch_tokens: int,
     device: str,
     dtype: torch.dtype,
-    begin: bool | None = None,
-    plain_text: bool = False,
     report: Report = silent,
 ) -> Examination:
-    """Cut the test windows and load the tasks, once for all models of a run."""
-    positions = source.max_positions
-    cut = functools.partial(windows_for_testing, length=length, windows=windows, begin=begin, plain_text=plain_text)
+    """Cut the windows and load the tasks, once for all models of a run."""
+    texts, notes = heldout_texts(store, corpora, source, cutting, report)
     return Examination(
         store,
-        {corpus.name: cut(store, corpus, source, report=report) for corpus in corpora},
-        begin,
-        positions or QUESTION_TOKENS,
+        texts,
+        notes,
+        cutting.begin,
+        source.max_positions or QUESTION_TOKENS,
         tokenizer_digest(source.path),
         source.tokenizer(),
         QuestionSuite.load(tasks, limit=limit),
-        tuple(tasks),
         limit,
         batch_tokens,
         device,
         dtype,
     )
-
-
-def windows_for_testing(
-    store: Store,
-    corpus: Corpus,
-    source: ModelSource,
-    *,
-    length: int,
-    windows: int,
-    begin: bool | None = None,
-    plain_text: bool = False,
-    report: Report = silent,
-) -> torch.Tensor:
-    """Windows of all test documents of a corpus: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
-    texts = (text for shard in corpus.shards for text in documents(store, shard, "test"))
-    told = _told(texts, f"{corpus.name}: reading test documents", corpus.documents("test"), report)
-    length = min(length, source.max_positions or length)
-    try:
-        return windows_of(told, source.tokenizer(), length, windows, begin=begin, plain_text=plain_text)
-    except TooLittleText as error:
-        raise TooLittleText(error.what, where=f"{corpus.name}", got=error.got, do=error.do) from error
 
 
 def checkpoint_files(folder: Path, name: str = "model", report: Report = silent) -> dict[str, str]:
@@ -160,42 +188,17 @@ def measure(
     name: str = "model",
     report: Report = silent,
 ) -> list[Measurement]:
-    """Every measurement of one model folder. With a task skipped nothing is kept: it may be reachable next time.
+    """Every measurement of one model folder, each text's and task's kept as soon as it is there. That a task was out of
+    reach is not kept: it may be reachable next time.
 
     `files`: what `checkpoint_files` gives, if it is at hand. `report` is told how far it is, of a model called `name`.
     """
     weights = weights_digest(checkpoint_files(folder, name, report) if files is None else files)
-    known = exam.find(weights)
-    if known is not None:
-        return known
-    report(f"{name}: loading", 0, None)
-    model = load_variant(folder, device=exam.device, dtype=exam.dtype)
-    found = [
-        perplexity(
-            model,
-            tokens_SL,
-            name=corpus,
-            split="test",
-            device=exam.device,
-            batch_tokens=exam.batch_tokens,
-            progress=functools.partial(report, f"{name}: windows of {corpus}"),
-        )
-        for corpus, tokens_SL in exam.windows.items()
-    ]
-    if exam.tasks:
-        found += exam.suite.measure(
-            model,
-            exam.tokenizer,
-            max_length=exam.max_length,
-            progress=lambda task, done, total: report(f"{name}: answers of {task}", done, total),
-        )
-    if not any(value.skipped for value in found):
-        with exam.store.publish("evaluations", exam.key(weights), {"weights": weights}) as staged:
-            (staged / "measurements.json").write_bytes(canonical_json([dataclasses.asdict(value) for value in found]))
-    return [exam.described(value) for value in found]
-
-
-def _told(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:
-    for done, text in enumerate(texts):
-        report(what, done, total)
-        yield text
+    known = {subject: exam.stored(weights, subject) for subject in exam.subjects}
+    if missing := [subject for subject, found in known.items() if found is None]:
+        report(f"{name}: loading", 0, None)
+        model = load_variant(folder, device=exam.device, dtype=exam.dtype)
+        for subject in missing:
+            known[subject] = exam.measured(model, subject, name, report)
+            exam.keep(weights, subject, known[subject])
+    return exam.in_all(known[subject] for subject in exam.subjects)

@@ -41,6 +41,8 @@ def numbers(folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in read_rows(run / "results.jsonl", ResultRow):
         assert row.value is not None
+        if row.split != "test":
+            continue
         found.setdefault(row.variant, {})[f"{row.corpus_or_task} {row.metric}"] = row.value
     layers = read_rows(run / "layers.jsonl", LayerRow)
     for variant in {row.variant for row in layers}:

@@ -1,0 +1,83 @@
+"""The text that models are measured on: windows of each corpus's test split, and of its validation split.
+
+Shapes: S windows, L tokens in a window.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crosscal.corpora import Corpus, documents
+from crosscal.errors import TooLittleText
+from crosscal.evaluation import TEST, VALIDATION, windows_of
+from crosscal.models.source import ModelSource
+from crosscal.progress import Report, silent
+from crosscal.store import Store, digest_of
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutText:
+    """Windows of one corpus and split."""
+
+    corpus: str
+    split: str
+    tokens_SL: torch.Tensor
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return digest_of(self.tokens_SL.tolist())
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How windows are cut out of text, and how many."""
+
+    length: int
+    """Tokens of a window, or as many as the model takes."""
+    windows: dict[str, int]
+    """Split -> windows of a corpus at most."""
+    begin: bool | None = None
+    """Whether they begin with beginning-of-text; None: as the tokenizer's texts do."""
+    plain_text: bool = False
+
+
+def heldout_texts(
+    store: Store, corpora: Sequence[Corpus], source: ModelSource, cutting: Cutting, report: Report = silent
+) -> tuple[tuple[HeldOutText, ...], tuple[str, ...]]:
+    """The test text of every corpus, then the validation text of those that have a window of it; and a note for each
+    of the others. Raises `TooLittleText` naming a corpus without a window of test text."""
+
+    def text(corpus: Corpus, split: str) -> HeldOutText:
+        return HeldOutText(corpus.name, split, windows_for(store, corpus, split, source, cutting, report))
+
+    of_test, of_validation, notes = [text(corpus, TEST) for corpus in corpora], [], []
+    for corpus in corpora:
+        try:
+            of_validation.append(text(corpus, VALIDATION))
+        except TooLittleText as error:
+            notes.append(f"{corpus.name} has no validation text, and nothing is chosen by it ({error.got}).")
+    return (*of_test, *of_validation), tuple(notes)
+
+
+def windows_for(
+    store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: Cutting, report: Report = silent
+) -> torch.Tensor:
+    """Windows spread over all documents of a split: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
+    texts = (text for shard in corpus.shards for text in documents(store, shard, split))
+    told = _told(texts, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
+    length = min(cutting.length, source.max_positions or cutting.length)
+    wanted, how = cutting.windows[split], {"begin": cutting.begin, "plain_text": cutting.plain_text}
+    try:
+        return windows_of(told, source.tokenizer(), length, wanted, **how)
+    except TooLittleText as error:
+        raise TooLittleText(error.what, where=corpus.name, got=error.got, do=error.do) from error
+
+
+def _told(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:
+    for done, text in enumerate(texts):
+        report(what, done, total)
+        yield text
