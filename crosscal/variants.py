@@ -126,10 +126,10 @@ def variants(plan: CompressionPlan) -> list[Variant]:
     ]
 
 
-def samples_needed(plan: CompressionPlan) -> list[tuple[str, int]]:
-    """The (corpus, seed) pairs that some variant's mixture uses; recipes that need no data have their loss measured on
-    the general corpus, or else the first."""
-    found = variants(plan)
+def samples_needed(plan: CompressionPlan, found: Sequence[Variant] | None = None) -> list[tuple[str, int]]:
+    """The (corpus, seed) pairs that some mixture of `found` (left out: of all variants) uses; recipes that need no data
+    have their loss measured on the general corpus, or else the first."""
+    found = variants(plan) if found is None else found
     reference = Mixture.of({GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora)): 1.0})
     used = {(name, v.seed) for v in found for mixture in v.mixtures(reference) for name in mixture.corpora}
     return [(name, seed) for seed in plan.seeds for name in plan.corpora if (name, seed) in used]

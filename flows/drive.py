@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefect import Flow
+
 from crosscal.flows.cluster import needs_server, temporary_server
 from crosscal.flows.health import check_access, probe
 from crosscal.flows.recompress import recompress
 from crosscal.flows.shown import counted
-from crosscal.plan import load_plan
+from crosscal.flows.study import check_study, study
+from crosscal.plan import CompressionPlan, load_plan
 
 MOST_SENTENCES = 3
 """On what to take; the report has all."""
@@ -25,14 +28,25 @@ def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: 
     Only a plan for a Dask cluster needs it, because workers tell a server how their tasks go.
     """
     asked = load_plan(plan, tuple(overrides), domain)  # a slip of the pen is no failed attempt in the ledger
+    return _driven(recompress, asked, str(plan), overrides, home, out, domain)
+
+
+def drive_study(plan: Path, overrides: list[str], home: str, out: str | None, parts: int | None) -> dict[str, Any]:
+    """As `drive`, for a study."""
+    asked = load_plan(plan, tuple(overrides))
+    check_study(asked)
+    return _driven(study, asked, str(plan), overrides, home, out, parts)
+
+
+def _driven(flow: Flow[..., dict[str, Any]], asked: CompressionPlan, *arguments: Any) -> dict[str, Any]:
     if not os.environ.get("PREFECT_API_URL"):
         if not needs_server(asked.execution):
-            return recompress.fn(str(plan), overrides, home, out, domain)
+            return flow.fn(*arguments)
         with temporary_server():
-            return recompress(str(plan), overrides, home, out, domain)
+            return flow(*arguments)
     for check in (probe, check_access):  # a run is not made to find out
         check(os.environ["PREFECT_API_URL"])
-    return recompress(str(plan), overrides, home, out, domain)
+    return flow(*arguments)
 
 
 def summary(record: dict[str, Any]) -> Iterator[Any]:
@@ -58,3 +72,26 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
     variants = counted(record["variants"], "variant")
     yield f"{variants} in {seconds:.0f} s; moments: {hits} from the cache, {misses} made; {cost}"
     yield f"report: {run_dir / 'report.html'}"
+
+
+def study_summary(record: dict[str, Any]) -> Iterator[Any]:
+    """What a study ends by printing: numbers, differences, what validation text chose, what is still to be done."""
+    from crosscal.report.groups import columns_of
+    from crosscal.report.run_files import read_run
+    from crosscal.report.study_table import DifferenceTable, sentences
+    from crosscal.report.terminal import TerminalTable
+
+    run_dir, parts = Path(record["run_dir"]), record["parts"]
+    files = read_run(run_dir)
+    yield TerminalTable(files.groups, columns_of(files.results))
+    yield DifferenceTable(files.study)
+    found = sentences(files.study)
+    yield from found[:MOST_SENTENCES]
+    if len(found) > MOST_SENTENCES:
+        yield f"what else validation text chose: {len(found) - MOST_SENTENCES} more in the report"
+    for note in record["notes"]:
+        yield f"note: {note}"
+    more = "" if parts["complete"] == parts["of"] else "; the same command goes on"
+    draws, variants = counted(record["draws"], "draw"), counted(record["variants"], "variant")
+    yield f"{draws}, {variants}: {parts['complete']} of {parts['of']} parts are complete{more}"
+    yield f"numbers: {run_dir / 'study.jsonl'}; report: {run_dir / 'report.html'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ OF_DENSE_OUTPUTS = (
 )
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What is known once model and corpora are in place, whatever variants are then made."""
+
+    ticket: Ticket
+    corpora: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """Corpus → its name in the store."""
+        return {name: corpus["stored"] for name, corpus in self.corpora.items()}
+
+
 def carry_out(
     plan: CompressionPlan,
     home: str,
@@ -59,15 +74,36 @@ def carry_out(
     with what was sampled, before anything is read, and the store's name of every corpus; it ends the run by raising.
     """
     watch = Stopwatch()
-    ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
     with watch.stage("ingest"):
-        known = step(identify_model, ticket)
-        ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-        corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
-    stored = {name: corpus["stored"] for name, corpus in corpora.items()}
-    ticket = dataclasses.replace(ticket, versions=versions_of(corpora))
+        begun = begin(plan, home)
+    record = make_and_measure(begun, out, watch, mark, check)
+    with watch.stage("report"):
+        step(make_report, record["run_dir"])
+    record["stages"] = watch.seconds
+    write_run_record(Path(record["run_dir"]), record)
+    return record
+
+
+def begin(plan: CompressionPlan, home: str) -> Begun:
+    """Identify the model and ingest the corpora."""
+    ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
+    known = step(identify_model, ticket)
+    ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
+    corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
+    return Begun(dataclasses.replace(ticket, versions=versions_of(corpora)), corpora, known["notes"])
+
+
+def make_and_measure(
+    begun: Begun,
+    out: str | None,
+    watch: Stopwatch,
+    mark: Callable[[str], None] = lambda state: None,
+    check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
+) -> dict[str, Any]:
+    """From windows to measured models: all but the report of `carry_out`, for the variants of the ticket."""
+    ticket, stored, plan = begun.ticket, begun.stored, begun.ticket.parsed
     with watch.stage("sample"):
-        needed = samples_needed(plan)
+        needed = samples_needed(plan, ticket.variants())
         samples = [step(draw_sample, ticket, name, stored.get(name, name), seed) for name, seed in needed]
         ticket = dataclasses.replace(ticket, samples=samples)
         check(ticket, stored)
@@ -89,12 +125,8 @@ def carry_out(
     with watch.stage("evaluate"):
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
-    record = _record(ticket, watch, corpora, readings, [*known["notes"], *judged["notes"]])
+    record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
     record |= {"calibration_quality": quality, "failed": judged["failed"]}
-    write_run_record(run_dir, record)
-    with watch.stage("report"):
-        step(make_report, str(run_dir))
-    record["stages"] = watch.seconds
     write_run_record(run_dir, record)
     return record
 

@@ -44,6 +44,8 @@ class Ticket:
     device: str = ""
     dtype: str = ""
     """Of activations."""
+    only: list[str] | None = None
+    """Names of the variants that the run is about; None: all of its plan."""
     versions: dict[str, int] = field(default_factory=dict)
     """The store's name of a corpus → the version this run uses, whatever lands meanwhile."""
     run_dir: str = ""
@@ -61,8 +63,8 @@ class Ticket:
 
     @property
     def cached(self) -> Cached:
-        """What is read of the dense model, which is one stream."""
-        wanted = statistics_needed(self.variants()) & EVERY
+        """What is read of the dense model, which is one stream: for all of the plan, so that its parts read once."""
+        wanted = statistics_needed(_asked(json.dumps(self.plan))[1]) & EVERY
         return Cached(self.store, self.model, DENSE, self.dtype, wanted=wanted)
 
     def source(self) -> ModelSource:
@@ -127,8 +129,8 @@ class Ticket:
         )
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
-        """All of the plan, or those of one upstream."""
-        asked = _asked(json.dumps(self.plan))[1]
+        """All that the run is about, or those of one upstream."""
+        asked = [v for v in _asked(json.dumps(self.plan))[1] if self.only is None or v.name in self.only]
         return [variant for variant in asked if upstream in (None, variant.upstream)]
 
     def variants_to_make(self, upstream: str | None = None) -> list[Variant]:

@@ -54,7 +54,7 @@ ROOMS = {
     # test windows are cut as calibration windows are
     "evaluation": (
         {"errors", "files", "calibration"},
-        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"},
+        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, methods, plans, publishing, runs, stores
+from crosscal.cli import deploying, methods, plans, publishing, runs, stores, studies
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for command in (
     runs.run,
+    studies.study,
     runs.ingest,
     runs.evaluate,
     runs.report,

@@ -18,6 +18,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.study import Study
 
 __all__ = [
     "BEST",
@@ -31,6 +32,7 @@ __all__ = [
     "Publish",
     "RandomTokens",
     "SelfGenerated",
+    "Study",
     "dump_plan",
     "load_plan",
     "parse_plan",

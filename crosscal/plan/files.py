@@ -24,6 +24,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.study import Study
 
 
 def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
@@ -110,6 +111,7 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
         "evaluate": Evaluate,
         "execution": Execution,
         "publish": Publish,
+        "study": Study,
     }
     if len(location) == 1:
         return list(CompressionPlan.model_fields)

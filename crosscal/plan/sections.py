@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from crosscal.plan.settings import OF_A_MIXTURE, checked_axes
+from crosscal.plan.study import Study, keeping_numbers
 
 BEST = "best"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -223,10 +224,15 @@ class CompressionPlan(_Section):
     """Matrices that stay as they are, by patterns over their names: `*.mixer.dt_proj`, `model.layers.0.*`."""
     publish: Publish | None = None
     """Left out, a landed domain's models are measured and kept in their run directory."""
+    study: Study | None = None
+    """For `crosscal study`: how sure the differences between the variants are. A study keeps numbers, not models."""
 
     @property
     def seeds(self) -> list[int]:
-        return self.calibration.seed if isinstance(self.calibration.seed, list) else [self.calibration.seed]
+        seed = self.calibration.seed
+        if isinstance(seed, list):
+            return seed
+        return list(range(seed, seed + ((self.study and self.study.draws) or 1)))
 
     @property
     def document_corpora(self) -> dict[str, Documents]:
@@ -236,6 +242,17 @@ class CompressionPlan(_Section):
     def perplexity_corpora(self) -> list[str]:
         chosen = self.evaluate.perplexity
         return list(self.document_corpora) if chosen is None else chosen
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_study_keeps_numbers(cls, data: Any) -> Any:
+        return keeping_numbers(data)
+
+    @model_validator(mode="after")
+    def _is_one_study(self) -> CompressionPlan:
+        if self.study is not None:
+            self.study.check(draws=len(self.seeds), keep_models=self.execution.keep_models)
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> CompressionPlan:

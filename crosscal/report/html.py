@@ -19,6 +19,7 @@ from crosscal.report.numbers import Number, number_text, percent_text, short_tex
 from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
+from crosscal.report.study_page import study_section
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
 
 MOST_LAYER_VARIANTS = 4
@@ -72,6 +73,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "dense": _dense_perplexities(groups),
         "sections": sections,
         "rule": RULE,
+        "study": study_section(files.study, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
         "table": summary_table(groups, columns),
         "text_columns": TEXT_COLUMNS,

@@ -1,4 +1,5 @@
-"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each) and `windows.jsonl`."""
+"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each), `windows.jsonl`, and of a
+study `study.jsonl`."""
 
 from __future__ import annotations
 
@@ -101,10 +102,47 @@ class WindowRow:
     """Negative log-likelihood per predicted token of each window, in the windows' order, the same for all variants."""
 
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow)
+@dataclass(frozen=True)
+class StudyRow:
+    """One number of a study over its draws: of a variant by itself, or of its difference from a baseline."""
+
+    variant: str
+    """Without the draw."""
+    corpus_or_task: str
+    split: str
+    metric: str
+    rule: str | None
+    """Which baseline the plan asked for: `general`, `domain`, a method, …; None for the variant by itself."""
+    baseline: str | None
+    """The variant that this is."""
+    value: float
+    """Mean over draws: the number itself, or variant − baseline; of perplexities the difference of their logarithms."""
+    sd: float | None
+    """Standard deviation over draws; None for one."""
+    stderr: float | None
+    """Standard error over test windows or questions, which all draws share."""
+    interval: list[float] | None
+    """Of 95 %: of a difference over `over`; of a number by itself over draws and windows or questions together."""
+    over: str
+    draws: int
+    windows: int | None
+    """Test windows, where both were compared window by window."""
+    p: float | None = None
+    p_holm: float | None = None
+    """Adjusted for all comparisons of the same rule on the same corpus or task."""
+    comparisons: int | None = None
+    """How many these are."""
+    verdict: str | None = None
+    """`better`, `worse` or `not distinguishable`."""
+    chosen: bool = False
+    """Whether validation text chose this mixture for its recipe, level and domain."""
 
 
-def write_rows(path: Path, rows: Iterable[ResultRow] | Iterable[LayerRow] | Iterable[WindowRow]) -> None:
+AnyRow = ResultRow | LayerRow | WindowRow | StudyRow
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, StudyRow)
+
+
+def write_rows(path: Path, rows: Iterable[AnyRow]) -> None:
     """Write all rows at once; a NaN or an infinity is refused, and then nothing is written."""
     write_whole(path, "".join(_line(row, path) for row in rows))
 
@@ -115,7 +153,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         return [_parse(line, kind, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _line(row: ResultRow | LayerRow | WindowRow, path: Path) -> str:
+def _line(row: AnyRow, path: Path) -> str:
     try:
         return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:

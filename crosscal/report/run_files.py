@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crosscal.errors import UsageError
 from crosscal.report.groups import Group, groups_of
-from crosscal.report.rows import LayerRow, ResultRow, WindowRow, read_rows
+from crosscal.report.rows import LayerRow, ResultRow, StudyRow, WindowRow, read_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class RunFiles:
     plan: str
     models: frozenset[str]
     """The variants whose models were kept."""
+    study: list[StudyRow] = field(default_factory=list)
+    """What a study concludes; empty for any other run."""
 
     @property
     def groups(self) -> list[Group]:
@@ -44,7 +46,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run directory; `UsageError` when it holds no results or a damaged file."""
     if not (folder / "results.jsonl").is_file():
         raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
-    layers, windows = folder / "layers.jsonl", folder / "windows.jsonl"
+    layers, windows, study = (folder / f"{name}.jsonl" for name in ("layers", "windows", "study"))
     run = _json(folder / "run.json")
     run = {name: value for name, value in run.items() if value is not None} if isinstance(run, dict) else {}
     samples = _json(folder / "samples.json") or run.get("samples")
@@ -57,6 +59,7 @@ def read_run(folder: Path) -> RunFiles:
         samples=[_sample(sample) for sample in samples] if isinstance(samples, list) else [],
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
         models=frozenset(path.parent.name for path in folder.glob("models/*/config.json")),
+        study=read_rows(study, StudyRow) if study.is_file() else [],
     )
 
 

@@ -1,0 +1,105 @@
+"""How sure a difference is: over draws of the calibration windows, over test windows, and among many comparisons.
+
+Two variants are measured on the same test windows, and for each draw calibrated on windows of the same seed. With the
+difference d[k, w] of draw k and window w, two things are uncertain, and they are kept apart:
+
+* another draw of calibration text: the D means over windows, d[k, ·], are D independent numbers; their mean has the
+  interval mean ± t(D − 1) · sd / √D. This is the noise of the method, and what p-values are of.
+* other test text: the W means over draws, d[·, w], have the standard error sd / √W. All draws share these windows, so
+  no number of draws makes it smaller, and D · W is not a sample size.
+
+With one draw there is only the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from crosscal.evaluation.summaries import spread
+
+CONFIDENCE = 0.95
+DRAWS, WINDOWS, QUESTIONS = "draws", "windows", "questions"
+
+
+@dataclass(frozen=True)
+class Sure:
+    """A mean with all that is known of its errors."""
+
+    mean: float
+    sd: float | None
+    """Over draws; None for one."""
+    stderr: float | None
+    """Of the mean over test windows or questions, whatever the draws."""
+    over: str
+    """What `interval` and `p` generalise over: `draws` where there are several, else `windows` or `questions`."""
+    interval: tuple[float, float] | None
+    """Of 95 %; None where nothing can be said."""
+    p: float | None
+    """Two-sided, of a mean of zero."""
+    draws: int
+    windows: int | None
+    """Test windows, where each was compared with its like."""
+
+
+def over_draws_and_windows(values_DW: Sequence[Sequence[float]]) -> Sure:
+    """Of one number for each draw and window: a difference, or a log-likelihood."""
+    means = [math.fsum(row) / len(row) for row in values_DW]
+    over_windows = spread(math.fsum(column) / len(column) for column in zip(*values_DW, strict=True))
+    stderr = None if over_windows.sd is None else over_windows.sd / math.sqrt(over_windows.n)
+    if len(means) > 1:
+        return _over_draws(means, stderr, over_windows.n)
+    interval, p = _t(over_windows.mean, stderr, over_windows.n - 1)
+    return Sure(over_windows.mean, None, stderr, WINDOWS, interval, p, 1, over_windows.n)
+
+
+def over_draws(values: Sequence[float], stderr: float | None) -> Sure:
+    """Of one number for each draw, such as an accuracy, whose standard error over questions is known by itself.
+
+    With one draw the interval is that of a normal distribution.
+    """
+    if len(values) > 1:
+        return _over_draws(values, stderr, None)
+    interval, p = _t(values[0], stderr, None)
+    return Sure(values[0], None, stderr, QUESTIONS, interval, p, 1, None)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for being looked at together (Holm 1979): at level a the chance of any false finding is at
+    most a, whatever the dependence. p(i) of m in rising order becomes max over j ≤ i of min(1, (m − j + 1) p(j))."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, so_far = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = so_far
+    return adjusted
+
+
+def _over_draws(values: Sequence[float], stderr: float | None, windows: int | None) -> Sure:
+    found = spread(values)
+    assert found.sd is not None, "there are several draws"
+    interval, p = _t(found.mean, found.sd / math.sqrt(found.n), found.n - 1)
+    return Sure(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, windows)
+
+
+def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:
+    """Interval and p-value of Student's t; of the normal distribution without a number of degrees of freedom."""
+    from scipy.stats import norm, t
+
+    if stderr is None:
+        return None, None
+    if stderr == 0.0:
+        return (mean, mean), float(mean == 0.0)
+    distribution = norm if freedom is None else t(freedom)
+    half = float(distribution.ppf((1 + CONFIDENCE) / 2)) * stderr
+    return (mean - half, mean + half), 2 * float(distribution.sf(abs(mean) / stderr))
+
+
+def over_both(found: Sure) -> tuple[float, float] | None:
+    """The 95 % interval of a number by itself: another draw *and* other test text, as if independent of each other."""
+    parts = [found.stderr, None if found.sd is None else found.sd / math.sqrt(found.draws)]
+    known = [part for part in parts if part is not None]
+    return _t(found.mean, math.hypot(*known), None)[0] if known else None

@@ -1,0 +1,127 @@
+"""What a study compares: which variant is another's baseline, and what was measured of both, draw by draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from crosscal.evaluation.inference import Sure, over_draws, over_draws_and_windows
+from crosscal.report.groups import DENSE, Column, Group
+from crosscal.report.left_dense import SLACK
+from crosscal.report.rows import ResultRow
+from crosscal.report.run_files import RunFiles
+
+DOMAIN = "domain"
+"""The baseline that is a variant's own domain alone."""
+PERPLEXITY = "perplexity"
+
+
+def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:
+    """The baseline of a variant by a rule of the plan's `study.baseline`; None where it has none, or is it itself.
+
+    A corpus, or `domain`: the same recipe, level and upstream on that corpus alone. A method: the same level, mixture
+    and upstream. One of the two that leaves over 1 % more of its parameters dense is no baseline.
+    """
+    found = next((other for other in groups if _is_counterpart(group, rule, other)), None)
+    if found is None or found is group or group.is_dense:
+        return None
+    is_fair = found.is_dense or abs(found.left_dense.share - group.left_dense.share) <= SLACK
+    return found if is_fair else None
+
+
+def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
+    if rule in (DENSE, other.name):
+        return other.name == rule or (rule == DENSE and other.is_dense)
+    if other.upstream != group.upstream:
+        return False
+    if other.method == rule:
+        return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
+    domains = list(group.domains) if rule == DOMAIN else [rule]
+    same_recipe = (other.method, other.setting) == (group.method, group.setting)
+    return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a run by what they are of."""
+
+    rows: Mapping[tuple[str, Column], ResultRow]
+    windows: Mapping[tuple[str, str, str], Sequence[float]]
+
+    @classmethod
+    def of(cls, files: RunFiles) -> Measured:
+        rows = {(row.variant, (row.corpus_or_task, row.split, row.metric)): row for row in files.results}
+        return cls(rows, {(row.variant, row.corpus, row.split): row.nll for row in files.windows})
+
+    def draws(self, group: Group, column: Column) -> dict[int | None, Measurement]:
+        """Draw → what was measured. A model that needs no calibration text is one model for every draw: None."""
+        found = [self.rows.get((variant, column)) for variant in group.variants]
+        return {
+            row.seed if group.mixture else None: self._measurement(row)
+            for row in found
+            if row is not None and row.value is not None
+        }
+
+    def _measurement(self, row: ResultRow) -> Measurement:
+        assert row.value is not None, "rows without a number are left out before"
+        if row.metric != PERPLEXITY:
+            return Measurement(row.value, row.stderr)
+        nll = self.windows.get((row.variant, row.corpus_or_task, row.split))
+        stderr = None if row.stderr is None else row.stderr / row.value
+        return Measurement(math.log(row.value), stderr, is_log=True, nll=nll)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one model: a log perplexity, with what each window had if that was kept, or another number as it is."""
+
+    value: float
+    stderr: float | None
+    is_log: bool = False
+    nll: Sequence[float] | None = None
+
+
+def by_itself(group: Group, column: Column, measured: Measured) -> Sure | None:
+    """A variant over its draws; of a perplexity its logarithm."""
+    return _sure([(one,) for one in measured.draws(group, column).values()])
+
+
+def difference(first: Group, second: Group, column: Column, measured: Measured) -> Sure | None:
+    """first − second, draw by draw and window by window; None where no draw has both."""
+    return _sure(list(_pairs(measured.draws(first, column), measured.draws(second, column))))
+
+
+def _pairs(
+    first: Mapping[int | None, Measurement], second: Mapping[int | None, Measurement]
+) -> Iterator[tuple[Measurement, Measurement]]:
+    """Of the same draw; what is one model for every draw stands beside each of the other's."""
+    draws = dict.fromkeys([*first, *second])
+    for draw in [draw for draw in draws if draw is not None] or draws:
+        one, other = first.get(draw, first.get(None)), second.get(draw, second.get(None))
+        if one is not None and other is not None:
+            yield one, other
+
+
+def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
+    """Of one measurement a draw, or of the first minus the second."""
+    if not found:
+        return None
+    lengths = {len(one.nll or ()) for both in found for one in both}
+    if len(lengths) == 1 and lengths != {0}:
+        windows = [[one.nll or () for one in both] for both in found]
+        return over_draws_and_windows([[_less(at) for at in zip(*both, strict=True)] for both in windows])
+    return over_draws([_less([one.value for one in both]) for both in found], _unpaired_stderr(found))
+
+
+def _unpaired_stderr(found: Sequence[tuple[Measurement, ...]]) -> float | None:
+    """Mean over draws of the errors over questions or windows, as if each variant had others: an upper bound, for which
+    questions each answered is not kept."""
+    errors = [[one.stderr for one in both] for both in found]
+    if any(error is None for both in errors for error in both):
+        return None
+    return math.fsum(math.hypot(*(error or 0.0 for error in both)) for both in errors) / len(errors)
+
+
+def _less(values: Sequence[float]) -> float:
+    return values[0] - math.fsum(values[1:])

@@ -1,0 +1,137 @@
+"""What a study concludes: every variant over its draws, and how it differs from what it is compared with.
+
+Numbers are those of test text. What validation text decides, and alone, is which mixture of a recipe counts as chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from crosscal.evaluation.inference import Sure, holm, over_both
+from crosscal.report.counterparts import PERPLEXITY, Measured, by_itself, counterpart, difference
+from crosscal.report.groups import GENERAL, Column, Group, columns_of
+from crosscal.report.pairing import STANDARD_ERRORS
+from crosscal.report.rows import StudyRow
+from crosscal.report.run_files import RunFiles
+from crosscal.report.table import LOWER_IS_BETTER
+
+VALIDATION = "validation"
+BETTER, WORSE, ALIKE = "better", "worse", "not distinguishable"
+LEVEL = 0.05
+RULE = (
+    "A difference counts if its p-value, by Student's t over draws and adjusted by Holm for all comparisons with the "
+    f"same baseline on the same text, is below {LEVEL:g}, and if it exceeds {STANDARD_ERRORS:g} standard errors over "
+    f"the test windows (or questions); otherwise it is {ALIKE}. With one draw the p-value is over windows alone, and "
+    "says nothing about other draws."
+)
+CHOICE = (
+    "Chosen of each recipe, level and domain: the mixture of general text and that domain of the smallest geometric "
+    "mean of both perplexities on validation text, the mean of all draws. What is shown of it is measured on test text."
+)
+
+
+def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
+    """Every variant by itself in every column, then every comparison on test text."""
+    groups, columns, measured = files.groups, columns_of(files.results), Measured.of(files)
+    chosen = chosen_mixtures(groups)
+    rows = list(_by_themselves(groups, columns, measured, chosen))
+    for rule in baselines:
+        for column in columns:
+            if column[1] != VALIDATION:
+                rows += _adjusted(list(_compared(groups, rule, column, measured, chosen)))
+    return rows
+
+
+def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
+    """Names of the groups that validation text chooses; none without validation text, for test text chooses nothing."""
+    found: dict[tuple[Any, ...], list[tuple[float, str]]] = defaultdict(list)
+    for group in groups:
+        scores = {domain: _score(group, domain) for domain in _domains_weighed(group, groups)}
+        for domain, score in scores.items():
+            if score is not None:
+                recipe = (group.method, str(group.setting), group.upstream, domain)
+                found[recipe].append((score, group.name))
+    return {min(scored)[1] for scored in found.values() if len(scored) > 1}
+
+
+def _domains_weighed(group: Group, groups: Sequence[Group]) -> Collection[str]:
+    """The domains that a group is a candidate for: its own, or for general text alone every one."""
+    if group.mixture == {GENERAL: 1.0}:
+        return {domain for other in groups for domain in other.domains if other.perplexity(domain, VALIDATION)}
+    return group.domains if len(group.domains) == 1 else ()
+
+
+def _score(group: Group, domain: str) -> float | None:
+    """Logarithm of the product of general and domain perplexity on validation text."""
+    general, special = group.perplexity(GENERAL, VALIDATION), group.perplexity(domain, VALIDATION)
+    return math.log(general.value) + math.log(special.value) if general and special else None
+
+
+def _by_themselves(
+    groups: Sequence[Group], columns: Sequence[Column], measured: Measured, chosen: Collection[str]
+) -> Iterator[StudyRow]:
+    for group in groups:
+        for column in columns:
+            found = by_itself(group, column, measured)
+            if found is not None:
+                row = _row(group, column, found, chosen)
+                interval = over_both(found)
+                if column[2] == PERPLEXITY:
+                    number = group.numbers[column]
+                    stderr = None if found.stderr is None else number.value * found.stderr
+                    interval = interval and (math.exp(interval[0]), math.exp(interval[1]))
+                    sd = number.error if found.draws > 1 else None
+                    row = dataclasses.replace(row, value=number.value, sd=sd, stderr=stderr)
+                yield dataclasses.replace(row, interval=interval and list(interval), over="both")
+
+
+def _compared(
+    groups: Sequence[Group], rule: str, column: Column, measured: Measured, chosen: Collection[str]
+) -> Iterator[StudyRow]:
+    for group in groups:
+        baseline = counterpart(group, rule, groups)
+        found = difference(group, baseline, column, measured) if baseline else None
+        if baseline and found:
+            row = _row(group, column, found, chosen)
+            interval = found.interval and list(found.interval)
+            yield dataclasses.replace(row, rule=rule, baseline=baseline.name, interval=interval, p=found.p)
+
+
+def _row(group: Group, column: Column, found: Sure, chosen: Collection[str]) -> StudyRow:
+    return StudyRow(
+        group.name,
+        *column,
+        rule=None,
+        baseline=None,
+        value=found.mean,
+        sd=found.sd,
+        stderr=found.stderr,
+        interval=None,
+        over=found.over,
+        draws=found.draws,
+        windows=found.windows,
+        chosen=group.name in chosen,
+    )
+
+
+def _adjusted(rows: Sequence[StudyRow]) -> list[StudyRow]:
+    """The comparisons of one rule in one column, looked at together."""
+    tested = [row for row in rows if row.p is not None]
+    adjusted = dict(zip(map(id, tested), holm([row.p or 0.0 for row in tested]), strict=True))
+    return [
+        dataclasses.replace(
+            row, p_holm=adjusted.get(id(row)), comparisons=len(tested), verdict=_verdict(row, adjusted.get(id(row)))
+        )
+        for row in rows
+    ]
+
+
+def _verdict(row: StudyRow, p_holm: float | None) -> str:
+    exceeds = abs(row.value) > STANDARD_ERRORS * (row.stderr or 0.0)
+    if p_holm is None or p_holm >= LEVEL or not exceeds:
+        return ALIKE
+    return BETTER if (row.value < 0) == (row.metric in LOWER_IS_BETTER) else WORSE

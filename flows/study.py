@@ -1,0 +1,90 @@
+"""A study: the plan's sweep for several draws of the calibration windows, in parts that one disk holds.
+
+    study directory/   parts/s1-1f0c83d2/   a run of some variants of one draw, its models discarded once measured;
+                                            its run.json says that it is complete
+                       results.jsonl, windows.jsonl, layers.jsonl, run.json, …   all complete parts together
+                       study.jsonl, report.html                                  what they show
+
+What a part read and measured stays in the store, and a complete part is not opened again: a study that was killed goes
+on where it stopped, and one more draw costs that draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from crosscal.errors import PlanError
+from crosscal.flows.shown import run_name, shown, tag_run
+from crosscal.flows.stuck_runs import note_process
+from crosscal.plan import CompressionPlan, load_plan
+
+
+@flow(name="study", flow_run_name=run_name, on_running=[note_process], persist_result=False, result_serializer="json")
+def study(
+    plan_path: str,
+    overrides: list[str] | None = None,
+    home: str | None = None,
+    out: str | None = None,
+    parts: int | None = None,
+) -> dict[str, Any]:
+    """Carry out a study; returns its record, as in `run.json`, with `parts`: how many there are and are complete.
+
+    `home` is the store, `out` the study's directory (`runs/<model>-study-<digest>`, the same for any number of draws).
+    `parts` limits how many parts this call carries out; what is complete is written up in any case.
+    """
+    from crosscal.flows.quiet import quiet_libraries
+
+    quiet_libraries()
+    home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
+    return shown(lambda: _study(load_plan(Path(plan_path), tuple(overrides or ())), home, out, parts))
+
+
+def _study(plan: CompressionPlan, home: str, out: str | None, most: int | None) -> dict[str, Any]:
+    check_study(plan)
+    tag_run(plan, None)
+    return carry_out_study(plan, home, out, most)
+
+
+def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int | None = None) -> dict[str, Any]:
+    """Carry out at most so many parts that are not complete, and write up all that are."""
+    from crosscal.flows.pipeline import begin, make_and_measure
+    from crosscal.flows.steps import Stopwatch
+    from crosscal.flows.study_files import write_up
+    from crosscal.flows.study_parts import folder_of, parts_of
+
+    watch, log = Stopwatch(), logging.getLogger("crosscal")
+    with watch.stage("ingest"):
+        begun = begin(plan, home)
+    folder = Path(out).absolute() if out else folder_of(plan)
+    parts = parts_of(plan, folder, [begun.ticket.model, begun.ticket.dtype, sorted(begun.ticket.versions.items())])
+    unmade = [part for part in parts if not part.is_complete]
+    for part in unmade[:most]:
+        log.info(
+            "part %d of %d: %d variants, seed %d", parts.index(part) + 1, len(parts), len(part.variants), part.seed
+        )
+        ticket = dataclasses.replace(begun.ticket, only=list(part.variants))
+        make_and_measure(dataclasses.replace(begun, ticket=ticket), str(part.folder), Stopwatch())
+    return write_up(folder, plan, parts, watch)
+
+
+def check_study(plan: CompressionPlan) -> None:
+    """Raises `PlanError` for a plan without a study, or one that compares with what is not there."""
+    from crosscal.compressors import COMPRESSORS
+    from crosscal.report.counterparts import DOMAIN
+    from crosscal.report.groups import DENSE
+    from crosscal.variants import variants
+
+    if plan.study is None:
+        raise PlanError("the plan has no study", where="study", do="Add `study: {draws: 5}`, or --set study.draws=5.")
+    names = {variant.name.removesuffix(f"-s{variant.seed}") for variant in variants(plan)}
+    methods = {variant.method for variant in variants(plan)} | set(COMPRESSORS)
+    unknown = [name for name in plan.study.baseline if name not in {DENSE, DOMAIN, *plan.corpora, *methods, *names}]
+    if unknown and "baseline" in plan.study.model_fields_set:
+        known = f"{DENSE}, {DOMAIN}, a corpus ({', '.join(plan.corpora)}), a method or a variant, without its draw"
+        raise PlanError("nothing to compare with", where="study.baseline", got=", ".join(unknown), do=f"Name {known}.")

@@ -1,0 +1,57 @@
+"""How a study is cut: which variants are made together, and where what a part measured lies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosscal.plan import CompressionPlan, Study
+from crosscal.store.keys import digest_of
+from crosscal.variants import variants
+
+
+@dataclass(frozen=True)
+class Part:
+    """Variants of one draw that are made together, and the directory of their run."""
+
+    seed: int
+    variants: tuple[str, ...]
+    folder: Path
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / "run.json").is_file()
+
+
+def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list[Part]:
+    """Draw after draw, at most `models_at_once` variants each; named by all that their numbers depend on: `inputs` (the
+    model and the corpora) and the plan, but for what it compares and how many draws it has."""
+    asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
+    found = sorted(variants(plan), key=lambda variant: plan.seeds.index(variant.seed))
+    parts = []
+    for seed, same in itertools.groupby(found, key=lambda variant: variant.seed):
+        for some in _some(list(same), asked.models_at_once):
+            named = [(variant.name, variant.key) for variant in some]
+            key = digest_of([_without_draws(plan), list(inputs), named])
+            parts.append(Part(seed, tuple(variant.name for variant in some), folder / "parts" / f"s{seed}-{key[:8]}"))
+    return parts
+
+
+def folder_of(plan: CompressionPlan) -> Path:
+    """The study's directory where none is named."""
+    runs = Path(os.environ.get("CROSSCAL_RUNS", "runs"))
+    return (runs / f"{Path(plan.model).name}-study-{digest_of(_without_draws(plan))[:8]}").absolute()
+
+
+def _some(found: list[Any], most: int) -> Iterator[list[Any]]:
+    yield from (found[start : start + most] for start in range(0, len(found), most))
+
+
+def _without_draws(plan: CompressionPlan) -> dict[str, Any]:
+    content = plan.model_dump(mode="json", exclude={"study"})
+    content["calibration"].pop("seed")
+    return content
