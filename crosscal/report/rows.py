@@ -1,4 +1,5 @@
-"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each) and `windows.jsonl`."""
+"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each), `windows.jsonl` and
+`questions.jsonl` (what numbers are the means of)."""
 
 from __future__ import annotations
 
@@ -101,10 +102,23 @@ class WindowRow:
     """Negative log-likelihood per predicted token of each window, in the windows' order, the same for all variants."""
 
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow)
+@dataclass(frozen=True)
+class QuestionRow:
+    """What one accuracy is the mean of: two variants of a run are compared question by question."""
+
+    variant: str
+    task: str
+    split: str
+    metric: str
+    correct: list[bool]
+    """Whether each question was answered right, in the task's order, the same for all variants."""
 
 
-def write_rows(path: Path, rows: Iterable[ResultRow] | Iterable[LayerRow] | Iterable[WindowRow]) -> None:
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow)
+AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow
+
+
+def write_rows(path: Path, rows: Iterable[AnyRow]) -> None:
     """Write all rows at once; a NaN or an infinity is refused, and then nothing is written."""
     write_whole(path, "".join(_line(row, path) for row in rows))
 
@@ -115,7 +129,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         return [_parse(line, kind, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _line(row: ResultRow | LayerRow | WindowRow, path: Path) -> str:
+def _line(row: AnyRow, path: Path) -> str:
     try:
         return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
