@@ -15,13 +15,14 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact, ModelError
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
+from crosscal.evaluation.measurement import ITEMS
 from crosscal.files import write_whole
 from crosscal.models.tensor_files import INDEX
 from crosscal.plan import CompressionPlan
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
-from crosscal.report.rows import LayerRow
+from crosscal.report.rows import LayerRow, QuestionRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
@@ -61,7 +62,8 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     """Measure the dense model and every variant; returns `failed`, variant → why it cannot be loaded or measured, and
     `notes` on what is stored dense.
 
-    Writes `results.jsonl`, `layers.jsonl`, and `windows.jsonl`: what each perplexity is the mean of.
+    Writes `results.jsonl` and `layers.jsonl`; `windows.jsonl` and `questions.jsonl` hold what each perplexity and each
+    accuracy is the mean of.
 
     `stored` gives the store's name of every corpus of documents.
     """
@@ -78,6 +80,8 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
         report("measuring models", len(variants), len(variants))
     rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
     write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
+    asked = [row for variant in found for row in _question_rows(variant, found[variant])]
+    write_rows(run_dir / "questions.jsonl", asked)
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", [row for one in judged.values() for row in one.layers])
     dtype = str(ticket.source().dtype).removeprefix("torch.")
@@ -154,6 +158,14 @@ def _window_rows(variant: Variant | None, measured: Sequence[Measurement]) -> It
             yield WindowRow(variant.name if variant else DENSE, one.corpus_or_task, one.split, list(one.window_nll))
 
 
+def _question_rows(variant: Variant | None, measured: Sequence[Measurement]) -> Iterator[QuestionRow]:
+    name = variant.name if variant else DENSE
+    for one in measured:
+        if one.question_correct is not None:
+            correct = list(one.question_correct)
+            yield QuestionRow(name, one.corpus_or_task, one.split, one.metric, correct)
+
+
 def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
     """A measurement with its circumstances; no variant is the dense model."""
     return ResultRow(
@@ -166,7 +178,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         seed=variant.seed if variant else ticket.parsed.seeds[0],
         model=Path(ticket.parsed.model).name,
         device=ticket.device,
-        **{name: value for name, value in dataclasses.asdict(found).items() if name != "window_nll"},
+        **{name: value for name, value in dataclasses.asdict(found).items() if name not in ITEMS},
     )
 
 

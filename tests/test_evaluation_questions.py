@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import zstandard
 
 from crosscal.errors import EvaluationError
-from crosscal.evaluation import QuestionSuite
+from crosscal.evaluation import Measurement, QuestionSuite
 from crosscal.evaluation.question_files import Question, read_questions, task_names
 from crosscal.evaluation.questions import LoadedTask, _check_known, _metrics
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
@@ -75,6 +76,12 @@ def test_accuracy_equals_scoring_by_hand(tmp_path: Path, suffix: str) -> None:
     assert found["acc"].stderr == pytest.approx(math.sqrt(acc * (1 - acc) / 29))
     assert found["acc"].corpus_or_task == "facts"
     assert found["acc"].tokens > 30
+    for metric in found.values():
+        correct = metric.question_correct
+        assert correct is not None
+        assert len(correct) == 30
+        assert sum(correct) / 30 == metric.value
+        assert Measurement.from_json(json.loads(json.dumps(asdict(metric)))) == metric
 
 
 @pytest.mark.parametrize("begin", [False, True])

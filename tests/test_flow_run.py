@@ -56,11 +56,16 @@ def test_a_run_leaves_every_file_of_the_contract(place: Place) -> None:
     assert all(row.keys() >= RESULT_FIELDS for row in results)
     assert list(dict.fromkeys(row["variant"] for row in results)) == ["dense", *names]
     assert {row["corpus_or_task"] for row in results if row["variant"] == "dense"} == {"general", "legal", "facts"}
-    perplexities = {(row["variant"], row["corpus_or_task"]): row for row in results if row["metric"] == "perplexity"}
-    windows = {(row["variant"], row["corpus"]): row["nll"] for row in rows(run / "windows.jsonl")}
+    of_text = [row for row in results if row["metric"] == "perplexity"]
+    perplexities = {(row["variant"], row["corpus_or_task"], row["split"]): row for row in of_text}
+    windows = {(row["variant"], row["corpus"], row["split"]): row["nll"] for row in rows(run / "windows.jsonl")}
+    assert {split for *_, split in windows} == {"test", "validation"}
     assert windows.keys() == perplexities.keys()
     for where, nll in windows.items():
         assert math.exp(sum(nll) / len(nll)) == pytest.approx(perplexities[where]["value"], rel=1e-5)
+    accuracies = {(row["variant"], row["metric"]): row["value"] for row in results if row["corpus_or_task"] == "facts"}
+    asked = {(row["variant"], row["metric"]): row["correct"] for row in rows(run / "questions.jsonl")}
+    assert {where: sum(correct) / 4 for where, correct in asked.items()} == accuracies
     layers = rows(run / "layers.jsonl")
     assert all(row.keys() >= LAYER_FIELDS for row in layers)
     assert all(row["parameters"] > 0 for row in layers)

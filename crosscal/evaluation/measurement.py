@@ -8,6 +8,8 @@ from typing import Any
 TEST, VALIDATION = "test", "validation"
 """Splits: what is reported is measured on the first, whatever chooses reads the second."""
 PERPLEXITY = "perplexity"
+ITEMS = ("window_nll", "question_correct")
+"""Fields that hold what a number is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,11 @@ class Measurement:
     window_nll: tuple[float, ...] | None = None
     """Of a perplexity: the mean negative log-likelihood per predicted token of each window, to 1e-7 nats, so that two
     models measured on the same windows can be compared window by window."""
+    question_correct: tuple[bool, ...] | None = None
+    """Of an accuracy: whether each question, in the task's order, was answered right, so that two models asked the same
+    questions can be compared question by question. None where a metric has no right and wrong, and for a group."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Measurement:
-        nll = value.get("window_nll")
-        return cls(**{**value, "window_nll": None if nll is None else tuple(nll)})
+        items = {name: value.get(name) for name in ITEMS}
+        return cls(**{**value, **{name: None if each is None else tuple(each) for name, each in items.items()}})

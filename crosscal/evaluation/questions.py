@@ -170,13 +170,22 @@ def _measure_task(lm: Any, task: LoadedTask, limit: int | None, batch_size: int)
     started = time.perf_counter()
     lengths = _prompt_lengths(lm, task, limit)
     lm.batch_size_per_gpu = min(batch_size, questions_at_once(lm, max(lengths, default=1)))
-    outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS)
+    outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=True, bootstrap_iters=BOOTSTRAP_ITERATIONS)
     seconds = time.perf_counter() - started
     found = {name: list(_metrics(name, result)) for name, result in outcome["results"].items()}
     if found.get(task.name):  # a tag, and a group without a mean of its own, are told by their tasks
         found = {task.name: found[task.name]}
     return [
-        Measurement(name, task.split, metric, value, stderr, sum(lengths), seconds)
+        Measurement(
+            name,
+            task.split,
+            metric,
+            value,
+            stderr,
+            sum(lengths),
+            seconds,
+            question_correct=_correct(outcome["samples"].get(name, []), metric),
+        )
         for name, metrics in found.items()
         for metric, value, stderr in metrics
     ]
@@ -193,6 +202,14 @@ def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, fl
         stderr = result.get(f"{metric}_stderr,{which}")
         known = isinstance(stderr, float) and math.isfinite(stderr)  # lm-eval writes "N/A" where it has none
         yield metric if which == "none" else key, float(value), stderr if known else None
+
+
+def _correct(samples: Sequence[dict[str, Any]], metric: str) -> tuple[bool, ...] | None:
+    """Of each question, in order; None unless every one is right or wrong."""
+    metric, _, which = metric.partition(",")
+    asked = [one for one in samples if one.get("filter", "none") == (which or "none")]
+    values = [one.get(metric) for one in sorted(asked, key=lambda one: one["doc_id"])]
+    return tuple(value == 1 for value in values) if values and all(value in (0, 1) for value in values) else None
 
 
 def questions_at_once(lm: Any, longest: int) -> int:

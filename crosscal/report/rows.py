@@ -1,5 +1,5 @@
-"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each), `windows.jsonl`, and of a
-study `study.jsonl`."""
+"""The rows of a run: `results.jsonl` (one number each), `layers.jsonl` (one matrix each), `windows.jsonl` and
+`questions.jsonl` (what numbers are the means of), and of a study `study.jsonl`."""
 
 from __future__ import annotations
 
@@ -138,8 +138,20 @@ class StudyRow:
     """Whether validation text chose this mixture for its recipe, level and domain."""
 
 
-AnyRow = ResultRow | LayerRow | WindowRow | StudyRow
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, StudyRow)
+@dataclass(frozen=True)
+class QuestionRow:
+    """What one accuracy is the mean of: two variants of a run are compared question by question."""
+
+    variant: str
+    task: str
+    split: str
+    metric: str
+    correct: list[bool]
+    """Whether each question was answered right, in the task's order, the same for all variants."""
+
+
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, StudyRow)
+AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow | StudyRow
 
 
 def write_rows(path: Path, rows: Iterable[AnyRow]) -> None:

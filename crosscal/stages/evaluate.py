@@ -27,7 +27,7 @@ from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
-FORMAT = 3  # of stored measurements: since 3 each text's and each task's by themselves
+FORMAT = 3  # of stored measurements: since 3 each text's and each task's by themselves, with what each question had
 KIND, PLACE = "evaluations", "measurements.json"
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
@@ -194,8 +194,9 @@ def measure(
     `files`: what `checkpoint_files` gives, if it is at hand. `report` is told how far it is, of a model called `name`.
     """
     weights = weights_digest(checkpoint_files(folder, name, report) if files is None else files)
-    known = {subject: exam.stored(weights, subject) for subject in exam.subjects}
-    if missing := [subject for subject, found in known.items() if found is None]:
+    looked_up = {subject: exam.stored(weights, subject) for subject in exam.subjects}
+    known = {subject: found for subject, found in looked_up.items() if found is not None}
+    if missing := [subject for subject in exam.subjects if subject not in known]:
         report(f"{name}: loading", 0, None)
         model = load_variant(folder, device=exam.device, dtype=exam.dtype)
         for subject in missing:
