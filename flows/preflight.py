@@ -95,8 +95,9 @@ def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticke
     check_study(plan)
     parts = parts_of(plan, Path(), [])
     models, length = sum(len(part.variants) for part in parts), plan.evaluate.length or plan.calibration.length
-    tokens = models * plan.evaluate.windows * length * len(plan.perplexity_corpora)
-    found = {"draws": len(plan.seeds), "parts": len(parts), "models": models, "test_tokens_to_read": tokens}
+    windows = plan.evaluate.windows + plan.evaluate.validation_windows
+    tokens = models * windows * length * len(plan.perplexity_corpora)
+    found = {"draws": len(plan.seeds), "parts": len(parts), "models": models, "evaluation_tokens_at_most": tokens}
     largest = max(parts, key=lambda part: len(part.variants), default=None)
     return found, dataclasses.replace(ticket, only=list(largest.variants) if largest else [])
 

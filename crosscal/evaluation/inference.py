@@ -87,15 +87,15 @@ def _over_draws(values: Sequence[float], stderr: float | None, windows: int | No
 
 def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:
     """Interval and p-value of Student's t; of the normal distribution without a number of degrees of freedom."""
-    from scipy.stats import norm, t
+    from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
     if stderr is None:
         return None, None
     if stderr == 0.0:
         return (mean, mean), float(mean == 0.0)
-    distribution = norm if freedom is None else t(freedom)
-    half = float(distribution.ppf((1 + CONFIDENCE) / 2)) * stderr
-    return (mean - half, mean + half), 2 * float(distribution.sf(abs(mean) / stderr))
+    upper, tail = (1 + CONFIDENCE) / 2, -abs(mean) / stderr
+    half = float(ndtri(upper) if freedom is None else stdtrit(freedom, upper)) * stderr
+    return (mean - half, mean + half), 2 * float(ndtr(tail) if freedom is None else stdtr(freedom, tail))
 
 
 def over_both(found: Sure) -> tuple[float, float] | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from crosscal.evaluation import PERPLEXITY
 from crosscal.evaluation.inference import Sure, over_draws, over_draws_and_windows
 from crosscal.report.groups import DENSE, Column, Group
 from crosscal.report.left_dense import SLACK
@@ -14,7 +15,6 @@ from crosscal.report.run_files import RunFiles
 
 DOMAIN = "domain"
 """The baseline that is a variant's own domain alone."""
-PERPLEXITY = "perplexity"
 
 
 def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:

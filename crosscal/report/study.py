@@ -11,17 +11,18 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from crosscal.evaluation import PERPLEXITY, VALIDATION
 from crosscal.evaluation.inference import Sure, holm, over_both
-from crosscal.report.counterparts import PERPLEXITY, Measured, by_itself, counterpart, difference
+from crosscal.report.counterparts import Measured, by_itself, counterpart, difference
 from crosscal.report.groups import GENERAL, Column, Group, columns_of
-from crosscal.report.pairing import STANDARD_ERRORS
 from crosscal.report.rows import StudyRow
 from crosscal.report.run_files import RunFiles
 from crosscal.report.table import LOWER_IS_BETTER
 
-VALIDATION = "validation"
 BETTER, WORSE, ALIKE = "better", "worse", "not distinguishable"
 LEVEL = 0.05
+STANDARD_ERRORS = 2.0
+"""Over windows, that a difference has to exceed besides."""
 RULE = (
     "A difference counts if its p-value, by Student's t over draws and adjusted by Holm for all comparisons with the "
     f"same baseline on the same text, is below {LEVEL:g}, and if it exceeds {STANDARD_ERRORS:g} standard errors over "
@@ -35,14 +36,15 @@ CHOICE = (
 
 
 def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
-    """Every variant by itself in every column, then every comparison on test text."""
-    groups, columns, measured = files.groups, columns_of(files.results), Measured.of(files)
+    """Every variant by itself, also on the validation text that chose; then every comparison on test text."""
+    groups, measured = files.groups, Measured.of(files)
+    tested = [column for column in columns_of(files.results) if column[1] != VALIDATION]
+    chose = [(corpus, VALIDATION, metric) for corpus, _, metric in tested if metric == PERPLEXITY]
     chosen = chosen_mixtures(groups)
-    rows = list(_by_themselves(groups, columns, measured, chosen))
+    rows = list(_by_themselves(groups, [*tested, *chose], measured, chosen))
     for rule in baselines:
-        for column in columns:
-            if column[1] != VALIDATION:
-                rows += _adjusted(list(_compared(groups, rule, column, measured, chosen)))
+        for column in tested:
+            rows += _adjusted(list(_compared(groups, rule, column, measured, chosen)))
     return rows
 
 

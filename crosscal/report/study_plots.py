@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crosscal.report.counterparts import PERPLEXITY
+from crosscal.evaluation import PERPLEXITY
 from crosscal.report.curves import first_flavours
 from crosscal.report.figure import COLOURS, INK, MARKERS, drawing, legend_below, panels, svg_of
 from crosscal.report.groups import GENERAL, TEST, Group

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from crosscal.evaluation import PERPLEXITY
 from crosscal.evaluation.inference import DRAWS
-from crosscal.report.counterparts import DOMAIN, PERPLEXITY
+from crosscal.report.counterparts import DOMAIN
 from crosscal.report.groups import DENSE
 from crosscal.report.numbers import is_fraction
 from crosscal.report.rows import StudyRow

@@ -1,0 +1,112 @@
+"""A study gives the numbers of one run over all draws, whatever it is cut into, and never computes them twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosscal.tasks import results
+from tests.helpers.tiny_place import Place, crosscal, make_place, values
+
+COMPRESS = [
+    {"method": "sparsegpt", "sparsity": 0.5, "domain": "legal", "alpha": [0, 0.5, 1]},
+    {"method": "magnitude", "sparsity": 0.5},
+]
+WINDOWS = {"windows": 4, "validation_windows": 2}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    place = make_place(tmp_path)
+    place.write_plan(compress=COMPRESS, evaluate=WINDOWS, study={"draws": 2, "models_at_once": 2})
+    return place
+
+
+def study(place: Place, *extra: str) -> dict[str, Any]:
+    folder = place.folder / "study"
+    done = crosscal("study", str(place.plan), "--home", str(place.home), "--out", str(folder), "--json", *extra)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_parts_give_what_one_run_gives_and_hold_so_many_models_at_a_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, measure = [], results.measure
+
+    def counting(*arguments: Any, **more: Any) -> Any:
+        at_once.append(len(list(place.folder.glob("study/**/model.safetensors.index.json"))))
+        return measure(*arguments, **more)
+
+    monkeypatch.setattr(results, "measure", counting)
+    record = study(place)
+    assert record["parts"] == {"complete": 4, "of": 4}
+    assert max(at_once) == 2
+    assert not list(place.folder.glob("study/**/*.safetensors")), "models are discarded once measured"
+
+    calibration = {"windows": 8, "length": 32, "held_out_windows": 4, "seed": [0, 1]}
+    place.write_plan(compress=COMPRESS, evaluate=WINDOWS, calibration=calibration)
+    place.run("--home", str(place.folder / "another home"))
+    assert sorted(values(place.folder / "study" / "results.jsonl")) == sorted(values(place.run_dir / "results.jsonl"))
+
+
+def test_it_goes_on_where_it_stopped_and_a_further_draw_costs_that_draw(place: Place) -> None:
+    first = study(place, "--parts", "1")
+    assert first["parts"] == {"complete": 1, "of": 4}
+    numbers = study(place)
+    assert numbers["calibration_tokens_read"] == 2 * 2 * 12 * 32
+    assert [row["draws"] for row in rows(place.folder / "study" / "study.jsonl") if row["rule"]] == [2] * 6
+
+    cut = next(place.folder.glob("study/parts/*"))
+    (cut / "run.json").unlink()
+    assert study(place)["parts"] == {"complete": 4, "of": 4}
+    assert json.loads((cut / "run.json").read_text())["calibration_tokens_read"] == 0, "the store has what was read"
+
+    before = {file: file.stat().st_mtime_ns for file in place.folder.glob("study/parts/*/results.jsonl")}
+    more = study(place, "--set", "study.draws=3")
+    assert more["calibration_tokens_read"] <= 3 * 2 * 12 * 32
+    assert before == {file: file.stat().st_mtime_ns for file in before}, "what is complete is not opened again"
+    assert more["parts"] == {"complete": 6, "of": 6}
+    assert {row["draws"] for row in rows(place.folder / "study" / "study.jsonl") if row["rule"]} == {3}
+
+
+def test_other_text_makes_other_parts(place: Place) -> None:
+    study(place, "--parts", "1")
+    with (place.folder / "general" / "train.jsonl").open("a") as file:
+        file.write('{"text": "a document that was not there before"}\n')
+    assert study(place, "--parts", "0")["parts"] == {"complete": 0, "of": 4}
+
+
+def test_plan_check_says_how_a_study_is_cut_and_counts_the_disk_of_one_part(place: Place) -> None:
+    def check(*extra: str) -> dict[str, Any]:
+        return json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json", *extra).out)
+
+    found, one = check(), check("--set", "study.models_at_once=1")
+    tokens = 7 * (4 + 2) * 32 * 2
+    assert found["study"] == {"draws": 2, "parts": 4, "models": 7, "evaluation_tokens_at_most": tokens}
+    assert found["disk"]["models_bytes"] == 2 * one["disk"]["models_bytes"]
+    assert found["calibration_tokens_to_read"] == 2 * 2 * 12 * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["study=null"], "the plan has no study"),
+        (["study.baseline=nonsense"], "nothing to compare with (got nonsense)"),
+        (["execution={device: cpu, keep_models: true}"], "a study keeps numbers"),
+        (["calibration.seed=[1, 2, 3]"], "calibration.seed lists 3"),
+        (["study.draws=0"], "study.draws"),
+    ],
+)
+def test_mistakes_are_one_message(place: Place, changes: list[str], said: str) -> None:
+    done = crosscal("study", str(place.plan), "--home", str(place.home), *(f"--set={change}" for change in changes))
+    assert done.code == 2
+    assert said in done.err
+    assert not place.home.exists()
