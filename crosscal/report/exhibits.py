@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.report.groups import Column, Group, columns_of, main_columns
-from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
+from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.left_dense import common_text
 from crosscal.report.numbers import number_text, plain_text
 from crosscal.report.plots import trade_off
@@ -57,7 +57,9 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
         if room < 0:
             break
         rows.append(row)
-    about = "Perplexity on test texts and its change against the dense model; accuracy of tasks. "
+    about = (
+        "Perplexity on test texts, which choose nothing, and its change against the dense model; accuracy of tasks. "
+    )
     counts = ((len(rows), len(groups), "variants"), (len(shown), len(wanted), "measures"))
     missing = [f"{most} of {count} {what}" for most, count, what in counts if most < count]
     return Table(rows, about + (f"Shown are {' and '.join(missing)}; results.jsonl has all." if missing else ""))
@@ -120,13 +122,14 @@ def picture(svg: str) -> str | None:
 def _weighed(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str) -> Iterator[str]:
     best = best_variants(groups, domain)
     chart = trade_off(groups, domain)
-    if not best or chart is None:
+    if chart is None:
         return
     yield f"## {domain}"
     yield picture(chart) or "The chart is too large for this page; report.html has it."
-    head = f"| level | take | general | {domain} | against general-only |\n|---|---|---|---|---|\n"
-    yield head + "\n".join(map(_best_row, best[:MOST_ROWS]))
-    yield "\n".join(f"- {_plain(sentence(one, kept, folder))}" for one in best[:MOST_NOTES])
+    if best:
+        columns = f"level | take | general, test | {domain}, test | test against general-only"
+        yield f"| {columns} |\n|---|---|---|---|---|\n" + "\n".join(map(_best_row, best[:MOST_ROWS]))
+    yield "\n".join(f"- {_plain(said)}" for said in sentences_of(groups, domain, kept, folder)[:MOST_NOTES])
     yield f"{RULE} {common_text(groups)}".strip()
 
 
