@@ -98,11 +98,11 @@ def test_seeds_add_their_deviation_and_take_away_degrees_of_freedom() -> None:
 @pytest.mark.parametrize(
     ("mean", "stderr", "text"),
     [
-        (-0.012, 0.003, "better by 1.2 ± 0.3 %"),
-        (0.0488, 0.0123, "worse by 5 ± 1 %"),
-        (0.0488, 0.0023, "worse by 5.0 ± 0.2 %"),
+        (-0.012, 0.003, "better by 1.19 ± 0.30 %"),
+        (0.0488, 0.0123, "worse by 5.0 ± 1.3 %"),
+        (0.0488, 0.0023, "worse by 5.00 ± 0.24 %"),
         (0.0, 0.0, "worse by 0.00 ± 0.00 %"),
-        (-0.7, 0.2, "better by 50 ± 10 %"),
+        (-0.7, 0.2, "better by 50.3 ± 9.9 %"),
         (0.0123, None, "worse by 1.2 %"),
     ],
 )

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from scipy.stats import t
 
+from crosscal.evaluation import VALIDATION
 from crosscal.evaluation.comparison import is_told_apart, log_difference
 from crosscal.report import ResultRow, WindowRow
-from crosscal.report.groups import VALIDATION, Group, groups_of
+from crosscal.report.groups import Group, groups_of
 from crosscal.report.headline import RULE, SLACK, Best, best_variants, domains_of, sentence, sentences
 from tests.helpers.made_up_run import on_both_splits, result, sweep, windows_of
 

@@ -70,7 +70,8 @@ def excess(difference: Difference, most: float, comparisons: int = 1) -> float:
 
 
 def change_text(difference: Difference) -> str:
-    """A mean difference of log perplexity as a change of perplexity: "better by 1.2 ± 0.3 %", with its standard error.
+    """A mean difference of log perplexity as a change of perplexity: "better by 1.24 ± 0.31 %", to two digits of its
+    standard error.
 
     The error of exp(mean) is exp(mean) · stderr, by the delta method.
     """
@@ -79,5 +80,5 @@ def change_text(difference: Difference) -> str:
     if difference.stderr is None:
         return f"{word} by {abs(change):.2g} %"
     error = 100 * math.exp(difference.mean) * difference.stderr
-    decimals = min(6, max(0, -math.floor(math.log10(error)))) if error > 0 else 2
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 2
     return f"{word} by {abs(change):.{decimals}f} ± {error:.{decimals}f} %"

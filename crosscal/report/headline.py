@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from crosscal.evaluation import VALIDATION
 from crosscal.evaluation.choice import choose
 from crosscal.evaluation.comparison import LEVEL, log_difference
 from crosscal.evaluation.summaries import Difference
-from crosscal.report.groups import GENERAL, VALIDATION, Group
+from crosscal.report.groups import GENERAL, Group
 from crosscal.report.left_dense import SLACK as DENSE_SLACK
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import Number, number_text
