@@ -1,29 +1,32 @@
-"""Compare a run's best model with the published one of its domain, and move the pointer or say why not."""
+"""Compare a run's models with the dense and the published one of a domain, and move the pointer or say why not."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from crosscal.calibration import tokenizer_digest
-from crosscal.errors import MissingArtifact, PlanError
-from crosscal.evaluation import PERPLEXITY, TEST
+from crosscal.errors import MissingArtifact
+from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.landing.records import again_on_conflict, now
 from crosscal.plan import BEST, Publish
-from crosscal.publication import Decision, Pointer, Published, Rule, decide, model_folder, publish_model
-from crosscal.report import LayerRow, ResultRow
+from crosscal.publication import Pointer, Published, model_folder, publish_model
+from crosscal.publication.policy import DENSE, Decision, Rule, Windows, decide
+from crosscal.report import LayerRow, ResultRow, WindowRow
+from crosscal.report.groups import GENERAL
 from crosscal.report.left_dense import left_dense_of
 from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
 from crosscal.tasks.artifacts import show_decision
 from crosscal.tasks.options import PLAIN
-from crosscal.tasks.results import DENSE, examination_of
+from crosscal.tasks.results import examination_of
 from crosscal.tasks.ticket import Ticket, task_report
 
 
@@ -31,89 +34,97 @@ from crosscal.tasks.ticket import Ticket, task_report
 def decide_publication(
     ticket: Ticket, stored: dict[str, str], domain: str, version: int, run_id: str
 ) -> dict[str, Any]:
-    """Publish the run's candidate for a landed domain, or keep it: `outcome`, `reason` and the numbers."""
-    rule = ticket.parsed.publish
+    """Publish one of the run's models for a landed domain, or none: `outcome`, `reason` and the numbers.
+
+    Decided by validation windows; `perplexity` is what the candidate and the published model have on test windows.
+    """
+    rule, store, run_dir = ticket.parsed.publish, ticket.store, Path(ticket.run_dir)
     assert rule is not None
-    store = ticket.store
-    variant = candidate_of(rule, Path(ticket.run_dir))
-    folder = Path(ticket.run_dir) / "models" / variant
-    exam = examination_of(ticket, stored)
-    perplexity = _perplexities(exam, folder)
-    layers = [row for row in read_rows(Path(ticket.run_dir) / "layers.jsonl", LayerRow) if row.variant == variant]
-    stays_dense = left_dense_of(layers).text
-    with task_report() as report:
-        report(f"putting {variant} into the store", 0, None)
-        key = publish_model(store, folder, {"domain": domain, "variant": variant, "corpus_version": version})
+    exam, windows = examination_of(ticket, stored), chosen_by(run_dir)
+    same_run = {"corpus_version": version, "run_dir": ticket.run_dir, "plan": digest_of(ticket.plan)}
 
     def attempt() -> dict[str, Any]:
-        current = Published(store).current(domain)
-        decision, earlier = _decide(store, exam, rule, perplexity, current, folder, version)
-        facts = {
-            "model": key,
-            "variant": variant,
-            "corpus_version": version,
-            "perplexity": {"candidate": perplexity, "published": earlier},
-            "run_id": run_id,
-            "run_dir": ticket.run_dir,
-            "plan": digest_of(ticket.plan),
-            "left_dense": stays_dense,
-        }
-        already = any((move.model, move.corpus_version) == (key, version) for move in Published(store).history(domain))
-        if decision.is_published and not already:
-            Published(store).move(domain, current, {**facts, "reason": decision.reason, "at": now()})
-        outcome = "published" if decision.is_published or already else "kept"
-        return {"outcome": outcome, "reason": decision.reason, **facts}
+        published = Published(store)
+        moved = [move for move in published.history(domain) if same_run.items() <= move.facts.items()]
+        if moved:  # and was interrupted before it could say so
+            return {"outcome": "published", **moved[-1].facts}
+        current = published.current(domain)
+        decision, earlier = _decide(store, exam, rule, windows, current, version)
+        facts = {**same_run, "run_id": run_id, "reason": decision.reason, **_about(decision, run_dir, earlier)}
+        if decision.variant is not None:
+            about = {"domain": domain, "variant": decision.variant, "corpus_version": version}
+            with task_report() as report:
+                report(f"putting {decision.variant} into the store", 0, None)
+                facts["model"] = publish_model(store, run_dir / "models" / decision.variant, about)
+        if decision.is_published:
+            published.move(domain, current, {**facts, "at": now()})
+        return {"outcome": "published" if decision.is_published else "kept", **facts}
 
     decided = again_on_conflict(attempt)
     show_decision(domain, version, decided)
     return decided
 
 
-def candidate_of(rule: Publish, run_dir: Path) -> str:
-    """The variant a plan names, or the one of lowest perplexity on its domain."""
-    if rule.variant != BEST:
-        return rule.variant
-    rows = read_rows(run_dir / "results.jsonl", ResultRow)
-    wanted = (PERPLEXITY, rule.domain, TEST)
-    measured = [row for row in rows if (row.metric, row.corpus_or_task, row.split) == wanted]
-    found = {row.variant: math.inf if row.value is None else row.value for row in measured if row.variant != DENSE}
-    if not found:
-        raise PlanError("there is no model to publish", where="compress", do="Add an entry to `compress`.")
-    return min(found, key=lambda name: found[name])
+def chosen_by(run_dir: Path) -> dict[str, Windows]:
+    """Variant → corpus → log perplexity of each validation window: all of a run that a decision may see."""
+    found: dict[str, dict[str, Sequence[float]]] = defaultdict(dict)
+    for row in read_rows(run_dir / "windows.jsonl", WindowRow):
+        if row.split == VALIDATION:
+            found[row.variant][row.corpus] = row.nll
+    return dict(found)
 
 
 def _decide(
     store: Store,
     exam: Examination,
-    rule: Publish,
-    perplexity: dict[str, float],
+    asked: Publish,
+    windows: Mapping[str, Windows],
     current: Pointer | None,
-    candidate: Path,
     version: int,
-) -> tuple[Decision, dict[str, float] | None]:
-    """The decision, and what the published model has on the same windows."""
-    plain = Rule(rule.domain, rule.tolerance, dict(rule.guard))
+) -> tuple[Decision, list[Measurement] | None]:
+    """The decision, and what was measured on the published model, where it is there to be compared."""
+    rule = Rule(asked.domain, asked.tolerance, dict(asked.guard), asked.min_gain, GENERAL)
+    named = [name for name in windows if name != DENSE] if asked.variant == BEST else [asked.variant]
+    candidates, dense = {name: windows.get(name, {}) for name in named}, windows.get(DENSE, {})
     if current is None:
-        return decide(plain, perplexity, None), None
+        return decide(rule, candidates, dense, None), None
     if current.corpus_version > version:
         return Decision(False, f"a model of the newer version {current.corpus_version} is published"), None
     with tempfile.TemporaryDirectory(prefix="crosscal-published-") as aside:
         try:
             folder = model_folder(store, current.model, Path(aside))
         except MissingArtifact:
-            decision = decide(plain, perplexity, None)
-            return dataclasses.replace(
-                decision, reason=f"the published model is gone from the store; {decision.reason}"
-            ), None
-        if tokenizer_digest(folder) != tokenizer_digest(candidate):
+            decision = decide(rule, candidates, dense, None)
+            gone = f"the published model is gone from the store; {decision.reason}"
+            return dataclasses.replace(decision, reason=gone), None
+        if tokenizer_digest(folder) != exam.tokenizer_digest:
             return Decision(False, "the published model has another tokenizer: perplexities do not compare"), None
-        earlier = _perplexities(exam, folder)
-    return decide(plain, perplexity, earlier), earlier
+        with task_report() as report:
+            earlier = measure(exam, folder, name=folder.name, report=report)
+    seen = {one.corpus_or_task: one.window_nll for one in earlier if one.split == VALIDATION and one.window_nll}
+    return decide(rule, candidates, dense, seen), earlier
 
 
-def _perplexities(exam: Examination, folder: Path) -> dict[str, float]:
-    """Corpus → perplexity; what was measured before is found again."""
-    with task_report() as report:
-        measured = measure(exam, folder, name=folder.name, report=report)
-    found = (one for one in measured if (one.metric, one.split) == (PERPLEXITY, TEST))
+def _about(decision: Decision, run_dir: Path, earlier: Sequence[Measurement] | None) -> dict[str, Any]:
+    """The variant of a decision, the changes it rests on, and, to be reported, test numbers."""
+    changes = {
+        corpus: {name: dataclasses.asdict(each) for name, each in others.items()}
+        for corpus, others in decision.changes.items()
+    }
+    layers = [row for row in read_rows(run_dir / "layers.jsonl", LayerRow) if row.variant == decision.variant]
+    results = [row for row in read_rows(run_dir / "results.jsonl", ResultRow) if row.variant == decision.variant]
+    return {
+        "variant": decision.variant,
+        "changes": changes,
+        "perplexity": {
+            "candidate": _reported(results),
+            "published": None if earlier is None else _reported(earlier),
+        },
+        "left_dense": left_dense_of(layers).text,
+    }
+
+
+def _reported(measured: Sequence[Measurement] | Sequence[ResultRow]) -> dict[str, float]:
+    """Corpus → perplexity on test windows."""
+    found = [one for one in measured if (one.split, one.metric) == (TEST, PERPLEXITY)]
     return {one.corpus_or_task: one.value for one in found if one.value is not None}

@@ -1,8 +1,7 @@
-"""The published model of a domain: the policy as a table, a pointer that never forgets, models kept and loadable."""
+"""The published model of a domain: a pointer that never forgets, models kept and loadable."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,46 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from crosscal.errors import ModelError, StoreConflict, UsageError
-from crosscal.publication import Published, Rule, decide, model_folder, models, publish_model
+from crosscal.publication import Published, model_folder, models, publish_model
 from crosscal.publication.models import copy_model
 from crosscal.store import Store
 from tests.helpers.tiny_text import tiny_llama
-
-RULE = Rule("legal", tolerance=0.02, guard={"general": 0.05})
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
-
-
-@pytest.mark.parametrize(
-    ("legal", "general", "published", "is_published", "reason"),
-    [
-        (10.0, 20.0, None, True, "first model"),
-        (math.inf, 20.0, None, False, "not measured on legal"),
-        (10.0, math.nan, None, False, "not measured on general"),
-        (9.0, 20.0, (10.0, 20.0), True, "legal 9 against 10 (-10.0%)"),
-        (10.0, 20.0, (10.0, 20.0), True, "+0.0%"),
-        (10.19, 20.9, (10.0, 20.0), True, "+1.9%"),
-        (10.21, 20.0, (10.0, 20.0), False, "legal 10.21 against 10 (+2.1%), at most 2.0% is allowed"),
-        (9.0, 21.1, (10.0, 20.0), False, "general 21.1 against 20 (+5.5%), at most 5.0% is allowed"),
-        (math.nan, 20.0, (10.0, 20.0), False, "not measured"),
-        (10.0, 20.0, (math.nan, 20.0), False, "worse"),
-    ],
-)
-def test_policy(
-    legal: float, general: float, published: tuple[float, float] | None, is_published: bool, reason: str
-) -> None:
-    earlier = None if published is None else dict(zip(("legal", "general"), published, strict=True))
-    decision = decide(RULE, {"legal": legal, "general": general}, earlier)
-    assert decision.is_published == is_published
-    assert reason in decision.reason
-
-
-def test_a_guard_on_the_domain_itself_does_not_widen_its_tolerance() -> None:
-    rule = Rule("legal", tolerance=0.0, guard={"legal": 9.0})
-    assert not decide(rule, {"legal": 10.1}, {"legal": 10.0}).is_published
 
 
 def facts(model: str) -> dict[str, object]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+from crosscal.evaluation.summaries import Difference
 from crosscal.report import ResultRow
 from crosscal.report.exhibits import (
     MOST_COLUMNS,
@@ -124,12 +127,23 @@ def test_a_decision_is_said_with_its_numbers() -> None:
         "model": "ab12",
         "run_dir": "runs/x",
         "perplexity": {"candidate": {"general": 90.0, "legal": 27.0}, "published": {"legal": 25.0}},
+        "changes": {
+            "legal": {"dense": difference(0.03), "published": difference(0.07696)},
+            "general": {"dense": difference(-0.0202)},
+        },
     }
     text = decision_page("legal", 7, decided)
     assert text.startswith("## legal v7: kept\n\nworse: legal 27 against 25")
-    assert "| legal | 27.00 | 25.00 | +8.0 % |" in text
-    assert "| general | 90.00 | – | – |" in text
+    assert "| legal | worse by 3.05 ± 0.21 % | worse by 8.00 ± 0.22 % | 27.00 | 25.00 |" in text
+    assert "| general | better by 2.00 ± 0.20 % | – | 90.00 | – |" in text
     first = decision_page(
         "legal", 1, decided | {"reason": "x" * 9000, "perplexity": {"candidate": {}, "published": None}}
     )
     assert len(first) < 2000
+    unmeasured = {"outcome": "kept", "reason": "no validation windows", "run_dir": "runs/x", "variant": None}
+    text = decision_page("legal", 1, unmeasured | {"perplexity": {"candidate": {}, "published": None}})
+    assert "None" not in text
+
+
+def difference(mean: float) -> dict[str, Any]:
+    return dataclasses.asdict(Difference(mean, 0.002, 32, 31))

@@ -14,7 +14,7 @@ from crosscal.report import ResultRow, write_report
 from crosscal.report.groups import groups_of
 from crosscal.report.headline import domains_of
 from crosscal.report.layer_plots import layer_losses
-from tests.helpers.made_up_run import kept_dense, layer, result, sweep, windows_of, write_run
+from tests.helpers.made_up_run import kept_dense, layer, on_both_splits, result, sweep, windows_of, write_run
 
 EVIL = '<script>alert("$x_1$")</script>'
 
@@ -53,7 +53,7 @@ def self_calibrated(count: int = 4) -> list[ResultRow]:
     """No general calibration text: what the model wrote, a domain, random tokens; legal and general are measured."""
     mixtures = [{"self": 1.0}, {"self": 0.5, "legal": 0.5}, {"legal": 1.0}, {"random": 1.0}][:count]
     variants = [("dense", {}), *((f"sparsegpt-70-m{number}", mixture) for number, mixture in enumerate(mixtures))]
-    return [
+    rows = [
         result(
             name,
             method="sparsegpt" if mixture else "dense",
@@ -65,6 +65,7 @@ def self_calibrated(count: int = 4) -> list[ResultRow]:
         for number, (name, mixture) in enumerate(variants)
         for corpus in ("legal", "general")
     ]
+    return on_both_splits(rows)
 
 
 TEXTS = [
@@ -167,7 +168,8 @@ def test_whatever_the_run_what_to_take_is_said_with_numbers_or_not_at_all(
     names = {row.variant for row in results}
     windows = windows_of(results) if kept else []
     text = write_report(write_run(tmp_path, results, layers, windows, sorted(names), **run)).read_text(encoding="utf-8")
-    rows, sentences = taken(text), re.findall(r"<li>For .*?</li>", text)
+    rows = taken(text)
+    sentences = [said for said in re.findall(r"<li>For .*?</li>", text) if " take " in said]
     assert len(rows) == len(sentences)
     for row, said in zip(rows, sentences, strict=True):
         domain, variant, special = row[0], row[2], row[-3]

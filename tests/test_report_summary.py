@@ -17,7 +17,8 @@ from tests.helpers.made_up_run import layer, result, sweep
 def test_seeds_are_one_group_with_mean_and_deviation() -> None:
     rows = sweep(seeds=(0, 1, 5), alphas=(0.5,), settings=(("sparsegpt", {"sparsity": 0.5}),))
     dense, group = groups_of(rows, [])
-    values = [row.value for row in rows if row.method == "sparsegpt" and row.corpus_or_task == "general"]
+    mine = [row for row in rows if (row.method, row.corpus_or_task, row.split) == ("sparsegpt", "general", "test")]
+    values = [row.value for row in mine]
     found = group.perplexity("general")
     assert found is not None
     assert (found.value, found.error, found.seeds) == pytest.approx((np.mean(values), np.std(values, ddof=1), 3))
@@ -71,7 +72,8 @@ def test_levels(setting: dict, level: str, sparsity: float | None) -> None:
 def test_the_best_of_each_level_is_marked() -> None:
     rows = sweep(alphas=(0.0, 1.0))
     table = summary_table(groups_of(rows, []), columns_of(rows))
-    assert table.headers == ("variant", "method", "level", "mixture", "general perplexity", "biomedical perplexity")
+    corpora = ("general", "biomedical", "general (validation)", "biomedical (validation)")
+    assert table.headers == ("variant", "method", "level", "mixture", *(f"{corpus} perplexity" for corpus in corpora))
     best = {
         (row[0].text, header)
         for row in table.rows
@@ -79,9 +81,10 @@ def test_the_best_of_each_level_is_marked() -> None:
         if cell.best
     }
     assert best == {
-        (f"{method}-biomedical-a{alpha}", f"{corpus} perplexity")
+        (f"{method}-biomedical-a{alpha}", f"{corpus}{split} perplexity")
         for method in ("sparsegpt0", "gptq1")
         for alpha, corpus in ((0, "general"), (1, "biomedical"))
+        for split in ("", " (validation)")
     }
 
 

@@ -24,6 +24,8 @@ class Difference:
     mean: float
     stderr: float | None
     n: int
+    dof: float
+    """Degrees of freedom of the standard error: n - 1, or fewer where several sources of error were joined."""
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -40,7 +42,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     """
     differences = spread(a - b for a, b in zip(first, second, strict=True))
     stderr = None if differences.sd is None else differences.sd / math.sqrt(differences.n)
-    return Difference(differences.mean, stderr, differences.n)
+    return Difference(differences.mean, stderr, differences.n, differences.n - 1)
+
+
+def joined(over_items: Difference, over_repeats: Difference) -> Difference:
+    """The mean over items with the error of repeats added to theirs: variances add, and by Welch and Satterthwaite
+    dof = (a + b)^2 / (a^2 / dof_a + b^2 / dof_b) for the variances a and b of the two means."""
+    a, b = ((each.stderr or 0.0) ** 2 for each in (over_items, over_repeats))
+    if a + b == 0.0:
+        return over_items
+    dof = (a + b) ** 2 / ((a**2 / over_items.dof) + (b**2 / over_repeats.dof))
+    return Difference(over_items.mean, math.sqrt(a + b), over_items.n, dof)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

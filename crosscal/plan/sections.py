@@ -198,16 +198,29 @@ class Execution(_Section):
 
 
 class Publish(_Section):
-    """When a landed domain's new model takes the place of its published one (see `crosscal.publication.policy`)."""
+    """When a landed domain's new model takes the place of its published one (see `crosscal.publication.policy`).
+
+    All is judged on validation text, and has to be shown there: an estimate within its error of a bound is refused.
+    """
 
     domain: Name
-    """The corpus on whose test split both are compared."""
+    """The corpus that the models are to be good at."""
     variant: str = BEST
-    """The candidate, by name; `best` has the lowest perplexity on the domain."""
+    """The candidate, by name. `best`: of those that keep the guard the best on the domain, and of those that cannot be
+    told from it the cheapest in general text."""
     tolerance: float = Field(0.0, ge=0)
-    """How much worse on the domain the new model may be, as a fraction of perplexity."""
+    """How much worse on the domain than the published model the new one may be, as a fraction of perplexity; 0: it has
+    to be better."""
+    min_gain: float = Field(0.0, ge=0, lt=1)
+    """By what fraction of perplexity it has to be better at least; 0: it only has to be told from the published one."""
     guard: dict[Name, Annotated[float, Field(ge=0)]] = {}
-    """Corpus → how much worse on it the new model may be."""
+    """Corpus → how much worse on it the new model may be, than the dense one and than the published one."""
+
+    @model_validator(mode="after")
+    def _asks_for_one(self) -> Publish:
+        if self.tolerance and self.min_gain:
+            raise ValueError("publish: `tolerance` lets a worse model in, `min_gain` asks for a better one; set one")
+        return self
 
 
 class CompressionPlan(_Section):

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.evaluation.comparison import change_text
+from crosscal.evaluation.summaries import Difference
 from crosscal.report.groups import Column, Group, columns_of, main_columns
-from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
+from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.left_dense import common_text
 from crosscal.report.numbers import number_text, plain_text
 from crosscal.report.plots import trade_off
@@ -57,7 +59,9 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
         if room < 0:
             break
         rows.append(row)
-    about = "Perplexity on test texts and its change against the dense model; accuracy of tasks. "
+    about = (
+        "Perplexity on test texts, which choose nothing, and its change against the dense model; accuracy of tasks. "
+    )
     counts = ((len(rows), len(groups), "variants"), (len(shown), len(wanted), "measures"))
     missing = [f"{most} of {count} {what}" for most, count, what in counts if most < count]
     return Table(rows, about + (f"Shown are {' and '.join(missing)}; results.jsonl has all." if missing else ""))
@@ -91,19 +95,27 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
 def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
     """Markdown that says why a landed domain's model was published, or kept and not published.
 
-    `decided`: outcome, reason, variant, model (its key in the store), run_dir, and perplexity: candidate and published;
-    left_dense, where matrices of the variant stay dense.
+    `decided`: outcome, reason, run_dir; variant and model (its key in the store), unless none was measured; changes, by
+    which was decided; perplexity on test windows, of candidate and published; left_dense, where matrices of the variant
+    stay dense.
     """
-    numbers = decided["perplexity"]
+    numbers, changes = decided["perplexity"], decided.get("changes") or {}
     candidate, published = numbers["candidate"], numbers["published"] or {}
-    head = "| corpus | new | published before | change |\n|---|---|---|---|\n"
-    rows = [_compared(corpus, candidate[corpus], published.get(corpus)) for corpus in list(candidate)[:MOST_COLUMNS]]
-    facts = [f"- variant: {_code(decided['variant'])}", f"- model in the store: {_code(decided['model'])}"]
-    facts.append(f"- run directory: {_code(decided['run_dir'])}")
+    columns = ("corpus", "new against dense", "against published before", "new, test", "published before, test")
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    rows = [
+        f"| {corpus} | {' | '.join(_change(changes.get(corpus, {}), other) for other in ('dense', 'published'))}"
+        f" | {' | '.join(_plain_number(each.get(corpus)) for each in (candidate, published))} |"
+        for corpus in list(dict.fromkeys([*changes, *candidate]))[:MOST_COLUMNS]
+    ]
+    known = {"variant": decided.get("variant"), "model in the store": decided.get("model")}
+    known["run directory"] = decided["run_dir"]
+    facts = [f"- {what}: {_code(value)}" for what, value in known.items() if value]
     facts += [f"- left dense: {decided['left_dense']}"] if decided.get("left_dense") else []
     reason = decided["reason"][: 4 * MOST_WORDS]
+    about = "Decided by the changes on validation windows, ± their standard error; test perplexities only report."
     return "\n\n".join(
-        [f"## {domain} v{version}: {decided['outcome']}", reason, head + "\n".join(rows), "\n".join(facts)]
+        [f"## {domain} v{version}: {decided['outcome']}", reason, head + "\n".join(rows), about, "\n".join(facts)]
     )
 
 
@@ -120,13 +132,14 @@ def picture(svg: str) -> str | None:
 def _weighed(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str) -> Iterator[str]:
     best = best_variants(groups, domain)
     chart = trade_off(groups, domain)
-    if not best or chart is None:
+    if chart is None:
         return
     yield f"## {domain}"
     yield picture(chart) or "The chart is too large for this page; report.html has it."
-    head = f"| level | take | general | {domain} | against general-only |\n|---|---|---|---|---|\n"
-    yield head + "\n".join(map(_best_row, best[:MOST_ROWS]))
-    yield "\n".join(f"- {_plain(sentence(one, kept, folder))}" for one in best[:MOST_NOTES])
+    if best:
+        columns = f"level | take | general, test | {domain}, test | test against general-only"
+        yield f"| {columns} |\n|---|---|---|---|---|\n" + "\n".join(map(_best_row, best[:MOST_ROWS]))
+    yield "\n".join(f"- {_plain(said)}" for said in sentences_of(groups, domain, kept, folder)[:MOST_NOTES])
     yield f"{RULE} {common_text(groups)}".strip()
 
 
@@ -143,9 +156,12 @@ def _plain(text: str) -> str:
     return text[: 4 * MOST_WORDS].replace("<", "&lt;")
 
 
-def _compared(corpus: str, new: float, before: float | None) -> str:
-    earlier, change = ("–", "–") if before is None else (plain_text(before), f"{100 * (new / before - 1):+.1f} %")
-    return f"| {corpus} | {plain_text(new)} | {earlier} | {change} |"
+def _change(changes: Mapping[str, Mapping[str, Any]], other: str) -> str:
+    return change_text(Difference(**changes[other])) if other in changes else "–"
+
+
+def _plain_number(value: float | None) -> str:
+    return "–" if value is None else plain_text(value)
 
 
 def _taken_first(groups: Sequence[Group]) -> list[Group]:

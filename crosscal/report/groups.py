@@ -97,26 +97,24 @@ def groups_of(
     windows_of: dict[str, list[WindowRow]] = defaultdict(list)
     for window in windows:
         windows_of[window.variant].append(window)
-    firsts = [rows[0] for rows in by_key.values()]
-    return [_group(rows, layers_of, windows_of, _flavour(rows[0], firsts)) for rows in by_key.values()]
+    seeded = [sorted(rows, key=lambda row: row.seed or 0) for rows in by_key.values()]  # seeds are paired in order
+    firsts = [rows[0] for rows in seeded]
+    return [_group(rows, layers_of, windows_of, _flavour(rows[0], firsts)) for rows in seeded]
 
 
 def columns_of(results: Sequence[ResultRow]) -> list[Column]:
-    """Every (corpus or task, split, metric) with a number: perplexities first, then tasks, in order of appearance.
-
-    Without perplexities of validation text: they are for choosing, and of what is chosen the test's are shown.
-    """
+    """Every (corpus or task, split, metric) with a number, in order of appearance: perplexities first, then tasks, and
+    last what was only chosen by, the perplexities on validation windows."""
     seen = dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
-    shown = (column for column in seen if column[1:] != (VALIDATION, PERPLEXITY))
-    return sorted(shown, key=lambda column: column[2] != PERPLEXITY)
+    return sorted(seen, key=lambda column: (column[1] == VALIDATION, column[2] != PERPLEXITY))
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:
-    """Without the second way to score the same questions."""
+    """What is reported: no validation numbers, and not the second way to score the same questions."""
     return [
         (name, split, metric)
         for name, split, metric in columns
-        if metric != "acc_norm" or (name, split, "acc") not in columns
+        if split != VALIDATION and (metric != "acc_norm" or (name, split, "acc") not in columns)
     ]
 
 

@@ -1,25 +1,29 @@
-"""Which variant to take for each domain, under a rule that the report states."""
+"""Which variant to take for each domain, under a rule that the report states: chosen on validation windows, reported
+with the numbers of test windows, which choose nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from crosscal.evaluation.summaries import pareto_front
-from crosscal.report.groups import GENERAL, TEST, Group
+from crosscal.evaluation import VALIDATION
+from crosscal.evaluation.choice import choose
+from crosscal.evaluation.comparison import LEVEL, log_difference
+from crosscal.evaluation.summaries import Difference
+from crosscal.report.groups import GENERAL, Group
 from crosscal.report.left_dense import SLACK as DENSE_SLACK
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import Number, number_text
-from crosscal.report.pairing import STANDARD_ERRORS, is_told_apart, log_difference
 
 SLACK = 0.01
 """How far above the lowest perplexity counts as alike where differences cannot be paired."""
 RULE = (
-    "At each level of compression, of the variants that no other beats in both: the lowest general perplexity among "
-    "those that cannot be told from the lowest domain perplexity, their mean difference of log perplexity over the "
-    f"same windows being at most {STANDARD_ERRORS:g} standard errors (or, where the windows' numbers were not kept, "
-    f"their perplexity within {SLACK:.0%}). Variants with over {DENSE_SLACK:.0%} more of their parameters left "
-    "dense than others of their level are not compared."
+    "Chosen on validation windows alone; test numbers are only reported. At each level of compression, of the variants "
+    "that no other beats in both: the lowest general perplexity among those that cannot be told from the lowest domain "
+    "perplexity, their mean difference of log perplexity over the same windows being within the margin of Student's t "
+    f"at {LEVEL:.0%}, shared among the comparisons (or, where the windows' numbers were not kept, their perplexity "
+    f"within {SLACK:.0%}). Variants with over {DENSE_SLACK:.0%} more of their parameters left dense than others of "
+    "their level are not compared."
 )
 
 
@@ -29,7 +33,6 @@ class Best:
 
     domain: str
     level: str
-    split: str
     group: Group
     lowest: Group
     """That of the lowest domain perplexity; `group` itself, or one that it cannot be told from."""
@@ -46,11 +49,18 @@ class Best:
 
     @property
     def general(self) -> Number | None:
+        """On test windows, to be reported."""
         return self.group.perplexity(GENERAL)
 
     @property
     def special(self) -> Number | None:
+        """On test windows, to be reported."""
         return self.group.perplexity(self.domain)
+
+    @property
+    def chosen_by(self) -> tuple[Number | None, Number | None]:
+        """(domain, general) perplexity on validation windows."""
+        return self.group.perplexity(self.domain, VALIDATION), self.group.perplexity(GENERAL, VALIDATION)
 
     @property
     def change(self) -> float | None:
@@ -71,38 +81,34 @@ def domains_of(groups: Sequence[Group]) -> list[str]:
     return [domain for domain in weighed if domain in measured]
 
 
-def best_variants(groups: Sequence[Group], domain: str, split: str = TEST) -> list[Best]:
-    """One choice for each level by the perplexities of one split, whatever a variant was calibrated on.
+def best_variants(groups: Sequence[Group], domain: str) -> list[Best]:
+    """One choice for each level by the perplexities on validation windows, whatever a variant was calibrated on.
 
     Where no variant has a general perplexity there is nothing to weigh, and the lowest domain perplexity is taken.
+    Empty where no compressed variant was measured on validation windows of the domain.
     """
-    measured = [group for group in groups if not group.is_dense and group.perplexity(domain, split)]
-    weighed = [group for group in measured if group.perplexity(GENERAL, split)] or measured
-    return [_best(found, domain, level, split) for level, found in compared(weighed).items()]
+    measured = [group for group in groups if not group.is_dense and group.perplexity(domain, VALIDATION)]
+    weighed = [group for group in measured if group.perplexity(GENERAL, VALIDATION)] or measured
+    return [_best(found, domain, level) for level, found in compared(weighed).items()]
 
 
-def _best(groups: Sequence[Group], domain: str, level: str, split: str) -> Best:
-    front = [groups[index] for index in pareto_front([_point(group, domain, split) for group in groups])]
-    lowest = min(front, key=lambda group: _value(group, domain, split))
-    differences = {group.name: log_difference(group, lowest, domain, split) for group in front}
-    alike = [
-        group
-        for group in front
-        if (not is_told_apart(known) if (known := differences[group.name]) else _is_near(group, lowest, domain, split))
-    ]
-    chosen = min(alike, key=lambda group: _point(group, domain, split))
-    cheaper = [group for group in front if _general(group, split) < _general(chosen, split)]
-    paired = [known.n for known in differences.values() if known]
+def _best(groups: Sequence[Group], domain: str, level: str) -> Best:
+    def difference(one: int, other: int) -> Difference | None:
+        nll = (list(groups[i].window_nll.get((domain, VALIDATION), {}).values()) for i in (one, other))
+        return log_difference(*nll)
+
+    found = choose([(_general(group), _value(group, domain)) for group in groups], difference, SLACK)
+    chosen = groups[found.chosen]
+    cheaper = [groups[index] for index in found.front if _general(groups[index]) < _general(chosen)]
     peers = [group for group in groups if group.mixture == {GENERAL: 1.0} and group.flavour == chosen.flavour]
     return Best(
         domain,
         level,
-        split,
         chosen,
-        lowest,
+        groups[found.lowest],
         len(groups),
-        len(alike),
-        paired[0] if len(paired) == len(differences) else None,
+        len(found.alike),
+        found.windows,
         cheaper[-1] if cheaper else None,
         peers[0] if peers else None,
     )
@@ -118,13 +124,26 @@ def sentence(best: Best, kept: Collection[str], folder: str = "models") -> str:
         numbers.append(f"general {number_text(best.general, 'perplexity')}")
     dense = f"; {group.left_dense.text} stay dense" if group.left_dense.matrices else ""
     at = f" at {best.level}" if best.level else ""
-    said = f"{', '.join(numbers)}; {_reason(best)}{_price(best)}{dense}"
+    said = f"{', '.join(numbers)} on test text; chosen on validation text: {_reason(best)}{_price(best)}{dense}"
     return f"For {best.domain}{at} take {group.name}{where}: {said}."
 
 
+def sentences_of(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str = "models") -> list[str]:
+    """`sentence` for every level of a domain, or one that says why nothing is chosen."""
+    found = [sentence(best, kept, folder) for best in best_variants(groups, domain)]
+    if found:
+        return found
+    measured = [group for group in groups if group.perplexity(domain, VALIDATION)]
+    why = "it has no validation windows, and test numbers choose nothing; give it validation documents"
+    if measured:
+        every_is_dense = "in each variant every matrix stays dense"
+        why = "no compressed variant was measured on it" if all(g.is_dense for g in measured) else every_is_dense
+    return [f"For {domain} nothing is chosen: {why}."]
+
+
 def sentences(groups: Sequence[Group], kept: Collection[str], folder: str) -> list[str]:
-    """`sentence` for every domain and level."""
-    return [sentence(best, kept, folder) for domain in domains_of(groups) for best in best_variants(groups, domain)]
+    """`sentences_of` every domain."""
+    return [said for domain in domains_of(groups) for said in sentences_of(groups, domain, kept, folder)]
 
 
 def _reason(best: Best) -> str:
@@ -132,13 +151,13 @@ def _reason(best: Best) -> str:
     if best.compared == 1:
         return "the only variant to compare at this level"
     among = f" of {best.compared} variants"
-    if best.general is None:
+    if best.chosen_by[1] is None:
         return f"{lowest}{among}, general text not being measured"
     if best.windows is None:
         unpaired = "differences could not be paired, for the windows' numbers were not kept"
         return f"the lowest general perplexity of those within {SLACK:.0%} of {lowest}{among} ({unpaired})"
     if best.group is not best.lowest:
-        less = _change(best.group, best.lowest, GENERAL, best.split)
+        less = _change(best.group, best.lowest, GENERAL)
         return (
             f"over the same {best.windows} windows not told from {best.lowest.name}, which has {lowest}{among}, "
             f"and with {-less:.2g} % lower general perplexity"
@@ -151,31 +170,22 @@ def _price(best: Best) -> str:
     """What the next cheaper variant would cost and save, for whoever weighs the two otherwise."""
     if best.cheaper is None:
         return ""
-    worse = _change(best.cheaper, best.group, best.domain, best.split)
-    saved = -_change(best.cheaper, best.group, GENERAL, best.split)
+    worse = _change(best.cheaper, best.group, best.domain)
+    saved = -_change(best.cheaper, best.group, GENERAL)
     return f" ({best.cheaper.name} has {worse:.2g} % more on {best.domain} and {saved:.2g} % less in general)"
 
 
-def _change(first: Group, second: Group, corpus: str, split: str) -> float:
+def _change(first: Group, second: Group, corpus: str) -> float:
     """By how many percent the first's perplexity is higher."""
-    return 100 * (_value(first, corpus, split) / _value(second, corpus, split) - 1)
+    return 100 * (_value(first, corpus) / _value(second, corpus) - 1)
 
 
-def _is_near(group: Group, lowest: Group, domain: str, split: str) -> bool:
-    return _value(group, domain, split) <= (1 + SLACK) * _value(lowest, domain, split)
+def _general(group: Group) -> float:
+    """Where general text is not measured the domain alone decides."""
+    return _value(group, GENERAL) if group.perplexity(GENERAL, VALIDATION) else 0.0
 
 
-def _point(group: Group, domain: str, split: str) -> tuple[float, float]:
-    """(general, domain) perplexity; where general text is not measured the domain alone decides."""
-    return _general(group, split), _value(group, domain, split)
-
-
-def _general(group: Group, split: str) -> float:
-    general = group.perplexity(GENERAL, split)
-    return general.value if general else 0.0
-
-
-def _value(group: Group, corpus: str, split: str) -> float:
-    number = group.perplexity(corpus, split)
+def _value(group: Group, corpus: str) -> float:
+    number = group.perplexity(corpus, VALIDATION)
     assert number is not None, "groups without the number are left out before"
     return number.value

@@ -12,7 +12,7 @@ from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
-from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
+from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
 from crosscal.report.numbers import Number, number_text, percent_text, short_text
@@ -108,8 +108,7 @@ def _domain_section(
     others = [corpus for corpus in corpora if corpus not in (GENERAL, domain) and corpus not in domains_of(groups)]
     measured = [corpus for corpus in (GENERAL, domain) if corpus in corpora] + others
     charts = [trade_off(groups, domain), *_curve_charts(groups, domain, measured)]
-    best = best_variants(groups, domain)
-    sentences = [sentence(one, kept) for one in best]
+    best, sentences = best_variants(groups, domain), sentences_of(groups, domain, kept)
     return DomainSection(domain, best, sentences, [chart for chart in charts if chart], left_out(groups, domain))
 
 
@@ -119,7 +118,7 @@ def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence
 
 
 def _perplexity_corpora(columns: Sequence[Column]) -> list[str]:
-    return list(dict.fromkeys(name for name, _, metric in columns if metric == "perplexity"))
+    return list(dict.fromkeys(name for name, split, metric in columns if (split, metric) == (TEST, PERPLEXITY)))
 
 
 def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
@@ -131,7 +130,7 @@ def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) 
     """Variants with solved matrices: of each domain the one taken where the domain loses most, then the first ones, up
     to the limit; and which of all variants were taken there."""
     best = [
-        max(section.best, key=lambda found: found.special.value if found.special else 0.0).group
+        max(section.best, key=lambda found: found.chosen_by[0].value if found.chosen_by[0] else 0.0).group
         for section in sections
         if section.best
     ]

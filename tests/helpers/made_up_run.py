@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,7 @@ def sweep(
     domain: str = "biomedical",
     seeds: Sequence[int] = (0,),
 ) -> list[ResultRow]:
-    """A dense model and one variant for each setting, alpha and seed, measured on every corpus."""
+    """A dense model and one variant for each setting, alpha and seed, measured alike on both splits."""
     rows = [result(corpus_or_task=corpus, value=DENSE.get(corpus, 90.0)) for corpus in corpora]
     for number, (method, setting) in enumerate(settings):
         for alpha in alphas:
@@ -97,7 +98,12 @@ def sweep(
                             seed=seed,
                         )
                     )
-    return rows
+    return on_both_splits(rows)
+
+
+def on_both_splits(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Perplexities of test windows, each with the same number on validation windows behind them all."""
+    return [*rows, *(replace(row, split="validation") for row in rows if row.metric == "perplexity")]
 
 
 def kept_dense(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:
