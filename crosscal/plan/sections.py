@@ -216,6 +216,11 @@ class Publish(_Section):
     guard: dict[Name, Annotated[float, Field(ge=0)]] = {}
     """Corpus → how much worse on it the new model may be, than the dense one and than the published one."""
 
+    @property
+    def corpora(self) -> list[str]:
+        """Those whose validation text decides."""
+        return list(dict.fromkeys([self.domain, *self.guard]))
+
     @model_validator(mode="after")
     def _asks_for_one(self) -> Publish:
         if self.tolerance and self.min_gain:
@@ -280,7 +285,7 @@ class CompressionPlan(_Section):
             if name not in self.document_corpora:
                 known = ", ".join(self.document_corpora)
                 raise ValueError(f"evaluate.perplexity: {name!r} is no corpus of documents; those are: {known}")
-        for name in [self.publish.domain, *self.publish.guard] if self.publish else []:
+        for name in self.publish.corpora if self.publish else []:
             if name not in self.perplexity_corpora:
                 known = ", ".join(self.perplexity_corpora)
                 raise ValueError(f"publish: the perplexity on {name!r} is not measured; corpora that are: {known}")

@@ -11,7 +11,7 @@ from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
-from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
+from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
@@ -75,7 +75,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "rule": RULE,
         "study": study_section(files.study, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
-        "table": summary_table(groups, columns),
+        "table": summary_table(groups, [*columns, *choosing_columns(files.results)]),
         "text_columns": TEXT_COLUMNS,
         "seeds_of": {group.name: group.variants for group in groups if len(group.variants) > 1},
         "layer_chart": layer_losses(files.layers, shown, _marks_of_variants(groups)),
