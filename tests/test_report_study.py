@@ -17,9 +17,15 @@ from crosscal.report.rows import ResultRow, StudyRow, write_rows
 from crosscal.report.run_files import RunFiles, read_run
 from crosscal.report.study import ALIKE, BETTER, WORSE, study_rows
 from crosscal.report.study_table import DifferenceTable, sentences
-from tests.helpers.made_up_run import kept_dense, layer, result, sweep, windows_of, write_run
+from tests.helpers import made_up_run
+from tests.helpers.made_up_run import kept_dense, layer, result, windows_of, write_run
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0)
+
+
+def sweep(**how: Any) -> list[ResultRow]:
+    """Test rows alone."""
+    return [row for row in made_up_run.sweep(**how) if row.split == "test"]
 
 
 def validation_of(rows: Sequence[ResultRow], **values: float) -> list[ResultRow]:
