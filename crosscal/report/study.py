@@ -115,7 +115,7 @@ def _row(group: Group, column: Column, found: Sure, chosen: Collection[str]) -> 
         interval=None,
         over=found.over,
         draws=found.draws,
-        windows=found.windows,
+        items=found.items,
         chosen=group.name in chosen,
     )
 
