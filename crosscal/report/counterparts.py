@@ -15,6 +15,8 @@ from crosscal.report.run_files import RunFiles
 
 DOMAIN = "domain"
 """The baseline that is a variant's own domain alone."""
+AUTO = "auto"
+"""What stands in the name of a variant whose mixture is found."""
 
 
 def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:
@@ -38,8 +40,13 @@ def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
     if other.method == rule:
         return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
     domains = list(group.domains) if rule == DOMAIN else [rule]
-    same_recipe = (other.method, other.setting) == (group.method, group.setting)
+    same_recipe = (other.method, other.setting) == (group.method, group.setting) and not is_found(other)
     return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}
+
+
+def is_found(group: Group) -> bool:
+    """Whether its mixture was left to be found: another one in every draw, perhaps one corpus alone."""
+    return AUTO in group.name.split("-")
 
 
 @dataclass(frozen=True)
