@@ -42,6 +42,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
     for stage, seconds in watch.seconds.items():
         record["stages"][stage] = record["stages"].get(stage, 0.0) + seconds
     asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
+    (folder / "study.jsonl").unlink(missing_ok=True)  # an earlier version's is no hindrance
     write_rows(folder / "study.jsonl", study_rows(read_run(folder), asked.baseline))
     write_run_record(folder, record)
     if complete:

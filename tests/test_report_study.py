@@ -138,6 +138,19 @@ def test_without_validation_text_nothing_is_chosen(tmp_path: Path) -> None:
     assert sentences(rows) == []
 
 
+def test_a_mixture_that_was_found_is_compared_but_neither_baseline_nor_chosen_again(tmp_path: Path) -> None:
+    """Found to be general text alone, say, it is still not what others are compared with."""
+    rows = sweep(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0, 1))
+    general = [row for row in rows if "-a0-" in row.variant]
+    found = [dataclasses.replace(row, variant=row.variant.replace("-a0-", "-auto-"), value=1.0) for row in general]
+    rows = [*rows[:4], *found, *rows[4:]]
+    compared = study_rows(study_of(rows, tmp_path), ["general"])
+    baselines = {row.baseline for row in compared if row.rule}
+    assert baselines == {"sparsegpt0-biomedical-a0"}
+    assert "sparsegpt0-biomedical-auto" in {row.variant for row in compared if row.rule}
+    assert "sparsegpt0-biomedical-auto" not in {row.variant for row in compared if row.chosen}
+
+
 def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
     settings = [(method, {"sparsity": sparsity}) for sparsity in (0.5, 0.6) for method in ("sparsegpt", "wanda")]
     groups = study_of(of_test_text(settings=settings), tmp_path).groups
