@@ -157,6 +157,35 @@ def gradients() -> str:
     return markdown(heads, cells) + f"\n{'; '.join(costs)}.\n" + circumstances(rows)
 
 
+def study() -> str:
+    """One row a variant: perplexities over draws, and changes against general text alone and the domain alone."""
+    rows = read("study")
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row
+    pairs = [(rule, which) for rule in ("general", "domain") for which in (0, 1)]
+    cells = []
+    for case, values in by_case.items():
+        corpora = ("general", next(name for name in CORPORA[1:] if f", {name}, " in case))
+        figures = [f"{corpus} perplexity" for corpus in corpora]
+        figures += [f"{corpora[which]} perplexity against {rule}" for rule, which in pairs]
+        figures += [f"{corpus}_continuation_test acc" for corpus in corpora]
+        chosen = " (chosen)" * any(row["chosen"] for row in values.values())
+        cells.append([case + chosen, *(_sure(values.get(figure)) for figure in figures)])
+    against = [f"{('general', 'domain')[which]}, % against {rule} alone" for rule, which in pairs]
+    heads = ("model, domain, part, variant", "general", "domain", *against, "general questions, %", "domain's, %")
+    return markdown(heads, cells) + circumstances(rows)
+
+
+def _sure(row: dict[str, Any] | None) -> str:
+    """With a star where a difference is told apart."""
+    if row is None:
+        return ""
+    if row.get("verdict") is None:
+        return number(row["value"]) if row["spread"] is None else with_error(row["value"], row["spread"])
+    return f"{row['value']:+.1f} ± {row['spread']:.1f}" + "*" * (row["verdict"] != "not distinguishable")
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -167,6 +196,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "gradients": gradients,
     "scales": scales,
     "real-models": real_models,
+    "study": study,
 }
 
 

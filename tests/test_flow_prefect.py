@@ -104,6 +104,20 @@ def shards(run: Path) -> dict[str, bytes]:
     return found
 
 
+def test_a_study_is_one_flow_run_with_every_part_s_steps(place: Place) -> None:
+    place.write_plan(study={"draws": 2}, evaluate={"windows": 4, "validation_windows": 2})
+    folder = place.folder / "study"
+    done = crosscal("study", str(place.plan), "--home", str(place.home), "--out", str(folder), "--json")
+    assert done.code == 0, done.err
+    run = newest_run()
+    assert run.name == "plan · sparsegpt 50 % · alpha 0, 0.5"
+    assert run.state
+    assert run.state.is_completed()
+    names = task_runs(17)
+    assert (names.count("evaluate models"), names.count("write report"), names.count("identify model")) == (2, 1, 1)
+    assert {"sample legal, seed 0", "sample legal, seed 1", "read general, seed 1"} <= set(names)
+
+
 def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> None:
     place.run("--out", str(place.folder / "run2"), "--home", str(place.folder / "home2"))
     run = newest_run()
