@@ -22,8 +22,8 @@ class Select(_Section):
     method: Literal["dsir", "zip-fit"] | None = None
     """dsir (arXiv 2302.03169) or zip-fit (2410.18194); left out, near-duplicates are dropped and nothing is scored."""
     towards: str | None = None
-    """What chosen documents are to be like: a corpus of this plan, or a file, folder, glob or hub dataset id. Its
-    validation and test documents become those of the chosen corpus."""
+    """What chosen documents are to be like: a corpus of this plan, or a file, folder, glob or hub dataset id with a
+    column `text`. Its validation and test documents become those of the chosen corpus."""
     documents: Annotated[int, Field(ge=1)] | None = None
     """How many to choose; without a method a seeded random choice, left out all."""
     seed: int = Field(0, ge=0)

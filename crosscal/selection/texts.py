@@ -26,6 +26,9 @@ class Texts:
         self._files = [store.path(store.get("corpora", shard.key), f"{split}.arrow") for shard, split in parts]
         counts = [shard.documents[split] for shard, split in parts]
         self._starts = list(itertools.accumulate(counts, initial=0))
+        files = zip(self._files, counts, strict=True)
+        self.batches = [(file, number) for file, count in files for number in range(-(-count // BATCH_DOCUMENTS))]
+        """(file, number in it) of every batch, in the order of the documents."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -33,13 +36,6 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         for batch in range(len(self.batches)):
             yield from self.batch(batch)
-
-    @property
-    def batches(self) -> list[tuple[Path, int]]:
-        """(file, number in it) of every batch, in the order of the documents."""
-        counts = [after - before for before, after in itertools.pairwise(self._starts)]
-        found = zip(self._files, counts, strict=True)
-        return [(file, number) for file, count in found for number in range(-(-count // BATCH_DOCUMENTS))]
 
     def batch(self, number: int) -> list[str]:
         return _column(*self.batches[number], "text")
