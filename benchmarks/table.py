@@ -186,6 +186,32 @@ def _sure(row: dict[str, Any] | None) -> str:
     return f"{row['value']:+.1f} ± {row['spread']:.1f}" + "*" * (row["verdict"] != "not distinguishable")
 
 
+def choosing() -> str:
+    """What was found of planted documents, the models calibrated on it, and near-duplicates."""
+    rows = read("choosing")
+    planted = ("precision", "recall of twice as many", "processor time", "peak memory above the start")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        is_share = row["figure"] in planted[:2]
+        text = f"{row['value']:.2f} ± {row['spread']:.2f}" if is_share and row["spread"] else number(row["value"])
+        by_case.setdefault(row["case"], {})[row["figure"]] = text
+    found = {case: values for case, values in by_case.items() if "precision" in values}
+    heads = (
+        "planted in 1,000 general documents, chosen by",
+        "precision",
+        "recall of twice as many",
+        "processor s",
+        "MiB",
+    )
+    table = markdown(heads, ([case, *(values.get(f, "") for f in planted)] for case, values in found.items()))
+    models = {case: values for case, values in by_case.items() if any(f.endswith("perplexity") for f in values)}
+    cells = ([case, *values.values()] for case, values in models.items())
+    tables = [table, markdown(("SparseGPT, 70 %, calibrated on", "general", "domain"), cells)] if models else [table]
+    pairs = [row for row in rows if row["case"].startswith("near-duplicates")]
+    told = [f"{row['figure']}: {number(row['value'])} {row['unit']}".strip() for row in pairs]
+    return "\n".join([*tables, f"{'; '.join([pairs[0]['case'], *told])}.\n"]) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -197,6 +223,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "scales": scales,
     "real-models": real_models,
     "study": study,
+    "choosing": choosing,
 }
 
 

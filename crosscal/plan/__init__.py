@@ -18,6 +18,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Execution",
     "Publish",
     "RandomTokens",
+    "Select",
     "SelfGenerated",
     "Study",
     "dump_plan",
