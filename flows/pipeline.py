@@ -109,7 +109,7 @@ def make_and_measure(
         check(ticket, stored)
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
-        quality = step(describe_samples, ticket)
+        described = step(describe_samples, ticket)
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
@@ -126,7 +126,7 @@ def make_and_measure(
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
-    record |= {"calibration_quality": quality, "failed": judged["failed"]}
+    record |= {**described, "failed": judged["failed"]}
     write_run_record(run_dir, record)
     return record
 

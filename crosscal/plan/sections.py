@@ -174,6 +174,8 @@ class Evaluate(_Section):
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
     """Questions per task; left out, all."""
+    allow_leaks: bool | list[str] = False
+    """Go on although texts of an evaluation set stand in the calibration text: all, or these corpora and tasks."""
 
 
 class Execution(_Section):

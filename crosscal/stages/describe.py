@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from crosscal.calibration import CalibrationSet, readable, text_quality
+from crosscal.calibration import CalibrationSet, faults, readable, text_quality
 from crosscal.calibration.sets import windows_by_key
+from crosscal.calibration.tokens import begin_token, end_token
 from crosscal.models.source import ModelSource
 from crosscal.stages.sample import Sample
 from crosscal.store import Store
@@ -33,15 +35,30 @@ def readable_samples(
     return shown
 
 
-def sample_quality(store: Store, source: ModelSource, samples: Sequence[Sample]) -> dict[str, dict[str, float | None]]:
+def sample_quality(
+    store: Store,
+    source: ModelSource,
+    samples: Sequence[Sample],
+    kinds: Mapping[str, str] | None = None,
+    begin: bool | None = None,
+) -> dict[str, dict[str, Any]]:
     """Corpus -> the measures of `TextQuality` over its calibration windows, of a corpus that has grown for long the
-    newest (those kept apart); None where one is undefined."""
-    vocabulary = source.config.get_text_config().vocab_size
-    found: dict[str, dict[str, float | None]] = {}
+    newest (those kept apart); None where one is undefined. `faults` says what is wrong with them in sentences; not of
+    tokens that are meant to be random.
+
+    `begin`: whether windows begin with beginning-of-text (see `crosscal.calibration.tokens`).
+    """
+    vocabulary, tokenizer = source.config.get_text_config().vocab_size, source.tokenizer()
+    marks = {"begin": begin_token(tokenizer, begin), "end": end_token(tokenizer)}
+    found: dict[str, dict[str, Any]] = {}
     for sample in _first_draws(samples):
         tokens_SL = torch.cat([windows_by_key(store, part.key) for part in sample.calibration.apart])
-        measured = dataclasses.asdict(text_quality(tokens_SL, vocabulary))
-        found[sample.corpus] = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        quality = text_quality(tokens_SL, vocabulary, **marks)
+        measured = {
+            name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(quality).items()
+        }
+        is_text = (kinds or {}).get(sample.corpus) != "random"
+        found[sample.corpus] = {**measured, "faults": faults(quality) if is_text else []}
     return found
 
 
