@@ -38,6 +38,7 @@ from crosscal.tasks.model import (
     unsummarised_blocks,
 )
 from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
@@ -113,6 +114,8 @@ def make_and_measure(
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
+            if plan.calibration.sufficiency:
+                described["sufficiency"] = step(measure_sufficiency, ticket)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)

@@ -10,6 +10,7 @@ from crosscal.progress import Report, silent
 from crosscal.stages.leaks import Texts, as_json, compared, leak
 from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.ticket import Ticket
+from crosscal.variants import samples_needed
 
 
 def overlap_of(
@@ -25,6 +26,8 @@ def overlap_of(
         except CorpusError:
             if keep:  # a run has ingested them all
                 raise
-    found = compared(Texts.of(ticket.store, corpora, plan.evaluate.tasks), keep=keep, report=report)
+    calibrated = {name for name, _ in samples_needed(plan)}
+    texts = Texts.of(ticket.store, corpora, calibrated, plan.evaluate.tasks)
+    found = compared(texts, keep=keep, report=report)
     allowed = plan.evaluate.allow_leaks
     return as_json(found, allowed), leak(found, allowed)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, methods, plans, publishing, runs, stores, studies
+from crosscal.cli import deploying, enough, methods, plans, publishing, runs, stores, studies
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -24,6 +24,7 @@ for command in (
     studies.study,
     runs.ingest,
     runs.evaluate,
+    enough.enough,
     runs.report,
     methods.methods,
     publishing.ledger,

@@ -86,6 +86,8 @@ class Calibration(_Section):
     """Read text that spells a special token (`</s>`) as the letters it consists of, in test windows as well."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens a forward pass."""
+    sufficiency: bool = False
+    """Say of every corpus whether there is enough of it, as `crosscal enough` does: half a reading at most."""
 
 
 def _axis(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
+from crosscal.report.calibration import overlap_sentence, quality_table, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
@@ -97,6 +98,10 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "samples": _one_of_each(files.samples)[:MOST_SAMPLES],
         "more_samples": max(0, len(files.samples) - len(_one_of_each(files.samples)[:MOST_SAMPLES])),
         "sources": SOURCES,
+        "text_table": quality_table(files.run),
+        "text_warnings": warnings(files.run),
+        "text_overlap": overlap_sentence(files.run),
+        "text_verdicts": verdicts(files.run),
         "plan": files.plan,
     }
 

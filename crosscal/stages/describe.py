@@ -27,7 +27,7 @@ def readable_samples(
     `kinds`: corpus -> where its text comes from, `documents`, `self` or `random`.
     """
     tokenizer, shown = source.tokenizer(), []
-    for sample in _first_draws(samples):
+    for sample in first_draws(samples):
         tokens_SL = windows_by_key(store, sample.calibration.apart[0].key)
         for text in readable(CalibrationSet(tokens_SL, {}, ()), tokenizer, per_corpus):
             cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
@@ -48,21 +48,25 @@ def sample_quality(
 
     `begin`: whether windows begin with beginning-of-text (see `crosscal.calibration.tokens`).
     """
-    vocabulary, tokenizer = source.config.get_text_config().vocab_size, source.tokenizer()
-    marks = {"begin": begin_token(tokenizer, begin), "end": end_token(tokenizer)}
     found: dict[str, dict[str, Any]] = {}
-    for sample in _first_draws(samples):
+    for sample in first_draws(samples):
         tokens_SL = torch.cat([windows_by_key(store, part.key) for part in sample.calibration.apart])
-        quality = text_quality(tokens_SL, vocabulary, **marks)
-        measured = {
-            name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(quality).items()
-        }
         is_text = (kinds or {}).get(sample.corpus) != "random"
-        found[sample.corpus] = {**measured, "faults": faults(quality) if is_text else []}
+        found[sample.corpus] = quality_of(tokens_SL, source, begin, is_text=is_text)
     return found
 
 
-def _first_draws(samples: Iterable[Sample]) -> list[Sample]:
+def quality_of(tokens_SL: torch.Tensor, source: ModelSource, begin: bool | None, *, is_text: bool) -> dict[str, Any]:
+    """The measures of some windows and, of what is meant to be text, its faults."""
+    tokenizer = source.tokenizer()
+    marks = {"begin": begin_token(tokenizer, begin), "end": end_token(tokenizer)}
+    quality = text_quality(tokens_SL, source.config.get_text_config().vocab_size, **marks)
+    measured = dataclasses.asdict(quality).items()
+    numbers = {name: value if math.isfinite(value) else None for name, value in measured}
+    return {**numbers, "faults": faults(quality) if is_text else []}
+
+
+def first_draws(samples: Iterable[Sample]) -> list[Sample]:
     """One sample a corpus: other seeds draw from the same text."""
     first: dict[str, Sample] = {}
     for sample in samples:

@@ -33,22 +33,29 @@ class Texts:
     store: Store
     corpora: Mapping[str, Corpus]
     """By the plan's names."""
+    calibrated: tuple[str, ...]
+    """Those whose training text counts."""
     questions: Mapping[str, str]
     """Task → its file."""
 
     @classmethod
-    def of(cls, store: Store, corpora: Mapping[str, Corpus], tasks: Sequence[str]) -> Texts:
-        names = task_names([task for task in tasks if is_question_file(task)])
-        return cls(store, corpora, {name: path for path, name in names.items()})
+    def of(
+        cls, store: Store, corpora: Mapping[str, Corpus], calibrated: Collection[str], tasks: Sequence[str]
+    ) -> Texts:
+        files = [task for task in tasks if is_question_file(task) and Path(task).is_file()]
+        names = task_names(files)
+        used = tuple(name for name in corpora if name in calibrated)
+        return cls(store, corpora, used, {name: path for path, name in names.items()})
 
     @property
     def key(self) -> str:
         shards = {name: [shard.key for shard in corpus.shards] for name, corpus in self.corpora.items()}
         questions = {name: digest_file(Path(path)) for name, path in self.questions.items()}
-        return digest_of([FORMAT, NGRAM_WORDS, LEAK_SHARE, MOST_DOCUMENTS, sorted(shards.items()), questions])
+        limits = [NGRAM_WORDS, LEAK_SHARE, MOST_DOCUMENTS]
+        return digest_of([FORMAT, limits, sorted(shards.items()), list(self.calibrated), questions])
 
     def calibration(self) -> Iterator[tuple[str, str]]:
-        return ((name, text) for name in self.corpora for text in self._documents(name, "train"))
+        return ((name, text) for name in self.calibrated for text in self._documents(name, "train"))
 
     def evaluation(self) -> Iterator[tuple[str, str]]:
         for name in self.corpora:
@@ -71,7 +78,7 @@ def compared(texts: Texts, *, keep: bool = True, report: Report = silent) -> lis
     artifact = texts.store.find(KIND, key)
     if artifact is not None:
         return [_from_json(one) for one in json.loads(texts.store.read_bytes(artifact, FILE))]
-    total = sum(corpus.documents("train") for corpus in texts.corpora.values())
+    total = sum(texts.corpora[name].documents("train") for name in texts.calibrated)
     report(f"looking for evaluation text in {total:,} documents", 0, None)
     found = overlaps(texts.evaluation(), texts.calibration)
     if keep:
