@@ -1,7 +1,8 @@
-"""Claims: the verdict on whether there is enough calibration text agrees with what more of it does; leaks and texts that
-are none are caught, and clean corpora pass.
+"""Claims: the verdict on whether there is enough calibration text agrees with what more of it does; leaks, and texts
+that are none, are caught; clean corpora pass.
 
     nice -n 10 python benchmarks/sufficiency.py TESTBED [--claims overlap text verdict] [--corpora general ...]
+                                             [--draws 2]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
 
@@ -11,8 +12,9 @@ TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
 * text: what `text_quality` measures of 128 windows of each corpus, of text that the model wrote, and of what is no
   text, and the faults that are found.
 * verdict: sets of 2, 8, 32 and 128 windows of 256 tokens. What `crosscal enough` expects of twice as many, from
-  SparseGPT at 60 % at two blocks, beside what twice as many do: held-out loss and perplexity on further validation
-  windows of SparseGPT at 70 %, all blocks, the same corpus. Sets of one corpus are nested, as draws with one seed are.
+  SparseGPT at 60 % at two blocks, beside what twice as many do: held-out loss, and perplexity on further validation
+  windows, of SparseGPT at 70 %, all blocks, the same corpus. Means over draws, the spread their standard deviation;
+  sets of one draw are nested.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from records import load_average, record, write
+from records import record, write
 from torch import Tensor
 
 from crosscal.calibration import faults, text_quality
@@ -44,15 +47,24 @@ from crosscal.models import ModelSource
 from crosscal.models.loading import load_variant
 from crosscal.models.sites import replaced_parameters
 from crosscal.models.walk import BlockMoments, walk
-from crosscal.stages.prefixes import NEEDED, Prefixes, nested_sums
-from crosscal.stages.sufficiency import last_gain, prefix_losses, sampled_blocks, verdict
+from crosscal.stages.prefixes import FRACTIONS, NEEDED, Prefixes, nested_sums
+from crosscal.stages.sufficiency import (
+    ADD,
+    Point,
+    expected_gain,
+    points_of,
+    prefix_losses,
+    sampled_blocks,
+    verdict,
+)
 
 CORPORA = ("general", "biomedical", "legal")
-LENGTH, HELD_OUT, MEASURED = 256, 32, 24
+LENGTH, HELD_OUT, MEASURED = 256, 32, 16
 MARKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SETS = (2, 8, 32, 128)
 LEVEL = 0.7
 PLANTED = 10
+EXPECTED = "expected of twice as many: held-out loss"
 
 
 def texts(testbed: Path, corpus: str, split: str) -> list[str]:
@@ -157,44 +169,70 @@ def written(source: ModelSource, count: int) -> Tensor:
 # --- verdict ---------------------------------------------------------------------------------------------------------
 
 
-def verdict_rows(testbed: Path, source: ModelSource, corpus: str) -> list[dict[str, Any]]:
-    train_SL = windows_of(source, shuffled(texts(testbed, corpus, "train")), MARKS[-1])
+def verdict_rows(testbed: Path, source: ModelSource, corpus: str, draws: int) -> list[dict[str, Any]]:
     held_SL = windows_of(source, shuffled(texts(testbed, corpus, "validation")), HELD_OUT + MEASURED)
+    train = texts(testbed, corpus, "train")
+    found = [one_draw(source, windows_of(source, shuffled(train, seed), MARKS[-1]), held_SL) for seed in range(draws)]
+    rows = []
+    for (n, figure), unit in found[0].units.items():
+        values = [one.values[n, figure] for one in found]
+        spread = statistics.stdev(values) if draws > 1 else None
+        rows.append(record(f"{corpus}, {n} windows", figure, statistics.mean(values), unit, spread))
+    for n in SETS:
+        verdicts = [verdict(one.values[n, EXPECTED] / -100) for one in found]
+        rows.append(record(f"{corpus}, {n} windows", "draws that say: add data", verdicts.count(ADD), f"of {draws}"))
+    return rows
+
+
+@dataclass
+class Draw:
+    values: dict[tuple[int, str], float] = field(default_factory=dict)
+    units: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def note(self, n: int, figure: str, value: float, unit: str = "") -> None:
+        self.values[n, figure], self.units[n, figure] = value, unit
+
+
+def one_draw(source: ModelSource, train_SL: Tensor, held_SL: Tensor) -> Draw:
     slices = {str(b): train_SL[a:b] for a, b in zip((0, *MARKS), MARKS, strict=False)}
     probes: dict[int, list[dict[int, tuple[float, float]]]] = {block: [] for block in range(source.blocks)}
     losses: dict[int, list[float]] = {n: [] for n in MARKS}
-    weights: dict[int, dict[str, Tensor]] = {n: {} for n in MARKS}
+    weights: dict[int, dict[str, Tensor]] = {n: {} for n in MARKS[1:]}
 
     def on_block(seen: BlockMoments) -> None:
         for site in seen.sites:
             of_pieces = {int(n): found[site.name].only(NEEDED) for n, found in seen.moments.items() if n != "held"}
             prefixes = Prefixes(site, dict(nested_sums(of_pieces)), seen.moments["held"][site.name].only(NEEDED))
             probes[seen.block] += prefix_losses(prefixes, seen.parameters, "cpu") or []
-            for n, moments in prefixes.nested.items():
-                solved = solve(prefixes, moments.hessian_II(), seen.parameters)
+            for n in weights:
+                solved = solve(prefixes, prefixes.nested[n].hessian_II(), seen.parameters)
                 losses[n] += [loss for _, loss in solved.values()]
                 changed = replaced_parameters(seen.parameters, {matrix: each for matrix, (each, _) in solved.items()})
                 weights[n] |= {f"{seen.name}.{name}": value for name, value in changed.items()}
 
     walk(source, {**slices, "held": held_SL[:HELD_OUT]}, on_block=on_block, statistics=NEEDED)
     perplexity = perplexities(source, weights, held_SL[HELD_OUT:])
-    rows = []
-    for n in MARKS:
-        rows.append(record(f"{corpus}, {n} windows", "held-out loss", statistics.mean(losses[n]), ""))
-        rows.append(record(f"{corpus}, {n} windows", "perplexity", perplexity[n], ""))
+    draw = Draw()
+    for n in weights:
+        draw.note(n, "held-out loss", statistics.mean(losses[n]))
+        draw.note(n, "perplexity", perplexity[n])
+    at_two = [each for block in sampled_blocks(source.blocks) for each in probes[block]]
+    at_all = list(itertools.chain.from_iterable(probes.values()))
     for n in SETS:
-        case = f"{corpus}, {n} windows"
-        of_blocks = [[each[m][1] for m in (n // 2, n)] for b in sampled_blocks(source.blocks) for each in probes[b]]
-        everywhere = [[each[m][1] for m in (n // 2, n)] for found in probes.values() for each in found]
-        gain, error = last_gain(of_blocks)
-        assert gain is not None
-        rows.append(record(case, "expected of twice as many: held-out loss", -50 * gain, "%", 50 * (error or 0.0)))
-        rows.append(record(case, "the same, probed at all blocks", -50 * (last_gain(everywhere)[0] or 0.0), "%"))
-        rows.append(record(case, f"verdict: {verdict(gain)}", -100 * gain, "% by the last doubling"))
+        for name, matrices in {EXPECTED: at_two, "the same, probed at all blocks": at_all}.items():
+            draw.note(n, name, -100 * (expected_gain(curve_of(matrices, n)) or 0.0), "%")
+        half, whole = curve_of(at_two, n)[-2:]
+        draw.note(n, "last doubling", 100 * (whole.held_out_loss / half.held_out_loss - 1), "%")
         change = 100 * (statistics.mean(losses[2 * n]) / statistics.mean(losses[n]) - 1)
-        rows.append(record(case, "twice as many: held-out loss", change, "%"))
-        rows.append(record(case, "twice as many: perplexity", 100 * (perplexity[2 * n] / perplexity[n] - 1), "%"))
-    return rows
+        draw.note(n, "twice as many: held-out loss", change, "%")
+        draw.note(n, "twice as many: perplexity", 100 * (perplexity[2 * n] / perplexity[n] - 1), "%")
+    return draw
+
+
+def curve_of(matrices: Sequence[Mapping[int, tuple[float, float]]], windows: int) -> list[Point]:
+    """As `crosscal enough` sees a set: its eighth, quarter, half and whole."""
+    sizes = sorted({max(1, round(fraction * windows)) for fraction in FRACTIONS})
+    return points_of([{n: each[n] for n in sizes} for each in matrices], windows * LENGTH)
 
 
 def solve(prefixes: Prefixes, hessian_II: Tensor, parameters: Mapping[str, Tensor]) -> dict[Any, tuple[Tensor, float]]:
@@ -226,6 +264,7 @@ def main() -> None:
     parser.add_argument("testbed", type=Path)
     parser.add_argument("--claims", nargs="*", default=["overlap", "text", "verdict"])
     parser.add_argument("--corpora", nargs="*", default=list(CORPORA))
+    parser.add_argument("--draws", type=int, default=2)
     arguments = parser.parse_args()
     testbed = arguments.testbed.resolve()
     source = ModelSource.open(testbed / "models" / "llama-mix-8m")
@@ -235,8 +274,7 @@ def main() -> None:
         write("sufficiency", text_rows(testbed, source), keep=True)
     if "verdict" in arguments.claims:
         for corpus in arguments.corpora:
-            rows = [*verdict_rows(testbed, source, corpus), record(f"{corpus}, load", "average", load_average(), "")]
-            write("sufficiency", rows, keep=True)
+            write("sufficiency", verdict_rows(testbed, source, corpus, arguments.draws), keep=True)
 
 
 if __name__ == "__main__":

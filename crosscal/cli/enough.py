@@ -25,7 +25,7 @@ def _row(curve: dict[str, Any]) -> dict[str, Any]:
     points = curve["points"]
     row = {"corpus": curve["corpus"], "verdict": curve["verdict"], "tokens": points[-1]["tokens"] if points else 0}
     row |= {f"{point['windows']} windows": f"{point['held_out_loss']:.4f}" for point in points}
-    if curve["gain"] is not None:
-        row["last doubling"] = f"{-curve['gain']:+.1%}"
+    if curve["last_gain"] is not None:
+        row["last doubling"] = f"{-curve['last_gain']:+.1%}"
         row["next, about"] = f"{-curve['expected_gain']:+.1%}"
     return row

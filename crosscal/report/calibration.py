@@ -40,10 +40,10 @@ def verdicts(run: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_sentence(curve: Mapping[str, Any]) -> str:
-    if curve["gain"] is None:
+    if curve["last_gain"] is None:
         return f"{curve['corpus']}: whether there is enough text cannot be told from so few windows."
     halves = f"the last doubling, to {curve['points'][-1]['tokens']:,} tokens, changed held-out loss by"
-    changes = f"{halves} {-curve['gain']:+.1%}; the next one is expected to bring {-curve['expected_gain']:+.1%}"
+    changes = f"{halves} {-curve['last_gain']:+.1%}; the next one is expected to bring {-curve['expected_gain']:+.1%}"
     return f"{curve['corpus']}: {curve['verdict']}; {changes}."
 
 
