@@ -47,16 +47,9 @@ from crosscal.models import ModelSource
 from crosscal.models.loading import load_variant
 from crosscal.models.sites import replaced_parameters
 from crosscal.models.walk import BlockMoments, walk
+from crosscal.report.sufficiency import ADD, Point, expected_gain, verdict
 from crosscal.stages.prefixes import FRACTIONS, NEEDED, Prefixes, nested_sums
-from crosscal.stages.sufficiency import (
-    ADD,
-    Point,
-    expected_gain,
-    points_of,
-    prefix_losses,
-    sampled_blocks,
-    verdict,
-)
+from crosscal.stages.sufficiency import points_of, prefix_losses, sampled_blocks
 
 CORPORA = ("general", "biomedical", "legal")
 LENGTH, HELD_OUT, MEASURED = 256, 32, 16

@@ -37,7 +37,7 @@ from crosscal.tasks.model import (
     unsolved_blocks,
     unsummarised_blocks,
 )
-from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.results import after_reading, describe_samples, evaluate_models, make_report, models_to_make
 from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
@@ -114,6 +114,7 @@ def make_and_measure(
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
+            described |= after_reading(ticket, described["calibration_quality"])
             if plan.calibration.sufficiency:
                 described["sufficiency"] = step(measure_sufficiency, ticket)
         with watch.stage("solve"):

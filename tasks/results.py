@@ -24,7 +24,7 @@ from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import LayerRow, QuestionRow
 from crosscal.stages.compress import discard_model, layer_rows
-from crosscal.stages.describe import readable_samples, sample_quality
+from crosscal.stages.describe import readable_samples, sample_quality, starved_experts, with_perplexities
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
 from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
@@ -199,6 +199,14 @@ def describe_samples(ticket: Ticket) -> dict[str, Any]:
     if error:
         raise error
     return {"calibration_quality": quality, "overlap": overlap}
+
+
+def after_reading(ticket: Ticket, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What reading the windows told besides: `calibration_quality` with perplexities, and `starved_experts`."""
+    source, cached = ticket.source(), ticket.cached
+    vocabulary = source.config.get_text_config().vocab_size
+    known = with_perplexities(quality, cached, ticket.sampled, vocabulary)
+    return {"calibration_quality": known, "starved_experts": starved_experts(cached, source.blocks, ticket.sampled)}
 
 
 @task(name="report", task_run_name="write report", **PLAIN)

@@ -100,4 +100,7 @@ def test_a_clean_run_says_what_its_text_is_like_and_whether_there_is_enough(plac
     )
     asked = crosscal("enough", str(place.plan), "--home", str(place.home), "--json")
     assert [curve["points"] for curve in json.loads(asked.out)] == [curve["points"] for curve in record["sufficiency"]]
-    assert check(place)[1]["calibration_quality"]["legal"] == record["calibration_quality"]["legal"]
+    before, after = check(place)[1]["calibration_quality"]["legal"], record["calibration_quality"]["legal"]
+    assert before == {name: after[name] for name in before}
+    assert after["perplexity"] > 1
+    assert after["held_out_perplexity"] > 1

@@ -10,12 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscal.models import ModelSource
+from crosscal.evaluation import window_nll
+from crosscal.models import ModelSource, likelihood
+from crosscal.models.loading import load_variant
+from crosscal.report.rows import LayerRow, ResultRow
+from crosscal.report.sufficiency import ADD, ENOUGH, GAIN_LIMIT, UNKNOWN, Point, expected_gain, gap_sentences, verdict
+from crosscal.stages.describe import starved_experts
+from crosscal.stages.moments import perplexity_of
 from crosscal.stages.prefixes import NEEDED, nested_sums, pieces_of
-from crosscal.stages.sufficiency import ADD, ENOUGH, GAIN_LIMIT, UNKNOWN, Point, expected_gain, sufficiency, verdict
+from crosscal.stages.sufficiency import sufficiency
 from crosscal.statistics import InputMoments
 from crosscal.statistics.spectrum import spectrum
 from crosscal.store import Store
+from tests.helpers.tiny_models import save_model
 from tests.helpers.tiny_run import collect, dense_cache, sample, tiny_source, windows
 
 OPTIONS = {"device": "cpu", "batch_tokens": 64}
@@ -105,6 +112,32 @@ def test_the_verdict_turns_once_as_the_gain_grows() -> None:
     assert gaps == [ENOUGH, ENOUGH, ADD, ADD]
 
 
+def test_a_runs_own_losses_say_what_they_can_of_each_mixture() -> None:
+    row = LayerRow(
+        *("sparse-general", "layer", 0, "site", "sparsegpt", {}, 1.0),
+        relative_loss=0.03,
+        heldout_relative_loss=0.05,
+        sparsity=0.5,
+        bits=None,
+        damping=0.01,
+        dead_inputs=0,
+        tokens=512,
+        seconds=0.0,
+    )
+    result = {"method": "sparsegpt", "setting": {}, "upstream": "dense", "seed": 0, "corpus_or_task": "general"}
+    result |= {"split": "test", "metric": "perplexity", "value": 9.0, "stderr": None, "tokens": 1}
+    result |= {"seconds": 0.0, "model": "m", "device": "cpu"}
+    mixtures = {"sparse-general": {"general": 1.0}, "close": {"legal": 1.0}, "both": {"general": 0.5, "legal": 0.5}}
+    results = [ResultRow(variant=name, mixture=mixture, **result) for name, mixture in mixtures.items()]
+    close = dataclasses.replace(row, variant="close", heldout_relative_loss=0.0301)
+    dense = dataclasses.replace(row, variant="close", heldout_relative_loss=0.9, fallback="keep-dense: …")
+    both = dataclasses.replace(row, variant="both")
+    found = gap_sentences(results, [row, close, dense, both])
+    assert [sentence.split(";")[0] for sentence in found] == ["general: perhaps too little", "legal: enough"]
+    assert "-10.0% (sparse-general)" in found[0], "(.05 - .03) / 4 / .05"
+    assert gap_sentences(results, [dataclasses.replace(row, heldout_relative_loss=None)]) == []
+
+
 # --- a model ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,3 +175,38 @@ def test_of_one_window_nothing_is_told(tmp_path: Path, source: ModelSource) -> N
     store = Store(tmp_path / "home")
     found = sufficiency(dense_cache(store, source), source, sample(store, "legal", windows(3, seed=0)), **OPTIONS)
     assert (found.verdict, found.expected_gain, len(found.points)) == (UNKNOWN, None, 1)
+
+
+@pytest.mark.parametrize("length", [10, 256])
+def test_reading_a_set_leaves_the_perplexity_of_its_first_windows(
+    tmp_path: Path, source: ModelSource, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "SCORED_LENGTH", length)
+    store = Store(tmp_path / "home")
+    cached, text = dense_cache(store, source), sample(store, "legal", windows(10, seed=0))
+    assert perplexity_of(cached, text.calibration.key) is None
+    collect(cached, source, text.sets)
+    model, read_SL = load_variant(source.path, device="cpu"), windows(10, seed=0)[:8, :length]
+    expected = window_nll(model, read_SL, device="cpu").mean() / (read_SL.shape[1] - 1)
+    assert perplexity_of(cached, text.calibration.key) == pytest.approx(float(expected.exp()), rel=1e-5)
+
+
+def test_experts_with_fewer_tokens_than_inputs_are_starved(tmp_path: Path) -> None:
+    source = ModelSource.open(save_model("mixtral", tmp_path / "model"))
+    store = Store(tmp_path / "home")
+    cached, counts = dense_cache(store, source), []
+    for count in (3, 80):
+        text = sample(store, "legal", windows(count, seed=0, high=60))
+        collect(cached, source, text.sets)
+        found = starved_experts(cached, source.blocks, [text]).get("legal", {"starved": 0})
+        tokens = [
+            (cached.read(text.calibration.key, block, site).tokens, site.inputs)
+            for block in range(source.blocks)
+            for site in cached.sites(block) or ()
+            if site.matrices[0].expert is not None
+        ]
+        assert found["starved"] == sum(seen < inputs for seen, inputs in tokens)
+        if found["starved"]:
+            assert (found["experts"], found["least_tokens"]) == (len(tokens), min(tokens)[0])
+        counts.append(found["starved"])
+    assert counts[0] > counts[1] == 0

@@ -21,6 +21,7 @@ from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
+from crosscal.report.sufficiency import gap_sentences
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
 
 MOST_LAYER_VARIANTS = 4
@@ -101,7 +102,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "text_table": quality_table(files.run),
         "text_warnings": warnings(files.run),
         "text_overlap": overlap_sentence(files.run),
-        "text_verdicts": verdicts(files.run),
+        "text_verdicts": verdicts(files.run) or gap_sentences(files.results, files.layers),
         "plan": files.plan,
     }
 

@@ -1,12 +1,7 @@
 """Is there enough calibration text, or does more of it help? Held-out loss as nested prefixes of a sample grow.
 
 At the sites of two blocks one method is solved on the Hessian of an eighth, a quarter, half and all of the windows, and
-every answer is measured on these and on the held-out windows. An answer fits its own n windows better than it should by
-as much as it fits others worse, about c/n either way (the optimism of a fit: Efron 1986, JASA 81), so that twice as
-many would bring c/2n, a quarter of the gap between both losses. Compared with what twice as many did bring, that is
-nearer than what the last doubling brought, in which one unusual document shows (`benchmarks/sufficiency.py`). But a
-part of the gap that is none of the data's fault, because the held-out text is of another kind, stays however much there
-is; so no more is expected than a doubling brought on average so far.
+every answer is measured on these and on the held-out windows. What that tells, `crosscal.report.sufficiency` says.
 
 Shapes: O outputs, I inputs of a site.
 """
@@ -15,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +23,7 @@ from crosscal.errors import StatisticsError
 from crosscal.models.sites import MatrixRef
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
+from crosscal.report.sufficiency import Point, expected_gain, verdict
 from crosscal.stages.moments import Cached
 from crosscal.stages.prefixes import Prefixes, read_prefixes
 from crosscal.stages.sample import Sample
@@ -40,23 +35,10 @@ KIND = "sufficiency"
 FILE = "sufficiency.json"
 METHOD, SPARSITY = "sparsegpt", 0.6
 """What is solved: the method whose answers depend most on the data, at the sparsity where it begins to hurt."""
-GAIN_LIMIT = 0.02
-"""Of held-out loss, that doubling the data would bring: less is not worth it. A per cent of loss is about .2 % of
-perplexity at 70 % sparsity, .1 % at 60 %."""
 MOST_SITES = 8
 """Of a block: a mixture of experts has hundreds."""
 WIDEST = 4096
 """Inputs of a site whose eigenvalues are computed."""
-ENOUGH, ADD, UNKNOWN = "enough", "add data", "cannot be told"
-
-
-@dataclass(frozen=True)
-class Point:
-    windows: int
-    tokens: int
-    loss: float
-    """E‖(W − V) x‖² / E‖W x‖² on the calibration windows themselves, mean over matrices."""
-    held_out_loss: float
 
 
 @dataclass(frozen=True)
@@ -100,24 +82,6 @@ class Curve:
     def as_json(self) -> dict[str, Any]:
         told = {"last_gain": self.last_gain, "expected_gain": self.expected_gain, "verdict": self.verdict}
         return {**dataclasses.asdict(self), **told}
-
-
-def expected_gain(points: Sequence[Point]) -> float | None:
-    """Of held-out loss, that one more doubling would bring, as a fraction of it: a quarter of the gap, and at most what
-    the doublings so far brought on average. None with fewer than two prefixes."""
-    if len(points) < 2:
-        return None
-    first, last = points[0], points[-1]
-    doublings = math.log2(last.windows / first.windows)
-    average = (first.held_out_loss - last.held_out_loss) / doublings
-    return max(0.0, min((last.held_out_loss - last.loss) / 4, average)) / last.held_out_loss
-
-
-def verdict(expected: float | None) -> str:
-    """`enough` if a doubling would bring less than `GAIN_LIMIT`."""
-    if expected is None or math.isnan(expected):
-        return UNKNOWN
-    return ENOUGH if expected < GAIN_LIMIT else ADD
 
 
 def sampled_blocks(blocks: int) -> list[int]:
