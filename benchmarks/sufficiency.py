@@ -85,12 +85,13 @@ def overlap_rows(testbed: Path) -> list[dict[str, Any]]:
         largest = 100 * max((each.share for each in one.largest), default=0.0)
         rows.append(record(f"overlap, {one.name}", "largest share of a document", largest, "%"))
         rows.append(record(f"overlap, {one.name}", "documents that leak", one.leaked, f"of {one.documents}"))
+    tests = {name: documents for name, documents in held.items() if name.endswith("(test)")}
     for kind, changed in PLANTS.items():
+        planted = dict(train)
         for corpus, into in zip(CORPORA, (*CORPORA[1:], CORPORA[0]), strict=True):
-            name = f"{corpus} (test)"
-            planted = {**train, into: [*train[into], *map(changed, held[name][:PLANTED])]}
-            (one,) = overlaps(named({name: held[name]}), functools.partial(named, planted))
-            rows.append(record(f"planted: {PLANTED} {kind}", f"{corpus}, found", one.leaked, f"of {PLANTED}"))
+            planted[into] = [*planted[into], *map(changed, tests[f"{corpus} (test)"][:PLANTED])]
+        for one in overlaps(named(tests), functools.partial(named, planted)):
+            rows.append(record(f"planted: {PLANTED} {kind}", f"{one.name}, found", one.leaked, f"of {PLANTED}"))
     return rows
 
 

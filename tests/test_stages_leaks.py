@@ -104,3 +104,5 @@ def test_a_clean_run_says_what_its_text_is_like_and_whether_there_is_enough(plac
     assert before == {name: after[name] for name in before}
     assert after["perplexity"] > 1
     assert after["held_out_perplexity"] > 1
+    place.write_plan(calibration={"windows": 1, "length": 32, "held_out_windows": 4})
+    assert "general: 32 tokens for inputs of up to 64: their Hessians have no full rank." in check(place)[1]["warnings"]

@@ -158,7 +158,7 @@ class _Part:
                 continue
             met = np.flatnonzero(counts_K[of_n])
             covered = _covered(met, words, n)
-            whole = SetOverlap(self.names[place], 1, 0, words, covered, int(covered >= leak_share * words))
+            whole = SetOverlap(self.names[place], 1, 0, words, covered, int(covered / words >= leak_share))
             if covered:
                 corpus, begins = self.sources[int(np.bincount(self.source_K[of_n[met]]).argmax())]
                 named = self.numbers[place], covered / words, self.begins[place], corpus, begins
