@@ -74,7 +74,7 @@ def small_landings(store: Store, folder: Path) -> list[dict[str, Any]]:
     run = folder / "small"
     compress = [{"method": "sparsegpt", "sparsity": 0.7, "domain": [*FILES], "alpha": [0, 0.5]}]
     calibration = {"windows": 128, "length": 256, "held_out_windows": 8}
-    evaluate = {"perplexity": [*FILES], "windows": 16, "allow_leaks": True}  # three corpora of the same documents
+    evaluate = {"perplexity": [*FILES], "windows": 16}
     asked = plan([*FILES], compress=compress, calibration=calibration, evaluate=evaluate)
     carry_out(parse_plan(asked), store.location, str(run))
     results = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]

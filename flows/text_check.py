@@ -37,14 +37,14 @@ def check_text(ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape]
         found["overlap"], error = overlap_of(ticket, keep=False)
     except CrosscalError as broken:  # questions that cannot be read
         error = broken
-    return {**found, "warnings": [*told, *warnings(found)]}, [str(error)] if error else []
+    return {**found, "warnings": [*dict.fromkeys(told), *warnings(found)]}, [str(error)] if error else []
 
 
 def _windows(ticket: Ticket, keys: Sequence[str | None]) -> torch.Tensor | None:
     found = []
-    for key in keys:
+    for key in filter(None, keys):
         try:
-            found.append(windows_by_key(ticket.store, key or ""))
+            found.append(windows_by_key(ticket.store, key))
         except MissingArtifact:  # not drawn yet, or a sum of older sets
             continue
     return torch.cat(found) if found else None

@@ -127,3 +127,13 @@ def test_short_texts_are_counted_and_not_compared() -> None:
     (found,) = overlaps([("test", "two words"), ("test", "")], lambda: [("general", "two words")])
     assert (found.documents, found.too_short, found.words, found.leaked) == (2, 2, 0, 0)
     assert found.share == 0.0
+
+
+def test_a_sample_of_calibration_documents_is_compared_with_the_others_alone() -> None:
+    """Near copies of one another are found; that a document is among the calibration documents itself is not."""
+    alone, twice = made_up(2, 40, 7)
+    calibration = [("general", alone), ("general", twice), ("general", f"{twice} once more"), ("general", alone[:50])]
+    texts = [("general (train)", alone), ("general (train)", twice)]
+    (found,) = overlaps(texts, lambda: calibration, own={"general (train)"})
+    assert [(each.number, each.share) for each in found.largest] == [(1, 1.0)]
+    assert found.leaked == 1

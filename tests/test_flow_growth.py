@@ -63,7 +63,7 @@ def test_short_documents_make_a_better_model_however_they_land(tmp_path: Path) -
         "corpora": {"general": str(DEMO / "corpora" / "general"), **{name: {} for name in FILES}},
         "calibration": {"windows": 128, "length": LENGTH, "held_out_windows": 8},
         "compress": [{"method": "sparsegpt", "sparsity": 0.7, "domain": [*FILES], "alpha": [0, 0.5]}],
-        "evaluate": {"perplexity": [*FILES], "windows": 16, "allow_leaks": True},
+        "evaluate": {"perplexity": [*FILES], "windows": 16},
         "execution": {"device": "cpu", "keep_models": False},
     }
     record = carry_out(parse_plan(plan), store.location, str(tmp_path / "run"))

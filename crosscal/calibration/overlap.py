@@ -14,7 +14,7 @@ Shapes: N n-grams of evaluation documents, K different ones, M n-grams of some c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -87,6 +87,7 @@ def overlaps(
     evaluation: Iterable[Named],
     calibration: Callable[[], Iterable[Named]],
     *,
+    own: Collection[str] = (),
     n: int = NGRAM_WORDS,
     leak_share: float = LEAK_SHARE,
     most_documents: int = MOST_DOCUMENTS,
@@ -94,6 +95,7 @@ def overlaps(
 ) -> list[SetOverlap]:
     """The overlap of every evaluation set, in the order of their first documents.
 
+    `own`: sets whose texts are themselves among the calibration documents; they are compared with the others alone.
     What is found of a document does not depend on the order of either side's documents, but for which calibration
     document is named.
     """
@@ -101,7 +103,7 @@ def overlaps(
     numbers: dict[str, int] = {}
     for part in _parts(evaluation, numbers, n, most_ngrams):
         part.look_in(calibration(), n)
-        for one in part.compared(n, leak_share, most_documents):
+        for one in part.compared(own, n, leak_share, most_documents):
             found[one.name] = found.get(one.name, SetOverlap(one.name)).plus(one)
     return list(found.values())
 
@@ -145,9 +147,8 @@ class _Part:
             self.source_K[place[mine]] = len(self.sources)
             self.sources.append((batch[number][0], _beginning(batch[number][1])))
 
-    def compared(self, n: int, leak_share: float, most_documents: int) -> Iterator[SetOverlap]:
+    def compared(self, own: Collection[str], n: int, leak_share: float, most_documents: int) -> Iterator[SetOverlap]:
         """Every document by itself."""
-        counts_K = (self.documents_K > 0) & (self.documents_K <= most_documents)
         document_N = _documents_of(self.ngrams)
         words_D = np.concatenate([each.words for each in self.ngrams])
         starts_D = np.searchsorted(document_N, np.arange(len(words_D) + 1))
@@ -156,7 +157,8 @@ class _Part:
             if not len(of_n):
                 yield SetOverlap(self.names[place], documents=1, too_short=1)
                 continue
-            met = np.flatnonzero(counts_K[of_n])
+            others = self.documents_K[of_n] - (self.names[place] in own)
+            met = np.flatnonzero((others > 0) & (others <= most_documents))
             covered = _covered(met, words, n)
             whole = SetOverlap(self.names[place], 1, 0, words, covered, int(covered / words >= leak_share))
             if covered:

@@ -16,6 +16,7 @@ MEASURES = {
     "perplexity": "perplexity",
 }
 SHARES = {"repeated_tokens", "vocabulary_coverage"}
+SITE_FACTS = ("inputs", "tokens", "effective_rank", "condition")
 NO_NUMBER = "–"
 
 
@@ -47,6 +48,15 @@ def verdict_sentence(curve: Mapping[str, Any]) -> str:
     return f"{curve['corpus']}: {curve['verdict']}; {changes}."
 
 
+def site_rows(run: Mapping[str, Any]) -> list[list[str]]:
+    """Corpus, site, inputs, tokens, effective rank and condition number of the sites that were looked at."""
+    return [
+        [curve["corpus"], site["name"], *(_cell(name, site[name]) for name in SITE_FACTS)]
+        for curve in run.get("sufficiency") or []
+        for site in curve["sites"]
+    ]
+
+
 def overlap_sentence(run: Mapping[str, Any]) -> str:
     """How much of the evaluation text stands in calibration text; empty where it was not compared."""
     found = run.get("overlap") or {}
@@ -62,7 +72,8 @@ def _leaks(overlap: Mapping[str, Any]) -> Iterator[str]:
         if each["leaked"]:
             found = f"{each['leaked']:,} of {each['texts']:,} texts stand in the calibration text"
             limit = f"{overlap['leak_share']:.0%} or more of their words"
-            yield f"{each['set']}: {found} ({limit}); numbers on them are too good."
+            usual = "" if each["is_leak"] else ", as often as training documents are near copies of one another"
+            yield f"{each['set']}: {found} ({limit}){usual}; numbers on them are too good."
 
 
 def _starved(starved: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
-from crosscal.report.calibration import overlap_sentence, quality_table, verdicts, warnings
+from crosscal.report.calibration import overlap_sentence, quality_table, site_rows, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
@@ -100,6 +100,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "more_samples": max(0, len(files.samples) - len(_one_of_each(files.samples)[:MOST_SAMPLES])),
         "sources": SOURCES,
         "text_table": quality_table(files.run),
+        "text_sites": site_rows(files.run),
         "text_warnings": warnings(files.run),
         "text_overlap": overlap_sentence(files.run),
         "text_verdicts": verdicts(files.run) or gap_sentences(files.results, files.layers),
