@@ -212,6 +212,48 @@ def choosing() -> str:
     return "\n".join([*tables, f"{'; '.join([pairs[0]['case'], *told])}.\n"]) + circumstances(rows)
 
 
+def leaks() -> str:
+    """One row a set or a planting: every figure of it."""
+    rows = [row for row in read("sufficiency") if row["case"].startswith(("overlap", "planted"))]
+    cells = ([row["case"], row["figure"], f"{number(row['value'])} {row['unit']}"] for row in rows)
+    return markdown(("case", "figure", "value"), cells) + circumstances(rows)
+
+
+def text_quality() -> str:
+    """One row a text, one column a measure."""
+    rows = [row for row in read("sufficiency") if row["case"].startswith("text: ")]
+    figures = list(dict.fromkeys(row["figure"] for row in rows))
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"].removeprefix("text: "), {})[row["figure"]] = number(row["value"])
+    cells = ([case, *(values[figure] for figure in figures)] for case, values in by_case.items())
+    return markdown(("128 windows of", *figures), cells) + circumstances(rows)
+
+
+VERDICTS = {
+    "expected of twice as many: held-out loss": "expected of twice as many, %",
+    "last doubling": "the last doubling brought, %",
+    "twice as many: held-out loss": "twice as many bring: held-out loss, %",
+    "twice as many: perplexity": "perplexity, %",
+    "draws that say: add data": "draws that say: add data",
+}
+
+
+def verdicts() -> str:
+    """One row a set: what is expected of twice as much, and what it brings."""
+    rows = [row for row in read("sufficiency") if row["case"].endswith(" windows")]
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = number(row["value"]) if row["spread"] is None else f"{row['value']:.1f} ± {row['spread']:.1f}"
+        by_case.setdefault(row["case"], {})[row["figure"]] = (
+            cell if row["unit"] in ("%", "") else f"{cell} {row['unit']}"
+        )
+    cells = (
+        [case, *(values[f] for f in VERDICTS)] for case, values in by_case.items() if VERDICTS.keys() <= values.keys()
+    )
+    return markdown(("set", *VERDICTS.values()), cells) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -221,6 +263,9 @@ VIEWS: dict[str, Callable[[], str]] = {
     "allocation": allocation,
     "gradients": gradients,
     "scales": scales,
+    "leaks": leaks,
+    "text-quality": text_quality,
+    "verdicts": verdicts,
     "real-models": real_models,
     "study": study,
     "choosing": choosing,

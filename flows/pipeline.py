@@ -37,7 +37,8 @@ from crosscal.tasks.model import (
     unsolved_blocks,
     unsummarised_blocks,
 )
-from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.results import after_reading, describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
@@ -109,10 +110,13 @@ def make_and_measure(
         check(ticket, stored)
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
-        quality = step(describe_samples, ticket)
+        described = step(describe_samples, ticket)
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
+            described |= after_reading(ticket, described["calibration_quality"])
+            if plan.calibration.sufficiency:
+                described["sufficiency"] = step(measure_sufficiency, ticket)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
@@ -126,7 +130,7 @@ def make_and_measure(
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
-    record |= {"calibration_quality": quality, "failed": judged["failed"]}
+    record |= {**described, "failed": judged["failed"]}
     write_run_record(run_dir, record)
     return record
 

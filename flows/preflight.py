@@ -19,6 +19,7 @@ from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.flows.study import check_study
 from crosscal.flows.study_parts import parts_of
+from crosscal.flows.text_check import check_text
 from crosscal.flows.unread import reading, reading_again
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
@@ -77,6 +78,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     memory = _memory(ticket, source, shapes, readings + again, gradients)
     disk = _disk(ticket, source, shapes, readings + again, gradients)
     told = [*readings, *again, *gradients]
+    of_text, leaks = check_text(ticket, source, shapes)
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
@@ -86,8 +88,9 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
         "memory": memory,
         "disk": disk,
+        **of_text,
     }
-    return {**findings, "problems": problems + _shortages(memory, disk)}
+    return {**findings, "problems": [*dict.fromkeys([*problems, *leaks, *_shortages(memory, disk)])]}
 
 
 def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticket]:

@@ -24,12 +24,13 @@ from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import LayerRow, QuestionRow
 from crosscal.stages.compress import discard_model, layer_rows
-from crosscal.stages.describe import readable_samples, sample_quality
+from crosscal.stages.describe import readable_samples, sample_quality, starved_experts, with_perplexities
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
 from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
+from crosscal.tasks.overlap import overlap_of
 from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
@@ -184,12 +185,29 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
 
 @task(name="describe", task_run_name="describe calibration", **PLAIN)
 def describe_samples(ticket: Ticket) -> dict[str, Any]:
-    """Write `samples.json`, some of each corpus's calibration text; returns the quality of all of it in numbers."""
-    samples = ticket.sampled
-    kinds = {name: corpus.described for name, corpus in ticket.parsed.corpora.items()}
-    shown = readable_samples(ticket.store, ticket.source(), samples, kinds, per_corpus=2)
+    """Write `samples.json`, some of each corpus's calibration text; returns what a run's record says of all of it:
+    `calibration_quality`, and its `overlap` with evaluation text.
+
+    Raises `EvaluationError` for evaluation text in the calibration text that the plan does not allow.
+    """
+    samples, plan = ticket.sampled, ticket.parsed
+    kinds = {name: corpus.source for name, corpus in plan.corpora.items()}
+    described = {name: corpus.described for name, corpus in plan.corpora.items()}
+    shown = readable_samples(ticket.store, ticket.source(), samples, described, per_corpus=2)
     write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
-    return sample_quality(ticket.store, ticket.source(), samples)
+    quality = sample_quality(ticket.store, ticket.source(), samples, kinds, plan.calibration.begin_token)
+    overlap, error = overlap_of(ticket)
+    if error:
+        raise error
+    return {"calibration_quality": quality, "overlap": overlap}
+
+
+def after_reading(ticket: Ticket, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What reading the windows told besides: `calibration_quality` with perplexities, and `starved_experts`."""
+    source, cached = ticket.source(), ticket.cached
+    vocabulary = source.config.get_text_config().vocab_size
+    known = with_perplexities(quality, cached, ticket.sampled, vocabulary)
+    return {"calibration_quality": known, "starved_experts": starved_experts(cached, source.blocks, ticket.sampled)}
 
 
 @task(name="report", task_run_name="write report", **PLAIN)

@@ -3,7 +3,7 @@
 from crosscal.calibration.continuing import Seeds, continued_windows
 from crosscal.calibration.generation import generate_windows, readable
 from crosscal.calibration.pool import Part, Pool, draw_pool
-from crosscal.calibration.quality import TextQuality, text_quality
+from crosscal.calibration.quality import TextQuality, faults, text_quality
 from crosscal.calibration.sampling import TemperatureSchedule
 from crosscal.calibration.sets import CalibrationSet, WindowRequest
 from crosscal.calibration.tokens import tokenizer_digest
@@ -19,6 +19,7 @@ __all__ = [
     "WindowRequest",
     "continued_windows",
     "draw_pool",
+    "faults",
     "generate_windows",
     "random_windows",
     "readable",

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, methods, plans, publishing, runs, selecting, stores, studies
+from crosscal.cli import deploying, enough, methods, plans, publishing, runs, selecting, stores, studies
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -25,6 +25,7 @@ for command in (
     runs.ingest,
     selecting.select,
     runs.evaluate,
+    enough.enough,
     runs.report,
     methods.methods,
     publishing.ledger,

@@ -77,6 +77,8 @@ class Calibration(_Section):
     """Read text that spells a special token (`</s>`) as the letters it consists of, in test windows as well."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens a forward pass."""
+    sufficiency: bool = False
+    """Say of every corpus whether there is enough of it, as `crosscal enough` does: half a reading at most."""
 
 
 def _axis(value: Any) -> Any:
@@ -165,6 +167,8 @@ class Evaluate(_Section):
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
     """Questions per task; left out, all."""
+    allow_leaks: bool | list[str] = False
+    """Go on although texts of an evaluation set stand in the calibration text: all, or these corpora and tasks."""
 
 
 class Execution(_Section):

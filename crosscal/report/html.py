@@ -9,6 +9,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
+from crosscal.report.calibration import overlap_sentence, quality_table, site_rows, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
@@ -20,6 +21,7 @@ from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
+from crosscal.report.sufficiency import gap_sentences
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
 
 MOST_LAYER_VARIANTS = 4
@@ -97,6 +99,11 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "samples": _one_of_each(files.samples)[:MOST_SAMPLES],
         "more_samples": max(0, len(files.samples) - len(_one_of_each(files.samples)[:MOST_SAMPLES])),
         "sources": SOURCES,
+        "text_table": quality_table(files.run),
+        "text_sites": site_rows(files.run),
+        "text_warnings": warnings(files.run),
+        "text_overlap": overlap_sentence(files.run),
+        "text_verdicts": verdicts(files.run) or gap_sentences(files.results, files.layers),
         "plan": files.plan,
     }
 
