@@ -63,7 +63,7 @@ def cannot_be_told(windows: list[WindowRow], one: str, other: str, comparisons: 
     """The stated rule, written out: Student's t over the paired differences, at 5 % shared among the comparisons."""
     nll = {row.variant: row.nll for row in windows if (row.corpus, row.split) == ("law", "validation")}
     differences = [a - b for a, b in zip(nll[one], nll[other], strict=True)]
-    most = t.ppf(1 - 0.025 / comparisons, len(differences) - 1)
+    most = float(t.ppf(1 - 0.025 / comparisons, len(differences) - 1))
     return abs(statistics.fmean(differences)) <= most * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
