@@ -37,6 +37,7 @@ PROTOCOLS = {
     # paper: (draws, windows, length, models of a draw, methods, mixtures of a method)
     "paper-self-calibration": (5, 128, 2048, 4 * 5, {"sparsegpt", "wanda", "gptq", "awq+rtn"}, 5),
     "paper-calibration-data": (10, 128, 2048, 4 * 5, {"sparsegpt", "wanda", "gptq", "spqr"}, 5),
+    "paper-beware-calibration": (20, 128, 2048, 4 * 3, {"wanda", "owl+wanda"}, 3),
     "paper-d-pruner": (5, 128, 2048, 2 * 5, {"sparsegpt", "gblm", "magnitude"}, 5),
     "paper-cross-calibration": (5, 512, 2048, 3 * 9, {"sparsegpt", "wanda", "gptq"}, 9),
 }
