@@ -2,8 +2,8 @@
 
 Of a text any L tokens make a window; a conversation is taken whole. Each window begins with the conversation that has
 waited longest, and of the next ones (`LOOKAHEAD`) those are put behind it that fill it exactly, found as a sum of
-their lengths. Hardly ever there are none; then the window ends with the beginning of one that stands whole in a later
-window: cut off at its end, where no token before it is the worse for it. So no window begins inside a turn, and every
+their lengths. Where none do, the window ends with the beginning of one that stands whole in a later window: cut off at
+its end, where no token before it is the worse for it. So no window begins inside a turn, and every
 conversation stands in one of them once, whole.
 
 A conversation that is longer than a window is first cut between turns, and a turn only where it alone is longer.
@@ -56,20 +56,25 @@ def fill(
     begin: int | None,
     chat_begin: int | None,
     rest: Rest = Rest(),
+    most: int | None = None,
 ) -> Generator[Window, None, Rest]:
     """Windows of `length` tokens out of texts (see `cutting.cut`) and conversations, which share no window; returns
-    what fills none. Documents are asked for only when they are needed."""
-    text, packer = np.array(rest.text, dtype=np.int32), Packer(length, chat_begin, rest.chats)
+    what fills none. Documents are asked for only when they are needed. `most`: how many windows will be taken, if that
+    is known; the last conversations are put together better where all of them will be."""
+    text, packer, made = np.array(rest.text, dtype=np.int32), Packer(length, chat_begin, rest.chats), 0
     for document in documents:
         if isinstance(document, RenderedChat):
             packer.add(document)
             while packer.has_choice:
+                made += 1
                 yield packer.window()
         else:
             windows, text = cut_off(np.concatenate([text, np.array(document, dtype=np.int32)]), length, begin)
+            made += len(windows)
             yield from (Window(tokens_L, length - (begin is not None)) for tokens_L in windows)
     while packer.has_window:
-        yield packer.window()
+        made += 1
+        yield packer.window(longest=most is None or packer.tokens <= (most - made) * length)
     return Rest(tuple(text.tolist()), tuple(map(tuple, packer.units)))
 
 
@@ -79,25 +84,26 @@ class Packer:
     def __init__(self, length: int, begin: int | None, units: Iterable[Unit] = ()) -> None:
         self.units: list[Unit] = list(units)
         self._length, self._begin = length, begin
-        self._tokens = sum(map(len, self.units))
+        self.tokens = sum(map(len, self.units))
 
     def add(self, chat: RenderedChat) -> None:
         room = self._length - (self._begin is not None)
         fits = len(chat.ids) <= room + (chat.ids[:1] == [self._begin])
         self.units += [chat.ids] if fits and chat.ids else whole_turns(chat.by_turn(), room)
-        self._tokens += len(chat.ids)
+        self.tokens += len(chat.ids)
 
     @property
     def has_window(self) -> bool:
-        return bool(self.units) and self._tokens + self._added(self.units[0]) >= self._length
+        return bool(self.units) and self.tokens + min(map(self._added, self.units)) >= self._length
 
     @property
     def has_choice(self) -> bool:
-        waits = len(self.units) < LOOKAHEAD and self._tokens < MOST_WINDOWS * self._length
+        waits = len(self.units) < LOOKAHEAD and self.tokens < MOST_WINDOWS * self._length
         return self.has_window and not waits
 
-    def window(self) -> Window:
-        first, *others = self.units
+    def window(self, *, longest: bool = False) -> Window:
+        """The next; `longest`: those that are hardest to place come first, where nothing is left to wait for."""
+        first, *others = sorted(self.units, key=len, reverse=True) if longest else self.units
         added = self._added(first)
         wanted = self._length - added - len(first)
         chosen = nearest_sum([len(unit) for unit in others], wanted)
@@ -106,7 +112,7 @@ class Packer:
         repeated = wanted - sum(len(others[place]) for place in chosen)
         if repeated:
             parts.append(self.units[0][:repeated])  # which is longer, or it would have been chosen
-        self._tokens -= self._length - added - repeated
+        self.tokens -= self._length - added - repeated
         tokens_L = np.concatenate([np.array(part, dtype=np.int32) for part in parts])
         return Window(tokens_L, self._length - added - repeated, repeated)
 

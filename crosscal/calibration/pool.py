@@ -194,7 +194,7 @@ def _after(
     stream = EncodedDocuments(tokenizer, found, end_token(tokenizer), plain_text=request.plain_text)
     begin, has_chats = begin_token(tokenizer, request.begin_token), _has_chats(shard, request) or before.chat_rest
     chat_begin = chat_begin_token(tokenizer, request.begin_token) if has_chats else None
-    windows, rest = _take(fill(stream, request.length, begin, chat_begin, before.left), most)
+    windows, rest = _take(fill(stream, request.length, begin, chat_begin, before.left, most), most)
     total = before.left.tokens + round(stream.tokens * mine / max(stream.characters, 1))
     used = sum(window.taken for window in windows) if rest is None else total - rest.tokens
     pool = dataclasses.replace(

@@ -87,9 +87,7 @@ def _read(record: Mapping[str, Any], form: Form, text: str) -> Conversation | ob
     value, tools = record[name], record.get(_TOOLS)
     if isinstance(value, list | dict):
         return conversation_of(value, tools)
-    if form == (
-        text,
-    ):  # a column that the plan names holds texts, unless they are the JSON of turns; `text` only texts
+    if name == text:  # a named column holds texts, unless they are the JSON of turns; `text` holds texts alone
         return _turns_spelled(value, tools) if isinstance(value, str) and text != TEXT else value
     return conversation_of(value, tools)
 
