@@ -17,8 +17,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from crosscal.corpora import Corpus, DocumentLimits, documents, ingest
+from crosscal.corpora import Corpus, DocumentLimits, ingest, load_corpus
 from crosscal.corpora.conversation import MOST_TURNS, Conversation
+from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import CorpusError
 from crosscal.store import Store
 from tests.helpers.tiny_chats import chats
@@ -34,7 +35,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def stored(store: Store, corpus: Corpus) -> list[str | Conversation]:
-    return [each for shard in corpus.shards for split in shard.documents for each in documents(store, shard, split)]
+    return [
+        each for shard in corpus.shards for split in shard.documents for each in readings(store, shard, split, TEMPLATE)
+    ]
 
 
 def turns_of(store: Store, corpus: Corpus) -> list[list[dict[str, Any]]]:
@@ -117,7 +120,7 @@ def test_the_same_conversations_are_the_same_corpus(
     shard = report.corpus.shards[0]
     assert shard.conversations == shard.documents == {"train": 54, "validation": 3, "test": 3}
     assert sum(shard.characters.values()) == sum(len(turn["content"]) for chat in CHATS for turn in chat)
-    assert Store(tmp_path / "home").refs.read("corpora/chats")[1]["shards"][0]["conversations"] == shard.documents
+    assert load_corpus(Store(tmp_path / "home"), "chats") == report.corpus
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,9 @@ def test_a_corpus_of_texts_is_what_it_was(store: Store, tmp_path: Path) -> None:
     assert shard.key == "0b0fd44dee9028283d49735497e627845bc3fd62356022c92f1cc049c3928f7f"
     file = store.path(store.get("corpora", shard.key), "train.arrow")
     assert pa.ipc.open_file(file).schema.names == ["text", "source", "digest"]
-    assert set(store.refs.read("corpora/x")[1]["shards"][0]) == {"key", "documents", "characters"}
+    _, record = store.refs.read("corpora/x")
+    assert record is not None
+    assert set(record["shards"][0]) == {"key", "documents", "characters"}
 
 
 def saved(folder: Path) -> Path:

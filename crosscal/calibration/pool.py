@@ -33,8 +33,8 @@ from crosscal.calibration.chats import template_settings
 from crosscal.calibration.packing import Rest, Window, fill
 from crosscal.calibration.sets import WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, chat_begin_token, end_token
-from crosscal.corpora import Shard, documents
-from crosscal.corpora.corpus import PLAIN
+from crosscal.corpora import Shard
+from crosscal.corpora.corpus import PLAIN, readings
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _after(
     characters = before.characters + mine
     most = most_windows(request, before.windows, mine, characters)
     order = np.random.Generator(np.random.PCG64(request.seed)).permutation(shard.documents[request.split])
-    found = documents(store, shard, request.split, order.tolist(), request.chat)
+    found = readings(store, shard, request.split, request.chat, order.tolist())
     stream = EncodedDocuments(tokenizer, found, end_token(tokenizer), plain_text=request.plain_text)
     begin, has_chats = begin_token(tokenizer, request.begin_token), _has_chats(shard, request) or before.chat_rest
     chat_begin = chat_begin_token(tokenizer, request.begin_token) if has_chats else None

@@ -56,15 +56,24 @@ def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
     return corpus_of(name, version, record)
 
 
-def documents(
-    store: Store, shard: Shard, split: str, order: Sequence[int] | None = None, chat: str = TEMPLATE
+def documents(store: Store, shard: Shard, split: str, order: Sequence[int] | None = None) -> Iterator[str]:
+    """The texts of one split: all, by digest, or those at the positions in `order`. A conversation's text is what its
+    turns say."""
+    return map(_text, readings(store, shard, split, TEMPLATE, order))
+
+
+def readings(
+    store: Store, shard: Shard, split: str, chat: str, order: Sequence[int] | None = None
 ) -> Iterator[str | Conversation]:
-    """The documents of one split: all, by digest, or those at the positions in `order`. With `chat` "text" the turns
-    of conversations are a text like any other."""
+    """The same documents; with `chat` "template" conversations as they are, for the model's template to render."""
     if not shard.documents.get(split):
         return iter(())
     found = read_documents(store.path(store.get("corpora", shard.key), f"{split}.arrow"), order)
-    return (each.plain if isinstance(each, Conversation) else each for each in found) if chat == PLAIN else found
+    return map(_text, found) if chat == PLAIN else found
+
+
+def _text(document: str | Conversation) -> str:
+    return document.plain if isinstance(document, Conversation) else document
 
 
 def digests(store: Store, shard: Shard) -> dict[bytes, str]:

@@ -13,8 +13,8 @@ import torch
 
 from crosscal.calibration.chats import check_template
 from crosscal.calibration.tokens import Readable
-from crosscal.corpora import Corpus, documents
-from crosscal.corpora.corpus import TEMPLATE
+from crosscal.corpora import Corpus
+from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import TEST, VALIDATION, windows_of
 from crosscal.models.source import ModelSource
@@ -73,7 +73,7 @@ def windows_for(
     tokenizer = source.tokenizer()
     if corpus.conversations and corpus.chat == TEMPLATE:
         check_template(tokenizer, corpus.name)
-    found = (each for shard in corpus.shards for each in documents(store, shard, split, chat=corpus.chat))
+    found = (each for shard in corpus.shards for each in readings(store, shard, split, corpus.chat))
     told = _told(found, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
     length = min(cutting.length, source.max_positions or cutting.length)
     wanted, how = cutting.windows[split], {"begin": cutting.begin, "plain_text": cutting.plain_text}
