@@ -20,6 +20,9 @@ import pytest
 from crosscal.corpora import Corpus, DocumentLimits, ingest, load_corpus
 from crosscal.corpora.conversation import MOST_TURNS, Conversation
 from crosscal.corpora.corpus import TEMPLATE, readings
+from crosscal.corpora.hub import read_hub
+from crosscal.corpora.records import Document
+from crosscal.corpora.sources import HubDataset
 from crosscal.errors import CorpusError
 from crosscal.store import Store
 from tests.helpers.tiny_chats import chats
@@ -397,3 +400,13 @@ def test_a_link_out_of_the_cache_is_an_error(store: Store, tmp_path: Path) -> No
     for given in (home, home / "snapshots/aaa", tmp_path / "hub"):
         with pytest.raises(CorpusError, match=r"more\.jsonl: a link leads out of the cached data set"):
             ingest(store, "x", [str(given)])
+
+
+def test_a_hub_dataset_may_hold_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    write_lines(tmp_path / "hub" / "train.jsonl", [{"prompt_id": "x", "messages": chat} for chat in CHATS])
+    rows = list(read_hub(HubDataset(str(tmp_path / "hub"), None), "text", None, DocumentLimits()))
+    assert [split for split, _ in rows] == ["train"] * len(CHATS)
+    found = [Conversation.of_stored(each.text) for _, each in rows if isinstance(each, Document)]
+    assert [list(each.turns) for each in found] == CHATS
