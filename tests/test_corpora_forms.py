@@ -17,13 +17,15 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from crosscal.corpora import Corpus, DocumentLimits, ingest, load_corpus
+from crosscal.corpora import Corpus, DocumentLimits, documents, ingest, load_corpus
 from crosscal.corpora.conversation import MOST_TURNS, Conversation
 from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.corpora.hub import read_hub
 from crosscal.corpora.records import Document
 from crosscal.corpora.sources import HubDataset
 from crosscal.errors import CorpusError
+from crosscal.selection.chosen import _publish_shard, _rows
+from crosscal.selection.texts import Texts, parts_of
 from crosscal.store import Store
 from tests.helpers.tiny_chats import chats
 
@@ -122,7 +124,8 @@ def test_the_same_conversations_are_the_same_corpus(
     assert (report.forms, report.rejected) == ({column: 60}, {})
     shard = report.corpus.shards[0]
     assert shard.conversations == shard.documents == {"train": 54, "validation": 3, "test": 3}
-    assert sum(shard.characters.values()) == sum(len(turn["content"]) for chat in CHATS for turn in chat)
+    plain = ["\n\n".join(turn["content"] for turn in chat) for chat in CHATS]
+    assert sum(shard.characters.values()) == sum(map(len, plain))
     assert load_corpus(Store(tmp_path / "home"), "chats") == report.corpus
 
 
@@ -410,3 +413,15 @@ def test_a_hub_dataset_may_hold_conversations(tmp_path: Path, monkeypatch: pytes
     assert [split for split, _ in rows] == ["train"] * len(CHATS)
     found = [Conversation.of_stored(each.text) for _, each in rows if isinstance(each, Document)]
     assert [list(each.turns) for each in found] == CHATS
+
+
+def test_conversations_that_are_chosen_stay_conversations(store: Store, tmp_path: Path) -> None:
+    """All of a shard chosen are that shard; what is compared of them is what their turns say."""
+    rows: Rows = [{"messages": chat} for chat in CHATS] + [{"text": f"Text {n} that is long enough."} for n in range(9)]
+    corpus = ingest(store, "x", [write_lines(tmp_path / "a.jsonl", rows)], split="train").corpus
+    texts = Texts(store, parts_of([corpus], "train"))
+    assert list(texts) == [texts.text(at) for at in range(69)]
+    assert sorted(texts) == sorted(documents(store, corpus.shards[0], "train"))
+    other = Store(tmp_path / "other")
+    assert _publish_shard(other, {"train": _rows(texts, range(69))}) == corpus.shards[0]
+    assert list(readings(other, corpus.shards[0], "train", TEMPLATE)) == stored(store, corpus)

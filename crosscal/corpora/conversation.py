@@ -43,7 +43,7 @@ class Conversation:
 
     @property
     def characters(self) -> int:
-        return sum(len(turn["content"]) for turn in self.turns)
+        return len(self.plain)
 
     @property
     def plain(self) -> str:

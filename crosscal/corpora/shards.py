@@ -18,7 +18,8 @@ from crosscal.store.arrays import arrow_file
 BATCH_DOCUMENTS = 64  # read and decompressed together: small, since documents are also picked one by one
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("digest", pa.binary(32))])
-WITH_CONVERSATIONS = SCHEMA.append(pa.field("is_conversation", pa.bool_()))
+IS_CONVERSATION = "is_conversation"
+WITH_CONVERSATIONS = SCHEMA.append(pa.field(IS_CONVERSATION, pa.bool_()))
 
 
 def write_split(path: Path, rows: Iterable[Sequence[object]], *, conversations: bool = False) -> None:
