@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import TEST, VALIDATION
 from crosscal.landing import Ledger
 from crosscal.landing.runs import FINISHED
 from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
+from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.results import cutting_of
 from crosscal.tasks.ticket import Ticket
 
@@ -71,8 +71,7 @@ class News:
         needed = [(self.domain, TEST, 1)] if self.domain in plan.perplexity_corpora else []
         needed += [(name, VALIDATION, 2) for name in (plan.publish.corpora if plan.publish else ())]
         for name, split, least in needed:
-            corpus = load_corpus(ticket.store, stored[name], ticket.versions.get(stored[name]))
-            corpus = dataclasses.replace(corpus, name=name)
+            corpus = corpus_of(ticket, name, stored[name])
             found = len(windows_for(ticket.store, corpus, split, ticket.source(), cutting_of(plan)))
             if found < least:
                 do = "Give it more validation documents."

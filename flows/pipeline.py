@@ -193,12 +193,21 @@ def _record(
         "notes": [
             *notes,
             *said,
+            *_forms(corpora),
             *_rejections(corpora),
             *_choices(ticket.parsed, corpora),
             *(note for sample in ticket.samples for note in sample["notes"]),
         ],
         "variants": len(ticket.variants()),
     }
+
+
+def _forms(corpora: dict[str, Any]) -> Iterator[str]:
+    """In which columns documents were found, where that was not said by the plan."""
+    for name, corpus in corpora.items():
+        if corpus["forms"].keys() - {"text"}:
+            found = ", ".join(f"{number} in `{form}`" for form, number in corpus["forms"].items())
+            yield f"{name}: documents found: {found}."
 
 
 def _rejections(corpora: dict[str, Any]) -> Iterator[str]:

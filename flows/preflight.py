@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
+from crosscal.calibration.chats import check_template
 from crosscal.compressors.amount import is_written_dense
-from crosscal.corpora.usable import look_at
+from crosscal.corpora import load_corpus
+from crosscal.corpora.corpus import TEMPLATE
+from crosscal.corpora.usable import holds_conversations, look_at
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.flows.study import check_study
 from crosscal.flows.study_parts import parts_of
 from crosscal.flows.text_check import check_text
 from crosscal.flows.unread import reading, reading_again
 from crosscal.models.source import ModelSource
-from crosscal.plan import CompressionPlan
+from crosscal.plan import CompressionPlan, Documents
 from crosscal.stages.block_problem import statistics_needed
 from crosscal.stages.gradients import CachedGradients, gradient_dtype
 from crosscal.stages.left_dense import left_dense
@@ -43,6 +46,7 @@ from crosscal.stages.preflight import (
     walking_back_bytes,
 )
 from crosscal.statistics import Gradient, Statistic
+from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.refusals import refusals, undecidable
 from crosscal.tasks.ticket import Ticket
@@ -66,7 +70,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         shapes = block_shapes(source, ticket.cached)
         kept: dict[str, Any] = {"left_dense": left_dense(source, ticket.cached, plan.leave_dense)}
         kept |= {"not_calibrated": source.uncalibrated, "notes": decoded(source)}
-        problems += [str(error) for error in refusals(plan, source, shapes)]
+        problems += [str(error) for error in (*refusals(plan, source, shapes), *_unrendered(ticket, source))]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
     readings = [reading(ticket, source, name, seed, ticket.cached) for name, seed in samples_needed(plan)]
@@ -114,11 +118,32 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
             asked.append((documents.select.towards, "text"))
         for path, text in asked:
             try:
-                problem = look_at(path, text)
+                problem = look_at(path, text, revision=documents.revision)
             except CorpusError as error:
                 problem = error
             if problem:
                 yield problem
+
+
+def _unrendered(ticket: Ticket, source: ModelSource) -> Iterator[CrosscalError]:
+    """Corpora that hold conversations, as far as is known, where the model has no template for them."""
+    for name, documents in ticket.parsed.document_corpora.items():
+        if documents.chat == TEMPLATE and _has_conversations(ticket, name, documents):
+            try:
+                check_template(source.tokenizer(), name)
+            except CrosscalError as error:
+                yield error
+
+
+def _has_conversations(ticket: Ticket, name: str, documents: Documents) -> bool:
+    """By the first records of its sources; of a corpus that `crosscal ingest` filled, by what is stored."""
+    try:
+        if documents.path is None:
+            return load_corpus(ticket.store, stored_name(name, documents)).conversations > 0
+        paths = [documents.path] if isinstance(documents.path, str) else documents.path
+        return any(holds_conversations(path, documents.text, documents.revision) for path in paths)
+    except CorpusError:  # not ingested yet, or told of as unusable
+        return False
 
 
 def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:

@@ -46,6 +46,7 @@ def reading(
     except CorpusError:
         tokens = sum(request.windows * request.length for request in requests)
         return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
+    requests = [dataclasses.replace(request, chat=origin.chat) for request in requests]
     return found | _told(
         [_drawn(ticket, source, corpus, request, calibration.parts_kept_apart, cached) for request in requests]
     )

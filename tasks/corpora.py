@@ -9,7 +9,7 @@ from typing import Any
 from prefect import task
 
 from crosscal.calibration import Seeds, TemperatureSchedule
-from crosscal.corpora import ingest, load_corpus
+from crosscal.corpora import Corpus, ingest, load_corpus
 from crosscal.plan import Documents, SelfGenerated
 from crosscal.selection import SelectionSettings, select
 from crosscal.stages.sample import Draw, sample_documents, sample_random, sample_self
@@ -44,6 +44,12 @@ def bring_in(ticket: Ticket, run: Callable[..., Any], wanted: Sequence[str] | No
     return ingested | {name: run(select_corpus, ticket, name, ingested) for name in choices}
 
 
+def corpus_of(ticket: Ticket, name: str, stored: str) -> Corpus:
+    """A corpus of the plan as the run reads it, under the plan's name for it."""
+    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+    return dataclasses.replace(corpus, name=name, chat=ticket.parsed.document_corpora[name].chat)
+
+
 @task(name="ingest", task_run_name="ingest {name}", **RETRIED)
 def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
     """Bring a corpus of the plan up to date; the same documents change nothing."""
@@ -69,11 +75,12 @@ def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
         "rejected": dict(done.rejected),
         "rejects_key": done.rejects_key,
         "duplicates": done.duplicates,
+        "forms": done.forms,
     }
 
 
 def _ingested(name: str, stored: str, version: int) -> dict[str, Any]:
-    nothing = {"added": 0, "rejected": {}, "rejects_key": None, "duplicates": 0}
+    nothing = {"added": 0, "rejected": {}, "rejects_key": None, "duplicates": 0, "forms": {}}
     return {"name": name, "stored": stored, "version": version, "landed": version, **nothing}
 
 
@@ -118,7 +125,7 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
     origin = ticket.parsed.corpora[name]
     source = ticket.source()
     if isinstance(origin, Documents):
-        corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=name)
+        corpus = corpus_of(ticket, name, stored)
         with task_report() as report:
             report(f"{name}: drawing windows", 0, None)
             sample = sample_documents(ticket.store, corpus, source, draw)

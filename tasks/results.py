@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from prefect import task
 
-from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact, ModelError
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.evaluation.measurement import ITEMS
@@ -29,6 +28,7 @@ from crosscal.stages.evaluate import Examination, checkpoint_files, examination,
 from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.tasks.artifacts import show_run
+from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.overlap import overlap_of
 from crosscal.tasks.ticket import Ticket, task_report
@@ -125,10 +125,7 @@ def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = sile
     """The plan's windows and tasks."""
     plan = ticket.parsed
     chosen = {name: stored[name] for name in plan.perplexity_corpora}
-    corpora = [
-        dataclasses.replace(load_corpus(ticket.store, key, ticket.versions.get(key)), name=name)
-        for name, key in chosen.items()
-    ]
+    corpora = [corpus_of(ticket, name, key) for name, key in chosen.items()]
     return examination(
         ticket.store,
         corpora,

@@ -16,17 +16,22 @@ def cut(
     token next, because a document begins there, it is not taken twice. No other token is left out or repeated.
     Documents are asked for only when they are needed.
     """
-    taken = length if begin is None else length - 1
-    front = np.array([] if begin is None else [begin], dtype=np.int32)
     rest = np.empty(0, dtype=np.int32)
     for document in documents:
-        rest = np.concatenate([rest, np.array(document, dtype=np.int32)])
-        start = 0
-        while len(rest) - (first := _skip(rest, start, begin)) >= taken:
-            start = first + taken
-            yield np.concatenate([front, rest[first:start]])
-        rest = rest[start:]
+        windows, rest = cut_off(np.concatenate([rest, np.array(document, dtype=np.int32)]), length, begin)
+        yield from windows
     return rest
+
+
+def cut_off(tokens: np.ndarray, length: int, begin: int | None) -> tuple[list[np.ndarray], np.ndarray]:
+    """All windows that stand at the front of the tokens, and what is behind them."""
+    taken = length if begin is None else length - 1
+    front = np.array([] if begin is None else [begin], dtype=np.int32)
+    windows, start = [], 0
+    while len(tokens) - (first := _skip(tokens, start, begin)) >= taken:
+        start = first + taken
+        windows.append(np.concatenate([front, tokens[first:start]]))
+    return windows, tokens[start:]
 
 
 def _skip(tokens: np.ndarray, start: int, begin: int | None) -> int:

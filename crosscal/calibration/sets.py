@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from crosscal.corpora.corpus import TEMPLATE
 from crosscal.errors import UsageError
 from crosscal.store import Store, digest_of
 from crosscal.store.arrays import array_of, arrow_file
@@ -50,6 +51,9 @@ class WindowRequest:
 
     plain_text: bool = False
     """Read text that spells a special token as text."""
+
+    chat: str = TEMPLATE
+    """How conversations are read (see `crosscal.corpora.Corpus`); of what holds none it changes nothing."""
 
     def __post_init__(self) -> None:
         for name, least in (("windows", 1), ("length", 2), ("seed", 0)):

@@ -8,12 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from crosscal.calibration.chats import ChatReader, RenderedChat, written_begin
+from crosscal.corpora.conversation import Conversation
 from crosscal.errors import CalibrationError
 from crosscal.store import digest_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Readable = str | Conversation
 BATCH_DOCUMENTS = 64
 _PROBE = "a"  # a text that spells no special token
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
@@ -32,38 +35,56 @@ def tokenizer_digest(model_path: str | Path) -> str:
 
 
 class EncodedDocuments:
-    """Documents as lists of token ids, encoded as they are asked for, and what has been handed out so far.
+    """Documents as token ids, encoded as they are asked for, and what has been handed out so far.
 
-    Each is encoded with the special tokens that the tokenizer adds by default, and closed by `end` where it is not
-    closed by it already. Text that spells a special token becomes that token, unless `plain_text`.
+    A text is encoded with the special tokens that the tokenizer adds by default, and closed by `end` where it is not
+    closed by it already; a conversation is rendered by the chat template, which closes turns itself, and left out where
+    that refuses it. Text that spells a special token becomes that token, unless `plain_text`.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        texts: Iterable[str],
+        documents: Iterable[Readable],
         end: int | None,
         *,
         plain_text: bool = False,
     ) -> None:
         if plain_text:
             _check_plain_text(tokenizer)
-        self._tokenizer, self._texts, self._end = tokenizer, iter(texts), end
+        self._tokenizer, self._documents, self._end = tokenizer, iter(documents), end
         self._options: dict[str, Any] = {"split_special_tokens": True} if plain_text else {}
+        self._chats = ChatReader(tokenizer, plain_text=plain_text)
         self.tokens = self.characters = 0
         self.spelling = 0
         """Documents whose text spells a special token that was read as one."""
 
-    def __iter__(self) -> Iterator[list[int]]:
+    @property
+    def said(self) -> dict[str, int]:
+        """Sentence about some conversations → of how many it is true."""
+        return dict(self._chats.said)
+
+    def __iter__(self) -> Iterator[list[int] | RenderedChat]:
         special = _spelled_tokens(self._tokenizer)
         usual = sum(token in special for token in self._ids([_PROBE])[0])
-        while batch := list(islice(self._texts, BATCH_DOCUMENTS)):
-            for text, ids in zip(batch, self._ids(batch), strict=True):
-                self.spelling += sum(map(special.__contains__, ids)) > usual
-                whole = ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
-                self.tokens += len(whole)
-                self.characters += len(text)
-                yield whole
+        spellings = [] if self._options else [str(self._tokenizer.convert_ids_to_tokens(token)) for token in special]
+        while batch := list(islice(self._documents, BATCH_DOCUMENTS)):
+            texts = [each for each in batch if isinstance(each, str)]
+            encoded = iter(self._ids(texts) if texts else ())
+            for document in batch:
+                if isinstance(document, str):
+                    ids = next(encoded)
+                    self.spelling += sum(map(special.__contains__, ids)) > usual
+                    whole = ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
+                    self.tokens += len(whole)
+                    self.characters += len(document)
+                    yield whole
+                    continue
+                self.characters += document.characters
+                if chat := self._chats.render(document):
+                    self.spelling += any(one in turn["content"] for turn in document.turns for one in spellings)
+                    self.tokens += len(chat.ids)
+                    yield chat
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a document longer than the model's window is no mistake here, it is cut into windows
@@ -103,6 +124,13 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) 
             do="Leave it out: windows then begin as the tokenizer's texts do.",
         )
     return begin if wanted else None
+
+
+def chat_begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+    """The token that every window of conversations begins with: that of texts; unless `wanted` says otherwise, also
+    where the chat template alone puts it in front. Raises as `begin_token` does."""
+    begin = begin_token(tokenizer, wanted)
+    return begin if begin is not None or wanted is False else written_begin(tokenizer)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted_begin: bool | None, *, plain_text: bool) -> None:

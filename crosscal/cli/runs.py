@@ -48,7 +48,7 @@ def ingest(
     landing: Annotated[str | None, typer.Option(help="Instead: take in what landed in <landing>/<domain>/.")] = None,
     settle: Annotated[float, typer.Option(help="Seconds without a change after which a landed file is whole.")] = 10.0,
     announce: Annotated[bool, typer.Option("--announce", help="Have it recompressed: ledger, then an event.")] = False,
-    text: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text: Annotated[str, typer.Option(help="Column of texts or chats; left out, it is found.")] = "text",
     split: Annotated[str | None, typer.Option(help="Put all documents into this split.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
     home: Home = HOME,
@@ -108,9 +108,10 @@ def _ingest(
         "added_documents": done.added_documents,
         "duplicates": done.duplicates,
         "rejected": dict(done.rejected),
+        "forms": done.forms,
     }
     if announce:
-        record_ingest(store, paths, done)
+        record_ingest(store, paths, done, revision)
         summary["announced"] = _announce(home, [corpus])
     print_value(summary, as_json)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from crosscal.corpora.shards import read_digests, read_texts
+from crosscal.corpora.conversation import Conversation
+from crosscal.corpora.shards import read_digests, read_documents
 from crosscal.errors import CorpusError, UsageError
 from crosscal.store import Store, digest_of
 
+TEMPLATE, PLAIN = "template", "text"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -23,6 +25,8 @@ class Shard:
     """Number per split; splits without documents are left out."""
 
     characters: dict[str, int]
+    conversations: dict[str, int] = field(default_factory=dict)
+    """Of the documents those that are conversations, per split that has some."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,15 @@ class Corpus:
     """Of all shards together: what the corpus holds, whatever its name and history."""
 
     shards: tuple[Shard, ...]
+    chat: str = TEMPLATE
+    """How its conversations are read: `template`, as the model's own template renders them, or `text`."""
 
     def documents(self, split: str) -> int:
         return sum(shard.documents.get(split, 0) for shard in self.shards)
+
+    @property
+    def conversations(self) -> int:
+        return sum(sum(shard.conversations.values()) for shard in self.shards)
 
 
 def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
@@ -47,10 +57,23 @@ def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
 
 
 def documents(store: Store, shard: Shard, split: str, order: Sequence[int] | None = None) -> Iterator[str]:
-    """The texts of one split: all, by digest, or those at the positions in `order`."""
+    """The texts of one split: all, by digest, or those at the positions in `order`. A conversation's text is what its
+    turns say."""
+    return map(_text, readings(store, shard, split, TEMPLATE, order))
+
+
+def readings(
+    store: Store, shard: Shard, split: str, chat: str, order: Sequence[int] | None = None
+) -> Iterator[str | Conversation]:
+    """The same documents; with `chat` "template" conversations as they are, for the model's template to render."""
     if not shard.documents.get(split):
         return iter(())
-    return read_texts(store.path(store.get("corpora", shard.key), f"{split}.arrow"), order)
+    found = read_documents(store.path(store.get("corpora", shard.key), f"{split}.arrow"), order)
+    return map(_text, found) if chat == PLAIN else found
+
+
+def _text(document: str | Conversation) -> str:
+    return document.plain if isinstance(document, Conversation) else document
 
 
 def digests(store: Store, shard: Shard) -> dict[bytes, str]:
@@ -78,6 +101,11 @@ def corpus_of(name: str, version: int, record: dict[str, Any]) -> Corpus:
 def record_of(shards: Sequence[Shard]) -> dict[str, Any]:
     """What the store keeps of one version."""
     return {
-        "shards": [asdict(shard) for shard in shards],
+        "shards": [_shard_record(shard) for shard in shards],
         "digest": digest_of(sorted(shard.key for shard in shards)),
     }
+
+
+def _shard_record(shard: Shard) -> dict[str, Any]:
+    """Without conversations as it was before there were any."""
+    return {name: value for name, value in asdict(shard).items() if name != "conversations" or value}

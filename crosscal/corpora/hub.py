@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from crosscal.corpora.forms import candidate, columns_wanted
 from crosscal.corpora.limits import DocumentLimits
-from crosscal.corpora.records import Document, Reject, judge, no_column
+from crosscal.corpora.records import Document, Reject, no_column
 from crosscal.corpora.sources import HubDataset, named_split
 from crosscal.errors import CorpusError
 from crosscal.files import excerpt
@@ -30,8 +31,10 @@ def read_hub(
     assert isinstance(splits, DatasetDict)  # neither one split nor streaming was asked for
     for split, rows in splits.items():
         source = f"{dataset.name}@{revision}/{split}" if revision else f"{dataset.name}/{split}"
-        if text not in rows.column_names:
+        wanted = columns_wanted(rows.column_names, text)
+        if not wanted:
             yield None, no_column(source, 0, text, rows.column_names)
             continue
-        for number, value in enumerate(rows.select_columns([text])[text], start=1):
-            yield named_split(str(split)), judge(value, source, number, limits)
+        for number, record in enumerate(rows.select_columns(wanted), start=1):
+            assert isinstance(record, dict)  # no other format was set
+            yield named_split(str(split)), candidate(record, text, source, number, limits)

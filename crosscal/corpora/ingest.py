@@ -44,6 +44,9 @@ class IngestReport:
 
     changed: bool
 
+    forms: dict[str, int]
+    """The columns that documents were found in, as `text`, `messages` or `instruction, output` → how many."""
+
 
 def ingest(
     store: Store,
@@ -59,7 +62,8 @@ def ingest(
 ) -> IngestReport:
     """Read files, folders, globs or hub datasets into the corpus `name`.
 
-    `text` names the column of the document. `split` puts every document into one split; otherwise files, folders and
+    `text` names the column of the document, a text or a conversation; left as it is, the form is found from the columns
+    (see `crosscal.corpora.forms`). `split` puts every document into one split; otherwise files, folders and
     hub splits called train, validation or test keep theirs and the rest is divided (see `splits.assign`). A document
     that the corpus already holds keeps the split it has. The same documents again change nothing; new ones become
     a shard of their own. With `replace` the corpus becomes exactly these documents: still an addition when every
@@ -70,7 +74,7 @@ def ingest(
     ref_name(name)
     if split not in (None, *SPLITS):
         raise UsageError("not a split", got=repr(split), do=f"Use one of {', '.join(SPLITS)}.")
-    found = resolve(sources)
+    found = resolve(sources, revision)
     with (
         tempfile.TemporaryDirectory(prefix="crosscal-ingest-") as folder,
         Spool(Path(folder), limits) as spool,
@@ -86,7 +90,7 @@ def ingest(
             raise nothing_usable(", ".join(map(str, sources)), spool.rejected, spool.columns_found, text)
         corpus, added, changed = _land(store, name, spool, replace, forced=split is not None)
         duplicates = spool.duplicates + len(spool.entries) - added
-        return IngestReport(corpus, added, duplicates, dict(spool.rejected), rejects_key, changed)
+        return IngestReport(corpus, added, duplicates, dict(spool.rejected), rejects_key, changed, dict(spool.forms))
 
 
 def _candidates(
@@ -160,12 +164,18 @@ def _publish_shard(store: Store, spool: Spool, splits: Mapping[bytes, str]) -> S
         key=digest_of({split: [digest.hex() for digest in chosen] for split, chosen in members.items()}),
         documents={split: len(chosen) for split, chosen in members.items()},
         characters={split: sum(spool.entries[d].characters for d in chosen) for split, chosen in members.items()},
+        conversations={split: count for split, chosen in members.items() if (count := _conversations(spool, chosen))},
     )
     with store.publish("corpora", shard.key, {"documents": shard.documents, "characters": shard.characters}) as folder:
         for split, chosen in members.items():
-            rows = ((spool.text(digest), spool.entries[digest].source, digest) for digest in chosen)
-            write_split(folder / f"{split}.arrow", rows)
+            entries = ((digest, spool.entries[digest]) for digest in chosen)
+            rows = ((spool.text(digest), entry.source, digest, entry.is_conversation) for digest, entry in entries)
+            write_split(folder / f"{split}.arrow", rows, conversations=split in shard.conversations)
     return shard
+
+
+def _conversations(spool: Spool, digests: Sequence[bytes]) -> int:
+    return sum(spool.entries[digest].is_conversation for digest in digests)
 
 
 def _publish_rejects(store: Store, name: str, spool: Spool) -> str | None:

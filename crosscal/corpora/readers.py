@@ -6,23 +6,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crosscal.corpora import csv_records
+from crosscal.corpora.arrow_records import read_arrow
+from crosscal.corpora.forms import candidate, columns_wanted
 from crosscal.corpora.limits import DocumentLimits
 from crosscal.corpora.parquet_records import read_parquet
 from crosscal.corpora.records import Candidates, Reject, judge, no_column, rejected
+from crosscal.corpora.saved_folders import ARROW
 from crosscal.files import FORMATS, Broken, excerpt, json_records, lines
 
 
 def read_json(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """JSON objects, each with its document under the key `text`."""
+    """JSON objects, each with its document under the key `text`, or in another of the forms."""
     for record in json_records(path, limits.max_line_bytes, limits.max_file_bytes):
         if isinstance(record, Broken):
             yield rejected(source, record)
         elif not isinstance(record.value, dict):
             yield Reject(source, record.number, "not a JSON object", record.excerpt)
-        elif text not in record.value:
-            yield no_column(source, record.number, text, record.value)
         else:
-            yield judge(record.value[text], source, record.number, limits)
+            yield candidate(record.value, text, source, record.number, limits)
 
 
 def read_text(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
@@ -75,7 +76,7 @@ def _paragraph(source: str, number: int, block: list[bytes]) -> tuple[int, str] 
 
 
 def read_csv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """Comma-separated values with a header line; quoted fields may hold line ends."""
+    """Comma-separated values with a header line; quoted fields may hold line ends, or the JSON of turns."""
     return _read_separated(path, source, text, limits, ",")
 
 
@@ -86,6 +87,7 @@ def read_tsv(path: Path, source: str, text: str, limits: DocumentLimits) -> Cand
 
 def _read_separated(path: Path, source: str, text: str, limits: DocumentLimits, delimiter: str) -> Candidates:
     header: list[str] = []
+    wanted: list[tuple[str, int]] = []
     physical = lines(path, limits.max_line_bytes, limits.max_file_bytes, universal=True)
     for row in csv_records.records(physical, delimiter, limits.max_line_bytes):
         if isinstance(row, Broken):
@@ -94,13 +96,14 @@ def _read_separated(path: Path, source: str, text: str, limits: DocumentLimits, 
                 return  # without its header the file has no columns
         elif not header:
             header = row.fields
-            if text not in header:
+            wanted = [(name, header.index(name)) for name in columns_wanted(header, text)]
+            if not wanted:
                 yield no_column(source, row.number, text, header)
                 return
         elif len(row.fields) != len(header):
             yield Reject(source, row.number, "wrong number of fields", excerpt(delimiter.join(row.fields)))
         else:
-            yield judge(row.fields[header.index(text)], source, row.number, limits)
+            yield candidate({name: row.fields[at] for name, at in wanted}, text, source, row.number, limits)
 
 
 _READERS = {
@@ -113,5 +116,8 @@ _READERS = {
     ".tsv": read_tsv,
     ".parquet": read_parquet,
 }
-READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {form: _READERS[form] for form in FORMATS}
-"""Format by file name: see `crosscal.files.names`."""
+READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {
+    **{form: _READERS[form] for form in FORMATS},
+    ARROW: read_arrow,
+}
+"""Format by file name: see `crosscal.files.names`; and that of folders that `datasets` saved."""

@@ -7,23 +7,34 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from crosscal.corpora.conversation import TAG, Conversation
 from crosscal.corpora.limits import DocumentLimits
 from crosscal.files import Broken, excerpt
 from crosscal.files.broken import EXCERPT_CHARACTERS
 
 COLUMNS_KEPT = 20
+TEXT = "text"
+"""The column of a text where a plan names none; and the form of what is no conversation."""
 
 
 @dataclass(frozen=True)
 class Document:
     text: str
-    """Stripped of white space at both ends, so that `digest` determines it."""
+    """Stripped of white space at both ends, so that `digest` determines it; of a conversation what it is stored as."""
 
     source: str
     """File name relative to what was given; never an absolute path."""
 
     digest: bytes
-    """SHA-256 of the text in UTF-8."""
+    """SHA-256 of the text in UTF-8, of a conversation with a tag in front."""
+
+    characters: int
+    """Of a conversation those of its turns."""
+
+    form: str = TEXT
+    """The columns it was found in."""
+
+    is_conversation: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Reject:
 Candidates = Iterator[Document | Reject]
 
 
-def judge(text: object, source: str, line: int, limits: DocumentLimits) -> Document | Reject:
+def judge(text: object, source: str, line: int, limits: DocumentLimits, form: str = TEXT) -> Document | Reject:
     """Accept a text, or say why not."""
     if not isinstance(text, str):
         return Reject(source, line, "text is not a string", excerpt(repr(text)[:EXCERPT_CHARACTERS]))
@@ -59,7 +70,23 @@ def judge(text: object, source: str, line: int, limits: DocumentLimits) -> Docum
         encoded = text.encode("utf-8")
     except UnicodeEncodeError:
         return Reject(source, line, "lone surrogate", excerpt(text))
-    return Document(text, source, hashlib.sha256(encoded).digest())
+    return Document(text, source, hashlib.sha256(encoded).digest(), len(text), form)
+
+
+def judge_conversation(
+    found: Conversation, source: str, line: int, limits: DocumentLimits, form: str
+) -> Document | Reject:
+    """Its turns count as a text does; nothing of them is stripped."""
+    text = found.stored()
+    if found.characters < limits.min_characters:
+        return Reject(source, line, "too short", excerpt(text))
+    if len(text) > limits.max_characters:
+        return Reject(source, line, "too long", excerpt(text))
+    try:
+        encoded = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Reject(source, line, "lone surrogate", excerpt(text))
+    return Document(text, source, hashlib.sha256(TAG + encoded).digest(), found.characters, form, is_conversation=True)
 
 
 def rejected(source: str, broken: Broken) -> Reject:

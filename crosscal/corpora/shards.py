@@ -1,4 +1,8 @@
-"""A shard's files: one Arrow IPC file a split, texts compressed with Zstandard, ordered by digest."""
+"""A shard's files: one Arrow IPC file a split, texts compressed with Zstandard, ordered by digest.
+
+A file that holds conversations has a fourth column, which says of each document whether it is one; those without are
+what they were before there were conversations.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,46 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from crosscal.corpora.conversation import Conversation
 from crosscal.store.arrays import arrow_file
 
 BATCH_DOCUMENTS = 64  # read and decompressed together: small, since documents are also picked one by one
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("digest", pa.binary(32))])
+IS_CONVERSATION = "is_conversation"
+WITH_CONVERSATIONS = SCHEMA.append(pa.field(IS_CONVERSATION, pa.bool_()))
 
 
-def write_split(path: Path, rows: Iterable[tuple[str, str, bytes]]) -> None:
-    """Write (text, source, digest) rows, in the order given."""
+def write_split(path: Path, rows: Iterable[Sequence[object]], *, conversations: bool = False) -> None:
+    """Write rows of text, source, digest and, with `conversations`, whether it is one, in the order given."""
     options = pa.ipc.IpcWriteOptions(compression="zstd")
+    schema = WITH_CONVERSATIONS if conversations else SCHEMA
     iterator = iter(rows)
-    with arrow_file(path, SCHEMA, options) as writer:
+    with arrow_file(path, schema, options) as writer:
         while batch := list(islice(iterator, BATCH_DOCUMENTS)):
-            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), SCHEMA)]  # noqa: B905
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]  # noqa: B905
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def read_texts(path: Path, order: Sequence[int] | None = None) -> Iterator[str]:
-    """Texts as stored, or those at the given positions in that order; no more than a batch is held."""
+def read_documents(path: Path, order: Sequence[int] | None = None) -> Iterator[str | Conversation]:
+    """Documents as stored, or those at the given positions in that order; no more than a batch is held."""
     with pa.memory_map(str(path)) as source:
-        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+        columns = [0, 3] if len(pa.ipc.open_file(source).schema) > len(SCHEMA) else [0]
+        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=columns))
         if order is None:
             for index in range(reader.num_record_batches):
-                yield from reader.get_batch(index).column(0).to_pylist()
+                batch = reader.get_batch(index)
+                yield from (_document(batch, row) for row in range(len(batch)))
             return
         for position in order:
-            batch, row = divmod(int(position), BATCH_DOCUMENTS)
-            yield reader.get_batch(batch).column(0)[row].as_py()
+            index, row = divmod(int(position), BATCH_DOCUMENTS)
+            yield _document(reader.get_batch(index), row)
+
+
+def _document(batch: pa.RecordBatch, row: int) -> str | Conversation:
+    text: str = batch.column(0)[row].as_py()
+    is_conversation = batch.num_columns > 1 and batch.column(1)[row].as_py()
+    return Conversation.of_stored(text) if is_conversation else text
 
 
 def read_digests(path: Path) -> list[bytes]:

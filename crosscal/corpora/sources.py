@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
+from crosscal.corpora.saved_folders import ARROW, cached_snapshot, is_saved, is_snapshot, saved_dataset, snapshot_files
 from crosscal.errors import CorpusError
 from crosscal.files import COMPRESSIONS, FORMATS, format_of, stem_of
 
@@ -29,7 +30,7 @@ class SourceFile:
     """Named by the file or the nearest of its folders, or None."""
 
     format: str | None
-    """One of `FORMATS`; None for a file type that is not read."""
+    """One of `FORMATS`, or `ARROW`; None for a file type that is not read."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class HubDataset:
     config: str | None
 
 
-def resolve(sources: Sequence[str]) -> list[SourceFile | HubDataset]:
-    """What to read, in a fixed order. Raises `CorpusError` for a source that is nothing of the known kinds."""
-    found = [item for source in sources for item in _resolve_one(str(source))]
+def resolve(sources: Sequence[str], revision: str | None = None) -> list[SourceFile | HubDataset]:
+    """What to read, in a fixed order; `revision` of a data set in the hub's cache, where it is given as a folder.
+
+    Raises `CorpusError` for a source that is nothing of the known kinds.
+    """
+    found = [item for source in sources for item in _resolve_one(str(source), revision)]
     if not found:
         raise CorpusError("no source given", do="Name a file, a folder, a glob or a hub dataset.")
     return found
@@ -53,11 +57,12 @@ def named_split(name: str) -> str | None:
     return _SPLIT_OF.get(word, word) if word else None
 
 
-def _resolve_one(source: str) -> list[SourceFile | HubDataset]:
+def _resolve_one(source: str, revision: str | None) -> list[SourceFile | HubDataset]:
     path = Path(source).expanduser()
     if path.is_file():
         files = [_source_file(path, path.parent)]
     elif path.is_dir():
+        path = cached_snapshot(path, revision) or path
         files = [_source_file(file, path, path.name) for file in _walk(path)]
     elif glob.has_magic(source):
         files = [_source_file(file, _fixed_part(path)) for file in _matches(path)]
@@ -73,17 +78,28 @@ def _resolve_one(source: str) -> list[SourceFile | HubDataset]:
     return list(files)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root, name)
-            if not name.startswith(".") and path.is_file():  # neither sockets nor pipes
-                yield path
+def _walk(top: Path) -> Iterator[Path]:
+    """The files below a folder; of folders that the Hugging Face libraries wrote, those that hold data."""
+    waiting: list[tuple[Path, Path | None]] = [(top, top if is_snapshot(top) else None)]
+    while waiting:
+        folder, snapshot = waiting.pop()
+        if (saved := saved_dataset(folder)) is not None:
+            yield from saved
+        elif found := cached_snapshot(folder):
+            waiting.append((found, found))
+        else:
+            children = _children(folder)
+            files = (path for path in children if path.is_file())  # neither sockets nor pipes
+            yield from files if snapshot is None else snapshot_files(snapshot, files)
+            folders = (path for path in children if path.is_dir() and not path.is_symlink())
+            waiting += reversed([(path, snapshot) for path in folders])
 
 
-def _unreadable(error: OSError) -> None:
-    raise CorpusError("folder cannot be read", where=str(error.filename), got=str(error.strerror))
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise CorpusError("folder cannot be read", where=str(folder), got=str(error.strerror)) from error
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
@@ -99,4 +115,5 @@ def _source_file(path: Path, folder: Path, folder_name: str = "") -> SourceFile:
     name = PurePosixPath(path.relative_to(folder))
     nearest_first = (stem_of(name), *reversed(name.parts[:-1]), folder_name)
     split = next(filter(None, map(named_split, nearest_first)), None)
-    return SourceFile(path, os.fsencode(name).decode("utf-8", "backslashreplace"), split, format_of(name))
+    form = ARROW if is_saved(path) else format_of(name)
+    return SourceFile(path, os.fsencode(name).decode("utf-8", "backslashreplace"), split, form)

@@ -20,6 +20,7 @@ class Entry(NamedTuple):
     characters: int
     source: str
     split: str | None
+    is_conversation: bool = False
 
 
 class Spool:
@@ -30,6 +31,8 @@ class Spool:
         self.duplicates = 0
         self.rejected: Counter[str] = Counter()
         self.columns_found: set[str] = set()
+        self.forms: Counter[str] = Counter()
+        """The columns that documents were found in → how many, those given again included."""
         self.rejects_path = folder / "rejects.jsonl"
         self._limits = limits
         self._rejects_kept = 0
@@ -46,6 +49,7 @@ class Spool:
             self._rejects.close()
 
     def add(self, document: Document, split: str | None) -> None:
+        self.forms[document.form] += 1
         entry = self.entries.get(document.digest)
         if entry:
             self.duplicates += 1
@@ -54,7 +58,9 @@ class Spool:
         encoded = document.text.encode("utf-8")
         offset = self._texts.tell()
         self._texts.write(encoded)
-        self.entries[document.digest] = Entry(offset, len(encoded), len(document.text), document.source, split)
+        self.entries[document.digest] = Entry(
+            offset, len(encoded), document.characters, document.source, split, document.is_conversation
+        )
 
     def reject(self, reject: Reject) -> None:
         if self._rejects_kept < self._limits.max_rejects_kept:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crosscal.calibration.cutting import cut
-from crosscal.calibration.tokens import EncodedDocuments, begin_token
+from crosscal.calibration.packing import fill
+from crosscal.calibration.tokens import EncodedDocuments, Readable, begin_token, chat_begin_token
 from crosscal.errors import EvaluationError, TooLittleText
 from crosscal.evaluation.logits import logits_of_rows, rows_at_once, run_decoder, vocabulary_in_pieces
 from crosscal.evaluation.measurement import Measurement
@@ -95,7 +95,7 @@ def window_nll(
 
 
 def windows_of(
-    texts: Iterable[str],
+    documents: Iterable[Readable],
     tokenizer: Any,
     length: int,
     windows: int | None = None,
@@ -110,8 +110,9 @@ def windows_of(
     floor(i W / n): the first n would cover a few documents, and measure those. There may be fewer than asked for,
     never none.
     """
-    encoded = EncodedDocuments(tokenizer, texts, tokenizer.eos_token_id, plain_text=plain_text)
-    whole = list(cut(encoded, length, begin_token(tokenizer, begin)))
+    encoded = EncodedDocuments(tokenizer, documents, tokenizer.eos_token_id, plain_text=plain_text)
+    begins = begin_token(tokenizer, begin), chat_begin_token(tokenizer, begin)
+    whole = [window.tokens_L for window in fill(encoded, length, *begins)]
     if not whole:
         raise TooLittleText(
             "not enough text for one window",

@@ -13,10 +13,10 @@ from crosscal.landing.records import state
 from crosscal.store import Store, digest_file, digest_of
 
 
-def record_ingest(store: Store, sources: Sequence[str], report: IngestReport) -> None:
+def record_ingest(store: Store, sources: Sequence[str], report: IngestReport, revision: str | None = None) -> None:
     """Note the sources of an ingest, and ask for a recompression, again if earlier ones failed."""
     ledger, domain, version = Ledger(store), report.corpus.name, report.corpus.version
-    for source in resolve(sources):
+    for source in resolve(sources, revision):
         if isinstance(source, HubDataset):
             file, sha256 = LandedFile(domain, source.name, 0, None), digest_of([source.name, source.config])
         else:

@@ -28,7 +28,10 @@ class Documents(_Section):
     path: str | list[str] | None = None
     """Where the documents are; left out, the corpus of this name in the store is used."""
     text: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text or the turns of a conversation; left out, the form is found from the columns: `text`,
+    `messages`, `conversations`, instruction and output, prompt and response (see `crosscal.corpora.forms`)."""
+    chat: Literal["template", "text"] = "template"
+    """How conversations are read: rendered by the model's own chat template, or their turns as plain text."""
     revision: str | None = None
     """Revision of a hub dataset."""
     split: Literal["train", "validation", "test"] | None = None

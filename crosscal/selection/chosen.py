@@ -89,7 +89,9 @@ def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
     digests = {split: [digest.hex() for digest, _, _ in rows] for split, rows in members.items()}
     documents = {split: len(rows) for split, rows in members.items()}
     characters = {split: sum(len(texts.text(at)) for _, texts, at in rows) for split, rows in members.items()}
-    shard = Shard(digest_of(digests), documents, characters)
+    conversations = {split: sum(texts.is_conversation(at) for _, texts, at in rows) for split, rows in members.items()}
+    conversations = {split: count for split, count in conversations.items() if count}
+    shard = Shard(digest_of(digests), documents, characters, conversations)
     said = {"documents": documents, "characters": characters}
     with store.publish("corpora", shard.key, said) as folder:
         for split, rows in members.items():

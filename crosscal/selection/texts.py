@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from crosscal.corpora import Corpus, Shard
-from crosscal.corpora.shards import BATCH_DOCUMENTS, read_digests
+from crosscal.corpora.conversation import Conversation
+from crosscal.corpora.shards import BATCH_DOCUMENTS, IS_CONVERSATION, read_digests
 from crosscal.store import Store
 
 Part = tuple[Shard, str]
@@ -38,10 +39,16 @@ class Texts:
             yield from self.batch(batch)
 
     def batch(self, number: int) -> list[str]:
-        return _column(*self.batches[number], "text")
+        return _texts(*self.batches[number])
 
     def text(self, position: int) -> str:
-        return self._value(position, "text")
+        """Of a conversation what its turns say."""
+        file, row = self.place(position)
+        batch, place = divmod(row, BATCH_DOCUMENTS)
+        return _texts(file, batch)[place]
+
+    def is_conversation(self, position: int) -> bool:
+        return bool(self._value(position, IS_CONVERSATION))
 
     def digest(self, position: int) -> bytes:
         return self._value(position, "digest")
@@ -67,8 +74,16 @@ def parts_of(corpora: Sequence[Corpus], *splits: str) -> list[Part]:
     return [(shard, split) for shard in shards.values() for split in splits]
 
 
+def _texts(file: Path, batch: int) -> list[str]:
+    pairs = zip(_column(file, batch, "text"), _column(file, batch, IS_CONVERSATION), strict=True)
+    return [Conversation.of_stored(text).plain if is_conversation else text for text, is_conversation in pairs]
+
+
 def _column(file: Path, batch: int, name: str) -> list:
+    """Of a file without this column, None for each document."""
     with pa.memory_map(str(file)) as source:
         schema = pa.ipc.open_file(source).schema
+        if name not in schema.names:
+            return [None] * len(pa.ipc.open_file(source).get_batch(batch))
         options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
         return pa.ipc.open_file(source, options=options).get_batch(batch).column(0).to_pylist()

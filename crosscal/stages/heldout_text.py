@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from crosscal.corpora import Corpus, documents
+from crosscal.calibration.chats import check_template
+from crosscal.calibration.tokens import Readable
+from crosscal.corpora import Corpus
+from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import TooLittleText
 from crosscal.evaluation import TEST, VALIDATION, windows_of
 from crosscal.models.source import ModelSource
@@ -67,17 +70,20 @@ def windows_for(
     store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: Cutting, report: Report = silent
 ) -> torch.Tensor:
     """Windows spread over all documents of a split: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
-    texts = (text for shard in corpus.shards for text in documents(store, shard, split))
-    told = _told(texts, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
+    tokenizer = source.tokenizer()
+    if corpus.conversations and corpus.chat == TEMPLATE:
+        check_template(tokenizer, corpus.name)
+    found = (each for shard in corpus.shards for each in readings(store, shard, split, corpus.chat))
+    told = _told(found, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
     length = min(cutting.length, source.max_positions or cutting.length)
     wanted, how = cutting.windows[split], {"begin": cutting.begin, "plain_text": cutting.plain_text}
     try:
-        return windows_of(told, source.tokenizer(), length, wanted, **how)
+        return windows_of(told, tokenizer, length, wanted, **how)
     except TooLittleText as error:
         raise TooLittleText(error.what, where=corpus.name, got=error.got, do=error.do) from error
 
 
-def _told(texts: Iterable[str], what: str, total: int, report: Report) -> Iterator[str]:
+def _told(texts: Iterable[Readable], what: str, total: int, report: Report) -> Iterator[Readable]:
     for done, text in enumerate(texts):
         report(what, done, total)
         yield text

@@ -29,14 +29,19 @@ from crosscal.calibration import (
     random_windows,
     tokenizer_digest,
 )
+from crosscal.calibration.chats import check_template
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.corpora import Corpus
+from crosscal.corpora.corpus import TEMPLATE
 from crosscal.errors import TooLittleText
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
 from crosscal.statistics import Mixture
 from crosscal.store import Store
+
+WORTH_SAYING = 0.01
+"""Share of the tokens from which on repeated ones are told of."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +147,15 @@ class Draw:
 def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Draw) -> Sample:
     """Draw windows from every shard that has not been drawn from.
 
-    Raises `TooLittleText` when all documents of a split together do not fill one window.
+    Raises `TooLittleText` when all documents of a split together do not fill one window, and `CalibrationError` when
+    the corpus holds conversations and the model has no template for them.
     """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
+    if corpus.conversations and corpus.chat == TEMPLATE:
+        check_template(tokenizer, corpus.name)
     found, notes = [], []
     for asked in (draw.calibration(draw.windows), draw.held_out(draw.held_out_windows)):
-        request, said = asked.within(source.max_positions)
+        request, said = dataclasses.replace(asked, chat=corpus.chat).within(source.max_positions)
         pool = draw_pool(store, corpus.shards, tokenizer, digest, request)
         if not pool.parts:
             raise _too_little(corpus, request, pool)
@@ -157,6 +165,12 @@ def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Dr
         if pool.spelling:
             spelling = f"{pool.spelling} documents of the {request.split} split spell a special token"
             said += (f"{spelling}, which is read as that token; calibration.plain_text reads it as text.",)
+        said += tuple(
+            f"{count} conversations of the {request.split} split: {what}." for what, count in pool.said.items()
+        )
+        if pool.tokens_repeated > WORTH_SAYING * pool.tokens_used:
+            share = f"{pool.tokens_repeated:,} tokens of the {request.split} split fill windows up"
+            said += (f"{share} with the beginning of a conversation that stands whole in another window.",)
         notes += [f"{corpus.name}: {note}" for note in said]
     return Sample(corpus.name, draw.seed, *found, notes=tuple(dict.fromkeys(notes)))
 
@@ -169,10 +183,11 @@ def sums_of(pool: Pool, parts_kept_apart: int) -> Sums:
 
 
 def _too_little(corpus: Corpus, request: WindowRequest, pool: Pool) -> TooLittleText:
+    refused = "".join(f"; {count} conversations: {what}" for what, count in pool.said.items())
     return TooLittleText(
         f"the {request.split} split does not fill one window of {request.length} tokens",
         where=corpus.name,
-        got=f"{len(pool.rest)} tokens in {corpus.documents(request.split)} documents",
+        got=f"{pool.left.tokens} tokens in {corpus.documents(request.split)} documents{refused}",
         do="Add documents or ask for a shorter `length`.",
     )
 
