@@ -14,7 +14,7 @@ from crosscal.plan import CompressionPlan
 from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
-from crosscal.tasks.corpora import ingest_corpus
+from crosscal.tasks.corpora import bring_in
 from crosscal.tasks.model import identify
 from crosscal.tasks.results import examination_of, result_row
 from crosscal.tasks.ticket import Ticket
@@ -41,7 +41,8 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
-    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in plan.perplexity_corpora}
+    found = bring_in(ticket, lambda task, *given: task.fn(*given), plan.perplexity_corpora)
+    stored = {name: corpus["stored"] for name, corpus in found.items()}
     with reporting() as report:
         found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)
     return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]

@@ -19,7 +19,7 @@ from crosscal.flows.cluster import cluster
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
-from crosscal.tasks.corpora import draw_sample, ingest_corpus
+from crosscal.tasks.corpora import bring_in, draw_sample
 from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
@@ -63,7 +63,7 @@ def carry_out(
     with watch.stage("ingest"):
         known = step(identify_model, ticket)
         ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-        corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
+        corpora = bring_in(ticket, step)
     stored = {name: corpus["stored"] for name, corpus in corpora.items()}
     ticket = dataclasses.replace(ticket, versions=versions_of(corpora))
     with watch.stage("sample"):
@@ -158,6 +158,7 @@ def _record(
             *notes,
             *said,
             *_rejections(corpora),
+            *_choices(ticket.parsed, corpora),
             *(note for sample in ticket.samples for note in sample["notes"]),
         ],
         "variants": len(ticket.variants()),
@@ -172,3 +173,24 @@ def _rejections(corpora: dict[str, Any]) -> Iterator[str]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in corpus["rejected"].items())
             lines = f"objects/rejects/{corpus['rejects_key']}/rejects.jsonl"
             yield f"{name}: {count} documents rejected ({reasons}); one by one in the store's {lines}."
+
+
+def _choices(plan: CompressionPlan, corpora: dict[str, Any]) -> Iterator[str]:
+    """What was chosen, a sentence for each corpus."""
+    for name, corpus in corpora.items():
+        counts, select = corpus.get("selection"), plan.document_corpora[name].select
+        if counts is None or select is None:
+            continue
+        how = f" by {select.method} towards {counts['sample']:,} of {select.towards}" if select.method else ""
+        left_out = [
+            f"{counts[reason]:,} {what}"
+            for reason, what in (
+                ("too_short", "too short"),
+                ("held_out", "equal or nearly equal to validation or test documents"),
+                ("near_duplicates", "near-duplicates"),
+            )
+            if counts[reason]
+        ]
+        fewer = f" instead of {select.documents:,}" if counts["chosen"] < (select.documents or 0) else ""
+        passed_by = f"; left out: {', '.join(left_out)}" if left_out else ""
+        yield f"{name}: {counts['chosen']:,}{fewer} of {counts['pool']:,} documents chosen{how}{passed_by}."

@@ -89,9 +89,13 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
     """Those that cannot be found, or whose first records are none: without the text's column, above all."""
     for documents in plan.document_corpora.values():
-        for path in [documents.path] if isinstance(documents.path, str) else documents.path or []:
+        paths = [documents.path] if isinstance(documents.path, str) else documents.path or []
+        asked = [(path, documents.text) for path in paths]
+        if documents.select and documents.select.towards and documents.select.towards not in plan.corpora:
+            asked.append((documents.select.towards, "text"))
+        for path, text in asked:
             try:
-                problem = look_at(path, documents.text)
+                problem = look_at(path, text)
             except CorpusError as error:
                 problem = error
             if problem:

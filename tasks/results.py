@@ -165,7 +165,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
 def describe_samples(ticket: Ticket) -> dict[str, Any]:
     """Write `samples.json`, some of each corpus's calibration text; returns the quality of all of it in numbers."""
     samples = ticket.sampled
-    kinds = {name: corpus.source for name, corpus in ticket.parsed.corpora.items()}
+    kinds = {name: corpus.described for name, corpus in ticket.parsed.corpora.items()}
     shown = readable_samples(ticket.store, ticket.source(), samples, kinds, per_corpus=2)
     write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
     return sample_quality(ticket.store, ticket.source(), samples)

@@ -44,6 +44,11 @@ ROOMS = {
     ),
     "files": (set(), {"zstandard"}),
     "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "tenacity", "numpy"}),
+    # MinHash and its index are datasketch's
+    "selection": (
+        {"errors", "files", "lanes", "progress", "store", "corpora"},
+        {"pyarrow", "numpy", "datasketch", "tenacity"},
+    ),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     "publication": ({"errors", "store"}, set()),
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers"}),
@@ -67,7 +72,7 @@ ROOMS = {
     "cli": (
         {
             *("errors", "progress", "resources", "plan", "service"),
-            *("corpora", "store", "landing", "publication", "report", "flows"),
+            *("corpora", "selection", "store", "landing", "publication", "report", "flows"),
         },
         {"typer", "rich"},
     ),

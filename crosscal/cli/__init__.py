@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, methods, plans, publishing, runs, stores
+from crosscal.cli import deploying, methods, plans, publishing, runs, selecting, stores
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ app = typer.Typer(
 for command in (
     runs.run,
     runs.ingest,
+    selecting.select,
     runs.evaluate,
     runs.report,
     methods.methods,

@@ -18,6 +18,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.sources import Select
 
 __all__ = [
     "BEST",
@@ -30,6 +31,7 @@ __all__ = [
     "Execution",
     "Publish",
     "RandomTokens",
+    "Select",
     "SelfGenerated",
     "dump_plan",
     "load_plan",

@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from crosscal.plan.settings import OF_A_MIXTURE, checked_axes
+from crosscal.plan.sources import Name, RandomTokens, Select, SelfGenerated
 
 BEST = "best"
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class _Section(BaseModel):
@@ -32,24 +32,15 @@ class Documents(_Section):
     """Revision of a hub dataset."""
     split: Literal["train", "validation", "test"] | None = None
     """Put all documents into this split instead of splitting by document."""
+    select: Select | None = None
+    """Use only some of them: chosen towards a sample, near-duplicates dropped."""
 
-
-class SelfGenerated(_Section):
-    """Self-calibration (arXiv 2410.17170): the model writes the calibration text."""
-
-    source: Literal["self"] = "self"
-    t_init: float = Field(1.0, ge=0)
-    t_final: float = Field(1.0, ge=0)
-    steps: int = Field(10, ge=1)
-    """Tokens over which the temperature goes from t_init to t_final."""
-    first_tokens: list[str] | None = None
-    """Words a text may begin with; left out, English stop words; [] allows every token."""
-
-
-class RandomTokens(_Section):
-    """Uniformly random tokens: the floor that any calibration must beat."""
-
-    source: Literal["random"] = "random"
+    @property
+    def described(self) -> str:
+        """Where the text comes from, for reports."""
+        if self.select is None or self.select.method is None:
+            return "documents" if self.select is None else "documents, near-duplicates dropped"
+        return f"documents chosen by {self.select.method} towards {self.select.towards}"
 
 
 def _corpus(value: Any) -> Any:
@@ -243,6 +234,12 @@ class CompressionPlan(_Section):
                     raise ValueError(
                         f"compress.{index}: there is no corpus {name!r}; corpora: {', '.join(self.corpora)}"
                     )
+        for name, source in self.corpora.items():
+            if isinstance(source, SelfGenerated):
+                source.check(f"corpora.{name}", list(self.document_corpora), self.calibration.length)
+            elif isinstance(source, Documents) and source.select is not None:
+                plain = [other for other, documents in self.document_corpora.items() if documents.select is None]
+                source.select.check(f"corpora.{name}.select", list(self.corpora), plain)
         for name in self.evaluate.perplexity or []:
             if name not in self.document_corpora:
                 known = ", ".join(self.document_corpora)
