@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import task
 
-from crosscal.calibration import TemperatureSchedule
+from crosscal.calibration import Seeds, TemperatureSchedule
 from crosscal.corpora import ingest, load_corpus
 from crosscal.plan import Documents, SelfGenerated
 from crosscal.selection import SelectionSettings, select
@@ -134,7 +134,17 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
                 first_tokens=origin.first_tokens,
                 device=ticket.device,
                 report=report,
+                seeds=seeds_of(ticket, origin),
             )
     else:
         sample = sample_random(ticket.store, name, source, draw)
     return sample.as_json()
+
+
+def seeds_of(ticket: Ticket, origin: SelfGenerated) -> Seeds | None:
+    """The documents that a self-generated corpus continues. Raises `CorpusError` before they are ingested."""
+    if origin.seeds is None:
+        return None
+    stored = stored_name(origin.seeds, ticket.parsed.document_corpora[origin.seeds])
+    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+    return Seeds(origin.seeds, corpus.shards, origin.prefix_tokens, origin.drop)

@@ -1,5 +1,6 @@
 """Calibration text: windows drawn from documents, written by the model itself, or random."""
 
+from crosscal.calibration.continuing import Seeds, continued_windows
 from crosscal.calibration.generation import generate_windows, readable
 from crosscal.calibration.pool import Part, Pool, draw_pool
 from crosscal.calibration.quality import TextQuality, text_quality
@@ -12,9 +13,11 @@ __all__ = [
     "CalibrationSet",
     "Part",
     "Pool",
+    "Seeds",
     "TemperatureSchedule",
     "TextQuality",
     "WindowRequest",
+    "continued_windows",
     "draw_pool",
     "generate_windows",
     "random_windows",
