@@ -4,9 +4,9 @@
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
 
-* planted: the general training documents with 1 or 5 % of a domain's among them; towards 100 other documents of the
-  domain as many are chosen as were planted. Precision (here the same as recall), recall of twice as many, seconds and
-  peak memory of the process; means and standard deviations over seeds, which draw what is planted and the sample.
+* planted: 1500 general training documents with 1 or 5 % as many of a domain's among them; towards 100 other documents
+  of the domain as many are chosen as were planted. Precision (here the same as recall), recall of twice as many,
+  processor time and peak memory; means and standard deviations over seeds, which draw documents and sample.
 * duplicates: general documents and edited copies; how many of the copies are found, by exact Jaccard similarity.
 * perplexity: SparseGPT at 60 and 70 % of the small model on windows of what was chosen, of a random choice and of the
   planted documents alone; test perplexities of the domain. 5 % planted, one draw of the windows.
@@ -44,7 +44,7 @@ from crosscal.store import Store
 DOMAINS = ("biomedical", "legal")
 METHODS = ("dsir", "zip-fit", None)
 SHARES = (0.01, 0.05)
-SAMPLE = 100
+GENERAL, SAMPLE, ORIGINALS = 1500, 100, 1500
 EDITED = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
 
 
@@ -65,59 +65,69 @@ def mixed(testbed: Path, domain: str, share: float, seed: int) -> tuple[list[str
     chance = random.Random(f"{domain} {share} {seed}")
     general, own = texts_of(testbed, "general"), texts_of(testbed, domain)
     chance.shuffle(own)
+    general = chance.sample(general, GENERAL)
     planted = own[SAMPLE : SAMPLE + round(share * len(general))]
     pool = general + planted
     chance.shuffle(pool)
     return pool, planted, own[:SAMPLE]
 
 
-def one_choice(testbed: Path, domain: str, share: float, method: str | None, seed: int) -> dict[str, float]:
-    """In a process of its own, for its peak memory."""
+def choices(testbed: Path, domain: str, share: float, seed: int) -> dict[str, dict[str, float]]:
+    """Method → figures, in a process of its own."""
     torch.set_num_threads(1)
     pool, planted, sample = mixed(testbed, domain, share, seed)
     wanted = {hashlib.sha256(text.encode()).digest() for text in planted}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "home")
         corpora = {
             name: ingest(store, name, [write_texts(Path(folder) / name, texts)], split=split).corpus
             for name, texts, split in (("pool", pool, "train"), ("sample", sample, None))
         }
-        del pool, planted
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        settings = SelectionSettings(method, documents=2 * len(wanted), seed=seed)
-        found = select(store, "chosen", corpora["pool"], corpora["sample"] if method else None, settings)
-        seconds = time.perf_counter() - started
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        ranked = [digest in wanted for digest, _ in read_chosen(store, KIND, found.key)]
-    return {
-        "precision": sum(ranked[: len(wanted)]) / len(wanted),
-        "recall of twice as many": sum(ranked) / len(wanted),
-        "seconds": seconds,
-        "peak memory above the start": (after - before) / 1024,
-    }
+        for method in METHODS:
+            before, started = reset_peak(), time.process_time()
+            settings = SelectionSettings(method, documents=2 * len(wanted), seed=seed)
+            chosen = select(store, "chosen", corpora["pool"], corpora["sample"] if method else None, settings)
+            seconds, after = time.process_time() - started, peak()
+            ranked = [digest in wanted for digest, _ in read_chosen(store, KIND, chosen.key)]
+            found[method or "random"] = {
+                "precision": sum(ranked[: len(wanted)]) / len(wanted),
+                "recall of twice as many": sum(ranked) / len(wanted),
+                "processor time": seconds,
+                "peak memory above the start": (after - before) / 1024,
+            }
+    return found
 
 
-UNITS = {"seconds": "s", "peak memory above the start": "MiB"}
+def peak() -> int:
+    """KiB, since the last reset (Linux)."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+UNITS = {"processor time": "s", "peak memory above the start": "MiB"}
 
 
 def planted(testbed: Path, seeds: int) -> list[dict[str, Any]]:
-    rows = []
+    figures: dict[tuple[str, str], list[float]] = {}
     for domain in DOMAINS:
         for share in SHARES:
-            for method in METHODS:
-                figures: dict[str, list[float]] = {}
-                for seed in range(seeds):
-                    context = multiprocessing.get_context("spawn")
-                    with ProcessPoolExecutor(1, mp_context=context) as process:
-                        done = process.submit(one_choice, testbed, domain, share, method, seed).result()
-                    for figure, value in done.items():
-                        figures.setdefault(figure, []).append(value)
-                case = f"{domain}, {share:.0%} planted, {method or 'random'}"
-                for figure, values in figures.items():
-                    spread = statistics.stdev(values) if seeds > 1 else None
-                    rows.append(record(case, figure, statistics.mean(values), UNITS.get(figure, ""), spread))
-                print(case, {figure: [round(value, 3) for value in v] for figure, v in figures.items()}, flush=True)
-    return rows
+            for seed in range(seeds):
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    done = process.submit(choices, testbed, domain, share, seed).result()
+                print(domain, share, seed, done, flush=True)
+                for method, measured in done.items():
+                    for figure, value in measured.items():
+                        figures.setdefault((f"{domain}, {share:.0%} planted, {method}", figure), []).append(value)
+    return [
+        record(case, figure, statistics.mean(v), UNITS.get(figure, ""), statistics.stdev(v) if seeds > 1 else None)
+        for (case, figure), v in figures.items()
+    ]
 
 
 def edited(text: str, share: float, chance: random.Random) -> str:
@@ -130,19 +140,19 @@ def edited(text: str, share: float, chance: random.Random) -> str:
 
 def duplicates(testbed: Path) -> list[dict[str, Any]]:
     """Each original once, with one edited copy of every second of them."""
-    chance, originals = random.Random(0), texts_of(testbed, "general")[:2000]
-    copies = {number: edited(originals[number], chance.choice(EDITED), chance) for number in range(0, 2000, 2)}
+    chance, originals = random.Random(0), texts_of(testbed, "general")[:ORIGINALS]
+    copies = {number: edited(originals[number], chance.choice(EDITED), chance) for number in range(0, ORIGINALS, 2)}
     truth = {n: jaccard(shingles(originals[n]), shingles(copy)) for n, copy in copies.items()}
     with tempfile.TemporaryDirectory() as folder:
         store, texts = Store(Path(folder) / "home"), [*originals, *copies.values()]
         corpus = ingest(store, "pool", [write_texts(Path(folder) / "pool", texts)], split="train").corpus
         pool = Texts(store, parts_of([corpus], "train"))
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         walk = distinct(pool, range(len(pool)), len(pool), Texts(store, []), 0.8, silent)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         kept = {pool.digest(position) for position in walk.chosen}
-    case, rows = "near-duplicates at .8, 2,000 documents and 1,000 edited copies", []
+    case, rows = f"near-duplicates at .8, {ORIGINALS:,} documents and {len(copies):,} edited copies", []
 
     def is_kept(text: str) -> bool:
         return hashlib.sha256(text.strip().encode()).digest() in kept
@@ -156,9 +166,9 @@ def duplicates(testbed: Path) -> list[dict[str, Any]]:
         rows.append(record(case, f"found of {len(band)} pairs of similarity {low} to {min(1, high)}", share, ""))
     below = [number for number, value in truth.items() if value < 0.8]
     rows.append(record(case, f"dropped of {len(below)} pairs below .8", sum(map(lost_one, below)) / len(below), ""))
-    alone = [number for number in range(1, 2000, 2) if not is_kept(originals[number])]
-    rows.append(record(case, "dropped of 1,000 documents without a copy", len(alone), ""))
-    rows.append(record(case, "time a document", 1e3 * seconds / len(texts), "ms"))
+    alone = [number for number in range(1, ORIGINALS, 2) if not is_kept(originals[number])]
+    rows.append(record(case, f"dropped of {ORIGINALS // 2:,} documents without a copy", len(alone), ""))
+    rows.append(record(case, "processor time a document", 1e3 * seconds / len(texts), "ms"))
     rows.append(record(case, "memory a document", 1024 * memory / len(texts), "KiB"))
     return rows
 

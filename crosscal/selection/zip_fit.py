@@ -19,8 +19,9 @@ from crosscal.lanes import each_side_by_side
 from crosscal.progress import Report
 from crosscal.selection.texts import Texts
 
-MOST_BYTES = 2**14
-"""Of a document, its beginning: gzip looks back 2¹⁵ bytes, so of two such texts it sees both."""
+MOST_BYTES = 2**12
+"""Of a document, its beginning. The paper's texts are short and compared whole; of long ones the distance is mostly how
+much they differ in length, and gzip looks back no further than 2¹⁵ bytes (`benchmarks/choosing.py`)."""
 
 
 def zip_fit_scores(pool: Texts, targets: Sequence[str], report: Report) -> np.ndarray:
