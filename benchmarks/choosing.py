@@ -31,7 +31,7 @@ import torch
 from records import record, write
 
 from crosscal.corpora import ingest
-from crosscal.files import json_records
+from crosscal.files import JsonRecord, json_records
 from crosscal.progress import silent
 from crosscal.selection import SelectionSettings, select
 from crosscal.selection.choosing import KIND
@@ -50,7 +50,7 @@ EDITED = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
 
 def texts_of(testbed: Path, corpus: str) -> list[str]:
     path = testbed / "corpora" / corpus / "train.jsonl.zst"
-    return [row.value["text"].strip() for row in json_records(path, 2**26, 2**36)]
+    return [row.value["text"].strip() for row in json_records(path, 2**26, 2**36) if isinstance(row, JsonRecord)]
 
 
 def write_texts(folder: Path, texts: list[str], split: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -97,17 +98,19 @@ def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
 
 
 def _write(path: Path, rows: Rows) -> None:
+    """Every column of any of the files that the rows come from; no more than a batch is held."""
+    files = {texts.place(position)[0] for _, texts, position in rows}
+    schema = pa.unify_schemas([_schema(file) for file in sorted(files)])
     writing = _one_by_one(rows)
-    first = next(writing)
-    with arrow_file(path, first.schema, pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        batch = [first]
-        for row in writing:
-            batch.append(row)
-            if len(batch) == BATCH_DOCUMENTS:
-                writer.write_table(pa.concat_tables(batch).combine_chunks())
-                batch = []
-        if batch:
-            writer.write_table(pa.concat_tables(batch).combine_chunks())
+    with arrow_file(path, schema, pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        while batch := list(itertools.islice(writing, BATCH_DOCUMENTS)):
+            table = pa.concat_tables([schema.empty_table(), *batch], promote_options="default")
+            writer.write_table(table.combine_chunks())
+
+
+def _schema(file: Path) -> pa.Schema:
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).schema
 
 
 def _one_by_one(rows: Rows) -> Iterator[pa.Table]:

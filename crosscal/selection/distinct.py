@@ -47,7 +47,7 @@ def distinct(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts, th
     """The first `wanted` positions of `order` that remain.
 
     The order is looked at in stretches, so that the documents that are still wanted are indexed and not all that are
-    held out: those pass by, and say which of the stretch are like them. In memory there are about 7 KiB for a document
+    held out: those pass by, and say which of the stretch are like them. In memory there are about 12 KiB for a document
     that is chosen or in the stretch, and 0.5 KiB for one that is held out.
     """
     walk, remaining = Walk(wanted, []), iter(order)
