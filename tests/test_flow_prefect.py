@@ -184,7 +184,7 @@ def test_an_error_is_one_message_with_its_exit_code(place: Place, capfd: pytest.
 
 def test_only_what_a_network_may_mend_is_tried_again() -> None:
     tried_again = {each.name for each in TASKS if each.retries}
-    assert tried_again == {"identify", "ingest", "sample", "moments-part", "moments", "solve-block"}
+    assert tried_again == {"identify", "ingest", "select", "sample", "moments-part", "moments", "solve-block"}
     for each in TASKS:
         assert each.persist_result is False
         assert each.task_run_name
@@ -212,7 +212,8 @@ def test_a_lost_connection_is_tried_again_and_a_mistake_is_not(server: str) -> N
 
 
 TASKS = (
-    *(corpora.ingest_corpus, corpora.draw_sample, model.identify_model, model.read_part, model.read_moments),
+    *(corpora.ingest_corpus, corpora.select_corpus, corpora.draw_sample),
+    *(model.identify_model, model.read_part, model.read_moments),
     *(
         model.reuse_blocks,
         model.solve_block,
