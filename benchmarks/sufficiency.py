@@ -42,7 +42,7 @@ from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
 from crosscal.compressors import COMPRESSORS, LayerProblem, quadratic_loss
 from crosscal.compressors.recipe import solve_many
 from crosscal.evaluation import window_nll
-from crosscal.files import json_records
+from crosscal.files import JsonRecord, json_records
 from crosscal.models import ModelSource
 from crosscal.models.loading import load_variant
 from crosscal.models.sites import replaced_parameters
@@ -62,7 +62,7 @@ EXPECTED = "expected of twice as many: held-out loss"
 
 def texts(testbed: Path, corpus: str, split: str) -> list[str]:
     file = testbed / "corpora" / corpus / f"{split}.jsonl.zst"
-    return [row.value["text"] for row in json_records(file)]
+    return [row.value["text"] for row in json_records(file) if isinstance(row, JsonRecord)]
 
 
 # --- overlap ---------------------------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def text_rows(testbed: Path, source: ModelSource) -> list[dict[str, Any]]:
 
 def written(source: ModelSource, count: int) -> Tensor:
     """Windows sampled from the model at temperature 1, after beginning-of-text."""
-    model, tokenizer = load_variant(source.path, device="cpu"), source.tokenizer()
+    model: Any = load_variant(source.path, device="cpu")
+    tokenizer = source.tokenizer()
     torch.manual_seed(0)
     begin = torch.full((count, 1), begin_token(tokenizer) or 0)
     options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": LENGTH - 1, "min_new_tokens": LENGTH - 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def slow_shares(evaluation: list[str], calibration: list[str], n: int, most: int
     return shares
 
 
-def found_shares(evaluation: list[str], calibration: list[str], **options: int) -> dict[int, float]:
+def found_shares(evaluation: list[str], calibration: list[str], **options: Any) -> dict[int, float]:
     """Number of a document → its share, where it is not 0."""
     (found,) = overlaps(
         (("set", text) for text in evaluation), lambda: (("general", t) for t in calibration), **options

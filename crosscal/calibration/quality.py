@@ -21,7 +21,7 @@ LONGEST_NGRAM = 4
 LEAST_TOKENS = 512
 """Below, nothing is concluded: two windows of one document repeat nothing."""
 LEAST_DISTINCT = 0.45
-"""Of 4-grams: text has .55 to .98, five documents again and again .07 to .40."""
+"""Of 4-grams: text has .55 to .99, five documents again and again .07 to .40."""
 LEAST_DOCUMENT_TOKENS = 10.0
 """Text has 34 a sentence."""
 MOST_OF_ONE_TOKEN = 0.4
