@@ -17,6 +17,7 @@ from prefect.task_runners import TaskRunner
 
 from crosscal.compressors import takes_two_streams
 from crosscal.flows.cluster import cluster
+from crosscal.flows.mixtures import find_mixtures
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
@@ -117,6 +118,10 @@ def make_and_measure(
             described |= after_reading(ticket, described["calibration_quality"])
             if plan.calibration.sufficiency:
                 described["sufficiency"] = step(measure_sufficiency, ticket)
+        choices: list[dict[str, Any]] = []
+        if any(variant.search for variant in ticket.variants()):
+            with watch.stage("mixtures"):
+                ticket, choices = find_mixtures(workers, ticket)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
@@ -130,7 +135,7 @@ def make_and_measure(
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
-    record |= {**described, "failed": judged["failed"]}
+    record |= {**described, "failed": judged["failed"], "choices": choices}
     write_run_record(run_dir, record)
     return record
 
