@@ -12,6 +12,7 @@ from crosscal.files import write_whole
 from crosscal.report.calibration import overlap_sentence, quality_table, site_rows, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
+from crosscal.report.found_mixtures import found_mixtures
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
@@ -76,6 +77,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "sections": sections,
         "rule": RULE,
         "study": study_section(files.study, groups),
+        "found": found_mixtures(files.run, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
         "table": summary_table(groups, [*columns, *choosing_columns(files.results)]),
         "text_columns": TEXT_COLUMNS,
