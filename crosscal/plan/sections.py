@@ -175,6 +175,9 @@ class Evaluate(_Section):
     """Questions per task; left out, all."""
     allow_leaks: bool | list[str] = False
     """Go on although texts of an evaluation set stand in the calibration text: all, or these corpora and tasks."""
+    screen: bool = False
+    """Do not evaluate variants of which another of their level loses clearly less on held-out text of every corpus; the
+    report lists them with the reason."""
 
 
 class Execution(_Section):
