@@ -11,6 +11,7 @@ from crosscal.errors import PlanError, UsageError
 from crosscal.plan import CompressionPlan
 from crosscal.plan.search import AUTO
 from crosscal.plan.settings import OF_A_MIXTURE
+from crosscal.search import line, rule, simplex
 from crosscal.statistics import Mixture
 
 GENERAL = "general"
@@ -73,6 +74,15 @@ class Search:
             return f"auto, general perplexity within {self.general_within:.3g} of general-only on validation text"
         weights = ", ".join(f"{name} {exponent:.3g}" for name, exponent in self.exponents)
         return "auto, smallest geometric mean of held-out losses" + ("" if self._is_even else f" ({weights})")
+
+    @property
+    def cost(self) -> str:
+        """What finding it takes at most, for whoever asks before a run."""
+        if self.general_within is not None:
+            models = f"the dense model, general-only and {rule.MOST_EVALUATED} more at most"
+            return f"{len(line.FIRST)} mixtures solved; {models} evaluated on validation windows"
+        solves = line.MOST_SOLVES if len(self.corpora) == 2 else simplex.MOST_SOLVES
+        return f"{solves} mixtures solved at most, none evaluated"
 
     @property
     def key(self) -> list[Any]:

@@ -65,7 +65,7 @@ ROOMS = {
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
-    "mixtures": ({"errors", "plan", "statistics"}, set()),
+    "mixtures": ({"errors", "plan", "search", "statistics"}, set()),
     "search": (set(), {"numpy", "scipy"}),
     "variants": ({"errors", "plan", "mixtures", *PURE, "store"}, set()),
     "stages": (
