@@ -174,7 +174,12 @@ def test_a_choice_that_differs_from_an_earlier_one_leaves_nothing_of_it(made: Pl
     assert choices(run_dir) == choices(made.run_dir)
 
 
-def test_the_command_line_refuses_sequential_inputs_in_one_message(place: Place) -> None:
+def test_plan_check_says_what_is_to_be_found_and_refuses_sequential_inputs(place: Place) -> None:
+    done = crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json")
+    assert json.loads(done.out)["mixtures_to_find"] == {
+        AUTO: "7 mixtures solved at most, none evaluated",
+        RULED: "5 mixtures solved; the dense model, general-only and 3 more at most evaluated on validation windows",
+    }
     place.write_plan(compress=[{**PRUNED, "alpha": "auto", "upstream": "sequential"}])
     done = crosscal("plan", "check", str(place.plan), "--home", str(place.home))
     assert done.code == 2
