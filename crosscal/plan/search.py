@@ -1,4 +1,4 @@
-"""How a plan asks for a mixture that is to be found: `auto` where a weight or weights could stand.
+"""How a plan asks for a mixture: weights, or `auto` in their place where they are to be found.
 
 alpha: [0, 0.5, auto]
 alpha: {auto: {general_within: 0.02}}
@@ -8,12 +8,15 @@ mixture: {auto: {general: 1, biomedical: 1, legal: 2}}
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from crosscal.plan.settings import as_axis
+from crosscal.plan.sources import Name
+
 AUTO = "auto"
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Rule(BaseModel):
@@ -62,3 +65,17 @@ Weights = Annotated[
 ]
 KINDS = ("number", "rule", "weights", "exponents")
 """What pydantic puts into the place of an error, and no plan says. (`auto` is a word of plans.)"""
+
+
+def as_mixtures(value: Any) -> Any:
+    """One mixture as a list of it."""
+    return [value] if isinstance(value, dict | str) else value
+
+
+def corpora_named(entry: Mapping[str, Any]) -> Iterator[str]:
+    """By an entry of `compress` and its steps."""
+    for part in (entry, *(entry.get("steps") or [])):
+        yield from as_axis(part.get("domain") or [])
+        for weights in as_mixtures(part.get("mixture") or []):
+            named = weights.get(AUTO) if isinstance(weights, dict) else {}
+            yield from named if isinstance(named, dict) else weights
