@@ -254,6 +254,35 @@ def verdicts() -> str:
     return markdown(("set", *VERDICTS.values()), cells) + circumstances(rows)
 
 
+ALPHA = {
+    "balanced: α found": "alpha, balanced",
+    "best of eleven, test": "best alpha of eleven, balanced, test",
+    "regret, validation": "regret, balanced, validation",
+    "regret, test": "regret, balanced, test",
+    "rule: α found": "alpha, rule",
+    "best of those that keep it, test": "best alpha of eleven, rule, test",
+    "regret, validation ": "regret, rule, validation",
+    "regret, test ": "regret, rule, test",
+    "broken by, test": "excess, rule, test",
+    "evaluated": "evaluated, rule",
+    "a tenth: general, test": "a tenth: general, test",
+    "share of the domain's gain": "a tenth: share of the domain's gain, test",
+    "seconds for both": "seconds for both choices",
+}
+
+
+def alpha() -> str:
+    """One row a setting and domain."""
+    rows = read("alpha")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = f"{row['value']:.2f} %" if row["unit"] == "%" else number(row["value"])
+        by_case.setdefault(row["case"], {})[row["figure"]] = cell
+    measured = {case: values for case, values in by_case.items() if case != "circumstances"}
+    cells = ([case, *(values.get(figure, "") for figure in ALPHA.values())] for case, values in measured.items())
+    return markdown(("model, setting, domain", *(head.strip() for head in ALPHA)), cells) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -269,6 +298,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "real-models": real_models,
     "study": study,
     "choosing": choosing,
+    "alpha": alpha,
 }
 
 

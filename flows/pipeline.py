@@ -17,10 +17,12 @@ from prefect.task_runners import TaskRunner
 
 from crosscal.compressors import takes_two_streams
 from crosscal.flows.cluster import cluster
+from crosscal.flows.mixtures import find_mixtures
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
 from crosscal.tasks.corpora import bring_in, draw_sample
+from crosscal.tasks.mixtures import discard_candidates
 from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
@@ -117,9 +119,14 @@ def make_and_measure(
             described |= after_reading(ticket, described["calibration_quality"])
             if plan.calibration.sufficiency:
                 described["sufficiency"] = step(measure_sufficiency, ticket)
+        choices: list[dict[str, Any]] = []
+        if any(variant.search for variant in ticket.variants()):
+            with watch.stage("mixtures"):
+                ticket, choices = find_mixtures(workers, ticket, stored)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
+            discard_candidates(ticket)
             summarise_blocks(workers, ticket)
             solve_blocks(workers, ticket)
             sequential = ticket.variants_to_make("sequential")
@@ -130,7 +137,7 @@ def make_and_measure(
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
-    record |= {**described, "failed": judged["failed"]}
+    record |= {**described, "failed": judged["failed"], "choices": choices}
     write_run_record(run_dir, record)
     return record
 

@@ -57,6 +57,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
     asked = variants(plan)
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
+    if searches := {variant.name: variant.search.cost for variant in asked if variant.search}:
+        findings["mixtures_to_find"] = searches
     if unpacked := [variant.name for variant in asked if is_written_dense([p.step for p in variant.steps])]:
         findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
     ticket = Ticket(plan.model_dump(mode="json"), home)

@@ -16,6 +16,7 @@ from prefect.states import Completed, Failed
 from crosscal.corpora import load_corpus
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.plan import CompressionPlan, load_plan
+from crosscal.plan.search import AUTO
 from crosscal.report.groups import level_of
 from crosscal.store import Store
 from crosscal.variants import GENERAL, Variant, variants
@@ -103,9 +104,10 @@ def _what(asked: Sequence[Variant]) -> str:
     levels = dict.fromkeys(
         (variant.method, level_of([each.text for each in variant.amounts], variant.setting)) for variant in asked
     )
-    mixtures = [variant.mixture.as_dict() for variant in asked if variant.mixture]
     if len(levels) > 1:
         return f"{len(asked)} variants"
     ((method, level),) = levels
-    alphas = dict.fromkeys(f"{1 - mixture.get(GENERAL, 0):g}" for mixture in mixtures)
+    alphas = dict.fromkeys(
+        AUTO if each.search else f"{1 - each.mixture.as_dict().get(GENERAL, 0):g}" for each in asked if each.mixture
+    )
     return f"{method} {level.removesuffix(' sparsity')}" + (f" · alpha {', '.join(alphas)}" if alphas else "")

@@ -66,9 +66,11 @@ ROOMS = {
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
-    "variants": ({"errors", "plan", *PURE, "store"}, set()),
+    "mixtures": ({"errors", "plan", "search", "statistics"}, set()),
+    "search": (set(), {"numpy", "scipy"}),
+    "variants": ({"errors", "plan", "mixtures", *PURE, "store"}, set()),
     "stages": (
-        {"errors", "lanes", "progress", "variants", *PURE, *EDGES},
+        {"errors", "lanes", "progress", "mixtures", "search", "variants", *PURE, *EDGES},
         {"torch", "transformers", "numpy", "psutil"},
     ),
     "cli": (

@@ -30,7 +30,7 @@ def checked_axes(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, 
     """
     known = [method for method in methods if method in COMPRESSORS]
     if not known:
-        return {name: _axis(value) for name, value in given.items()}
+        return {name: as_axis(value) for name, value in given.items()}
     axes: dict[str, list[Any]] = {}
     for name, value in given.items():
         owners = [method for method in known if name in _fields(method)]
@@ -38,7 +38,7 @@ def checked_axes(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, 
             raise PydanticCustomError(
                 "unknown_setting", "{setting}: {why}", {"setting": name, "why": _why(name, known)}
             )
-        axes[name] = [_checked(owners[0], name, each) for each in _axis(value)]
+        axes[name] = [_checked(owners[0], name, each) for each in as_axis(value)]
     for name, default in _common_defaults(known).items():
         axes.setdefault(name, [default])
     return axes
@@ -90,7 +90,8 @@ def example_of(method: str, name: str) -> str:
     return {Sparsity: "0.5", int: "4"}.get(typing.get_type_hints(COMPRESSORS[method])[name], "…")
 
 
-def _axis(value: Any) -> list[Any]:
+def as_axis(value: Any) -> list[Any]:
+    """A value as a list of one; a list as it is."""
     return value if isinstance(value, list) else [value]
 
 

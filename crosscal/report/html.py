@@ -12,13 +12,14 @@ from crosscal.files import write_whole
 from crosscal.report.calibration import overlap_sentence, quality_table, site_rows, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
+from crosscal.report.found_mixtures import found_mixtures
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
 from crosscal.report.numbers import Number, number_text, percent_text, short_text
 from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
-from crosscal.report.rows import LayerRow
+from crosscal.report.rows import NOT_EVALUATED, LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
 from crosscal.report.sufficiency import gap_sentences
@@ -69,6 +70,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
     sections = [_domain_section(groups, columns, domain, files.models) for domain in domains_of(groups)]
     shown, taken = _layer_variants(groups, sections)
     left_dense = [row for row in files.layers if row.stays_dense]
+    skipped = [(row, row.skipped) for row in files.results if row.skipped]
     return {
         "models": sorted({row.model for row in files.results}),
         "variants": len({variant for group in groups if not group.is_dense for variant in group.variants}),
@@ -76,6 +78,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "sections": sections,
         "rule": RULE,
         "study": study_section(files.study, groups),
+        "found": found_mixtures(files.run, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
         "table": summary_table(groups, [*columns, *choosing_columns(files.results)]),
         "text_columns": TEXT_COLUMNS,
@@ -88,7 +91,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "accuracy_limit": MOST_ROWS if len(groups) > MOST_ROWS else None,
         "stages": _stages(files.run),
         "colours": COLOURS,
-        "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),
+        "skipped": sorted({(row.corpus_or_task, why) for row, why in skipped if not why.startswith(NOT_EVALUATED)}),
+        "not_evaluated": list(dict.fromkeys((r.variant, why) for r, why in skipped if why.startswith(NOT_EVALUATED))),
         "left_dense": left_dense[:MOST_LEFT_DENSE],
         "left_dense_count": len(left_dense),
         "left_dense_of": [(group.name, group.left_dense.text) for group in groups if group.left_dense.matrices],

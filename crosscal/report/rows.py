@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.files import write_whole
 
+NOT_EVALUATED = "not evaluated: "
+"""What `skipped` begins with in rows of a model that needed no evaluation."""
+
 
 @dataclass(frozen=True)
 class ResultRow:
@@ -42,6 +45,8 @@ class ResultRow:
     says. Empty for the dense model and in rows of earlier versions."""
     begin_token: bool | None = None
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
+    found_by: str | None = None
+    """How the mixture was found where the plan left it open, in words; None where the plan gives it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class LayerRow:
     """Of the low-rank part that the adapter adds; None where there is none."""
     written_dense: str | None = None
     """Why a rounded matrix is stored as dense numbers and not packed; None where it is packed, or not rounded."""
+    corpus_losses: dict[str, float] | None = None
+    """The held-out ratio under each corpus's own Hessian, whatever mixture the matrix was solved on; None where no step
+    of the run compares mixtures."""
 
     @property
     def stays_dense(self) -> bool:

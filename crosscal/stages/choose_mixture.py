@@ -1,0 +1,123 @@
+"""Finding the mixture of a variant that leaves it open: what to solve next, and what is taken in the end.
+
+A search is replayed from the store, where every candidate's losses stand under a key of all that they depend on. So
+whatever was killed goes on where it was, and a search that is over costs a few small reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosscal.mixtures import Search
+from crosscal.search import line
+from crosscal.search.geometric_mean import geometric_mean
+from crosscal.search.simplex import Weights, best_weights, weights_to_try
+from crosscal.stages.candidates import Candidate, losses_of
+from crosscal.stages.compress import Workshop
+from crosscal.statistics import Mixture
+from crosscal.variants import Variant
+
+Losses = dict[Weights, tuple[float, ...]]
+"""Weights -> mean relative losses, both in the order of the search's corpora."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One mixture of a search, and what its solution loses."""
+
+    weights: dict[str, float]
+    losses: dict[str, float]
+    """Corpus -> mean relative loss on its held-out text."""
+    objective: float
+    """The geometric mean of the losses."""
+    perplexity: dict[str, float] = field(default_factory=dict)
+    """Corpus -> on validation windows; empty where no model was made of it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search came to."""
+
+    variant: str
+    found_by: str
+    exponents: dict[str, float]
+    weights: dict[str, float]
+    tried: list[Tried]
+    """In the order of the last corpus's weight: on a line from the first corpus to the second."""
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def candidate(variant: Variant, weights: Weights) -> Candidate:
+    """The variant on a mixture that its search tries."""
+    search = search_of(variant)
+    name = f"{variant.name}.{'-'.join(f'{weight:.4g}' for weight in weights)}"
+    mixture = mixture_of(search, weights)
+    return Candidate(dataclasses.replace(variant.with_mixture(mixture), name=name), search.corpora)
+
+
+def candidates_wanted(shop: Workshop, variants: Sequence[Variant]) -> list[tuple[Variant, Weights]]:
+    """What is to be solved next for variants whose mixture is open; nothing once all searches are over."""
+    return [(variant, weights) for variant in variants for weights in replayed(shop, variant)[1]]
+
+
+def choice(shop: Workshop, variant: Variant) -> Choice:
+    """The mixture of the smallest geometric mean, once the search is over."""
+    search, (tried, wanted) = search_of(variant), replayed(shop, variant)
+    assert not wanted, "its candidates are solved first"
+    best = best_weights(tried, exponents_of(search))
+    reason = f"the smallest geometric mean among {len(tried)} mixtures that were solved; none was evaluated"
+    return choice_of(variant, best, tried, {}, reason)
+
+
+def choice_of(
+    variant: Variant, weights: Weights, tried: Losses, perplexity: Mapping[Weights, Mapping[str, float]], reason: str
+) -> Choice:
+    search = search_of(variant)
+    points = [
+        Tried(
+            dict(zip(search.corpora, each, strict=True)),
+            dict(zip(search.corpora, losses, strict=True)),
+            geometric_mean(losses, exponents_of(search)),
+            dict(perplexity.get(each, {})),
+        )
+        for each, losses in sorted(tried.items(), key=lambda item: item[0][::-1])
+    ]
+    found = mixture_of(search, weights).as_dict()
+    return Choice(variant.name, search.text, dict(search.exponents), found, points, reason)
+
+
+def replayed(shop: Workshop, variant: Variant) -> tuple[Losses, list[Weights]]:
+    """(what was tried, what is to be tried next and is not known)."""
+    search, tried = search_of(variant), dict[Weights, tuple[float, ...]]()
+    while wanted := _weights_to_try(search, tried):
+        known = {weights: losses_of(shop, candidate(variant, weights)) for weights in wanted}
+        unknown = [weights for weights, losses in known.items() if losses is None]
+        if unknown:
+            return tried, unknown
+        tried |= {w: tuple(losses[name] for name in search.corpora) for w, losses in known.items() if losses}
+    return tried, []
+
+
+def search_of(variant: Variant) -> Search:
+    assert variant.search is not None, "only of variants whose mixture is open"
+    return variant.search
+
+
+def exponents_of(search: Search) -> list[float]:
+    return [exponent for _, exponent in search.exponents]
+
+
+def mixture_of(search: Search, weights: Weights) -> Mixture:
+    return Mixture.of(dict(zip(search.corpora, weights, strict=True)))
+
+
+def _weights_to_try(search: Search, tried: Losses) -> list[Weights]:
+    if search.general_within is None:
+        return weights_to_try(tried, exponents_of(search))
+    return [each for weight in line.FIRST if (each := (1.0 - weight, weight)) not in tried]
