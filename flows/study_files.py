@@ -51,7 +51,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
 def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The records of several runs as one: sums of what was done, the first one's circumstances, every note once."""
     merged: dict[str, Any] = {"stages": {}, "cache": {"hits": 0, "misses": 0}, **dict.fromkeys(SUMMED, 0)}
-    merged |= {"notes": [], "failed": {}, "calibration_quality": {}}
+    merged |= {"notes": [], "failed": {}, "calibration_quality": {}, "choices": []}
     for record in records:
         for of in ("stages", "cache"):
             for name, amount in record[of].items():
@@ -61,6 +61,7 @@ def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in ("failed", "calibration_quality"):
             merged[name] |= record[name]
         merged["notes"] += [note for note in record["notes"] if note not in merged["notes"]]
+        merged["choices"] += record.get("choices", [])
         merged["peak_rss_bytes"] = max(record["peak_rss_bytes"], merged.get("peak_rss_bytes", 0))
     first = {name: value for name, value in (records[0] if records else {}).items() if name not in merged}
     return first | merged

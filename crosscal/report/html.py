@@ -11,6 +11,7 @@ from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
+from crosscal.report.found_mixtures import found_mixtures
 from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentence
 from crosscal.report.layer_plots import layer_losses
@@ -74,6 +75,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "sections": sections,
         "rule": RULE,
         "study": study_section(files.study, groups),
+        "found": found_mixtures(files.run, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
         "table": summary_table(groups, columns),
         "text_columns": TEXT_COLUMNS,
