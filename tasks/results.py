@@ -22,11 +22,12 @@ from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import LayerRow
-from crosscal.stages.compress import discard_model, layer_rows
+from crosscal.stages.compress import Workshop, discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
 from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
+from crosscal.stages.screen import screened
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.ticket import Ticket, task_report
@@ -70,10 +71,13 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
         exam = examination_of(ticket, stored, report)
         found: dict[Variant | None, list[Measurement]] = {}
         found[None], judged = measure(exam, ticket.source().path, name=DENSE, report=report), dict[str, _Judged]()
+        spared = _screened(ticket) if ticket.parsed.evaluate.screen else {}
         for number, variant in enumerate(variants, start=1):
             report("measuring models", number - 1, len(variants))
             name = f"model {number} of {len(variants)}, {variant.name}"
-            judged[variant.name] = one = _judged(ticket, exam, variant, name, report)
+            why = spared.get(variant.name)
+            one = _unmeasured(ticket, exam, variant, why) if why else _judged(ticket, exam, variant, name, report)
+            judged[variant.name] = one
             found[variant] = one.measured
         report("measuring models", len(variants), len(variants))
     rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
@@ -84,10 +88,8 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     texts = {name: dense_text(one.layers, dtype) for name, one in judged.items()}
     sizes = {name: one.size_bytes for name, one in judged.items() if one.size_bytes is not None}
     failed = {name: one.failed for name, one in judged.items() if one.failed}
-    return {
-        "failed": failed,
-        "notes": [*exam.notes, *(f"{n} is no model: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
-    }
+    notes = [*exam.notes, *_said_of(spared), *(f"{n} is no model: {why}" for n, why in failed.items())]
+    return {"failed": failed, "notes": [*notes, *dense_notes(texts, sizes)]}
 
 
 def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report) -> _Judged:
@@ -102,9 +104,7 @@ def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, repo
             note_made(shop, variant, files, layers)
         except ModelError as error:
             (folder / INDEX).unlink(missing_ok=True)
-            why = str(error)
-            skipped = [Measurement(t.corpus, t.split, PERPLEXITY, None, None, 0, 0.0, why) for t in exam.texts]
-            judged = _Judged(skipped, layers, size_bytes, str(error))
+            judged = _Judged(_skipped(exam, str(error)), layers, size_bytes, str(error))
     else:
         made = made_before(shop, variant)
         known = exam.find(made.weights) if made else None
@@ -114,6 +114,37 @@ def _judged(ticket: Ticket, exam: Examination, variant: Variant, name: str, repo
     if not ticket.parsed.execution.keep_models:
         discard_model(shop, variant)
     return judged
+
+
+def _screened(ticket: Ticket) -> dict[str, str]:
+    """Variant → why it needs no evaluation. That which the plan publishes is evaluated whatever it loses."""
+    shop, publish = ticket.workshop(), ticket.parsed.publish
+    rows_of = {variant.name: _rows_of(ticket, shop, variant) for variant in ticket.variants()}
+    return screened(ticket.variants(), rows_of, [publish.variant] if publish else ())
+
+
+def _unmeasured(ticket: Ticket, exam: Examination, variant: Variant, why: str) -> _Judged:
+    """A variant that needs no evaluation, for a reason that its rows say."""
+    shop = ticket.workshop()
+    layers = _rows_of(ticket, shop, variant)
+    if not ticket.parsed.execution.keep_models:
+        discard_model(shop, variant)
+    return _Judged(_skipped(exam, why), layers)
+
+
+def _rows_of(ticket: Ticket, shop: Workshop, variant: Variant) -> list[LayerRow]:
+    if variant in ticket.variants_to_make():
+        return layer_rows(shop, [variant])
+    made = made_before(shop, variant)
+    return made.rows if made else []
+
+
+def _said_of(spared: dict[str, str]) -> list[str]:
+    return [f"not evaluated, for the reasons in the report: {', '.join(spared)}"] if spared else []
+
+
+def _skipped(exam: Examination, why: str) -> list[Measurement]:
+    return [Measurement(text.corpus, text.split, PERPLEXITY, None, None, 0, 0.0, why) for text in exam.texts]
 
 
 def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:

@@ -25,7 +25,7 @@ from crosscal.stages.compress import Workshop
 from crosscal.stages.gradients import CachedGradients, Gradients
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.sample import Sample
-from crosscal.statistics import EVERY, Mixture
+from crosscal.statistics import EVERY, Mixture, Statistic
 from crosscal.store import Store
 from crosscal.tasks.artifacts import progress_shown
 from crosscal.variants import GENERAL, Variant, variants
@@ -67,6 +67,8 @@ class Ticket:
     def cached(self) -> Cached:
         """What is read of the dense model, which is one stream: for all of the plan, so that its parts read once."""
         wanted = statistics_needed(_asked(json.dumps(self.plan))[1]) & EVERY
+        if self.parsed.evaluate.screen:
+            wanted |= {Statistic.GRAM}  # which losses take
         return Cached(self.store, self.model, DENSE, self.dtype, wanted=wanted)
 
     def source(self) -> ModelSource:
@@ -128,7 +130,14 @@ class Ticket:
             reference=self.reference,
             device=self.device,
             gradients=Gradients(CachedGradients(cached), samples) if self.over_gradients else None,
+            measured_on=self._sampled_in_every_draw if self.parsed.evaluate.screen else (),
         )
+
+    @property
+    def _sampled_in_every_draw(self) -> tuple[str, ...]:
+        sampled = {(sample["corpus"], sample["seed"]) for sample in self.samples}
+        seeds = {seed for _, seed in sampled}
+        return tuple(name for name in self.parsed.corpora if all((name, seed) in sampled for seed in seeds))
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
         """All that the run is about, or those of one upstream."""

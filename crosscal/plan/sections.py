@@ -179,6 +179,9 @@ class Evaluate(_Section):
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
     """Questions per task; left out, all."""
+    screen: bool = False
+    """Do not evaluate variants of which another of their level loses clearly less on held-out text of every corpus; the
+    report lists them with the reason."""
 
 
 class Execution(_Section):

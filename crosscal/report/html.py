@@ -18,7 +18,7 @@ from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
 from crosscal.report.numbers import Number, number_text, percent_text, short_text
 from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
-from crosscal.report.rows import LayerRow
+from crosscal.report.rows import NOT_EVALUATED, LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
@@ -68,6 +68,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
     sections = [_domain_section(groups, columns, domain, files.models) for domain in domains_of(groups)]
     shown, taken = _layer_variants(groups, sections)
     left_dense = [row for row in files.layers if row.stays_dense]
+    skipped = [(row, row.skipped) for row in files.results if row.skipped]
     return {
         "models": sorted({row.model for row in files.results}),
         "variants": len({variant for group in groups if not group.is_dense for variant in group.variants}),
@@ -88,7 +89,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "accuracy_limit": MOST_ROWS if len(groups) > MOST_ROWS else None,
         "stages": _stages(files.run),
         "colours": COLOURS,
-        "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),
+        "skipped": sorted({(row.corpus_or_task, why) for row, why in skipped if not why.startswith(NOT_EVALUATED)}),
+        "not_evaluated": list(dict.fromkeys((r.variant, why) for r, why in skipped if why.startswith(NOT_EVALUATED))),
         "left_dense": left_dense[:MOST_LEFT_DENSE],
         "left_dense_count": len(left_dense),
         "left_dense_of": [(group.name, group.left_dense.text) for group in groups if group.left_dense.matrices],

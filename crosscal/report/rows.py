@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.files import write_whole
 
+NOT_EVALUATED = "not evaluated: "
+"""What `skipped` begins with in rows of a model that needed no evaluation."""
+
 
 @dataclass(frozen=True)
 class ResultRow:

@@ -3,9 +3,10 @@
 Log perplexity is taken for a function of the mean relative loss E on the same corpus. Where it begins is known from
 general-only calibration, and its slope is estimated from there to the dense model, of loss 0. That is steeper than the
 slope between mixtures (measured: twice as steep on one model, on another the perplexity first falls), so the first
-weight is a safe one, and what is measured there corrects the slope for the next: a secant from general-only; or,
-between one that keeps the rule and one that breaks it, the straight line between the two, which lies above a curve that
-bends upwards. What is taken in the end was measured to keep the rule, if need be general-only itself.
+weight is a safe one, and what is measured there corrects the slope for the next: a secant from general-only, or half
+of the way that is left where less than half of the bound was used; or, between one that keeps the rule and one that
+breaks it, the straight line between the two, which lies above a curve that bends upwards. What is taken in the end was
+measured to keep the rule, if need be general-only itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from scipy.interpolate import PchipInterpolator
 
 MOST_EVALUATED = 3
 """Besides the dense model and general-only calibration."""
-STEEPEST_CORRECTION = 4.0
+FLATTEST = 4.0
 """A measured slope counts as no flatter than a fourth of the estimate: else one flat stretch would ask for all."""
+LEAST_SLOPE = 1e-12
+"""Where general-only calibration is no worse than the dense model."""
 NEAR = 0.02
 """Weights that differ by less are not evaluated again."""
 LEAST_GAIN = 0.001
@@ -72,22 +75,27 @@ def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[floa
     """The largest weight whose loss on general text leaves log perplexity within `room` above general-only's, by what
     is known of the slope; no larger than where the domain's loss is smallest."""
     start = losses_at(losses, 0.0)[0]
-    first = max(slope(start, dense[0], evaluated[0.0][0]), 1e-12)
     above = {weight: math.log(pair[0] / evaluated[0.0][0]) for weight, pair in evaluated.items()}
     kept = max(weight for weight in evaluated if above[weight] <= room)
-    broken = [weight for weight in evaluated if above[weight] > room and weight > kept]
+    broken = min((weight for weight in evaluated if weight > kept), default=None)
     at_kept = losses_at(losses, kept)[0]
-    if broken:
-        at_broken = losses_at(losses, min(broken))[0]
-        share = (room - above[kept]) / (above[min(broken)] - above[kept])
-        most = at_kept + share * (at_broken - at_kept)
-    else:
-        known = (above[kept] / (at_kept - start)) if at_kept > start else first
-        most = start + room / max(known, first / STEEPEST_CORRECTION)
     weights = np.linspace(0.0, 1.0, 101)
     curves = np.array([losses_at(losses, float(weight)) for weight in weights])
-    allowed = weights[(curves[:, 0] <= most) & (weights <= weights[curves[:, 1].argmin()])]
-    return round(float(allowed.max(initial=0.0)), 2)
+    end = weights[curves[:, 1].argmin()]
+    if broken is not None:
+        share = (room - above[kept]) / (above[broken] - above[kept])
+        most = at_kept + share * (losses_at(losses, broken)[0] - at_kept)
+    else:
+        estimated = max(slope(start, dense[0], evaluated[0.0][0]), LEAST_SLOPE)
+        measured = above[kept] / (at_kept - start) if at_kept > start else estimated
+        most = start + room / max(measured, estimated / FLATTEST)
+    allowed = weights[(curves[:, 0] <= most) & (weights <= end)]
+    wanted = float(allowed.max(initial=0.0))
+    if broken is not None:
+        wanted = max(kept, min(wanted, broken - 2 * NEAR))  # beside one that breaks it by little is one that keeps it
+    elif kept > 0 and above[kept] <= room / 2:
+        wanted = max(wanted, (kept + float(end)) / 2)
+    return round(wanted, 2)
 
 
 def _gain(

@@ -1,0 +1,47 @@
+"""`evaluate: screen`: variants that another one of their level beats clearly in layer losses are not evaluated.
+
+Compared are variants of one level of compression and one draw that solved the same matrices, on held-out text of every
+corpus that the run calibrates on. One with sequential inputs has no such losses, and is always evaluated.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from crosscal.report.rows import NOT_EVALUATED, LayerRow
+from crosscal.search.screen import MARGIN, ruled_out
+from crosscal.variants import Variant
+
+
+def screened(
+    variants: Sequence[Variant], rows_of: Mapping[str, Sequence[LayerRow]], spared: Collection[str] = ()
+) -> dict[str, str]:
+    """Variant -> why it is not evaluated; `spared` are evaluated whatever they lose."""
+    alike: dict[object, dict[str, dict[str, float]]] = defaultdict(dict)
+    for variant in variants:
+        solved = [row for row in rows_of[variant.name] if not row.stays_dense]
+        if solved and all(row.corpus_losses is not None for row in solved):
+            level = tuple(amount.text for amount in variant.amounts)
+            alike[level, variant.seed, frozenset(row.layer for row in solved)][variant.name] = _means(solved)
+    found = {}
+    for losses in alike.values():
+        for name, better in ruled_out(losses).items():
+            if name not in spared:
+                found[name] = _reason(losses[name], losses[better], better)
+    return found
+
+
+def _means(solved: Sequence[LayerRow]) -> dict[str, float]:
+    """Corpus -> mean over matrices."""
+    of_corpora: dict[str, list[float]] = defaultdict(list)
+    for row in solved:
+        for corpus, loss in (row.corpus_losses or {}).items():
+            of_corpora[corpus].append(loss)
+    return {corpus: statistics.fmean(losses) for corpus, losses in of_corpora.items()}
+
+
+def _reason(own: Mapping[str, float], other: Mapping[str, float], better: str) -> str:
+    losses = ", ".join(f"{corpus} {own[corpus]:.3g} against {other[corpus]:.3g}" for corpus in own)
+    return f"{NOT_EVALUATED}{better} loses at least {MARGIN:.0%} less on every corpus ({losses})"

@@ -1,0 +1,142 @@
+"""Losses on each corpus's own held-out text against float64, for whatever mixture a matrix was solved on; and which
+variants they spare an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosscal.report.rows import NOT_EVALUATED, ResultRow, read_rows
+from crosscal.stages.candidates import Candidate, losses_of, measure_block, unmeasured
+from crosscal.stages.compress import Workshop
+from crosscal.stages.screen import screened
+from crosscal.stages.solve import rows_of_block, solve_block
+from crosscal.store import Store
+from crosscal.variants import Variant
+from tests.helpers.tiny_place import make_place
+from tests.helpers.tiny_run import collect, sample, tiny_source, variant, windows, workshop
+
+CORPORA = ("general", "legal")
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    """Two corpora of different tokens; each has two shards, which count by their weights."""
+    source, store = tiny_source(tmp_path / "model"), Store(tmp_path / "home")
+    samples = [
+        sample(store, corpus, windows(6, seed, low, high), windows(4, seed + 10, low, high))
+        for corpus, seed, low, high in (("general", 1, 3, 200), ("legal", 2, 150, 400))
+    ]
+    shop = workshop(tmp_path / "run", store, source, *samples)
+    collect(shop.cached, source, [key for each in samples for key in each.sets])
+    return dataclasses.replace(shop, measured_on=CORPORA)
+
+
+def mixed(name: str, alpha: float = 0.5, **more: object) -> Variant:
+    weights = {"general": 1 - alpha, "legal": alpha}
+    return variant(name, "sparsegpt", weights, **({"sparsity": 0.5} | more))
+
+
+@pytest.mark.parametrize("trace_normalised", [False, True])
+def test_losses_are_those_of_float64_on_each_corpus_alone(shop: Workshop, trace_normalised: bool) -> None:
+    solved = [
+        mixed("pruned", trace_normalised=trace_normalised),
+        mixed("legal alone", alpha=1.0),
+        variant("rounded", "gptq", {"general": 0.75, "legal": 0.25}, bits=3, group_size=32),
+    ]
+    problem = shop.problem(1, shop.cached)
+    found = solve_block(problem, solved)
+    for each in solved:
+        rows = {row.layer: row for row in found[each.name].rows}
+        for site in problem.sites:
+            for matrix in site.matrices:
+                before_OI = matrix.weight_OI(problem.parameters).double()
+                after_OI = found[each.name].dense[matrix.parameter].double()
+                losses = rows[f"{problem.name}.{matrix.name}"].corpus_losses
+                assert losses is not None
+                for corpus in CORPORA:
+                    hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
+                    for part in shop.samples[corpus, 0].held_out.parts:
+                        moments = shop.cached.read(part.key, block=1, site=site)
+                        hessian_II += part.weight * moments.gram_II.double()
+                    away_OI = before_OI - after_OI
+                    loss = torch.trace(away_OI @ hessian_II @ away_OI.T)
+                    energy = torch.trace(before_OI @ hessian_II @ before_OI.T)
+                    assert losses[corpus] == pytest.approx(float(loss / energy), rel=1e-3)
+
+
+def test_measuring_changes_no_solution(shop: Workshop) -> None:
+    each = mixed("pruned")
+    plain = dataclasses.replace(shop, measured_on=())
+    with_losses = solve_block(shop.problem(0, shop.cached), [each])["pruned"]
+    without = solve_block(plain.problem(0, shop.cached), [each])["pruned"]
+    assert all(torch.equal(with_losses.changed[name], tensor) for name, tensor in without.changed.items())
+    assert [row.heldout_relative_loss for row in with_losses.rows] == [r.heldout_relative_loss for r in without.rows]
+    assert all(row.corpus_losses is None for row in without.rows)
+
+
+def test_candidates_are_measured_once_whatever_they_are_called(shop: Workshop) -> None:
+    tried = [Candidate(mixed("a"), CORPORA), Candidate(mixed("b", alpha=0.25), CORPORA)]
+    assert losses_of(shop, tried[0]) is None
+    assert unmeasured(shop, tried) == [0, 1]
+    assert [measure_block(shop, block, tried) for block in (0, 1)] == [2, 2]
+    again = Candidate(dataclasses.replace(tried[0].variant, name="again"), CORPORA)
+    assert unmeasured(shop, [again, tried[1]]) == []
+    assert losses_of(shop, again) == losses_of(shop, tried[0])
+    rows = [row for b in (0, 1) for row in rows_of_block(shop.problem(b, shop.cached), [tried[0].variant])["a"]]
+    means = {c: sum((row.corpus_losses or {})[c] for row in rows) / len(rows) for c in CORPORA}
+    assert losses_of(shop, tried[0]) == pytest.approx(means)
+    assert unmeasured(shop, [Candidate(tried[0].variant, ("legal",))]) == [0, 1]
+
+
+def test_only_variants_of_one_level_that_solved_the_same_matrices_are_compared(shop: Workshop) -> None:
+    asked = [
+        variant("magnitude", "magnitude", None, sparsity=0.7),
+        mixed("good", sparsity=0.7),
+        mixed("lighter", sparsity=0.3),
+        dataclasses.replace(variant("left", "magnitude", None, sparsity=0.7), leave_dense=("*.down_proj",)),
+    ]
+    problem = shop.problem(0, shop.cached)
+    rows = rows_of_block(problem, asked)
+    found = screened(asked, rows)
+    assert set(found) == {"magnitude"}
+    assert found["magnitude"].startswith(f"{NOT_EVALUATED}good loses at least 5% less on every corpus (general 0.")
+    assert screened(asked, rows, spared=["magnitude"]) == {}
+    unknown = {name: [dataclasses.replace(row, corpus_losses=None) for row in own] for name, own in rows.items()}
+    assert screened(asked, unknown) == {}
+
+
+@pytest.mark.parametrize("keep_models", [True, False])
+def test_a_run_lists_what_it_did_not_evaluate_and_says_why(tmp_path: Path, keep_models: bool) -> None:
+    place = make_place(tmp_path)
+    sweep = [
+        {"method": ["sparsegpt", "magnitude"], "sparsity": 0.7, "domain": "legal", "alpha": 0.5},
+        {"method": "rtn", "bits": 4, "group_size": 32},
+    ]
+    place.write_plan(
+        compress=sweep,
+        evaluate={"windows": 4, "screen": True},
+        execution={"device": "cpu", "keep_models": keep_models},
+    )
+    for _ in range(2):
+        record = place.run()
+        rows = read_rows(place.run_dir / "results.jsonl", ResultRow)
+        spared = [row for row in rows if row.variant == "magnitude-70"]
+        assert {(row.corpus_or_task, row.split) for row in spared} == {
+            (corpus, split) for corpus in CORPORA for split in ("test", "validation")
+        }
+        assert all(row.value is None for row in spared)
+        assert all((row.skipped or "").startswith(f"{NOT_EVALUATED}sparsegpt-70-legal-a0.5 loses") for row in spared)
+        assert all(row.value is not None for row in rows if row.variant != "magnitude-70")
+        assert any("not evaluated" in note and "magnitude-70" in note for note in record["notes"])
+        assert record["failed"] == {}
+        assert (place.run_dir / "models" / "magnitude-70").is_dir() == keep_models
+        page = (place.run_dir / "report.html").read_text()
+        assert "1 variant not evaluated" in page
+        assert "magnitude-70: not evaluated: sparsegpt-70-legal-a0.5 loses" in page
+    layers = [json.loads(line) for line in (place.run_dir / "layers.jsonl").read_text().splitlines()]
+    assert {row["variant"] for row in layers} == {"sparsegpt-70-legal-a0.5", "magnitude-70", "rtn-w4g32"}
