@@ -18,12 +18,12 @@ from crosscal.compressors import ALLOCATE, COMPRESSORS, Amount, Placed, Sparsity
 from crosscal.compressors.allocation import check_allocator
 from crosscal.compressors.recipe import check_order
 from crosscal.errors import PlanError, UsageError
+from crosscal.mixtures import GENERAL, Asked, Search, asked_mixtures, mixture_name, own_mixtures
 from crosscal.plan import Compress, CompressionPlan
 from crosscal.plan.settings import OF_A_MIXTURE, Settings, combinations, default_of, example_of, needed
 from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
 
-GENERAL = "general"
 KEEP_DENSE = "keep-dense"
 """The fallback a plan may name: a matrix that cannot be solved stays as it is, and the report lists it."""
 BEGIN = ("correct", "transform", "prune", "quantize")
@@ -56,7 +56,7 @@ class Variant:
     name: str
     recipe: tuple[RecipeStep, ...]
     mixture: Mixture | None
-    """None for a recipe that needs no data."""
+    """None for a recipe that needs no data; what a search begins with until it is over."""
     upstream: str
     seed: int
     trace_normalised: bool
@@ -64,6 +64,10 @@ class Variant:
     """What the plan allows for matrices that cannot be solved; None stops the run."""
     leave_dense: tuple[str, ...] = ()
     """Patterns over the names of matrices that stay as they are."""
+    search: Search | None = None
+    """How the mixture is to be found; None once it is, or where the plan gives it."""
+    found_by: str | None = None
+    """How it was found, in words."""
 
     @property
     def method(self) -> str:
@@ -104,10 +108,16 @@ class Variant:
         """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
         return [self.mixture or reference, *(step.mixture for step in self.recipe if step.mixture)]
 
+    def with_mixture(self, mixture: Mixture) -> Variant:
+        """The variant once its mixture is found: the model that a plan with these weights asks for."""
+        found_by = self.search.text if self.search else self.found_by
+        return dataclasses.replace(self, mixture=mixture, search=None, found_by=found_by)
+
     @property
     def key(self) -> str:
         """Digest of everything about the variant but its name: a chain over the steps with their versions."""
         mixture, chain = self.mixture.as_dict() if self.mixture else None, [step.key for step in self.recipe]
+        mixture = self.search.key if self.search else mixture
         normalised = self.trace_normalised and "corpora"  # what has one trace: sets had it in earlier versions
         left = filter(None, [sorted(self.leave_dense)])
         return digest_of([chain, mixture, self.upstream, self.seed, normalised, self.fallback, *left])
@@ -138,7 +148,7 @@ def samples_needed(plan: CompressionPlan) -> list[tuple[str, int]]:
 def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Variant]:
     parts = entry.steps or [{"method": entry.method, **(entry.model_extra or {})}]
     with _said_of(where):
-        contexts = list(_mixtures(plan, entry.model_dump(), where))
+        contexts = list(asked_mixtures(plan, entry.model_dump(), where))
     recipes = [list(_recipes(plan, parts, domain, where, has_steps=entry.steps is not None)) for domain, _ in contexts]
     for same in zip(*recipes, strict=True):  # a setting on all mixtures, then the next one
         for recipe, (_, mixture) in zip(same, contexts, strict=True):
@@ -157,7 +167,7 @@ def _recipes(
 
 
 def _of_recipe(
-    plan: CompressionPlan, entry: Compress, recipe: tuple[RecipeStep, ...], mixture: Mixture, where: str
+    plan: CompressionPlan, entry: Compress, recipe: tuple[RecipeStep, ...], asked: Asked, where: str
 ) -> Iterator[Variant]:
     if "dense" in entry.upstream and takes_two_streams(step.step for step in recipe):
         pairing = next(step.method for step in recipe if takes_two_streams([step.step]))
@@ -170,12 +180,22 @@ def _of_recipe(
     data_free = not any(COMPRESSORS[step.method].needs for step in recipe)
     upstreams = ["dense"] if data_free else entry.upstream
     seeds = plan.seeds[:1] if data_free else plan.seeds
-    seen = None if data_free else mixture
+    seen = None if data_free else asked
+    search = seen if isinstance(seen, Search) else None
+    if search and "sequential" in upstreams:
+        raise PlanError(
+            "`auto` compares mixtures by layer losses on the dense model's inputs, which sequential ones are not",
+            where=where,
+            got=f"upstream {', '.join(upstreams)}",
+            do="Find the mixture with `upstream: dense`, and give its weights to a sequential entry.",
+        )
+    mixture = seen.start if isinstance(seen, Search) else seen
     normalised = entry.trace_normalised and not data_free
     for upstream, seed in itertools.product(upstreams, seeds):
         name = _name(recipe, seen, upstream, normalised)
         name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
-        yield Variant(name, recipe, seen, upstream, seed, normalised, entry.fallback, tuple(plan.leave_dense))
+        leave_dense = tuple(plan.leave_dense)
+        yield Variant(name, recipe, mixture, upstream, seed, normalised, entry.fallback, leave_dense, search)
 
 
 def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str) -> Iterator[RecipeStep]:
@@ -191,7 +211,7 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
             example = f"{missing[0]}: {example_of(method, missing[0])}"
             raise PlanError(f"{method} needs `{missing[0]}`", where=where, do=f"Add `{example}`.")
         with _said_of(where):
-            mixtures = list(_own_mixtures(plan, part, domain, where))
+            mixtures = list(own_mixtures(plan, part, domain, where))
             settings_list = list(combinations(method, axes))
             for settings in settings_list:
                 COMPRESSORS[method](**dict(settings))  # the settings' own checks speak now, not hours later
@@ -230,45 +250,10 @@ def _plain(value: Any) -> Any:
     return str(Sparsity.parse(value)) if isinstance(value, str) and ":" in value else value
 
 
-def _own_mixtures(
-    plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str
-) -> Iterator[Mixture | None]:
-    if not any(name in part for name in OF_A_MIXTURE):
-        yield None
-        return
-    said = {"alpha": [0.5], "domain": [domain] if domain else None, "mixture": None, **part}
-    as_lists = {name: value if value is None or isinstance(value, list) else [value] for name, value in said.items()}
-    yield from (mixture for _, mixture in _mixtures(plan, as_lists, where))
-
-
-def _mixtures(plan: CompressionPlan, said: Mapping[str, Any], where: str) -> Iterator[tuple[str | None, Mixture]]:
-    """(domain, mixture) of every combination of `domain` and `alpha`, or of every `mixture`."""
-    if said["mixture"] is not None:
-        yield from ((None, Mixture.of(weights)) for weights in said["mixture"])
-        return
-    if said["domain"] is None:
-        only = GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora)) if len(plan.corpora) == 1 else None
-        if only is None:
-            raise PlanError(
-                "which corpus to calibrate on?", where=where, do="Add `domain` and `alpha`, or a `mixture`."
-            )
-        yield None, Mixture.of({only: 1.0})
-        return
-    for domain, alpha in itertools.product(said["domain"], said["alpha"]):
-        if alpha < 1 and GENERAL not in plan.corpora:
-            raise PlanError(
-                "alpha below 1 needs a corpus named `general`",
-                where=where,
-                got=f"alpha {alpha:g}",
-                do="Add it, or set alpha: 1, or give a `mixture`.",
-            )
-        yield domain, Mixture.alpha(domain, alpha, GENERAL)
-
-
-def _name(recipe: Sequence[RecipeStep], mixture: Mixture | None, upstream: str, trace_normalised: bool) -> str:
+def _name(recipe: Sequence[RecipeStep], mixture: Asked | None, upstream: str, trace_normalised: bool) -> str:
     parts = [part for step in recipe for part in _step_name(step)]
     if mixture is not None:
-        parts.append(_mixture_name(mixture))
+        parts.append(mixture_name(mixture))
     if upstream != "dense":
         parts.append(upstream)
     if trace_normalised:
@@ -287,13 +272,4 @@ def _step_name(step: RecipeStep) -> Iterator[str]:
             text = f"{value:g}" if isinstance(value, float) else str(value).lower()
             yield name.replace("_", "") + ("" if value is True else text)
     if step.mixture is not None:
-        yield f"on-{_mixture_name(step.mixture)}"
-
-
-def _mixture_name(mixture: Mixture) -> str:
-    if len(mixture.weights) == 1:
-        return mixture.corpora[0]
-    if len(mixture.weights) == 2 and GENERAL in mixture.corpora:
-        domain = next(name for name in mixture.corpora if name != GENERAL)
-        return f"{domain}-a{mixture.as_dict()[domain]:g}"
-    return "-".join(f"{name}{weight:g}" for name, weight in mixture.weights)
+        yield f"on-{mixture_name(step.mixture)}"

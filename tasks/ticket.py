@@ -124,6 +124,7 @@ class Ticket:
             reference=self.reference,
             device=self.device,
             gradients=Gradients(CachedGradients(cached), samples) if self.over_gradients else None,
+            measured_on=tuple(n for n in self.parsed.corpora if all((n, s) in samples for s in self.parsed.seeds)),
         )
 
     def variants(self, upstream: str | None = None) -> list[Variant]:

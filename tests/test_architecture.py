@@ -59,7 +59,8 @@ ROOMS = {
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
-    "variants": ({"errors", "plan", *PURE, "store"}, set()),
+    "mixtures": ({"errors", "plan", "statistics"}, set()),
+    "variants": ({"errors", "plan", "mixtures", *PURE, "store"}, set()),
     "stages": (
         {"errors", "lanes", "progress", "variants", *PURE, *EDGES},
         {"torch", "transformers", "numpy", "psutil"},

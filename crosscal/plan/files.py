@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from crosscal.errors import PlanError
 from crosscal.files import format_of
 from crosscal.plan.domain import with_domain
+from crosscal.plan.search import KINDS
 from crosscal.plan.sections import (
     Calibration,
     Compress,
@@ -124,7 +125,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
-        field = ".".join(str(part) for part in location if part not in ("documents",)) or "plan"
+        field = ".".join(str(part) for part in location if part not in ("documents", *KINDS)) or "plan"
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"

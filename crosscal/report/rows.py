@@ -83,6 +83,9 @@ class LayerRow:
     """Of the low-rank part that the adapter adds; None where there is none."""
     written_dense: str | None = None
     """Why a rounded matrix is stored as dense numbers and not packed; None where it is packed, or not rounded."""
+    corpus_losses: dict[str, float] | None = None
+    """The held-out ratio under each corpus's own Hessian, whatever mixture the matrix was solved on; None where no step
+    of the run compares mixtures."""
 
     @property
     def stays_dense(self) -> bool:

@@ -60,6 +60,8 @@ class BlockProblem:
     """What was allotted, by the names of the variants with an allocator."""
     gradients: Gradients | None = None
     """Where some step needs them."""
+    measured_on: tuple[str, ...] = ()
+    """Corpora on whose own held-out text solutions are measured, whatever they were solved on."""
     why_dense: Callable[[str], str] = lambda parameter: ""
     """Of a parameter by its full name: why integers in its place cannot be written packed; empty where they can."""
 

@@ -31,7 +31,7 @@ from crosscal.stages.block_problem import BlockProblem, statistics_needed
 from crosscal.stages.folding import unfolded
 from crosscal.stages.gradients import Gradients
 from crosscal.stages.memory import free_bytes
-from crosscal.stages.moments import Cached, JustRead, MomentsReport
+from crosscal.stages.moments import DENSE, Cached, JustRead, MomentsReport
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
@@ -58,6 +58,8 @@ class Workshop:
     """Of the variants with an allocator, by name (see `crosscal.stages.allocate`)."""
     gradients: Gradients | None = None
     """Where some step needs them: the dense model's, also for a variant with sequential inputs."""
+    measured_on: tuple[str, ...] = ()
+    """Corpora on whose own held-out text every solution with dense inputs is measured."""
 
     def writer(self, variant: Variant) -> VariantWriter:
         return VariantWriter(self.folder / "models" / variant.name, self.source)
@@ -87,6 +89,7 @@ class Workshop:
             device=self.device,
             sparsities=self.sparsities,
             gradients=self.gradients,
+            measured_on=self.measured_on if cached.upstream == DENSE else (),
             why_dense=lambda parameter: self.source.packing.why_dense(parameter),
         )
 

@@ -21,6 +21,7 @@ from crosscal.models.export import Ints
 from crosscal.models.sites import Matrices, MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
+from crosscal.stages.corpus_losses import CorpusLosses, of_corpora
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve_site import Layer, left_dense_rows, parts_of, solve_site
 from crosscal.variants import Variant
@@ -48,23 +49,46 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     Raises `StatisticsError` naming the layer, `UnsupportedModel` for a matrix that has no statistics and that a variant
     does not leave dense.
     """
+    layers = _solved(problem, variants)
+    # Let go one by one: assembled, a variant's weights stand in tensors of their own.
+    return {variant.name: _assembled(problem, variant, layers.pop(variant)) for variant in variants}
+
+
+def rows_of_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, list[LayerRow]]:
+    """As `solve_block`, for whoever asks what is lost alone."""
+    solved = _solved(problem, variants)
+    return {variant.name: [layer.row for layer in solved.pop(variant)] for variant in variants}
+
+
+def _solved(problem: BlockProblem, variants: Sequence[Variant]) -> dict[Variant, list[Layer]]:
     groups = grouped(problem, variants)
     for variant in variants:
         Matrices(problem.sites, problem.left_dense).check(problem.name, variant.leave_dense)
     energies = {group: _energies(problem, group) for group in groups}
     solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
 
-    def solve(site: Site, group: Group, statistics: SiteStatistics) -> None:
+    def solve(site: Site, group: Group, statistics: SiteStatistics, losses: CorpusLosses) -> None:
         solved[site, group] = []
+        on_corpora = losses.of_draw(group.seed) if problem.measured_on else None
         for part, members in parts_of(problem, site, groups[group]).items():
             if part.matrices:
-                solved[site, group] += solve_site(problem, part, statistics, group, members, energies[group])
+                solved[site, group] += solve_site(
+                    problem, part, statistics, group, members, energies[group], on_corpora
+                )
         statistics.group_is_done()
 
     longest_first = sorted(problem.sites, key=lambda site: site.inputs, reverse=True)
     needs = needed(groups, problem.always_mixed)
+    needs |= {
+        group: needs.get(group, frozenset()) | each for group, each in of_corpora(problem.measured_on, needs).items()
+    }
     of_sites = [(site, SiteStatistics(problem, site, needs, users=len(groups))) for site in longest_first]
-    jobs = [functools.partial(solve, site, group, statistics) for site, statistics in of_sites for group in groups]
+    jobs = [
+        functools.partial(solve, site, group, statistics, losses)
+        for site, statistics in of_sites
+        for losses in [CorpusLosses(statistics, problem.measured_on)]
+        for group in groups
+    ]
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
@@ -72,8 +96,7 @@ def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str,
     for site, group in itertools.product(problem.sites, groups):
         for variant, layer in solved.pop((site, group)):
             layers[variant].append(layer)
-    # Let go one by one: assembled, a variant's weights stand in tensors of their own.
-    return {variant.name: _assembled(problem, variant, layers.pop(variant)) for variant in variants}
+    return layers
 
 
 def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:

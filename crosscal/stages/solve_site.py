@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
 from crosscal.stages.block_problem import MEASURED, BlockProblem, Energies, Group, SiteStatistics
+from crosscal.stages.corpus_losses import Measure
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
 
@@ -44,8 +46,10 @@ def solve_site(
     group: Group,
     members: Sequence[Variant],
     energies: Energies,
+    on_corpora: Measure | None = None,
 ) -> Iterator[tuple[Variant, Layer]]:
-    """Every matrix of a site for every variant of a group, with its losses on both sets of windows.
+    """Every matrix of a site for every variant of a group, with its losses on both sets of windows, and on each corpus
+    where that is asked for.
 
     Raises `StatisticsError` naming the site or layer, unless the variant names `keep-dense` as its fallback: then its
     matrices stay as they are, and their rows say why. So do those whose inputs no group size of the recipe divides.
@@ -68,7 +72,9 @@ def solve_site(
                 stacks += [[variant] for variant in together]  # which of them cannot be solved?
     held_out = _held_out(statistics, group) if solutions and problem.cached.measures_losses else None
     for together, done in solutions:
-        yield from _measured(problem, site, together, done, held_out, energies)
+        for variant, layer, solved in _measured(problem, site, together, done, held_out, energies):
+            losses = on_corpora(solved, layer.solution) if on_corpora else None
+            yield variant, dataclasses.replace(layer, row=dataclasses.replace(layer.row, corpus_losses=losses))
 
 
 def parts_of(problem: BlockProblem, site: Site, members: Sequence[Variant]) -> dict[Site, list[Variant]]:
@@ -138,7 +144,7 @@ def _measured(
     done: _Solved,
     held_out: Statistics | None,
     energies: Energies,
-) -> Iterator[tuple[Variant, Layer]]:
+) -> Iterator[tuple[Variant, Layer, LayerProblem]]:
     held_out_II = held_out.hessian_II if held_out else None
     mean_I = held_out.get(Statistic.SUM) if held_out else None
     streams = Streams.of(held_out.get) if held_out else None
@@ -150,7 +156,7 @@ def _measured(
         for variant, solution in zip(members, answers, strict=True):
             loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I, streams)
             row = _row(problem, site, variant, layer, solution, loss, done)
-            yield variant, Layer(matrix, solution, row)
+            yield variant, Layer(matrix, solution, row), layer
 
 
 def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from crosscal.errors import MissingArtifact
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.compress import Workshop
+from crosscal.stages.moments import DENSE
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve import solve_block
 from crosscal.store import digest_of
@@ -75,5 +77,7 @@ def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> 
     samples = {corpus: shop.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}
     sums = [over_sums(each, samples, held_out=held_out).weights for each in mixtures for held_out in (False, True)]
     fields = [field.name for field in dataclasses.fields(LayerRow)]
-    measured = [] if shop.cached.measures_losses else ["without losses"]
+    measured: list[Any] = [] if shop.cached.measures_losses else ["without losses"]
+    if shop.measured_on and variant.upstream == DENSE:
+        measured.append([[shop.samples[corpus, variant.seed].held_out.key, corpus] for corpus in shop.measured_on])
     return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sums, block, *measured])

@@ -1,0 +1,81 @@
+"""What solved matrices lose on each corpus's own held-out text, whatever mixture of corpora they were solved on.
+
+    relative loss on corpus k = tr(D H_k Dᵀ) / tr(W H_k Wᵀ),   D = W - V, H_k = E[x xᵀ] over held-out windows of k
+
+These numbers compare mixtures with each other: the loss on a solution's own mixture has another measure for each.
+
+Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from crosscal.compressors import LayerProblem, LayerSolution, Need, Statistic, Statistics, quadratic_loss
+from crosscal.compressors.problem import output_loss
+from crosscal.errors import EmptyStatistics
+from crosscal.stages.block_problem import Group, SiteStatistics
+from crosscal.statistics import Mixture
+
+Measure = Callable[[LayerProblem, LayerSolution], dict[str, float]]
+"""A matrix and its solution -> corpus -> relative loss."""
+LOSSES_TAKE = frozenset({Statistic.GRAM, Statistic.SUM})
+
+
+def of_corpora(corpora: Sequence[str], groups: Mapping[Group, frozenset[Need]]) -> dict[Group, frozenset[Need]]:
+    """What the corpora's own losses take besides what the groups of one solve need: H, and the mean input where some
+    step changes biases."""
+    measured = (frozenset[Need]().union(*groups.values()) | {Statistic.GRAM}) & LOSSES_TAKE
+    seeds = dict.fromkeys(group.seed for group in groups)
+    return {alone(corpus, seed): measured for seed in seeds for corpus in corpora}
+
+
+def alone(corpus: str, seed: int) -> Group:
+    """One corpus for itself."""
+    return Group(Mixture.of({corpus: 1.0}), seed, trace_normalised=False)
+
+
+class CorpusLosses:
+    """Losses of one site's matrices on some corpora; energies are computed once, whichever lane asks first."""
+
+    def __init__(self, statistics: SiteStatistics, corpora: Iterable[str]) -> None:
+        self._statistics, self._corpora = statistics, tuple(corpora)
+        self._lock = threading.Lock()
+        self._energies: dict[tuple[Group, str], float] = {}
+
+    def of_draw(self, seed: int) -> Measure:
+        """What measures solutions on the held-out windows of one draw."""
+        held_out = dict(self._held_out(seed))
+        return lambda layer, solution: {
+            group.mixture.corpora[0]: loss
+            for group, statistics in held_out.items()
+            if (loss := self._loss(group, statistics, layer, solution)) is not None
+        }
+
+    def _held_out(self, seed: int) -> Iterator[tuple[Group, Statistics]]:
+        """Of every corpus of which some held-out token came by: an expert may have none."""
+        for corpus in self._corpora:
+            group = alone(corpus, seed)
+            try:
+                yield group, self._statistics(group, held_out=True)[0]
+            except EmptyStatistics:
+                continue
+
+    def _loss(self, group: Group, statistics: Statistics, layer: LayerProblem, solution: LayerSolution) -> float | None:
+        """None where the dense matrix makes nothing of the inputs: a ratio to nothing is no loss."""
+        energy = self._energy(group, statistics, layer)
+        if energy <= 0:
+            return None
+        difference_OI, mean_I = layer.weight_OI - solution.weight_OI, statistics.get(Statistic.SUM)
+        loss = output_loss(difference_OI, statistics.hessian_II, solution.bias_change_O, mean_I)
+        return max(0.0, loss) / energy  # below 0 by roundoff alone
+
+    def _energy(self, group: Group, statistics: Statistics, layer: LayerProblem) -> float:
+        with self._lock:
+            known = self._energies.get((group, layer.name))
+        if known is None:
+            known = quadratic_loss(layer.weight_OI, statistics.hessian_II)
+            with self._lock:
+                self._energies[group, layer.name] = known
+        return known
