@@ -16,6 +16,7 @@ from prefect.task_runners import TaskRunner
 
 from crosscal.compressors import takes_two_streams
 from crosscal.flows.cluster import cluster
+from crosscal.flows.mixtures import find_mixtures
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
@@ -77,6 +78,10 @@ def carry_out(
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
+        choices: list[dict[str, Any]] = []
+        if any(variant.search for variant in ticket.variants()):
+            with watch.stage("mixtures"):
+                ticket, choices = find_mixtures(workers, ticket)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
@@ -90,7 +95,7 @@ def carry_out(
         judged = step(evaluate_models, ticket, stored)
     mark("evaluated")
     record = _record(ticket, watch, corpora, readings, [*known["notes"], *judged["notes"]])
-    record |= {"calibration_quality": quality, "failed": judged["failed"]}
+    record |= {"calibration_quality": quality, "failed": judged["failed"], "choices": choices}
     write_run_record(run_dir, record)
     with watch.stage("report"):
         step(make_report, str(run_dir))

@@ -50,6 +50,8 @@ class Ticket:
     samples: list[dict[str, Any]] = field(default_factory=list)
     to_make: list[str] | None = None
     """Names of the variants whose models are wanted, or whose numbers are not known yet; None before that is found."""
+    mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Variant → the weights that were found, where the plan leaves them open."""
 
     @property
     def parsed(self) -> CompressionPlan:
@@ -124,13 +126,14 @@ class Ticket:
             reference=self.reference,
             device=self.device,
             gradients=Gradients(CachedGradients(cached), samples) if self.over_gradients else None,
-            measured_on=tuple(n for n in self.parsed.corpora if all((n, s) in samples for s in self.parsed.seeds)),
         )
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
         """All of the plan, or those of one upstream."""
         asked = _asked(json.dumps(self.plan))[1]
-        return [variant for variant in asked if upstream in (None, variant.upstream)]
+        found = {name: Mixture.of(weights) for name, weights in self.mixtures.items()}
+        known = [v.with_mixture(found[v.name]) if v.name in found else v for v in asked]
+        return [variant for variant in known if upstream in (None, variant.upstream)]
 
     def variants_to_make(self, upstream: str | None = None) -> list[Variant]:
         return [v for v in self.variants(upstream) if self.to_make is None or v.name in self.to_make]

@@ -60,9 +60,10 @@ ROOMS = {
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "mixtures": ({"errors", "plan", "statistics"}, set()),
+    "search": (set(), {"numpy", "scipy"}),
     "variants": ({"errors", "plan", "mixtures", *PURE, "store"}, set()),
     "stages": (
-        {"errors", "lanes", "progress", "variants", *PURE, *EDGES},
+        {"errors", "lanes", "progress", "mixtures", "search", "variants", *PURE, *EDGES},
         {"torch", "transformers", "numpy", "psutil"},
     ),
     "cli": (

@@ -106,10 +106,12 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 
 
 def statistics_needed(asked: Iterable[Variant]) -> frozenset[Statistic]:
-    """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it. Without it
-    no loss can be measured, of any variant. Sums of two streams are summed for the variants that declare them alone."""
-    needs = (_with_measure(step.step.needs) for variant in asked for step in variant.recipe)
-    return frozenset(VECTORS).union(*map(of_inputs, needs))
+    """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it, or a
+    mixture is to be found. Without it no loss can be measured, of any variant. Sums of two streams are summed for the
+    variants that declare them alone."""
+    needs = [_with_measure(step.step.needs) for variant in asked for step in variant.recipe]
+    compared = [frozenset({Statistic.GRAM}) for variant in asked if variant.search or variant.found_by]
+    return frozenset(VECTORS).union(*map(of_inputs, needs), *compared)
 
 
 def gradients_needed(asked: Iterable[Variant], reference: Mixture) -> set[tuple[str, int]]:

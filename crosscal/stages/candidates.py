@@ -1,0 +1,85 @@
+"""What a variant would lose on each corpus with some other mixture: solved, measured, and not kept as a model.
+
+One artifact per (candidate, block): every matrix's held-out loss on each corpus. The key is that of the candidate's own
+solution, with the corpora that it is measured on, so that whoever asks again, in whatever run, reads a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from crosscal.errors import StatisticsError
+from crosscal.stages.allocate import allocated
+from crosscal.stages.compress import Workshop
+from crosscal.stages.solve import rows_of_block
+from crosscal.stages.solved_blocks import solution_key
+from crosscal.store import digest_of
+from crosscal.variants import Variant
+
+FORMAT = 1  # a change of what is measured makes new keys
+KIND = "losses"
+FILE = "losses.json"
+
+Losses = Mapping[str, float]
+"""Corpus -> mean relative loss of the solved matrices on its held-out text."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant on some mixture, and the corpora whose losses are asked for."""
+
+    variant: Variant
+    corpora: tuple[str, ...]
+
+
+def measure_block(shop: Workshop, block: int, candidates: Sequence[Candidate]) -> int:
+    """See that the store has what these candidates lose in a block; returns how many were solved."""
+    store = shop.cached.store
+    missing = [one for one in candidates if store.find(KIND, _key(shop, one, block)) is None]
+    if missing:
+        corpora = tuple(sorted({corpus for one in missing for corpus in one.corpora}))
+        variants = [one.variant for one in missing]
+        problem = dataclasses.replace(allocated(shop, variants), measured_on=corpora).problem(block, shop.cached)
+        found = rows_of_block(problem, variants)
+        for one in missing:
+            rows = [row for row in found[one.variant.name] if not row.stays_dense]
+            losses = {row.layer: _only(one.corpora, row.corpus_losses or {}) for row in rows}
+            provenance = {"model": shop.cached.model, "variant": one.variant.name, "block": block}
+            with store.publish(KIND, _key(shop, one, block), provenance) as folder:
+                (folder / FILE).write_text(json.dumps(losses))
+    return len(missing)
+
+
+def unmeasured(shop: Workshop, candidates: Sequence[Candidate]) -> list[int]:
+    """Blocks in which some candidate's losses are not known."""
+    find, blocks = shop.cached.store.find, range(shop.source.blocks)
+    return [block for block in blocks if any(find(KIND, _key(shop, one, block)) is None for one in candidates)]
+
+
+def losses_of(shop: Workshop, candidate: Candidate) -> Losses | None:
+    """Over the matrices of all blocks, each counting once; None where some block was not measured."""
+    of_corpora: dict[str, list[float]] = {corpus: [] for corpus in candidate.corpora}
+    for block in range(shop.source.blocks):
+        artifact = shop.cached.store.find(KIND, _key(shop, candidate, block))
+        if artifact is None:
+            return None
+        for of_layer in json.loads(shop.cached.store.read_bytes(artifact, FILE)).values():
+            for corpus, loss in of_layer.items():
+                of_corpora[corpus].append(loss)
+    if any(not losses for losses in of_corpora.values()):
+        none = next(corpus for corpus, losses in of_corpora.items() if not losses)
+        raise StatisticsError("no matrix has a loss on held-out text", where=f"{candidate.variant.name}, {none}")
+    return {corpus: statistics.fmean(losses) for corpus, losses in of_corpora.items()}
+
+
+def _key(shop: Workshop, candidate: Candidate, block: int) -> str:
+    measured = dataclasses.replace(shop, measured_on=candidate.corpora)
+    return digest_of([FORMAT, solution_key(measured, candidate.variant, block)])
+
+
+def _only(corpora: Sequence[str], losses: Losses) -> dict[str, float]:
+    return {corpus: loss for corpus, loss in losses.items() if corpus in corpora}
