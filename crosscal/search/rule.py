@@ -1,0 +1,98 @@
+"""The weight of a domain that is best for it and keeps general perplexity within a bound, at few models evaluated.
+
+Log perplexity is taken for a function of the mean relative loss E on the same corpus. Where it begins is known from
+general-only calibration, and its slope is estimated from there to the dense model, of loss 0. That is steeper than the
+slope between mixtures (measured: twice as steep on one model, on another the perplexity first falls), so the first
+weight is a safe one, and what is measured there corrects the slope for the next: a secant from general-only; or,
+between one that keeps the rule and one that breaks it, the straight line between the two, which lies above a curve that
+bends upwards. What is taken in the end was measured to keep the rule, if need be general-only itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+MOST_EVALUATED = 3
+"""Besides the dense model and general-only calibration."""
+STEEPEST_CORRECTION = 4.0
+"""A measured slope counts as no flatter than a fourth of the estimate: else one flat stretch would ask for all."""
+NEAR = 0.02
+"""Weights that differ by less are not evaluated again."""
+LEAST_GAIN = 0.001
+"""Of log perplexity on the domain: what gains less is not worth an evaluation."""
+
+Pair = Sequence[float]
+"""(general, domain)."""
+
+
+def next_weight(
+    losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], within: float
+) -> float | None:
+    """What to evaluate next; None once nothing is to be gained.
+
+    `losses`: weight -> mean relative losses, 0 and 1 among them; `dense`: perplexities; `evaluated`: weight ->
+    perplexities, all on validation windows.
+    """
+    if 0.0 not in evaluated:
+        return 0.0
+    tried = [weight for weight in evaluated if weight > 0.0]
+    if len(tried) >= MOST_EVALUATED or losses[0.0][0] <= 0 or losses[0.0][1] <= 0:
+        return None
+    wanted = _estimate(losses, dense, evaluated, math.log1p(within))
+    taken = chosen_weight(evaluated, within)
+    if any(abs(wanted - weight) < NEAR for weight in evaluated):
+        return None
+    return wanted if _gain(losses, dense, evaluated, taken, wanted) >= LEAST_GAIN else None
+
+
+def chosen_weight(evaluated: Mapping[float, Pair], within: float) -> float:
+    """Of those evaluated that keep the rule, that of the lowest perplexity on the domain; 0 always keeps it."""
+    most = evaluated[0.0][0] * (1.0 + within)
+    kept = [weight for weight in sorted(evaluated) if weight == 0.0 or evaluated[weight][0] <= most]
+    return min(kept, key=lambda weight: evaluated[weight][1])
+
+
+def losses_at(losses: Mapping[float, Pair], weight: float) -> tuple[float, float]:
+    """Between weights that were solved: cubic, monotone where they are."""
+    known = sorted(losses)
+    general, domain = PchipInterpolator(known, [tuple(losses[each]) for each in known])(weight)
+    return float(general), float(domain)
+
+
+def slope(loss: float, dense: float, compressed: float) -> float:
+    """Of log perplexity over loss, from the dense model to a compressed one."""
+    return math.log(compressed / dense) / loss
+
+
+def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], room: float) -> float:
+    """The largest weight whose loss on general text leaves log perplexity within `room` above general-only's, by what
+    is known of the slope; no larger than where the domain's loss is smallest."""
+    start = losses_at(losses, 0.0)[0]
+    first = max(slope(start, dense[0], evaluated[0.0][0]), 1e-12)
+    above = {weight: math.log(pair[0] / evaluated[0.0][0]) for weight, pair in evaluated.items()}
+    kept = max(weight for weight in evaluated if above[weight] <= room)
+    broken = [weight for weight in evaluated if above[weight] > room and weight > kept]
+    at_kept = losses_at(losses, kept)[0]
+    if broken:
+        at_broken = losses_at(losses, min(broken))[0]
+        share = (room - above[kept]) / (above[min(broken)] - above[kept])
+        most = at_kept + share * (at_broken - at_kept)
+    else:
+        known = (above[kept] / (at_kept - start)) if at_kept > start else first
+        most = start + room / max(known, first / STEEPEST_CORRECTION)
+    weights = np.linspace(0.0, 1.0, 101)
+    curves = np.array([losses_at(losses, float(weight)) for weight in weights])
+    allowed = weights[(curves[:, 0] <= most) & (weights <= weights[curves[:, 1].argmin()])]
+    return round(float(allowed.max(initial=0.0)), 2)
+
+
+def _gain(
+    losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], taken: float, wanted: float
+) -> float:
+    """By how much log perplexity on the domain may be lower at a weight than at the one taken so far."""
+    of_domain = slope(losses[0.0][1], dense[1], evaluated[0.0][1])
+    return of_domain * (losses_at(losses, taken)[1] - losses_at(losses, wanted)[1])
