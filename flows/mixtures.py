@@ -11,22 +11,34 @@ from crosscal.flows.steps import step, step_each, step_report
 from crosscal.tasks.mixtures import (
     Wanted,
     choose_mixtures,
+    evaluate_candidate,
     measure_candidates,
+    measure_dense,
+    ruled_variants,
     unmeasured_blocks,
     wanted_candidates,
+    wanted_model,
 )
 from crosscal.tasks.model import blocks_side_by_side
 from crosscal.tasks.ticket import Ticket
 
 
-def find_mixtures(workers: TaskRunner | None, ticket: Ticket) -> tuple[Ticket, list[dict[str, Any]]]:
+def find_mixtures(
+    workers: TaskRunner | None, ticket: Ticket, stored: dict[str, str]
+) -> tuple[Ticket, list[dict[str, Any]]]:
     """The ticket with every mixture known, and what each search came to.
 
-    A round solves what all searches want next, block by block, side by side or on workers.
+    A round solves what all searches want next, block by block, side by side or on workers. Then, for rules on
+    perplexity, candidates are evaluated one after another: what is next depends on the last.
     """
     while wanted := wanted_candidates(ticket):
         _measure(workers, ticket, wanted)
-    choices = step(choose_mixtures, ticket)
+    dense: dict[str, dict[str, float]] = {}
+    for name in ruled_variants(ticket):
+        dense[name] = step(measure_dense, ticket, stored, name)
+        while (weights := wanted_model(ticket, stored, name, dense[name])) is not None:
+            step(evaluate_candidate, ticket, stored, name, weights)
+    choices = step(choose_mixtures, ticket, stored, dense)
     return dataclasses.replace(ticket, mixtures={one["variant"]: one["weights"] for one in choices}), choices
 
 

@@ -21,6 +21,7 @@ from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
 from crosscal.tasks.corpora import draw_sample, ingest_corpus
+from crosscal.tasks.mixtures import discard_candidates
 from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
@@ -81,10 +82,11 @@ def carry_out(
         choices: list[dict[str, Any]] = []
         if any(variant.search for variant in ticket.variants()):
             with watch.stage("mixtures"):
-                ticket, choices = find_mixtures(workers, ticket)
+                ticket, choices = find_mixtures(workers, ticket, stored)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
+            discard_candidates(ticket)
             summarise_blocks(workers, ticket)
             solve_blocks(workers, ticket)
             sequential = ticket.variants_to_make("sequential")

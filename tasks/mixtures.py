@@ -1,32 +1,51 @@
-"""Finding the mixtures that a plan leaves open: candidates solved and measured block by block, then a choice."""
+"""Finding the mixtures that a plan leaves open: candidates solved and measured block by block, then a choice.
+
+Where a rule on perplexity is asked for some candidates become models, in `candidates/` of the run directory, and are
+evaluated on validation windows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefect import task
 
+from crosscal.corpora import load_corpus
+from crosscal.evaluation import VALIDATION
 from crosscal.files import write_whole
-from crosscal.stages.candidates import Candidate, measure_block, unmeasured
-from crosscal.stages.choose_mixture import candidate, candidates_wanted, choice
+from crosscal.lanes import side_by_side
+from crosscal.mixtures import GENERAL
+from crosscal.report.rows import LayerRow
+from crosscal.stages.allocate import allocated
+from crosscal.stages.candidates import Candidate, keep_losses, measure_block, unmeasured
+from crosscal.stages.choose_by_rule import model_wanted, perplexities_of, ruled_choice
+from crosscal.stages.choose_mixture import candidate, candidates_wanted, choice, search_of
+from crosscal.stages.compress import Workshop, blocks_at_once, compress_block, layer_rows, publish_variant
+from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
+from crosscal.stages.heldout_text import HeldOutText, windows_for
+from crosscal.stages.made_variants import made_before, note_made
 from crosscal.tasks.options import PLAIN, RETRIED
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.results import DENSE, cutting_of
+from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
-CHOICES = "choices.json"
-
-
+CHOICES, CANDIDATES = "choices.json", "candidates"
 Wanted = list[tuple[str, list[float]]]
 """(variant, weights) of candidates, the weights in the order of the search's corpora."""
+Dense = Mapping[str, Mapping[str, float]]
+"""Variant with a rule -> corpus -> perplexity of the dense model on validation windows."""
 
 
 def wanted_candidates(ticket: Ticket) -> Wanted:
     """What is to be solved next to find the mixtures that are open."""
-    found = candidates_wanted(ticket.workshop(), _open_variants(ticket))
+    found = candidates_wanted(ticket.workshop(), open_variants(ticket))
     return [(variant.name, list(weights)) for variant, weights in found]
 
 
@@ -42,24 +61,109 @@ def measure_candidates(ticket: Ticket, block: int, wanted: Wanted) -> int:
     return block
 
 
+@task(name="measure-dense", task_run_name="dense model for {name}", **PLAIN)
+def measure_dense(ticket: Ticket, stored: dict[str, str], name: str) -> dict[str, float]:
+    """Corpus -> perplexity of the dense model on the validation windows that a variant's rule is judged on."""
+    with task_report() as report:
+        exam = _rule_exam(ticket, stored, _variant(ticket, name))
+        return perplexities_of(measure(exam, ticket.source().path, name=DENSE, report=report))
+
+
+def wanted_model(ticket: Ticket, stored: dict[str, str], name: str, dense: Mapping[str, float]) -> list[float] | None:
+    """The weights that a variant with a rule wants evaluated next; None once it is settled."""
+    variant = _variant(ticket, name)
+    wanted = model_wanted(ticket.workshop(), variant, _rule_exam(ticket, stored, variant), dense)
+    return None if wanted is None else list(wanted)
+
+
+@task(name="evaluate-candidate", task_run_name="evaluate {name} at {weights}", **PLAIN)
+def evaluate_candidate(ticket: Ticket, stored: dict[str, str], name: str, weights: list[float]) -> None:
+    """Make a model of a candidate, and measure it on validation windows of general text and the domain."""
+    variant = _variant(ticket, name)
+    one, exam = candidate(variant, tuple(weights)), _rule_exam(ticket, stored, variant)
+    shop = dataclasses.replace(ticket.workshop(), folder=Path(ticket.run_dir) / CANDIDATES)
+    made = made_before(shop, one.variant)
+    with task_report() as report:
+        if made is not None and made.is_whole(shop.source.blocks):
+            measure(exam, Path(made.folder), files=made.files, name=one.variant.name, report=report)
+            return
+        folder, rows = _model_of(ticket, shop, one)
+        files = checkpoint_files(folder, one.variant.name, report)
+        measure(exam, folder, files=files, name=one.variant.name, report=report)
+    note_made(shop, one.variant, files, rows, keep_earlier=False)
+
+
+def _model_of(ticket: Ticket, shop: Workshop, one: Candidate) -> tuple[Path, list[LayerRow]]:
+    """The folder of a candidate's model and its rows, its losses being kept on the way."""
+    shop, blocks = allocated(shop, [one.variant]), range(shop.source.blocks)
+    measured = dataclasses.replace(shop, measured_on=one.corpora)
+    jobs = [functools.partial(compress_block, measured, block, [one.variant]) for block in blocks]
+    side_by_side(jobs, ticket.device, most=blocks_at_once(shop, [one.variant]) if ticket.device == "cpu" else 1)
+    rows = layer_rows(shop, [one.variant])
+    for block in blocks:
+        keep_losses(shop, block, one, [row for row in rows if row.block == block])
+    return publish_variant(shop, one.variant), rows
+
+
 @task(name="choose", task_run_name="choose mixtures", **PLAIN)
-def choose_mixtures(ticket: Ticket) -> list[dict[str, Any]]:
+def choose_mixtures(ticket: Ticket, stored: dict[str, str], dense: Dense) -> list[dict[str, Any]]:
     """What every search came to, also in `choices.json`. What the run directory holds of another choice is removed."""
     shop, file = ticket.workshop(), Path(ticket.run_dir) / CHOICES
-    found = [choice(shop, variant).as_json() for variant in _open_variants(ticket)]
+    found = [
+        ruled_choice(shop, variant, _rule_exam(ticket, stored, variant), dense[variant.name])
+        if variant.name in dense
+        else choice(shop, variant)
+        for variant in open_variants(ticket)
+    ]
     before = {one["variant"]: one["weights"] for one in json.loads(file.read_text())} if file.is_file() else {}
     for one in found:
-        if before.get(one["variant"], one["weights"]) != one["weights"]:
+        if before.get(one.variant, one.weights) != one.weights:
             for folder in ("models", "layers"):
-                shutil.rmtree(Path(ticket.run_dir) / folder / one["variant"], ignore_errors=True)
-    write_whole(file, json.dumps(found, indent=1, allow_nan=False))
-    return found
+                shutil.rmtree(Path(ticket.run_dir) / folder / one.variant, ignore_errors=True)
+    write_whole(file, json.dumps([one.as_json() for one in found], indent=1, allow_nan=False))
+    return [one.as_json() for one in found]
 
 
-def _open_variants(ticket: Ticket) -> list[Variant]:
+def open_variants(ticket: Ticket) -> list[Variant]:
+    """Those whose mixture is still to be found."""
     return [variant for variant in ticket.variants() if variant.search is not None]
 
 
+def ruled_variants(ticket: Ticket) -> list[str]:
+    """Names of those that are found under a rule on perplexity."""
+    return [v.name for v in open_variants(ticket) if v.search and v.search.general_within is not None]
+
+
+def discard_candidates(ticket: Ticket) -> None:
+    """Remove the models of candidates, once that of the chosen mixture is taken over from them."""
+    shutil.rmtree(Path(ticket.run_dir) / CANDIDATES, ignore_errors=True)
+
+
+def _variant(ticket: Ticket, name: str) -> Variant:
+    return next(variant for variant in open_variants(ticket) if variant.name == name)
+
+
 def _candidates(ticket: Ticket, wanted: Wanted) -> list[Candidate]:
-    by_name = {variant.name: variant for variant in _open_variants(ticket)}
-    return [candidate(by_name[name], tuple(weights)) for name, weights in wanted]
+    return [candidate(_variant(ticket, name), tuple(weights)) for name, weights in wanted]
+
+
+def _rule_exam(ticket: Ticket, stored: Mapping[str, str], variant: Variant) -> Examination:
+    """Validation windows of general text and the domain, cut as for the run's models; no test text, no questions."""
+    source, cutting, plan = ticket.source(), cutting_of(ticket.parsed), ticket.parsed
+    texts = []
+    for name in (GENERAL, search_of(variant).domain):
+        corpus = load_corpus(ticket.store, stored[name], ticket.versions.get(stored[name]))
+        named = dataclasses.replace(corpus, name=name)
+        texts.append(HeldOutText(name, VALIDATION, windows_for(ticket.store, named, VALIDATION, source, cutting)))
+    empty = examination(
+        ticket.store,
+        [],
+        source,
+        cutting,
+        tasks=[],
+        limit=None,
+        batch_tokens=plan.evaluate.batch_tokens,
+        device=ticket.device,
+        dtype=getattr(torch, ticket.dtype),
+    )
+    return dataclasses.replace(empty, texts=tuple(texts))

@@ -89,7 +89,8 @@ def groups_of(
     """One group for the rows that differ by seed alone, in the order of their first appearance."""
     by_key: dict[str, list[ResultRow]] = defaultdict(list)
     for row in results:
-        same = [_stem(row), row.model, row.method, row.setting, row.upstream, row.mixture]
+        mixture = row.found_by or row.mixture  # what is found differs from draw to draw
+        same = [_stem(row), row.model, row.method, row.setting, row.upstream, mixture]
         by_key[json.dumps(same, sort_keys=True)].append(row)
     layers_of: dict[str, list[LayerRow]] = defaultdict(list)
     for layer in layers:

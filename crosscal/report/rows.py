@@ -41,6 +41,8 @@ class ResultRow:
     says. Empty for the dense model and in rows of earlier versions."""
     begin_token: bool | None = None
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
+    found_by: str | None = None
+    """How the mixture was found where the plan left it open, in words; None where the plan gives it."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from crosscal.errors import StatisticsError
+from crosscal.report.rows import LayerRow
 from crosscal.stages.allocate import allocated
 from crosscal.stages.compress import Workshop
 from crosscal.stages.solve import rows_of_block
@@ -46,12 +47,17 @@ def measure_block(shop: Workshop, block: int, candidates: Sequence[Candidate]) -
         problem = dataclasses.replace(allocated(shop, variants), measured_on=corpora).problem(block, shop.cached)
         found = rows_of_block(problem, variants)
         for one in missing:
-            rows = [row for row in found[one.variant.name] if not row.stays_dense]
-            losses = {row.layer: _only(one.corpora, row.corpus_losses or {}) for row in rows}
-            provenance = {"model": shop.cached.model, "variant": one.variant.name, "block": block}
-            with store.publish(KIND, _key(shop, one, block), provenance) as folder:
-                (folder / FILE).write_text(json.dumps(losses))
+            keep_losses(shop, block, one, found[one.variant.name])
     return len(missing)
+
+
+def keep_losses(shop: Workshop, block: int, candidate: Candidate, rows: Iterable[LayerRow]) -> None:
+    """Put into the store what a candidate loses in a block."""
+    solved = [row for row in rows if not row.stays_dense]
+    losses = {row.layer: _only(candidate.corpora, row.corpus_losses or {}) for row in solved}
+    provenance = {"model": shop.cached.model, "variant": candidate.variant.name, "block": block}
+    with shop.cached.store.publish(KIND, _key(shop, candidate, block), provenance) as folder:
+        (folder / FILE).write_text(json.dumps(losses))
 
 
 def unmeasured(shop: Workshop, candidates: Sequence[Candidate]) -> list[int]:

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crosscal.mixtures import Search
+from crosscal.search import line
 from crosscal.search.geometric_mean import geometric_mean
 from crosscal.search.simplex import Weights, best_weights, weights_to_try
 from crosscal.stages.candidates import Candidate, losses_of
 from crosscal.stages.compress import Workshop
 from crosscal.statistics import Mixture
 from crosscal.variants import Variant
+
+Losses = dict[Weights, tuple[float, ...]]
+"""Weights -> mean relative losses, both in the order of the search's corpora."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Choice:
     exponents: dict[str, float]
     weights: dict[str, float]
     tried: list[Tried]
-    """In the order of the first corpus's weight, downwards: on a line from it to the second."""
+    """In the order of the last corpus's weight: on a line from the first corpus to the second."""
     reason: str
 
     def as_json(self) -> dict[str, Any]:
@@ -51,38 +55,47 @@ class Choice:
 
 def candidate(variant: Variant, weights: Weights) -> Candidate:
     """The variant on a mixture that its search tries."""
-    search = variant.search
-    assert search is not None
-    mixture = Mixture.of(dict(zip(search.corpora, weights, strict=True)))
+    search = search_of(variant)
     name = f"{variant.name}.{'-'.join(f'{weight:.4g}' for weight in weights)}"
+    mixture = mixture_of(search, weights)
     return Candidate(dataclasses.replace(variant.with_mixture(mixture), name=name), search.corpora)
 
 
 def candidates_wanted(shop: Workshop, variants: Sequence[Variant]) -> list[tuple[Variant, Weights]]:
     """What is to be solved next for variants whose mixture is open; nothing once all searches are over."""
-    return [(variant, weights) for variant in variants for weights in _replayed(shop, variant)[1]]
+    return [(variant, weights) for variant in variants for weights in replayed(shop, variant)[1]]
 
 
 def choice(shop: Workshop, variant: Variant) -> Choice:
     """The mixture of the smallest geometric mean, once the search is over."""
-    search = variant.search
-    assert search is not None
-    tried, wanted = _replayed(shop, variant)
+    search, (tried, wanted) = search_of(variant), replayed(shop, variant)
     assert not wanted, "its candidates are solved first"
-    exponents = [exponent for _, exponent in search.exponents]
-    best = best_weights(tried, exponents)
-    points = [_tried(search, weights, losses) for weights, losses in sorted(tried.items(), reverse=True)]
-    mixture = Mixture.of(dict(zip(search.corpora, best, strict=True)))
-    return Choice(variant.name, search.text, dict(search.exponents), mixture.as_dict(), points, _reason(tried, search))
+    best = best_weights(tried, exponents_of(search))
+    reason = f"the smallest geometric mean among {len(tried)} mixtures that were solved; none was evaluated"
+    return choice_of(variant, best, tried, {}, reason)
 
 
-def _replayed(shop: Workshop, variant: Variant) -> tuple[dict[Weights, tuple[float, ...]], list[Weights]]:
+def choice_of(
+    variant: Variant, weights: Weights, tried: Losses, perplexity: Mapping[Weights, Mapping[str, float]], reason: str
+) -> Choice:
+    search = search_of(variant)
+    points = [
+        Tried(
+            dict(zip(search.corpora, each, strict=True)),
+            dict(zip(search.corpora, losses, strict=True)),
+            geometric_mean(losses, exponents_of(search)),
+            dict(perplexity.get(each, {})),
+        )
+        for each, losses in sorted(tried.items(), key=lambda item: item[0][::-1])
+    ]
+    found = mixture_of(search, weights).as_dict()
+    return Choice(variant.name, search.text, dict(search.exponents), found, points, reason)
+
+
+def replayed(shop: Workshop, variant: Variant) -> tuple[Losses, list[Weights]]:
     """(what was tried, what is to be tried next and is not known)."""
-    search = variant.search
-    assert search is not None
-    exponents = [exponent for _, exponent in search.exponents]
-    tried: dict[Weights, tuple[float, ...]] = {}
-    while wanted := weights_to_try(tried, exponents):
+    search, tried = search_of(variant), dict[Weights, tuple[float, ...]]()
+    while wanted := _weights_to_try(search, tried):
         known = {weights: losses_of(shop, candidate(variant, weights)) for weights in wanted}
         unknown = [weights for weights, losses in known.items() if losses is None]
         if unknown:
@@ -91,12 +104,20 @@ def _replayed(shop: Workshop, variant: Variant) -> tuple[dict[Weights, tuple[flo
     return tried, []
 
 
-def _tried(search: Search, weights: Weights, losses: Sequence[float]) -> Tried:
-    of_corpora = dict(zip(search.corpora, losses, strict=True))
-    exponents = [exponent for _, exponent in search.exponents]
-    given = dict(zip(search.corpora, weights, strict=True))
-    return Tried(given, of_corpora, geometric_mean(losses, exponents))
+def search_of(variant: Variant) -> Search:
+    assert variant.search is not None, "only of variants whose mixture is open"
+    return variant.search
 
 
-def _reason(tried: Mapping[Weights, Sequence[float]], search: Search) -> str:
-    return f"the smallest geometric mean of {len(tried)} mixtures solved, none of them evaluated"
+def exponents_of(search: Search) -> list[float]:
+    return [exponent for _, exponent in search.exponents]
+
+
+def mixture_of(search: Search, weights: Weights) -> Mixture:
+    return Mixture.of(dict(zip(search.corpora, weights, strict=True)))
+
+
+def _weights_to_try(search: Search, tried: Losses) -> list[Weights]:
+    if search.general_within is None:
+        return weights_to_try(tried, exponents_of(search))
+    return [each for weight in line.FIRST if (each := (1.0 - weight, weight)) not in tried]

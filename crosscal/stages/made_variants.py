@@ -50,6 +50,10 @@ class Made:
         """Whether the folder still holds a model (not: this one)."""
         return (Path(self.folder) / INDEX).is_file()
 
+    def is_whole(self, blocks: int) -> bool:
+        """Whether the folder still holds this model."""
+        return self.is_there and all(self.shard(block) is not None for block in range(blocks))
+
     def shard(self, block: int) -> Path | None:
         """The file of a block, if it is still what it was, and low-rank parts beside it are."""
         names = sorted(name for name in self.files if Path(name).match(BLOCKS))
@@ -80,10 +84,12 @@ def made_before(shop: Workshop, variant: Variant) -> Made | None:
     return Made(**known, rows=[dataclasses.replace(row, variant=variant.name) for row in rows])
 
 
-def note_made(shop: Workshop, variant: Variant, files: Mapping[str, str], rows: Sequence[LayerRow]) -> None:
+def note_made(
+    shop: Workshop, variant: Variant, files: Mapping[str, str], rows: Sequence[LayerRow], *, keep_earlier: bool = True
+) -> None:
     """Keep what is known of a variant whose model is in the run directory, unless an earlier one still stands."""
     known = made_before(shop, variant)
-    if known is not None and known.is_there:
+    if known is not None and known.is_there and keep_earlier:
         return
     store, key = shop.cached.store, solution_key(shop, variant)
     if known is not None:

@@ -1,0 +1,99 @@
+"""Finding the weight of a domain under a rule on general perplexity: which candidate to evaluate next, which is taken.
+
+Only validation windows are read. Perplexities are those that the store keeps of a candidate's weights, so that this is
+replayed like the search by losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from crosscal.evaluation import PERPLEXITY, VALIDATION, Measurement
+from crosscal.mixtures import GENERAL, Search
+from crosscal.search.rule import MOST_EVALUATED, chosen_weight, next_weight
+from crosscal.search.simplex import Weights
+from crosscal.stages.candidates import losses_of
+from crosscal.stages.choose_mixture import Choice, candidate, choice_of, replayed, search_of
+from crosscal.stages.compress import Workshop
+from crosscal.stages.evaluate import Examination
+from crosscal.stages.made_variants import made_before
+from crosscal.variants import Variant
+
+Perplexities = Mapping[str, float]
+"""Corpus -> on its validation windows."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is known, by the weight of the domain; pairs are (general, domain)."""
+
+    losses: dict[float, tuple[float, ...]]
+    evaluated: dict[float, tuple[float, ...]]
+    wanted: float | None
+
+
+def perplexities_of(measured: list[Measurement]) -> dict[str, float]:
+    """Those of validation windows."""
+    found = [one for one in measured if (one.metric, one.split) == (PERPLEXITY, VALIDATION)]
+    return {one.corpus_or_task: one.value for one in found if one.value is not None}
+
+
+def model_wanted(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Weights | None:
+    """The mixture whose model is to be evaluated next; None once the rule is settled."""
+    wanted = _replayed(shop, variant, exam, dense).wanted
+    return None if wanted is None else _weights(search_of(variant), wanted)
+
+
+def ruled_choice(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Choice:
+    """The best for the domain of the models that were evaluated and keep the rule."""
+    search, state = search_of(variant), _replayed(shop, variant, exam, dense)
+    assert state.wanted is None, "its candidates are evaluated first"
+    assert search.general_within is not None
+    taken = chosen_weight(state.evaluated, search.general_within)
+    tried = {_weights(search, weight): _in_order(search, losses) for weight, losses in state.losses.items()}
+    perplexity = {
+        _weights(search, weight): dict(zip((GENERAL, search.domain), pair, strict=True))
+        for weight, pair in state.evaluated.items()
+    }
+    change = 100 * (state.evaluated[taken][0] / state.evaluated[0.0][0] - 1)
+    tail = f"{change:+.1f} % of general-only's general perplexity on validation windows"
+    count = len(state.evaluated) - 1
+    reason = (
+        f"the lowest {search.domain} perplexity of general-only and {count} more "
+        f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {tail}"
+    )
+    return choice_of(variant, _weights(search, taken), tried, perplexity, reason)
+
+
+def _replayed(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> _State:
+    search = search_of(variant)
+    within, pair_of_dense = search.general_within, (dense[GENERAL], dense[search.domain])
+    assert within is not None
+    tried, _ = replayed(shop, variant)
+    losses = {weights[_at(search)]: _in_order(search, each) for weights, each in tried.items()}
+    evaluated: dict[float, tuple[float, ...]] = {}
+    while (weight := next_weight(losses, pair_of_dense, evaluated, within)) is not None:
+        one = candidate(variant, _weights(search, weight))
+        made = made_before(shop, one.variant)
+        measured = exam.find(made.weights) if made else None
+        if measured is None:
+            return _State(losses, evaluated, weight)
+        found, own = perplexities_of(measured), losses_of(shop, one)
+        evaluated[weight] = (found[GENERAL], found[search.domain])
+        if own is not None:
+            losses[weight] = (own[GENERAL], own[search.domain])
+    return _State(losses, evaluated, None)
+
+
+def _at(search: Search) -> int:
+    return search.corpora.index(search.domain)
+
+
+def _weights(search: Search, domain: float) -> Weights:
+    return (1.0 - domain, domain) if _at(search) == 1 else (domain, 1.0 - domain)
+
+
+def _in_order(search: Search, pair: tuple[float, ...]) -> tuple[float, ...]:
+    """From the order of the search's corpora to (general, domain), and back."""
+    return pair if _at(search) == 1 else pair[::-1]
