@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,7 @@ from crosscal.publication import Published
 from crosscal.store import Store
 from crosscal.store.processes import this_process
 from crosscal.store.refs import Refs
+from crosscal.variants import Variant
 from tests.helpers.tiny_place import Place, make_place, write_documents
 
 pytestmark = pytest.mark.slow
@@ -222,9 +223,9 @@ def test_what_lands_during_a_run_is_the_next_runs(place: Place, monkeypatch: pyt
     """More documents come between ingest and sampling: the run keeps to the version it began with."""
     needed = pipeline.samples_needed
 
-    def lands(plan: CompressionPlan) -> list[tuple[str, int]]:
+    def lands(plan: CompressionPlan, asked: Sequence[Variant]) -> list[tuple[str, int]]:
         ingest(Store(place.home), LEGAL, [str(more(place, 200))])
-        return needed(plan)
+        return needed(plan, asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "samples_needed", lands)

@@ -39,6 +39,7 @@ def test_every_default_is_written_back_and_equal_after_reloading(tmp_path: Path)
         "parts_kept_apart": 4,
         "begin_token": None,
         "plain_text": False,
+        "sufficiency": False,
         "batch_tokens": 4096,
     }
     assert dumped["compress"][0]["damping"] == [0.01]
