@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from crosscal.calibration import tokenizer_digest
-from crosscal.calibration.chats import check_template
+from crosscal.calibration.chats import check_template, template_settings
 from crosscal.calibration.sets import stored_windows
 from crosscal.calibration.tokens import Readable, begin_token, chat_begin_token
 from crosscal.corpora import Corpus
@@ -78,7 +78,8 @@ def windows_for(
     """
     length = min(cutting.length, source.max_positions or cutting.length)
     wanted, tokenizer = cutting.windows[split], source.tokenizer()
-    if corpus.conversations and corpus.chat == TEMPLATE:
+    is_rendered = corpus.conversations and corpus.chat == TEMPLATE
+    if is_rendered:
         check_template(tokenizer, corpus.name)
     provenance: dict[str, Any] = {
         "source": "held-out documents",
@@ -89,7 +90,7 @@ def windows_for(
         "windows": wanted,
         "length": length,
         "begin": [begin_token(tokenizer, cutting.begin), chat_begin_token(tokenizer, cutting.begin)],
-        "chat": corpus.chat,
+        "chat": template_settings(tokenizer) if is_rendered else corpus.chat,
         "plain_text": cutting.plain_text,
     }
 
