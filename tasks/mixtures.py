@@ -31,8 +31,8 @@ from crosscal.stages.compress import Workshop, blocks_at_once, compress_block, l
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
 from crosscal.stages.heldout_text import HeldOutText, windows_for
 from crosscal.stages.made_variants import made_before, note_made
+from crosscal.tasks.evaluation import DENSE, cutting_of
 from crosscal.tasks.options import PLAIN, RETRIED
-from crosscal.tasks.results import DENSE, cutting_of
 from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 

@@ -7,16 +7,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from crosscal.corpora import Corpus, ingest, load_corpus
-from crosscal.evaluation.questions import LoadedTask
+from crosscal.evaluation.harness import NamedTask
+from crosscal.evaluation.questions import LocalTask
 from crosscal.models import ModelSource
 from crosscal.stages import evaluate as stage
 from crosscal.stages.evaluate import Examination, examination, measure
-from crosscal.stages.heldout_text import Cutting, HeldOutText
+from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store
 from tests.helpers.tiny_text import SENTENCES, tiny_llama
 
@@ -115,14 +117,14 @@ def test_what_is_new_alone_is_measured(
 ) -> None:
     """A corpus under another name, another task, more windows of one text."""
     done: list[tuple[str, str]] = []
-    before = Examination.measured
+    before = Examination._kept
 
-    def watched(self: Examination, model: object, subject: HeldOutText | LoadedTask, *more: object) -> object:
+    def watched(self: Examination, weights: str, subject: HeldOutText | LocalTask | NamedTask, found: Any) -> Any:
         is_text = isinstance(subject, HeldOutText)
         done.append((subject.corpus, subject.split) if is_text else (subject.name, ""))
-        return before(self, model, subject, *more)
+        return before(self, weights, subject, found)
 
-    monkeypatch.setattr(Examination, "measured", watched)
+    monkeypatch.setattr(Examination, "_kept", watched)
 
     def new(asked: Examination) -> list[tuple[str, str]]:
         done.clear()
@@ -136,6 +138,20 @@ def test_what_is_new_alone_is_measured(
     assert new(exam(store, source, corpus, str(questions))) == [("questions", "")]
     assert new(exam(store, source, corpus, windows=8)) == [("legal", "test")]
     assert new(exam(store, source, corpus, str(questions), windows=8)) == []
+
+
+def test_windows_are_cut_once(store: Store, source: ModelSource, corpus: Corpus) -> None:
+    told: list[str] = []
+    cutting = Cutting(32, {"test": 4, "validation": 2})
+    again = [heldout_texts(store, [corpus], source, cutting, lambda what, *_: told.append(what))[0] for _ in range(2)]
+    assert set(told) == {"legal: reading test documents", "legal: reading validation documents"}
+    assert len(told) == 80, "every document once"
+    for first, second in zip(*again, strict=True):
+        assert first.tokens_SL.equal(second.tokens_SL)
+        assert second.tokens_SL.dtype == torch.int64
+    other = heldout_texts(store, [corpus], source, replace(cutting, length=16), lambda what, *_: told.append(what))[0]
+    assert len(told) == 160
+    assert other[0].tokens_SL.shape == (4, 16)
 
 
 def test_a_corpus_without_validation_text_is_measured_on_its_test_text_and_that_is_said(

@@ -8,11 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from crosscal.calibration.chats import check_template
-from crosscal.calibration.tokens import Readable
+from crosscal.calibration import tokenizer_digest
+from crosscal.calibration.chats import check_template, template_settings
+from crosscal.calibration.sets import stored_windows
+from crosscal.calibration.tokens import Readable, begin_token, chat_begin_token
 from crosscal.corpora import Corpus
 from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import TooLittleText
@@ -69,16 +72,35 @@ def heldout_texts(
 def windows_for(
     store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: Cutting, report: Report = silent
 ) -> torch.Tensor:
-    """Windows spread over all documents of a split: int64 [S, L]. Raises `TooLittleText` naming the corpus."""
-    tokenizer = source.tokenizer()
-    if corpus.conversations and corpus.chat == TEMPLATE:
-        check_template(tokenizer, corpus.name)
-    found = (each for shard in corpus.shards for each in readings(store, shard, split, corpus.chat))
-    told = _told(found, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
+    """Windows spread over all documents of a split: int64 [S, L]; cut once, and then found in the store.
+
+    Raises `TooLittleText` naming the corpus.
+    """
     length = min(cutting.length, source.max_positions or cutting.length)
-    wanted, how = cutting.windows[split], {"begin": cutting.begin, "plain_text": cutting.plain_text}
+    wanted, tokenizer = cutting.windows[split], source.tokenizer()
+    is_rendered = corpus.conversations and corpus.chat == TEMPLATE
+    if is_rendered:
+        check_template(tokenizer, corpus.name)
+    provenance: dict[str, Any] = {
+        "source": "held-out documents",
+        "rule": 1,
+        "shards": [shard.key for shard in corpus.shards],
+        "split": split,
+        "tokenizer": tokenizer_digest(source.path),
+        "windows": wanted,
+        "length": length,
+        "begin": [begin_token(tokenizer, cutting.begin), chat_begin_token(tokenizer, cutting.begin)],
+        "chat": template_settings(tokenizer) if is_rendered else corpus.chat,
+        "plain_text": cutting.plain_text,
+    }
+
+    def made() -> torch.Tensor:
+        found = (each for shard in corpus.shards for each in readings(store, shard, split, corpus.chat))
+        told = _told(found, f"{corpus.name}: reading {split} documents", corpus.documents(split), report)
+        return windows_of(told, tokenizer, length, wanted, begin=cutting.begin, plain_text=cutting.plain_text)
+
     try:
-        return windows_of(told, tokenizer, length, wanted, **how)
+        return stored_windows(store, provenance, made)
     except TooLittleText as error:
         raise TooLittleText(error.what, where=corpus.name, got=error.got, do=error.do) from error
 
