@@ -81,7 +81,7 @@ def test_a_model_whose_cache_is_wrong_reads_every_choice_whole(monkeypatch: pyte
     monkeypatch.setattr(model.model, "forward", forgetful)
     with reading(model, torch.tensor([3, 4])) as reader:
         assert not is_shared(reader, max(asked, key=lambda one: len(one.context)))
-    monkeypatch.setattr(model.model, "forward", forgetful)
+    assert model.model.forward is forgetful, "it is as it was"
     ((answers, _),) = read_each(model, [Choices("facts", asked)], device="cpu", batch_tokens=128)
     found = {number: scores for answer in answers for number, scores in answer.items()}
     assert [list(found[number]) for number in range(6)] == [pytest.approx(each, rel=1e-4) for each in expected]

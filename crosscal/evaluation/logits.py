@@ -128,6 +128,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
     `tokens_L`: a few that it can read, to see whether logits can be had in pieces. `lanes`: how many threads will read.
     """
     decoder, was_training = model.get_decoder(), model.training
+    own = {name: value for name, value in vars(decoder).items() if name == "forward"}  # as hooks of others leave it
     model.eval()
     try:
         reader = Reader(model, lanes)
@@ -137,6 +138,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
         yield reader
     finally:
         vars(decoder).pop("forward", None)
+        vars(decoder).update(own)
         model.train(was_training)
 
 
