@@ -154,4 +154,5 @@ def seeds_of(ticket: Ticket, origin: SelfGenerated) -> Seeds | None:
         return None
     stored = stored_name(origin.seeds, ticket.parsed.document_corpora[origin.seeds])
     corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
-    return Seeds(origin.seeds, corpus.shards, origin.prefix_tokens, origin.drop)
+    chat = ticket.parsed.document_corpora[origin.seeds].chat
+    return Seeds(origin.seeds, corpus.shards, origin.prefix_tokens, origin.drop, chat)

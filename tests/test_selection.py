@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from crosscal.corpora import Corpus, documents, load_corpus
+from crosscal.corpora import Corpus, documents, ingest, load_corpus
+from crosscal.corpora.corpus import digests
 from crosscal.errors import CorpusError
 from crosscal.selection import Selection, SelectionSettings, select
 from crosscal.selection.choosing import KIND
 from crosscal.selection.chosen import read_chosen
+from crosscal.selection.export import write_chosen
 from crosscal.store import Store
 from tests.helpers.made_up_text import corpus_of, edited, made_up
 from tests.helpers.tiny_place import crosscal
@@ -200,3 +202,24 @@ def test_the_command_writes_what_was_chosen(tmp_path: Path) -> None:
     for wrong in (["--method", "dsir"], ["--documents", "3"], ["--method", "other", "--documents", "3"]):
         assert crosscal(*asked, *wrong).code == 2
     assert crosscal("select", str(tmp_path / "pool"), "--out", str(tmp_path / "chosen.txt"), *home).code == 2
+
+
+def test_conversations_are_chosen_by_what_they_say_and_stay_conversations(
+    store: Store, sample: Corpus, tmp_path: Path
+) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": f"Question {number}?"}, {"role": "assistant", "content": text}]}
+        for number, text in enumerate(PLANTED)
+    ]
+    (tmp_path / "chats").mkdir()
+    rows = [*chats, *({"text": text} for text in made_up("law", "pool", 40))]
+    (tmp_path / "chats" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool = ingest(store, "chats", [str(tmp_path / "chats")], split="train").corpus
+    found = select(store, "chosen", pool, sample, DSIR)
+    (shard,) = found.corpus.shards
+    assert shard.conversations["train"] >= 11
+    write_chosen(store, found, tmp_path / "chosen.jsonl")
+    again = ingest(store, "again", [str(tmp_path / "chosen.jsonl")], split="train").corpus
+    assert set(digests(store, again.shards[0])) == {digest for digest, _ in ranked(store, found)}
+    assert again.shards[0].conversations == {"train": shard.conversations["train"]}
+    assert again.shards[0].characters["train"] == shard.characters["train"]

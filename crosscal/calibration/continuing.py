@@ -24,7 +24,8 @@ from crosscal.calibration.generation import GENERATIONS, MIN_MEAN_TOKENS
 from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule, Written
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
-from crosscal.corpora import Shard, documents
+from crosscal.corpora import Shard
+from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import CalibrationError
 from crosscal.store import Store, digest_of
 
@@ -41,11 +42,14 @@ class Seeds:
     prefix_tokens: int = 64
     drop: float = 0.2
     """Of all texts, the share that is not used: those of the highest perplexity."""
+    chat: str = TEMPLATE
+    """How conversations are read."""
 
     def said(self, split: str) -> dict[str, Any]:
         """What a provenance says of them."""
         shards = [shard.key for shard in self.shards if shard.documents.get(split)]
-        return {"seeds": digest_of(shards), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
+        said = {"seeds": digest_of(shards), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
+        return said | ({} if self.chat == TEMPLATE else {"chat": self.chat})
 
 
 def continued_windows(
@@ -172,8 +176,10 @@ def _prefixes(
     order = np.random.Generator(np.random.PCG64(request.seed)).permutation(len(places)).tolist()
     while True:
         found = 0
-        texts = (text for place in order for text in _document(store, request.split, *places[place]))
-        for ids in EncodedDocuments(tokenizer, texts, None, plain_text=request.plain_text):
+        taken = (places[place] for place in order)
+        texts = (text for shard, row in taken for text in readings(store, shard, request.split, seeds.chat, [row]))
+        for encoded in EncodedDocuments(tokenizer, texts, None, plain_text=request.plain_text):
+            ids = encoded if isinstance(encoded, list) else encoded.ids
             own = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
             own = own[:-1] if own[-1:] == [end] else own
             if len(own) >= seeds.prefix_tokens:
@@ -186,7 +192,3 @@ def _prefixes(
                 got=f"{len(places)} documents, prefixes of {seeds.prefix_tokens} tokens",
                 do="Lower `prefix_tokens`, or add longer documents.",
             )
-
-
-def _document(store: Store, split: str, shard: Shard, row: int) -> Iterator[str]:
-    return documents(store, shard, split, [row])

@@ -83,7 +83,7 @@ def _read(record: Mapping[str, Any], form: Form, text: str) -> Conversation | ob
     """A conversation, or what stands for a text: whether it is one is judged later."""
     if len(form) > 1:
         return _exchange(record, form)
-    name = form[-1]
+    name = next(iter(form))
     value, tools = record[name], record.get(_TOOLS)
     if isinstance(value, list | dict):
         return conversation_of(value, tools)

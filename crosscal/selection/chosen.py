@@ -14,6 +14,7 @@ import pyarrow as pa
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from crosscal.corpora import Corpus, Shard
+from crosscal.corpora.conversation import Conversation
 from crosscal.corpora.corpus import corpus_of, record_of, ref_name
 from crosscal.corpora.shards import BATCH_DOCUMENTS
 from crosscal.errors import StoreConflict
@@ -88,15 +89,22 @@ def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
     """As ingest makes shards, row for row as they stand in the shards they come from."""
     digests = {split: [digest.hex() for digest, _, _ in rows] for split, rows in members.items()}
     documents = {split: len(rows) for split, rows in members.items()}
-    characters = {split: sum(len(texts.text(at)) for _, texts, at in rows) for split, rows in members.items()}
-    conversations = {split: sum(texts.is_conversation(at) for _, texts, at in rows) for split, rows in members.items()}
-    conversations = {split: count for split, count in conversations.items() if count}
+    characters, conversations = {}, {}
+    for split, rows in members.items():
+        found = [_measured(texts.document(position)) for _, texts, position in rows]
+        characters[split] = sum(size for size, _ in found)
+        conversations |= {split: count} if (count := sum(is_one for _, is_one in found)) else {}
     shard = Shard(digest_of(digests), documents, characters, conversations)
     said = {"documents": documents, "characters": characters}
     with store.publish("corpora", shard.key, said) as folder:
         for split, rows in members.items():
             _write(folder / f"{split}.arrow", rows)
     return shard
+
+
+def _measured(document: str | Conversation) -> tuple[int, bool]:
+    """(characters, whether it is a conversation)."""
+    return (len(document), False) if isinstance(document, str) else (document.characters, True)
 
 
 def _write(path: Path, rows: Rows) -> None:

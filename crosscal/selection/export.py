@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.corpora import Corpus, ingest
+from crosscal.corpora.conversation import Conversation
 from crosscal.errors import UsageError
 from crosscal.files import whole_file
 from crosscal.progress import Report, silent
@@ -30,8 +31,9 @@ def choose_to_file(
 ) -> dict[str, Any]:
     """Ingest both sources, choose, and write; what became of the documents, as JSON.
 
-    A row is a document, the first to be chosen first: `text`, `digest` (SHA-256 of the text, hex) and `score`, null
-    where nothing is scored. Raises `UsageError` for a file that would not be read again as what it is.
+    A row is a document, the first to be chosen first: `text`, or `messages` of a conversation, `digest` (that of the
+    document in a corpus, hex) and `score`, null where nothing is scored. Raises `UsageError` for a file that would not
+    be read again as what it is.
     """
     if out.suffix != ".jsonl":
         raise UsageError("chosen documents are written as JSON lines", where=str(out), do="Name a file .jsonl.")
@@ -54,5 +56,11 @@ def write_chosen(store: Store, selection: Selection, out: Path) -> None:
     position_of = {digest: position for position, digest in enumerate(texts.digests())}
     with whole_file(out) as aside, aside.open("w", encoding="utf-8") as stream:
         for digest, score in read_chosen(store, KIND, selection.key):
-            row = {"text": texts.text(position_of[digest]), "digest": digest.hex(), "score": score}
+            document = texts.document(position_of[digest])
+            said = {"text": document} if isinstance(document, str) else _conversation(document)
+            row = {**said, "digest": digest.hex(), "score": score}
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _conversation(document: Conversation) -> dict[str, Any]:
+    return {"messages": document.turns} | ({"tools": document.tools} if document.tools else {})

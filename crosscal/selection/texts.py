@@ -1,4 +1,4 @@
-"""The documents of some splits as one sequence, read in batches or one by one."""
+"""The documents of some splits as one sequence of texts, read in batches or one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from crosscal.corpora import Corpus, Shard
 from crosscal.corpora.conversation import Conversation
-from crosscal.corpora.shards import BATCH_DOCUMENTS, IS_CONVERSATION, read_digests
+from crosscal.corpora.shards import BATCH_DOCUMENTS, read_digests
 from crosscal.store import Store
 
 Part = tuple[Shard, str]
@@ -39,19 +39,18 @@ class Texts:
             yield from self.batch(batch)
 
     def batch(self, number: int) -> list[str]:
-        return _texts(*self.batches[number])
+        return [_text(document) for document in _documents(*self.batches[number])]
 
     def text(self, position: int) -> str:
-        """Of a conversation what its turns say."""
-        file, row = self.place(position)
-        batch, place = divmod(row, BATCH_DOCUMENTS)
-        return _texts(file, batch)[place]
+        return _text(self.document(position))
 
-    def is_conversation(self, position: int) -> bool:
-        return bool(self._value(position, IS_CONVERSATION))
+    def document(self, position: int) -> str | Conversation:
+        file, batch, row = self._at(position)
+        return _documents(file, batch)[row]
 
     def digest(self, position: int) -> bytes:
-        return self._value(position, "digest")
+        file, batch, row = self._at(position)
+        return _column(file, batch, "digest")[row]
 
     def digests(self) -> Iterator[bytes]:
         for file in self._files:
@@ -62,10 +61,9 @@ class Texts:
         number = bisect.bisect_right(self._starts, position) - 1
         return self._files[number], position - self._starts[number]
 
-    def _value(self, position: int, column: str) -> Any:
+    def _at(self, position: int) -> tuple[Path, int, int]:
         file, row = self.place(position)
-        batch, place = divmod(row, BATCH_DOCUMENTS)
-        return _column(file, batch, column)[place]
+        return file, *divmod(row, BATCH_DOCUMENTS)
 
 
 def parts_of(corpora: Sequence[Corpus], *splits: str) -> list[Part]:
@@ -74,16 +72,22 @@ def parts_of(corpora: Sequence[Corpus], *splits: str) -> list[Part]:
     return [(shard, split) for shard in shards.values() for split in splits]
 
 
-def _texts(file: Path, batch: int) -> list[str]:
-    pairs = zip(_column(file, batch, "text"), _column(file, batch, IS_CONVERSATION), strict=True)
-    return [Conversation.of_stored(text).plain if is_conversation else text for text, is_conversation in pairs]
+def _text(document: str | Conversation) -> str:
+    """What a conversation says is a text like any other: who says it is not looked at."""
+    return document if isinstance(document, str) else document.plain
 
 
-def _column(file: Path, batch: int, name: str) -> list:
-    """Of a file without this column, None for each document."""
+def _documents(file: Path, batch: int) -> list[str | Conversation]:
+    texts = _column(file, batch, "text")
+    flags = _column(file, batch, "is_conversation") or [None] * len(texts)
+    return [Conversation.of_stored(text) if flag else text for text, flag in zip(texts, flags, strict=True)]
+
+
+def _column(file: Path, batch: int, name: str) -> list[Any]:
+    """Empty where the file has no such column."""
     with pa.memory_map(str(file)) as source:
-        schema = pa.ipc.open_file(source).schema
-        if name not in schema.names:
-            return [None] * len(pa.ipc.open_file(source).get_batch(batch))
-        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
+        place = pa.ipc.open_file(source).schema.get_field_index(name)
+        if place < 0:
+            return []
+        options = pa.ipc.IpcReadOptions(included_fields=[place])
         return pa.ipc.open_file(source, options=options).get_batch(batch).column(0).to_pylist()

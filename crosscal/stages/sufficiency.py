@@ -159,6 +159,7 @@ def prefix_losses(
             for problem, matrix, answer in zip(problems, weights, solve_many(problems, [step])[0], strict=True):
                 change_OI = problem.weight_OI - answer.weight_OI
                 held_out = quadratic_loss(change_OI, held_out_II) / quadratic_loss(problem.weight_OI, held_out_II)
+                assert answer.relative_loss is not None, "with a Hessian it is known"
                 losses[matrix][windows] = answer.relative_loss, held_out
     except (StatisticsError, ZeroDivisionError):
         return None
