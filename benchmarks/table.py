@@ -283,8 +283,30 @@ def alpha() -> str:
     return markdown(("model, setting, domain", *(head.strip() for head in ALPHA)), cells) + circumstances(rows)
 
 
+def tasks() -> str:
+    """One row a model: accuracy on each corpus, and behind it what changed against dense on the same questions."""
+    rows = read("tasks_llama-mix-8m")
+    by_case: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row
+    cells = []
+    for case, found in by_case.items():
+        cells.append([case])
+        for corpus in CORPORA:
+            one = found[f"{corpus} accuracy"]
+            cell = f"{with_error(one['value'], one['spread'])} %"
+            if f"{corpus} p" in found:
+                change, lost, won, p = (
+                    found[f"{corpus} {which}"]["value"] for which in ("against dense", "lost", "won", "p")
+                )
+                cell += f" ({change:+.1f} points, {lost} lost / {won} won, p = {p:.2g})"
+            cells[-1].append(cell)
+    return markdown(("model", *CORPORA), cells) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
+    "tasks": tasks,
     "testbed-draws": draws,
     "peers": peers,
     "solvers": solvers,

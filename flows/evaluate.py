@@ -11,6 +11,7 @@ from crosscal.errors import ModelError, UsageError
 from crosscal.evaluation import Measurement
 from crosscal.flows.quiet import quiet_libraries
 from crosscal.plan import CompressionPlan
+from crosscal.plan.tasks import continued_corpora
 from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
@@ -42,7 +43,8 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
-    found = bring_in(ticket, lambda task, *given: task.fn(*given), plan.perplexity_corpora)
+    needed = list(dict.fromkeys([*plan.perplexity_corpora, *continued_corpora(plan.evaluate.tasks)]))
+    found = bring_in(ticket, lambda task, *given: task.fn(*given), needed)
     stored = {name: corpus["stored"] for name, corpus in found.items()}
     with reporting() as report:
         found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)

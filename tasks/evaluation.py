@@ -24,6 +24,7 @@ from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.stages.screen import screened
 from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.options import RETRIED
+from crosscal.tasks.questions import task_files, tasks_of
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import Variant
 
@@ -114,7 +115,7 @@ def _measured(ticket: Ticket, exam: Examination, variant: Variant, name: str, re
 def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:
     """The plan's windows and tasks: made once in a process, for as long as files of questions stay as they are."""
     of_run = [ticket.plan, ticket.home, ticket.model, ticket.device, ticket.dtype, ticket.versions, stored]
-    known = _examined(json.dumps(of_run), tuple(_stamps(ticket.parsed.evaluate.tasks)))
+    known = _examined(json.dumps(of_run), tuple(_stamps(task_files(ticket.parsed))))
     if not known:
         known.append(_examination(ticket, stored, report))
     return known[0]
@@ -140,7 +141,7 @@ def _examination(ticket: Ticket, stored: dict[str, str], report: Report) -> Exam
         corpora,
         ticket.source(),
         cutting_of(plan),
-        tasks=plan.evaluate.tasks,
+        tasks=tasks_of(ticket, stored),
         limit=plan.evaluate.limit,
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,

@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from crosscal.corpora import load_corpus
-from crosscal.errors import CorpusError
+from crosscal.errors import CorpusError, CrosscalError
+from crosscal.evaluation.tasks import LocalTask
+from crosscal.plan import CompressionPlan
 from crosscal.progress import Report, silent
 from crosscal.stages.leaks import Texts, as_json, compared, leak
 from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.questions import local_tasks
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
+
+
+def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
+    """Of files; before a run none where some file cannot be read, which `refusals` tells."""
+    try:
+        return [task for task in local_tasks(plan) if isinstance(task, LocalTask)]
+    except CrosscalError:
+        if keep:
+            raise
+        return []
 
 
 def overlap_of(
@@ -27,7 +40,7 @@ def overlap_of(
             if keep:  # a run has ingested them all
                 raise
     calibrated = {name for name, _ in samples_needed(plan)}
-    texts = Texts.of(ticket.store, corpora, calibrated, plan.evaluate.tasks)
+    texts = Texts.of(ticket.store, corpora, calibrated, _questions(plan, keep=keep))
     found = compared(texts, keep=keep, report=report)
     allowed = plan.evaluate.allow_leaks
     return as_json(found, allowed), leak(found, allowed)

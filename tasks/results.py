@@ -13,11 +13,13 @@ from prefect import task
 
 from crosscal.errors import MissingArtifact
 from crosscal.evaluation import PERPLEXITY, Measurement
+from crosscal.evaluation.mcnemar import change
 from crosscal.evaluation.measurement import ITEMS
+from crosscal.evaluation.summarise import risk_ratios
 from crosscal.files import write_whole
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
-from crosscal.report.rows import LayerRow, QuestionRow
+from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow
 from crosscal.stages.describe import readable_samples, sample_quality, starved_experts, with_perplexities
 from crosscal.stages.evaluate import Examination
 from crosscal.tasks.artifacts import show_run
@@ -49,10 +51,15 @@ def write_results(ticket: Ticket, stored: dict[str, str], measured: dict[str, di
     exam, run_dir = examination_of(ticket, stored), Path(ticket.run_dir)
     models: list[Variant | None] = [None, *ticket.variants()]
     found = {variant: _judged(ticket, exam, variant, measured[_name(variant)]) for variant in models}
+    dense = found[None].measured
     pairs = [(variant, one) for variant, judged in found.items() for one in judged.measured]
+    pairs += [(variant, one) for variant in ticket.variants() for one in risk_ratios(dense, found[variant].measured)]
     write_rows(run_dir / "windows.jsonl", [row for variant, one in pairs for row in _window_rows(variant, one)])
     write_rows(run_dir / "questions.jsonl", [row for variant, one in pairs for row in _question_rows(variant, one)])
-    write_rows(run_dir / "results.jsonl", [result_row(ticket, variant, one) for variant, one in pairs])
+    if scores := [row for variant, one in pairs for row in _document_rows(variant, one)]:
+        write_rows(run_dir / "summaries.jsonl", scores)
+    rows = [against_dense(result_row(ticket, variant, one), one, dense) for variant, one in pairs]
+    write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", [row for judged in found.values() for row in judged.layers])
     dtype = str(ticket.source().dtype).removeprefix("torch.")
     judged = {_name(variant): one for variant, one in found.items() if variant is not None}
@@ -61,7 +68,7 @@ def write_results(ticket: Ticket, stored: dict[str, str], measured: dict[str, di
     failed = {name: one.failed for name, one in judged.items() if one.failed}
     spared = [name for name, known in measured.items() if known.get("spared")]
     notes = [*exam.notes, *_said_of(spared), *(f"{n} is no model: {why}" for n, why in failed.items())]
-    return {"failed": failed, "notes": [*notes, *dense_notes(texts, sizes)]}
+    return {"failed": failed, "notes": [*notes, *dense_notes(texts, sizes), *exam.suite.told]}
 
 
 def _judged(ticket: Ticket, exam: Examination, variant: Variant | None, known: dict[str, Any]) -> _Judged:
@@ -91,6 +98,21 @@ def _window_rows(variant: Variant | None, one: Measurement) -> Iterator[WindowRo
 def _question_rows(variant: Variant | None, one: Measurement) -> Iterator[QuestionRow]:
     if one.question_correct is not None:
         yield QuestionRow(_name(variant), one.corpus_or_task, one.split, one.metric, list(one.question_correct))
+
+
+def _document_rows(variant: Variant | None, one: Measurement) -> Iterator[DocumentRow]:
+    if one.document_score is not None:
+        yield DocumentRow(_name(variant), one.corpus_or_task, one.split, one.metric, list(one.document_score))
+
+
+def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]) -> ResultRow:
+    """With what changed of the dense model's answers to the same questions."""
+    place = (one.corpus_or_task, one.split, one.metric)
+    before = next((d.question_correct for d in dense if (d.corpus_or_task, d.split, d.metric) == place), None)
+    if row.variant == DENSE or not before or not one.question_correct:
+        return row
+    found = change(before, one.question_correct)
+    return dataclasses.replace(row, lost=found.lost, won=found.won, p=found.p)
 
 
 def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:

@@ -15,9 +15,11 @@ from typing import Any
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.batches import Progress
+from crosscal.evaluation.in_memory import leaves_of
 from crosscal.evaluation.logits import rows_at_once
 from crosscal.evaluation.measurement import Measurement
 from crosscal.evaluation.question_files import FORMS
+from crosscal.evaluation.tasks import TextTask
 
 _log = logging.getLogger(__name__)
 MOST_QUESTIONS = 32
@@ -33,6 +35,12 @@ class NamedTask:
     name: str
     leaves: dict[str, Any]
     """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
+    texts: TextTask | None = None
+    """Of this machine; None for lm-eval's own tasks."""
+
+    def identity(self, limit: int | None) -> list[Any]:
+        """What its numbers depend on beside model and encoding."""
+        return [self.name, limit] if self.texts is None else [self.texts.digest]
 
     @property
     def split(self) -> str:
@@ -46,6 +54,11 @@ def named_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:
         return [], {}  # lm-eval takes three seconds to import, and the index of its tasks ten
     with _quiet_lm_eval():
         return _builtin_tasks(names)
+
+
+def text_task(texts: TextTask) -> NamedTask:
+    with _quiet_lm_eval():
+        return NamedTask(texts.name, leaves_of(texts), texts)
 
 
 def measure_named(
@@ -66,8 +79,14 @@ def measure_named(
 
     build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
     with _quiet_lm_eval(progress):
-        lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
-        return _measure_task(lm, task, limit)
+        lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length, **_encoding(task))
+        return _measure_task(lm, task, limit if task.texts is None else None)
+
+
+def _encoding(task: NamedTask) -> dict[str, bool]:
+    """Over texts lm-eval puts a token in front that is not predicted; with the tokenizer's own behind it, that would be
+    predicted from itself and counted. Its own tasks are measured as it does, so that numbers compare."""
+    return {} if task.texts is None else {"add_bos_token": False}
 
 
 def _builtin_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:

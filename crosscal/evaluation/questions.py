@@ -7,22 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.evaluation.batches import read_each
-from crosscal.evaluation.choices import Choices
-from crosscal.evaluation.encoded import encoded
-from crosscal.evaluation.harness import NamedTask, measure_named, named_tasks
+from crosscal.evaluation.harness import NamedTask, measure_named, named_tasks, text_task
 from crosscal.evaluation.measurement import TEST, Measurement
-from crosscal.evaluation.question_files import Question, is_question_file, read_questions, task_names
-
-
-@dataclass(frozen=True, eq=False)
-class LocalTask:
-    name: str
-    path: str
-    questions: tuple[Question, ...]
-
-    def choices(self, tokenizer: Any, max_length: int) -> Choices:
-        """Encoded for a model."""
-        return Choices(self.name, encoded(self.questions, tokenizer, name=self.name, max_length=max_length))
+from crosscal.evaluation.question_files import is_question_file, read_questions, task_names
+from crosscal.evaluation.summarise import SummaryTask, measure_summaries
+from crosscal.evaluation.tasks import LocalTask, Task, TextTask
 
 
 @dataclass(frozen=True)
@@ -34,18 +23,29 @@ class QuestionSuite:
     skipped: dict[str, str]
     """Tasks of lm-eval's that cannot be had here, with the reason."""
     limit: int | None = None
+    """Of each of lm-eval's."""
+    summaries: tuple[SummaryTask, ...] = ()
+
+    @property
+    def told(self) -> list[str]:
+        """As what questions of this machine were read, a sentence for each task with something to tell."""
+        return [f"{task.name}: {task.told}" for task in self.local if task.told]
 
     @classmethod
-    def load(cls, tasks: Sequence[str], *, limit: int | None = None) -> QuestionSuite:
-        """Load local files of questions (see `question_files`) and lm-eval's task names, `limit` of each (None: all).
+    def load(cls, tasks: Sequence[Task], *, limit: int | None = None) -> QuestionSuite:
+        """Tasks of this machine, local files of questions (see `question_files`) and lm-eval's task names, `limit` of
+        each of the last two (None: all).
 
         A damaged file or an unknown name is an `EvaluationError`; a task whose data cannot be reached is kept as
         skipped.
         """
-        files = [task for task in tasks if is_question_file(task)]
-        local = [LocalTask(name, path, tuple(read_questions(path)[:limit])) for path, name in task_names(files).items()]
-        named, skipped = named_tasks([task for task in tasks if not is_question_file(task)])
-        return cls(tuple(local), tuple(named), skipped, limit)
+        files = task_names([task for task in tasks if isinstance(task, str) and is_question_file(task)])
+        local = [task for task in tasks if isinstance(task, LocalTask)]
+        local += [LocalTask(name, tuple(read_questions(path)[:limit])) for path, name in files.items()]
+        texts = [text_task(task) for task in tasks if isinstance(task, TextTask)]
+        named, skipped = named_tasks([task for task in tasks if isinstance(task, str) and not is_question_file(task)])
+        summaries = tuple(task for task in tasks if isinstance(task, SummaryTask))
+        return cls(tuple(local), (*texts, *named), skipped, limit, summaries)
 
     @property
     def unreachable(self) -> list[Measurement]:
@@ -60,4 +60,6 @@ class QuestionSuite:
         found = [one for choices, answers in zip(asked, answered, strict=True) for one in choices.result(*answers)]
         for task in self.named:
             found += measure_named(task, model, tokenizer, limit=self.limit, max_length=max_length)
+        for task in self.summaries:
+            found += measure_summaries(task, model, tokenizer, max_length=max_length, batch_tokens=batch_tokens)
         return found + self.unreachable

@@ -20,6 +20,7 @@ from crosscal.plan.sections import (
 )
 from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
+from crosscal.plan.tasks import ContinuationTask, FileTask, SummariesTask, Task, TextTask
 
 __all__ = [
     "BEST",
@@ -27,14 +28,19 @@ __all__ = [
     "Calibration",
     "Compress",
     "CompressionPlan",
+    "ContinuationTask",
     "Documents",
     "Evaluate",
     "Execution",
+    "FileTask",
     "Publish",
     "RandomTokens",
     "Select",
     "SelfGenerated",
     "Study",
+    "SummariesTask",
+    "Task",
+    "TextTask",
     "dump_plan",
     "load_plan",
     "parse_plan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from crosscal.plan.sections import (
 )
 from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
+from crosscal.plan.tasks import KINDS as TASK_KINDS
+from crosscal.plan.tasks import QuestionFields, with_paths
 
 
 def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
@@ -83,6 +86,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         ) from error
 
 
+TASKS = ("evaluate", "tasks")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -104,12 +108,12 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
             chosen = source.select.model_copy(update={"towards": absolute(source.select.towards)})
             source = source.model_copy(update={"select": chosen})
         corpora[name] = source
-    tasks = [absolute(task) if format_of(task) else task for task in plan.evaluate.tasks]
+    tasks = [with_paths(task, absolute) for task in plan.evaluate.tasks]
     evaluate = plan.evaluate.model_copy(update={"tasks": tasks})
     return plan.model_copy(update={"model": absolute(plan.model), "corpora": corpora, "evaluate": evaluate})
 
 
-def _fields(location: tuple[Any, ...]) -> list[str]:
+def _fields(location: Sequence[Any]) -> list[str]:
     """Field names of the section a location points into, for suggestions."""
     sections: dict[str, type[BaseModel]] = {
         "calibration": Calibration,
@@ -122,6 +126,8 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     if len(location) == 1:
         return list(CompressionPlan.model_fields)
     section = sections.get(str(location[0]))
+    if tuple(location[:2]) == TASKS:
+        section = QuestionFields if location[4] == "fields" and len(location) > 5 else TASK_KINDS[location[3]]
     if location[0] == "corpora":
         kinds = {"self": SelfGenerated, "random": RandomTokens}
         section = kinds.get(str(location[2]) if len(location) > 2 else "", Documents)
@@ -129,11 +135,18 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields) if section else []
 
 
+def _without_tag(location: Sequence[Any]) -> list[Any]:
+    """Which kind an entry was taken for is no part of its place."""
+    if tuple(location[:2]) == TASKS:
+        return [*location[:3], *location[4:]]
+    return [part for part in location if part not in ("documents", *KINDS)]
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
-        field = ".".join(str(part) for part in location if part not in ("documents", *KINDS)) or "plan"
+        field = ".".join(map(str, _without_tag(location))) or "plan"
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"

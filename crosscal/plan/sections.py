@@ -13,6 +13,7 @@ from crosscal.plan.search import Alpha, Weights, as_mixtures, corpora_named
 from crosscal.plan.settings import OF_A_MIXTURE, as_axis, checked_axes
 from crosscal.plan.sources import Name, RandomTokens, Select, SelfGenerated
 from crosscal.plan.study import Study, keeping_numbers
+from crosscal.plan.tasks import Task, continued_corpora
 
 BEST = "best"
 
@@ -147,8 +148,8 @@ def _checked_step(number: int, step: Any) -> dict[str, Any]:
 class Evaluate(_Section):
     perplexity: list[Name] | None = None
     """Corpora whose test and validation text is measured; left out, all with documents."""
-    tasks: list[str] = []
-    """lm-eval task names, or files of questions (.jsonl, .ndjson, .json, also compressed)."""
+    tasks: list[Task] = []
+    """Names of lm-eval's, files of questions, or mappings that say more (see `crosscal.plan.tasks`)."""
     windows: int = Field(64, ge=2)
     """Of each corpus's test text: what reports show."""
     validation_windows: int = Field(32, ge=2)
@@ -276,10 +277,11 @@ class CompressionPlan(_Section):
             elif isinstance(source, Documents) and source.select is not None:
                 plain = [other for other, documents in self.document_corpora.items() if documents.select is None]
                 source.select.check(f"corpora.{name}.select", list(self.corpora), plain)
-        for name in self.evaluate.perplexity or []:
+        measured = {"perplexity": self.evaluate.perplexity or [], "tasks": continued_corpora(self.evaluate.tasks)}
+        for field, name in ((field, name) for field, names in measured.items() for name in names):
             if name not in self.document_corpora:
                 known = ", ".join(self.document_corpora)
-                raise ValueError(f"evaluate.perplexity: {name!r} is no corpus of documents; those are: {known}")
+                raise ValueError(f"evaluate.{field}: {name!r} is no corpus of documents; those are: {known}")
         for name in self.publish.corpora if self.publish else []:
             if name not in self.perplexity_corpora:
                 known = ", ".join(self.perplexity_corpora)

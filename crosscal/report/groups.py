@@ -120,11 +120,13 @@ def _measured(results: Sequence[ResultRow]) -> dict[Column, None]:
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:
-    """Without the second way to score the same questions."""
+    """Without the second way to score the same questions or summaries."""
     return [
         (name, split, metric)
         for name, split, metric in columns
-        if metric != "acc_norm" or (name, split, "acc") not in columns
+        if split != VALIDATION
+        and (metric != "acc_norm" or (name, split, "acc") not in columns)
+        and not (metric.endswith(("rouge1", "rouge2")) and (name, split, "rougeL") in columns)
     ]
 
 

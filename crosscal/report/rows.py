@@ -47,6 +47,12 @@ class ResultRow:
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
     found_by: str | None = None
     """How the mixture was found where the plan left it open, in words; None where the plan gives it."""
+    lost: int | None = None
+    """Of an accuracy: questions that the dense model answers rightly and this one does not; None where not both did."""
+    won: int | None = None
+    """The other way round."""
+    p: float | None = None
+    """That there is no difference, by McNemar's exact test over those questions."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,20 @@ class QuestionRow:
     """Whether each question was answered right, in the task's order, the same for all variants."""
 
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, StudyRow)
-AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow | StudyRow
+@dataclass(frozen=True)
+class DocumentRow:
+    """What one score of summaries is the mean of (`summaries.jsonl`)."""
+
+    variant: str
+    task: str
+    split: str
+    metric: str
+    score: list[float]
+    """Of each document, in the task's order, the same for all variants."""
+
+
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, StudyRow, DocumentRow)
+AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow | StudyRow | DocumentRow
 
 
 def write_rows(path: Path, rows: Iterable[AnyRow]) -> None:

@@ -22,7 +22,8 @@ from crosscal.evaluation.batches import Progress, read_each
 from crosscal.evaluation.choices import Choices
 from crosscal.evaluation.harness import NamedTask, measure_named
 from crosscal.evaluation.likelihood import Windows
-from crosscal.evaluation.questions import LocalTask
+from crosscal.evaluation.summarise import SummaryTask, measure_summaries
+from crosscal.evaluation.tasks import LocalTask, Task
 from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
@@ -35,7 +36,7 @@ FORMAT = 3  # of stored measurements: since 3 each text's and each task's by the
 KIND, PLACE = "evaluations", "measurements.json"
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
-Subject = HeldOutText | LocalTask | NamedTask
+Subject = HeldOutText | LocalTask | NamedTask | SummaryTask
 """What is measured, and kept, by itself."""
 Told = Callable[[Subject], Progress]
 """What is told how far a subject is."""
@@ -63,7 +64,7 @@ class Examination:
     @property
     def subjects(self) -> tuple[Subject, ...]:
         """All that can be measured, in the order of the rows."""
-        return (*self.texts, *self.suite.local, *self.suite.named)
+        return (*self.texts, *self.suite.local, *self.suite.named, *self.suite.summaries)
 
     def find(self, weights: str) -> list[Measurement] | None:
         """What was measured on these weights before; None if anything is missing."""
@@ -83,7 +84,7 @@ class Examination:
 
     def measured(self, weights: str, model: Any, missing: Sequence[Subject], told: Told) -> Iterator[list[Measurement]]:
         """What is missing of a model that is on the device, one after another, each kept as soon as it is there."""
-        apart = [subject for subject in missing if not isinstance(subject, NamedTask)]
+        apart = [subject for subject in missing if not isinstance(subject, NamedTask | SummaryTask)]
         read = [self._readable[subject] for subject in apart]
         progress = [told(subject) for subject in apart]
         sizes = {"device": self.device, "batch_tokens": self.batch_tokens, "progress": progress}
@@ -93,6 +94,11 @@ class Examination:
             if task in missing:
                 sizes = {"limit": self.suite.limit, "max_length": self.max_length}
                 found = measure_named(task, model, self.tokenizer, **sizes, progress=told(task))
+                yield self._kept(weights, task, found)
+        for task in self.suite.summaries:
+            if task in missing:
+                sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens}
+                found = measure_summaries(task, model, self.tokenizer, **sizes, progress=told(task))
                 yield self._kept(weights, task, found)
 
     def key(self, weights: str, subject: Subject) -> str:
@@ -110,8 +116,9 @@ class Examination:
         if isinstance(subject, HeldOutText):
             begins = self._begins[self.begin]
             return dataclasses.replace(found, corpus_or_task=subject.corpus, split=subject.split, begin_token=begins)
-        name = subject.name if isinstance(subject, LocalTask) else found.corpus_or_task
-        return dataclasses.replace(found, corpus_or_task=name, begin_token=self._begins[None])
+        name = found.corpus_or_task if isinstance(subject, NamedTask) and subject.texts is None else subject.name
+        split = subject.split if isinstance(subject, LocalTask) else found.split
+        return dataclasses.replace(found, corpus_or_task=name, split=split, begin_token=self._begins[None])
 
     @functools.cached_property
     def _begins(self) -> dict[bool | None, bool]:
@@ -127,9 +134,11 @@ class Examination:
     @functools.cached_property
     def _identities(self) -> dict[Subject, list[Any]]:
         encoding = [self.max_length, self.tokenizer_digest]
-        local = {task: [digest_of([dataclasses.asdict(one) for one in task.questions])] for task in self.suite.local}
+        local: dict[Subject, list[Any]] = {task: [task.digest] for task in (*self.suite.local, *self.suite.summaries)}
         version = importlib.metadata.version("lm-eval")
-        named = {task: [task.name, self.suite.limit, version] for task in self.suite.named}
+        named: dict[Subject, list[Any]] = {
+            task: [*task.identity(self.suite.limit), version] for task in self.suite.named
+        }
         texts: dict[Subject, list[Any]] = {text: [text.digest] for text in self.texts}
         return texts | {task: [*each, *encoding] for task, each in (local | named).items()}
 
@@ -140,7 +149,7 @@ def examination(
     source: ModelSource,
     cutting: Cutting,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     limit: int | None,
     batch_tokens: int,
     device: str,

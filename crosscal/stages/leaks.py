@@ -14,16 +14,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from crosscal.calibration.ngrams import NGRAM_WORDS
 from crosscal.calibration.overlap import LEAK_SHARE, MOST_DOCUMENTS, DocumentOverlap, SetOverlap, overlaps
 from crosscal.corpora import Corpus, documents
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.question_files import is_question_file, read_questions, task_names
+from crosscal.evaluation.tasks import LocalTask
 from crosscal.progress import Report, silent
-from crosscal.store import Store, digest_file, digest_of
+from crosscal.store import Store, digest_of
 
 FORMAT = 1  # of stored findings; a change of what is compared makes new keys
 KIND = "overlaps"
@@ -44,22 +43,19 @@ class Texts:
     """By the plan's names."""
     calibrated: tuple[str, ...]
     """Those whose training text counts."""
-    questions: Mapping[str, str]
-    """Task → its file."""
+    questions: tuple[LocalTask, ...]
 
     @classmethod
     def of(
-        cls, store: Store, corpora: Mapping[str, Corpus], calibrated: Collection[str], tasks: Sequence[str]
+        cls, store: Store, corpora: Mapping[str, Corpus], calibrated: Collection[str], questions: Sequence[LocalTask]
     ) -> Texts:
-        files = [task for task in tasks if is_question_file(task) and Path(task).is_file()]
-        names = task_names(files)
         used = tuple(name for name in corpora if name in calibrated)
-        return cls(store, corpora, used, {name: path for path, name in names.items()})
+        return cls(store, corpora, used, tuple(questions))
 
     @property
     def key(self) -> str:
         shards = {name: [shard.key for shard in corpus.shards] for name, corpus in self.corpora.items()}
-        questions = {name: digest_file(Path(path)) for name, path in self.questions.items()}
+        questions = {task.name: task.digest for task in self.questions}
         limits = [NGRAM_WORDS, LEAK_SHARE, MOST_DOCUMENTS]
         return digest_of([FORMAT, limits, sorted(shards.items()), list(self.calibrated), questions])
 
@@ -71,9 +67,9 @@ class Texts:
             for split in EVALUATED:
                 yield from ((_name(name, split), text) for text in self._documents(name, split))
             yield from ((_name(name, TRAIN), text) for text in self._sample(name))
-        for name, path in self.questions.items():
+        for task in self.questions:
             # With the right answer: a passage that a question goes on from is in many documents.
-            yield from ((name, f"{each.question} {each.choices[each.answer]}") for each in read_questions(path))
+            yield from ((task.name, f"{each.question} {each.choices[each.answer]}") for each in task.questions)
 
     @property
     def own(self) -> set[str]:
