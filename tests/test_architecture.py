@@ -52,10 +52,10 @@ ROOMS = {
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    # test windows are cut as calibration windows are; scipy has Student's t
+    # test windows are cut as calibration windows are; scipy has Student's t; questions come in Parquet, too
     "evaluation": (
         {"errors", "files", "calibration"},
-        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy"},
+        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),

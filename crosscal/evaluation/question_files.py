@@ -1,24 +1,27 @@
 """Local files of multiple-choice questions.
 
-JSON objects, one a line or an array of them, plain or compressed (`.jsonl`, `.ndjson`, `.json`, with `.gz`, `.zst`,
-`.bz2` or `.xz`): `{"question": str, "choices": [str, …], "answer": index}`. Other fields are left alone. A damaged
+JSON objects (one a line, an array of them, or an object of them by id), CSV and TSV with or without a header, Parquet;
+all but the last plain or compressed. Our own form is `{"question": str, "choices": [str, …], "answer": index}`; others
+that are common are found by themselves (see `question_forms`), and any by what the plan says of its fields. A damaged
 row, and a file that cannot be read to its end, is an error and never skipped: an accuracy over fewer questions would
 look the same.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from crosscal.errors import EvaluationError
-from crosscal.files import COMPRESSIONS, JSON_FORMATS, Broken, JsonRecord, excerpt, format_of, json_records, stem_of
+from crosscal.evaluation.answers import TEXT, TOLD, Answered, read_answers
+from crosscal.evaluation.question_forms import Fields, Form, Unfit, form_of, parts_of
+from crosscal.evaluation.question_rows import FORM, FORMATS, FORMS, Row, Table, read_rows
+from crosscal.files import excerpt, format_of, stem_of
 
-FORMS = f"{', '.join(JSON_FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
-FORM = 'Each line is {"question": "…", "choices": ["…", "…"], "answer": index of the right choice}.'
+__all__ = ["FORMS", "Fields", "Question", "QuestionFile", "is_question_file", "read_question_file", "read_questions"]
+
+NOTHING_SAID = Fields()
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,71 @@ class Question:
     choices: tuple[str, ...]
     answer: int
     """Index into `choices`."""
+    context: str | None = None
+    """A text that belongs to the question and is not part of it yet; None where the file has none."""
+
+    @property
+    def closed_book(self) -> Question:
+        """Without its context: what the model knows."""
+        return replace(self, context=None)
+
+    @property
+    def in_context(self) -> Question:
+        """With its context in front, a blank line between: what the model finds there."""
+        return replace(self, question="\n\n".join(part for part in (self.context, self.question) if part), context=None)
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    questions: tuple[Question, ...]
+    read_as: str
+    """Which fields were taken for what, in words."""
+
+    @property
+    def has_context(self) -> bool:
+        return any(question.context is not None for question in self.questions)
 
 
 def is_question_file(task: str) -> bool:
     """Whether a task of the plan is a path to a local file of questions rather than an lm-eval name."""
-    return format_of(task) in JSON_FORMATS
+    return format_of(task) in FORMATS
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """All questions of a file; `EvaluationError` names file, line and what is wrong."""
-    if not Path(path).is_file():
-        raise EvaluationError("the questions cannot be read", where=str(path), got="no such file", do="Check the path.")
-    questions = [_parse(record, f"{path}, line {record.number}") for record in json_records(Path(path))]
-    if not questions:
+    return list(read_question_file(path).questions)
+
+
+def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> QuestionFile:
+    """All questions of a file, and as what its fields were read; what `fields` leaves out is found.
+
+    Raises `EvaluationError` naming file, line, what was found there and what to write in the plan.
+    """
+    path = Path(path)
+    found = read_rows(path)
+    if not found:
         raise EvaluationError("no questions in the file", where=str(path), do=FORM)
-    return questions
+    rows, form = _with_form(path, found, fields)
+    answered, contexts, questions = [], [], []
+    for row in rows:
+        try:
+            parts = parts_of(row.value, form)
+        except Unfit as problem:
+            raise EvaluationError(str(problem), where=row.where, do=_remedy(path, row, form)) from problem
+        answered.append(Answered(parts.choices, parts.labels, parts.answer, row.where))
+        contexts.append(parts.context)
+        questions.append(parts.question)
+    answer_is = fields.answer_is or (TEXT if form.are_words else None)
+    try:
+        indices, way = read_answers(answered, form.answer, answer_is, native=form.is_native)
+    except EvaluationError as error:
+        do = error.do if form.is_native else f"{error.do} {_read_so(form, found)}"
+        raise EvaluationError(error.what, where=error.where, got=error.got, do=do) from error
+    read = [
+        Question(question, row.choices, index, context)
+        for question, row, index, context in zip(questions, answered, indices, contexts, strict=True)
+    ]
+    return QuestionFile(tuple(read), f"{form} {TOLD[way]}")
 
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:
@@ -62,36 +115,50 @@ def task_names(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(paths, names, strict=True))
 
 
-def _parse(record: JsonRecord | Broken, where: str) -> Question:
-    if isinstance(record, Broken):
-        what = "not a line of JSON in UTF-8" if record.reason.startswith("invalid") else "the questions cannot be read"
-        raise EvaluationError(what, where=where, got=record.reason, do=FORM)
-    row = record.value
+def _with_form(path: Path, found: tuple[Row, ...] | Table, fields: Fields) -> tuple[tuple[Row, ...], Form]:
+    """Rows, by the names of their columns if they have any, and their form."""
+    rows = found.with_header if isinstance(found, Table) else found
     try:
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair passes json, but no tokenizer
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError("not a line of JSON in UTF-8", where=where, got=excerpt(str(error))) from error
-    problem = _problem(row)
-    if problem:
-        raise EvaluationError(problem, where=where, do=FORM)
-    return Question(row["question"], tuple(row["choices"]), row["answer"])
+        if rows:
+            return rows, form_of([row.value for row in rows], fields)
+        raise Unfit("nothing behind the first line")
+    except Unfit as problem:
+        unnamed = _without_header(found, fields) if isinstance(found, Table) else None
+        if unnamed is not None:
+            return unnamed
+        row = rows[0] if rows else Row({}, str(path))
+        raise EvaluationError(f"{problem}", where=row.where, do=_remedy(path, row, None)) from problem
 
 
-def _problem(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return "a row that is not an object"
-    missing = [field for field in ("question", "choices", "answer") if field not in row]
-    if missing:
-        return f"a row without {', '.join(missing)}"
-    question, choices, answer = row["question"], row["choices"], row["answer"]
-    if not _is_text(question):
-        return "question is not a text"
-    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        return "choices is not a list of two or more texts"
-    if type(answer) is not int or not 0 <= answer < len(choices):  # True is an int too, but no index
-        return f"answer is not an index into the {len(choices)} choices, counted from 0"
-    return None
+def _without_header(table: Table, fields: Fields) -> tuple[tuple[Row, ...], Form] | None:
+    """A question, its choices and the answer, column by column, unless the plan names other columns by number; None
+    for too few columns."""
+    rows = table.without_header
+    first, *choices, last = rows[0].value
+    if len(choices) < 2 and fields == NOTHING_SAID:
+        return None
+    said = Fields(
+        fields.question or first, fields.choices or tuple(choices), fields.answer or last, fields.context,
+        fields.answer_is,
+    )  # fmt: skip
+    try:
+        return rows, form_of([row.value for row in rows], said)
+    except Unfit:
+        return None
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _remedy(path: Path, row: Row, form: Form | None) -> str:
+    """What to write in the plan for a row that no form fits."""
+    if form is not None and form.is_native:
+        return FORM
+    shown = ", ".join(f"{name}: {excerpt(repr(value))[:30]}" for name, value in row.value.items())
+    was = f"{_read_so(form)} " if form else ""
+    there = f"Its fields are {excerpt(shown)}. " if shown else ""
+    said = f"{{file: {path.name}, fields: {{question: …, choices: …, answer: …}}}}"
+    return f"{was}{there}Say which is which in the plan: {said}. Or write our form: {FORM}"
+
+
+def _read_so(form: Form, found: tuple[Row, ...] | Table = ()) -> str:
+    is_unnamed = isinstance(found, Table) and form.question in found.without_header[0].value
+    header = "The first line names no question and no answer, so it was read as a row. " if is_unnamed else ""
+    return f"{header}Read here: {form}."

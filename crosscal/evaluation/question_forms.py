@@ -1,0 +1,251 @@
+"""Which fields of a record are the question, its choices, the answer and the context.
+
+Files of exam and knowledge questions agree on little: choices are a list, a mapping by letter, texts beside labels, or
+columns of their own; answers are letters, numbers or words; a context is a text or a list of them. What the plan does
+not name is found by the names and shapes that are common, in the first record, and then holds for the whole file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+# By importance, without case and what is no letter or digit: `answerKey` and `answer_key` are one.
+QUESTION = ("question", "questionstem", "stem", "query", "prompt", "input", "goal", "qtext", "ctx", "citingprompt")
+CHOICES = ("choices", "options", "endings", "candidates", "answers")
+ANSWER = (
+    *("answeridx", "answerindex", "answerkey", "correctoption", "correctindex", "cop", "finaldecision", "label"),
+    *("gold", "target", "correctanswer", "correct", "ra", "answer"),
+)
+CONTEXT = ("contexts", "context", "passage", "abstract", "article", "support")
+COLUMN = re.compile(r"(option|choice|op|opt|answer|sol|ending|holding|)([a-z]|\d)")
+TEXTS, LABELS = ("text", "texts", "content"), ("label", "labels", "key")
+WORDS = (("yes", "no"), ("yes", "no", "maybe"), ("true", "false"))
+"""Choices that records without any are answered with."""
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the plan says of a file's fields; None is to be found."""
+
+    question: str | None = None
+    """A field's name, or text with {fields} in braces; `a.b` is field b of the mapping in field a."""
+    choices: str | tuple[str, ...] | None = None
+    """The field that holds them; or one field, or text with {fields}, for each; or the words themselves."""
+    answer: str | None = None
+    context: str | None = None
+    answer_is: str | None = None
+    """`letter`, `text`, `number_from_0` or `number_from_1`."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is read from where in every record of a file."""
+
+    question: str
+    choices: str | tuple[str, ...]
+    answer: str
+    context: str | None = None
+    are_words: bool = False
+    """Whether `choices` are the words themselves, the same in every record."""
+
+    @property
+    def is_native(self) -> bool:
+        """Our own, in which an answer is an index from 0."""
+        return (self.question, self.choices, self.answer) == ("question", "choices", "answer")
+
+    def __str__(self) -> str:
+        shown = self.choices if isinstance(self.choices, str) else ", ".join(self.choices)
+        said = f"question from {self.question}, choices {'are the words' if self.are_words else 'from'} {shown}"
+        return f"{said}{f', context from {self.context}' if self.context else ''}, answer from {self.answer}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A record as its form reads it."""
+
+    question: str
+    choices: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    """What the file itself calls the choices."""
+    answer: Any
+    context: str | None
+
+
+class Unfit(Exception):
+    """Why a record has no place in a form, or no form was found."""
+
+
+def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> Form:
+    """What of the form the plan does not give is found in the first record; raises `Unfit` with what is not there.
+
+    Where records hold no choices, the answers of all decide between yes, no and maybe.
+    """
+    first = records[0]
+    names = list(_names(first))
+    question, answer = given.question or _first(names, QUESTION), given.answer or _first(names, ANSWER)
+    missing = [what for what, found in (("question", question), ("answer", answer)) if found is None]
+    if question is None or answer is None:
+        raise Unfit(f"no field that is the {' or the '.join(missing)}")
+    choices = given.choices or _choices(first, names)
+    are_words = isinstance(choices, tuple) and not any(map(partial(_is_there, first), choices))
+    if choices is None:
+        choices, are_words = _words([value_of(record, answer) for record in records]), True
+    if choices is None:
+        raise Unfit("no field that holds the choices")
+    context = given.context or _context(first, names)
+    used = [question, answer, *[context] * (context is not None)]
+    used += [] if are_words else [choices] if isinstance(choices, str) else choices
+    for name in used:
+        if not _is_there(first, name):
+            raise Unfit(f"no field {name}")
+    return Form(question, choices, answer, context, are_words)
+
+
+def parts_of(record: Mapping[str, Any], form: Form) -> Parts:
+    """Raises `Unfit` with what is wrong with the record."""
+    used = [form.question, *([form.choices] if isinstance(form.choices, str) else []), form.answer]
+    missing = [name for name in used if not _is_there(record, name)]
+    if missing:
+        raise Unfit(f"a row without {', '.join(missing)}")
+    question = _text(record, form.question)
+    if not is_text(question):
+        raise Unfit(f"{form.question} is not a text")
+    choices, labels = _labelled(record, form)
+    context = _text(record, form.context) if form.context else None
+    return Parts(question, choices, labels, value_of(record, form.answer), context)
+
+
+def _labelled(record: Mapping[str, Any], form: Form) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    if isinstance(form.choices, tuple):
+        texts = list(form.choices) if form.are_words else [_text(record, name) for name in form.choices]
+        texts, labels = _without_blank_end(texts, None)
+        name = "choices" if form.are_words else ", ".join(form.choices)
+    else:
+        name = form.choices
+        texts, labels = _listed(value_of(record, name)) or ([], None)
+    if len(texts) < 2 or not all(map(is_text, texts)):
+        raise Unfit(f"{name} is not a list of two or more texts")
+    return tuple(texts), labels
+
+
+def _listed(value: Any) -> tuple[list[Any], tuple[str, ...] | None] | None:
+    """(texts, labels) of choices that stand in one field; None for what are none."""
+    if isinstance(value, Mapping):
+        texts, labels = _under(value, TEXTS), _under(value, LABELS)
+        if isinstance(texts, list) and isinstance(labels, list):
+            return (texts, tuple(map(str, labels))) if len(texts) == len(labels) else None
+        is_lettered = len(value) > 1 and all(len(str(key).strip(" ().:")) == 1 for key in value)
+        return _without_blank_end(list(value.values()), tuple(map(str, value))) if is_lettered else None
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(one, Mapping) for one in value):
+        texts, labels = ([_under(one, names) for one in value] for names in (TEXTS, LABELS))
+        return texts, tuple(map(str, labels))
+    return value, None
+
+
+def _under(value: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((value[name] for name in value if _plain(name) in names), None)
+
+
+def _without_blank_end(texts: list[Any], labels: tuple[str, ...] | None) -> tuple[list[Any], tuple[str, ...] | None]:
+    """Records of fewer choices than others leave the last columns, or letters, blank."""
+    while texts and (texts[-1] is None or texts[-1] == ""):
+        texts, labels = texts[:-1], labels and labels[:-1]
+    return texts, labels
+
+
+def _names(record: Mapping[str, Any]) -> Iterator[str]:
+    """Fields, and those of a question that is a mapping itself."""
+    for name, value in record.items():
+        if isinstance(value, Mapping) and _plain(name) in QUESTION:
+            yield from (f"{name}.{inner}" for inner in value)
+        else:
+            yield name
+
+
+def _first(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    by_plain = {_plain(name.rpartition(".")[2]): name for name in reversed(names)}
+    return next((by_plain[one] for one in wanted if one in by_plain), None)
+
+
+def _choices(record: Mapping[str, Any], names: Sequence[str]) -> str | tuple[str, ...] | None:
+    """One field whose value has the shape of choices, or columns numbered from a, 0 or 1."""
+    for wanted in CHOICES:
+        name = _first(names, [wanted])
+        if name is not None and _listed(value_of(record, name)) is not None:
+            return name
+    columns: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = COLUMN.fullmatch(_plain(name))
+        if match and not (match[1] == "" and match[2].isdigit()):
+            columns.setdefault(match[1], {})[match[2]] = name
+    for found in columns.values():
+        for order in (string.ascii_lowercase, string.digits, string.digits[1:]):
+            run = list(itertools.takewhile(found.__contains__, order))
+            if len(run) > 1:
+                return tuple(found[suffix] for suffix in run)
+    return None
+
+
+def _words(answers: Sequence[Any]) -> tuple[str, ...] | None:
+    """The fewest of yes, no, maybe that all answers are among."""
+    told = {("yes" if each else "no") if isinstance(each, bool) else each for each in answers if is_told(each)}
+    plain = {each.strip().casefold() for each in told}
+    return next((words for words in WORDS if plain <= set(words)), None) if len(told) else None
+
+
+def is_told(value: Any) -> bool:
+    return isinstance(value, bool | str)
+
+
+def _context(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    name = _first(names, CONTEXT)
+    inner = value_of(record, name) if name else None
+    if isinstance(inner, Mapping):  # texts beside their headings
+        within = _first(list(inner), CONTEXT)
+        return f"{name}.{within}" if within else None
+    return name
+
+
+def value_of(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, or of field b in the mapping of field a (`a.b`); MISSING where there is none."""
+    if name in record:
+        return record[name]
+    head, dot, rest = name.partition(".")
+    inner = record.get(head)
+    return value_of(inner, rest) if dot and isinstance(inner, Mapping) else MISSING
+
+
+def _is_there(record: Mapping[str, Any], name: str) -> bool:
+    inner = _FIELD.findall(name)
+    return all(value_of(record, each) is not MISSING for each in ([one for one in inner if one] if inner else [name]))
+
+
+def _text(record: Mapping[str, Any], name: str) -> Any:
+    """Of a field, lists of texts a paragraph each; or of text with {fields}. None where it is none."""
+    if not _FIELD.search(name):
+        value = value_of(record, name)
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return "\n".join(value)
+        return value if isinstance(value, str) else None
+    parts = {one: _text(record, one) for one in _FIELD.findall(name) if one}
+    if None in parts.values():
+        return None
+    return _FIELD.sub(lambda match: parts[match[1]] if match[1] else match[0][0], name)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).casefold())
