@@ -1,0 +1,55 @@
+"""Whether two models differ on the same questions: McNemar's exact test.
+
+Questions that both answer rightly, or both wrongly, say nothing of a difference. Of the others, lost and won, half
+would be expected either way if the models were alike: p = P(|X − n/2| ≥ |won − n/2|) for X ~ Binomial(n, 1/2) with
+n = lost + won (Edwards 1948's table, its exact form). The confidence in a difference of accuracies that comes from two
+standard errors would count the questions that both share as noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed from one model's answers to another's."""
+
+    questions: int
+    lost: int
+    """Rightly answered by the first only."""
+    won: int
+    """Rightly answered by the second only."""
+
+    @property
+    def points(self) -> float:
+        """Difference of accuracies, in percent of the questions."""
+        return 100 * (self.won - self.lost) / self.questions
+
+    @property
+    def p(self) -> float:
+        """Two-sided; 1 where nothing changed."""
+        return exact_p(self.lost, self.won)
+
+    def __str__(self) -> str:
+        """As in "−4.2 points, 12 lost / 7 won, p = .36"."""
+        told = "p < .001" if self.p < 0.001 else "p = 1" if self.p > 0.995 else f"p = {self.p:.2g}".replace("0.", ".")
+        return f"{self.points:+.1f} points, {self.lost} lost / {self.won} won, {told}".replace("-", "−")
+
+
+def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+    """Of answers to the same questions in the same order. Raises ValueError on unequal or no questions."""
+    pairs = list(zip(before, after, strict=True))
+    if not pairs:
+        raise ValueError("no questions to compare on")
+    return Change(len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+
+
+def exact_p(lost: int, won: int) -> float:
+    """min(1, 2 Σ_{k ≤ min(lost, won)} C(n, k) / 2ⁿ) with n = lost + won, in integers until the last division."""
+    n, term, tail = lost + won, 1, 0
+    for k in range(min(lost, won) + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)  # C(n, k + 1)
+    return min(1.0, 2 * tail / 2**n)
