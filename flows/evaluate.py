@@ -41,7 +41,8 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
-    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in plan.perplexity_corpora}
+    needed = dict.fromkeys([*plan.perplexity_corpora, *plan.continued_corpora])
+    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in needed}
     with reporting() as report:
         found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)
     return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]

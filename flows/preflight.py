@@ -43,6 +43,7 @@ from crosscal.stages.preflight import (
 )
 from crosscal.statistics import Gradient, Statistic
 from crosscal.tasks.model import decoded, identify
+from crosscal.tasks.questions import looked_at
 from crosscal.tasks.refusals import refusals
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed, variants
@@ -54,6 +55,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
     if unpacked := [variant.name for variant in asked if is_written_dense([p.step for p in variant.steps])]:
         findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
+    if questions := looked_at(plan):
+        findings["questions"] = questions
     problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
     if plan.study is not None:

@@ -14,6 +14,7 @@ from crosscal.models.sites import is_left, without_bias
 from crosscal.models.source import ModelSource
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
+from crosscal.tasks.questions import ready_tasks
 from crosscal.variants import Variant, variants
 
 MOST_NAMED = 12
@@ -46,7 +47,7 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
         known = f"Variants: {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
         yield PlanError("there is no such variant", where="publish.variant", got=plan.publish.variant, do=known)
     try:
-        QuestionSuite.load(plan.evaluate.tasks, limit=plan.evaluate.limit)
+        QuestionSuite.load(ready_tasks(plan), limit=plan.evaluate.limit)
     except CrosscalError as error:
         yield error
 

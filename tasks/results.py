@@ -30,6 +30,7 @@ from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made, unmeasured
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.options import PLAIN
+from crosscal.tasks.questions import tasks_of
 from crosscal.tasks.ticket import Ticket, task_report
 from crosscal.variants import Variant
 
@@ -90,7 +91,12 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     failed = {name: one.failed for name, one in judged.items() if one.failed}
     return {
         "failed": failed,
-        "notes": [*exam.notes, *(f"{n} is no model: {why}" for n, why in failed.items()), *dense_notes(texts, sizes)],
+        "notes": [
+            *exam.notes,
+            *(f"{n} is no model: {why}" for n, why in failed.items()),
+            *dense_notes(texts, sizes),
+            *exam.suite.told,
+        ],
     }
 
 
@@ -133,7 +139,7 @@ def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = sile
         corpora,
         ticket.source(),
         cutting_of(plan),
-        tasks=plan.evaluate.tasks,
+        tasks=tasks_of(ticket, stored),
         limit=plan.evaluate.limit,
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,

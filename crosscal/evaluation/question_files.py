@@ -49,6 +49,8 @@ class QuestionFile:
     questions: tuple[Question, ...]
     read_as: str
     """Which fields were taken for what, in words."""
+    is_native: bool
+    """Whether that is our own form, with nothing to tell."""
 
     @property
     def has_context(self) -> bool:
@@ -94,7 +96,7 @@ def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> Quest
         Question(question, row.choices, index, context)
         for question, row, index, context in zip(questions, answered, indices, contexts, strict=True)
     ]
-    return QuestionFile(tuple(read), f"{form} {TOLD[way]}")
+    return QuestionFile(tuple(read), f"{form} {TOLD[way]}", form.is_native and form.context is None)
 
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:

@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any
 
 from crosscal.errors import EvaluationError
+from crosscal.evaluation.in_memory import leaves_of
 from crosscal.evaluation.logits import rows_at_once
 from crosscal.evaluation.measurement import TEST, Measurement
-from crosscal.evaluation.question_files import FORMS, Question, is_question_file, read_questions, task_names
+from crosscal.evaluation.question_files import FORMS, is_question_file, read_questions, task_names
+from crosscal.evaluation.tasks import QuestionTask, Task, TextTask
 
 _log = logging.getLogger(__name__)
 MOST_QUESTIONS = 32
@@ -35,13 +37,20 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True, eq=False)
 class LoadedTask:
     name: str
-    source: str
-    """As the plan says it: a path, or lm-eval's name."""
     leaves: dict[str, Any]
     """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
+    asked: QuestionTask | TextTask | None = None
+    """What of this machine it asks; None for lm-eval's own."""
+
+    @property
+    def identity(self) -> str:
+        """What its numbers depend on beside the model."""
+        return self.name if self.asked is None else self.asked.digest
 
     @property
     def split(self) -> str:
+        if isinstance(self.asked, QuestionTask):
+            return self.asked.split
         config = next(iter(self.leaves["tasks"].values())).config
         return config.test_split or config.validation_split or "train"
 
@@ -55,19 +64,28 @@ class QuestionSuite:
     """Built-in tasks that cannot be had here, with the reason."""
     limit: int | None = None
 
+    @property
+    def told(self) -> list[str]:
+        """As what questions of this machine were read, a sentence for each task with something to tell."""
+        asked = (task.asked for task in self.loaded)
+        return [f"{one.name}: {one.told}" for one in asked if isinstance(one, QuestionTask) and one.told]
+
     @classmethod
-    def load(cls, tasks: Sequence[str], *, limit: int | None = None) -> QuestionSuite:
-        """Load lm-eval task names and local files of questions (see `question_files`), `limit` of each (None: all).
+    def load(cls, tasks: Sequence[Task], *, limit: int | None = None) -> QuestionSuite:
+        """Load questions and texts, local files of questions (see `question_files`) and lm-eval's own tasks, `limit` of
+        each file and of each of lm-eval's (None: all).
 
         A damaged file or an unknown name is an `EvaluationError`; a built-in task whose data cannot be reached is kept
         as skipped.
         """
         if not tasks:
             return cls((), {}, limit)  # lm-eval takes three seconds to import
-        files = [task for task in tasks if is_question_file(task)]
-        names = [task for task in tasks if not is_question_file(task)]
+        files = task_names([task for task in tasks if isinstance(task, str) and is_question_file(task)])
+        names = [task for task in tasks if isinstance(task, str) and not is_question_file(task)]
+        asked = [task for task in tasks if not isinstance(task, str)]
+        asked += [QuestionTask(name, tuple(read_questions(path)[:limit])) for path, name in files.items()]
         with _quiet_lm_eval():
-            local = [_local_task(name, path, read_questions(path)) for path, name in task_names(files).items()]
+            local = [LoadedTask(each.name, leaves_of(each), each) for each in asked]
             builtin, skipped = _builtin_tasks(names)
         return cls((*local, *builtin), skipped, limit)
 
@@ -101,34 +119,14 @@ class QuestionSuite:
 
         build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
         with _quiet_lm_eval(partial(progress, task.name) if progress else None):
-            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
+            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length, **_encoding(task))
             return _measure_task(lm, task, self.limit, batch_size)
 
 
-def _local_task(name: str, path: str, questions: list[Question]) -> LoadedTask:
-    from datasets import Dataset, DatasetDict
-    from lm_eval.api.task import ConfigurableTask
-
-    rows = {
-        "question": [question.question for question in questions],
-        "choices": [list(question.choices) for question in questions],
-        "answer": [question.answer for question in questions],
-    }
-    config = {
-        "task": name,
-        # Handed over in memory: a path would leave a copy in the user's datasets cache.
-        "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_dict(rows)}),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        # Bare field names: lm-eval would evaluate a rendered template that consists of digits.
-        "doc_to_text": "question",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": " ",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }
-    return LoadedTask(name, path, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
+def _encoding(task: LoadedTask) -> dict[str, bool]:
+    """Over texts lm-eval puts a token in front that is not predicted; with the tokenizer's own behind it, that would be
+    predicted from itself and counted. Its own tasks are measured as it does, so that numbers compare."""
+    return {"add_bos_token": False} if isinstance(task.asked, TextTask) else {}
 
 
 def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, str]]:
@@ -141,7 +139,7 @@ def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, st
     for name in names:
         _check_known(name, manager.task_index)
         try:
-            task = LoadedTask(name, name, dict(manager.load([name])))
+            task = LoadedTask(name, dict(manager.load([name])))
         except UNREACHABLE as error:
             skipped[name] = f"{type(error).__name__}: {error}"
             continue
@@ -168,6 +166,7 @@ def _measure_task(lm: Any, task: LoadedTask, limit: int | None, batch_size: int)
     from lm_eval.evaluator import evaluate
 
     started = time.perf_counter()
+    limit = limit if task.asked is None else None  # those of this machine are cut already
     lengths = _prompt_lengths(lm, task, limit)
     lm.batch_size_per_gpu = min(batch_size, questions_at_once(lm, max(lengths, default=1)))
     outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=True, bootstrap_iters=BOOTSTRAP_ITERATIONS)

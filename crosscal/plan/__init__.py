@@ -19,6 +19,7 @@ from crosscal.plan.sections import (
     SelfGenerated,
 )
 from crosscal.plan.study import Study
+from crosscal.plan.tasks import ContinuationTask, FileTask, Task, TextTask
 
 __all__ = [
     "BEST",
@@ -26,13 +27,17 @@ __all__ = [
     "Calibration",
     "Compress",
     "CompressionPlan",
+    "ContinuationTask",
     "Documents",
     "Evaluate",
     "Execution",
+    "FileTask",
     "Publish",
     "RandomTokens",
     "SelfGenerated",
     "Study",
+    "Task",
+    "TextTask",
     "dump_plan",
     "load_plan",
     "parse_plan",

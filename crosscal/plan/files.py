@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from crosscal.plan.sections import (
     SelfGenerated,
 )
 from crosscal.plan.study import Study
+from crosscal.plan.tasks import KINDS, QuestionFields, with_paths
 
 
 def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
@@ -81,6 +83,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         ) from error
 
 
+TASKS = ("evaluate", "tasks")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -98,12 +101,12 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
         if source.path is not None:
             paths = [source.path] if isinstance(source.path, str) else source.path
             corpora[name] = source.model_copy(update={"path": [absolute(path) for path in paths]})
-    tasks = [absolute(task) if format_of(task) else task for task in plan.evaluate.tasks]
+    tasks = [with_paths(task, absolute) for task in plan.evaluate.tasks]
     evaluate = plan.evaluate.model_copy(update={"tasks": tasks})
     return plan.model_copy(update={"model": absolute(plan.model), "corpora": corpora, "evaluate": evaluate})
 
 
-def _fields(location: tuple[Any, ...]) -> list[str]:
+def _fields(location: Sequence[Any]) -> list[str]:
     """Field names of the section a location points into, for suggestions."""
     sections: dict[str, type[BaseModel]] = {
         "calibration": Calibration,
@@ -116,17 +119,26 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     if len(location) == 1:
         return list(CompressionPlan.model_fields)
     section = sections.get(str(location[0]))
+    if tuple(location[:2]) == TASKS:
+        section = QuestionFields if location[4] == "fields" and len(location) > 5 else KINDS[location[3]]
     if location[0] == "corpora":
         kinds = {"self": SelfGenerated, "random": RandomTokens}
         section = kinds.get(str(location[2]) if len(location) > 2 else "", Documents)
     return list(section.model_fields) if section else []
 
 
+def _without_tag(location: Sequence[Any]) -> list[Any]:
+    """Which kind an entry was taken for is no part of its place."""
+    if tuple(location[:2]) == TASKS:
+        return [*location[:3], *location[4:]]
+    return [part for part in location if part != "documents"]
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
-        field = ".".join(str(part) for part in location if part not in ("documents",)) or "plan"
+        field = ".".join(map(str, _without_tag(location))) or "plan"
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"

@@ -12,9 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from crosscal.plan.settings import OF_A_MIXTURE, checked_axes
 from crosscal.plan.study import Study, keeping_numbers
+from crosscal.plan.tasks import ContinuationTask, Name, Task
 
 BEST = "best"
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class _Section(BaseModel):
@@ -163,8 +163,9 @@ def _corpora_named(entry: dict[str, Any]) -> Iterator[str]:
 class Evaluate(_Section):
     perplexity: list[Name] | None = None
     """Corpora whose test and validation text is measured; left out, all with documents."""
-    tasks: list[str] = []
-    """lm-eval task names, or files of questions (.jsonl, .ndjson, .json, also compressed)."""
+    tasks: list[Task] = []
+    """lm-eval task names, or files of questions (.jsonl, .json, .csv, .parquet, …, also compressed); or mappings that
+    begin with `file`, `continuation` or `perplexity` (see `crosscal.plan.tasks`)."""
     windows: int = Field(64, ge=2)
     """Of each corpus's test text: what reports show."""
     validation_windows: int = Field(32, ge=2)
@@ -267,6 +268,12 @@ class CompressionPlan(_Section):
             self.study.check(draws=len(self.seeds), keep_models=self.execution.keep_models)
         return self
 
+    @property
+    def continued_corpora(self) -> list[str]:
+        """Those that questions on what comes next are made of."""
+        asked = (task.continuation for task in self.evaluate.tasks if isinstance(task, ContinuationTask))
+        return list(dict.fromkeys(asked))
+
     @model_validator(mode="after")
     def _names_exist(self) -> CompressionPlan:
         for index, entry in enumerate(self.compress):
@@ -280,6 +287,10 @@ class CompressionPlan(_Section):
             if name not in self.document_corpora:
                 known = ", ".join(self.document_corpora)
                 raise ValueError(f"evaluate.perplexity: {name!r} is no corpus of documents; those are: {known}")
+        for name in self.continued_corpora:
+            if name not in self.document_corpora:
+                known = ", ".join(self.document_corpora)
+                raise ValueError(f"evaluate.tasks: {name!r} is no corpus of documents; those are: {known}")
         for name in [self.publish.domain, *self.publish.guard] if self.publish else []:
             if name not in self.perplexity_corpora:
                 known = ", ".join(self.perplexity_corpora)

@@ -19,6 +19,7 @@ from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus
 from crosscal.evaluation import TEST, Measurement, QuestionSuite, perplexity
 from crosscal.evaluation.questions import LoadedTask
+from crosscal.evaluation.tasks import Task
 from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
@@ -84,8 +85,9 @@ class Examination:
         """Digest of the weights and of all that the numbers depend on; not of what a plan calls it."""
         if isinstance(subject, HeldOutText):
             return digest_of([FORMAT, weights, str(self.dtype), subject.digest])
-        about = [self.limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
-        return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject.source], about])
+        limit = self.limit if subject.asked is None else None  # questions of this machine are cut already
+        about = [limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
+        return digest_of([FORMAT, weights, str(self.dtype), subject.identity, about])
 
     def measured(self, model: Any, subject: Subject, name: str, report: Report) -> list[Measurement]:
         """One text or task on a model, which is on the device."""
@@ -116,7 +118,8 @@ class Examination:
         """As this plan calls it, with what the text began with: questions are always encoded as the tokenizer does by
         default."""
         if isinstance(subject, LoadedTask):
-            return dataclasses.replace(found, begin_token=self._begins[None])
+            told = {} if subject.asked is None else {"corpus_or_task": subject.name, "split": subject.split}
+            return dataclasses.replace(found, begin_token=self._begins[None], **told)
         return dataclasses.replace(
             found, corpus_or_task=subject.corpus, split=subject.split, begin_token=self._begins[self.begin]
         )
@@ -125,13 +128,6 @@ class Examination:
     def _begins(self) -> dict[bool | None, bool]:
         return {wanted: begin_token(self.tokenizer, wanted) is not None for wanted in (None, self.begin)}
 
-    @functools.cached_property
-    def _identities(self) -> dict[str, Any]:
-        """What each task is: lm-eval's name, or name and content of a file."""
-        files = {task.source: Path(task.source) for task in self.suite.loaded if Path(task.source).is_file()}
-        named = {task.source: task.source for task in self.suite.loaded}
-        return named | {source: [file.name, digest_file(file)] for source, file in files.items()}
-
 
 def examination(
     store: Store,
@@ -139,7 +135,7 @@ def examination(
     source: ModelSource,
     cutting: Cutting,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[Task],
     limit: int | None,
     batch_tokens: int,
     device: str,

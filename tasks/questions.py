@@ -1,0 +1,107 @@
+"""From the entries of `evaluate.tasks` to what a model is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from crosscal.corpora import load_corpus
+from crosscal.errors import CrosscalError, PlanError
+from crosscal.evaluation import tasks as asked
+from crosscal.evaluation.continuation import Settings
+from crosscal.evaluation.question_files import Fields, is_question_file, read_question_file, task_names
+from crosscal.evaluation.tasks import CLOSED, IN_CONTEXT, QuestionTask, read_texts, version_name
+from crosscal.files import stem_of
+from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, Task, TextTask
+from crosscal.stages.continuation import continuation
+from crosscal.tasks.ticket import Ticket
+
+OUR_FORM = "question, choices, answer"
+IN_FRONT = "; the context stands in front of the question"
+
+
+def tasks_of(ticket: Ticket, stored: Mapping[str, str]) -> list[asked.Task]:
+    """All tasks of the plan, read or made; `stored` gives the store's name of every corpus that questions are made of.
+
+    Raises `EvaluationError` for a file that cannot be read, naming file and line, `PlanError` for two of one name.
+    """
+    continued = [task for task in ticket.parsed.evaluate.tasks if isinstance(task, ContinuationTask)]
+    made = [each for task in continued for each in _continued(ticket, task, stored[task.continuation])]
+    return [*ready_tasks(ticket.parsed), *made]
+
+
+def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
+    """Those that no corpus is needed for: files of this machine, and lm-eval's own. Raises as `tasks_of`."""
+    continued = [_name(task) for task in plan.evaluate.tasks if isinstance(task, ContinuationTask)]
+    named = [task for task in plan.evaluate.tasks if isinstance(task, str) and not is_question_file(task)]
+    local = list(local_tasks(plan))
+    names = [*continued, *named, *(task.name for task in local)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        do = "Give one of them a `name`."
+        raise PlanError("two tasks of one name", where="evaluate.tasks", got=", ".join(repeated), do=do)
+    return [*local, *named]
+
+
+def local_tasks(plan: CompressionPlan) -> Iterator[QuestionTask | asked.TextTask]:
+    """Those of files on this machine."""
+    unnamed = [task for task in map(_as_file, plan.evaluate.tasks) if task and task.name is None]
+    names = task_names([task.file for task in unnamed])
+    for task in plan.evaluate.tasks:
+        if isinstance(task, TextTask):
+            texts = read_texts(task.perplexity, task.text)[: task.limit or plan.evaluate.limit]
+            yield asked.TextTask(task.name or stem_of(task.perplexity), texts)
+        elif file := _as_file(task):
+            yield from _of_file(file, file.name or names[file.file], file.limit or plan.evaluate.limit)
+
+
+def looked_at(plan: CompressionPlan) -> list[dict[str, Any]]:
+    """What files of questions hold, and as what they are read; nothing of those that cannot be (see `refusals`)."""
+    try:
+        found = [task for task in local_tasks(plan) if isinstance(task, QuestionTask)]
+    except CrosscalError:
+        return []
+    return [{"task": task.name, "questions": len(task.questions), "read_as": task.told or OUR_FORM} for task in found]
+
+
+def _as_file(task: Task) -> FileTask | None:
+    if isinstance(task, str) and is_question_file(task):
+        return FileTask.model_validate({"file": task})
+    return task if isinstance(task, FileTask) else None
+
+
+def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[QuestionTask]:
+    said = task.fields
+    choices = said.choices if isinstance(said.choices, str | None) else tuple(said.choices)
+    read = read_question_file(task.file, Fields(said.question, choices, said.answer, said.context, said.answer_is))
+    if task.versions and not read.has_context:
+        raise PlanError(
+            "questions without a context have one version",
+            where=task.file,
+            got=", ".join(task.versions),
+            do="Say which field the context is (`fields: {context: …}`), or leave out `versions`.",
+        )
+    told = "" if read.is_native else read.read_as + ("" if not read.has_context or task.versions else IN_FRONT)
+    versions = {
+        CLOSED: [question.closed_book for question in read.questions[:limit]],
+        IN_CONTEXT: [question.in_context for question in read.questions[:limit]],
+    }
+    for version in task.versions or [IN_CONTEXT]:
+        called = version_name(name, version) if task.versions else name
+        yield QuestionTask(called, tuple(versions[version]), told=told)
+
+
+def _name(task: ContinuationTask) -> str:
+    return task.name or f"{task.continuation}-continuation"
+
+
+def _continued(ticket: Ticket, task: ContinuationTask, stored: str) -> Iterator[QuestionTask]:
+    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+    named = dataclasses.replace(corpus, name=task.continuation)
+    settings = Settings(task.questions, task.choices, task.words, task.context_words, task.seed)
+    for split in task.splits:
+        made = continuation(ticket.store, named, split, settings)
+        few = f"; {task.questions} were asked for" if len(made) < task.questions else ""
+        told = f"{len(made)} questions from {split} documents{few}"
+        yield QuestionTask(_name(task), tuple(made), split, told)

@@ -1,0 +1,108 @@
+"""Tasks of every kind in one plan, from its YAML to the rows of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosscal.errors import CrosscalError
+from crosscal.plan import load_plan
+from crosscal.report.rows import ResultRow, read_rows
+from crosscal.tasks.questions import ready_tasks
+from tests.helpers.tiny_place import Place, crosscal, make_place
+from tests.helpers.tiny_text import SENTENCES
+
+EXAM = [
+    {"question": f"{sentence} Is it so?", "opa": "yes", "opb": "no", "cop": number % 2 + 1, "exp": "why"}
+    for number, sentence in enumerate(SENTENCES)
+]
+STUDIES = [
+    {"question": "Is it so?", "contexts": [sentence, "It rains."], "final_decision": ("yes", "no", "maybe")[number % 3]}
+    for number, sentence in enumerate(SENTENCES)
+]
+TASKS: list[Any] = [
+    "exam.jsonl",
+    {"file": "exam.jsonl", "name": "short", "limit": 2, "fields": {"choices": ["{opb}!", "{opa}!"]}},
+    {"file": "studies.json", "versions": ["closed", "in_context"]},
+    {"continuation": "legal", "questions": 12, "words": 4, "context_words": 8, "splits": ["validation", "test"]},
+    {"perplexity": "exam.jsonl", "text": "question", "name": "asked"},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = make_place(tmp_path_factory.mktemp("place"))
+    (place.folder / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAM))
+    (place.folder / "studies.json").write_text(json.dumps(STUDIES))
+    place.write_plan(evaluate={"windows": 4, "tasks": TASKS})
+    return place
+
+
+@pytest.fixture(scope="module")
+def record(place: Place) -> dict[str, Any]:
+    return place.run()
+
+
+def test_every_task_has_its_rows_and_says_as_what_it_was_read(place: Place, record: dict[str, Any]) -> None:
+    rows = [row for row in read_rows(place.run_dir / "results.jsonl", ResultRow) if row.metric != "perplexity"]
+    accuracies = ("acc", "acc_norm")
+    assert {(row.corpus_or_task, row.split, row.metric) for row in rows if row.variant == "dense"} == {
+        *(("exam", "test", metric) for metric in accuracies),
+        *(("short", "test", metric) for metric in accuracies),
+        *((f"studies-{version}", "test", metric) for version in ("closed", "in_context") for metric in accuracies),
+        *(("legal-continuation", split, metric) for split in ("validation", "test") for metric in accuracies),
+        *(("asked", "test", metric) for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
+    }
+    assert all(row.value is not None for row in rows)
+    said = "\n".join(record["notes"])
+    assert "exam: question from question, choices from opa, opb, answer from cop by its number from 1" in said
+    assert "short: question from question, choices from {opb}!, {opa}!, answer from cop by its number from 1" in said
+    assert "studies-closed: question from question, choices are the words yes, no, maybe" in said
+    assert "legal-continuation: 12 questions from validation documents" in said
+
+
+def test_a_check_says_the_same_before(place: Place) -> None:
+    found = json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json").out)
+    assert [(one["task"], one["questions"]) for one in found["questions"]] == [
+        ("exam", 5), ("short", 2), ("studies-closed", 5), ("studies-in_context", 5),
+    ]  # fmt: skip
+    assert found["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([{"file": "exam.jsonl", "fields": {"answer": "key"}}], "line 1: no field key"),
+        ([{"file": "exam.jsonl", "versions": ["closed"]}], "questions without a context have one version"),
+        ([{"file": "nowhere.csv"}], "the questions cannot be read"),
+        ([{"perplexity": "exam.jsonl"}], "line 1: text is not a text"),
+        (["exam.jsonl", {"file": "studies.json", "name": "exam"}], "two tasks of one name .got exam"),
+        ([{"continuation": "legal"}, {"file": "exam.jsonl", "name": "legal-continuation"}], "two tasks of one name"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(place: Place, tasks: list[Any], message: str) -> None:
+    plan = load_plan(place.plan, (f"evaluate.tasks={json.dumps(tasks)}",))
+    with pytest.raises(CrosscalError, match=message):
+        ready_tasks(plan)
+
+
+def test_and_told_by_a_check_and_before_a_run(place: Place, tmp_path: Path) -> None:
+    change = ("--home", str(place.home), "--set", "evaluate.tasks=[nowhere.csv]")
+    checked = crosscal("plan", "check", str(place.plan), "--json", *change)
+    assert "nowhere.csv: the questions cannot be read" in " ".join(json.loads(checked.out)["problems"])
+    done = crosscal("run", str(place.plan), "--out", str(tmp_path / "run"), *change)
+    assert "nowhere.csv: the questions cannot be read" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_model_is_measured_on_the_same_tasks(place: Place, record: dict[str, Any]) -> None:
+    ours = crosscal(
+        "evaluate", str(place.folder / "model"), "--plan", str(place.plan), "--home", str(place.home), "--json"
+    )
+    found = {(row["corpus_or_task"], row["split"], row["metric"]): row["value"] for row in json.loads(ours.out)}
+    rows = read_rows(place.run_dir / "results.jsonl", ResultRow)
+    assert found == {(r.corpus_or_task, r.split, r.metric): r.value for r in rows if r.variant == "dense"}
