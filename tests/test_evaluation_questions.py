@@ -258,6 +258,6 @@ def test_a_group_is_told_by_its_mean_or_by_its_tasks(tmp_path: Path) -> None:
         for task in leaves.values():
             group.add(task)
         parts = {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}}
-        suite = QuestionSuite((LoadedTask("facts", "facts", parts),), {})
+        suite = QuestionSuite((LoadedTask("facts", parts),), {})
         found = suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
         assert list(dict.fromkeys(m.corpus_or_task for m in found)) == names
