@@ -15,6 +15,7 @@ from prefect import task
 from crosscal.corpora import load_corpus
 from crosscal.errors import MissingArtifact, ModelError
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
+from crosscal.evaluation.mcnemar import change
 from crosscal.evaluation.measurement import ITEMS
 from crosscal.files import write_whole
 from crosscal.models.tensor_files import INDEX
@@ -79,7 +80,11 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
             judged[variant.name] = one = _judged(ticket, exam, variant, name, report)
             found[variant] = one.measured
         report("measuring models", len(variants), len(variants))
-    rows = [result_row(ticket, variant, one) for variant, measured in found.items() for one in measured]
+    rows = [
+        against_dense(result_row(ticket, variant, one), one, found[None])
+        for variant, measured in found.items()
+        for one in measured
+    ]
     write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
     asked = [row for variant in found for row in _question_rows(variant, found[variant])]
     write_rows(run_dir / "questions.jsonl", asked)
@@ -186,6 +191,16 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         device=ticket.device,
         **{name: value for name, value in dataclasses.asdict(found).items() if name not in ITEMS},
     )
+
+
+def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]) -> ResultRow:
+    """With what changed of the dense model's answers to the same questions."""
+    place = (one.corpus_or_task, one.split, one.metric)
+    before = next((d.question_correct for d in dense if (d.corpus_or_task, d.split, d.metric) == place), None)
+    if row.variant == DENSE or not before or not one.question_correct:
+        return row
+    found = change(before, one.question_correct)
+    return dataclasses.replace(row, lost=found.lost, won=found.won, p=found.p)
 
 
 @task(name="describe", task_run_name="describe calibration", **PLAIN)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from crosscal.errors import CrosscalError
+from crosscal.evaluation.mcnemar import change
 from crosscal.plan import load_plan
-from crosscal.report.rows import ResultRow, read_rows
+from crosscal.report.rows import QuestionRow, ResultRow, read_rows
 from crosscal.tasks.questions import ready_tasks
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_text import SENTENCES
@@ -62,6 +63,21 @@ def test_every_task_has_its_rows_and_says_as_what_it_was_read(place: Place, reco
     assert "short: question from question, choices from {opb}!, {opa}!, answer from cop by its number from 1" in said
     assert "studies-closed: question from question, choices are the words yes, no, maybe" in said
     assert "legal-continuation: 12 questions from validation documents" in said
+
+
+def test_each_accuracy_says_what_changed_of_the_dense_models_answers(place: Place, record: dict[str, Any]) -> None:
+    asked = read_rows(place.run_dir / "questions.jsonl", QuestionRow)
+    correct = {(row.variant, row.task, row.split, row.metric): row.correct for row in asked}
+    rows = read_rows(place.run_dir / "results.jsonl", ResultRow)
+    for row in rows:
+        ours = (row.corpus_or_task, row.split, row.metric)
+        if row.variant == "dense" or ("dense", *ours) not in correct:
+            assert (row.lost, row.won, row.p) == (None, None, None)
+        else:
+            found = change(correct["dense", *ours], correct[row.variant, *ours])
+            assert (row.lost, row.won, row.p) == (found.lost, found.won, found.p)
+    assert any(row.lost is not None for row in rows)
+    assert "Question by question" in (place.run_dir / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_check_says_the_same_before(place: Place) -> None:

@@ -283,14 +283,11 @@ class CompressionPlan(_Section):
                     raise ValueError(
                         f"compress.{index}: there is no corpus {name!r}; corpora: {', '.join(self.corpora)}"
                     )
-        for name in self.evaluate.perplexity or []:
-            if name not in self.document_corpora:
-                known = ", ".join(self.document_corpora)
-                raise ValueError(f"evaluate.perplexity: {name!r} is no corpus of documents; those are: {known}")
-        for name in self.continued_corpora:
-            if name not in self.document_corpora:
-                known = ", ".join(self.document_corpora)
-                raise ValueError(f"evaluate.tasks: {name!r} is no corpus of documents; those are: {known}")
+        for field, named in (("perplexity", self.evaluate.perplexity or []), ("tasks", self.continued_corpora)):
+            for name in named:
+                if name not in self.document_corpora:
+                    known = ", ".join(self.document_corpora)
+                    raise ValueError(f"evaluate.{field}: {name!r} is no corpus of documents; those are: {known}")
         for name in [self.publish.domain, *self.publish.guard] if self.publish else []:
             if name not in self.perplexity_corpora:
                 known = ", ".join(self.perplexity_corpora)

@@ -17,6 +17,7 @@ from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
 from crosscal.report.numbers import Number, number_text, percent_text, short_text
 from crosscal.report.plots import MOST_ROWS, accuracies, left_out, trade_off
+from crosscal.report.questions import answer_changes, answers_of
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
@@ -84,6 +85,9 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "worst_layers": _worst_layers(files.layers),
         "accuracy_chart": accuracies(_taken_first(groups, sections), columns),
         "accuracy_limit": MOST_ROWS if len(groups) > MOST_ROWS else None,
+        "answer_changes": answer_changes(
+            _taken_first(groups, sections), [one for each in sections for one in each.best], answers_of(files.questions)
+        ),
         "stages": _stages(files.run),
         "colours": COLOURS,
         "skipped": sorted({(row.corpus_or_task, row.skipped) for row in files.results if row.skipped}),

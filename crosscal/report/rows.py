@@ -42,6 +42,12 @@ class ResultRow:
     says. Empty for the dense model and in rows of earlier versions."""
     begin_token: bool | None = None
     """Whether every window, or question, began with beginning-of-text; None in rows of earlier versions."""
+    lost: int | None = None
+    """Of an accuracy: questions that the dense model answers rightly and this one does not; None where not both did."""
+    won: int | None = None
+    """The other way round."""
+    p: float | None = None
+    """That there is no difference, by McNemar's exact test over those questions."""
 
 
 @dataclass(frozen=True)

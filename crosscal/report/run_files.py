@@ -9,7 +9,7 @@ from typing import Any
 
 from crosscal.errors import UsageError
 from crosscal.report.groups import Group, groups_of
-from crosscal.report.rows import LayerRow, ResultRow, StudyRow, WindowRow, read_rows
+from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, StudyRow, WindowRow, read_rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RunFiles:
     """The variants whose models were kept."""
     study: list[StudyRow] = field(default_factory=list)
     """What a study concludes; empty for any other run."""
+    questions: list[QuestionRow] = field(default_factory=list)
 
     @property
     def groups(self) -> list[Group]:
@@ -46,7 +47,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run directory; `UsageError` when it holds no results or a damaged file."""
     if not (folder / "results.jsonl").is_file():
         raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
-    layers, windows, study = (folder / f"{name}.jsonl" for name in ("layers", "windows", "study"))
+    layers, windows, asked, study = (folder / f"{name}.jsonl" for name in ("layers", "windows", "questions", "study"))
     run = _json(folder / "run.json")
     run = {name: value for name, value in run.items() if value is not None} if isinstance(run, dict) else {}
     samples = _json(folder / "samples.json") or run.get("samples")
@@ -60,6 +61,7 @@ def read_run(folder: Path) -> RunFiles:
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
         models=frozenset(path.parent.name for path in folder.glob("models/*/config.json")),
         study=read_rows(study, StudyRow) if study.is_file() else [],
+        questions=read_rows(asked, QuestionRow) if asked.is_file() else [],
     )
 
 
