@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py TESTBED [--model FOLDER] [--questions 200] [--home STORE]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`, which is the model unless another is named.
+TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`, the model unless another is named.
 SparseGPT at 50, 60 and 70 % on half general, half biomedical text; of each corpus's test documents as many questions:
 which of four are the next 20 words after 64. A row is an accuracy with its standard error, the chance level being 25 %;
 of pruned models also the change against dense on the same questions with the p of McNemar's exact test.
