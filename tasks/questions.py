@@ -75,21 +75,22 @@ def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[QuestionT
     said = task.fields
     choices = said.choices if isinstance(said.choices, str | None) else tuple(said.choices)
     read = read_question_file(task.file, Fields(said.question, choices, said.answer, said.context, said.answer_is))
-    if task.versions and not read.has_context:
+    if task.versions and (read.holds_context or not read.has_context):
         raise PlanError(
-            "questions without a context have one version",
+            "questions that hold their context have one version"
+            if read.holds_context
+            else "questions without a context have one version",
             where=task.file,
             got=", ".join(task.versions),
-            do="Say which field the context is (`fields: {context: …}`), or leave out `versions`.",
+            do="Say which fields question and context are (`fields: {context: …}`), or leave out `versions`.",
         )
-    told = "" if read.is_native else read.read_as + ("" if not read.has_context or task.versions else IN_FRONT)
-    versions = {
-        CLOSED: [question.closed_book for question in read.questions[:limit]],
-        IN_CONTEXT: [question.in_context for question in read.questions[:limit]],
-    }
-    for version in task.versions or [IN_CONTEXT]:
+    is_whole = read.holds_context or not read.has_context or (read.is_native and said.context is None)
+    versions = task.versions or [CLOSED if is_whole else IN_CONTEXT]
+    told = "" if read.is_native and is_whole else read.read_as + (IN_FRONT if versions == [IN_CONTEXT] else "")
+    for version in versions:
+        asked_so = [q.closed_book if version == CLOSED else q.in_context for q in read.questions[:limit]]
         called = version_name(name, version) if task.versions else name
-        yield QuestionTask(called, tuple(versions[version]), told=told)
+        yield QuestionTask(called, tuple(asked_so), told=told)
 
 
 def _name(task: ContinuationTask) -> str:

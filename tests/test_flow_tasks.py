@@ -10,6 +10,7 @@ import pytest
 
 from crosscal.errors import CrosscalError
 from crosscal.evaluation.mcnemar import change
+from crosscal.evaluation.tasks import QuestionTask
 from crosscal.plan import load_plan
 from crosscal.report.rows import QuestionRow, ResultRow, read_rows
 from crosscal.tasks.questions import ready_tasks
@@ -24,6 +25,7 @@ STUDIES = [
     {"question": "Is it so?", "contexts": [sentence, "It rains."], "final_decision": ("yes", "no", "maybe")[number % 3]}
     for number, sentence in enumerate(SENTENCES)
 ]
+OURS = {"question": "Is it so?", "choices": ["yes", "no"], "answer": 1, "context": "It rains."}
 TASKS: list[Any] = [
     "exam.jsonl",
     {"file": "exam.jsonl", "name": "short", "limit": 2, "fields": {"choices": ["{opb}!", "{opa}!"]}},
@@ -38,6 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = make_place(tmp_path_factory.mktemp("place"))
     (place.folder / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAM))
     (place.folder / "studies.json").write_text(json.dumps(STUDIES))
+    (place.folder / "whole.jsonl").write_text(json.dumps(OURS | {"question": "It rains. Is it so?"}) + "\n")
+    (place.folder / "ours.jsonl").write_text(json.dumps(OURS) + "\n")
     place.write_plan(evaluate={"windows": 4, "tasks": TASKS})
     return place
 
@@ -93,6 +97,7 @@ def test_a_check_says_the_same_before(place: Place) -> None:
     [
         ([{"file": "exam.jsonl", "fields": {"answer": "key"}}], "line 1: no field key"),
         ([{"file": "exam.jsonl", "versions": ["closed"]}], "questions without a context have one version"),
+        ([{"file": "whole.jsonl", "versions": ["closed"]}], "questions that hold their context have one version"),
         ([{"file": "nowhere.csv"}], "the questions cannot be read"),
         ([{"perplexity": "exam.jsonl"}], "line 1: text is not a text"),
         (["exam.jsonl", {"file": "studies.json", "name": "exam"}], "two tasks of one name .got exam"),
@@ -103,6 +108,23 @@ def test_what_cannot_be_asked_is_refused(place: Place, tasks: list[Any], message
     plan = load_plan(place.plan, (f"evaluate.tasks={json.dumps(tasks)}",))
     with pytest.raises(CrosscalError, match=message):
         ready_tasks(plan)
+
+
+def test_a_context_stands_in_front_where_the_question_lacks_it(place: Place) -> None:
+    """Of our own form other fields are left alone unless the plan says otherwise."""
+    tasks: list[Any] = ["ours.jsonl", "whole.jsonl", "studies.json"]
+    tasks += [{"file": "ours.jsonl", "name": "said", "fields": {"context": "context"}}]
+    tasks += [{"file": "ours.jsonl", "name": "both", "versions": ["in_context", "closed"]}]
+    plan = load_plan(place.plan, (f"evaluate.tasks={json.dumps(tasks)}",))
+    asked = {task.name: task.questions[0].question for task in ready_tasks(plan) if isinstance(task, QuestionTask)}
+    assert asked == {
+        "ours": "Is it so?",
+        "whole": "It rains. Is it so?",
+        "studies": f"{SENTENCES[0]}\nIt rains.\n\nIs it so?",
+        "said": "It rains.\n\nIs it so?",
+        "both-in_context": "It rains.\n\nIs it so?",
+        "both-closed": "Is it so?",
+    }
 
 
 def test_and_told_by_a_check_and_before_a_run(place: Place, tmp_path: Path) -> None:

@@ -50,11 +50,16 @@ class QuestionFile:
     read_as: str
     """Which fields were taken for what, in words."""
     is_native: bool
-    """Whether that is our own form, with nothing to tell."""
+    """Whether that is our own form: its questions are whole, other fields are left alone."""
 
     @property
     def has_context(self) -> bool:
         return any(question.context is not None for question in self.questions)
+
+    @property
+    def holds_context(self) -> bool:
+        """Whether some question repeats its context, so that it cannot be asked without."""
+        return any(question.context and question.context.strip() in question.question for question in self.questions)
 
 
 def is_question_file(task: str) -> bool:
@@ -96,7 +101,7 @@ def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> Quest
         Question(question, row.choices, index, context)
         for question, row, index, context in zip(questions, answered, indices, contexts, strict=True)
     ]
-    return QuestionFile(tuple(read), f"{form} {TOLD[way]}", form.is_native and form.context is None)
+    return QuestionFile(tuple(read), f"{form} {TOLD[way]}", form.is_native)
 
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:
