@@ -8,7 +8,7 @@ from typing import Any
 TEST, VALIDATION = "test", "validation"
 """Splits: what is reported is measured on the first, whatever chooses reads the second."""
 PERPLEXITY = "perplexity"
-ITEMS = ("window_nll", "question_correct")
+ITEMS = ("window_nll", "question_correct", "document_score")
 """Fields that hold what a number is the mean of."""
 
 
@@ -36,6 +36,8 @@ class Measurement:
     question_correct: tuple[bool, ...] | None = None
     """Of an accuracy: whether each question, in the task's order, was answered right, so that two models asked the same
     questions can be compared question by question. None where a metric has no right and wrong, and for a group."""
+    document_score: tuple[float, ...] | None = None
+    """Of a score of summaries: that of each document, in the task's order, to 1e-6."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Measurement:
