@@ -51,9 +51,9 @@ ROOMS = {
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    # test windows are cut as calibration windows are
+    # test windows are cut as calibration windows are, and read in lanes
     "evaluation": (
-        {"errors", "files", "calibration"},
+        {"errors", "files", "lanes", "calibration"},
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
