@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from crosscal.corpora import load_corpus
-from crosscal.errors import CrosscalError, PlanError
+from crosscal.errors import CrosscalError, EvaluationError, PlanError
 from crosscal.evaluation import tasks as asked
 from crosscal.evaluation.continuation import Settings
+from crosscal.evaluation.faithfulness import Judge
 from crosscal.evaluation.question_files import Fields, is_question_file, read_question_file, task_names
-from crosscal.evaluation.tasks import CLOSED, IN_CONTEXT, QuestionTask, read_texts, version_name
+from crosscal.evaluation.summarise import SummaryTask
+from crosscal.evaluation.tasks import CLOSED, IN_CONTEXT, LocalTask, read_fields, read_texts, version_name
 from crosscal.files import stem_of
-from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, Task, TextTask
+from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, SummariesTask, Task, TextTask
 from crosscal.stages.continuation import continuation
+from crosscal.store import digest_file, digest_of
 from crosscal.tasks.ticket import Ticket
 
 OUR_FORM = "question, choices, answer"
@@ -44,7 +48,7 @@ def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
     return [*local, *named]
 
 
-def local_tasks(plan: CompressionPlan) -> Iterator[QuestionTask | asked.TextTask]:
+def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | SummaryTask]:
     """Those of files on this machine."""
     unnamed = [task for task in map(_as_file, plan.evaluate.tasks) if task and task.name is None]
     names = task_names([task.file for task in unnamed])
@@ -52,6 +56,8 @@ def local_tasks(plan: CompressionPlan) -> Iterator[QuestionTask | asked.TextTask
         if isinstance(task, TextTask):
             texts = read_texts(task.perplexity, task.text)[: task.limit or plan.evaluate.limit]
             yield asked.TextTask(task.name or stem_of(task.perplexity), texts)
+        elif isinstance(task, SummariesTask):
+            yield _summaries(task, task.limit or plan.evaluate.limit)
         elif file := _as_file(task):
             yield from _of_file(file, file.name or names[file.file], file.limit or plan.evaluate.limit)
 
@@ -59,7 +65,7 @@ def local_tasks(plan: CompressionPlan) -> Iterator[QuestionTask | asked.TextTask
 def looked_at(plan: CompressionPlan) -> list[dict[str, Any]]:
     """What files of questions hold, and as what they are read; nothing of those that cannot be (see `refusals`)."""
     try:
-        found = [task for task in local_tasks(plan) if isinstance(task, QuestionTask)]
+        found = [task for task in local_tasks(plan) if isinstance(task, LocalTask)]
     except CrosscalError:
         return []
     return [{"task": task.name, "questions": len(task.questions), "read_as": task.told or OUR_FORM} for task in found]
@@ -71,7 +77,7 @@ def _as_file(task: Task) -> FileTask | None:
     return task if isinstance(task, FileTask) else None
 
 
-def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[QuestionTask]:
+def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[LocalTask]:
     said = task.fields
     choices = said.choices if isinstance(said.choices, str | None) else tuple(said.choices)
     read = read_question_file(task.file, Fields(said.question, choices, said.answer, said.context, said.answer_is))
@@ -90,14 +96,28 @@ def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[QuestionT
     for version in versions:
         asked_so = [q.closed_book if version == CLOSED else q.in_context for q in read.questions[:limit]]
         called = version_name(name, version) if task.versions else name
-        yield QuestionTask(called, tuple(asked_so), told=told)
+        yield LocalTask(called, tuple(asked_so), told=told)
+
+
+def _summaries(task: SummariesTask, limit: int | None) -> SummaryTask:
+    pairs = tuple(read_fields(task.summaries, task.document, task.reference))[:limit]
+    if not pairs or not all(text.strip() for pair in pairs for text in pair):
+        where = task.summaries
+        raise EvaluationError("no documents with references", where=where, do="Leave out what has an empty field.")
+    judge_digest = ""
+    if task.judge is not None:
+        Judge.open(task.judge)
+        judge_digest = digest_of({file.name: digest_file(file) for file in sorted(Path(task.judge).glob("*.*"))})
+    name = task.name or stem_of(task.summaries)
+    documents = tuple((document, reference) for document, reference in pairs)
+    return SummaryTask(name, documents, task.prompt, task.new_tokens, task.judge, judge_digest)
 
 
 def _name(task: ContinuationTask) -> str:
     return task.name or f"{task.continuation}-continuation"
 
 
-def _continued(ticket: Ticket, task: ContinuationTask, stored: str) -> Iterator[QuestionTask]:
+def _continued(ticket: Ticket, task: ContinuationTask, stored: str) -> Iterator[LocalTask]:
     corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
     named = dataclasses.replace(corpus, name=task.continuation)
     settings = Settings(task.questions, task.choices, task.words, task.context_words, task.seed)
@@ -105,4 +125,4 @@ def _continued(ticket: Ticket, task: ContinuationTask, stored: str) -> Iterator[
         made = continuation(ticket.store, named, split, settings)
         few = f"; {task.questions} were asked for" if len(made) < task.questions else ""
         told = f"{len(made)} questions from {split} documents{few}"
-        yield QuestionTask(_name(task), tuple(made), split, told)
+        yield LocalTask(_name(task), tuple(made), split, told)

@@ -17,13 +17,14 @@ from crosscal.errors import MissingArtifact, ModelError
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.evaluation.mcnemar import change
 from crosscal.evaluation.measurement import ITEMS
+from crosscal.evaluation.summarise import risk_ratios
 from crosscal.files import write_whole
 from crosscal.models.tensor_files import INDEX
 from crosscal.plan import CompressionPlan
 from crosscal.progress import Report, silent
 from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
-from crosscal.report.rows import LayerRow, QuestionRow
+from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.describe import readable_samples, sample_quality
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
@@ -80,6 +81,8 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
             judged[variant.name] = one = _judged(ticket, exam, variant, name, report)
             found[variant] = one.measured
         report("measuring models", len(variants), len(variants))
+    for variant in variants:
+        found[variant] = [*found[variant], *risk_ratios(found[None], found[variant])]
     rows = [
         against_dense(result_row(ticket, variant, one), one, found[None])
         for variant, measured in found.items()
@@ -88,6 +91,8 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, Any]:
     write_rows(run_dir / "windows.jsonl", [row for variant in found for row in _window_rows(variant, found[variant])])
     asked = [row for variant in found for row in _question_rows(variant, found[variant])]
     write_rows(run_dir / "questions.jsonl", asked)
+    if scores := [row for variant in found for row in _document_rows(variant, found[variant])]:
+        write_rows(run_dir / "summaries.jsonl", scores)
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", [row for one in judged.values() for row in one.layers])
     dtype = str(ticket.source().dtype).removeprefix("torch.")
@@ -191,6 +196,13 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         device=ticket.device,
         **{name: value for name, value in dataclasses.asdict(found).items() if name not in ITEMS},
     )
+
+
+def _document_rows(variant: Variant | None, measured: Sequence[Measurement]) -> Iterator[DocumentRow]:
+    name = variant.name if variant else DENSE
+    for one in measured:
+        if one.document_score is not None:
+            yield DocumentRow(name, one.corpus_or_task, one.split, one.metric, list(one.document_score))
 
 
 def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]) -> ResultRow:

@@ -52,10 +52,11 @@ ROOMS = {
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    # test windows are cut as calibration windows are; scipy has Student's t; questions come in Parquet, too
+    # test windows are cut as calibration windows are, and read in lanes; scipy has Student's t; questions come in
+    # Parquet, too; rouge_score compares summaries
     "evaluation": (
-        {"errors", "files", "calibration"},
-        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow"},
+        {"errors", "files", "lanes", "calibration"},
+        {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow", "rouge_score"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),

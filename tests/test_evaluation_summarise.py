@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.faithfulness import Judge, risk_ratio, sentences
 from crosscal.evaluation.summarise import SummaryTask, greedy, measure_summaries
+from tests.helpers.tiny_judge import tiny_judge
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 DOCUMENTS = tuple((" ".join(SENTENCES[i:]), SENTENCES[i]) for i in range(4))
@@ -76,14 +76,7 @@ def test_a_document_too_long_loses_its_end_and_a_prompt_without_room_is_refused(
 
 @pytest.fixture(scope="module")
 def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    labels = {0: "contradiction", 1: "neutral", 2: "ENTAILMENT"}
-    config = BertConfig(vocab_size=400, pad_token_id=2, initializer_range=0.5, id2label=labels, **sizes)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tiny_tokenizer(begin=False).save_pretrained(folder)
-    return folder
+    return tiny_judge(tmp_path_factory.mktemp("judge"))
 
 
 def test_faithfulness_is_the_mean_of_the_best_entailments(judge_folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import QuestionSuite
 from crosscal.evaluation.question_files import Question
-from crosscal.evaluation.tasks import QuestionTask, TextTask, read_texts
+from crosscal.evaluation.tasks import LocalTask, TextTask, read_texts
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 
@@ -35,14 +35,14 @@ def test_perplexity_by_word_and_byte_is_that_of_a_slow_reference() -> None:
 
 
 def test_a_task_is_what_it_asks_and_not_what_it_is_called() -> None:
-    one = QuestionTask("a", (Question("Is it?", ("yes", "no"), 1),), told="somewhere")
-    assert one.digest == QuestionTask("b", one.questions, "validation").digest
+    one = LocalTask("a", (Question("Is it?", ("yes", "no"), 1),), told="somewhere")
+    assert one.digest == LocalTask("b", one.questions, "validation").digest
     others = [
         Question("Is it?", ("yes", "no"), 0),
         Question("Is it so?", ("yes", "no"), 1),
         Question("Is it?", ("no",), 1),
     ]
-    assert len({one.digest, *(QuestionTask("a", (other,)).digest for other in others)}) == 4
+    assert len({one.digest, *(LocalTask("a", (other,)).digest for other in others)}) == 4
     assert TextTask("a", ("x", "y")).digest != TextTask("a", ("xy",)).digest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 
 from crosscal.errors import CrosscalError
+from crosscal.evaluation.faithfulness import risk_ratio
 from crosscal.evaluation.mcnemar import change
-from crosscal.evaluation.tasks import QuestionTask
+from crosscal.evaluation.tasks import LocalTask
 from crosscal.plan import load_plan
-from crosscal.report.rows import QuestionRow, ResultRow, read_rows
+from crosscal.report.rows import DocumentRow, QuestionRow, ResultRow, read_rows
 from crosscal.tasks.questions import ready_tasks
+from tests.helpers.tiny_judge import tiny_judge
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_text import SENTENCES
 
@@ -32,6 +35,7 @@ TASKS: list[Any] = [
     {"file": "studies.json", "versions": ["closed", "in_context"]},
     {"continuation": "legal", "questions": 12, "words": 4, "context_words": 8, "splits": ["validation", "test"]},
     {"perplexity": "exam.jsonl", "text": "question", "name": "asked"},
+    {"summaries": "papers.jsonl", "document": "text", "reference": "short", "new_tokens": 8, "judge": "judge"},
 ]
 
 
@@ -41,6 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (place.folder / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAM))
     (place.folder / "studies.json").write_text(json.dumps(STUDIES))
     (place.folder / "whole.jsonl").write_text(json.dumps(OURS | {"question": "It rains. Is it so?"}) + "\n")
+    papers = [{"text": f"{one} {two}", "short": two} for one, two in itertools.pairwise(SENTENCES)]
+    (place.folder / "papers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in papers))
+    tiny_judge(place.folder / "judge")
     (place.folder / "ours.jsonl").write_text(json.dumps(OURS) + "\n")
     place.write_plan(evaluate={"windows": 4, "tasks": TASKS})
     return place
@@ -59,6 +66,12 @@ def test_every_task_has_its_rows_and_says_as_what_it_was_read(place: Place, reco
         *(("short", "test", metric) for metric in accuracies),
         *((f"studies-{version}", "test", metric) for version in ("closed", "in_context") for metric in accuracies),
         *(("legal-continuation", split, metric) for split in ("validation", "test") for metric in accuracies),
+        *(
+            ("papers", "test", f"{which}{name}")
+            for which in ("", "overlap_")
+            for name in ("rouge1", "rouge2", "rougeL")
+        ),
+        ("papers", "test", "faithfulness"),
         *(("asked", "test", metric) for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
     }
     assert all(row.value is not None for row in rows)
@@ -82,6 +95,21 @@ def test_each_accuracy_says_what_changed_of_the_dense_models_answers(place: Plac
             assert (row.lost, row.won, row.p) == (found.lost, found.won, found.p)
     assert any(row.lost is not None for row in rows)
     assert "Question by question" in (place.run_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_summaries_have_their_scores_and_the_ratio_of_risks(place: Place, record: dict[str, Any]) -> None:
+    scores = {(r.variant, r.metric): r.score for r in read_rows(place.run_dir / "summaries.jsonl", DocumentRow)}
+    rows = [r for r in read_rows(place.run_dir / "results.jsonl", ResultRow) if r.corpus_or_task == "papers"]
+    for row in rows:
+        if row.metric == "risk_ratio":
+            wanted = risk_ratio(scores["dense", "faithfulness"], scores[row.variant, "faithfulness"])
+            assert row.value == pytest.approx(wanted)
+        else:
+            assert row.value == pytest.approx(sum(scores[row.variant, row.metric]) / 4, abs=1e-6)
+    compressed = {row.variant for row in rows} - {"dense"}
+    assert {row.variant for row in rows if row.metric == "risk_ratio"} == compressed != set()
+    page = (place.run_dir / "report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("papers risk ratio", "papers overlap rougeL", "papers faithfulness"))
 
 
 def test_a_check_says_the_same_before(place: Place) -> None:
@@ -116,7 +144,7 @@ def test_a_context_stands_in_front_where_the_question_lacks_it(place: Place) -> 
     tasks += [{"file": "ours.jsonl", "name": "said", "fields": {"context": "context"}}]
     tasks += [{"file": "ours.jsonl", "name": "both", "versions": ["in_context", "closed"]}]
     plan = load_plan(place.plan, (f"evaluate.tasks={json.dumps(tasks)}",))
-    asked = {task.name: task.questions[0].question for task in ready_tasks(plan) if isinstance(task, QuestionTask)}
+    asked = {task.name: task.questions[0].question for task in ready_tasks(plan) if isinstance(task, LocalTask)}
     assert asked == {
         "ours": "Is it so?",
         "whole": "It rains. Is it so?",

@@ -13,11 +13,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.faithfulness import Judge
+from crosscal.evaluation.faithfulness import Judge, risk_ratio
 from crosscal.evaluation.measurement import TEST, Measurement
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-FAITHFULNESS = "faithfulness"
+FAITHFULNESS, RISK_RATIO = "faithfulness", "risk_ratio"
 PROMPT = "{document}\n\nTL;DR:"
 Progress = Callable[[int, int], None]
 
@@ -33,11 +33,13 @@ class SummaryTask:
     new_tokens: int = 64
     judge: str | None = None
     """Folder of a model of natural language inference; None: faithfulness is not scored."""
+    judge_digest: str = ""
+    """Of its files."""
 
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256(
-            json.dumps([self.documents, self.prompt, self.new_tokens, self.judge]).encode()
+            json.dumps([self.documents, self.prompt, self.new_tokens, self.judge_digest]).encode()
         ).hexdigest()
 
 
@@ -66,6 +68,19 @@ def measure_summaries(
         scores[FAITHFULNESS] = [judge.score(document, summary) for (document, _), summary in pairs]
     tokens, seconds = sum(map(len, prompts)), time.perf_counter() - started
     return [_measured(task.name, metric, found, tokens, seconds) for metric, found in scores.items()]
+
+
+def risk_ratios(dense: Sequence[Measurement], compressed: Sequence[Measurement]) -> list[Measurement]:
+    """How much less faithful a compressed model's summaries are than the dense one's of the same documents, a row for
+    each task with a judge (see `faithfulness.risk_ratio`)."""
+    before = {one.corpus_or_task: one.document_score for one in dense if one.metric == FAITHFULNESS}
+    found = []
+    for one in compressed:
+        known = before.get(one.corpus_or_task)
+        if one.metric == FAITHFULNESS and one.document_score and known:
+            value = risk_ratio(known, one.document_score)
+            found.append(Measurement(one.corpus_or_task, one.split, RISK_RATIO, value, None, 0, 0.0))
+    return found
 
 
 def greedy(

@@ -8,23 +8,28 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from crosscal.errors import EvaluationError
+from crosscal.evaluation.choices import Choices
+from crosscal.evaluation.encoded import encoded
+from crosscal.evaluation.measurement import TEST
 from crosscal.evaluation.question_files import Question
 from crosscal.evaluation.question_rows import read_rows
+from crosscal.evaluation.summarise import SummaryTask
 from crosscal.files import Broken, format_of, lines
 
 CLOSED, IN_CONTEXT = "closed", "in_context"
 """Versions of one task, over the same questions without and with their contexts."""
 
 
-@dataclass(frozen=True)
-class QuestionTask:
-    """Multiple-choice questions under a name, scored by us."""
+@dataclass(frozen=True, eq=False)
+class LocalTask:
+    """Multiple-choice questions under a name, scored here."""
 
     name: str
     questions: tuple[Question, ...]
-    split: str = "test"
+    split: str = TEST
     told: str = ""
     """Where they are from and as what they were read, in words."""
 
@@ -32,6 +37,10 @@ class QuestionTask:
     def digest(self) -> str:
         """Of all that is asked, not of what it is called."""
         return _digest([astuple(question) for question in self.questions])
+
+    def choices(self, tokenizer: Any, max_length: int) -> Choices:
+        """Encoded for a model."""
+        return Choices(self.name, encoded(self.questions, tokenizer, name=self.name, max_length=max_length))
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class TextTask:
         return _digest(self.documents)
 
 
-Task = str | QuestionTask | TextTask
+Task = str | LocalTask | TextTask | SummaryTask
 """A text is lm-eval's name of one of its own tasks, or the path of a file of questions in any form that is found."""
 
 
@@ -60,21 +69,24 @@ def read_texts(path: str | Path, field: str) -> tuple[str, ...]:
     Raises `EvaluationError` naming file and line.
     """
     path = Path(path)
-    texts = (_whole(path),) if format_of(path) in (".txt", ".md") else tuple(_texts(path, field))
+    is_whole = format_of(path) in (".txt", ".md")
+    texts = (_whole(path),) if is_whole else tuple(text for (text,) in read_fields(path, field))
     texts = tuple(text for text in texts if text.strip())
     if not texts:
         raise EvaluationError("no text in the file", where=str(path))
     return texts
 
 
-def _texts(path: Path, field: str) -> Iterator[str]:
-    found = read_rows(path)
+def read_fields(path: str | Path, *names: str) -> Iterator[tuple[str, ...]]:
+    """These fields of every record, each a text; `EvaluationError` names file and line."""
+    found = read_rows(Path(path))
     for row in found if isinstance(found, tuple) else found.with_header:
-        text = row.value.get(field)
-        if not isinstance(text, str):
-            got, do = f"fields {', '.join(row.value)}", "Name the field that holds the text (`text:`)."
-            raise EvaluationError(f"{field} is not a text", where=row.where, got=got, do=do)
-        yield text
+        texts = tuple(row.value.get(name) for name in names)
+        for name, text in zip(names, texts, strict=True):
+            if not isinstance(text, str):
+                got, do = f"fields {', '.join(row.value)}", "Say in the plan which field it is."
+                raise EvaluationError(f"{name} is not a text", where=row.where, got=got, do=do)
+        yield tuple(map(str, texts))
 
 
 def _whole(path: Path) -> str:

@@ -19,7 +19,7 @@ from crosscal.plan.sections import (
     SelfGenerated,
 )
 from crosscal.plan.study import Study
-from crosscal.plan.tasks import ContinuationTask, FileTask, Task, TextTask
+from crosscal.plan.tasks import ContinuationTask, FileTask, SummariesTask, Task, TextTask
 
 __all__ = [
     "BEST",
@@ -36,6 +36,7 @@ __all__ = [
     "RandomTokens",
     "SelfGenerated",
     "Study",
+    "SummariesTask",
     "Task",
     "TextTask",
     "dump_plan",

@@ -165,7 +165,7 @@ class Evaluate(_Section):
     """Corpora whose test and validation text is measured; left out, all with documents."""
     tasks: list[Task] = []
     """lm-eval task names, or files of questions (.jsonl, .json, .csv, .parquet, …, also compressed); or mappings that
-    begin with `file`, `continuation` or `perplexity` (see `crosscal.plan.tasks`)."""
+    begin with `file`, `continuation`, `perplexity` or `summaries` (see `crosscal.plan.tasks`)."""
     windows: int = Field(64, ge=2)
     """Of each corpus's test text: what reports show."""
     validation_windows: int = Field(32, ge=2)

@@ -71,8 +71,31 @@ class TextTask(_Section):
     name: TaskName | None = None
 
 
+class SummariesTask(_Section):
+    """Summaries that the model writes of documents: ROUGE against references, overlap with the documents, and, with a
+    judge, faithfulness."""
+
+    summaries: str
+    """The file."""
+    document: str = "document"
+    """Field that holds what is to be summarised."""
+    reference: str = "summary"
+    """Field that holds a summary to compare with."""
+    prompt: str = Field("{document}\n\nTL;DR:", pattern=r"\{document\}")
+    new_tokens: int = Field(64, ge=1, le=4096)
+    judge: str | None = None
+    """Folder of a local model of natural language inference."""
+    limit: int | None = Field(None, ge=1)
+    name: TaskName | None = None
+
+
 NAMED = "name"
-KINDS: dict[str, type[_Section]] = {"file": FileTask, "continuation": ContinuationTask, "perplexity": TextTask}
+KINDS: dict[str, type[_Section]] = {
+    "file": FileTask,
+    "continuation": ContinuationTask,
+    "perplexity": TextTask,
+    "summaries": SummariesTask,
+}
 
 
 def _kind(entry: Any) -> str | None:
@@ -87,7 +110,8 @@ Task = Annotated[
     Annotated[str, Tag(NAMED)]
     | Annotated[FileTask, Tag("file")]
     | Annotated[ContinuationTask, Tag("continuation")]
-    | Annotated[TextTask, Tag("perplexity")],
+    | Annotated[TextTask, Tag("perplexity")]
+    | Annotated[SummariesTask, Tag("summaries")],
     Discriminator(
         _kind,
         custom_error_type="task",
@@ -102,4 +126,7 @@ def with_paths(task: Task, absolute: Callable[[str], str]) -> Task:
         return task.model_copy(update={"file": absolute(task.file)})
     if isinstance(task, TextTask):
         return task.model_copy(update={"perplexity": absolute(task.perplexity)})
+    if isinstance(task, SummariesTask):
+        judge = None if task.judge is None else absolute(task.judge)
+        return task.model_copy(update={"summaries": absolute(task.summaries), "judge": judge})
     return absolute(task) if isinstance(task, str) and format_of(task) else task

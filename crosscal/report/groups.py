@@ -110,11 +110,13 @@ def columns_of(results: Sequence[ResultRow]) -> list[Column]:
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:
-    """What is reported: no validation numbers, and not the second way to score the same questions."""
+    """What is reported: no validation numbers, and not the second way to score the same questions or summaries."""
     return [
         (name, split, metric)
         for name, split, metric in columns
-        if split != VALIDATION and (metric != "acc_norm" or (name, split, "acc") not in columns)
+        if split != VALIDATION
+        and (metric != "acc_norm" or (name, split, "acc") not in columns)
+        and not (metric.endswith(("rouge1", "rouge2")) and (name, split, "rougeL") in columns)
     ]
 
 

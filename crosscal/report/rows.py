@@ -156,8 +156,20 @@ class QuestionRow:
     """Whether each question was answered right, in the task's order, the same for all variants."""
 
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, StudyRow)
-AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow | StudyRow
+@dataclass(frozen=True)
+class DocumentRow:
+    """What one score of summaries is the mean of (`summaries.jsonl`)."""
+
+    variant: str
+    task: str
+    split: str
+    metric: str
+    score: list[float]
+    """Of each document, in the task's order, the same for all variants."""
+
+
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, StudyRow, DocumentRow)
+AnyRow = ResultRow | LayerRow | WindowRow | QuestionRow | StudyRow | DocumentRow
 
 
 def write_rows(path: Path, rows: Iterable[AnyRow]) -> None:

@@ -9,7 +9,7 @@ from crosscal.report.groups import GENERAL, Column, Group, Loss
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import number_text
 
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "risk_ratio")
 
 TEXT_COLUMNS = 4
 LEFT_DENSE = "left dense (of parameters)"
