@@ -57,9 +57,9 @@ ROOMS = {
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    # test windows are cut as calibration windows are; scipy has Student's t
+    # test windows are cut as calibration windows are, and read in lanes; scipy has Student's t
     "evaluation": (
-        {"errors", "files", "calibration"},
+        {"errors", "files", "lanes", "calibration"},
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),

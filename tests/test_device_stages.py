@@ -17,7 +17,7 @@ import torch
 
 from crosscal.corpora.corpus import load_corpus
 from crosscal.errors import UsageError
-from crosscal.evaluation import likelihood, perplexity, window_nll
+from crosscal.evaluation import logits, perplexity, window_nll
 from crosscal.models import ModelSource
 from crosscal.models.loading import load_variant
 from crosscal.plan import load_plan
@@ -156,7 +156,7 @@ def test_likelihoods_on_the_device(in_pieces: bool, monkeypatch: pytest.MonkeyPa
     tokens_SL = torch.randint(3, 400, (5, 32), generator=torch.Generator().manual_seed(0))
     expected_S = window_nll(tiny_llama(), tokens_SL, device="cpu", batch_tokens=64)
     if not in_pieces:
-        monkeypatch.setattr(likelihood, "vocabulary_in_pieces", lambda *_: None)
+        monkeypatch.setattr(logits, "are_in_pieces", lambda *_: False)
     model = tiny_llama().to("cuda")
     assert devices_of(list(model.parameters())) == {"cuda:0"}
     found_S = window_nll(model, tokens_SL, device="cuda", batch_tokens=64)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import crosscal.evaluation.likelihood as room
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import Measurement, logits, perplexity, window_nll, windows_of
 from crosscal.models.loading import load_variant
@@ -83,7 +82,8 @@ def test_logits_in_pieces_are_those_of_the_whole(family: str, tmp_path: Path, mo
     with torch.no_grad():
         log_p_SPV = model(input_ids=tokens_SL, use_cache=False).logits[:, :-1].double().log_softmax(dim=-1)
         expected_S = -log_p_SPV.gather(2, tokens_SL[:, 1:, None]).sum(dim=(1, 2))
-        assert logits.vocabulary_in_pieces(model, tokens_SL[0]) == VOCABULARY
+    with logits.reading(model, tokens_SL[0]) as reader:
+        assert reader.is_in_pieces
     for rows in (1, 7, 10_000):
         monkeypatch.setattr(logits, "LOGITS_BYTES", rows * logits.row_bytes(VOCABULARY, 4))
         found_S = window_nll(model, tokens_SL, device="cpu", batch_tokens=48)
@@ -94,7 +94,7 @@ def test_logits_in_pieces_are_those_of_the_whole(family: str, tmp_path: Path, mo
 def test_a_model_whose_logits_cannot_be_had_in_pieces_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens_SL = tiny_llama(), windows()
     expected_S = window_nll(model, tokens_SL, device="cpu")
-    monkeypatch.setattr(room, "vocabulary_in_pieces", lambda *_: None)
+    monkeypatch.setattr(logits, "are_in_pieces", lambda *_: False)
     torch.testing.assert_close(window_nll(model, tokens_SL, device="cpu"), expected_S, rtol=ROUNDOFF_F32, atol=0)
 
 

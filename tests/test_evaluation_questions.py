@@ -6,6 +6,8 @@ import gzip
 import json
 import logging
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +17,8 @@ import zstandard
 
 from crosscal.errors import EvaluationError
 from crosscal.evaluation import Measurement, QuestionSuite
+from crosscal.evaluation.harness import NamedTask, _check_known, _metrics, measure_named
 from crosscal.evaluation.question_files import Question, read_questions, task_names
-from crosscal.evaluation.questions import LoadedTask, _check_known, _metrics
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 WORDS = [word.strip(".,") for sentence in SENTENCES for word in sentence.split()]
@@ -69,7 +71,7 @@ def slow_accuracies(questions: list[dict], *, begin: bool = True) -> tuple[float
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_accuracy_equals_scoring_by_hand(tmp_path: Path, suffix: str) -> None:
     suite = QuestionSuite.load([question_file(tmp_path / f"facts{suffix}")])
-    found = {m.metric: m for m in suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128, batch_size=4)}
+    found = {m.metric: m for m in suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128, batch_tokens=64)}
     acc, acc_norm = slow_accuracies(rows())
     assert set(found) == {"acc", "acc_norm"}
     assert (found["acc"].value, found["acc_norm"].value) == pytest.approx((acc, acc_norm))
@@ -107,27 +109,53 @@ def test_limit_takes_the_first_questions(tmp_path: Path) -> None:
     assert found[0].value == pytest.approx(slow_accuracies(rows()[:7])[0])
 
 
-def test_lm_eval_is_quiet_and_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture, caplog) -> None:
+def as_lm_eval_task(name: str, questions: list[dict]) -> NamedTask:
+    """The same questions in a task of lm-eval's."""
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: DatasetDict(
+            {"test": Dataset.from_list([{**row, "question": str(row["question"])} for row in questions])}
+        ),
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        # Bare field names: lm-eval would evaluate a rendered template that consists of digits.
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": " ",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+    return NamedTask(name, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
+
+
+def test_lm_eval_is_quiet_and_left_as_it_was(capfd: pytest.CaptureFixture, caplog) -> None:
     from lm_eval.api import task
     from tqdm import tqdm
 
     before = logging.getLogger("lm_eval").level
-    suite = QuestionSuite.load([question_file(tmp_path / "facts.jsonl")])
-    suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
+    asked = as_lm_eval_task("facts", rows())
+    capfd.readouterr(), caplog.clear()
+    measure_named(asked, tiny_llama(), tiny_tokenizer(), limit=None, max_length=128)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     assert task.tqdm is tqdm
     assert logging.getLogger("lm_eval").level == before
 
 
-def test_nothing_is_written_to_the_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    suite = QuestionSuite.load([question_file(tmp_path / "facts.jsonl")])
-    suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
-    assert not cache.exists()
+def test_lm_eval_is_not_imported_for_files(tmp_path: Path) -> None:
+    path = question_file(tmp_path / "facts.jsonl")
+    code = (
+        "import sys; from crosscal.evaluation import QuestionSuite; "
+        "from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer; "
+        f"QuestionSuite.load([{path!r}]).measure(tiny_llama(), tiny_tokenizer(), max_length=64); "
+        "assert not {'lm_eval', 'datasets'} & {*sys.modules}, 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow  # the index of lm-eval's own tasks
@@ -247,17 +275,17 @@ def test_rows_of_lm_eval() -> None:
         list(_metrics("arc", {"acc,none": math.nan}))
 
 
-def test_a_group_is_told_by_its_mean_or_by_its_tasks(tmp_path: Path) -> None:
+def test_a_group_is_told_by_its_mean_or_by_its_tasks() -> None:
     from lm_eval.api.group import AggMetricConfig, Group
 
-    files = [question_file(tmp_path / f"{name}.jsonl") for name in ("law", "medicine")]
-    loaded = QuestionSuite.load(files).loaded
+    loaded = [as_lm_eval_task(name, rows()) for name in ("law", "medicine")]
     leaves = {name: task for each in loaded for name, task in each.leaves["tasks"].items()}
     for aggregate, names in ((None, ["law", "medicine"]), ([AggMetricConfig(metric="acc")], ["facts"])):
         group = Group(name="facts", aggregate_metric_list=aggregate)
         for task in leaves.values():
             group.add(task)
         parts = {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}}
-        suite = QuestionSuite((LoadedTask("facts", "facts", parts),), {})
+        suite = QuestionSuite((), (NamedTask("facts", parts),), {})
         found = suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
         assert list(dict.fromkeys(m.corpus_or_task for m in found)) == names
+        assert all((m.question_correct is None) == (m.corpus_or_task == "facts") for m in found)

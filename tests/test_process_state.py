@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import matplotlib as mpl
 import pytest
 
-from crosscal.evaluation import questions
+from crosscal.evaluation import harness
 from crosscal.report.figure import drawing
 
 
@@ -22,7 +22,7 @@ def state() -> list[object]:
     return [logging.getLogger("lm_eval").level, lm_eval_task.tqdm, dict(mpl.rcParams), list(warnings.filters)]
 
 
-@pytest.mark.parametrize("inside", [lambda: drawing("chart"), questions._quiet_lm_eval], ids=["drawing", "quiet"])
+@pytest.mark.parametrize("inside", [lambda: drawing("chart"), harness._quiet_lm_eval], ids=["drawing", "quiet"])
 def test_nothing_is_left_changed(inside: Callable[[], AbstractContextManager[None]]) -> None:
     """The first thread to come is the first to go while the second is still inside: each restores what it found."""
     with inside():

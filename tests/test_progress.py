@@ -64,7 +64,7 @@ def test_what_is_new_is_logged_now_and_then_and_silence_is_broken(monkeypatch: p
     assert len(lines) == said, "nothing is said after the end"
 
 
-def test_an_evaluation_tells_every_window_and_every_answer(tmp_path: Path) -> None:
+def test_an_evaluation_tells_every_window_and_every_question(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "model")
     write_corpus(tmp_path / "general", seed=1)
     questions = tmp_path / "facts.jsonl"
@@ -80,11 +80,11 @@ def test_an_evaluation_tells_every_window_and_every_answer(tmp_path: Path) -> No
     measure(exam, source.path, name="dense", report=lambda *now: told.append(now))
     assert [now[1:] for now in told if now[0] == "dense: windows of general"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [now[1:] for now in told if now[0] == "dense: windows of general (validation)"] == [(1, 2), (2, 2)]
-    answers = [now for now in told if now[0] == "dense: answers of facts"]
-    assert answers[-1][1:] == (12, 12)
+    answers = [now for now in told if now[0] == "dense: questions of facts"]
+    assert answers[-1][1:] == (6, 6)
     assert [now[1] for now in answers] == sorted(now[1] for now in answers)
     order = [re.sub(r" of .*", "", now[0]) for now in told]
     assert list(dict.fromkeys(order)) == [
         "general: reading test documents", "general: reading validation documents", "dense: bytes hashed",
-        "dense: loading", "dense: windows", "dense: answers",
+        "dense: loading", "dense: windows", "dense: questions",
     ]  # fmt: skip

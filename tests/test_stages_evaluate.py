@@ -7,12 +7,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from crosscal.corpora import Corpus, ingest, load_corpus
-from crosscal.evaluation.questions import LoadedTask
+from crosscal.evaluation.harness import NamedTask
+from crosscal.evaluation.questions import LocalTask
 from crosscal.models import ModelSource
 from crosscal.stages import evaluate as stage
 from crosscal.stages.evaluate import Examination, examination, measure
@@ -115,14 +117,14 @@ def test_what_is_new_alone_is_measured(
 ) -> None:
     """A corpus under another name, another task, more windows of one text."""
     done: list[tuple[str, str]] = []
-    before = Examination.measured
+    before = Examination._kept
 
-    def watched(self: Examination, model: object, subject: HeldOutText | LoadedTask, *more: object) -> object:
+    def watched(self: Examination, weights: str, subject: HeldOutText | LocalTask | NamedTask, found: Any) -> Any:
         is_text = isinstance(subject, HeldOutText)
         done.append((subject.corpus, subject.split) if is_text else (subject.name, ""))
-        return before(self, model, subject, *more)
+        return before(self, weights, subject, found)
 
-    monkeypatch.setattr(Examination, "measured", watched)
+    monkeypatch.setattr(Examination, "_kept", watched)
 
     def new(asked: Examination) -> list[tuple[str, str]]:
         done.clear()

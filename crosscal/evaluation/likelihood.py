@@ -7,26 +7,71 @@ D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from crosscal.calibration.cutting import cut
 from crosscal.calibration.tokens import EncodedDocuments, begin_token
 from crosscal.errors import EvaluationError, TooLittleText
-from crosscal.evaluation.logits import logits_of_rows, rows_at_once, run_decoder, vocabulary_in_pieces
-from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.batches import Batch, Progress, read_each
+from crosscal.evaluation.logits import Reader
+from crosscal.evaluation.measurement import PERPLEXITY, Measurement
 
 NLL_DECIMALS = 7
 """Of what is kept of each window: paired differences of interest are a thousand times as large."""
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) as work goes on."""
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of held-out text; their perplexity is exp of the mean negative log-likelihood per predicted token.
+
+    Every token of a window is predicted from those before it but the first: where windows begin with
+    beginning-of-text, that token is read and not scored. P counts all others, the special tokens between documents
+    among them. With n_s the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s),
+    and by the delta method stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. The windows are the
+    independent unit, because the tokens of one window depend on each other; with one window there is no estimate
+    (None).
+    """
+
+    name: str
+    """Of the corpus."""
+    split: str
+    tokens_SL: torch.Tensor
+
+    @property
+    def items(self) -> int:
+        return len(self.tokens_SL)
+
+    @property
+    def longest(self) -> list[int]:
+        return self.tokens_SL[0].tolist()
+
+    def check(self, model: Any) -> None:
+        _check_windows(model, self.tokens_SL, self.name)
+
+    def batches(self, reader: Reader, batch_tokens: int) -> list[Batch]:
+        at_once = max(1, batch_tokens // self.tokens_SL.shape[1]) if reader.is_in_pieces else 1
+        return [(len(each_BL), partial(_batch_nll, reader, each_BL)) for each_BL in self.tokens_SL.split(at_once)]
+
+    def result(self, answers: list[torch.Tensor], seconds: float) -> list[Measurement]:
+        """Raises `EvaluationError` naming the corpus when the likelihood is not finite."""
+        mean_S = torch.cat(answers) / (self.tokens_SL.shape[1] - 1)
+        value = torch.exp(mean_S.mean()).item()
+        if not math.isfinite(value):
+            raise EvaluationError(
+                "the perplexity is not finite",
+                where=f"{self.name} ({self.split})",
+                got=f"a mean negative log-likelihood of {mean_S.mean().item():.4g} per token",
+                do="The weights of this model are damaged: compress it less, or raise the damping.",
+            )
+        stderr = value * mean_S.std().item() / math.sqrt(len(mean_S)) if len(mean_S) > 1 else None
+        kept, tokens = tuple(round(nll, NLL_DECIMALS) for nll in mean_S.tolist()), self.tokens_SL.numel()
+        return [Measurement(self.name, self.split, PERPLEXITY, value, stderr, tokens, seconds, window_nll=kept)]
 
 
 def perplexity(
@@ -39,32 +84,13 @@ def perplexity(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> Measurement:
-    """exp of the mean negative log-likelihood per predicted token of windows drawn from corpus `name`.
+    """Of one model, which is on `device` already, on windows of corpus `name`; see `Windows`.
 
-    Every token of a window is predicted from those before it but the first: where windows begin with
-    beginning-of-text, that token is read and not scored. P counts all others, the special tokens between documents
-    among them. With n_s the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s),
-    and by the delta method stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. The windows are the
-    independent unit, because the tokens of one window depend on each other; with one window there is no estimate
-    (None).
-
-    Raises `EvaluationError` naming the corpus when the windows do not fit the model or the likelihood is not finite.
+    Raises `EvaluationError` naming the corpus when they do not fit the model or the likelihood is not finite.
     """
-    started = time.perf_counter()
-    nll_S = window_nll(model, tokens_SL, device=device, batch_tokens=batch_tokens, name=name, progress=progress)
-    mean_S = nll_S / (tokens_SL.shape[1] - 1)
-    value = torch.exp(mean_S.mean()).item()
-    if not math.isfinite(value):
-        raise EvaluationError(
-            "the perplexity is not finite",
-            where=f"{name} ({split})",
-            got=f"a mean negative log-likelihood of {mean_S.mean().item():.4g} per token",
-            do="The weights of this model are damaged: compress it less, or raise the damping.",
-        )
-    stderr = value * mean_S.std().item() / math.sqrt(len(mean_S)) if len(mean_S) > 1 else None
-    seconds = time.perf_counter() - started
-    kept = tuple(round(nll, NLL_DECIMALS) for nll in mean_S.tolist())
-    return Measurement(name, split, "perplexity", value, stderr, tokens_SL.numel(), seconds, window_nll=kept)
+    windows = Windows(name, split, tokens_SL)
+    ((answers, seconds),) = read_each(model, [windows], device=device, batch_tokens=batch_tokens, progress=[progress])
+    return windows.result(answers, seconds)[0]
 
 
 def window_nll(
@@ -73,25 +99,16 @@ def window_nll(
     *,
     device: str | torch.device,
     batch_tokens: int = 4096,
-    name: str = "tokens",
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each window in nats: float64 [S], on the CPU.
+    """Negative log-likelihood of each window in nats, its first token not scored: float64 [S], on the CPU.
 
-    The first token of a window has no prediction. `model` must be on `device` already. `batch_tokens` bounds what the
-    decoder reads at once, but a batch never holds less than one window; of logits there are at most
-    `logits.LOGITS_BYTES` at a time. `progress` is told the windows measured.
+    `model` must be on `device` already. `batch_tokens` bounds what is read at once, but a batch never holds less than
+    one window; of logits there are at most `logits.LOGITS_BYTES` at a time. `progress` is told the windows measured.
     """
-    _check_windows(model, tokens_SL, name)
-    windows_per_batch = max(1, batch_tokens // tokens_SL.shape[1])
-    found: list[torch.Tensor] = []
-    with _evaluating(model), torch.inference_mode():
-        vocabulary = vocabulary_in_pieces(model, tokens_SL[0].to(device))
-        for tokens_BL in tokens_SL.split(windows_per_batch):
-            found.append(_batch_nll(model, tokens_BL.to(device), vocabulary))
-            if progress:
-                progress(sum(map(len, found)), len(tokens_SL))
-    return torch.cat(found)
+    windows = Windows("tokens", "", tokens_SL)
+    ((answers, _),) = read_each(model, [windows], device=device, batch_tokens=batch_tokens, progress=[progress])
+    return torch.cat(answers)
 
 
 def windows_of(
@@ -122,33 +139,12 @@ def windows_of(
     return torch.from_numpy(np.stack([whole[i * len(whole) // wanted] for i in range(wanted)])).long()
 
 
-def _batch_nll(model: Any, tokens_BL: torch.Tensor, vocabulary: int | None) -> torch.Tensor:
-    """`vocabulary` None: the logits cannot be had in pieces, and are those of one window at a time."""
-    if vocabulary is None:
-        logits_of = (model(input_ids=tokens_L[None], use_cache=False).logits[0, :-1] for tokens_L in tokens_BL)
-        nll = [_nll(logits_RV, tokens_L[1:]) for logits_RV, tokens_L in zip(logits_of, tokens_BL, strict=True)]
-    else:
-        hidden_BLD, decoder_output = run_decoder(model, tokens_BL)
-        hidden_TD = hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1])
-        rows = rows_at_once(vocabulary, hidden_TD.element_size())
-        pairs = zip(hidden_TD.split(rows), tokens_BL[:, 1:].reshape(-1).split(rows), strict=True)
-        nll = [_nll(logits_of_rows(model, decoder_output, hidden_RD), target_R) for hidden_RD, target_R in pairs]
-    return torch.cat(nll).view(len(tokens_BL), -1).double().sum(dim=1).cpu()
-
-
-def _nll(logits_RV: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits_RV.float(), target_R, reduction="none")  # the model's dtype may be bfloat16
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, and the model's mode restored afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _batch_nll(reader: Reader, tokens_BL: torch.Tensor) -> torch.Tensor:
+    tokens_BL = tokens_BL.to(reader.device)
+    decoded = reader.read(tokens_BL)
+    at_BL = torch.arange(tokens_BL.numel(), device=tokens_BL.device).view_as(tokens_BL)
+    nll_T = reader.nll(decoded, at_BL[:, :-1].flatten(), tokens_BL[:, 1:].flatten())
+    return nll_T.view(len(tokens_BL), -1).double().sum(dim=1).cpu()
 
 
 def _check_windows(model: Any, tokens_SL: torch.Tensor, name: str) -> None:

@@ -1,20 +1,24 @@
 """Logits of a few positions at a time: the decoder is run once, and what follows it on pieces of its output.
 
-No table of model families: the model is called again with its decoder replaced by a stub, which returns some rows of
-what the decoder had returned, so that whatever a family does to its logits (scales, caps) is done. All logits of a
-batch would often be the largest thing in memory: 800 MB for 4096 tokens and a vocabulary of 49 thousand.
+No table of model families: the model is called with its decoder's forward replaced. Either that stops behind the
+decoder, or it hands back some rows of what the decoder had returned, so that whatever a family does to its logits
+(scales, caps) is done. All logits of a batch would often be the largest thing in memory: 800 MB for 4096 tokens and a
+vocabulary of 49 thousand. Several threads may read with one model at once.
 
-Shapes: B windows, L tokens, D hidden size, R rows, V vocabulary.
+Shapes: B sequences, L tokens, D hidden size, T positions wanted, R of them, V vocabulary.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 LOGITS_BYTES = 2**28
 """Of logits at most held at once, with the copies that a loss makes of them (or those of a single token)."""
@@ -22,8 +26,8 @@ F32_BYTES = 4
 PROBE_TOKENS = 4
 ROUNDOFF = 1e-2
 """Of bfloat16; what a family does to its logits changes them by far more."""
-NOT_IN_PIECES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models raise that ask more of their decoder's output than hidden states."""
+NOT_SUPPORTED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What models raise that are called in a way of which their family knows nothing."""
 
 
 class _Stop(Exception):
@@ -35,60 +39,120 @@ def row_bytes(vocabulary: int, itemsize: int) -> int:
     return vocabulary * (2 * F32_BYTES + (itemsize if itemsize != F32_BYTES else 0))
 
 
-def rows_at_once(vocabulary: int, itemsize: int) -> int:
-    return max(1, LOGITS_BYTES // row_bytes(vocabulary, itemsize))
+def rows_at_once(vocabulary: int, itemsize: int, lanes: int = 1) -> int:
+    return max(1, LOGITS_BYTES // lanes // row_bytes(vocabulary, itemsize))
 
 
-def vocabulary_in_pieces(model: Any, tokens_L: Tensor) -> int | None:
-    """How many logits a row has; None where those of pieces are not those of the whole, tried on a few tokens."""
-    probe_BL = tokens_L[None, :PROBE_TOKENS]
-    whole_RV = model(input_ids=probe_BL, use_cache=False).logits[0].float()
-    try:
-        hidden_BLD, decoder_output = run_decoder(model, probe_BL)
-        pieces = [logits_of_rows(model, decoder_output, row_RD).float() for row_RD in hidden_BLD[0].split(1)]
-    except NOT_IN_PIECES:
-        return None
-    found_RV = torch.cat(pieces)
-    scale = float(whole_RV.nan_to_num().abs().max())
-    near = {"rtol": ROUNDOFF, "atol": ROUNDOFF * scale, "equal_nan": True}
-    are_equal = found_RV.shape == whole_RV.shape and torch.allclose(found_RV, whole_RV, **near)
-    return whole_RV.shape[-1] if are_equal else None
+@dataclass(frozen=True)
+class Decoded:
+    """What a model made of some tokens: hidden states that leave its decoder, or else logits."""
+
+    rows_BLX: Tensor
+    output: Any
+    """What held the hidden states."""
+    cache: Any
+    """What the tokens that follow need of these, if that was asked for and the model has it."""
 
 
-def run_decoder(model: Any, tokens_BL: Tensor) -> tuple[Tensor, Any]:
-    """hidden_BLD that leave the decoder, and the output that held them."""
-    found: list[Any] = []
+class Reader:
+    """A model whose decoder and head are run one after the other. Use `reading` to make one."""
 
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output)
-        raise _Stop
+    def __init__(self, model: Any, lanes: int) -> None:
+        self.model, self.lanes = model, lanes
+        self.is_in_pieces = True
+        """Whether logits of some rows can be had alone."""
+        self.device: torch.device = next(model.parameters()).device
+        self._plain = model.get_decoder().forward
+        self._turn = threading.local()  # what the decoder is to do, of each thread its own
 
-    handle = model.get_decoder().register_forward_hook(stop)
-    try:
-        model(input_ids=tokens_BL, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return found[0][0], found[0]
+    def read(self, tokens_BL: Tensor, after: Any = None, *, keep: bool = False) -> Decoded:
+        """Read tokens, behind those of a cache if there is one, which then has them too; `keep`: make a cache."""
+        arguments: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": keep or after is not None}
+        if after is not None:
+            arguments["past_key_values"] = after
+        if not self.is_in_pieces:
+            whole = self.model(**arguments)
+            return Decoded(whole.logits, None, getattr(whole, "past_key_values", None))
+        with self._told(stop=True):
+            try:
+                self.model(**arguments)
+            except _Stop as stopped:
+                output = stopped.args[0]
+                return Decoded(output[0], output, getattr(output, "past_key_values", None))
+        raise RuntimeError("the model did not call its decoder")
 
+    def nll(self, decoded: Decoded, at_T: Tensor, target_T: Tensor) -> Tensor:
+        """Negative log-likelihood of each target at its position, counted through all sequences: float32 [T]."""
+        rows_NX = decoded.rows_BLX.flatten(0, 1)
+        if not self.is_in_pieces:
+            return _nll(rows_NX[at_T], target_T)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        rows = rows_at_once(vocabulary, rows_NX.element_size(), self.lanes)
+        pairs = zip(at_T.split(rows), target_T.split(rows), strict=True)
+        return torch.cat([_nll(self.logits(decoded, rows_NX[at_R]), target_R) for at_R, target_R in pairs])
 
-def logits_of_rows(model: Any, decoder_output: Any, hidden_RD: Tensor) -> Tensor:
-    """logits_RV: what the model makes of rows of its decoder's output."""
-    rows_BLD = hidden_RD[None]
-    if isinstance(decoder_output, tuple):
-        output: Any = (rows_BLD,)
-    else:
-        output = type(decoder_output)(**{next(iter(decoder_output)): rows_BLD})
-    unread_BL = torch.zeros(rows_BLD.shape[:2], dtype=torch.int64, device=rows_BLD.device)
-    with _replaced_forward(model.get_decoder(), output):
-        return model(input_ids=unread_BL, use_cache=False).logits[0]
+    def logits(self, decoded: Decoded, hidden_RD: Tensor) -> Tensor:
+        """logits_RV: what the model makes of rows of its decoder's output."""
+        rows_BLD = hidden_RD[None]
+        if isinstance(decoded.output, tuple):
+            output: Any = (rows_BLD,)
+        else:
+            output = type(decoded.output)(**{next(iter(decoded.output)): rows_BLD})
+        unread_BL = torch.zeros(rows_BLD.shape[:2], dtype=torch.int64, device=rows_BLD.device)
+        with self._told(output=output):
+            return self.model(input_ids=unread_BL, use_cache=False).logits[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's."""
+        turn = vars(self._turn)
+        if "output" in turn:
+            return turn["output"]
+        output = self._plain(*args, **kwargs)
+        if "stop" in turn:
+            raise _Stop(output)
+        return output
+
+    @contextmanager
+    def _told(self, **what: Any) -> Iterator[None]:
+        vars(self._turn).update(what)
+        try:
+            yield
+        finally:
+            vars(self._turn).clear()
 
 
 @contextmanager
-def _replaced_forward(decoder: nn.Module, output: Any) -> Iterator[None]:
-    decoder.forward = lambda *args, **kwargs: output  # of this one module; its class keeps its own
+def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
+    """The model, which stays on its device, in evaluation mode and with its decoder apart; afterwards as it was.
+
+    `tokens_L`: a few that it can read, to see whether logits can be had in pieces. `lanes`: how many threads will read.
+    """
+    decoder, was_training = model.get_decoder(), model.training
+    model.eval()
     try:
-        yield
+        reader = Reader(model, lanes)
+        decoder.forward = reader.forward  # of this one module; its class keeps its own
+        with torch.inference_mode():
+            reader.is_in_pieces = are_in_pieces(reader, tokens_L)
+        yield reader
     finally:
-        del decoder.forward
+        vars(decoder).pop("forward", None)
+        model.train(was_training)
+
+
+def are_in_pieces(reader: Reader, tokens_L: Tensor) -> bool:
+    """Whether the logits of pieces are those of the whole, tried on a few tokens."""
+    probe_BL = tokens_L[None, :PROBE_TOKENS]
+    whole_RV = reader.model(input_ids=probe_BL, use_cache=False).logits[0].float()
+    try:
+        decoded = reader.read(probe_BL)
+        pieces = [reader.logits(decoded, row_RD).float() for row_RD in decoded.rows_BLX[0].split(1)]
+    except NOT_SUPPORTED:
+        return False
+    found_RV = torch.cat(pieces)
+    near = {"rtol": ROUNDOFF, "atol": ROUNDOFF * float(whole_RV.nan_to_num().abs().max()), "equal_nan": True}
+    return found_RV.shape == whole_RV.shape and torch.allclose(found_RV, whole_RV, **near)
+
+
+def _nll(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+    return F.cross_entropy(logits_RV.float(), target_R, reduction="none")  # the model's dtype may be bfloat16

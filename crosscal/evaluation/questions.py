@@ -1,290 +1,63 @@
-"""Accuracy on multiple-choice questions and every other task lm-eval knows, through lm-eval itself."""
+"""What models are asked: local files of questions, scored here, and lm-eval's tasks."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import logging
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from crosscal.errors import EvaluationError
-from crosscal.evaluation.logits import rows_at_once
+from crosscal.evaluation.batches import read_each
+from crosscal.evaluation.choices import Choices
+from crosscal.evaluation.encoded import encoded
+from crosscal.evaluation.harness import NamedTask, measure_named, named_tasks
 from crosscal.evaluation.measurement import TEST, Measurement
-from crosscal.evaluation.question_files import FORMS, Question, is_question_file, read_questions, task_names
-
-_log = logging.getLogger(__name__)
-MOST_QUESTIONS = 32
-_ONE_AT_A_TIME = threading.RLock()  # lm-eval's log and its bars are the whole process's
-BOOTSTRAP_ITERATIONS = 1000
-"""For standard errors without a closed form; lm-eval leaves out every standard error when this is 0."""
-UNREACHABLE = (OSError, ValueError, RuntimeError, ImportError)
-"""What lm-eval and datasets raise for data behind a network, a closed licence, a retired script, a missing extra."""
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with (task, requests answered, of how many) as work goes on."""
+from crosscal.evaluation.question_files import Question, is_question_file, read_questions, task_names
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedTask:
+class LocalTask:
     name: str
-    source: str
-    """As the plan says it: a path, or lm-eval's name."""
-    leaves: dict[str, Any]
-    """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
+    path: str
+    questions: tuple[Question, ...]
 
-    @property
-    def split(self) -> str:
-        config = next(iter(self.leaves["tasks"].values())).config
-        return config.test_split or config.validation_split or "train"
+    def choices(self, tokenizer: Any, max_length: int) -> Choices:
+        """Encoded for a model."""
+        return Choices(self.name, encoded(self.questions, tokenizer, name=self.name, max_length=max_length))
 
 
 @dataclass(frozen=True)
 class QuestionSuite:
     """Tasks read and checked once, then measured on any number of models."""
 
-    loaded: tuple[LoadedTask, ...]
+    local: tuple[LocalTask, ...]
+    named: tuple[NamedTask, ...]
     skipped: dict[str, str]
-    """Built-in tasks that cannot be had here, with the reason."""
+    """Tasks of lm-eval's that cannot be had here, with the reason."""
     limit: int | None = None
 
     @classmethod
     def load(cls, tasks: Sequence[str], *, limit: int | None = None) -> QuestionSuite:
-        """Load lm-eval task names and local files of questions (see `question_files`), `limit` of each (None: all).
+        """Load local files of questions (see `question_files`) and lm-eval's task names, `limit` of each (None: all).
 
-        A damaged file or an unknown name is an `EvaluationError`; a built-in task whose data cannot be reached is kept
-        as skipped.
+        A damaged file or an unknown name is an `EvaluationError`; a task whose data cannot be reached is kept as
+        skipped.
         """
-        if not tasks:
-            return cls((), {}, limit)  # lm-eval takes three seconds to import
         files = [task for task in tasks if is_question_file(task)]
-        names = [task for task in tasks if not is_question_file(task)]
-        with _quiet_lm_eval():
-            local = [_local_task(name, path, read_questions(path)) for path, name in task_names(files).items()]
-            builtin, skipped = _builtin_tasks(names)
-        return cls((*local, *builtin), skipped, limit)
-
-    def measure(self, model: Any, tokenizer: Any, **how: Any) -> list[Measurement]:
-        """Every metric of every task on one model, `how` being what `measure_one` takes."""
-        measured = [one for task in self.loaded for one in self.measure_one(task, model, tokenizer, **how)]
-        return measured + self.unreachable
+        local = [LocalTask(name, path, tuple(read_questions(path)[:limit])) for path, name in task_names(files).items()]
+        named, skipped = named_tasks([task for task in tasks if not is_question_file(task)])
+        return cls(tuple(local), tuple(named), skipped, limit)
 
     @property
     def unreachable(self) -> list[Measurement]:
         return [Measurement(name, TEST, "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()]
 
-    def measure_one(
-        self,
-        task: LoadedTask,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        batch_size: int = MOST_QUESTIONS,
-        progress: Progress | None = None,
+    def measure(
+        self, model: Any, tokenizer: Any, *, max_length: int, batch_tokens: int = 4096, device: str = "cpu"
     ) -> list[Measurement]:
-        """Every metric of a task on one model, which stays on the device it is on.
-
-        A choice is scored by its summed log-likelihood after the question and one space (`acc`), and by that sum over
-        its length in characters (`acc_norm`), with no examples in front. A prompt longer than `max_length` tokens loses
-        its beginning, as lm-eval does; a warning in the log counts them. `batch_size` prompts are read at once, or
-        fewer where their logits would take more than `logits.LOGITS_BYTES`.
-        """
-        from lm_eval.models.huggingface import HFLM
-
-        build: Any = HFLM  # the decorator that registers it hides its parameters from type checkers
-        with _quiet_lm_eval(partial(progress, task.name) if progress else None):
-            lm = build(pretrained=model, tokenizer=tokenizer, max_length=max_length)
-            return _measure_task(lm, task, self.limit, batch_size)
-
-
-def _local_task(name: str, path: str, questions: list[Question]) -> LoadedTask:
-    from datasets import Dataset, DatasetDict
-    from lm_eval.api.task import ConfigurableTask
-
-    rows = {
-        "question": [question.question for question in questions],
-        "choices": [list(question.choices) for question in questions],
-        "answer": [question.answer for question in questions],
-    }
-    config = {
-        "task": name,
-        # Handed over in memory: a path would leave a copy in the user's datasets cache.
-        "custom_dataset": lambda **_: DatasetDict({"test": Dataset.from_dict(rows)}),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        # Bare field names: lm-eval would evaluate a rendered template that consists of digits.
-        "doc_to_text": "question",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": " ",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }
-    return LoadedTask(name, path, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
-
-
-def _builtin_tasks(names: Sequence[str]) -> tuple[list[LoadedTask], dict[str, str]]:
-    if not names:
-        return [], {}  # the index of built-in tasks takes ten seconds
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    loaded, skipped = [], {}
-    for name in names:
-        _check_known(name, manager.task_index)
-        try:
-            task = LoadedTask(name, name, dict(manager.load([name])))
-        except UNREACHABLE as error:
-            skipped[name] = f"{type(error).__name__}: {error}"
-            continue
-        if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in task.leaves["tasks"].values()):
-            skipped[name] = "it runs code written by the model, which crosscal does not"
-            continue
-        loaded.append(task)
-    return loaded, skipped
-
-
-def _check_known(name: str, known: Any) -> None:
-    if name in known:
-        return
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"Did you mean {', '.join(close)}? " if close else ""
-    raise EvaluationError(
-        f"neither an lm-eval task nor a file of questions ({FORMS})",
-        where=name,
-        do=f"{hint}`lm_eval ls tasks` lists the built-in tasks.",
-    )
-
-
-def _measure_task(lm: Any, task: LoadedTask, limit: int | None, batch_size: int) -> list[Measurement]:
-    from lm_eval.evaluator import evaluate
-
-    started = time.perf_counter()
-    lengths = _prompt_lengths(lm, task, limit)
-    lm.batch_size_per_gpu = min(batch_size, questions_at_once(lm, max(lengths, default=1)))
-    outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=True, bootstrap_iters=BOOTSTRAP_ITERATIONS)
-    seconds = time.perf_counter() - started
-    found = {name: list(_metrics(name, result)) for name, result in outcome["results"].items()}
-    if found.get(task.name):  # a tag, and a group without a mean of its own, are told by their tasks
-        found = {task.name: found[task.name]}
-    return [
-        Measurement(
-            name,
-            task.split,
-            metric,
-            value,
-            stderr,
-            sum(lengths),
-            seconds,
-            question_correct=_correct(outcome["samples"].get(name, []), metric),
-        )
-        for name, metrics in found.items()
-        for metric, value, stderr in metrics
-    ]
-
-
-def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """(metric, value, standard error) of one row of lm-eval's results: keys "metric,filter", "metric_stderr,filter"."""
-    for key, value in result.items():
-        metric, _, which = key.partition(",")
-        if not which or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value):
-            raise EvaluationError("the result of a task is not finite", where=name, got=f"{metric} = {value}")
-        stderr = result.get(f"{metric}_stderr,{which}")
-        known = isinstance(stderr, float) and math.isfinite(stderr)  # lm-eval writes "N/A" where it has none
-        yield metric if which == "none" else key, float(value), stderr if known else None
-
-
-def _correct(samples: Sequence[dict[str, Any]], metric: str) -> tuple[bool, ...] | None:
-    """Of each question, in order; None unless every one is right or wrong."""
-    metric, _, which = metric.partition(",")
-    asked = [one for one in samples if one.get("filter", "none") == (which or "none")]
-    values = [one.get(metric) for one in sorted(asked, key=lambda one: one["doc_id"])]
-    return tuple(value == 1 for value in values) if values and all(value in (0, 1) for value in values) else None
-
-
-def questions_at_once(lm: Any, longest: int) -> int:
-    """As many prompts of `longest` tokens as there may be logits of, one at least."""
-    rows = rows_at_once(lm.model.config.get_text_config().vocab_size, lm.model.dtype.itemsize)
-    return max(1, rows // min(longest, lm.max_length))
-
-
-def _prompt_lengths(lm: Any, task: LoadedTask, limit: int | None) -> list[int]:
-    """Tokens of each prompt with its answer. Warns of those too long for the model, refuses an answer that is."""
-    for leaf in task.leaves["tasks"].values():
-        leaf.build_all_requests(limit=limit)
-    instances = [instance for leaf in task.leaves["tasks"].values() for instance in leaf.instances]
-    texts = [[part for part in instance.args if isinstance(part, str)] for instance in instances]
-    lengths = [len(tokens) for tokens in lm.tokenizer(["".join(parts) for parts in texts], verbose=False)["input_ids"]]
-    # A prompt with an answer is cut to one window, whose last token is predicted but not read.
-    cut = [i for i, length in enumerate(lengths) if len(texts[i]) == 2 and length > lm.max_length + 1]
-    for index in cut:
-        answer = len(lm.tokenizer(texts[index][-1], verbose=False)["input_ids"])
-        if answer >= lm.max_length:
-            raise EvaluationError(
-                "an answer is longer than the model's window",
-                where=f"{task.name}, question {instances[index].doc_id}",
-                got=f"{answer} tokens for a window of {lm.max_length}",
-                do="Leave the question out.",
-            )
-    if cut:
-        _log.warning(
-            "%s: %d of %d prompts lose their beginning to fit %d tokens", task.name, len(cut), len(texts), lm.max_length
-        )
-    return lengths
-
-
-def _bar(progress: Callable[[int, int], None] | None) -> Any:
-    """A class of progress bars that draw nothing and tell `progress`, if there is one, how far they are."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        monitor_interval = 0  # no thread of its own
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["disable"] = progress is None or kwargs.get("disable", False)
-            super().__init__(*args, **kwargs)
-
-        def display(self, *args: Any, **kwargs: Any) -> bool:
-            if progress is not None and self.total:
-                progress(int(self.n), int(self.total))
-            return True
-
-    return Bar
-
-
-@contextmanager
-def _quiet_lm_eval(progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """lm-eval's log at errors only, its bar over answers handed to `progress`, the others off; afterwards as before.
-
-    For one thread at a time.
-    """
-    with _ONE_AT_A_TIME:
-        yield from _without_log_and_bars(progress)
-
-
-def _without_log_and_bars(progress: Callable[[int, int], None] | None) -> Iterator[None]:
-    from tqdm import tqdm
-
-    names = ("api.task", "api.model", "models.huggingface")
-    modules = {name: importlib.import_module(f"lm_eval.{name}") for name in names}
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    for name, module in modules.items():
-        module.tqdm = _bar(progress if name == "models.huggingface" else None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for module in modules.values():
-            module.tqdm = tqdm  # type: ignore[attr-defined]
+        """Every metric of every task on one model, which is on `device`; files first."""
+        asked = [task.choices(tokenizer, max_length) for task in self.local]
+        answered = read_each(model, asked, device=device, batch_tokens=batch_tokens)
+        found = [one for choices, answers in zip(asked, answered, strict=True) for one in choices.result(*answers)]
+        for task in self.named:
+            found += measure_named(task, model, tokenizer, limit=self.limit, max_length=max_length)
+        return found + self.unreachable

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from crosscal.calibration import tokenizer_digest
 from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus
-from crosscal.evaluation import TEST, Measurement, QuestionSuite, perplexity
-from crosscal.evaluation.questions import LoadedTask
+from crosscal.evaluation import TEST, Measurement, QuestionSuite
+from crosscal.evaluation.batches import Progress, read_each
+from crosscal.evaluation.choices import Choices
+from crosscal.evaluation.harness import NamedTask, measure_named
+from crosscal.evaluation.likelihood import Windows
+from crosscal.evaluation.questions import LocalTask
 from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
@@ -31,8 +35,10 @@ FORMAT = 3  # of stored measurements: since 3 each text's and each task's by the
 KIND, PLACE = "evaluations", "measurements.json"
 QUESTION_TOKENS = 2048
 """For models without a longest window."""
-Subject = HeldOutText | LoadedTask
+Subject = HeldOutText | LocalTask | NamedTask
 """What is measured, and kept, by itself."""
+Told = Callable[[Subject], Progress]
+"""What is told how far a subject is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +50,12 @@ class Examination:
     notes: tuple[str, ...]
     """What is not measured, and why, in sentences."""
     begin: bool | None
-    """Whether they begin with beginning-of-text; None: as the tokenizer's texts do."""
+    """Whether texts begin with beginning-of-text; None: as the tokenizer's do."""
     max_length: int
     """Tokens a question may have with its answer."""
     tokenizer_digest: str
     tokenizer: PreTrainedTokenizerBase
     suite: QuestionSuite
-    limit: int | None
     batch_tokens: int
     device: str
     dtype: torch.dtype
@@ -58,7 +63,7 @@ class Examination:
     @property
     def subjects(self) -> tuple[Subject, ...]:
         """All that can be measured, in the order of the rows."""
-        return (*self.texts, *self.suite.loaded)
+        return (*self.texts, *self.suite.local, *self.suite.named)
 
     def find(self, weights: str) -> list[Measurement] | None:
         """What was measured on these weights before; None if anything is missing."""
@@ -76,61 +81,57 @@ class Examination:
         stored = json.loads(self.store.read_bytes(artifact, PLACE))
         return [self._named(Measurement.from_json(value), subject) for value in stored]
 
-    def keep(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> None:
-        with self.store.publish(KIND, self.key(weights, subject), {"weights": weights}) as staged:
-            (staged / PLACE).write_bytes(canonical_json([dataclasses.asdict(value) for value in measured]))
+    def measured(self, weights: str, model: Any, missing: Sequence[Subject], told: Told) -> Iterator[list[Measurement]]:
+        """What is missing of a model that is on the device, one after another, each kept as soon as it is there."""
+        apart = [subject for subject in missing if not isinstance(subject, NamedTask)]
+        read = [self._readable[subject] for subject in apart]
+        progress = [told(subject) for subject in apart]
+        sizes = {"device": self.device, "batch_tokens": self.batch_tokens, "progress": progress}
+        for subject, one, answers in zip(apart, read, read_each(model, read, **sizes), strict=True):
+            yield self._kept(weights, subject, one.result(*answers))
+        for task in self.suite.named:
+            if task in missing:
+                sizes = {"limit": self.suite.limit, "max_length": self.max_length}
+                found = measure_named(task, model, self.tokenizer, **sizes, progress=told(task))
+                yield self._kept(weights, task, found)
 
     def key(self, weights: str, subject: Subject) -> str:
         """Digest of the weights and of all that the numbers depend on; not of what a plan calls it."""
-        if isinstance(subject, HeldOutText):
-            return digest_of([FORMAT, weights, str(self.dtype), subject.digest])
-        about = [self.limit, self.max_length, self.tokenizer_digest, importlib.metadata.version("lm-eval")]
-        return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject.source], about])
+        return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject]])
 
-    def measured(self, model: Any, subject: Subject, name: str, report: Report) -> list[Measurement]:
-        """One text or task on a model, which is on the device."""
-        if isinstance(subject, LoadedTask):
-
-            def answered(task: str, done: int, total: int) -> None:
-                report(f"{name}: answers of {task}", done, total)
-
-            found = self.suite.measure_one(
-                subject, model, self.tokenizer, max_length=self.max_length, progress=answered
-            )
-        else:
-            where = subject.corpus if subject.split == TEST else f"{subject.corpus} ({subject.split})"
-            found = [
-                perplexity(
-                    model,
-                    subject.tokens_SL,
-                    name=subject.corpus,
-                    split=subject.split,
-                    device=self.device,
-                    batch_tokens=self.batch_tokens,
-                    progress=functools.partial(report, f"{name}: windows of {where}"),
-                )
-            ]
-        return [self._named(one, subject) for one in found]
+    def _kept(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> list[Measurement]:
+        with self.store.publish(KIND, self.key(weights, subject), {"weights": weights}) as staged:
+            (staged / PLACE).write_bytes(canonical_json([dataclasses.asdict(value) for value in measured]))
+        return [self._named(one, subject) for one in measured]
 
     def _named(self, found: Measurement, subject: Subject) -> Measurement:
         """As this plan calls it, with what the text began with: questions are always encoded as the tokenizer does by
         default."""
-        if isinstance(subject, LoadedTask):
-            return dataclasses.replace(found, begin_token=self._begins[None])
-        return dataclasses.replace(
-            found, corpus_or_task=subject.corpus, split=subject.split, begin_token=self._begins[self.begin]
-        )
+        if isinstance(subject, HeldOutText):
+            begins = self._begins[self.begin]
+            return dataclasses.replace(found, corpus_or_task=subject.corpus, split=subject.split, begin_token=begins)
+        name = subject.name if isinstance(subject, LocalTask) else found.corpus_or_task
+        return dataclasses.replace(found, corpus_or_task=name, begin_token=self._begins[None])
 
     @functools.cached_property
     def _begins(self) -> dict[bool | None, bool]:
         return {wanted: begin_token(self.tokenizer, wanted) is not None for wanted in (None, self.begin)}
 
     @functools.cached_property
-    def _identities(self) -> dict[str, Any]:
-        """What each task is: lm-eval's name, or name and content of a file."""
-        files = {task.source: Path(task.source) for task in self.suite.loaded if Path(task.source).is_file()}
-        named = {task.source: task.source for task in self.suite.loaded}
-        return named | {source: [file.name, digest_file(file)] for source, file in files.items()}
+    def _readable(self) -> dict[Subject, Windows | Choices]:
+        """Texts and questions as tokens, once for all models."""
+        found: dict[Subject, Windows | Choices] = {}
+        found |= {text: Windows(text.corpus, text.split, text.tokens_SL) for text in self.texts}
+        return found | {task: task.choices(self.tokenizer, self.max_length) for task in self.suite.local}
+
+    @functools.cached_property
+    def _identities(self) -> dict[Subject, list[Any]]:
+        encoding = [self.max_length, self.tokenizer_digest]
+        local = {task: [digest_of([dataclasses.asdict(one) for one in task.questions])] for task in self.suite.local}
+        version = importlib.metadata.version("lm-eval")
+        named = {task: [task.name, self.suite.limit, version] for task in self.suite.named}
+        texts: dict[Subject, list[Any]] = {text: [text.digest] for text in self.texts}
+        return texts | {task: [*each, *encoding] for task, each in (local | named).items()}
 
 
 def examination(
@@ -157,7 +158,6 @@ def examination(
         tokenizer_digest(source.path),
         source.tokenizer(),
         QuestionSuite.load(tasks, limit=limit),
-        limit,
         batch_tokens,
         device,
         dtype,
@@ -199,7 +199,16 @@ def measure(
     if missing := [subject for subject in exam.subjects if subject not in known]:
         report(f"{name}: loading", 0, None)
         model = load_variant(folder, device=exam.device, dtype=exam.dtype)
-        for subject in missing:
-            known[subject] = exam.measured(model, subject, name, report)
-            exam.keep(weights, subject, known[subject])
+
+        def told(subject: Subject) -> Progress:
+            return functools.partial(report, f"{name}: {_what(subject)}")
+
+        known |= zip(missing, exam.measured(weights, model, missing, told), strict=True)
     return exam.in_all(known[subject] for subject in exam.subjects)
+
+
+def _what(subject: Subject) -> str:
+    if isinstance(subject, HeldOutText):
+        split = "" if subject.split == TEST else f" ({subject.split})"
+        return f"windows of {subject.corpus}{split}"
+    return f"{'questions' if isinstance(subject, LocalTask) else 'answers'} of {subject.name}"
