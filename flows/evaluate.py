@@ -15,8 +15,9 @@ from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
 from crosscal.tasks.corpora import bring_in
+from crosscal.tasks.evaluation import examination_of
 from crosscal.tasks.model import identify
-from crosscal.tasks.results import examination_of, result_row
+from crosscal.tasks.results import result_row
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import variants
 

@@ -18,7 +18,7 @@ from crosscal.landing import Ledger
 from crosscal.landing.runs import FINISHED
 from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
-from crosscal.tasks.results import cutting_of
+from crosscal.tasks.evaluation import cutting_of
 from crosscal.tasks.ticket import Ticket
 
 

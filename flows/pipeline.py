@@ -21,6 +21,7 @@ from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
 from crosscal.tasks.corpora import bring_in, draw_sample
+from crosscal.tasks.evaluation import evaluate_model, models_to_make, models_to_measure
 from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
@@ -37,7 +38,7 @@ from crosscal.tasks.model import (
     unsolved_blocks,
     unsummarised_blocks,
 )
-from crosscal.tasks.results import after_reading, describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.results import after_reading, describe_samples, make_report, write_results
 from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
@@ -127,7 +128,7 @@ def make_and_measure(
             step(publish_models, ticket)
     mark("recompressed")
     with watch.stage("evaluate"):
-        judged = step(evaluate_models, ticket, stored)
+        judged = step(write_results, ticket, stored, evaluate_models(ticket, stored))
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
     record |= {**described, "failed": judged["failed"]}
@@ -171,6 +172,17 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
         for done, block in enumerate(solved, start=1):
             take_block(ticket, block)
             report("solving blocks", done, len(unsolved))
+
+
+def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Have every model measured, each in a step of its own: what fails for a passing reason is tried again alone."""
+    names, found = models_to_measure(ticket), dict[str, dict[str, Any]]()
+    with step_report("evaluate") as report:
+        for name in names:
+            report("measuring models", len(found), len(names))
+            found[name] = step(evaluate_model, ticket, stored, name, report)
+        report("measuring models", len(names), len(names))
+    return found
 
 
 def _record(

@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 from prefect.testing.utilities import prefect_test_harness
 
 from crosscal.errors import CorpusError
-from crosscal.tasks import artifacts, corpora, model, results
+from crosscal.tasks import artifacts, corpora, evaluation, model, results
 from crosscal.tasks.artifacts import MOST_BYTES
 from crosscal.tasks.options import RETRIED
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
@@ -38,7 +38,8 @@ TASK_RUNS = [
     "identify model",
     *("ingest general", "ingest legal", "sample general, seed 0", "sample legal, seed 0", "describe calibration"),
     *("read general, seed 0", "read legal, seed 0", "take blocks of earlier runs", "publish models"),
-    *("evaluate models", "write report"),
+    *("evaluate dense", "evaluate sparsegpt-50-general", "evaluate sparsegpt-50-legal-a0.5"),
+    *("write results", "write report"),
 ]
 SOLVES = ["solve block 0", "solve block 1"]
 
@@ -219,7 +220,8 @@ TASKS = (
         model.solve_sequential,
         model.publish_models,
         results.describe_samples,
-        results.evaluate_models,
+        evaluation.evaluate_model,
+        results.write_results,
     ),
     results.make_report,
 )
