@@ -6,10 +6,12 @@
 TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
 
-* mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both; continuation questions as well;
+* mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both, one of them found by `auto`;
+  continuation questions as well;
 * levels: SparseGPT at 60 % and 2:4, with fewer mixtures;
 * methods: magnitude and Wanda at 50 %, 60 % and 2:4;
-* texts: SparseGPT at 50 % on text that the model wrote itself, on that and the domain, and on random tokens;
+* texts: SparseGPT at 50 % on text that the model wrote from nothing (self) or from beginnings of the domain's
+  documents (self-seeded, arXiv 2410.17711), half and half with the domain or general text, and on random tokens;
 * alps: ALPS at 50 %, which takes minutes a model to solve.
 
 A model is measured on 16 test and 8 validation windows of 512 tokens a corpus: 24,600 tokens, 80 s of two CPU cores
@@ -46,26 +48,26 @@ DRY_MODEL = "llama-mix-8m"
 
 
 def compress(part: str, domain: str) -> list[dict[str, Any]]:
-    few, mixed = {"domain": domain, "alpha": [0, 0.5, 1]}, {"domain": domain, "alpha": [0, 0.25, 0.5, 1]}
-    sparsegpt = {"method": "sparsegpt"}
+    sparsegpt, few = {"method": "sparsegpt", "sparsity": 0.5}, {"domain": domain, "alpha": [0, 0.5, 1]}
     return {
-        "mixing": [{**sparsegpt, "sparsity": 0.5, **mixed}],
-        "levels": [{**sparsegpt, "sparsity": LEVELS[1:], **few}],
-        "methods": [
-            {"method": "magnitude", "sparsity": LEVELS},
-            {"method": ["wanda", "alps"], "sparsity": LEVELS, **few},
-        ],
-        "texts": [
-            {**sparsegpt, "sparsity": 0.5, "mixture": [{"general": 1}, {domain: 1}, {"self": 1}, {"random": 1}]},
-            {**sparsegpt, "sparsity": 0.5, "mixture": [{"self": 0.5, domain: 0.5}]},
-        ],
+        "mixing": [{**sparsegpt, "domain": domain, "alpha": [0, 0.25, 0.5, 1, "auto"]}],
+        "levels": [{**sparsegpt, **few, "sparsity": LEVELS[1:]}],
+        "methods": [{"method": "magnitude", "sparsity": LEVELS}, {"method": "wanda", "sparsity": LEVELS, **few}],
+        "texts": [{**sparsegpt, "mixture": texts(domain)}],
+        "alps": [{"method": "alps", "sparsity": 0.5, **few}],
     }[part]
+
+
+def texts(domain: str) -> list[dict[str, float]]:
+    alone: list[dict[str, float]] = [{name: 1.0} for name in ("general", domain, "self", "self-seeded", "random")]
+    return [*alone, {"self": 0.5, domain: 0.5}, {"general": 0.5, "self-seeded": 0.5}]
 
 
 def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) -> CompressionPlan:
     testbed = options.testbed.resolve()
     corpora = {name: str(testbed / "corpora" / name) for name in ("general", domain)}
-    written = {"self": "self", "random": "random"} if part == "texts" else {}
+    seeded = {"source": "self", "seeds": domain, "prefix_tokens": 4 if options.dry else 32}
+    written = {"self": "self", "self-seeded": seeded, "random": "random"} if part == "texts" else {}
     questions = [str(testbed / "eval" / name / "continuation_test.jsonl.zst") for name in corpora]
     dry = options.dry
     length, windows = (64, 8) if dry else (512, 64)
@@ -77,6 +79,7 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
             "compress": compress(part, domain),
             "evaluate": {
                 "windows": 4 if dry else 16,
+                "validation_windows": 2 if dry else 8,
                 "tasks": questions if part == "mixing" and options.questions else [],
                 "limit": options.questions or None,
             },

@@ -157,6 +157,103 @@ def gradients() -> str:
     return markdown(heads, cells) + f"\n{'; '.join(costs)}.\n" + circumstances(rows)
 
 
+def study() -> str:
+    """One row a variant: perplexities over draws, and changes against general text alone and the domain alone."""
+    rows = read("study")
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row
+    pairs = [(rule, which) for rule in ("general", "domain") for which in (0, 1)]
+    cells = []
+    for case, values in by_case.items():
+        corpora = ("general", next(name for name in CORPORA[1:] if f", {name}, " in case))
+        figures = [f"{corpus} perplexity" for corpus in corpora]
+        figures += [f"{corpora[which]} perplexity against {rule}" for rule, which in pairs]
+        figures += [f"{corpus}_continuation_test acc" for corpus in corpora]
+        chosen = " (chosen)" * any(row["chosen"] for row in values.values())
+        cells.append([case + chosen, *(_sure(values.get(figure)) for figure in figures)])
+    against = [f"{('general', 'domain')[which]}, % against {rule} alone" for rule, which in pairs]
+    heads = ("model, domain, part, variant", "general", "domain", *against, "general questions, %", "domain's, %")
+    return markdown(heads, cells) + circumstances(rows)
+
+
+def _sure(row: dict[str, Any] | None) -> str:
+    """With a star where a difference is told apart."""
+    if row is None:
+        return ""
+    if row.get("verdict") is None:
+        return number(row["value"]) if row["spread"] is None else with_error(row["value"], row["spread"])
+    return f"{row['value']:+.1f} ± {row['spread']:.1f}" + "*" * (row["verdict"] != "not distinguishable")
+
+
+def choosing() -> str:
+    """What was found of planted documents, the models calibrated on it, and near-duplicates."""
+    rows = read("choosing")
+    planted = ("precision", "recall of twice as many", "processor time", "peak memory above the start")
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        is_share = row["figure"] in planted[:2]
+        text = f"{row['value']:.2f} ± {row['spread']:.2f}" if is_share and row["spread"] else number(row["value"])
+        by_case.setdefault(row["case"], {})[row["figure"]] = text
+    found = {case: values for case, values in by_case.items() if "precision" in values}
+    heads = (
+        "planted in 1,000 general documents, chosen by",
+        "precision",
+        "recall of twice as many",
+        "processor s",
+        "MiB",
+    )
+    table = markdown(heads, ([case, *(values.get(f, "") for f in planted)] for case, values in found.items()))
+    models = {case: values for case, values in by_case.items() if any(f.endswith("perplexity") for f in values)}
+    cells = ([case, *values.values()] for case, values in models.items())
+    tables = [table, markdown(("SparseGPT, 70 %, calibrated on", "general", "domain"), cells)] if models else [table]
+    pairs = [row for row in rows if row["case"].startswith("near-duplicates")]
+    told = [f"{row['figure']}: {number(row['value'])} {row['unit']}".strip() for row in pairs]
+    return "\n".join([*tables, f"{'; '.join([pairs[0]['case'], *told])}.\n"]) + circumstances(rows)
+
+
+def leaks() -> str:
+    """One row a set or a planting: every figure of it."""
+    rows = [row for row in read("sufficiency") if row["case"].startswith(("overlap", "planted"))]
+    cells = ([row["case"], row["figure"], f"{number(row['value'])} {row['unit']}"] for row in rows)
+    return markdown(("case", "figure", "value"), cells) + circumstances(rows)
+
+
+def text_quality() -> str:
+    """One row a text, one column a measure."""
+    rows = [row for row in read("sufficiency") if row["case"].startswith("text: ")]
+    figures = list(dict.fromkeys(row["figure"] for row in rows))
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"].removeprefix("text: "), {})[row["figure"]] = number(row["value"])
+    cells = ([case, *(values[figure] for figure in figures)] for case, values in by_case.items())
+    return markdown(("128 windows of", *figures), cells) + circumstances(rows)
+
+
+VERDICTS = {
+    "expected of twice as many: held-out loss": "expected of twice as many, %",
+    "last doubling": "the last doubling brought, %",
+    "twice as many: held-out loss": "twice as many bring: held-out loss, %",
+    "twice as many: perplexity": "perplexity, %",
+    "draws that say: add data": "draws that say: add data",
+}
+
+
+def verdicts() -> str:
+    """One row a set: what is expected of twice as much, and what it brings."""
+    rows = [row for row in read("sufficiency") if row["case"].endswith(" windows")]
+    by_case: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = number(row["value"]) if row["spread"] is None else f"{row['value']:.1f} ± {row['spread']:.1f}"
+        by_case.setdefault(row["case"], {})[row["figure"]] = (
+            cell if row["unit"] in ("%", "") else f"{cell} {row['unit']}"
+        )
+    cells = (
+        [case, *(values[f] for f in VERDICTS)] for case, values in by_case.items() if VERDICTS.keys() <= values.keys()
+    )
+    return markdown(("set", *VERDICTS.values()), cells) + circumstances(rows)
+
+
 VIEWS: dict[str, Callable[[], str]] = {
     "testbed-grid": grid,
     "testbed-draws": draws,
@@ -166,7 +263,12 @@ VIEWS: dict[str, Callable[[], str]] = {
     "allocation": allocation,
     "gradients": gradients,
     "scales": scales,
+    "leaks": leaks,
+    "text-quality": text_quality,
+    "verdicts": verdicts,
     "real-models": real_models,
+    "study": study,
+    "choosing": choosing,
 }
 
 

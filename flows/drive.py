@@ -51,6 +51,7 @@ def _driven(flow: Flow[..., dict[str, Any]], asked: CompressionPlan, *arguments:
 
 def summary(record: dict[str, Any]) -> Iterator[Any]:
     """What a run ends by printing: the table, what to take, what the cache saved, where the report is."""
+    from crosscal.report.calibration import verdicts, warnings
     from crosscal.report.groups import columns_of
     from crosscal.report.headline import sentences
     from crosscal.report.run_files import read_run
@@ -63,6 +64,8 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
     yield from found[:MOST_SENTENCES]
     if len(found) > MOST_SENTENCES:
         yield f"what to take for other levels and domains: {len(found) - MOST_SENTENCES} more in the report"
+    yield from (f"warning: {each}" for each in warnings(record))
+    yield from verdicts(record)
     for note in record["notes"]:
         yield f"note: {note}"
     hits, misses = record["cache"]["hits"], record["cache"]["misses"]

@@ -11,12 +11,14 @@ from crosscal.errors import ModelError, UsageError
 from crosscal.evaluation import Measurement
 from crosscal.flows.quiet import quiet_libraries
 from crosscal.plan import CompressionPlan
+from crosscal.plan.tasks import continued_corpora
 from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
-from crosscal.tasks.corpora import ingest_corpus
+from crosscal.tasks.corpora import bring_in
+from crosscal.tasks.evaluation import examination_of
 from crosscal.tasks.model import identify
-from crosscal.tasks.results import examination_of, result_row
+from crosscal.tasks.results import result_row
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import variants
 
@@ -41,8 +43,9 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
-    needed = dict.fromkeys([*plan.perplexity_corpora, *plan.continued_corpora])
-    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in needed}
+    needed = list(dict.fromkeys([*plan.perplexity_corpora, *continued_corpora(plan.evaluate.tasks)]))
+    found = bring_in(ticket, lambda task, *given: task.fn(*given), needed)
+    stored = {name: corpus["stored"] for name, corpus in found.items()}
     with reporting() as report:
         found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)
     return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]

@@ -74,7 +74,7 @@ def _carry_out(
         except (NothingNew, TooLittleText) as error:
             return _unchanged(ledger, run, news.explained(error), newest)
         decision = _decide(plan, home, record, run)
-        used = record["corpora"][run.domain]["version"]
+        used = record["corpora"][run.domain]["landed"]
         facts = {name: decision[name] for name in ("reason", "model", "variant", "perplexity") if name in decision}
         ledger.mark(run, decision["outcome"], version=used, run_dir=record["run_dir"], inputs=news.inputs, **facts)
     except Exception as error:
@@ -104,7 +104,7 @@ def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) 
     known = {name: record[name] for name in ("model", "device", "dtype", "run_dir")}
     ticket = Ticket(plan.model_dump(mode="json"), home, versions=versions_of(record["corpora"]), **known)
     stored = {name: corpus["stored"] for name, corpus in record["corpora"].items()}
-    used = record["corpora"][run.domain]["version"]
+    used = record["corpora"][run.domain]["landed"]
     return step(decide_publication, ticket, stored, run.domain, used, run.run_id)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
-from crosscal.evaluation import TEST
+from crosscal.evaluation import TEST, VALIDATION
 from crosscal.landing import Ledger
 from crosscal.landing.runs import FINISHED
 from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
-from crosscal.tasks.results import cutting_of
+from crosscal.tasks.evaluation import cutting_of
 from crosscal.tasks.ticket import Ticket
 
 
@@ -40,15 +40,15 @@ class News:
     """Digest of all that determines the models, once it is known."""
 
     def check(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
-        """Raises `NothingNew`, and `TooLittleText` when there is no window of test text."""
+        """Raises `NothingNew`, and `TooLittleText` when a corpus has too little held-out text."""
         self.inputs = inputs_of(ticket)
         last = self._last()
         version = ticket.versions.get(self.domain)
         if last is not None and last["inputs"] == self.inputs:
             reason = f"no window of training text is new since v{last['version']}; what has landed waits for more"
             raise NothingNew(reason, version, self.inputs)
-        if last is None and self.domain in ticket.parsed.perplexity_corpora:
-            self._check_test_text(ticket, stored[self.domain])
+        if last is None:
+            self._check_text(ticket, stored)
 
     def explained(self, error: NothingNew | TooLittleText) -> NothingNew:
         """Too little text of the domain is nothing new yet; of another corpus it is a failure, and raised again."""
@@ -65,10 +65,18 @@ class News:
                 return {"version": run.version, "inputs": run.states[-1]["inputs"]}
         return None
 
-    def _check_test_text(self, ticket: Ticket, stored: str) -> None:
-        """Before the first run: test text only grows."""
-        corpus = dataclasses.replace(load_corpus(ticket.store, stored, ticket.versions.get(stored)), name=self.domain)
-        windows_for(ticket.store, corpus, TEST, ticket.source(), cutting_of(ticket.parsed))
+    def _check_text(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
+        """Before the first run, for held-out text only grows: a window to report by, and two to decide by."""
+        plan = ticket.parsed
+        needed = [(self.domain, TEST, 1)] if self.domain in plan.perplexity_corpora else []
+        needed += [(name, VALIDATION, 2) for name in (plan.publish.corpora if plan.publish else ())]
+        for name, split, least in needed:
+            corpus = load_corpus(ticket.store, stored[name], ticket.versions.get(stored[name]))
+            corpus = dataclasses.replace(corpus, name=name)
+            found = len(windows_for(ticket.store, corpus, split, ticket.source(), cutting_of(plan)))
+            if found < least:
+                do = "Give it more validation documents."
+                raise TooLittleText(f"too little {split} text to decide by", where=name, got=f"{found} window", do=do)
 
 
 def inputs_of(ticket: Ticket) -> str:

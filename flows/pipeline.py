@@ -20,7 +20,8 @@ from crosscal.flows.cluster import cluster
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
-from crosscal.tasks.corpora import draw_sample, ingest_corpus
+from crosscal.tasks.corpora import bring_in, draw_sample
+from crosscal.tasks.evaluation import evaluate_model, models_to_make, models_to_measure
 from crosscal.tasks.model import (
     blocks_side_by_side,
     identify_model,
@@ -37,7 +38,8 @@ from crosscal.tasks.model import (
     unsolved_blocks,
     unsummarised_blocks,
 )
-from crosscal.tasks.results import describe_samples, evaluate_models, make_report, models_to_make
+from crosscal.tasks.results import after_reading, describe_samples, make_report, write_results
+from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
@@ -89,7 +91,7 @@ def begin(plan: CompressionPlan, home: str) -> Begun:
     ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
     known = step(identify_model, ticket)
     ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-    corpora = {name: step(ingest_corpus, ticket, name) for name in plan.document_corpora}
+    corpora = bring_in(ticket, step)
     return Begun(dataclasses.replace(ticket, versions=versions_of(corpora)), corpora, known["notes"])
 
 
@@ -109,10 +111,13 @@ def make_and_measure(
         check(ticket, stored)
         run_dir = open_run_directory(ticket, plan, out)
         ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
-        quality = step(describe_samples, ticket)
+        described = step(describe_samples, ticket)
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
             readings = list(read_model(workers, ticket))
+            described |= after_reading(ticket, described["calibration_quality"])
+            if plan.calibration.sufficiency:
+                described["sufficiency"] = step(measure_sufficiency, ticket)
         with watch.stage("solve"):
             ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
             step(reuse_blocks, ticket)
@@ -123,10 +128,10 @@ def make_and_measure(
             step(publish_models, ticket)
     mark("recompressed")
     with watch.stage("evaluate"):
-        judged = step(evaluate_models, ticket, stored)
+        judged = step(write_results, ticket, stored, evaluate_models(ticket, stored))
     mark("evaluated")
     record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
-    record |= {"calibration_quality": quality, "failed": judged["failed"]}
+    record |= {**described, "failed": judged["failed"]}
     write_run_record(run_dir, record)
     return record
 
@@ -169,6 +174,17 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
             report("solving blocks", done, len(unsolved))
 
 
+def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Have every model measured, each in a step of its own: what fails for a passing reason is tried again alone."""
+    names, found = models_to_measure(ticket), dict[str, dict[str, Any]]()
+    with step_report("evaluate") as report:
+        for name in names:
+            report("measuring models", len(found), len(names))
+            found[name] = step(evaluate_model, ticket, stored, name, report)
+        report("measuring models", len(names), len(names))
+    return found
+
+
 def _record(
     ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
@@ -190,6 +206,7 @@ def _record(
             *notes,
             *said,
             *_rejections(corpora),
+            *_choices(ticket.parsed, corpora),
             *(note for sample in ticket.samples for note in sample["notes"]),
         ],
         "variants": len(ticket.variants()),
@@ -204,3 +221,24 @@ def _rejections(corpora: dict[str, Any]) -> Iterator[str]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in corpus["rejected"].items())
             lines = f"objects/rejects/{corpus['rejects_key']}/rejects.jsonl"
             yield f"{name}: {count} documents rejected ({reasons}); one by one in the store's {lines}."
+
+
+def _choices(plan: CompressionPlan, corpora: dict[str, Any]) -> Iterator[str]:
+    """What was chosen, a sentence for each corpus."""
+    for name, corpus in corpora.items():
+        counts, select = corpus.get("selection"), plan.document_corpora[name].select
+        if counts is None or select is None:
+            continue
+        how = f" by {select.method} towards {counts['sample']:,} of {select.towards}" if select.method else ""
+        left_out = [
+            f"{counts[reason]:,} {what}"
+            for reason, what in (
+                ("too_short", "too short"),
+                ("held_out", "equal or nearly equal to validation or test documents"),
+                ("near_duplicates", "near-duplicates"),
+            )
+            if counts[reason]
+        ]
+        fewer = f" instead of {select.documents:,}" if counts["chosen"] < (select.documents or 0) else ""
+        passed_by = f"; left out: {', '.join(left_out)}" if left_out else ""
+        yield f"{name}: {counts['chosen']:,}{fewer} of {counts['pool']:,} documents chosen{how}{passed_by}."

@@ -19,6 +19,7 @@ from crosscal.corpora.usable import look_at
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.flows.study import check_study
 from crosscal.flows.study_parts import parts_of
+from crosscal.flows.text_check import check_text
 from crosscal.flows.unread import reading, reading_again
 from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
@@ -44,7 +45,7 @@ from crosscal.stages.preflight import (
 from crosscal.statistics import Gradient, Statistic
 from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.questions import looked_at
-from crosscal.tasks.refusals import refusals
+from crosscal.tasks.refusals import refusals, undecidable
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed, variants
 
@@ -57,8 +58,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
     if questions := looked_at(plan):
         findings["questions"] = questions
-    problems = [str(error) for error in _unusable_sources(plan)]
     ticket = Ticket(plan.model_dump(mode="json"), home)
+    problems = [str(error) for error in (*_unusable_sources(plan), *undecidable(plan, ticket.store))]
     if plan.study is not None:
         findings["study"], ticket = _study(plan, ticket)
     try:
@@ -80,6 +81,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     memory = _memory(ticket, source, shapes, readings + again, gradients)
     disk = _disk(ticket, source, shapes, readings + again, gradients)
     told = [*readings, *again, *gradients]
+    of_text, leaks = check_text(ticket, source, shapes)
     findings |= {
         "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
         | kept,
@@ -89,8 +91,9 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
         "memory": memory,
         "disk": disk,
+        **of_text,
     }
-    return {**findings, "problems": problems + _shortages(memory, disk)}
+    return {**findings, "problems": [*dict.fromkeys([*problems, *leaks, *_shortages(memory, disk)])]}
 
 
 def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticket]:
@@ -108,9 +111,13 @@ def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticke
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
     """Those that cannot be found, or whose first records are none: without the text's column, above all."""
     for documents in plan.document_corpora.values():
-        for path in [documents.path] if isinstance(documents.path, str) else documents.path or []:
+        paths = [documents.path] if isinstance(documents.path, str) else documents.path or []
+        asked = [(path, documents.text) for path in paths]
+        if documents.select and documents.select.towards and documents.select.towards not in plan.corpora:
+            asked.append((documents.select.towards, "text"))
+        for path, text in asked:
             try:
-                problem = look_at(path, documents.text)
+                problem = look_at(path, text)
             except CorpusError as error:
                 problem = error
             if problem:

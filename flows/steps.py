@@ -49,10 +49,10 @@ def step_each(
 
 
 @contextmanager
-def step_report() -> Iterator[Report]:
+def step_report(name: str = "blocks") -> Iterator[Report]:
     """Progress over the steps of a stage: log lines and an artifact of a flow run, a bar or log lines otherwise."""
     if FlowRunContext.get() is not None:
-        with progress_shown("blocks") as shown, logged(get_run_logger().info) as lines:
+        with progress_shown(name) as shown, logged(get_run_logger().info) as lines:
             yield each(lines, shown)
     else:
         with reporting() as report:

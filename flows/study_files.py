@@ -13,14 +13,14 @@ from crosscal.flows.steps import Stopwatch, step
 from crosscal.flows.study_parts import Part
 from crosscal.plan import CompressionPlan, Study, dump_plan
 from crosscal.report.groups import DENSE
-from crosscal.report.rows import LayerRow, ResultRow, WindowRow, read_rows, write_rows
-from crosscal.report.run_files import read_run
+from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, WindowRow, write_rows
+from crosscal.report.run_files import read_run, rows_there
 from crosscal.report.study import study_rows
 from crosscal.tasks.results import make_report
 from crosscal.variants import variants
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow)
-OF_ONE = ("variant", "layer", "corpus_or_task", "corpus", "split", "metric")
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow)
+OF_ONE = ("variant", "layer", "corpus_or_task", "corpus", "task", "split", "metric")
 """What a row is of."""
 SUMMED = ("calibration_tokens", "calibration_tokens_read")
 
@@ -31,6 +31,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
     order = {name: number for number, name in enumerate([DENSE, *(variant.name for variant in variants(plan))])}
     _write_together(folder, complete, "results.jsonl", ResultRow, order)
     _write_together(folder, complete, "windows.jsonl", WindowRow, order)
+    _write_together(folder, complete, "questions.jsonl", QuestionRow, order)
     _write_together(folder, complete, "layers.jsonl", LayerRow, order)
     if complete:
         write_whole(folder / "samples.json", (complete[0] / "samples.json").read_text(encoding="utf-8"))
@@ -41,6 +42,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
     for stage, seconds in watch.seconds.items():
         record["stages"][stage] = record["stages"].get(stage, 0.0) + seconds
     asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
+    (folder / "study.jsonl").unlink(missing_ok=True)  # an earlier version's is no hindrance
     write_rows(folder / "study.jsonl", study_rows(read_run(folder), asked.baseline))
     write_run_record(folder, record)
     if complete:
@@ -67,7 +69,7 @@ def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write_together(folder: Path, parts: Sequence[Path], name: str, kind: type[Row], order: Mapping[str, int]) -> None:
-    rows = _once(row for part in parts for row in read_rows(part / name, kind))
+    rows = _once(row for part in parts for row in rows_there(part / name, kind))
     write_rows(folder / name, sorted(rows, key=lambda row: order[row.variant]))
 
 

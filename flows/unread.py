@@ -16,7 +16,7 @@ from crosscal.plan import Documents, RandomTokens, SelfGenerated
 from crosscal.stages.folding import Kept, unread_tokens
 from crosscal.stages.preflight import is_read, stored_set
 from crosscal.stages.sample import Draw, sums_of
-from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.corpora import seeds_of, stored_name
 from crosscal.tasks.ticket import Ticket
 from crosscal.variants import Variant
 
@@ -63,13 +63,19 @@ def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]
 def _generated(
     ticket: Ticket, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens, cached: Kept
 ) -> tuple[list[str | None], int, int]:
-    kind = {"source": "vocabulary"}
-    if isinstance(origin, SelfGenerated):
-        kind = {"source": "model", "model": ticket.model}
-    begin = begin_token(source.tokenizer(), request.begin_token)
-    asked = {"begin": begin, **dataclasses.replace(request, plain_text=False).provenance(begin)}
-    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
+    kind: dict[str, Any] = {"source": "vocabulary"}
     tokens = request.windows * request.length
+    if isinstance(origin, SelfGenerated):
+        try:
+            seeds = seeds_of(ticket, origin)
+        except CorpusError:
+            return [None], tokens, tokens
+        kind = {"source": "model", "model": ticket.model, "seeds": None} | (seeds.said(request.split) if seeds else {})
+    begin = begin_token(source.tokenizer(), request.begin_token)
+    is_read_in = isinstance(origin, SelfGenerated) and origin.seeds is not None  # of the others no text is read
+    request = dataclasses.replace(request, plain_text=request.plain_text and is_read_in)
+    asked = {"begin": begin, **request.provenance(begin)}
+    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
     return [key], 0 if is_read(cached, key, source.blocks) else tokens, tokens
 
 

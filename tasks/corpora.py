@@ -1,15 +1,17 @@
-"""Ingest a corpus, and draw the windows that stand for it."""
+"""Ingest a corpus, choose among its documents, and draw the windows that stand for it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefect import task
 
-from crosscal.calibration import TemperatureSchedule
+from crosscal.calibration import Seeds, TemperatureSchedule
 from crosscal.corpora import ingest, load_corpus
 from crosscal.plan import Documents, SelfGenerated
+from crosscal.selection import SelectionSettings, select
 from crosscal.stages.sample import Draw, sample_documents, sample_random, sample_self
 from crosscal.store.keys import digest_of
 from crosscal.tasks.options import RETRIED
@@ -17,17 +19,36 @@ from crosscal.tasks.ticket import Ticket, task_report
 
 
 def stored_name(name: str, documents: Documents) -> str:
-    """The store's name of a plan's corpus: its own when `crosscal ingest` filled it, else marked by its source."""
+    """The store's name of what a plan draws from: a corpus as it was ingested, or what is chosen of it."""
+    if documents.select is None:
+        return ingested_name(name, documents)
+    said = [ingested_name(name, documents), documents.select.model_dump(mode="json")]
+    return f"{name[:40]}-chosen-{digest_of(said)[:8]}"
+
+
+def ingested_name(name: str, documents: Documents) -> str:
+    """The store's name of a plan's documents: their own when `crosscal ingest` filled it, else marked by their
+    source."""
     if documents.path is None:
         return name
     return f"{name[:48]}-{digest_of([documents.path, documents.text, documents.revision, documents.split])[:8]}"
+
+
+def bring_in(ticket: Ticket, run: Callable[..., Any], wanted: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Every corpus of documents of the plan, or those wanted: ingested, then what is chosen of some. `run` carries out
+    a task. A choice needs them all, as nothing is chosen that is held out anywhere."""
+    documents = ticket.parsed.document_corpora
+    names = list(documents) if wanted is None else wanted
+    choices = [name for name in names if documents[name].select]
+    ingested = {name: run(ingest_corpus, ticket, name) for name in (documents if choices else names)}
+    return ingested | {name: run(select_corpus, ticket, name, ingested) for name in choices}
 
 
 @task(name="ingest", task_run_name="ingest {name}", **RETRIED)
 def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
     """Bring a corpus of the plan up to date; the same documents change nothing."""
     documents = ticket.parsed.document_corpora[name]
-    stored = stored_name(name, documents)
+    stored = ingested_name(name, documents)
     if documents.path is None:
         corpus = load_corpus(ticket.store, stored)
         return _ingested(name, stored, corpus.version)
@@ -53,7 +74,32 @@ def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
 
 def _ingested(name: str, stored: str, version: int) -> dict[str, Any]:
     nothing = {"added": 0, "rejected": {}, "rejects_key": None, "duplicates": 0}
-    return {"name": name, "stored": stored, "version": version, **nothing}
+    return {"name": name, "stored": stored, "version": version, "landed": version, **nothing}
+
+
+@task(name="select", task_run_name="select {name}", **RETRIED)
+def select_corpus(ticket: Ticket, name: str, ingested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Choose among the documents of a corpus of the plan; the same corpora and settings choose the same."""
+    documents, store = ticket.parsed.document_corpora[name], ticket.store
+    assert documents.select is not None
+    asked = documents.select
+    corpora = {other: load_corpus(store, one["stored"], one["version"]) for other, one in ingested.items()}
+    with task_report() as report:
+        sample = corpora.get(asked.towards or "")
+        if sample is None and asked.towards is not None:
+            sample = ingest(store, f"{name[:40]}-sample-{digest_of(asked.towards)[:8]}", [asked.towards], replace=True)
+            sample = sample.corpus
+        selection = select(
+            store,
+            stored_name(name, documents),
+            corpora[name],
+            sample,
+            SelectionSettings(**asked.model_dump(exclude={"towards"})),
+            held_out=list(corpora.values()),
+            report=lambda what, done, total: report(f"{name}: {what}", done, total),
+        )
+    found = {"stored": selection.corpus.name, "version": selection.corpus.version}
+    return ingested[name] | found | {"selection": {"key": selection.key, **selection.counts}}
 
 
 @task(name="sample", task_run_name="sample {name}, seed {seed}", **RETRIED)
@@ -88,7 +134,17 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
                 first_tokens=origin.first_tokens,
                 device=ticket.device,
                 report=report,
+                seeds=seeds_of(ticket, origin),
             )
     else:
         sample = sample_random(ticket.store, name, source, draw)
     return sample.as_json()
+
+
+def seeds_of(ticket: Ticket, origin: SelfGenerated) -> Seeds | None:
+    """The documents that a self-generated corpus continues. Raises `CorpusError` before they are ingested."""
+    if origin.seeds is None:
+        return None
+    stored = stored_name(origin.seeds, ticket.parsed.document_corpora[origin.seeds])
+    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+    return Seeds(origin.seeds, corpus.shards, origin.prefix_tokens, origin.drop)

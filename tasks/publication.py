@@ -25,8 +25,8 @@ from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
 from crosscal.tasks.artifacts import show_decision
+from crosscal.tasks.evaluation import examination_of
 from crosscal.tasks.options import PLAIN
-from crosscal.tasks.results import examination_of
 from crosscal.tasks.ticket import Ticket, task_report
 
 

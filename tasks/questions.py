@@ -62,6 +62,19 @@ def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | 
             yield from _of_file(file, file.name or names[file.file], file.limit or plan.evaluate.limit)
 
 
+def task_files(plan: CompressionPlan) -> list[str]:
+    """What tasks are read from, on this machine."""
+    found = []
+    for task in plan.evaluate.tasks:
+        if isinstance(task, TextTask):
+            found.append(task.perplexity)
+        elif isinstance(task, SummariesTask):
+            found.append(task.summaries)
+        elif file := _as_file(task):
+            found.append(file.file)
+    return found
+
+
 def looked_at(plan: CompressionPlan) -> list[dict[str, Any]]:
     """What files of questions hold, and as what they are read; nothing of those that cannot be (see `refusals`)."""
     try:

@@ -7,13 +7,17 @@ from typing import Any
 
 from crosscal.calibration.tokens import check_tokenizer
 from crosscal.compressors.recipe import any_step, check_inputs, group_misfit, takes_two_streams
-from crosscal.errors import CrosscalError, PlanError, UsageError
+from crosscal.corpora import load_corpus
+from crosscal.corpora.splits import SPLITS
+from crosscal.errors import CorpusError, CrosscalError, PlanError, UsageError
 from crosscal.evaluation import QuestionSuite
 from crosscal.models.adapter import stacked_experts
 from crosscal.models.sites import is_left, without_bias
 from crosscal.models.source import ModelSource
 from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
+from crosscal.store import Store
+from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.questions import ready_tasks
 from crosscal.variants import Variant, variants
 
@@ -50,6 +54,27 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
         QuestionSuite.load(ready_tasks(plan), limit=plan.evaluate.limit)
     except CrosscalError as error:
         yield error
+
+
+def undecidable(plan: CompressionPlan, store: Store) -> Iterator[PlanError]:
+    """Corpora that decide about publishing and have no validation text, as far as that is known before a run."""
+    for name in plan.publish.corpora if plan.publish else ():
+        documents = plan.document_corpora[name]
+        got = "every document is test text"
+        if documents.split != "test":
+            try:
+                corpus = load_corpus(store, stored_name(name, documents))
+            except CorpusError:  # not ingested yet
+                continue
+            if corpus.documents("validation"):
+                continue
+            got = f"{sum(map(corpus.documents, SPLITS)):,} documents, none of them for validation"
+        yield PlanError(
+            "publishing is decided on validation text, and this corpus has none",
+            where=f"publish: {name}",
+            got=got,
+            do="Give it a file named validation.jsonl, or three documents or more of no named split, to be split.",
+        )
 
 
 def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[UsageError]:

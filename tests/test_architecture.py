@@ -44,6 +44,11 @@ ROOMS = {
     ),
     "files": (set(), {"zstandard"}),
     "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "tenacity", "numpy"}),
+    # MinHash and its index are datasketch's
+    "selection": (
+        {"errors", "files", "lanes", "progress", "store", "corpora"},
+        {"pyarrow", "numpy", "datasketch", "tenacity"},
+    ),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     # by which rule models differ is one rule, of the report and of what is published
     "publication": ({"errors", "store", "evaluation"}, set()),
@@ -69,7 +74,7 @@ ROOMS = {
     "cli": (
         {
             *("errors", "progress", "resources", "plan", "service"),
-            *("corpora", "store", "landing", "publication", "report", "flows"),
+            *("corpora", "selection", "store", "landing", "publication", "report", "flows"),
         },
         {"typer", "rich"},
     ),

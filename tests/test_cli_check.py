@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from crosscal.corpora import ingest
 from crosscal.models import ModelSource
 from crosscal.stages.moments import Cached, collect_moments
 from crosscal.stages.preflight import (
@@ -193,3 +194,19 @@ def test_the_formulas_on_a_model_of_seven_billion_parameters() -> None:
         least = 2 * blocks * solving_bytes([block] * 32, sweep, lanes=lanes)
         assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=least) == blocks
     assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=0) == 1
+
+
+def test_publishing_without_validation_text_is_refused(place: Place) -> None:
+    place.write_plan(publish={"domain": "legal", "guard": {"general": 0.05}})
+    assert check(place)["problems"] == [], "what is not ingested yet is not known"
+    place.write_plan(
+        corpora={"general": {"path": "general", "split": "test"}, "legal": {}},
+        publish={"domain": "legal", "guard": {"general": 0.05}},
+    )
+    file = place.folder / "few.jsonl"
+    write_documents(file, seed="few", count=2)
+    ingest(Store(place.home), "legal", [str(file)])
+    legal, general = check(place, code=1)["problems"]
+    assert legal.startswith("publish: legal: publishing is decided on validation text, and this corpus has none")
+    assert "2 documents, none of them for validation" in legal
+    assert "every document is test text" in general

@@ -27,7 +27,7 @@ HEAVY = (
     "yaml",
 )
 COMMANDS = (
-    *("run", "study", "ingest", "evaluate", "report", "methods", "ledger", "publish", "deploy"),
+    *("run", "study", "ingest", "evaluate", "enough", "report", "methods", "ledger", "publish", "deploy"),
     *("store list", "store verify", "store gc", "plan show", "plan check"),
 )
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from crosscal.evaluation.inference import DRAWS, QUESTIONS, WINDOWS, holm, over_both, over_draws, over_draws_and_windows
+from crosscal.evaluation.inference import DRAWS, QUESTIONS, WINDOWS, holm, over_both, over_draws, over_draws_and_items
 
 DIFFERENCES_DW = np.random.default_rng(0).normal(0.02, 0.05, (4, 12)) + np.linspace(-0.1, 0.1, 12)
 
 
 def test_over_draws_it_is_the_paired_t_test_of_the_draws_means() -> None:
-    found, means_D = over_draws_and_windows(DIFFERENCES_DW.tolist()), DIFFERENCES_DW.mean(axis=1)
+    found, means_D = over_draws_and_items(DIFFERENCES_DW.tolist()), DIFFERENCES_DW.mean(axis=1)
     reference = stats.ttest_1samp(means_D, 0.0)
     assert found.over == DRAWS
-    assert (found.draws, found.windows) == (4, 12)
+    assert (found.draws, found.items) == (4, 12)
     assert found.mean == pytest.approx(means_D.mean())
     assert found.sd == pytest.approx(means_D.std(ddof=1))
     assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
@@ -27,7 +27,7 @@ def test_over_draws_it_is_the_paired_t_test_of_the_draws_means() -> None:
 
 
 def test_with_one_draw_it_is_the_t_test_of_the_windows() -> None:
-    found, reference = over_draws_and_windows(DIFFERENCES_DW[:1].tolist()), stats.ttest_1samp(DIFFERENCES_DW[0], 0.0)
+    found, reference = over_draws_and_items(DIFFERENCES_DW[:1].tolist()), stats.ttest_1samp(DIFFERENCES_DW[0], 0.0)
     assert (found.over, found.sd) == (WINDOWS, None)
     assert found.interval == pytest.approx(tuple(reference.confidence_interval(0.95)))
     assert found.p == pytest.approx(reference.pvalue)
@@ -35,11 +35,11 @@ def test_with_one_draw_it_is_the_t_test_of_the_windows() -> None:
 
 def test_windows_are_no_further_draws_and_draws_no_further_windows() -> None:
     """Every window twice, or every draw twice, is no more evidence of the other kind."""
-    once = over_draws_and_windows(DIFFERENCES_DW.tolist())
-    more_windows = over_draws_and_windows(np.tile(DIFFERENCES_DW, (1, 2)).tolist())
+    once = over_draws_and_items(DIFFERENCES_DW.tolist())
+    more_windows = over_draws_and_items(np.tile(DIFFERENCES_DW, (1, 2)).tolist())
     assert more_windows.interval == pytest.approx(once.interval)
     assert more_windows.p == pytest.approx(once.p)
-    more_draws = over_draws_and_windows(np.tile(DIFFERENCES_DW, (2, 1)).tolist())
+    more_draws = over_draws_and_items(np.tile(DIFFERENCES_DW, (2, 1)).tolist())
     assert more_draws.stderr == pytest.approx(once.stderr)
 
 
@@ -50,25 +50,25 @@ def test_the_interval_over_draws_holds_the_truth_in_19_of_20_studies() -> None:
     truth = 0.1 + windows_W.mean()
     for _ in range(studies):
         draws_DW = 0.1 + windows_W + generator.normal(0, 0.05, (3, 1)) + generator.normal(0, 0.05, (3, 8))
-        low, high = over_draws_and_windows(draws_DW.tolist()).interval or (0, 0)
+        low, high = over_draws_and_items(draws_DW.tolist()).interval or (0, 0)
         covered += low <= truth <= high
     assert covered / studies == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / studies))
 
 
 def test_accuracies_are_over_draws_or_over_questions() -> None:
-    several, one = over_draws([0.5, 0.6, 0.55], 0.05), over_draws([0.5], 0.05)
+    several, one = over_draws([0.5, 0.6, 0.55], 0.05, QUESTIONS), over_draws([0.5], 0.05, QUESTIONS)
     assert several.over == DRAWS
     assert several.interval == pytest.approx(tuple(stats.ttest_1samp([0.5, 0.6, 0.55], 0).confidence_interval(0.95)))
     assert one.over == QUESTIONS
     assert one.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), rel=1e-4)
     low, high = over_both(several) or (0, 0)
     assert (high - low) / 2 == pytest.approx(1.96 * math.hypot(0.05 / math.sqrt(3), 0.05), rel=1e-4)
-    assert over_draws([0.5], None).interval is None
+    assert over_draws([0.5], None, QUESTIONS).interval is None
 
 
 def test_no_deviation_at_all() -> None:
-    assert over_draws_and_windows([[0.5, 0.5], [0.5, 0.5]]).p == 0
-    assert over_draws_and_windows([[0.0, 0.0], [0.0, 0.0]]).p == 1
+    assert over_draws_and_items([[0.5, 0.5], [0.5, 0.5]]).p == 0
+    assert over_draws_and_items([[0.0, 0.0], [0.0, 0.0]]).p == 1
 
 
 @pytest.mark.parametrize("seed", range(5))

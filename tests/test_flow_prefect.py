@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_LOCAL_STORAGE_PATH
 from prefect.testing.utilities import prefect_test_harness
 
 from crosscal.errors import CorpusError
-from crosscal.tasks import artifacts, corpora, model, results
+from crosscal.tasks import artifacts, corpora, evaluation, model, results
 from crosscal.tasks.artifacts import MOST_BYTES
 from crosscal.tasks.options import RETRIED
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
@@ -38,7 +38,8 @@ TASK_RUNS = [
     "identify model",
     *("ingest general", "ingest legal", "sample general, seed 0", "sample legal, seed 0", "describe calibration"),
     *("read general, seed 0", "read legal, seed 0", "take blocks of earlier runs", "publish models"),
-    *("evaluate models", "write report"),
+    *("evaluate dense", "evaluate sparsegpt-50-general", "evaluate sparsegpt-50-legal-a0.5"),
+    *("write results", "write report"),
 ]
 SOLVES = ["solve block 0", "solve block 1"]
 
@@ -102,6 +103,20 @@ def shards(run: Path) -> dict[str, bytes]:
     found = {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.safetensors")}
     assert found
     return found
+
+
+def test_a_study_is_one_flow_run_with_every_part_s_steps(place: Place) -> None:
+    place.write_plan(study={"draws": 2}, evaluate={"windows": 4, "validation_windows": 2})
+    folder = place.folder / "study"
+    done = crosscal("study", str(place.plan), "--home", str(place.home), "--out", str(folder), "--json")
+    assert done.code == 0, done.err
+    run = newest_run()
+    assert run.name == "plan · sparsegpt 50 % · alpha 0, 0.5"
+    assert run.state
+    assert run.state.is_completed()
+    names = task_runs(17)
+    assert (names.count("evaluate models"), names.count("write report"), names.count("identify model")) == (2, 1, 1)
+    assert {"sample legal, seed 0", "sample legal, seed 1", "read general, seed 1"} <= set(names)
 
 
 def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> None:
@@ -205,7 +220,8 @@ TASKS = (
         model.solve_sequential,
         model.publish_models,
         results.describe_samples,
-        results.evaluate_models,
+        evaluation.evaluate_model,
+        results.write_results,
     ),
     results.make_report,
 )

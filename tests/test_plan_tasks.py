@@ -10,6 +10,7 @@ import yaml
 
 from crosscal.errors import PlanError
 from crosscal.plan import ContinuationTask, FileTask, TextTask, dump_plan, load_plan
+from crosscal.plan.tasks import continued_corpora
 
 TASKS: list[Any] = [
     "arc_easy",
@@ -33,7 +34,7 @@ def test_a_task_is_a_name_a_file_or_a_mapping_and_files_belong_to_the_plans_fold
     assert isinstance(exam, FileTask)
     assert (exam.file, exam.fields.choices) == (str(tmp_path / "exam.jsonl"), ["a", "b"])
     assert isinstance(continued, ContinuationTask)
-    assert (continued.questions, continued.choices, plan.continued_corpora) == (20, 4, ["general"])
+    assert (continued.questions, continued.choices, continued_corpora(plan.evaluate.tasks)) == (20, 4, ["general"])
     assert isinstance(papers, TextTask)
     assert papers.perplexity == str(tmp_path / "papers.jsonl")
 

@@ -13,13 +13,18 @@ import pytest
 
 from crosscal.report import write_report
 from crosscal.report.counterparts import counterpart
-from crosscal.report.rows import ResultRow, StudyRow, write_rows
+from crosscal.report.rows import QuestionRow, ResultRow, StudyRow, write_rows
 from crosscal.report.run_files import RunFiles, read_run
 from crosscal.report.study import ALIKE, BETTER, WORSE, study_rows
 from crosscal.report.study_table import DifferenceTable, sentences
 from tests.helpers.made_up_run import kept_dense, layer, result, sweep, windows_of, write_run
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0)
+
+
+def of_test_text(**changes: Any) -> list[ResultRow]:
+    """A sweep without its validation windows."""
+    return [row for row in sweep(**changes) if row.split == "test"]
 
 
 def validation_of(rows: Sequence[ResultRow], **values: float) -> list[ResultRow]:
@@ -42,7 +47,7 @@ def differences(rows: Sequence[StudyRow], rule: str) -> dict[tuple[str, str], St
 
 
 def test_a_difference_is_that_of_log_perplexity_draw_by_draw(tmp_path: Path) -> None:
-    results = sweep(alphas=ALPHAS, seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
+    results = of_test_text(alphas=ALPHAS, seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
     found = differences(study_rows(study_of(results, tmp_path), ["general"]), "general")
     values = {(row.variant, row.corpus_or_task): row.value or 0.0 for row in results}
     assert {variant for variant, _ in found} == {f"sparsegpt0-biomedical-a{alpha:g}" for alpha in ALPHAS[1:]}
@@ -52,14 +57,14 @@ def test_a_difference_is_that_of_log_perplexity_draw_by_draw(tmp_path: Path) -> 
             for seed in (0, 1, 2)
         ]
         assert row.value == pytest.approx(sum(logs) / 3)
-        assert (row.draws, row.windows, row.over) == (3, 16, "draws")
+        assert (row.draws, row.items, row.over) == (3, 16, "draws")
         assert row.interval is not None
         assert row.interval[0] < row.value < row.interval[1]
         assert row.verdict == (BETTER if corpus == "biomedical" else WORSE)
 
 
 def test_draws_are_paired_by_their_seed_and_not_by_the_order_of_rows(tmp_path: Path) -> None:
-    results = sweep(seeds=(0, 1, 2))
+    results = of_test_text(seeds=(0, 1, 2))
     first = study_rows(study_of(results, tmp_path / "in order"), ["general", "domain", "dense"])
     head, rest = results[:2], results[2:]
     random.Random(1).shuffle(rest)
@@ -68,14 +73,14 @@ def test_draws_are_paired_by_their_seed_and_not_by_the_order_of_rows(tmp_path: P
 
 
 def test_a_draw_that_only_one_has_is_left_out(tmp_path: Path) -> None:
-    results = [row for row in sweep(seeds=(0, 1, 2)) if not (row.variant.endswith("-a0-s1"))]
+    results = [row for row in of_test_text(seeds=(0, 1, 2)) if not (row.variant.endswith("-a0-s1"))]
     found = differences(study_rows(study_of(results, tmp_path), ["general"]), "general")
     assert {row.draws for row in found.values()} == {2}
 
 
 def test_a_model_without_calibration_text_stands_beside_every_draw(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"method": "magnitude", "setting": {"sparsity": 0.5}, "value": 200.0, "seed": 0}
-    results = sweep(seeds=(0, 1, 2), settings=[("wanda", {"sparsity": 0.5})])
+    results = of_test_text(seeds=(0, 1, 2), settings=[("wanda", {"sparsity": 0.5})])
     results += [result("magnitude-50", corpus_or_task=name, **plain) for name in ("general", "biomedical")]
     rows = study_rows(study_of(results, tmp_path), ["magnitude", "dense"])
     found = differences(rows, "magnitude")
@@ -88,7 +93,7 @@ def test_a_model_without_calibration_text_stands_beside_every_draw(tmp_path: Pat
 def test_noise_is_not_distinguishable_and_more_comparisons_are_less_sure(tmp_path: Path) -> None:
     noisy = [
         dataclasses.replace(row, value=(row.value or 0) * (1 + random.Random(row.variant).gauss(0, 0.2)))
-        for row in sweep(seeds=(0, 1, 2))
+        for row in of_test_text(seeds=(0, 1, 2))
     ]
     rows = [row for row in study_rows(study_of(noisy, tmp_path), ["general"]) if row.rule]
     assert {row.verdict for row in rows} == {ALIKE}
@@ -101,7 +106,7 @@ def test_noise_is_not_distinguishable_and_more_comparisons_are_less_sure(tmp_pat
 
 def test_windows_that_disagree_leave_a_difference_in_doubt(tmp_path: Path) -> None:
     """However alike the draws are: other test text might turn it round."""
-    results = sweep(seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
+    results = of_test_text(seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
     files = study_of(results, tmp_path)
     shared = [0.9 if number % 2 else -0.9 for number in range(16)]
     windows = [
@@ -118,7 +123,7 @@ def test_windows_that_disagree_leave_a_difference_in_doubt(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("poison", [0.001, 1.0, 1e4])
 def test_what_is_chosen_depends_on_validation_text_alone(tmp_path: Path, poison: float) -> None:
-    test = sweep(alphas=ALPHAS, seeds=(0, 1), settings=[("sparsegpt", {"sparsity": 0.5})])
+    test = of_test_text(alphas=ALPHAS, seeds=(0, 1), settings=[("sparsegpt", {"sparsity": 0.5})])
     chances = random.Random(poison)
     poisoned = [dataclasses.replace(row, value=(row.value or 0) * poison * chances.random() + 1) for row in test]
     for best in ("a0", "a0.25", "a1"):
@@ -128,14 +133,27 @@ def test_what_is_chosen_depends_on_validation_text_alone(tmp_path: Path, poison:
 
 
 def test_without_validation_text_nothing_is_chosen(tmp_path: Path) -> None:
-    rows = study_rows(study_of(sweep(alphas=ALPHAS, seeds=(0, 1)), tmp_path), ["general"])
+    rows = study_rows(study_of(of_test_text(alphas=ALPHAS, seeds=(0, 1)), tmp_path), ["general"])
     assert not any(row.chosen for row in rows)
     assert sentences(rows) == []
 
 
+def test_a_mixture_that_was_found_is_compared_but_neither_baseline_nor_chosen_again(tmp_path: Path) -> None:
+    """Found to be general text alone, say, it is still not what others are compared with."""
+    rows = sweep(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0, 1))
+    general = [row for row in rows if "-a0-" in row.variant]
+    found = [dataclasses.replace(row, variant=row.variant.replace("-a0-", "-auto-"), value=1.0) for row in general]
+    rows = [*rows[:4], *found, *rows[4:]]
+    compared = study_rows(study_of(rows, tmp_path), ["general"])
+    baselines = {row.baseline for row in compared if row.rule}
+    assert baselines == {"sparsegpt0-biomedical-a0"}
+    assert "sparsegpt0-biomedical-auto" in {row.variant for row in compared if row.rule}
+    assert "sparsegpt0-biomedical-auto" not in {row.variant for row in compared if row.chosen}
+
+
 def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
     settings = [(method, {"sparsity": sparsity}) for sparsity in (0.5, 0.6) for method in ("sparsegpt", "wanda")]
-    groups = study_of(sweep(settings=settings), tmp_path).groups
+    groups = study_of(of_test_text(settings=settings), tmp_path).groups
     names = {group.name: group for group in groups}
 
     def baseline(name: str, rule: str) -> str | None:
@@ -152,8 +170,26 @@ def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
     assert baseline("dense", "general") is None
 
 
+def test_accuracies_are_compared_question_by_question(tmp_path: Path) -> None:
+    """Twelve of a hundred won and none lost is told from none; by the errors of either it would not be."""
+    results, asked = of_test_text(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0,)), []
+    for variant, right in (("sparsegpt0-biomedical-a0", 50), ("sparsegpt0-biomedical-a1", 62)):
+        like = next(row for row in results if row.variant == variant)
+        stderr = math.sqrt(right / 100 * (1 - right / 100) / 99)
+        changes: dict[str, Any] = {"corpus_or_task": "facts", "metric": "acc", "value": right / 100, "stderr": stderr}
+        results.append(dataclasses.replace(like, **changes))
+        asked.append(QuestionRow(variant, "facts", "test", "acc", [number < right for number in range(100)]))
+    files = study_of(results, tmp_path)
+    paired = differences(study_rows(dataclasses.replace(files, questions=asked), ["general"]), "general")
+    unpaired = differences(study_rows(files, ["general"]), "general")
+    name = ("sparsegpt0-biomedical-a1", "facts")
+    assert paired[name].value == unpaired[name].value == pytest.approx(0.12)
+    assert (paired[name].over, paired[name].items, unpaired[name].items) == ("questions", 100, None)
+    assert (paired[name].verdict, unpaired[name].verdict) == (BETTER, ALIKE)
+
+
 def test_what_leaves_more_of_the_model_dense_is_no_baseline(tmp_path: Path) -> None:
-    results = sweep(settings=[("sparsegpt", {"sparsity": 0.5})])
+    results = of_test_text(settings=[("sparsegpt", {"sparsity": 0.5})])
     layers = [layer(name, 0, "q") for name in ("sparsegpt0-biomedical-a0.5", "sparsegpt0-biomedical-a1")]
     layers += [kept_dense("sparsegpt0-biomedical-a0", 0, "q")]
     files = study_of(results, tmp_path, layers=layers)
@@ -165,7 +201,7 @@ def test_what_leaves_more_of_the_model_dense_is_no_baseline(tmp_path: Path) -> N
 def test_report_and_terminal_show_what_the_rows_say(tmp_path: Path) -> None:
     from rich.console import Console
 
-    test = sweep(alphas=ALPHAS, seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
+    test = of_test_text(alphas=ALPHAS, seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
     results = [*test, *validation_of(test, **{"a0.5": 30.0})]
     folder = tmp_path
     rows = study_rows(study_of(results, folder), ["general", "domain"])

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from crosscal.report.groups import columns_of, groups_of
+from crosscal.report.groups import choosing_columns, columns_of, groups_of
 from crosscal.report.numbers import number_text
 from crosscal.report.table import mixture_text, summary_table
 from crosscal.report.terminal import TerminalTable
@@ -71,7 +71,7 @@ def test_levels(setting: dict, level: str, sparsity: float | None) -> None:
 
 def test_the_best_of_each_level_is_marked() -> None:
     rows = sweep(alphas=(0.0, 1.0))
-    table = summary_table(groups_of(rows, []), columns_of(rows))
+    table = summary_table(groups_of(rows, []), [*columns_of(rows), *choosing_columns(rows)])
     corpora = ("general", "biomedical", "general (validation)", "biomedical (validation)")
     assert table.headers == ("variant", "method", "level", "mixture", *(f"{corpus} perplexity" for corpus in corpora))
     best = {

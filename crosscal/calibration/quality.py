@@ -1,7 +1,12 @@
-"""What a calibration text is like, in numbers that need no model.
+"""What a calibration text is like, in numbers that need no model, and which of them say that it serves no purpose.
 
 The measures of arXiv:2410.17170 except perplexity. Self-generated text shows lower diversity and a higher Zipf
 coefficient than web text; random tokens the contrary.
+
+Limits lie between what was measured of text and of what is none (`benchmarks/sufficiency.py` has the numbers): three
+corpora of real text, the demo's made-up ones and self-generated text on one side, copies, a filled-in form, near-empty
+documents and random tokens on the other; sets of 8 to 128 windows of 256 to 2048 tokens, vocabularies of 8 and 49
+thousand.
 """
 
 from __future__ import annotations
@@ -13,10 +18,28 @@ import numpy as np
 import torch
 
 LONGEST_NGRAM = 4
+LEAST_TOKENS = 512
+"""Below, nothing is concluded: two windows of one document repeat nothing."""
+LEAST_DISTINCT = 0.45
+"""Of 4-grams: text has .55 to .98, five documents again and again .07 to .40."""
+LEAST_DOCUMENT_TOKENS = 10.0
+"""Text has 34 a sentence."""
+MOST_OF_ONE_TOKEN = 0.4
+"""Text has .03 to .10."""
+LEAST_OF_ONE_TOKEN = 0.01
+"""Text has .03 to .10, random tokens at most .004."""
+LEAST_UNIQUE, FEW_DOCUMENTS = 0.5, 10
+"""Of documents, where there are that many; text has .97 to 1."""
 
 
 @dataclass(frozen=True)
 class TextQuality:
+    tokens: int
+    windows: int
+    documents: int
+    """Passages between end-of-text tokens, the first and the last perhaps not whole."""
+
+    unique_documents: int
     repeated_tokens: float
     """1/(S L) Σ 1[w_i among w_<i of the same window]."""
 
@@ -26,25 +49,74 @@ class TextQuality:
     ngram_diversity: float
     """Mean over n = 1..4 of unique / total n-grams in the whole set; none spans two windows."""
 
+    distinct_4grams: float
+    """Unique / total 4-grams."""
+
+    largest_token_share: float
+    """Of the most frequent token."""
+
     zipf_coefficient: float
     """a in frequency ~ rank^-a: minus the least-squares slope of ln(frequency) on ln(rank), every type with equal
     weight, ranks from 1 by falling frequency. NaN when only one type occurs."""
 
 
-def text_quality(tokens_SL: torch.Tensor, vocabulary: int) -> TextQuality:
-    """Measure windows of token ids from a vocabulary of the given size."""
+def text_quality(
+    tokens_SL: torch.Tensor, vocabulary: int, *, begin: int | None = None, end: int | None = None
+) -> TextQuality:
+    """Measure windows of token ids from a vocabulary of the given size; `begin`: the token that every window begins
+    with, which is of no document; `end`: the token that closes documents."""
     tokens = tokens_SL.numpy()
     unique_in_windows = sum(len(np.unique(window)) for window in tokens)
     counts_V = np.unique(tokens, return_counts=True)[1]
+    distinct = _distinct_ngrams(tokens)
+    documents = _documents(tokens, begin, end)
     return TextQuality(
+        tokens=tokens.size,
+        windows=len(tokens),
+        documents=len(documents),
+        unique_documents=len(set(documents)),
         repeated_tokens=1 - unique_in_windows / tokens.size,
         vocabulary_coverage=len(counts_V) / vocabulary,
-        ngram_diversity=_ngram_diversity(tokens),
+        ngram_diversity=float(np.mean(distinct)),
+        distinct_4grams=distinct[-1],
+        largest_token_share=float(counts_V.max() / tokens.size),
         zipf_coefficient=_zipf(counts_V),
     )
 
 
-def _ngram_diversity(tokens_SL: np.ndarray) -> float:
+def faults(quality: TextQuality) -> list[str]:
+    """Why a set is hardly worth calibrating on, each with the number and its limit; empty for ordinary text."""
+    if quality.tokens < LEAST_TOKENS:
+        return []
+    per_document = quality.tokens / max(1, quality.documents)
+    unique = quality.unique_documents / max(1, quality.documents)
+    found = {
+        f"few of its 4-grams are distinct ({quality.distinct_4grams:.0%}; text has {LEAST_DISTINCT:.0%} or more): the "
+        "same passages again and again": quality.distinct_4grams < LEAST_DISTINCT,
+        f"few of its {quality.documents:,} documents are unique ({unique:.0%}; limit {LEAST_UNIQUE:.0%})": (
+            unique < LEAST_UNIQUE and quality.documents >= FEW_DOCUMENTS
+        ),
+        f"its documents are nearly empty ({per_document:.1f} tokens each; limit {LEAST_DOCUMENT_TOKENS:g})": (
+            per_document < LEAST_DOCUMENT_TOKENS
+        ),
+        f"{quality.largest_token_share:.0%} of it is one and the same token (limit {MOST_OF_ONE_TOKEN:.0%})": (
+            quality.largest_token_share > MOST_OF_ONE_TOKEN
+        ),
+        f"its most frequent token is {quality.largest_token_share:.2%} of it (text has {LEAST_OF_ONE_TOKEN:.0%} or "
+        "more): like random tokens": quality.largest_token_share < LEAST_OF_ONE_TOKEN,
+    }
+    return [why for why, is_so in found.items() if is_so]
+
+
+def _documents(tokens_SL: np.ndarray, begin: int | None, end: int | None) -> list[bytes]:
+    has_begin = begin is not None and bool((tokens_SL[:, 0] == begin).all())
+    stream = tokens_SL[:, int(has_begin) :].reshape(-1)
+    ends = np.flatnonzero(stream == end) + 1 if end is not None else []
+    return [part.tobytes() for part in np.split(stream, ends) if len(part)]
+
+
+def _distinct_ngrams(tokens_SL: np.ndarray) -> list[float]:
+    """Unique / total n-grams for n = 1 to 4, or to the length of a window."""
     types, inverse = np.unique(tokens_SL, return_inverse=True)
     token_ids = inverse.reshape(tokens_SL.shape).astype(np.int64)
     ngram_ids, ratios = token_ids, [len(types) / tokens_SL.size]
@@ -54,7 +126,7 @@ def _ngram_diversity(tokens_SL: np.ndarray) -> float:
         unique, inverse = np.unique(pairs, return_inverse=True)
         ngram_ids = inverse.reshape(pairs.shape).astype(np.int64)
         ratios.append(len(unique) / pairs.size)
-    return float(np.mean(ratios))
+    return ratios
 
 
 def _zipf(counts_V: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, methods, plans, publishing, runs, stores, studies
+from crosscal.cli import deploying, enough, methods, plans, publishing, runs, selecting, stores, studies
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -23,7 +23,9 @@ for command in (
     runs.run,
     studies.study,
     runs.ingest,
+    selecting.select,
     runs.evaluate,
+    enough.enough,
     runs.report,
     methods.methods,
     publishing.ledger,

@@ -8,7 +8,7 @@ difference d[k, w] of draw k and window w, two things are uncertain, and they ar
 * other test text: the W means over draws, d[·, w], have the standard error sd / √W. All draws share these windows, so
   no number of draws makes it smaller, and D · W is not a sample size.
 
-With one draw there is only the second.
+With one draw there is only the second. Questions of a task stand as windows of a corpus do.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ class Sure:
     p: float | None
     """Two-sided, of a mean of zero."""
     draws: int
-    windows: int | None
-    """Test windows, where each was compared with its like."""
+    items: int | None
+    """Test windows, or questions, where each was compared with its like."""
 
 
-def over_draws_and_windows(values_DW: Sequence[Sequence[float]]) -> Sure:
-    """Of one number for each draw and window: a difference, or a log-likelihood."""
+def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS) -> Sure:
+    """Of one number for each draw and window, or question: a difference, or what one model had."""
     means = [math.fsum(row) / len(row) for row in values_DW]
-    over_windows = spread(math.fsum(column) / len(column) for column in zip(*values_DW, strict=True))
-    stderr = None if over_windows.sd is None else over_windows.sd / math.sqrt(over_windows.n)
+    over_items = spread(math.fsum(column) / len(column) for column in zip(*values_DW, strict=True))
+    stderr = None if over_items.sd is None else over_items.sd / math.sqrt(over_items.n)
     if len(means) > 1:
-        return _over_draws(means, stderr, over_windows.n)
-    interval, p = _t(over_windows.mean, stderr, over_windows.n - 1)
-    return Sure(over_windows.mean, None, stderr, WINDOWS, interval, p, 1, over_windows.n)
+        return _over_draws(means, stderr, over_items.n)
+    interval, p = _t(over_items.mean, stderr, over_items.n - 1)
+    return Sure(over_items.mean, None, stderr, of, interval, p, 1, over_items.n)
 
 
-def over_draws(values: Sequence[float], stderr: float | None) -> Sure:
-    """Of one number for each draw, such as an accuracy, whose standard error over questions is known by itself.
+def over_draws(values: Sequence[float], stderr: float | None, of: str) -> Sure:
+    """Of one number for each draw, whose standard error over windows or questions is known by itself.
 
     With one draw the interval is that of a normal distribution.
     """
     if len(values) > 1:
         return _over_draws(values, stderr, None)
     interval, p = _t(values[0], stderr, None)
-    return Sure(values[0], None, stderr, QUESTIONS, interval, p, 1, None)
+    return Sure(values[0], None, stderr, of, interval, p, 1, None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -78,11 +78,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _over_draws(values: Sequence[float], stderr: float | None, windows: int | None) -> Sure:
+def _over_draws(values: Sequence[float], stderr: float | None, items: int | None) -> Sure:
     found = spread(values)
     assert found.sd is not None, "there are several draws"
     interval, p = _t(found.mean, found.sd / math.sqrt(found.n), found.n - 1)
-    return Sure(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, windows)
+    return Sure(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, items)
 
 
 def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:

@@ -100,6 +100,13 @@ class Passes:
         passed = stream or self.stream
         self._over_batches(index, lambda name, number, batch: [self._pass_batch(index, passed, name, batch)])
 
+    def outputs(self, index: int, name: str, some: Sequence[slice]) -> Tensor:
+        """What a block gives for some batches of a slice, which stays as it is: hidden_BLD."""
+        with BLAS.one_thread():
+            runs = [partial(self._run_batch, index, self.stream, name, batch) for batch in some]
+            found = side_by_side(runs, self.numbers.device, most=MOST_BATCHES, threads_each=1)
+        return torch.cat([output_BLD for output_BLD, _ in found])
+
     def accumulate(
         self,
         index: int,

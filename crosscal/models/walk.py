@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ from crosscal.lanes import side_by_side
 from crosscal.models.attaching import attached
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.building import place_buffers
+from crosscal.models.likelihood import last_outputs, window_nll
 from crosscal.models.passes import Numbers, Passes, Stream, batches
 from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
@@ -66,6 +67,8 @@ class WalkReport:
     """Of all slices; each was run once (`dense`) or twice (`sequential`, three times in pairs) through every block."""
     blocks: int
     seconds: float
+    nll: Mapping[str, list[float]] = field(default_factory=dict)
+    """Slice → of its first windows the mean negative log-likelihood a token, where that was asked for."""
 
 
 OnBlock = Callable[[BlockMoments], Mapping[str, Tensor] | None]
@@ -82,6 +85,7 @@ def walk(
     batch_tokens: int = 4096,
     wanted: Callable[[int], bool] | None = None,
     statistics: Collection[Statistic] = EVERY,
+    with_nll: bool = False,
     spill_to: Path | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> WalkReport:
@@ -96,6 +100,7 @@ def walk(
     learn which parameters were chosen before. Nothing is computed after the last wanted block.
     `statistics`: without `gram` among them Σ x xᵀ is not summed; the small sums always are. Those of two streams take a
     sequential walk, and a dense stream of hidden states that goes through the dense weights alone.
+    `with_nll`: a dense walk that comes to the last block also says how likely the model finds the first windows.
     `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
     `batch_tokens`: at most so many at once, and at least one window; on a CPU fewer, as its caches like it.
 
@@ -121,7 +126,7 @@ def walk(
         [run] = side_by_side([start], device, threads_each=1)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         read = partial(reader.submit, source.load_block, dtype=dtype, device=device)
-        ahead = read(0)
+        ahead, nll = read(0), dict
         for index in range(blocks):
             weights = ahead.result()
             if index + 1 < blocks:
@@ -129,10 +134,14 @@ def walk(
             with attached(run.blocks[index], weights):
                 last = index + 1 == blocks
                 _one_block(run, index, upstream, on_block, statistics, is_wanted=index in chosen, is_last=last)
+                if with_nll and upstream == "dense" and index + 1 == source.blocks:
+                    nll = partial(window_nll, run, last_outputs(run, index), slices)
             del weights
             if progress:
                 progress(source.block_name(index), index + 1, blocks)
-    return WalkReport(sum(tokens_SL.numel() for tokens_SL in slices.values()), blocks, time.monotonic() - started)
+        scores = nll()
+    tokens = sum(tokens_SL.numel() for tokens_SL in slices.values())
+    return WalkReport(tokens, blocks, time.monotonic() - started, scores)
 
 
 def survey(source: ModelSource) -> list[Matrices]:

@@ -18,6 +18,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
 from crosscal.plan.tasks import ContinuationTask, FileTask, SummariesTask, Task, TextTask
 
@@ -34,6 +35,7 @@ __all__ = [
     "FileTask",
     "Publish",
     "RandomTokens",
+    "Select",
     "SelfGenerated",
     "Study",
     "SummariesTask",

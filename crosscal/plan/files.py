@@ -25,6 +25,7 @@ from crosscal.plan.sections import (
     RandomTokens,
     SelfGenerated,
 )
+from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
 from crosscal.plan.tasks import KINDS, QuestionFields, with_paths
 
@@ -100,7 +101,11 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
     for name, source in plan.document_corpora.items():
         if source.path is not None:
             paths = [source.path] if isinstance(source.path, str) else source.path
-            corpora[name] = source.model_copy(update={"path": [absolute(path) for path in paths]})
+            source = source.model_copy(update={"path": [absolute(path) for path in paths]})
+        if source.select and source.select.towards and source.select.towards not in plan.corpora:
+            chosen = source.select.model_copy(update={"towards": absolute(source.select.towards)})
+            source = source.model_copy(update={"select": chosen})
+        corpora[name] = source
     tasks = [with_paths(task, absolute) for task in plan.evaluate.tasks]
     evaluate = plan.evaluate.model_copy(update={"tasks": tasks})
     return plan.model_copy(update={"model": absolute(plan.model), "corpora": corpora, "evaluate": evaluate})
@@ -124,6 +129,7 @@ def _fields(location: Sequence[Any]) -> list[str]:
     if location[0] == "corpora":
         kinds = {"self": SelfGenerated, "random": RandomTokens}
         section = kinds.get(str(location[2]) if len(location) > 2 else "", Documents)
+        section = Select if "select" in location[3:-1] else section
     return list(section.model_fields) if section else []
 
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from crosscal.plan.settings import OF_A_MIXTURE, checked_axes
+from crosscal.plan.sources import Name, RandomTokens, Select, SelfGenerated
 from crosscal.plan.study import Study, keeping_numbers
-from crosscal.plan.tasks import ContinuationTask, Name, Task
+from crosscal.plan.tasks import Task, continued_corpora
 
 BEST = "best"
 
@@ -33,24 +34,15 @@ class Documents(_Section):
     """Revision of a hub dataset."""
     split: Literal["train", "validation", "test"] | None = None
     """Put all documents into this split instead of splitting by document."""
+    select: Select | None = None
+    """Use only some of them: chosen towards a sample, near-duplicates dropped."""
 
-
-class SelfGenerated(_Section):
-    """Self-calibration (arXiv 2410.17170): the model writes the calibration text."""
-
-    source: Literal["self"] = "self"
-    t_init: float = Field(1.0, ge=0)
-    t_final: float = Field(1.0, ge=0)
-    steps: int = Field(10, ge=1)
-    """Tokens over which the temperature goes from t_init to t_final."""
-    first_tokens: list[str] | None = None
-    """Words a text may begin with; left out, English stop words; [] allows every token."""
-
-
-class RandomTokens(_Section):
-    """Uniformly random tokens: the floor that any calibration must beat."""
-
-    source: Literal["random"] = "random"
+    @property
+    def described(self) -> str:
+        """Where the text comes from, for reports."""
+        if self.select is None or self.select.method is None:
+            return "documents" if self.select is None else "documents, near-duplicates dropped"
+        return f"documents chosen by {self.select.method} towards {self.select.towards}"
 
 
 def _corpus(value: Any) -> Any:
@@ -86,6 +78,8 @@ class Calibration(_Section):
     """Read text that spells a special token (`</s>`) as the letters it consists of, in test windows as well."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens a forward pass."""
+    sufficiency: bool = False
+    """Say of every corpus whether there is enough of it, as `crosscal enough` does: half a reading at most."""
 
 
 def _axis(value: Any) -> Any:
@@ -164,8 +158,7 @@ class Evaluate(_Section):
     perplexity: list[Name] | None = None
     """Corpora whose test and validation text is measured; left out, all with documents."""
     tasks: list[Task] = []
-    """lm-eval task names, or files of questions (.jsonl, .json, .csv, .parquet, …, also compressed); or mappings that
-    begin with `file`, `continuation`, `perplexity` or `summaries` (see `crosscal.plan.tasks`)."""
+    """Names of lm-eval's, files of questions, or mappings that say more (see `crosscal.plan.tasks`)."""
     windows: int = Field(64, ge=2)
     """Of each corpus's test text: what reports show."""
     validation_windows: int = Field(32, ge=2)
@@ -175,6 +168,8 @@ class Evaluate(_Section):
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
     """Questions per task; left out, all."""
+    allow_leaks: bool | list[str] = False
+    """Go on although texts of an evaluation set stand in the calibration text: all, or these corpora and tasks."""
 
 
 class Execution(_Section):
@@ -216,6 +211,11 @@ class Publish(_Section):
     """By what fraction of perplexity it has to be better at least; 0: it only has to be told from the published one."""
     guard: dict[Name, Annotated[float, Field(ge=0)]] = {}
     """Corpus → how much worse on it the new model may be, than the dense one and than the published one."""
+
+    @property
+    def corpora(self) -> list[str]:
+        """Those whose validation text decides."""
+        return list(dict.fromkeys([self.domain, *self.guard]))
 
     @model_validator(mode="after")
     def _asks_for_one(self) -> Publish:
@@ -268,12 +268,6 @@ class CompressionPlan(_Section):
             self.study.check(draws=len(self.seeds), keep_models=self.execution.keep_models)
         return self
 
-    @property
-    def continued_corpora(self) -> list[str]:
-        """Those that questions on what comes next are made of."""
-        asked = (task.continuation for task in self.evaluate.tasks if isinstance(task, ContinuationTask))
-        return list(dict.fromkeys(asked))
-
     @model_validator(mode="after")
     def _names_exist(self) -> CompressionPlan:
         for index, entry in enumerate(self.compress):
@@ -283,12 +277,18 @@ class CompressionPlan(_Section):
                     raise ValueError(
                         f"compress.{index}: there is no corpus {name!r}; corpora: {', '.join(self.corpora)}"
                     )
-        for field, named in (("perplexity", self.evaluate.perplexity or []), ("tasks", self.continued_corpora)):
-            for name in named:
-                if name not in self.document_corpora:
-                    known = ", ".join(self.document_corpora)
-                    raise ValueError(f"evaluate.{field}: {name!r} is no corpus of documents; those are: {known}")
-        for name in [self.publish.domain, *self.publish.guard] if self.publish else []:
+        for name, source in self.corpora.items():
+            if isinstance(source, SelfGenerated):
+                source.check(f"corpora.{name}", list(self.document_corpora), self.calibration.length)
+            elif isinstance(source, Documents) and source.select is not None:
+                plain = [other for other, documents in self.document_corpora.items() if documents.select is None]
+                source.select.check(f"corpora.{name}.select", list(self.corpora), plain)
+        measured = {"perplexity": self.evaluate.perplexity or [], "tasks": continued_corpora(self.evaluate.tasks)}
+        for field, name in ((field, name) for field, names in measured.items() for name in names):
+            if name not in self.document_corpora:
+                known = ", ".join(self.document_corpora)
+                raise ValueError(f"evaluate.{field}: {name!r} is no corpus of documents; those are: {known}")
+        for name in self.publish.corpora if self.publish else []:
             if name not in self.perplexity_corpora:
                 known = ", ".join(self.perplexity_corpora)
                 raise ValueError(f"publish: the perplexity on {name!r} is not measured; corpora that are: {known}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from crosscal.files import format_of
+from crosscal.plan.sources import Name
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-"""Of a corpus."""
 TaskName = Annotated[str, Field(pattern=r"^[\w][\w.-]{0,63}$")]
 
 
@@ -130,3 +129,8 @@ def with_paths(task: Task, absolute: Callable[[str], str]) -> Task:
         judge = None if task.judge is None else absolute(task.judge)
         return task.model_copy(update={"summaries": absolute(task.summaries), "judge": judge})
     return absolute(task) if isinstance(task, str) and format_of(task) else task
+
+
+def continued_corpora(tasks: Sequence[Task]) -> list[str]:
+    """Those that questions on what comes next are made of."""
+    return list(dict.fromkeys(task.continuation for task in tasks if isinstance(task, ContinuationTask)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from crosscal.evaluation import PERPLEXITY
-from crosscal.evaluation.inference import Sure, over_draws, over_draws_and_windows
+from crosscal.evaluation.inference import QUESTIONS, WINDOWS, Sure, over_draws, over_draws_and_items
 from crosscal.report.groups import DENSE, Column, Group
 from crosscal.report.left_dense import SLACK
 from crosscal.report.rows import ResultRow
@@ -15,6 +15,8 @@ from crosscal.report.run_files import RunFiles
 
 DOMAIN = "domain"
 """The baseline that is a variant's own domain alone."""
+AUTO = "auto"
+"""What stands in the name of a variant whose mixture is found."""
 
 
 def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:
@@ -38,8 +40,13 @@ def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
     if other.method == rule:
         return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
     domains = list(group.domains) if rule == DOMAIN else [rule]
-    same_recipe = (other.method, other.setting) == (group.method, group.setting)
+    same_recipe = (other.method, other.setting) == (group.method, group.setting) and not is_found(other)
     return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}
+
+
+def is_found(group: Group) -> bool:
+    """Whether its mixture was left to be found: another one in every draw, perhaps one corpus alone."""
+    return AUTO in group.name.split("-")
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,15 @@ class Measured:
     """The rows of a run by what they are of."""
 
     rows: Mapping[tuple[str, Column], ResultRow]
-    windows: Mapping[tuple[str, str, str], Sequence[float]]
+    items: Mapping[tuple[str, Column], Sequence[float]]
+    """What each window or question had: log perplexity; 1 for a right answer."""
 
     @classmethod
     def of(cls, files: RunFiles) -> Measured:
         rows = {(row.variant, (row.corpus_or_task, row.split, row.metric)): row for row in files.results}
-        return cls(rows, {(row.variant, row.corpus, row.split): row.nll for row in files.windows})
+        windows = {(row.variant, (row.corpus, row.split, PERPLEXITY)): row.nll for row in files.windows}
+        questions = {(row.variant, (row.task, row.split, row.metric)): row.correct for row in files.questions}
+        return cls(rows, {**windows, **questions})
 
     def draws(self, group: Group, column: Column) -> dict[int | None, Measurement]:
         """Draw → what was measured. A model that needs no calibration text is one model for every draw: None."""
@@ -65,21 +75,22 @@ class Measured:
 
     def _measurement(self, row: ResultRow) -> Measurement:
         assert row.value is not None, "rows without a number are left out before"
+        items = self.items.get((row.variant, (row.corpus_or_task, row.split, row.metric)), ())
         if row.metric != PERPLEXITY:
-            return Measurement(row.value, row.stderr)
-        nll = self.windows.get((row.variant, row.corpus_or_task, row.split))
-        stderr = None if row.stderr is None else row.stderr / row.value
-        return Measurement(math.log(row.value), stderr, is_log=True, nll=nll)
+            return Measurement(row.value, row.stderr, QUESTIONS, items)
+        return Measurement(math.log(row.value), row.stderr and row.stderr / row.value, WINDOWS, items)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one model: a log perplexity, with what each window had if that was kept, or another number as it is."""
+    """Of one model: a log perplexity, an accuracy, or another number as it is."""
 
     value: float
     stderr: float | None
-    is_log: bool = False
-    nll: Sequence[float] | None = None
+    over: str
+    """What the error is over: windows or questions."""
+    items: Sequence[float]
+    """What each of these had; none where that was not kept."""
 
 
 def by_itself(group: Group, column: Column, measured: Measured) -> Sure | None:
@@ -107,16 +118,16 @@ def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
     """Of one measurement a draw, or of the first minus the second."""
     if not found:
         return None
-    lengths = {len(one.nll or ()) for both in found for one in both}
-    if len(lengths) == 1 and lengths != {0}:
-        windows = [[one.nll or () for one in both] for both in found]
-        return over_draws_and_windows([[_less(at) for at in zip(*both, strict=True)] for both in windows])
-    return over_draws([_less([one.value for one in both]) for both in found], _unpaired_stderr(found))
+    lengths = {len(one.items) for both in found for one in both}
+    if len(lengths) == 1 and min(lengths) > 1:
+        items = [zip(*(one.items for one in both), strict=True) for both in found]
+        return over_draws_and_items([[_less(at) for at in each] for each in items], found[0][0].over)
+    return over_draws([_less([one.value for one in both]) for both in found], _unpaired_stderr(found), found[0][0].over)
 
 
 def _unpaired_stderr(found: Sequence[tuple[Measurement, ...]]) -> float | None:
-    """Mean over draws of the errors over questions or windows, as if each variant had others: an upper bound, for which
-    questions each answered is not kept."""
+    """Mean over draws of the errors over windows or questions, as if each variant had others, where what each had is
+    not known: an upper bound."""
     errors = [[one.stderr for one in both] for both in found]
     if any(error is None for both in errors for error in both):
         return None

@@ -103,14 +103,23 @@ def groups_of(
 
 
 def columns_of(results: Sequence[ResultRow]) -> list[Column]:
-    """Every (corpus or task, split, metric) with a number, in order of appearance: perplexities first, then tasks, and
-    last what was only chosen by, the perplexities on validation windows."""
-    seen = dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
-    return sorted(seen, key=lambda column: (column[1] == VALIDATION, column[2] != PERPLEXITY))
+    """Every (corpus or task, split, metric) with a number but `choosing_columns`: perplexities first, then tasks, in
+    order of appearance."""
+    reported = (column for column in _measured(results) if column[1:] != (VALIDATION, PERPLEXITY))
+    return sorted(reported, key=lambda column: column[2] != PERPLEXITY)
+
+
+def choosing_columns(results: Sequence[ResultRow]) -> list[Column]:
+    """The perplexities on validation windows, which choose and are not reported."""
+    return [column for column in _measured(results) if column[1:] == (VALIDATION, PERPLEXITY)]
+
+
+def _measured(results: Sequence[ResultRow]) -> dict[Column, None]:
+    return dict.fromkeys((row.corpus_or_task, row.split, row.metric) for row in results if row.value is not None)
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:
-    """What is reported: no validation numbers, and not the second way to score the same questions or summaries."""
+    """Without the second way to score the same questions or summaries."""
     return [
         (name, split, metric)
         for name, split, metric in columns

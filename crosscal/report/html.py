@@ -9,9 +9,10 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
+from crosscal.report.calibration import overlap_sentence, quality_table, site_rows, verdicts, warnings
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
-from crosscal.report.groups import GENERAL, Column, Group, axes_of, columns_of
+from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
@@ -21,6 +22,7 @@ from crosscal.report.questions import answer_changes, answers_of
 from crosscal.report.rows import LayerRow
 from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
+from crosscal.report.sufficiency import gap_sentences
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
 
 MOST_LAYER_VARIANTS = 4
@@ -76,7 +78,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "rule": RULE,
         "study": study_section(files.study, groups),
         "curves_without_domain": [] if sections else _curve_charts(groups, None, _perplexity_corpora(columns)),
-        "table": summary_table(groups, columns),
+        "table": summary_table(groups, [*columns, *choosing_columns(files.results)]),
         "text_columns": TEXT_COLUMNS,
         "seeds_of": {group.name: group.variants for group in groups if len(group.variants) > 1},
         "layer_chart": layer_losses(files.layers, shown, _marks_of_variants(groups)),
@@ -101,6 +103,11 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "samples": _one_of_each(files.samples)[:MOST_SAMPLES],
         "more_samples": max(0, len(files.samples) - len(_one_of_each(files.samples)[:MOST_SAMPLES])),
         "sources": SOURCES,
+        "text_table": quality_table(files.run),
+        "text_sites": site_rows(files.run),
+        "text_warnings": warnings(files.run),
+        "text_overlap": overlap_sentence(files.run),
+        "text_verdicts": verdicts(files.run) or gap_sentences(files.results, files.layers),
         "plan": files.plan,
     }
 

@@ -131,8 +131,8 @@ class StudyRow:
     """Of 95 %: of a difference over `over`; of a number by itself over draws and windows or questions together."""
     over: str
     draws: int
-    windows: int | None
-    """Test windows, where both were compared window by window."""
+    items: int | None
+    """Test windows or questions, where both were compared one by one."""
     p: float | None = None
     p_holm: float | None = None
     """Adjusted for all comparisons of the same rule on the same corpus or task."""

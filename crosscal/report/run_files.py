@@ -9,7 +9,7 @@ from typing import Any
 
 from crosscal.errors import UsageError
 from crosscal.report.groups import Group, groups_of
-from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, StudyRow, WindowRow, read_rows
+from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, Row, StudyRow, WindowRow, read_rows
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class RunFiles:
     plan: str
     models: frozenset[str]
     """The variants whose models were kept."""
+    questions: list[QuestionRow] = field(default_factory=list)
     study: list[StudyRow] = field(default_factory=list)
     """What a study concludes; empty for any other run."""
-    questions: list[QuestionRow] = field(default_factory=list)
 
     @property
     def groups(self) -> list[Group]:
@@ -47,22 +47,26 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run directory; `UsageError` when it holds no results or a damaged file."""
     if not (folder / "results.jsonl").is_file():
         raise UsageError("no results.jsonl here", where=str(folder), do="Give the directory that `crosscal run` wrote.")
-    layers, windows, asked, study = (folder / f"{name}.jsonl" for name in ("layers", "windows", "questions", "study"))
     run = _json(folder / "run.json")
     run = {name: value for name, value in run.items() if value is not None} if isinstance(run, dict) else {}
     samples = _json(folder / "samples.json") or run.get("samples")
     plan = folder / "plan.yaml"
     return RunFiles(
         results=read_rows(folder / "results.jsonl", ResultRow),
-        layers=read_rows(layers, LayerRow) if layers.is_file() else [],
-        windows=read_rows(windows, WindowRow) if windows.is_file() else [],
+        layers=rows_there(folder / "layers.jsonl", LayerRow),
+        windows=rows_there(folder / "windows.jsonl", WindowRow),
         run=run,
         samples=[_sample(sample) for sample in samples] if isinstance(samples, list) else [],
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
         models=frozenset(path.parent.name for path in folder.glob("models/*/config.json")),
-        study=read_rows(study, StudyRow) if study.is_file() else [],
-        questions=read_rows(asked, QuestionRow) if asked.is_file() else [],
+        questions=rows_there(folder / "questions.jsonl", QuestionRow),
+        study=rows_there(folder / "study.jsonl", StudyRow),
     )
+
+
+def rows_there(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a file; none where it is not there."""
+    return read_rows(path, kind) if path.is_file() else []
 
 
 def _json(path: Path) -> Any:

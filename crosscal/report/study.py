@@ -13,7 +13,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, VALIDATION
 from crosscal.evaluation.inference import Sure, holm, over_both
-from crosscal.report.counterparts import Measured, by_itself, counterpart, difference
+from crosscal.report.counterparts import Measured, by_itself, counterpart, difference, is_found
 from crosscal.report.groups import GENERAL, Column, Group, columns_of
 from crosscal.report.rows import StudyRow
 from crosscal.report.run_files import RunFiles
@@ -61,7 +61,10 @@ def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
 
 
 def _domains_weighed(group: Group, groups: Sequence[Group]) -> Collection[str]:
-    """The domains that a group is a candidate for: its own, or for general text alone every one."""
+    """The domains that a group is a candidate for: its own, or for general text alone every one; none for a mixture
+    that was found, which was chosen before."""
+    if is_found(group):
+        return ()
     if group.mixture == {GENERAL: 1.0}:
         return {domain for other in groups for domain in other.domains if other.perplexity(domain, VALIDATION)}
     return group.domains if len(group.domains) == 1 else ()
@@ -115,7 +118,7 @@ def _row(group: Group, column: Column, found: Sure, chosen: Collection[str]) -> 
         interval=None,
         over=found.over,
         draws=found.draws,
-        windows=found.windows,
+        items=found.items,
         chosen=group.name in chosen,
     )
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from crosscal.calibration import CalibrationSet, readable, text_quality
+from crosscal.calibration import CalibrationSet, faults, readable, text_quality
 from crosscal.calibration.sets import windows_by_key
+from crosscal.calibration.tokens import begin_token, end_token
 from crosscal.models.source import ModelSource
+from crosscal.stages.moments import Cached, perplexity_of
 from crosscal.stages.sample import Sample
 from crosscal.store import Store
 
@@ -25,7 +28,7 @@ def readable_samples(
     `kinds`: corpus -> where its text comes from, `documents`, `self` or `random`.
     """
     tokenizer, shown = source.tokenizer(), []
-    for sample in _first_draws(samples):
+    for sample in first_draws(samples):
         tokens_SL = windows_by_key(store, sample.calibration.apart[0].key)
         for text in readable(CalibrationSet(tokens_SL, {}, ()), tokenizer, per_corpus):
             cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
@@ -33,19 +36,73 @@ def readable_samples(
     return shown
 
 
-def sample_quality(store: Store, source: ModelSource, samples: Sequence[Sample]) -> dict[str, dict[str, float | None]]:
+def sample_quality(
+    store: Store,
+    source: ModelSource,
+    samples: Sequence[Sample],
+    kinds: Mapping[str, str] | None = None,
+    begin: bool | None = None,
+) -> dict[str, dict[str, Any]]:
     """Corpus -> the measures of `TextQuality` over its calibration windows, of a corpus that has grown for long the
-    newest (those kept apart); None where one is undefined."""
-    vocabulary = source.config.get_text_config().vocab_size
-    found: dict[str, dict[str, float | None]] = {}
-    for sample in _first_draws(samples):
+    newest (those kept apart); None where one is undefined. `faults` says what is wrong with them in sentences; not of
+    tokens that are meant to be random.
+
+    `begin`: whether windows begin with beginning-of-text (see `crosscal.calibration.tokens`).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for sample in first_draws(samples):
         tokens_SL = torch.cat([windows_by_key(store, part.key) for part in sample.calibration.apart])
-        measured = dataclasses.asdict(text_quality(tokens_SL, vocabulary))
-        found[sample.corpus] = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        is_text = (kinds or {}).get(sample.corpus) != "random"
+        found[sample.corpus] = quality_of(tokens_SL, source, begin, is_text=is_text)
     return found
 
 
-def _first_draws(samples: Iterable[Sample]) -> list[Sample]:
+def quality_of(tokens_SL: torch.Tensor, source: ModelSource, begin: bool | None, *, is_text: bool) -> dict[str, Any]:
+    """The measures of some windows and, of what is meant to be text, its faults."""
+    tokenizer = source.tokenizer()
+    marks = {"begin": begin_token(tokenizer, begin), "end": end_token(tokenizer)}
+    quality = text_quality(tokens_SL, source.config.get_text_config().vocab_size, **marks)
+    measured = dataclasses.asdict(quality).items()
+    numbers = {name: value if math.isfinite(value) else None for name, value in measured}
+    return {**numbers, "is_text": is_text, "faults": faults(quality) if is_text else []}
+
+
+def with_perplexities(
+    quality: Mapping[str, dict[str, Any]], cached: Cached, samples: Sequence[Sample], vocabulary: int
+) -> dict[str, dict[str, Any]]:
+    """The same with `perplexity` and `held_out_perplexity` under the dense model, of the first of the newest windows,
+    where reading them left it (None otherwise). To be no better than guessing is a fault of what is meant as text."""
+    found = {corpus: dict(measured) for corpus, measured in quality.items()}
+    for sample in first_draws(samples):
+        one = found[sample.corpus]
+        for name, sums in (("perplexity", sample.calibration), ("held_out_perplexity", sample.held_out)):
+            one[name] = perplexity_of(cached, sums.apart[-1].key)
+        if one["perplexity"] is not None and one["perplexity"] >= vocabulary and one["is_text"]:
+            worse = (
+                f"its perplexity is {one['perplexity']:,.0f}, that of guessing among all {vocabulary:,} tokens or worse"
+            )
+            one["faults"] = [*one["faults"], worse]
+    return found
+
+
+def starved_experts(cached: Cached, blocks: int, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """Corpus → how many inputs of experts had fewer tokens than they are wide, so that their Hessians lack rank, and
+    the one that had fewest; corpora without any are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for sample in first_draws(samples):
+        seen: list[tuple[int, int, str]] = []
+        for block in range(blocks):
+            for site in (site for site in cached.sites(block) or () if site.matrices[0].expert is not None):
+                tokens = [cached.tokens(part.key, block, site) or 0 for part in sample.calibration.parts]
+                seen.append((sum(tokens), site.inputs, f"block {block}, {site.name}"))
+        starved = [each for each in seen if each[0] < each[1]]
+        if starved:
+            least = dict(zip(("least_tokens", "least_inputs", "least"), min(starved), strict=True))
+            found[sample.corpus] = {"experts": len(seen), "starved": len(starved), **least}
+    return found
+
+
+def first_draws(samples: Iterable[Sample]) -> list[Sample]:
     """One sample a corpus: other seeds draw from the same text."""
     first: dict[str, Sample] = {}
     for sample in samples:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +32,8 @@ from crosscal.store.moments import read_moments, write_moments
 
 FORMAT = 1  # of everything below; a change of meaning makes new keys
 SITES_FORMAT = 3  # of what is known of a block's matrices: since 3 what makes their inputs
-DENSE = "dense"
+DENSE, MOMENTS = "dense", "moments"
+LIKELIHOODS, NLL = "likelihoods", "nll.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Cached:
     """`dense`, or what determines the compressed blocks that the inputs went through."""
     dtype: str
     """Of the activations, e.g. `float32`."""
-    kind: str = "moments"
+    kind: str = MOMENTS
     """Of the artifacts."""
     wanted: frozenset[Statistic] = EVERY
     """What is read, found and summed; without `gram` no loss is measured."""
@@ -96,6 +99,12 @@ class Cached:
         read = [read_moments(self.store, artifact) for artifact in artifacts.values()]
         sums = {which: sum_ for moments in read for which, sum_ in moments.sums.items()}
         return dataclasses.replace(read[0], sums=sums).only(self.wanted)
+
+    def tokens(self, calibration: str, block: int, site: Site) -> int | None:
+        """That were summed of a site, without reading its sums; None where there are none."""
+        parts = dict.fromkeys(which.stored_in for which in self.wanted)
+        found = next((one for part in parts if (one := self._find(calibration, block, site, part))), None)
+        return found and int(found.provenance["tokens"])
 
     def discard(self, calibration: str, block: int, site: Site) -> None:
         for key in self._keys(calibration, block, site):
@@ -238,9 +247,30 @@ def read_windows(
             spill_to=spill_folder(source, slices.values(), dtype=dtype, device=device),
             wanted=lambda block: any(block in missing[key] for key in unread),
             statistics=frozenset().union(*lacking),
+            with_nll=cached.kind == MOMENTS,
             progress=report,
         )
+    for key, nll in done.nll.items():
+        _keep_nll(cached, key, nll)
     return MomentsReport(done.tokens, hits, misses, done.seconds)
+
+
+def perplexity_of(cached: Cached, calibration: str) -> float | None:
+    """Of the first windows of a set under the dense model, as the reading of it left it; None where it did not."""
+    artifact = cached.store.find(LIKELIHOODS, _nll_key(cached, calibration))
+    nll = json.loads(cached.store.read_bytes(artifact, NLL)) if artifact else []
+    return math.exp(statistics.mean(nll)) if nll else None
+
+
+def _keep_nll(cached: Cached, calibration: str, nll: Sequence[float]) -> None:
+    if all(map(math.isfinite, nll)):
+        provenance = {"model": cached.model, "calibration": calibration, "dtype": cached.dtype}
+        with cached.store.publish(LIKELIHOODS, _nll_key(cached, calibration), provenance) as folder:
+            (folder / NLL).write_text(json.dumps(nll))
+
+
+def _nll_key(cached: Cached, calibration: str) -> str:
+    return digest_of([FORMAT, cached.model, calibration, cached.dtype])
 
 
 def unread_blocks(

@@ -20,8 +20,10 @@ from crosscal.calibration import (
     CalibrationSet,
     Part,
     Pool,
+    Seeds,
     TemperatureSchedule,
     WindowRequest,
+    continued_windows,
     draw_pool,
     generate_windows,
     random_windows,
@@ -195,32 +197,28 @@ def sample_self(
     first_tokens: list[str] | None,
     device: str,
     report: Report,
+    seeds: Seeds | None = None,
 ) -> Sample:
     """Text that the model writes itself (arXiv 2410.17170); `first_tokens` None means English stop words, [] any token.
 
-    The model is loaded only if something is still to be written.
+    With `seeds` it continues the beginnings of documents instead (arXiv 2410.17711): of training documents, and of
+    validation documents for what is held out. The model is loaded only if something is still to be written.
     """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
     words = STOP_WORDS if first_tokens is None else first_tokens or None
-
-    def generated(request: WindowRequest) -> CalibrationSet:
-        return generate_windows(
-            store,
-            cast(PreTrainedModel, lambda **inputs: loaded()(**inputs)),
-            source.digest,
-            tokenizer,
-            digest,
-            request,
-            temperature=temperature,
-            first_tokens=words,
-            device=device,
-            max_length=source.max_positions,
-            progress=lambda done, total: report(f"{name}: writing", done, total),
-        )
-
+    common = {"temperature": temperature, "device": device, "max_length": source.max_positions}
+    common |= {"progress": lambda done, total: report(f"{name}: writing", done, total)}
     loaded = functools.cache(lambda: load_variant(source.path, device=device))
-    calibration = generated(draw.calibration(draw.windows))
-    held_out = generated(draw.held_out(draw.held_out_windows))
+    model = cast(PreTrainedModel, lambda **inputs: loaded()(**inputs))
+
+    def written(request: WindowRequest) -> CalibrationSet:
+        given = (store, model, source.digest, tokenizer, digest, request)
+        if seeds is not None:
+            return continued_windows(*given, seeds, **common)
+        return generate_windows(*given, first_tokens=words, **common)
+
+    calibration = written(draw.calibration(draw.windows))
+    held_out = written(draw.held_out(draw.held_out_windows))
     return Sample(name, draw.seed, _one(calibration), _one(held_out), calibration.notes)
 
 

@@ -1,0 +1,192 @@
+"""Self-calibration seeded by a domain: the model continues the beginnings of its documents.
+
+Ji et al.: "Beware of calibration data for pruning large language models", ICLR 2025, https://arxiv.org/abs/2410.17711,
+section 4. Its code drops the fifth of the texts with the highest perplexity under the model, prefix included, and
+continues 1, 2 or 64 tokens. Sampling here is plain unless a temperature is set; the paper's is from the likeliest 50
+tokens and .95 of the probability, at temperature .6 and .8.
+"""
+
+from __future__ import annotations
+
+# Shapes: S windows, L tokens in a window, B texts generated together, P tokens of a prefix.
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from crosscal.calibration.cutting import cut
+from crosscal.calibration.generation import GENERATIONS, MIN_MEAN_TOKENS
+from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule, Written
+from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
+from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
+from crosscal.corpora import Shard, documents
+from crosscal.errors import CalibrationError
+from crosscal.store import Store, digest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Documents whose beginnings are continued."""
+
+    corpus: str
+    shards: Sequence[Shard]
+    prefix_tokens: int = 64
+    drop: float = 0.2
+    """Of all texts, the share that is not used: those of the highest perplexity."""
+
+    def said(self, split: str) -> dict[str, Any]:
+        """What a provenance says of them."""
+        shards = [shard.key for shard in self.shards if shard.documents.get(split)]
+        return {"seeds": digest_of(shards), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
+
+
+def continued_windows(
+    store: Store,
+    model: PreTrainedModel,
+    model_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    request: WindowRequest,
+    seeds: Seeds,
+    *,
+    temperature: TemperatureSchedule = TemperatureSchedule(),  # noqa: B008  a frozen value
+    batch: int = 8,
+    device: str = "cpu",
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CalibrationSet:
+    """`request.windows` windows of texts that begin as documents of the split do and that `model` goes on writing.
+
+    Documents are taken in a seeded order, those that are shorter than the prefix passed by, and again from the first
+    when there are no more. Texts are written until those that are kept fill the windows; they are joined in the order
+    in which they were written. Every finished batch is stored.
+
+    Raises `CalibrationError` when no document is as long as the prefix, or the model adds hardly anything.
+    """
+    request, notes = request.within(max_length)
+    if seeds.prefix_tokens >= request.length:
+        raise CalibrationError(
+            "prefixes leave nothing to write",
+            where=seeds.corpus,
+            got=f"prefixes of {seeds.prefix_tokens} tokens for texts of {request.length}",
+            do="Lower `prefix_tokens`.",
+        )
+    begin = begin_token(tokenizer, request.begin_token)
+    provenance = {
+        "source": "model",
+        "rule": 1,
+        "model": model_digest,
+        "tokenizer": tokenizer_digest,
+        **seeds.said(request.split),
+        "temperature": dataclasses.asdict(temperature),
+        "batch": batch,
+        **request.provenance(begin),
+    }
+    end = end_token(tokenizer)
+    writer = SequenceWriter(model, end if begin is None else begin, end, request.length, temperature, None, device)
+
+    def made() -> torch.Tensor:
+        prefixes = _prefixes(store, seeds, tokenizer, request, begin, end)
+        texts = _Texts(store, writer, {name: value for name, value in provenance.items() if name != "windows"})
+        windows = texts.windows(prefixes, batch, seeds, request, begin, progress)
+        return torch.from_numpy(np.stack(windows)).long()
+
+    return CalibrationSet(stored_windows(store, provenance, made), provenance, notes)
+
+
+def kept(texts: Sequence[Written], drop: float) -> list[Written]:
+    """All but floor(drop · n) of n texts: those of the highest perplexity, the later of equals, are dropped."""
+    ranked = sorted(range(len(texts)), key=lambda place: texts[place].nll)
+    return [texts[place] for place in sorted(ranked[: len(texts) - int(drop * len(texts))])]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    store: Store
+    writer: SequenceWriter
+    settings: dict[str, Any]
+
+    def windows(
+        self,
+        prefixes: Iterator[list[int]],
+        batch: int,
+        seeds: Seeds,
+        request: WindowRequest,
+        begin: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[np.ndarray]:
+        texts: list[Written] = []
+        needed = request.windows * request.length
+        for number in itertools.count():
+            texts += self._batch(number, list(itertools.islice(prefixes, batch)))
+            good = kept(texts, seeds.drop)
+            tokens = sum(len(text.tokens) for text in good)
+            if progress:
+                progress(min(tokens, needed), needed)
+            if tokens < needed - request.windows:  # of which each window may have its first token from elsewhere
+                continue
+            windows = list(itertools.islice(cut((t.tokens for t in good), request.length, begin), request.windows))
+            if len(windows) == request.windows:
+                break
+        written = sum(len(text.tokens) for text in texts) / len(texts) - seeds.prefix_tokens
+        if written < min(MIN_MEAN_TOKENS, (request.length - seeds.prefix_tokens) / 2):
+            raise CalibrationError(
+                "the model adds hardly anything to the beginnings of documents",
+                where=seeds.corpus,
+                got=f"{written:.1f} tokens a text",
+                do="Use the documents themselves, or another temperature.",
+            )
+        return windows
+
+    def _batch(self, number: int, prefixes: list[list[int]]) -> list[Written]:
+        """One batch of texts, from the store if it was written before."""
+        settings = {**self.settings, "index": number, "prefixes": digest_of(prefixes)}
+        key = digest_of(settings)
+        if artifact := self.store.find(GENERATIONS, key):
+            return [Written(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
+        prompt_BP = torch.tensor(prefixes, device=self.writer.device)
+        texts = self.writer.continued(prompt_BP, int(key[:15], 16), judged=True)
+        with self.store.publish(GENERATIONS, key, settings) as folder:
+            (folder / "texts.json").write_text(json.dumps([dataclasses.asdict(text) for text in texts]))
+        return texts
+
+
+def _prefixes(
+    store: Store,
+    seeds: Seeds,
+    tokenizer: PreTrainedTokenizerBase,
+    request: WindowRequest,
+    begin: int | None,
+    end: int,
+) -> Iterator[list[int]]:
+    """The beginnings of documents without an end, each of `prefix_tokens` tokens behind that which begins a text."""
+    places = [(shard, row) for shard in seeds.shards for row in range(shard.documents.get(request.split, 0))]
+    order = np.random.Generator(np.random.PCG64(request.seed)).permutation(len(places)).tolist()
+    while True:
+        found = 0
+        texts = (text for place in order for text in _document(store, request.split, *places[place]))
+        for ids in EncodedDocuments(tokenizer, texts, None, plain_text=request.plain_text):
+            own = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+            own = own[:-1] if own[-1:] == [end] else own
+            if len(own) >= seeds.prefix_tokens:
+                found += 1
+                yield ([] if begin is None else [begin]) + own[: seeds.prefix_tokens]
+        if not found:
+            raise CalibrationError(
+                f"no {request.split} document is as long as a prefix",
+                where=seeds.corpus,
+                got=f"{len(places)} documents, prefixes of {seeds.prefix_tokens} tokens",
+                do="Lower `prefix_tokens`, or add longer documents.",
+            )
+
+
+def _document(store: Store, split: str, shard: Shard, row: int) -> Iterator[str]:
+    return documents(store, shard, split, [row])

@@ -1,0 +1,31 @@
+"""Ask whether there is enough calibration text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crosscal.cli.options import HOME, Home, Json, PlanFile, Set
+from crosscal.cli.printing import print_rows
+
+
+def enough(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
+    """Say of every corpus of a plan whether more of it would help: held-out loss as its windows double.
+
+    Nothing is compressed. The model is read as far as half of its blocks, over half of the windows where their
+    statistics are in the store already.
+    """
+    from crosscal.flows.enough import measure_enough
+    from crosscal.plan import load_plan
+
+    curves = measure_enough(load_plan(plan, tuple(overrides or ())), home)
+    print_rows(curves if as_json else [_row(curve) for curve in curves], as_json)
+
+
+def _row(curve: dict[str, Any]) -> dict[str, Any]:
+    points = curve["points"]
+    row = {"corpus": curve["corpus"], "verdict": curve["verdict"], "tokens": points[-1]["tokens"] if points else 0}
+    row |= {f"{point['windows']} windows": f"{point['held_out_loss']:.4f}" for point in points}
+    if curve["last_gain"] is not None:
+        row["last doubling"] = f"{-curve['last_gain']:+.1%}"
+        row["next, about"] = f"{-curve['expected_gain']:+.1%}"
+    return row

@@ -1,0 +1,72 @@
+"""How likely a model finds the text that it has just read: what is left of a forward pass after the last block's sites.
+
+Shapes: B windows of a batch, L tokens of a window, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional
+
+from crosscal.lanes import side_by_side
+from crosscal.models.attaching import attached
+from crosscal.models.blocks import BROKEN, USUAL_DIMS, find_blocks, stubbed
+from crosscal.models.building import place_buffers
+from crosscal.models.passes import MOST_BATCHES, Passes, batches
+
+SCORED_TOKENS = 2048
+"""Of a slice at most, and one batch at least."""
+SCORED_LENGTH = 256
+"""Of a window, from its beginning: the logits of more would be the largest thing in memory."""
+
+
+def last_outputs(run: Passes, index: int) -> dict[str, Tensor]:
+    """What the last block, whose inputs the hidden states are, gives for the first batches of each slice: slice →
+    hidden_BLD. To be called while it has its weights."""
+    return {
+        name: run.outputs(index, name, scored)
+        for name, hidden_SLD in run.stream.hidden.items()
+        if (scored := list(_scored_batches(run, name, len(hidden_SLD))))
+    }
+
+
+def window_nll(run: Passes, outputs: Mapping[str, Tensor], slices: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Mean negative log-likelihood a predicted token, in nats, of the first tokens of these windows; nothing for a
+    model whose head cannot be run by itself.
+
+    The model itself is called with its blocks stubbed, so that whatever its family does behind them is done.
+    """
+    numbers, present = run.numbers, threading.local()
+    model = run.source.skeleton(numbers.dtype)
+    place_buffers(model, numbers.device)
+    found = {name: [0.0] * len(hidden_BLD) for name, hidden_BLD in outputs.items()}
+
+    def of_window(name: str, window: int) -> None:
+        tokens_1L = slices[name][window : window + 1, :SCORED_LENGTH].to(numbers.device)
+        hidden_1LD = outputs[name][window : window + 1].to(numbers.device)
+        if hidden_1LD.ndim == USUAL_DIMS:
+            hidden_1LD = hidden_1LD[:, :SCORED_LENGTH]
+        present.output = run.calls.as_output(hidden_1LD)
+        logits_LV = model(input_ids=tokens_1L, use_cache=False).logits[0, : tokens_1L.shape[1] - 1]
+        found[name][window] = float(functional.cross_entropy(logits_LV.to(numbers.sums_dtype), tokens_1L[0, 1:]))
+
+    weights = run.source.load_outside(dtype=numbers.dtype, device=numbers.device, with_head=True)
+    with attached(model, weights), stubbed(find_blocks(model)[1], lambda *_: present.output):
+        jobs = [partial(of_window, name, window) for name, each in found.items() for window in range(len(each))]
+        try:
+            side_by_side(jobs, numbers.device, most=MOST_BATCHES, threads_each=1)
+        except BROKEN:
+            return {}
+    return found
+
+
+def _scored_batches(run: Passes, name: str, windows: int) -> Iterator[slice]:
+    length = run.tokens[name]
+    for batch in batches(windows, length, run.numbers.batch_tokens):
+        if batch.start and batch.stop * min(length, SCORED_LENGTH) > SCORED_TOKENS:
+            return
+        yield batch

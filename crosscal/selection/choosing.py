@@ -1,0 +1,178 @@
+"""Choosing documents from a pool: scored, ordered, told apart, and kept as a corpus of their own.
+
+Only training documents are chosen, and only training documents of the sample say what is wanted. Validation and test
+documents are read for one purpose: what equals one of them, or nearly does, is not chosen.
+"""
+
+from __future__ import annotations
+
+# Shapes: N documents of the pool.
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosscal.corpora import Corpus, Shard
+from crosscal.errors import CorpusError
+from crosscal.files.sizes import IMPLEMENTATION
+from crosscal.progress import Report, silent
+from crosscal.selection.chosen import keep_version, publish_chosen
+from crosscal.selection.distinct import Walk, distinct, equal_apart
+from crosscal.selection.dsir import dsir_scores
+from crosscal.selection.settings import DSIR, ZIP_FIT, SelectionSettings
+from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.zip_fit import zip_fit_scores
+from crosscal.store import Store, digest_of
+
+KIND = "selections"
+RULE = 1
+USED_BY = {DSIR: {"least_words"}, ZIP_FIT: {"targets"}}
+"""Settings that only one method has."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents that were chosen, as a corpus, and what became of the others."""
+
+    corpus: Corpus
+    key: str
+    """Of the artifact with their digests and scores."""
+    counts: dict[str, int]
+    """`pool`: training documents there were; `sample`; `too_short`; of those looked at in the order of their scores
+    `held_out` and `near_duplicates`; `chosen`."""
+
+
+def select(
+    store: Store,
+    name: str,
+    pool: Corpus,
+    sample: Corpus | None,
+    settings: SelectionSettings,
+    *,
+    held_out: Sequence[Corpus] = (),
+    report: Report = silent,
+) -> Selection:
+    """Choose from the training documents of `pool` those that are most like the training documents of `sample`.
+
+    They become the training documents of the corpus `name`; its validation and test documents are the sample's, or
+    without a sample the pool's: what a chosen corpus is to be good for is the domain, not what it was chosen from.
+    Nothing is chosen that equals, or nearly does, a validation or test document of pool, sample or `held_out`. The same
+    corpora and settings give the same selection, which is kept under a key of them all.
+
+    Raises `CorpusError` when there is nothing to choose from or towards.
+    """
+    evaluated = [pool, *([sample] if sample else []), *held_out]
+    said = _determining(pool, sample, evaluated, settings)
+    key = digest_of(said)
+    if store.find(KIND, key) is None:
+        _choose(store, key, said, pool, sample, evaluated, settings, report)
+    kept = json.loads(store.read_bytes(store.get(KIND, key), "selection.json"))
+    corpus = keep_version(store, name, Shard(**kept["shard"]))
+    return Selection(corpus, key, kept["counts"])
+
+
+def noise(seed: int, digest: bytes) -> float:
+    """A draw of the standard Gumbel distribution that belongs to a document: -log(-log(u)), u from SHA-256.
+
+    It depends neither on the order in which documents landed nor on which others there are, so that a pool that grows
+    changes no more of a choice than it must.
+    """
+    number = int.from_bytes(hashlib.sha256(f"{seed} ".encode() + digest).digest()[:8], "big")
+    return -float(np.log(-np.log((number // 2**11 + 0.5) / 2**53)))
+
+
+def _determining(
+    pool: Corpus, sample: Corpus | None, evaluated: Sequence[Corpus], settings: SelectionSettings
+) -> dict[str, Any]:
+    unused = set().union(*(names for method, names in USED_BY.items() if method != settings.method))
+    used = {name: value for name, value in dataclasses.asdict(settings).items() if name not in unused}
+    return {
+        "rule": RULE,
+        "pool": pool.digest,
+        "sample": sample.digest if sample else None,
+        "held_out": sorted({shard.key for corpus in evaluated for shard in corpus.shards}),
+        **used,
+        **({"compressor": IMPLEMENTATION} if settings.method == ZIP_FIT else {}),
+    }
+
+
+def _choose(
+    store: Store,
+    key: str,
+    said: dict[str, Any],
+    pool: Corpus,
+    sample: Corpus | None,
+    evaluated: Sequence[Corpus],
+    settings: SelectionSettings,
+    report: Report,
+) -> None:
+    candidates = Texts(store, parts_of([pool], "train"))
+    wanted_like = Texts(store, parts_of([sample], "train")) if sample else None
+    score_N, is_long_N = _scores(candidates, wanted_like, pool, sample, settings, report)
+    order = ordered(score_N, is_long_N, _noises(candidates, settings), settings)
+    walk = _walk(candidates, order, Texts(store, parts_of(evaluated, "validation", "test")), settings, report)
+    if not walk.chosen:
+        got = f"{len(candidates)} training documents, {int((~is_long_N).sum())} too short, {walk.held_out} held out"
+        raise CorpusError("no document is left to choose", where=pool.name, got=got, do="Add documents to the pool.")
+    counts = {
+        "pool": len(candidates),
+        "sample": len(wanted_like) if wanted_like is not None else 0,
+        "too_short": int((~is_long_N).sum()),
+        "held_out": walk.held_out,
+        "near_duplicates": walk.near_duplicates,
+        "chosen": len(walk.chosen),
+    }
+    scores = None if settings.method is None else score_N[walk.chosen]
+    publish_chosen(store, KIND, key, said, candidates, walk.chosen, scores, sample or pool, counts)
+
+
+def _scores(
+    candidates: Texts,
+    wanted_like: Texts | None,
+    pool: Corpus,
+    sample: Corpus | None,
+    settings: SelectionSettings,
+    report: Report,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, whether long enough) of the pool's training documents, [N] each."""
+    for corpus, texts in ((pool, candidates), (sample, wanted_like)):
+        if corpus is not None and not texts:
+            do = "Its validation and test documents are not read for that; add others."
+            raise CorpusError("no training document to choose from or towards", where=corpus.name, do=do)
+    every = np.ones(len(candidates), dtype=bool)
+    if wanted_like is None:
+        return np.zeros(len(candidates)), every
+    if settings.method == DSIR:
+        score_N, words_N = dsir_scores(candidates, wanted_like, report)
+        return score_N, words_N >= settings.least_words
+    drawn = sorted(np.argsort(_noises(wanted_like, settings), kind="stable")[: settings.targets].tolist())
+    return zip_fit_scores(candidates, [wanted_like.text(position) for position in drawn], report), every
+
+
+def _noises(texts: Texts, settings: SelectionSettings) -> np.ndarray:
+    return np.fromiter((noise(settings.seed, digest) for digest in texts.digests()), np.float64, len(texts))
+
+
+def ordered(
+    score_N: np.ndarray, is_long_N: np.ndarray, noise_N: np.ndarray, settings: SelectionSettings
+) -> Iterator[int]:
+    """Positions, the first to be chosen first.
+
+    DSIR: by score + Gumbel noise, which draws without replacement with probabilities in proportion to exp(score)
+    (Gumbel top-k). ZIP-FIT: by score; ties, and all where nothing is scored, by the noise.
+    """
+    first_N = score_N + noise_N if settings.method == DSIR else score_N
+    return (int(position) for position in np.lexsort((-noise_N, -first_N)) if is_long_N[position])
+
+
+def _walk(
+    candidates: Texts, order: Iterator[int], held_out: Texts, settings: SelectionSettings, report: Report
+) -> Walk:
+    wanted = settings.documents or len(candidates)
+    if settings.near_duplicates is None:
+        return equal_apart(candidates, order, wanted, held_out)
+    return distinct(candidates, order, wanted, held_out, settings.near_duplicates, report)

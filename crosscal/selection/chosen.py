@@ -1,0 +1,123 @@
+"""What was chosen, as it is kept: digests and scores in an artifact, and the documents as a corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
+
+from crosscal.corpora import Corpus, Shard
+from crosscal.corpora.corpus import corpus_of, record_of, ref_name
+from crosscal.corpora.shards import BATCH_DOCUMENTS
+from crosscal.errors import StoreConflict
+from crosscal.selection.texts import Texts, parts_of
+from crosscal.store import Store, digest_of
+from crosscal.store.arrays import array_of, arrow_file
+
+ATTEMPTS = 10
+Rows = list[tuple[bytes, Texts, int]]
+"""(digest, where it is, position) of documents, by digest."""
+
+
+def publish_chosen(
+    store: Store,
+    kind: str,
+    key: str,
+    provenance: dict[str, Any],
+    pool: Texts,
+    chosen: Sequence[int],
+    scores: np.ndarray | None,
+    evaluated_on: Corpus,
+    counts: dict[str, int],
+) -> None:
+    """Keep the documents as a shard, then the selection that names it: the first to be chosen first.
+
+    `chosen.arrow` has a row for each, `digest` and `score` (null where nothing was scored).
+    """
+    held_out = {split: Texts(store, parts_of([evaluated_on], split)) for split in ("validation", "test")}
+    members = {"train": _rows(pool, chosen)}
+    members |= {split: _rows(texts, range(len(texts))) for split, texts in held_out.items() if texts}
+    shard = _publish_shard(store, members)
+    with store.publish(kind, key, provenance) as folder:
+        digests = pa.array([pool.digest(position) for position in chosen], pa.binary(32))
+        column = pa.nulls(len(chosen), pa.float64()) if scores is None else array_of(scores)
+        table = pa.table({"digest": digests, "score": column})
+        with arrow_file(folder / "chosen.arrow", table.schema) as writer:
+            writer.write_table(table)
+        (folder / "selection.json").write_text(json.dumps({"shard": dataclasses.asdict(shard), "counts": counts}))
+
+
+def read_chosen(store: Store, kind: str, key: str) -> list[tuple[bytes, float | None]]:
+    """(digest, score) of every chosen document, the first to be chosen first."""
+    with pa.memory_map(str(store.path(store.get(kind, key), "chosen.arrow"))) as source:
+        table = pa.ipc.open_file(source).read_all()
+    return list(zip(table.column("digest").to_pylist(), table.column("score").to_pylist(), strict=True))
+
+
+def keep_version(store: Store, name: str, shard: Shard) -> Corpus:
+    """The corpus `name`, whose newest version is this shard."""
+    retrying = Retrying(
+        retry=retry_if_exception_type(StoreConflict),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random(0, 0.2),
+        reraise=True,
+    )
+    return retrying(_keep_version, store, name, shard)
+
+
+def _keep_version(store: Store, name: str, shard: Shard) -> Corpus:
+    record = record_of([shard])
+    version, newest = store.refs.read(ref_name(name))
+    if newest != record:
+        version = store.refs.append(ref_name(name), version, record)
+    return corpus_of(name, version, record)
+
+
+def _rows(texts: Texts, positions: Sequence[int]) -> Rows:
+    return sorted(((texts.digest(position), texts, position) for position in positions), key=lambda row: row[0])
+
+
+def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
+    """As ingest makes shards, row for row as they stand in the shards they come from."""
+    digests = {split: [digest.hex() for digest, _, _ in rows] for split, rows in members.items()}
+    documents = {split: len(rows) for split, rows in members.items()}
+    characters = {split: sum(len(texts.text(at)) for _, texts, at in rows) for split, rows in members.items()}
+    shard = Shard(digest_of(digests), documents, characters)
+    said = {"documents": documents, "characters": characters}
+    with store.publish("corpora", shard.key, said) as folder:
+        for split, rows in members.items():
+            _write(folder / f"{split}.arrow", rows)
+    return shard
+
+
+def _write(path: Path, rows: Rows) -> None:
+    """Every column of any of the files that the rows come from; no more than a batch is held."""
+    files = {texts.place(position)[0] for _, texts, position in rows}
+    schema = pa.unify_schemas([_schema(file) for file in sorted(files)])
+    writing = _one_by_one(rows)
+    with arrow_file(path, schema, pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        while batch := list(itertools.islice(writing, BATCH_DOCUMENTS)):
+            table = pa.concat_tables([schema.empty_table(), *batch], promote_options="default")
+            writer.write_table(table.combine_chunks())
+
+
+def _schema(file: Path) -> pa.Schema:
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).schema
+
+
+def _one_by_one(rows: Rows) -> Iterator[pa.Table]:
+    """A table of one row for each document, with all its columns."""
+    for _, texts, position in rows:
+        file, row = texts.place(position)
+        number, place = divmod(row, BATCH_DOCUMENTS)
+        with pa.memory_map(str(file)) as source:
+            batch = pa.ipc.open_file(source).get_batch(number)
+            yield pa.Table.from_batches([batch.slice(place, 1)])

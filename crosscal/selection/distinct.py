@@ -1,0 +1,95 @@
+"""The first documents of an order that are neither held out anywhere nor nearly the same as an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from crosscal.corpora.shards import BATCH_DOCUMENTS
+from crosscal.progress import Report
+from crosscal.selection.near_duplicates import NearDuplicates, Sketch, sketches
+from crosscal.selection.texts import Texts
+
+LEAST_AT_ONCE, MOST_AT_ONCE = 256, 16_384
+
+
+@dataclass
+class Walk:
+    """What became of the documents that were looked at, in their order."""
+
+    wanted: int
+    chosen: list[int]
+    held_out: int = 0
+    """Left out: equal or nearly equal to a validation or test document."""
+    near_duplicates: int = 0
+    """Left out: nearly equal to one that was chosen before."""
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.chosen) >= self.wanted
+
+
+def equal_apart(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts) -> Walk:
+    """Without near-duplicates: a pool holds equal documents once."""
+    walk, excluded = Walk(wanted, []), set(held_out.digests())
+    for position in order:
+        if pool.digest(position) in excluded:
+            walk.held_out += 1
+        else:
+            walk.chosen.append(position)
+        if walk.is_done:
+            break
+    return walk
+
+
+def distinct(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts, threshold: float, report: Report) -> Walk:
+    """The first `wanted` positions of `order` that remain.
+
+    The order is looked at in stretches, so that the documents that are still wanted are indexed and not all that are
+    held out: those pass by, and say which of the stretch are like them. In memory there are about 12 KiB for a document
+    that is chosen or in the stretch, and 0.5 KiB for one that is held out.
+    """
+    walk, remaining = Walk(wanted, []), iter(order)
+    chosen = NearDuplicates(threshold, pool.text)
+    passing: list[Sketch] = []
+    while not walk.is_done:
+        missing = wanted - len(walk.chosen)
+        stretch = list(islice(remaining, min(MOST_AT_ONCE, max(LEAST_AT_ONCE, missing + missing // 4))))
+        if not stretch:
+            break
+        sketched = dict(zip(stretch, _sketched(map(pool.text, stretch)), strict=True))
+        if not passing:
+            passing = list(_sketched(held_out))
+        excluded = _like_held_out(pool, sketched, held_out, passing, threshold)
+        for position, sketch in sketched.items():
+            if position in excluded:
+                walk.held_out += 1
+            elif chosen.of(sketch, lambda at=position: pool.text(at)):
+                walk.near_duplicates += 1
+            else:
+                chosen.add(position, sketch)
+                walk.chosen.append(position)
+            if walk.is_done:
+                break
+        report("choosing documents", len(walk.chosen), wanted)
+    return walk
+
+
+def _like_held_out(
+    pool: Texts, sketched: dict[int, Sketch], held_out: Texts, passing: Sequence[Sketch], threshold: float
+) -> set[int]:
+    stretch = NearDuplicates(threshold, pool.text)
+    for position, sketch in sketched.items():
+        stretch.add(position, sketch)
+    return {
+        position
+        for number, sketch in enumerate(passing)
+        for position in stretch.of(sketch, lambda at=number: held_out.text(at))
+    }
+
+
+def _sketched(texts: Iterable[str]) -> Iterator[Sketch]:
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH_DOCUMENTS)):
+        yield from sketches(batch)

@@ -1,0 +1,56 @@
+"""ZIP-FIT: documents that compress well together with those of a sample.
+
+Obbad et al.: "ZIP-FIT: embedding-free data selection via compression-based alignment",
+https://arxiv.org/abs/2410.18194, algorithm 1. The compressor is the paper's, gzip: it is in the standard library, lets
+other threads run, and can be asked for many texts behind one (`crosscal.files.sizes`), which lz4, the default of the
+published code, cannot.
+"""
+
+from __future__ import annotations
+
+# Shapes: N documents, T documents of the sample.
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from crosscal.files.sizes import compressed_bytes_with
+from crosscal.lanes import each_side_by_side
+from crosscal.progress import Report
+from crosscal.selection.texts import Texts
+
+MOST_BYTES = 2**12
+"""Of a document, its beginning. The paper's texts are short and compared whole; of long ones the distance is mostly how
+much they differ in length, and gzip looks back no further than 2¹⁵ bytes (`benchmarks/choosing.py`)."""
+
+
+def zip_fit_scores(pool: Texts, targets: Sequence[str], report: Report) -> np.ndarray:
+    """The alignment of each of the pool's documents: float64 [N].
+
+    Mean over the targets t of 1 - NCD(d, t), NCD(d, t) = (C(d t) - min(C(d), C(t))) / max(C(d), C(t)), C the length
+    in bytes that gzip makes of a text. N · T compressions, batches of documents side by side.
+    """
+    beginnings = [_beginning(text) for text in targets]
+    size_T = np.array([compressed_bytes_with(target, [b""])[0] for target in beginnings])
+    jobs = [partial(_alignments, pool, number, beginnings, size_T) for number in range(len(pool.batches))]
+    found: list[np.ndarray] = []
+    done = 0
+    for alignment_B in each_side_by_side(jobs):
+        found.append(alignment_B)
+        done += len(alignment_B)
+        report("compressing the pool", done, len(pool))
+    return np.concatenate(found)
+
+
+def _alignments(pool: Texts, number: int, targets: Sequence[bytes], size_T: np.ndarray) -> np.ndarray:
+    return np.array([_alignment(_beginning(text), targets, size_T) for text in pool.batch(number)])
+
+
+def _alignment(document: bytes, targets: Sequence[bytes], size_T: np.ndarray) -> float:
+    size, *sizes = compressed_bytes_with(document, [b"", *targets])
+    distance_T = (np.array(sizes) - np.minimum(size, size_T)) / np.maximum(size, size_T)
+    return float(np.mean(1 - distance_T))
+
+
+def _beginning(text: str) -> bytes:
+    return text[:MOST_BYTES].encode()[:MOST_BYTES]

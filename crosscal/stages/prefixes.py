@@ -1,0 +1,122 @@
+"""Nested prefixes of a sample's calibration windows: their Hessians at a few blocks, from one reading of the pieces.
+
+Moments add up: the first half is the first quarter and what lies between them, so every window is read once. A prefix
+takes the same fraction of each part of a corpus that has grown, from its beginning: windows stand in the order in which
+documents were drawn, so a shorter prefix is a smaller draw. Parts that are folded by now are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosscal.calibration.sets import windows_by_key
+from crosscal.models.sites import Site
+from crosscal.models.source import ModelSource
+from crosscal.models.walk import BlockMoments, walk
+from crosscal.progress import Report, silent
+from crosscal.stages.moments import Cached
+from crosscal.stages.sample import Part, Sample
+from crosscal.stages.spill import spill_folder
+from crosscal.statistics import InputMoments, Statistic
+
+FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+HELD_OUT = "held out"
+NEEDED = frozenset({Statistic.GRAM})
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """The moments of one site over each prefix, shortest first, and over the held-out windows."""
+
+    site: Site
+    nested: Mapping[int, InputMoments]
+    """By their numbers of windows."""
+    held_out: InputMoments
+
+
+OnSite = Callable[[int, Prefixes, Mapping[str, Tensor]], None]
+"""Called with a block, a site's prefixes and the block's dense parameters."""
+
+
+def read_prefixes(
+    cached: Cached,
+    source: ModelSource,
+    sample: Sample,
+    blocks: Sequence[int],
+    on_site: OnSite,
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report = silent,
+) -> int:
+    """Read the model as far as the last of some blocks; returns the tokens read. Where the store has the moments of the
+    whole sample at these blocks, half of the calibration windows are all that is read."""
+    pieces = pieces_of([windows_by_key(cached.store, part.key) for part in sample.calibration.apart])
+    is_read = sample.calibration.folded is None and all(
+        cached.has(key, block) for key in sample.sets for block in blocks
+    )
+    wanted = {str(windows): tokens_SL for windows, tokens_SL in pieces.items()}
+    if is_read and len(pieces) > 1:
+        del wanted[str(max(pieces))]
+    if not is_read:
+        wanted[HELD_OUT] = torch.cat([windows_by_key(cached.store, part.key) for part in sample.held_out.apart])
+
+    def whole(parts: Sequence[Part], block: int, site: Site) -> InputMoments:
+        moments = (cached.read(part.key, block, site).only(NEEDED).weighted(part.weight) for part in parts)
+        return functools.reduce(operator.add, moments)
+
+    def on_block(seen: BlockMoments) -> None:
+        for site in seen.sites:
+            of_pieces = {
+                int(name): found[site.name].only(NEEDED) for name, found in seen.moments.items() if name != HELD_OUT
+            }
+            nested = dict(nested_sums(of_pieces))
+            if is_read and len(pieces) > 1:
+                nested[max(pieces)] = whole(sample.calibration.parts, seen.block, site)
+            if is_read:
+                held_out = whole(sample.held_out.parts, seen.block, site)
+            else:
+                held_out = seen.moments[HELD_OUT][site.name].only(NEEDED)
+            on_site(seen.block, Prefixes(site, nested, held_out), seen.parameters)
+
+    dtype = getattr(torch, cached.dtype)
+    done = walk(
+        source,
+        wanted,
+        on_block=on_block,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        spill_to=spill_folder(source, wanted.values(), dtype=dtype, device=device),
+        wanted=lambda block: block in blocks,
+        statistics=NEEDED,
+        progress=report,
+    )
+    return done.tokens
+
+
+def pieces_of(parts: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Windows of all prefixes up to one → those that the prefix before it has not, [S, L]; prefixes that would be no
+    longer than the one before are left out."""
+    before, pieces = [0] * len(parts), {}
+    for fraction in FRACTIONS:
+        ends = [round(fraction * len(tokens_SL)) for tokens_SL in parts]
+        if sum(ends) > sum(before):
+            between = [tokens_SL[a:b] for tokens_SL, a, b in zip(parts, before, ends, strict=True)]
+            pieces[sum(ends)] = torch.cat(between)
+            before = ends
+    return pieces
+
+
+def nested_sums(pieces: Mapping[int, InputMoments]) -> Iterator[tuple[int, InputMoments]]:
+    """The moments of each prefix, from those of the pieces, shortest first."""
+    sums = None
+    for windows in sorted(pieces):
+        sums = pieces[windows] if sums is None else sums + pieces[windows]
+        yield windows, sums

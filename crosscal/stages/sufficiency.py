@@ -1,0 +1,180 @@
+"""Is there enough calibration text, or does more of it help? Held-out loss as nested prefixes of a sample grow.
+
+At the sites of two blocks one method is solved on the Hessian of an eighth, a quarter, half and all of the windows, and
+every answer is measured on these and on the held-out windows. What that tells, `crosscal.report.sufficiency` says.
+
+Shapes: O outputs, I inputs of a site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from crosscal.compressors import COMPRESSORS, LayerProblem, quadratic_loss
+from crosscal.compressors.recipe import solve_many
+from crosscal.errors import StatisticsError
+from crosscal.models.sites import MatrixRef
+from crosscal.models.source import ModelSource
+from crosscal.progress import Report, silent
+from crosscal.report.sufficiency import Point, expected_gain, verdict
+from crosscal.stages.moments import Cached
+from crosscal.stages.prefixes import Prefixes, read_prefixes
+from crosscal.stages.sample import Sample
+from crosscal.statistics.spectrum import spectrum
+from crosscal.store import digest_of
+
+FORMAT = 1  # of stored curves; a change of what is measured makes new keys
+KIND = "sufficiency"
+FILE = "sufficiency.json"
+METHOD, SPARSITY = "sparsegpt", 0.6
+"""What is solved: the method whose answers depend most on the data, at the sparsity where it begins to hurt."""
+MOST_SITES = 8
+"""Of a block: a mixture of experts has hundreds."""
+WIDEST = 4096
+"""Inputs of a site whose eigenvalues are computed."""
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What all windows together say of one site."""
+
+    block: int
+    name: str
+    inputs: int
+    tokens: int
+    effective_rank: float | None
+    """See `Spectrum`; None for a site that is too wide."""
+    condition: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one corpus's data is worth."""
+
+    corpus: str
+    seed: int
+    points: tuple[Point, ...]
+    """Shortest prefix first."""
+    matrices: int
+    sites: tuple[SiteFacts, ...]
+    tokens_read: int
+
+    @property
+    def last_gain(self) -> float | None:
+        """Of held-out loss, that the last doubling brought; None for a single window."""
+        return 1 - self.points[-1].held_out_loss / self.points[-2].held_out_loss if len(self.points) > 1 else None
+
+    @property
+    def expected_gain(self) -> float | None:
+        return expected_gain(self.points)
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.expected_gain)
+
+    def as_json(self) -> dict[str, Any]:
+        told = {"last_gain": self.last_gain, "expected_gain": self.expected_gain, "verdict": self.verdict}
+        return {**dataclasses.asdict(self), **told}
+
+
+def sampled_blocks(blocks: int) -> list[int]:
+    """A quarter of the way into the model and halfway: what lies deeper takes longer to reach, and says the same."""
+    return sorted({blocks // 4, blocks // 2} & set(range(blocks)))
+
+
+def sufficiency(
+    cached: Cached,
+    source: ModelSource,
+    sample: Sample,
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report = silent,
+) -> Curve:
+    """The curve of one sample; what was measured before is found in the store."""
+    blocks = sampled_blocks(source.blocks)
+    parts = [[part.key for part in sums.parts] for sums in (sample.calibration, sample.held_out)]
+    key = digest_of([FORMAT, cached.model, cached.dtype, parts, METHOD, SPARSITY, blocks])
+    artifact = cached.store.find(KIND, key)
+    if artifact is None:
+        curve = _measured(cached, source, sample, blocks, device=device, batch_tokens=batch_tokens, report=report)
+        with cached.store.publish(KIND, key, {"model": cached.model, "calibration": sample.calibration.key}) as folder:
+            (folder / FILE).write_text(json.dumps(dataclasses.asdict(curve)))
+        return curve
+    stored = json.loads(cached.store.read_bytes(artifact, FILE))
+    points, sites = (Point(**one) for one in stored["points"]), (SiteFacts(**one) for one in stored["sites"])
+    named = {"corpus": sample.corpus, "points": tuple(points), "sites": tuple(sites), "tokens_read": 0}
+    return Curve(**{**stored, **named})
+
+
+def _measured(
+    cached: Cached,
+    source: ModelSource,
+    sample: Sample,
+    blocks: Sequence[int],
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report,
+) -> Curve:
+    losses: list[dict[int, tuple[float, float]]] = []
+    sites: list[SiteFacts] = []
+
+    def on_site(block: int, prefixes: Prefixes, parameters: Mapping[str, Tensor]) -> None:
+        of_block = sum(site.block == block for site in sites)
+        found = prefix_losses(prefixes, parameters, device) if of_block < MOST_SITES else None
+        if found is not None:
+            losses.extend(found)
+            sites.append(_facts(block, f"{source.block_name(block)}.{prefixes.site.name}", prefixes, device))
+
+    options = {"device": device, "batch_tokens": batch_tokens}
+    tokens = read_prefixes(cached, source, sample, blocks, on_site, **options, report=report)
+    points = points_of(losses, sample.calibration.tokens)
+    return Curve(sample.corpus, sample.seed, tuple(points), len(losses), tuple(sites), tokens)
+
+
+def prefix_losses(
+    prefixes: Prefixes, parameters: Mapping[str, Tensor], device: str
+) -> list[dict[int, tuple[float, float]]] | None:
+    """Of every matrix of a site: windows of a prefix → (loss on them, held-out loss). None where some prefix, or the
+    held-out windows, cannot be solved on: an expert that no token of theirs came by."""
+    step = COMPRESSORS[METHOD](sparsity=SPARSITY)
+    weights = {
+        matrix: matrix.weight_OI(parameters).to(device, prefixes.held_out.gram_II.dtype)
+        for matrix in prefixes.site.matrices
+    }
+    losses: dict[MatrixRef, dict[int, tuple[float, float]]] = {matrix: {} for matrix in weights}
+    try:
+        held_out_II = prefixes.held_out.hessian_II().to(device)
+        for windows, moments in prefixes.nested.items():
+            hessian_II = moments.hessian_II().to(device)
+            problems = [LayerProblem(m.name, weight_OI, hessian_II) for m, weight_OI in weights.items()]
+            for problem, matrix, answer in zip(problems, weights, solve_many(problems, [step])[0], strict=True):
+                change_OI = problem.weight_OI - answer.weight_OI
+                held_out = quadratic_loss(change_OI, held_out_II) / quadratic_loss(problem.weight_OI, held_out_II)
+                losses[matrix][windows] = answer.relative_loss, held_out
+    except (StatisticsError, ZeroDivisionError):
+        return None
+    return list(losses.values())
+
+
+def points_of(losses: Sequence[Mapping[int, tuple[float, float]]], tokens: int) -> list[Point]:
+    """The curve of the means over matrices; `tokens`: of the longest prefix."""
+    windows = sorted(losses[0]) if losses else []
+    means = ([statistics.mean(each[n][kind] for each in losses) for kind in (0, 1)] for n in windows)
+    return [Point(n, n * tokens // windows[-1], *pair) for n, pair in zip(windows, means, strict=True)]
+
+
+def _facts(block: int, name: str, prefixes: Prefixes, device: str) -> SiteFacts:
+    whole = prefixes.nested[max(prefixes.nested)]
+    if whole.inputs > WIDEST:
+        return SiteFacts(block, name, whole.inputs, whole.tokens, None, None)
+    found = spectrum(whole.hessian_II().to(device))
+    return SiteFacts(block, name, whole.inputs, whole.tokens, found.effective_rank, found.condition)

@@ -1,0 +1,50 @@
+"""What `crosscal plan check` says of calibration text that is in the store already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from crosscal.calibration.sets import windows_by_key
+from crosscal.errors import CrosscalError, MissingArtifact
+from crosscal.flows.unread import reading
+from crosscal.models.source import ModelSource
+from crosscal.report.calibration import warnings
+from crosscal.stages.describe import quality_of
+from crosscal.stages.preflight import BlockShape
+from crosscal.tasks.overlap import overlap_of
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import samples_needed
+
+
+def check_text(ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape]) -> tuple[dict[str, Any], list[str]]:
+    """`calibration_quality` of the windows that are drawn, `overlap` of the corpora that are ingested, and `warnings`;
+    and what would stop a run. Nothing is stored."""
+    quality, told = {}, []
+    widest = max((inputs for shape in shapes for _, inputs in shape.sites), default=0)
+    for name, seed in samples_needed(ticket.parsed):
+        known = reading(ticket, source, name, seed, ticket.cached, held_out=False)
+        tokens = known["tokens_to_read"] + known["tokens_cached"]
+        if name not in quality and tokens < widest:
+            told.append(f"{name}: {tokens:,} tokens for inputs of up to {widest:,}: their Hessians have no full rank.")
+        if name not in quality and (tokens_SL := _windows(ticket, known["sets"])) is not None:
+            is_text = ticket.parsed.corpora[name].source != "random"
+            quality[name] = quality_of(tokens_SL, source, ticket.parsed.calibration.begin_token, is_text=is_text)
+    found: dict[str, Any] = {"calibration_quality": quality}
+    try:
+        found["overlap"], error = overlap_of(ticket, keep=False)
+    except CrosscalError as broken:  # questions that cannot be read
+        error = broken
+    return {**found, "warnings": [*dict.fromkeys(told), *warnings(found)]}, [str(error)] if error else []
+
+
+def _windows(ticket: Ticket, keys: Sequence[str | None]) -> torch.Tensor | None:
+    found = []
+    for key in filter(None, keys):
+        try:
+            found.append(windows_by_key(ticket.store, key))
+        except MissingArtifact:  # not drawn yet, or a sum of older sets
+            continue
+    return torch.cat(found) if found else None

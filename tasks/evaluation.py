@@ -1,0 +1,137 @@
+"""Measure the models of a run, one after another; the numbers are kept in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+
+from crosscal.corpora import load_corpus
+from crosscal.errors import MissingArtifact, ModelError
+from crosscal.evaluation import TEST, VALIDATION
+from crosscal.models.tensor_files import INDEX
+from crosscal.plan import CompressionPlan
+from crosscal.progress import Report, silent
+from crosscal.stages.compress import discard_model, layer_rows
+from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure, weights_digest
+from crosscal.stages.heldout_text import Cutting
+from crosscal.stages.made_variants import made_before, note_made, unmeasured
+from crosscal.tasks.options import RETRIED
+from crosscal.tasks.questions import task_files, tasks_of
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import Variant
+
+DENSE = "dense"
+AGAIN = "Run the same command again: what was removed meanwhile is made anew."
+
+
+def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
+    """Names of the variants whose models are needed: all, or where only numbers are kept those not measured before."""
+    variants, shop = ticket.variants(), ticket.workshop()
+    if not ticket.parsed.execution.keep_models and any(made_before(shop, variant) for variant in variants):
+        variants = unmeasured(shop, variants, examination_of(ticket, stored))
+    return [variant.name for variant in variants]
+
+
+def models_to_measure(ticket: Ticket) -> list[str]:
+    return [DENSE, *(variant.name for variant in ticket.variants())]
+
+
+@task(name="evaluate", task_run_name="evaluate {name}", **RETRIED)
+def evaluate_model(ticket: Ticket, stored: dict[str, str], name: str, report: Report = silent) -> dict[str, Any]:
+    """Measure the dense model or a variant, unless the store has its numbers.
+
+    Returns `weights`, under which they are kept; `size_bytes` of the files, None where this run made none; and
+    `failed`: why it cannot be loaded or measured. Such a variant is no model, and loses its index; the others are none
+    the worse for it. `stored` gives the store's name of every corpus of documents.
+    """
+    names = models_to_measure(ticket)
+    told = f"model {names.index(name) + 1} of {len(names)}, {name}"
+    exam = examination_of(ticket, stored, report)
+    if name == DENSE:
+        files = checkpoint_files(ticket.source().path, told, report)
+        measure(exam, ticket.source().path, files=files, name=told, report=report)
+        return {"weights": weights_digest(files), "size_bytes": None, "failed": None}
+    variant = next(variant for variant in ticket.variants() if variant.name == name)
+    if variant in ticket.variants_to_make():
+        measured = _measured(ticket, exam, variant, told, report)
+    else:
+        made = made_before(ticket.workshop(), variant)
+        if made is None or exam.find(made.weights) is None:
+            raise MissingArtifact("a variant's numbers are not in the store any more", where=name, do=AGAIN)
+        measured = {"weights": made.weights, "size_bytes": None, "failed": None}
+    if not ticket.parsed.execution.keep_models:
+        discard_model(ticket.workshop(), variant)
+    return measured
+
+
+def _measured(ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report) -> dict[str, Any]:
+    shop = ticket.workshop()
+    folder = Path(ticket.run_dir) / "models" / variant.name
+    files = checkpoint_files(folder, name, report)
+    found = {"weights": weights_digest(files), "failed": None}
+    found |= {"size_bytes": sum((folder / file).stat().st_size for file in files)}
+    try:
+        measure(exam, folder, files=files, name=name, report=report)
+        note_made(shop, variant, files, layer_rows(shop, [variant]))
+    except ModelError as error:
+        (folder / INDEX).unlink(missing_ok=True)
+        return {**found, "failed": str(error)}
+    return found
+
+
+def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:
+    """The plan's windows and tasks: made once in a process, for as long as files of questions stay as they are."""
+    of_run = [ticket.plan, ticket.home, ticket.model, ticket.device, ticket.dtype, ticket.versions, stored]
+    known = _examined(json.dumps(of_run), tuple(_stamps(task_files(ticket.parsed))))
+    if not known:
+        known.append(_examination(ticket, stored, report))
+    return known[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _examined(circumstances: str, stamps: tuple[tuple[str, int, int], ...]) -> list[Examination]:
+    """A place for the examination of these circumstances."""
+    return []
+
+
+def _stamps(tasks: list[str]) -> Iterator[tuple[str, int, int]]:
+    for file in (file for file in map(Path, tasks) if file.is_file()):
+        yield str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _examination(ticket: Ticket, stored: dict[str, str], report: Report) -> Examination:
+    plan = ticket.parsed
+    chosen = {name: stored[name] for name in plan.perplexity_corpora}
+    corpora = [
+        dataclasses.replace(load_corpus(ticket.store, key, ticket.versions.get(key)), name=name)
+        for name, key in chosen.items()
+    ]
+    return examination(
+        ticket.store,
+        corpora,
+        ticket.source(),
+        cutting_of(plan),
+        tasks=tasks_of(ticket, stored),
+        limit=plan.evaluate.limit,
+        batch_tokens=plan.evaluate.batch_tokens,
+        device=ticket.device,
+        dtype=getattr(torch, ticket.dtype),
+        report=report,
+    )
+
+
+def cutting_of(plan: CompressionPlan) -> Cutting:
+    """How the plan has held-out text cut."""
+    return Cutting(
+        plan.evaluate.length or plan.calibration.length,
+        {TEST: plan.evaluate.windows, VALIDATION: plan.evaluate.validation_windows},
+        plan.calibration.begin_token,
+        plan.calibration.plain_text,
+    )

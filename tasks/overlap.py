@@ -1,0 +1,46 @@
+"""Whether a run's calibration text holds what its models are measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crosscal.corpora import load_corpus
+from crosscal.errors import CorpusError, CrosscalError
+from crosscal.evaluation.tasks import LocalTask
+from crosscal.plan import CompressionPlan
+from crosscal.progress import Report, silent
+from crosscal.stages.leaks import Texts, as_json, compared, leak
+from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.questions import local_tasks
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import samples_needed
+
+
+def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
+    """Of files; before a run none where some file cannot be read, which `refusals` tells."""
+    try:
+        return [task for task in local_tasks(plan) if isinstance(task, LocalTask)]
+    except CrosscalError:
+        if keep:
+            raise
+        return []
+
+
+def overlap_of(
+    ticket: Ticket, *, keep: bool = True, report: Report = silent
+) -> tuple[dict[str, Any], Exception | None]:
+    """What calibration text holds of the evaluation sets, and the error that stops a run for it; of corpora that are in
+    the store."""
+    corpora, plan = {}, ticket.parsed
+    for name, origin in plan.document_corpora.items():
+        stored = stored_name(name, origin)
+        try:
+            corpora[name] = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+        except CorpusError:
+            if keep:  # a run has ingested them all
+                raise
+    calibrated = {name for name, _ in samples_needed(plan)}
+    texts = Texts.of(ticket.store, corpora, calibrated, _questions(plan, keep=keep))
+    found = compared(texts, keep=keep, report=report)
+    allowed = plan.evaluate.allow_leaks
+    return as_json(found, allowed), leak(found, allowed)

@@ -1,0 +1,33 @@
+"""Whether there is enough calibration text of every corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from prefect import task
+
+from crosscal.stages.describe import first_draws
+from crosscal.stages.sufficiency import sufficiency
+from crosscal.statistics import Statistic
+from crosscal.tasks.options import PLAIN
+from crosscal.tasks.ticket import Ticket, task_report
+
+
+@task(name="sufficiency", task_run_name="is there enough data", **PLAIN)
+def measure_sufficiency(ticket: Ticket) -> list[dict[str, Any]]:
+    """The curve of every corpus, of its first draw, as a run's record holds it; kept in the store."""
+    cached = dataclasses.replace(ticket.cached, wanted=frozenset({Statistic.GRAM}))
+    found = []
+    with task_report() as report:
+        for sample in first_draws(ticket.sampled):
+            curve = sufficiency(
+                cached,
+                ticket.source(),
+                sample,
+                device=ticket.device,
+                batch_tokens=ticket.parsed.calibration.batch_tokens,
+                report=lambda _, done, total, corpus=sample.corpus: report(f"{corpus}: enough?", done, total),
+            )
+            found.append(curve.as_json())
+    return found
