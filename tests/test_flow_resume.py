@@ -83,4 +83,4 @@ def test_two_runs_at_once_both_finish(place: Place, directories: tuple[str, str]
     assert all(problem is None for _, _, problem in Store(place.home).verify())
     first, second = (values(place.folder / name / "results.jsonl") for name in directories)
     assert first == second
-    assert len(first) == 2 * 11
+    assert len(first) == 2 * 2 * 11, "corpora, splits, models"
