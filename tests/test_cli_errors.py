@@ -187,6 +187,6 @@ def test_evaluating_what_cannot_be_evaluated(place: Place, case: str) -> None:
 
 
 def test_a_bug_keeps_its_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscal.flows.pipeline.samples_needed", lambda plan: 1 / 0)
+    monkeypatch.setattr("crosscal.flows.pipeline.samples_needed", lambda plan, asked: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         crosscal(*run(place))
