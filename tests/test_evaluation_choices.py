@@ -19,7 +19,7 @@ from crosscal.evaluation.logits import reading
 from crosscal.evaluation.question_files import Question
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
-from tests.helpers.tiny_models import FAMILIES, VOCABULARY, save_model
+from tests.helpers.tiny_models import FAMILIES, VOCABULARY, load_plain, save_model
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 from tests.test_evaluation_questions import as_lm_eval_task, question_file
 
@@ -56,9 +56,9 @@ def slow_scores(model, asked: EncodedQuestion) -> list[float]:
 def test_shared_questions_have_the_likelihoods_of_each_choice_alone(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, asked = load_variant(save_model(family, tmp_path / "model")), questions(9, 30)
-    expected = [slow_scores(model.double(), one) for one in asked]
-    model.float()
+    folder, asked = save_model(family, tmp_path / "model"), questions(9, 30)
+    plain, model = load_plain(folder), load_variant(folder)
+    expected = [slow_scores(plain, one) for one in asked]
     with reading(model, torch.tensor([3, 4])) as reader:
         assert is_shared(reader, max(asked, key=lambda one: len(one.context)))
     for copies in (2**28, 1):  # all rows at once, one at a time

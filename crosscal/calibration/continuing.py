@@ -156,7 +156,7 @@ class _Texts:
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
             return [Written(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
-        prompt_BP = torch.tensor(prefixes, device=self.writer.device)
+        prompt_BP = torch.tensor(prefixes)
         texts = self.writer.continued(prompt_BP, int(key[:15], 16), judged=True)
         with self.store.publish(GENERATIONS, key, settings) as folder:
             (folder / "texts.json").write_text(json.dumps([dataclasses.asdict(text) for text in texts]))

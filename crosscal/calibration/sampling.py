@@ -64,12 +64,12 @@ class SequenceWriter:
 
     def write(self, count: int, seed: int) -> list[list[int]]:
         """`count` independent sequences, each from the start token to end-of-text or `length` tokens."""
-        start_B1 = torch.full((count, 1), self.start, device=self.device)
+        start_B1 = torch.full((count, 1), self.start)
         return [written.tokens for written in self.continued(start_B1, seed)]
 
     @torch.inference_mode()
     def continued(self, prompt_BP: torch.Tensor, seed: int, *, judged: bool = False) -> list[Written]:
-        """Each row of the prompt, continued to end-of-text or `length` tokens, the prompt's among them.
+        """Each row of the prompt (on the CPU), continued to end-of-text or `length` tokens, the prompt's among them.
 
         All rows begin at position 0 and none sees another, so no padding or mask is needed: what a finished row
         goes on to produce is not taken. `judged`: say how likely the model finds each text.
@@ -78,7 +78,7 @@ class SequenceWriter:
         rows: list[list[int]] = prompt_BP.tolist()
         nll = [0.0] * len(rows)
         writing = set(range(len(rows)))
-        tokens_BT, cache = prompt_BP, None
+        tokens_BT, cache = prompt_BP.to(self.device), None
         for step in range(self.length - prompt_BP.shape[1]):
             output = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
             cache = output.past_key_values

@@ -67,7 +67,7 @@ def read_each(
         subject.check(model)
     longest = max((subject.longest for subject in subjects), key=len)
     lanes = lanes_for(device, batch_tokens, len(longest))
-    with reading(model, torch.tensor(longest, device=device), lanes) as reader:
+    with reading(model, torch.tensor(longest).to(device), lanes) as reader:
         batches = [subject.batches(reader, batch_tokens // lanes) for subject in subjects]
         jobs = [partial(_timed, run) for each in batches for _, run in each]
         answered = each_side_by_side(jobs, device, most=lanes)

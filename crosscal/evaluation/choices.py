@@ -173,7 +173,7 @@ def scores(reader: Reader, questions: Sequence[EncodedQuestion], *, shared: bool
             places.append(_Place(row, len(question.context) - together - 1, choice))
     cache = None
     if together:
-        front_QP = torch.tensor([one.context[:together] for one in questions], device=reader.device)
+        front_QP = torch.tensor([one.context[:together] for one in questions]).to(reader.device)
         cache = reader.read(front_QP, keep=True).cache
     each = iter(_likelihoods(reader, list(rows), places, cache))
     return [tuple(next(each) for _ in question.choices) for question in questions]
@@ -189,7 +189,7 @@ def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place],
         if cache is not None:
             is_last = start + at_once >= len(rows)
             behind = cache if is_last else copy.deepcopy(cache)  # it takes in what is read behind it
-            behind.reorder_cache(torch.tensor([row.question for row in chunk], device=reader.device))
+            behind.reorder_cache(torch.tensor([row.question for row in chunk]).to(reader.device))
         mine = [number for number, place in enumerate(places) if start <= place.row < start + at_once]
         inside = [places[number]._replace(row=places[number].row - start) for number in mine]
         for number, value in zip(mine, _sums(reader, chunk, inside, behind), strict=True):
@@ -199,11 +199,11 @@ def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place],
 
 def _sums(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
     width = max(len(row.tokens) for row in rows)
-    rows_NR = torch.tensor([(*row.tokens, *[0] * (width - len(row.tokens))) for row in rows], device=reader.device)
+    rows_NR = torch.tensor([(*row.tokens, *[0] * (width - len(row.tokens))) for row in rows]).to(reader.device)
     at = [place.row * width + place.position + i for place in places for i in range(len(place.choice))]
     targets = [token for place in places for token in place.choice]
     of_T = torch.tensor([number for number, place in enumerate(places) for _ in place.choice])
-    at_T, target_T = (torch.tensor(each, device=reader.device) for each in (at, targets))
+    at_T, target_T = (torch.tensor(each).to(reader.device) for each in (at, targets))
     nll_T = reader.nll(reader.read(rows_NR, cache), at_T, target_T)
     return torch.zeros(len(places), dtype=torch.float64).index_add_(0, of_T, -nll_T.double().cpu()).tolist()
 

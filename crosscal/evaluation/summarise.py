@@ -107,7 +107,7 @@ def greedy(
         at_once = max(1, batch_tokens // (length + new_tokens))
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
-            tokens_BL = torch.tensor([prompts[number] for number in some], device=model.device)
+            tokens_BL = torch.tensor([prompts[number] for number in some]).to(model.device)
             with torch.inference_mode():
                 found_BL = model.generate(
                     input_ids=tokens_BL,
