@@ -52,7 +52,7 @@ def test_a_domain_of_chats_from_file_to_numbers_and_again_for_another_template(p
     assert all(each["text"].startswith("<s><pad>") for each in shown if each["corpus"] == "legal")
     store = Store(str(place.home))
     sets = [each for each in store.list("calibration") if "chat" in each.provenance]
-    assert len(sets) == 2, "training and held-out windows"
+    assert len(sets) == 2 + 4, "training and held-out windows; both splits that each corpus is measured on"
     for each in sets:
         assert (windows_by_key(store, each.key)[:, 0] == 0).all()
     give_template(place, "own-system")
