@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from crosscal.tasks import results
+from crosscal.tasks import evaluation
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
 
 COMPRESS = [
@@ -39,13 +39,13 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def test_parts_give_what_one_run_gives_and_hold_so_many_models_at_a_time(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once, measure = [], results.measure
+    at_once, measure = [], evaluation.measure
 
     def counting(*arguments: Any, **more: Any) -> Any:
         at_once.append(len(list(place.folder.glob("study/**/model.safetensors.index.json"))))
         return measure(*arguments, **more)
 
-    monkeypatch.setattr(results, "measure", counting)
+    monkeypatch.setattr(evaluation, "measure", counting)
     record = study(place)
     assert record["parts"] == {"complete": 4, "of": 4}
     assert max(at_once) == 2
