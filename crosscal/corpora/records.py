@@ -62,14 +62,9 @@ def judge(text: object, source: str, line: int, limits: DocumentLimits, form: st
     text = text.strip()
     if not text:
         return Reject(source, line, "empty")
-    if len(text) < limits.min_characters:
-        return Reject(source, line, "too short", excerpt(text))
-    if len(text) > limits.max_characters:
-        return Reject(source, line, "too long", excerpt(text))
-    try:
-        encoded = text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Reject(source, line, "lone surrogate", excerpt(text))
+    encoded = _encoded(text, len(text), source, line, limits)
+    if isinstance(encoded, Reject):
+        return encoded
     return Document(text, source, hashlib.sha256(encoded).digest(), len(text), form)
 
 
@@ -78,15 +73,22 @@ def judge_conversation(
 ) -> Document | Reject:
     """Its turns count as a text does; nothing of them is stripped."""
     text = found.stored()
-    if found.characters < limits.min_characters:
+    encoded = _encoded(text, found.characters, source, line, limits)
+    if isinstance(encoded, Reject):
+        return encoded
+    return Document(text, source, hashlib.sha256(TAG + encoded).digest(), found.characters, form, is_conversation=True)
+
+
+def _encoded(text: str, characters: int, source: str, line: int, limits: DocumentLimits) -> bytes | Reject:
+    """The bytes that identify a document of so many characters, or why it is none."""
+    if characters < limits.min_characters:
         return Reject(source, line, "too short", excerpt(text))
     if len(text) > limits.max_characters:
         return Reject(source, line, "too long", excerpt(text))
     try:
-        encoded = text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError:
         return Reject(source, line, "lone surrogate", excerpt(text))
-    return Document(text, source, hashlib.sha256(TAG + encoded).digest(), found.characters, form, is_conversation=True)
 
 
 def rejected(source: str, broken: Broken) -> Reject:
