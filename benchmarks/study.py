@@ -1,7 +1,8 @@
 """Which calibration text, which mixture, and how sure, on a real pretrained model: the product's own `crosscal study`.
 
     python benchmarks/study.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--domains biomedical legal]
-                               [--parts mixing levels methods texts alps] [--draws 3] [--most N] [--home STORE] [--dry]
+                               [--parts mixing levels methods texts alps] [--draws 3] [--windows 16 8] [--most N]
+                               [--home STORE] [--dry]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
@@ -14,8 +15,8 @@ TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test
   documents (self-seeded, arXiv 2410.17711), half and half with the domain or general text, and on random tokens;
 * alps: ALPS at 50 %, which takes minutes a model to solve.
 
-A model is measured on 16 test and 8 validation windows of 512 tokens a corpus: 24,600 tokens, 80 s of two CPU cores
-with 135 million parameters, and as long again for 64 questions a corpus. Everything can be interrupted and goes on;
+A model is measured on 16 test and 8 validation windows of 512 tokens a corpus (`--windows`): 24,600 tokens, 80 s of
+two CPU cores with 135 million parameters, and as long again for 64 questions a corpus. Everything can be interrupted and goes on;
 `--most` ends a part after so many sets of at most 8 models of one draw, and the next call goes on. Results are written
 after every part, of what is complete.
 
@@ -78,8 +79,8 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
             "calibration": {"windows": windows, "length": length, "held_out_windows": windows // 8},
             "compress": compress(part, domain),
             "evaluate": {
-                "windows": 4 if dry else 16,
-                "validation_windows": 2 if dry else 8,
+                "windows": 4 if dry else options.windows[0],
+                "validation_windows": 2 if dry else options.windows[1],
                 "tasks": questions if part == "mixing" and options.questions else [],
                 "limit": options.questions or None,
             },
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--windows", nargs=2, type=int, default=[16, 8], help="of 512 tokens: test, validation")
     parser.add_argument("--most", type=int, help="sets of 8 models that a part carries out in this call; 0: none")
     parser.add_argument("--questions", type=int, default=64, help="of each corpus, in the part `mixing`")
     parser.add_argument("--home", default=".crosscal-study")
