@@ -22,8 +22,9 @@ CrosscalError             exit code 1
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 
@@ -53,6 +54,13 @@ class CrosscalError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions travel between processes; the default would call the class with the message alone.
         return _rebuild, (type(self), self.what, self.where, self.got, self.do)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown name: the one most like it, and all that there are."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"Did you mean `{close[0]}`? " if close else "") + f"There are: {', '.join(known) or 'none yet'}."
 
 
 def _rebuild(kind: type[CrosscalError], what: str, where: str, got: str, do: str) -> CrosscalError:

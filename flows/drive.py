@@ -9,18 +9,24 @@ from typing import Any
 
 from prefect import Flow
 
+from crosscal.flows.changes import notice_changes
 from crosscal.flows.cluster import needs_server, temporary_server
 from crosscal.flows.health import check_access, probe
 from crosscal.flows.recompress import recompress
 from crosscal.flows.shown import counted
 from crosscal.flows.study import check_study, study
+from crosscal.landing import Ledger
+from crosscal.landing.status import check_known
 from crosscal.plan import CompressionPlan, load_plan
+from crosscal.store import Store
 
 MOST_SENTENCES = 3
 """On what to take; the report has all."""
 
 
-def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None) -> dict[str, Any]:
+def drive(
+    plan: Path, overrides: list[str], home: str, out: str | None, domain: str | None = None, *, again: bool = False
+) -> dict[str, Any]:
     """Carry out a plan, for a landed domain if one is named.
 
     That is a Prefect flow run when `PREFECT_API_URL` names a server, and done directly otherwise:
@@ -28,7 +34,11 @@ def drive(plan: Path, overrides: list[str], home: str, out: str | None, domain: 
     Only a plan for a Dask cluster needs it, because workers tell a server how their tasks go.
     """
     asked = load_plan(plan, tuple(overrides), domain)  # a slip of the pen is no failed attempt in the ledger
-    return _driven(recompress, asked, str(plan), overrides, home, out, domain)
+    if domain is not None:
+        ledger = Ledger(Store(home))
+        check_known(ledger, domain)
+        notice_changes(ledger, plan, tuple(overrides), [domain])
+    return _driven(recompress, asked, str(plan), overrides, home, out, domain, again)
 
 
 def drive_study(plan: Path, overrides: list[str], home: str, out: str | None, parts: int | None) -> dict[str, Any]:

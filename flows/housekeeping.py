@@ -34,9 +34,12 @@ def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: flo
 
 def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
     """Counts, damaged artifacts (set aside: the next run makes them anew) and what was removed."""
+    from crosscal.flows.taken_out import discard_taken_out
+
     checked = list(store.verify(quarantine=True, quick=True))
     damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
-    removed = [{"place": place, "reason": reason} for place, reason in store.sweep(unused_days=unused_days)]
+    gone = [*store.sweep(unused_days=unused_days), *discard_taken_out(store)]
+    removed = [{"place": place, "reason": reason} for place, reason in gone]
     return {"artifacts": len(checked), "damaged": damaged, "removed": removed}
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +17,67 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from crosscal.corpora.corpus import load_corpus, ref_name
-from crosscal.errors import StoreError, TooLittleText
+from crosscal.errors import CrosscalError, StoreError, TooLittleText
+from crosscal.flows.cancelled import is_cancelled
 from crosscal.flows.news import News, NothingNew
 from crosscal.flows.pipeline import carry_out, versions_of
 from crosscal.flows.shown import tag_run
 from crosscal.flows.steps import step
 from crosscal.landing import Ledger, Run
+from crosscal.landing.status import check_known, reason_of, why_nothing
 from crosscal.plan import CompressionPlan, load_plan
 from crosscal.store import Store
-from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from crosscal.tasks.announce import GIVEN_UP, KEPT, PUBLISHED, tell
+from crosscal.tasks.options import TRANSIENT, chain
 from crosscal.tasks.publication import decide_publication
 from crosscal.tasks.ticket import Ticket
 
 REASON_CHARACTERS = 1000
+AGAIN = "asked for again"
+PASSING = (OSError, StoreError, MemoryError, *TRANSIENT)
+"""What may be otherwise at the next attempt, as may whatever crosscal did not foresee."""
 
 
 def recompress_domain(
-    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str
+    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str, *, again: bool = False
 ) -> dict[str, Any]:
-    """All that is pending for a domain: `runs`, one for each turn, and a `message`. The name may come from an event."""
+    """All that is pending for a domain: `runs`, one for each turn, and a `message`. The name may come from an event.
+
+    Raises `UsageError` for a domain of which nothing has landed.
+    """
     ref_name(domain)
     ledger, runs = Ledger(Store(home)), []
-    while (run := ledger.claim(domain, _run_id())) is not None:
-        runs.append(_carry_out(ledger, run, plan_path, overrides, home, out))
-    message = "; ".join(run["message"] for run in runs) or why_nothing(ledger, domain)
+    check_known(ledger, domain)
+    if again and (version := ledger.requested(domain)) is not None:
+        ledger.request(domain, version, anew=AGAIN)
+    with _telling_of_giving_up(ledger, domain):
+        while (run := ledger.claim(domain, _run_id())) is not None:
+            runs.append(_carry_out(ledger, run, plan_path, overrides, home, out))
+    message = "; ".join(run["message"] for run in runs) or why_nothing(ledger.look(), domain)
     _log().info(message)
     return {"domain": domain, "message": message, "runs": runs}
 
 
-def why_nothing(ledger: Ledger, domain: str) -> str:
-    """A sentence for a run that found nothing to do."""
-    last = ledger.last_run(domain)
-    if (version := ledger.given_up(domain)) is not None and last is not None:
-        return (
-            f"{domain} v{version} was given up: {last.states[-1].get('reason', last.state)}; "
-            f"`crosscal ingest … --corpus {domain} --announce`, or a new version, starts again"
-        )
-    if ledger.requested(domain) is None:
-        return f"nothing is pending for {domain}: nothing of that name has landed"
-    if last is not None and last.is_open:
-        return f"nothing to do for {domain}: run {last.number} ({last.run_id}) works on v{last.version}"
-    return f"nothing is pending for {domain}: v{last.version if last else 0} is {last.state if last else 'done'}"
+@contextmanager
+def _telling_of_giving_up(ledger: Ledger, domain: str) -> Iterator[None]:
+    """An event, once a version has failed too often."""
+    before = ledger.given_up(domain)
+    try:
+        yield
+    finally:
+        picture = ledger.look()
+        version, last = picture.given_up(domain), picture.last_run(domain)
+        if version is not None and version != before and last is not None:
+            tell(
+                GIVEN_UP, f"crosscal.domain.{domain}", {"domain": domain, "version": version, "reason": reason_of(last)}
+            )
 
 
 def _carry_out(
     ledger: Ledger, run: Run, plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None
 ) -> dict[str, Any]:
     """One turn. Whatever ends it is in the ledger: a failure counts as an attempt, an interruption hardly."""
-    news = News(ledger, run.domain)
+    news = News(ledger, run.domain, is_asked=run.request.get("why") == AGAIN)
     try:
         plan = load_plan(plan_path, overrides, run.domain)
         tag_run(plan, run.domain)
@@ -78,10 +92,12 @@ def _carry_out(
         facts = {name: decision[name] for name in ("reason", "model", "variant", "perplexity") if name in decision}
         ledger.mark(run, decision["outcome"], version=used, run_dir=record["run_dir"], inputs=news.inputs, **facts)
     except Exception as error:
-        _close(ledger, run, "failed", str(error) or type(error).__name__)
+        _close(ledger, run, "failed", str(error) or type(error).__name__, repeats=repeats_itself(error) or None)
         raise
     except BaseException:
-        _close(ledger, run, "abandoned", "interrupted")
+        _close(
+            ledger, run, *(("cancelled", "by a person") if is_cancelled(run.run_id) else ("abandoned", "interrupted"))
+        )
         raise
     message = _summary(run.domain, used, record, decision)
     _log().info(message)
@@ -105,7 +121,7 @@ def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) 
     ticket = Ticket(plan.model_dump(mode="json"), home, versions=versions_of(record["corpora"]), **known)
     stored = {name: corpus["stored"] for name, corpus in record["corpora"].items()}
     used = record["corpora"][run.domain]["landed"]
-    return step(decide_publication, ticket, stored, run.domain, used, run.run_id)
+    return step(decide_publication, ticket, stored, run.domain, used, run.run_id, run.request.get("at"))
 
 
 def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[str, Any]) -> str:
@@ -116,10 +132,15 @@ def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[s
     )
 
 
-def _close(ledger: Ledger, run: Run, outcome: str, reason: str) -> None:
+def repeats_itself(error: Exception) -> bool:
+    """Whether the next attempt would fail alike: what is asked for is wrong, and neither disk, network nor memory."""
+    return isinstance(error, CrosscalError) and not any(isinstance(each, PASSING) for each in chain(error))
+
+
+def _close(ledger: Ledger, run: Run, outcome: str, reason: str, **facts: Any) -> None:
     """A run that another took over stays as that one left it."""
     with suppress(StoreError):
-        ledger.mark(run, outcome, reason=reason[:REASON_CHARACTERS])
+        ledger.mark(run, outcome, reason=reason[:REASON_CHARACTERS], **facts)
 
 
 def _run_id() -> str:

@@ -36,6 +36,8 @@ class News:
 
     ledger: Ledger
     domain: str
+    is_asked: bool = False
+    """Whether a person asked for the run: then what it is made from need not be new."""
     inputs: str | None = None
     """Digest of all that determines the models, once it is known."""
 
@@ -44,7 +46,7 @@ class News:
         self.inputs = inputs_of(ticket)
         last = self._last()
         version = ticket.versions.get(self.domain)
-        if last is not None and last["inputs"] == self.inputs:
+        if last is not None and last["inputs"] == self.inputs and not self.is_asked:
             reason = f"no window of training text is new since v{last['version']}; what has landed waits for more"
             raise NothingNew(reason, version, self.inputs)
         if last is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect import flow
 
+from crosscal.errors import UsageError
 from crosscal.flows.shown import run_name, shown, tag_run
 from crosscal.flows.stuck_runs import note_process
 from crosscal.plan import load_plan
@@ -30,28 +31,32 @@ def recompress(
     home: str | None = None,
     out: str | None = None,
     domain: str | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Carry out a plan; returns the run's record, as in `run.json`.
 
     `home` is the store (CROSSCAL_HOME, `.crosscal`), `out` the run directory (`runs/<model>-<digest>`). With `domain`
     the plan's $domain is filled in and the ledger says what is to be done (see `flows.landed`): the record then has
-    `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version.
+    `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version. `again`: although
+    the newest version has been carried out, was given up, or cancelled.
     """
     from crosscal.flows.quiet import quiet_libraries
 
     quiet_libraries()
     home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
-    return shown(lambda: _recompress(Path(plan_path), tuple(overrides or ()), home, out, domain))
+    return shown(lambda: _recompress(Path(plan_path), tuple(overrides or ()), home, out, domain, again))
 
 
 def _recompress(
-    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str | None
+    plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str | None, again: bool
 ) -> dict[str, Any]:
     from crosscal.flows.landed import recompress_domain
     from crosscal.flows.pipeline import carry_out
 
     if domain is not None:
-        return recompress_domain(plan_path, overrides, home, out, domain)
+        return recompress_domain(plan_path, overrides, home, out, domain, again=again)
+    if again:
+        raise UsageError("only a domain is carried out again by --again", do="Name it by --domain; or leave it out.")
     plan = load_plan(plan_path, overrides)
     tag_run(plan, None)
     return carry_out(plan, home, out)

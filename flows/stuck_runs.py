@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -30,7 +31,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import LogSort
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from crosscal.store.processes import has_ended, number_of, this_process
 
@@ -48,7 +49,7 @@ def note_process(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
 
 
 def close_stuck_runs(stuck_minutes: float) -> list[dict[str, str]]:
-    """Close as Crashed what nobody works on any more; which runs, and why."""
+    """Close what nobody works on any more; which runs, and why."""
     closed = []
     with get_client(sync_client=True) as client:
         for run in list(runs_in(client, *AT_WORK)):
@@ -60,10 +61,15 @@ def close_stuck_runs(stuck_minutes: float) -> list[dict[str, str]]:
     return closed
 
 
-def runs_in(client: SyncPrefectClient, *states: StateType, flows: tuple[str, ...] = FLOWS) -> Iterator[FlowRun]:
-    """Runs of our flows in these states."""
+def runs_in(
+    client: SyncPrefectClient,
+    *states: StateType,
+    flows: tuple[str, ...] = FLOWS,
+    ended: FlowRunFilterEndTime | None = None,
+) -> Iterator[FlowRun]:
+    """Runs of our flows in these states, and that ended then."""
     of_ours = FlowFilter(name=FlowFilterName(any_=list(flows)))
-    in_states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
+    in_states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))), end_time=ended)
     offset = 0
     while page := client.read_flow_runs(flow_filter=of_ours, flow_run_filter=in_states, limit=PAGE, offset=offset):
         yield from page
@@ -98,10 +104,11 @@ def _last_sign(client: SyncPrefectClient, run: FlowRun) -> datetime.datetime:
 
 
 def _close(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
-    """Task runs first: nothing looks at those of a run that is over."""
+    """Task runs first: nothing looks at those of a run that is over. What a person was cancelling is cancelled."""
     at_work = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=list(AT_WORK))))
     only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
     message = f"Closed by crosscal: {reason}."
     for task_run in client.read_task_runs(flow_run_filter=only, task_run_filter=at_work):
         client.set_task_run_state(task_run.id, Crashed(message=message), force=True)
-    client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+    is_cancelling = run.state is not None and run.state.is_cancelling()
+    client.set_flow_run_state(run.id, (Cancelled if is_cancelling else Crashed)(message=message), force=True)

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
+from crosscal.errors import CrosscalError
 from crosscal.landing import Ledger
+from crosscal.landing.status import why_nothing
 from crosscal.store import Store
 from crosscal.tasks.announce import announce
 
 
 def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:
-    """Announce the domains (left out, all) that wait for a run: domain → whether the event was sent."""
-    picture = Ledger(Store(home)).look()
-    pending = {domain: picture.pending(domain) for domain in (picture.domains() if domains is None else domains)}
-    return {domain: announce(domain, version) for domain, version in pending.items() if version is not None}
+    """Announce the domains (left out, all) that wait for a run: domain → whether the event was sent. Says what it did,
+    or why there is nothing to announce."""
+    picture, sent = Ledger(Store(home)).look(), {}
+    for domain in picture.domains() if domains is None else domains:
+        version = picture.pending(domain)
+        if version is not None and not picture.is_paused(domain):
+            sent[domain] = announce(domain, version)
+            said = f"{domain} v{version} is announced" if sent[domain] else f"{domain} v{version} waits"
+        else:
+            said = why_nothing(picture, domain)
+        logging.getLogger("crosscal").info(said)
+    return sent
+
+
+def check_sent(sent: dict[str, bool]) -> None:
+    """Raises `CrosscalError` naming domains whose event was not sent."""
+    if unsent := [domain for domain, was_sent in sent.items() if not was_sent]:
+        raise CrosscalError(
+            "taken in and noted in the ledger, but no event could be sent",
+            got=", ".join(unsent),
+            do="Does PREFECT_API_URL name the service's server? The next watch makes up for it, or `crosscal run`.",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,12 +23,14 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 def has_transient_cause(error: object) -> bool:
-    seen = error
-    while isinstance(seen, BaseException):
-        if isinstance(seen, TRANSIENT):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(isinstance(each, TRANSIENT) for each in chain(error))
+
+
+def chain(error: object) -> Iterator[BaseException]:
+    """An error, what it came of, and so on."""
+    while isinstance(error, BaseException):
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 RETRIED: dict[str, Any] = {**PLAIN, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": is_transient}

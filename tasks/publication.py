@@ -32,9 +32,10 @@ from crosscal.tasks.ticket import Ticket, task_report
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)
 def decide_publication(
-    ticket: Ticket, stored: dict[str, str], domain: str, version: int, run_id: str
+    ticket: Ticket, stored: dict[str, str], domain: str, version: int, run_id: str, asked: str | None = None
 ) -> dict[str, Any]:
-    """Publish one of the run's models for a landed domain, or none: `outcome`, `reason` and the numbers.
+    """Publish one of the run's models for a landed domain, or none: `outcome`, `reason` and the numbers. `asked`, when
+    the run was asked for, tells one that was interrupted from one that is to decide again.
 
     Decided by validation windows; `perplexity` is what the candidate and the published model have on test windows.
     """
@@ -42,6 +43,7 @@ def decide_publication(
     assert rule is not None
     exam, windows = examination_of(ticket, stored), chosen_by(run_dir)
     same_run = {"corpus_version": version, "run_dir": ticket.run_dir, "plan": digest_of(ticket.plan)}
+    same_run |= {} if asked is None else {"asked": asked}
 
     def attempt() -> dict[str, Any]:
         published = Published(store)
@@ -117,14 +119,14 @@ def _about(decision: Decision, run_dir: Path, earlier: Sequence[Measurement] | N
         "variant": decision.variant,
         "changes": changes,
         "perplexity": {
-            "candidate": _reported(results),
-            "published": None if earlier is None else _reported(earlier),
+            "candidate": reported(results),
+            "published": None if earlier is None else reported(earlier),
         },
         "left_dense": left_dense_of(layers).text,
     }
 
 
-def _reported(measured: Sequence[Measurement] | Sequence[ResultRow]) -> dict[str, float]:
+def reported(measured: Sequence[Measurement] | Sequence[ResultRow]) -> dict[str, float]:
     """Corpus → perplexity on test windows."""
     found = [one for one in measured if (one.split, one.metric) == (TEST, PERPLEXITY)]
     return {one.corpus_or_task: one.value for one in found if one.value is not None}

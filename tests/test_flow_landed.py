@@ -271,16 +271,44 @@ def test_a_name_from_an_event_is_checked_before_anything_else(place: Place, doma
 
 
 def test_a_failure_is_an_attempt_and_an_interruption_hardly(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no such variant"):
-        go(place, "publish.variant=nonsense")
-    with monkeypatch.context() as patch:
-        patch.setattr("crosscal.flows.landed.load_plan", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            go(place)
+    for error in (OSError("the disk went away"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr("crosscal.flows.landed.load_plan", raising(error))
+            with pytest.raises(type(error)):
+                go(place)
     assert outcomes(Store(place.home)) == ["failed", "abandoned"]
     go(place)
     assert outcomes(Store(place.home)) == ["failed", "abandoned", "published"]
 
 
-def interrupt(*args: object) -> None:
-    raise KeyboardInterrupt
+def raising(error: BaseException) -> Callable[..., None]:
+    def raises(*args: object) -> None:
+        raise error
+
+    return raises
+
+
+def test_what_would_fail_alike_is_given_up_at_once_until_it_is_asked_for_again(place: Place) -> None:
+    with pytest.raises(UsageError, match="no such variant"):
+        go(place, "publish.variant=nonsense")
+    assert re.search(r"legal v3 was given up: .*no such variant", go(place)["message"])
+    assert outcomes(Store(place.home)) == ["failed"]
+    again = recompress.fn(str(place.plan), [], str(place.home), str(place.folder / "runs"), LEGAL, again=True)
+    assert [run["outcome"] for run in again["runs"]] == ["published"]
+
+
+def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollback(place: Place) -> None:
+    """By itself nothing undoes a rollback; a person who asks again has the decision made anew."""
+    first, store = go(place)["runs"][0], Store(place.home)
+    ingest(store, LEGAL, [str(more(place))])
+    Ledger(store).request(LEGAL, 4)
+    second = go(place)["runs"][0]
+    assert second["outcome"] == "published"
+    Published(store).roll_back(LEGAL, "now")
+    assert go(place)["runs"] == []
+    again = recompress.fn(str(place.plan), [], str(place.home), str(place.folder / "runs"), LEGAL, again=True)
+    assert [run["outcome"] for run in again["runs"]] == ["published"]
+    assert again["runs"][0]["record"]["calibration_tokens_read"] == 0
+    moves = Published(store).history(LEGAL)
+    assert [move.model for move in moves] == [each["model"] for each in (first, second, first, second)]
+    assert Ledger(store).pending(LEGAL) is None

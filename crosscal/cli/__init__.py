@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, enough, methods, plans, publishing, runs, selecting, stores, studies
+from crosscal.cli import deploying, domains, enough, methods, plans, publishing, runs, selecting, stores, studies
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -34,6 +34,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(stores.app, name="store")
+app.add_typer(domains.app, name="domain")
 app.add_typer(plans.app, name="plan")
 
 

@@ -10,7 +10,7 @@ import typer
 
 from crosscal.cli.options import HOME, Home, Json
 from crosscal.cli.printing import print_rows
-from crosscal.errors import UsageError
+from crosscal.errors import UsageError, nearest
 
 
 def ledger(
@@ -20,7 +20,7 @@ def ledger(
 ) -> None:
     """Show what landed, what waits, what was tried and what came of it."""
     from crosscal.landing import Ledger
-    from crosscal.landing.status import overview, whole_way
+    from crosscal.landing.status import check_known, overview, whole_way
     from crosscal.store import Store
 
     found = Ledger(Store(home))
@@ -33,9 +33,7 @@ def ledger(
         for each in refused:
             print(f"refused: {each['domain']}/{each['name']}: {each['reason']}")
         return
-    if domain not in found.domains():
-        known = ", ".join(found.domains()) or "none yet"
-        raise UsageError("nothing of this domain has landed", where=home, got=domain, do=f"Domains: {known}.")
+    check_known(found, domain)
     way = whole_way(found, domain)
     print(json.dumps(way)) if as_json else _show(way)
 
@@ -43,22 +41,36 @@ def ledger(
 def publish(
     domain: Annotated[str, typer.Argument(help="The domain whose published model is meant.")],
     rollback: Annotated[bool, typer.Option("--rollback", help="Publish the model before this one again.")] = False,
+    to_move: Annotated[int | None, typer.Option(help="Publish the model of this earlier move again.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Publish this model of a run, with --run.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's directory, with --variant.")] = None,
     to: Annotated[Path | None, typer.Option(help="Copy the published model into this new folder.")] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Show the published model of a domain and its history, take it out, or go back to the one before."""
-    from crosscal.landing.records import now
+    """Show the published model of a domain and its history, take it out, go back to an earlier one, or publish another.
+
+    The service undoes none of that by itself: only what lands afterwards, or is asked for, is decided anew.
+    """
     from crosscal.publication import Published
     from crosscal.publication.models import copy_model, local_folder
     from crosscal.store import Store
 
     store = Store(home)
     published = Published(store)
-    current = published.roll_back(domain, now()) if rollback else published.current(domain)
+    if rollback + (to_move is not None) + bool(variant or run) > 1 or (variant is None) != (run is None):
+        raise UsageError("give one of --rollback, --to-move N, and --variant NAME with --run DIR")
+    if rollback or to_move is not None or variant is not None:
+        from crosscal.flows.publishing import go_back, publish_by_hand
+
+        if variant is not None and run is not None:
+            publish_by_hand(store, domain, run, variant)
+        else:
+            go_back(store, domain, to_move)
+    current = published.current(domain)
     if current is None:
-        known = ", ".join(published.domains()) or "none yet"
-        raise UsageError("nothing is published for this domain", where=home, got=domain, do=f"Published: {known}.")
+        do = nearest(domain, published.domains())
+        raise UsageError("nothing is published for this domain", where=home, got=domain, do=do)
     path = copy_model(store, current.model, to) if to else local_folder(store, current.model)
     history = [{"move": move.number, **move.facts} for move in published.history(domain)]
     if as_json:

@@ -21,6 +21,7 @@ def run(
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<model>-<digest>.")] = None,
     domain: Annotated[str | None, typer.Option(help="A landed domain that the plan's $domain stands for.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Even if nothing is pending for the domain.")] = False,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +33,7 @@ def run(
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
     from crosscal.flows.drive import drive
 
-    record = drive(plan, overrides or [], home, str(out) if out else None, domain)
+    record = drive(plan, overrides or [], home, str(out) if out else None, domain, again=again)
     if as_json:
         print(json.dumps(record))
     else:
@@ -72,7 +73,9 @@ def _take_in(landing: str, settle: float, announce: bool, home: str, as_json: bo
     rows = [asdict(one) for one in take_in(Store(home), landing, settle)]
     print_rows([{name: value for name, value in row.items() if value not in (None, 0)} for row in rows], as_json)
     if announce:
-        _announce(home, None)
+        from crosscal.flows.waking import announce_pending, check_sent
+
+        check_sent(announce_pending(home))
 
 
 def _ingest(
@@ -111,19 +114,13 @@ def _ingest(
         "forms": done.forms,
     }
     if announce:
+        from crosscal.flows.waking import announce_pending, check_sent
+
         record_ingest(store, paths, done, revision)
-        summary["announced"] = _announce(home, [corpus])
+        summary["announced"] = announce_pending(home, [corpus])
     print_value(summary, as_json)
-
-
-def _announce(home: str, domains: list[str] | None) -> dict[str, bool]:
-    """These domains, or whatever is pending → whether the event was sent.
-
-    Where it was not, the log says why, and the next watch makes up for it.
-    """
-    from crosscal.flows.waking import announce_pending
-
-    return announce_pending(home, domains)
+    if announce:
+        check_sent(summary["announced"])
 
 
 def evaluate(

@@ -66,8 +66,11 @@ def collect_garbage(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Remove abandoned work in progress and, on request, what has long not been used. Corpora stay."""
+    """Remove abandoned work in progress, what was made of documents that were taken out of a corpus and, on request,
+    what has long not been used. Corpora stay."""
+    from crosscal.flows.taken_out import discard_taken_out
     from crosscal.store import Store
 
-    removed = [{"place": p, "reason": r} for p, r in Store(home).sweep(unused_days=unused_days, dry_run=dry_run)]
-    print_rows(removed, as_json)
+    store = Store(home)
+    removed = [*store.sweep(unused_days=unused_days, dry_run=dry_run), *discard_taken_out(store, dry_run=dry_run)]
+    print_rows([{"place": place, "reason": reason} for place, reason in removed], as_json)

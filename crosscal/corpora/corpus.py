@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from crosscal.corpora.conversation import Conversation
@@ -98,9 +99,10 @@ def corpus_of(name: str, version: int, record: dict[str, Any]) -> Corpus:
     return Corpus(name, version, record["digest"], tuple(Shard(**shard) for shard in record["shards"]))
 
 
-def record_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """What the store keeps of one version."""
+def record_of(shards: Sequence[Shard], said: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What the store keeps of one version; `said` as well, of what was taken out (see `removing`)."""
     return {
+        **{name: value for name, value in said.items() if value},
         "shards": [_shard_record(shard) for shard in shards],
         "digest": digest_of(sorted(shard.key for shard in shards)),
     }

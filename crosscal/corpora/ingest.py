@@ -57,6 +57,7 @@ def ingest(
     revision: str | None = None,
     split: str | None = None,
     replace: bool = False,
+    with_removed: bool = True,
     limits: DocumentLimits = DocumentLimits(),  # noqa: B008  a frozen value
     progress: Progress | None = None,
 ) -> IngestReport:
@@ -67,7 +68,8 @@ def ingest(
     hub splits called train, validation or test keep theirs and the rest is divided (see `splits.assign`). A document
     that the corpus already holds keeps the split it has. The same documents again change nothing; new ones become
     a shard of their own. With `replace` the corpus becomes exactly these documents: still an addition when every
-    earlier one is among them, otherwise a new list of shards. `progress` is called with (source, documents, None).
+    earlier one is among them, otherwise a new list of shards. Documents that were taken out of the corpus come back,
+    unless `with_removed` is false: then they count as known. `progress` is called with (source, documents, None).
 
     Raises `CorpusError` when a source cannot be found or nothing usable is in it, and `UsageError` for a bad name.
     """
@@ -88,7 +90,7 @@ def ingest(
         rejects_key = _publish_rejects(store, name, spool)
         if not spool.entries:
             raise nothing_usable(", ".join(map(str, sources)), spool.rejected, spool.columns_found, text)
-        corpus, added, changed = _land(store, name, spool, replace, forced=split is not None)
+        corpus, added, changed = _land(store, name, spool, replace, forced=split is not None, with_removed=with_removed)
         duplicates = spool.duplicates + len(spool.entries) - added
         return IngestReport(corpus, added, duplicates, dict(spool.rejected), rejects_key, changed, dict(spool.forms))
 
@@ -118,7 +120,9 @@ def _candidates(
         progress("read", count, count)
 
 
-def _land(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
+def _land(
+    store: Store, name: str, spool: Spool, replace: bool, *, forced: bool, with_removed: bool
+) -> tuple[Corpus, int, bool]:
     """Add what is new; read the corpus again and retry when another process changed it meanwhile."""
     retrying = Retrying(
         retry=retry_if_exception_type(StoreConflict),
@@ -126,11 +130,14 @@ def _land(store: Store, name: str, spool: Spool, replace: bool, forced: bool) ->
         wait=wait_random(0, 0.2),
         reraise=True,
     )
-    return retrying(_land_once, store, name, spool, replace, forced)
+    return retrying(_land_once, store, name, spool, replace, forced, with_removed)
 
 
-def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: bool) -> tuple[Corpus, int, bool]:
+def _land_once(
+    store: Store, name: str, spool: Spool, replace: bool, forced: bool, with_removed: bool
+) -> tuple[Corpus, int, bool]:
     version, record = store.refs.read(ref_name(name))
+    removed = set(record.get("removed", ()) if record else ())
     earlier = corpus_of(name, version, record).shards if record else ()
     if replace:  # all documents are at hand: a shard that was set aside as damaged is made again from them
         earlier = tuple(shard for shard in earlier if store.find("corpora", shard.key))
@@ -139,6 +146,8 @@ def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: boo
     else:
         known = known_splits(store, earlier, spool.entries)
     fresh = {digest: entry.split for digest, entry in spool.entries.items() if digest not in known}
+    if not with_removed:
+        fresh = {digest: split for digest, split in fresh.items() if digest.hex() not in removed}
     staying: dict[bytes, str] = {}
     if replace and not known.keys() <= spool.entries.keys():
         earlier = ()
@@ -151,7 +160,8 @@ def _land_once(store: Store, name: str, spool: Spool, replace: bool, forced: boo
     splits = {digest: split or "train" for digest, split in fresh.items()} if forced else assign(fresh, counts)
     splits |= staying
     shards = (*earlier, _publish_shard(store, spool, splits))
-    record = record_of(shards)
+    left_out = sorted(removed - {digest.hex() for digest in fresh})
+    record = record_of(shards, {"removed": left_out, "replaced": record.get("replaced")} if record else {})
     version = store.refs.append(ref_name(name), version, record)
     return corpus_of(name, version, record), len(fresh), True
 
@@ -161,7 +171,7 @@ def _publish_shard(store: Store, spool: Spool, splits: Mapping[bytes, str]) -> S
     members = {split: [digest for digest in ordered if splits[digest] == split] for split in SPLITS}
     members = {split: chosen for split, chosen in members.items() if chosen}
     shard = Shard(
-        key=digest_of({split: [digest.hex() for digest in chosen] for split, chosen in members.items()}),
+        key=shard_key(members),
         documents={split: len(chosen) for split, chosen in members.items()},
         characters={split: sum(spool.entries[d].characters for d in chosen) for split, chosen in members.items()},
         conversations={split: count for split, chosen in members.items() if (count := _conversations(spool, chosen))},
@@ -172,6 +182,11 @@ def _publish_shard(store: Store, spool: Spool, splits: Mapping[bytes, str]) -> S
             rows = ((spool.text(digest), entry.source, digest, entry.is_conversation) for digest, entry in entries)
             write_split(folder / f"{split}.arrow", rows, conversations=split in shard.conversations)
     return shard
+
+
+def shard_key(members: Mapping[str, Sequence[bytes]]) -> str:
+    """What a shard of these documents, by split and in the order of their digests, is called."""
+    return digest_of({split: [digest.hex() for digest in chosen] for split, chosen in members.items()})
 
 
 def _conversations(spool: Spool, digests: Sequence[bytes]) -> int:

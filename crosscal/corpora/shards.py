@@ -33,6 +33,15 @@ def write_split(path: Path, rows: Iterable[Sequence[object]], *, conversations: 
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, str, bytes, bool]]:
+    """Text as stored, source, digest, and whether it is a conversation, of every document."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        for index in range(reader.num_record_batches):
+            for row in reader.get_batch(index).to_pylist():
+                yield row["text"], row["source"], row["digest"], row.get(IS_CONVERSATION, False)
+
+
 def read_documents(path: Path, order: Sequence[int] | None = None) -> Iterator[str | Conversation]:
     """Documents as stored, or those at the given positions in that order; no more than a batch is held."""
     with pa.memory_map(str(path)) as source:

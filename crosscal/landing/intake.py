@@ -17,6 +17,7 @@ from crosscal.corpora import DocumentLimits, ingest
 from crosscal.errors import CorpusError
 from crosscal.landing.items import LandedFile, Place, Refusal
 from crosscal.landing.ledger import Ledger
+from crosscal.landing.picture import SETTLED
 from crosscal.landing.place import MARKER, complete_files, open_place, promise_of, refusal
 from crosscal.landing.records import state
 from crosscal.store import Store
@@ -101,14 +102,14 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
         ledger.record(file, sha256, None if name is None else state(name, **facts))
 
     known = ledger.file(file.domain, sha256)
-    if known is not None and known.state in ("ingested", "refused"):
+    if known is not None and known.state in SETTLED:
         record(None)
         return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
     bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
     try:
-        report = ingest(store, file.domain, [str(copy)], limits=bounded)
+        report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded)
     except CorpusError as error:
         reason = f"{error.what} ({error.got})" if error.got else error.what
         record("refused", reason=reason)

@@ -15,7 +15,7 @@ from typing import Any
 from crosscal.errors import StoreError
 from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.picture import SETTLED, Entry, Picture, entry_of
+from crosscal.landing.picture import CANCELLED, REMOVED, SETTLED, Entry, Picture, entry_of
 from crosscal.landing.records import again_on_conflict, now, state
 from crosscal.landing.runs import ENDED, Run, run_key, run_of
 from crosscal.store import Store, digest_of, heartbeat
@@ -37,7 +37,7 @@ class Ledger:
     def look(self) -> Picture:
         """Everything, as it is now."""
         self._journal.refresh()
-        return Picture(dict(self._journal.items))
+        return Picture(self._items())
 
     def take_over(self) -> Picture:
         """The same; what an earlier version wrote, a record for each file, is kept as one from now on."""
@@ -64,6 +64,9 @@ class Ledger:
     def given_up(self, domain: str) -> int | None:
         return self.look().given_up(domain)
 
+    def cancelled(self, domain: str) -> int | None:
+        return self.look().cancelled(domain)
+
     def runs(self, domain: str) -> list[Run]:
         """The oldest first."""
         return self.look().runs(domain)
@@ -75,12 +78,12 @@ class Ledger:
 
     def file(self, domain: str, sha256: str) -> Entry | None:
         """What is known of a file. Not looked for again: to write on top of it will tell."""
-        value = self._journal.items.get(_file_key(domain, sha256))
+        value = self._items().get(_file_key(domain, sha256))
         return None if value is None else entry_of(domain, value)
 
     def seen(self, file: LandedFile) -> Entry | None:
         """What is known of a file that was seen before and has not changed, whatever its marker."""
-        found = (entry for entry in Picture(self._journal.items).files(file.domain) if entry.state in SETTLED)
+        found = (entry for entry in Picture(self._items()).files(file.domain) if entry.state in SETTLED)
         same = (each for each in found if each.names.get(file.name, "").partition("-")[0] == file.own_signature)
         return next(same, None)
 
@@ -90,7 +93,7 @@ class Ledger:
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
             value = items.get(key) or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
-            is_new = line is not None and line["state"] not in [known["state"] for known in value["states"]]
+            is_new = line is not None and line["state"] not in _since_removal(value["states"])
             states = [*value["states"], line] if is_new else value["states"]
             changed = {**value, "names": {**value["names"], file.name: file.signature}, "states": states}
             return None if changed == value else {key: changed}
@@ -105,18 +108,47 @@ class Ledger:
 
     # What is asked for
 
-    def request(self, domain: str, version: int, *, again: bool = False) -> None:
-        """Ask for a recompression on this version. `again` starts the count of attempts anew."""
+    def request(
+        self, domain: str, version: int, *, again: bool = False, anew: str | None = None, seen: Value | None = None
+    ) -> None:
+        """Ask for a recompression on this version. `again` starts the count of attempts anew. `anew`, why: a run that
+        has finished this version does not count either. `seen`: other items to be kept in the same record."""
         key = f"request/{domain}"
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
-            asked = items[key]["version"] if key in items else 0
-            if version <= asked and not again:
+            earlier = items.get(key, {"version": 0})
+            if version <= earlier["version"] and not (again or anew):
                 return None
-            runs = (run_of(name, items[name]).number for name in items if name.startswith(f"run/{domain}/"))
-            return {key: {"version": max(version, asked), "after_run": max(runs, default=0), "at": now()}}
+            runs = max((run_of(name, items[name]).number for name in items if _is_run(name, domain)), default=0)
+            value = {"version": max(version, earlier["version"]), "after_run": runs, "at": now()}
+            kept = {name: earlier[name] for name in ("anew_after", "why") if name in earlier}
+            return {**(seen or {}), key: {**value, **({"anew_after": runs, "why": anew} if anew else kept)}}
 
         self._update(change)
+
+    def note(self, key: str, value: Value) -> None:
+        """Keep something that was seen (see `picture`)."""
+        self._update(lambda items: None if items.get(key) == value else {key: value})
+
+    def pause(self, domain: str, *, is_paused: bool) -> bool:
+        """Whether that changed anything. A paused domain takes in files, and no run claims it."""
+        key, value = f"pause/{domain}", {"at": now()} if is_paused else {}
+        return self._update(lambda items: None if (key in items) == is_paused else {key: value})
+
+    def remove(self, domain: str) -> None:
+        """Forget a domain but for the files that landed, which are not taken in again."""
+
+        def change(items: dict[str, Value]) -> dict[str, Value]:
+            keys = Picture(items).keys(domain)
+            files = {key: _with(items[key], state(REMOVED)) for kind, key in keys if kind == "file"}
+            return {key: {} for _, key in keys} | files
+
+        self._update(change)
+
+    def remove_file(self, entry: Entry) -> None:
+        """Note that a file's documents were taken out of the corpus: it is not taken in again, whatever its name."""
+        key = _file_key(entry.domain, entry.sha256)
+        self._update(lambda items: {key: _with(items[key], state(REMOVED))})
 
     # Runs
 
@@ -127,6 +159,8 @@ class Ledger:
             picture = self.look()
             last = picture.last_run(domain)
             changes: dict[str, Value] = {}
+            if picture.is_paused(domain):
+                return None
             if last is not None and last.is_open:
                 if not self.is_dead(last):
                     return None
@@ -134,7 +168,7 @@ class Ledger:
             key = run_key(domain, last.number + 1 if last else 1)
             version = Picture({**picture.items, **changes}).pending(domain)
             if version is not None:
-                changes[key] = self._claimed(version, run_id)
+                changes[key] = self._claimed(version, run_id, picture.items[f"request/{domain}"])
             if changes:
                 self._journal.put(changes)
             return run_of(key, changes[key]) if key in changes else None
@@ -156,7 +190,7 @@ class Ledger:
         return heartbeat.signs(self.store.home).is_gone(run.holder)
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
-        """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed` and `abandoned` close it.
+        """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed`, `abandoned`, `cancelled` close it.
 
         Raises `StoreError` when it was closed, that is, taken from its holder.
         """
@@ -171,27 +205,45 @@ class Ledger:
                     got=value["states"][-1]["state"] if value else "nothing",
                     do="Whoever took over carries on; nothing is lost.",
                 )
-            return {key: _with_line(value, state(name, **facts), version or value["version"])}
+            return {key: {**_with(value, state(name, **facts)), "version": version or value["version"]}}
 
         self._journal.refresh()
         self._update(change)
         return run_of(key, self._journal.items[key])
 
-    def _claimed(self, version: int, run_id: str) -> Value:
+    def cancel(self, domain: str, run_id: str) -> None:
+        """Note that a person cancelled a flow run, whether it had claimed the domain or was still to do so."""
+
+        def change(items: dict[str, Value]) -> dict[str, Value] | None:
+            runs = Picture(items).runs(domain)
+            mine = next((run for run in reversed(runs) if run.run_id == run_id), None)
+            if mine is None:
+                version = items[f"request/{domain}"]["version"]
+                key = run_key(domain, runs[-1].number + 1 if runs else 1)
+                return {key: {"version": version, "run_id": run_id, "states": [state(CANCELLED)]}}
+            key = run_key(domain, mine.number)
+            can_be = mine.is_open or mine.state == "abandoned"
+            return {key: _with(items[key], state(CANCELLED))} if can_be else None
+
+        self._update(change)
+
+    def _claimed(self, version: int, run_id: str, request: Value) -> Value:
         holder = heartbeat.begin(self.store.home)
-        facts = {"run_id": run_id, "host": platform.node(), "holder": holder}
+        facts = {"run_id": run_id, "host": platform.node(), "holder": holder, "request": request}
         return {"version": version, **facts, "states": [state("claimed")]}
 
     def _abandoned(self, run: Run) -> dict[str, Value]:
         key = run_key(run.domain, run.number)
-        line = state("abandoned", reason="its process is gone")
-        return {key: _with_line(self._journal.items[key], line, run.version)}
+        return {key: _with(self._journal.items[key], state("abandoned", reason="its process is gone"))}
+
+    def _items(self) -> dict[str, Value]:
+        return {key: value for key, value in self._journal.items.items() if value}
 
     def _update(self, change: Callable[[dict[str, Value]], dict[str, Value] | None]) -> bool:
         """Write what `change` makes of everything; None leaves it as it is. Whether something was written."""
 
         def attempt() -> bool:
-            changes = change(dict(self._journal.items))
+            changes = change(self._items())
             if changes is not None:
                 self._journal.put(changes)
             return changes is not None
@@ -199,8 +251,17 @@ class Ledger:
         return again_on_conflict(attempt)
 
 
-def _with_line(run: Value, line: Value, version: int) -> Value:
-    return {**run, "version": version, "states": [*run["states"], line]}
+def _with(item: Value, line: Value) -> Value:
+    return {**item, "states": [*item["states"], line]}
+
+
+def _since_removal(states: list[Value]) -> list[str]:
+    names = [line["state"] for line in states]
+    return names[len(names) - names[::-1].index(REMOVED) :] if REMOVED in names else names
+
+
+def _is_run(key: str, domain: str) -> bool:
+    return key.startswith(f"run/{domain}/")
 
 
 def _file_key(domain: str, sha256: str) -> str:

@@ -1,12 +1,17 @@
 """What the ledger says at one moment: what landed, what became of it, what waits. Plain values, nothing is read here.
 
-file/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused, all its names
+file/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused (→ removed), all its names
 refusal/<digest, 16 digits>           what was not even read: an odd name, a link that leads out, too large
-request/<domain>                      the newest ingested version of the domain's corpus
+request/<domain>                      the newest ingested version of the domain's corpus, and what else asks for a run
 run/<domain>/<number>                 the runs (see `runs`): … → recompressed → evaluated → published | kept
+pause/<domain>                        whether runs may be started
+made/<domain>/<digest, 16 digits>     by which plan and model runs are asked for, one for each file of a plan
+model/<digest, 16 digits>             the digest of a model's files, by what a look at its folder shows
 
-A domain is pending while its requested version is newer than the one of its last finished run. Three failed runs of
-one version, or ten that were killed, and the version is given up, until a newer version or `request(again=True)`.
+A domain is pending while its requested version is newer than the one of its last finished run, or while no run has
+finished since it was asked for anew: by a person, or because plan, model or documents are others. A version is given up
+by one failure that would repeat itself, by three others, or by ten runs that were killed; and left alone when a person
+cancelled its run. All that until a newer version, or another request. An empty value is nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +27,9 @@ from crosscal.landing.runs import FINISHED, Run, run_of
 
 MOST_FAILED = 3
 MOST_KILLED = 10
-SETTLED = ("ingested", "refused")
+REMOVED = "removed"
+SETTLED = ("ingested", "refused", REMOVED)
+WAITING, GIVEN_UP, CANCELLED = "waiting", "given up", "cancelled"
 Value = dict[str, Any]
 
 
@@ -52,8 +59,9 @@ class Picture:
     items: Mapping[str, Value]
 
     def domains(self) -> list[str]:
-        """Every domain of which something landed or was asked for."""
-        return sorted({domain for kind, domain in self._grouped if kind in ("file", "request")})
+        """Every domain of which something landed or was asked for, and was not removed."""
+        landed = {domain for kind, domain in self._grouped if kind == "file" and not self._is_removed(domain)}
+        return sorted(landed | {domain for kind, domain in self._grouped if kind == "request"})
 
     def files(self, domain: str) -> list[Entry]:
         """What landed, without the runs that followed."""
@@ -79,21 +87,30 @@ class Picture:
         value = self.items.get(f"request/{domain}")
         return None if value is None else value["version"]
 
+    def is_paused(self, domain: str) -> bool:
+        return f"pause/{domain}" in self.items
+
     def pending(self, domain: str) -> int | None:
         """The version that waits for a run, or is being worked on; None when there is none, or it was given up."""
-        version, is_given_up = self._open_version(domain)
-        return None if is_given_up else version
+        return self._version_that_is(WAITING, domain)
 
     def given_up(self, domain: str) -> int | None:
         """The version that failed too often."""
-        version, is_given_up = self._open_version(domain)
-        return version if is_given_up else None
+        return self._version_that_is(GIVEN_UP, domain)
+
+    def cancelled(self, domain: str) -> int | None:
+        """The version whose run a person cancelled."""
+        return self._version_that_is(CANCELLED, domain)
 
     def entries(self, domain: str) -> list[Entry]:
         """Every landed file with its whole way, in the order of landing."""
         runs = self.runs(domain)
-        found = [_with_run(entry, runs) for entry in self.files(domain)]
+        found = [entry if entry.state == REMOVED else _with_run(entry, runs) for entry in self.files(domain)]
         return sorted(found, key=lambda entry: entry.states[0]["at"])
+
+    def keys(self, domain: str) -> list[tuple[str, str]]:
+        """(kind, key) of every item of a domain."""
+        return [(kind, key) for (kind, of), items in self._grouped.items() if of == domain for key, _ in items]
 
     @functools.cached_property
     def _grouped(self) -> dict[tuple[str, str], list[tuple[str, Value]]]:
@@ -103,20 +120,31 @@ class Picture:
             groups[kind, domain].append((key, value))
         return dict(groups)
 
-    def _open_version(self, domain: str) -> tuple[int | None, bool]:
+    def _is_removed(self, domain: str) -> bool:
+        return all(entry.state == REMOVED for entry in self.files(domain))
+
+    def _version_that_is(self, state: str, domain: str) -> int | None:
+        return self.requested(domain) if self._standing(domain) == state else None
+
+    def _standing(self, domain: str) -> str | None:
+        """What is to be thought of the version asked for; None when a run has finished it, or there is none."""
         request = self.items.get(f"request/{domain}")
         if request is None:
-            return None, False
+            return None
         counts = {"failed": 0, "abandoned": 0}
         for run in self.runs(domain)[::-1]:
             if run.version < request["version"]:
                 break
-            if run.state in FINISHED:
-                return None, False
-            if run.state in counts and run.number > request["after_run"]:
-                counts[run.state] += 1
+            if run.state in FINISHED and run.number > request.get("anew_after", 0):
+                return None
+            if run.number <= request["after_run"]:
+                continue
+            if run.state == CANCELLED:
+                return CANCELLED
+            if run.state in counts:
+                counts[run.state] += MOST_FAILED if run.states[-1].get("repeats") else 1
         given_up = counts["failed"] >= MOST_FAILED or counts["abandoned"] >= MOST_KILLED
-        return request["version"], given_up
+        return GIVEN_UP if given_up else WAITING
 
 
 def entry_of(domain: str, value: Value) -> Entry:

@@ -1,6 +1,6 @@
 """Recompressions of a domain, one after the other, as the ledger has them.
 
-    claimed → recompressed → evaluated → published | kept | failed | abandoned
+    claimed → recompressed → evaluated → published | kept | failed | abandoned | cancelled
     claimed → unchanged
 
 Creating the next number is the claim, and only one process can. It holds while its process gives signs of life in the
@@ -16,7 +16,8 @@ from typing import Any
 
 FINISHED = ("published", "kept", "unchanged")
 """`unchanged`: the newest version makes the models of the last finished run, or has too little text for any."""
-ENDED = (*FINISHED, "failed", "abandoned")
+ENDED = (*FINISHED, "failed", "abandoned", "cancelled")
+"""`cancelled`: a person ended it; nobody starts it again by themselves."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Run:
     holder: str | None
     """Its process (see `store.processes`); None in what earlier versions wrote."""
     states: tuple[dict[str, Any], ...]
+    request: dict[str, Any]
+    """What it answers, as it stood when it was claimed; empty in what earlier versions wrote."""
 
     @property
     def state(self) -> str:
@@ -53,4 +56,5 @@ def run_key(domain: str, number: int) -> str:
 
 def run_of(key: str, value: dict[str, Any]) -> Run:
     _, domain, number = key.split("/")
-    return Run(domain, int(number), value["version"], value["run_id"], value.get("holder"), tuple(value["states"]))
+    states, request = tuple(value["states"]), value.get("request", {})
+    return Run(domain, int(number), value["version"], value["run_id"], value.get("holder"), states, request)

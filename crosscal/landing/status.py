@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from crosscal.errors import UsageError, nearest
 from crosscal.landing.ledger import Ledger
 from crosscal.landing.picture import Picture
+from crosscal.landing.runs import Run
 
 
 def overview(ledger: Ledger) -> list[dict[str, Any]]:
@@ -26,6 +28,36 @@ def whole_way(ledger: Ledger, domain: str) -> dict[str, Any]:
     }
 
 
+def check_known(ledger: Ledger, domain: str) -> None:
+    """Raises `UsageError`, with the names that there are, for a domain of which nothing has landed."""
+    known = ledger.domains()
+    if domain not in known:
+        where, do = ledger.store.location, nearest(domain, known)
+        raise UsageError("nothing of this domain has landed", where=where, got=domain, do=do)
+
+
+def why_nothing(picture: Picture, domain: str) -> str:
+    """A sentence for who finds nothing to do."""
+    last = picture.last_run(domain)
+    begin = f"`crosscal run PLAN --domain {domain} --again`, or a new version, starts it"
+    if (version := picture.given_up(domain)) is not None and last is not None:
+        return f"{domain} v{version} was given up: {reason_of(last)}; {begin} again"
+    if (version := picture.cancelled(domain)) is not None:
+        return f"{domain} v{version} was cancelled; {begin} again"
+    if last is not None and last.is_open:
+        return f"nothing to do for {domain}: run {last.number} ({last.run_id}) works on v{last.version}"
+    if picture.is_paused(domain):
+        return f"nothing is done for {domain}: it is paused; `crosscal domain resume {domain}` ends that"
+    if picture.requested(domain) is None:
+        return f"nothing is pending for {domain}: nothing usable has landed"
+    return f"nothing is pending for {domain}: v{last.version if last else 0} is {last.state if last else 'done'}"
+
+
+def reason_of(run: Run) -> str:
+    """Why a run ended as it did."""
+    return run.states[-1].get("reason", run.state)
+
+
 def _row(ledger: Ledger, picture: Picture, domain: str) -> dict[str, Any]:
     last = picture.last_run(domain)
     row = {"domain": domain, "version": picture.requested(domain), "state": _state(ledger, picture, domain)}
@@ -33,10 +65,12 @@ def _row(ledger: Ledger, picture: Picture, domain: str) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, picture: Picture, domain: str) -> str:
-    """`running`, `waiting`, `given up`, `published`, `kept`, `unchanged`, or `nothing usable`."""
+    """`running`, `paused`, `waiting`, `given up`, `nothing usable`, or how the last run ended."""
     last = picture.last_run(domain)
     if ledger.living(last) is not None:
         return "running"
+    if picture.is_paused(domain):
+        return "paused"
     if picture.pending(domain) is not None:
         return "waiting"
     if picture.given_up(domain) is not None:

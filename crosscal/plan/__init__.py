@@ -5,7 +5,7 @@ relative to the plan file. `$domain` stands for a domain that is named when the 
 """
 
 from crosscal.plan.domain import WORD
-from crosscal.plan.files import dump_plan, load_plan, parse_plan
+from crosscal.plan.files import dump_plan, load_plan, parse_plan, read_plan
 from crosscal.plan.sections import (
     BEST,
     Calibration,
@@ -44,4 +44,5 @@ __all__ = [
     "dump_plan",
     "load_plan",
     "parse_plan",
+    "read_plan",
 ]

@@ -34,6 +34,12 @@ from crosscal.plan.tasks import QuestionFields, with_paths
 
 def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
     """Read a plan, apply `key.path=value` overrides, fill in the domain. Raises `PlanError` naming field and remedy."""
+    data = with_domain(read_plan(path, overrides), domain, str(path))
+    return parse_plan(data, str(path), path.absolute().parent)
+
+
+def read_plan(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The mapping of a plan's file, with overrides, as it is written: nothing is checked. Raises `PlanError`."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +59,7 @@ def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = 
         )
     for override in overrides:
         _apply(data, override)
-    return parse_plan(with_domain(data, domain, str(path)), str(path), path.absolute().parent)
+    return data
 
 
 def parse_plan(data: dict[str, Any], where: str = "plan", base: Path | None = None) -> CompressionPlan:

@@ -56,6 +56,13 @@ def model_folder(store: Store, key: str, aside: Path) -> Path:
     return aside
 
 
+def check_model(store: Store, key: str) -> None:
+    """Read every file of a model. Raises `StoreError` when it is gone or damaged."""
+    artifact = store.get(MODELS, key)
+    for name in artifact.files:
+        store.path(artifact, name)
+
+
 def local_folder(store: Store, key: str) -> Path | None:
     """Where a model lies on this machine; None for a remote store. Nothing is checked or fetched."""
     store.get(MODELS, key)

@@ -55,16 +55,43 @@ class Published:
         number = self.refs.append(_name(domain), from_.number if from_ else 0, facts)
         return Pointer(domain, number, facts)
 
+    def before(self, domain: str) -> Pointer:
+        """The move that first published the model before the present one. Raises `UsageError` when there is none."""
+        current = self._any(domain)
+        if current.origin == 1:
+            raise UsageError("no model was published before this one", where=domain, got=f"move {current.number}")
+        return self._move(domain, current.origin - 1)
+
+    def earlier(self, domain: str, number: int) -> Pointer:
+        """Any move, also one that was rolled back. Raises `UsageError`, as when its model is the present one."""
+        current = self._any(domain)
+        if not 1 <= number <= current.number:
+            do = f"`crosscal publish {domain}` lists them: 1 to {current.number}."
+            raise UsageError("no such move", where=domain, got=str(number), do=do)
+        target = self._move(domain, number)
+        if target.model == current.model:
+            raise UsageError("this is the model that is published", where=domain, got=f"move {number}")
+        return target
+
+    def restore(self, target: Pointer, at: str) -> Pointer:
+        """Point to the model of an earlier move again; what a person does, and may take back in the same way."""
+        current = self._any(target.domain)
+        facts = {**target.facts, "restored": target.origin, "rolled_back_from": current.number, "at": at}
+        return self.move(target.domain, current, facts)
+
     def roll_back(self, domain: str, at: str) -> Pointer:
         """Point to the model before the present one again. Raises `UsageError` when there is none."""
+        return self.restore(self.before(domain), at)
+
+    def remove(self, domain: str) -> None:
+        """Forget the pointer and its history; the models it named are then the store's to keep or to remove."""
+        self.refs.remove(_name(domain))
+
+    def _any(self, domain: str) -> Pointer:
         current = self.current(domain)
         if current is None:
             raise UsageError("nothing is published for this domain", got=domain)
-        if current.origin == 1:
-            raise UsageError("no model was published before this one", where=domain, got=f"move {current.number}")
-        previous = self._move(domain, current.origin - 1)
-        facts = {**previous.facts, "restored": previous.origin, "rolled_back_from": current.number, "at": at}
-        return self.move(domain, current, facts)
+        return current
 
     def _move(self, domain: str, number: int) -> Pointer:
         _, facts = self.refs.read(_name(domain), number)

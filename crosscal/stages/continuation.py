@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from crosscal.corpora import Corpus, documents
 from crosscal.errors import EvaluationError
@@ -17,7 +18,7 @@ FILE = "questions.jsonl"
 
 def continuation(store: Store, corpus: Corpus, split: str, settings: Settings) -> list[Question]:
     """Of the documents of one split of a corpus, and of no others. Raises `EvaluationError` naming the corpus."""
-    key = digest_of([FORMAT, corpus.digest, split, dataclasses.asdict(settings)])
+    key = question_key(corpus.digest, split, dataclasses.asdict(settings))
     artifact = store.find("questions", key)
     if artifact is not None:
         return [_question(line) for line in store.read_bytes(artifact, FILE).splitlines()]
@@ -32,6 +33,11 @@ def continuation(store: Store, corpus: Corpus, split: str, settings: Settings) -
         lines = (json.dumps(dataclasses.asdict(question), ensure_ascii=False) + "\n" for question in made)
         (staged / FILE).write_text("".join(lines), encoding="utf-8")
     return made
+
+
+def question_key(corpus: str, split: str, settings: dict[str, Any]) -> str:
+    """`corpus`: its digest."""
+    return digest_of([FORMAT, corpus, split, settings])
 
 
 def _question(line: bytes) -> Question:

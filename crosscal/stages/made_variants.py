@@ -22,7 +22,7 @@ from crosscal.report.rows import LayerRow, read_rows, write_rows
 from crosscal.stages.compress import Workshop
 from crosscal.stages.evaluate import Examination, weights_digest
 from crosscal.stages.solved_blocks import ROWS, solution_key
-from crosscal.store import digest_file
+from crosscal.store import Artifact, Store, digest_file
 from crosscal.variants import Variant
 
 KIND = "made"
@@ -82,6 +82,16 @@ def made_before(shop: Workshop, variant: Variant) -> Made | None:
     known = json.loads(store.read_bytes(artifact, PLACE))
     rows = read_rows(store.path(artifact, ROWS), LayerRow)
     return Made(**known, rows=[dataclasses.replace(row, variant=variant.name) for row in rows])
+
+
+def folder_files(store: Store, folder: Path, variant: str) -> dict[str, str]:
+    """Weight file → digest, as the run that wrote a variant's folder noted them; empty where none is known."""
+    known = (json.loads(store.read_bytes(made, PLACE)) for made in store.list(KIND) if _is_of(made, variant))
+    return next((place["files"] for place in known if place["folder"] == str(folder.absolute())), {})
+
+
+def _is_of(made: Artifact, variant: str) -> bool:
+    return made.provenance.get("variant") == variant
 
 
 def note_made(

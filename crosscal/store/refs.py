@@ -58,6 +58,10 @@ class Refs:
             raise StoreConflict("another process changed it meanwhile", where=name, do="Read it again and retry.")
         return version
 
+    def remove(self, name: str) -> None:
+        """Forget a record with all its versions."""
+        self.home.remove(_folder(name))
+
     def published_models(self) -> set[str]:
         """Keys of all models that some move of some domain's pointer named (see `crosscal.publication`).
 

@@ -1,0 +1,48 @@
+"""Runs that a person cancelled: their version stays as it is until it is announced again, or another lands.
+
+A cancelled process gets a SIGTERM, as one does whose machine goes down. Only the flow run's state on the server tells
+the two apart. A process that is killed before it can ask leaves that to the next watch.
+"""
+
+from __future__ import annotations
+
+import datetime
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilterEndTime
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from crosscal.flows.stuck_runs import runs_in
+from crosscal.landing import Ledger
+from crosscal.tasks.artifacts import FAILURES
+
+CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
+
+
+def is_cancelled(run_id: str) -> bool:
+    """Whether a person cancels this process's flow run; False as well where no server says so."""
+    if FlowRunContext.get() is None:
+        return False
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(run_id)).state
+    except FAILURES:
+        return False
+    return state is not None and state.type in CANCELLED
+
+
+def note_cancelled(ledger: Ledger, client: SyncPrefectClient) -> None:
+    """Write into the ledger which of the versions that wait had their run cancelled, at work or still in its queue."""
+    picture = ledger.look()
+    idle = [d for d in picture.domains() if picture.pending(d) and ledger.living(picture.last_run(d)) is None]
+    asked = {domain: datetime.datetime.fromisoformat(picture.items[f"request/{domain}"]["at"]) for domain in idle}
+    if not asked:
+        return
+    since = FlowRunFilterEndTime(after_=min(asked.values()))  # pyright: ignore[reportArgumentType]
+    for run in list(runs_in(client, StateType.CANCELLED, flows=("recompress",), ended=since)):
+        domain = str(run.parameters.get("domain"))
+        if domain in asked and run.end_time is not None and run.end_time > asked[domain]:
+            ledger.cancel(domain, str(run.id))

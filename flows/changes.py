@@ -1,0 +1,108 @@
+"""Whether plan or model are others than those that a run of a domain was last asked for with: then one is asked for.
+
+Looked at every minute, so only what a look costs nothing is compared: the bytes of the plan's file, and names, sizes
+and times in the model's folder. Where they differ the plan's content and the digest of the model's files decide; the
+digest is kept in the ledger under what the folder shows, so that its gigabytes are read once, by whichever machine.
+A plan is known by its file's name and overrides: a run by hand with another plan does not make the service's plan new.
+Of a model that is named by a hub id only the plan is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from crosscal.errors import CrosscalError
+from crosscal.landing import Ledger
+from crosscal.store import digest_of
+
+SETTLE_SECONDS = 60.0
+"""A model whose folder changed so recently may still be on its way."""
+Value = dict[str, Any]
+
+
+def notice_changes(
+    ledger: Ledger,
+    plan: Path,
+    overrides: tuple[str, ...] = (),
+    domains: Iterable[str] | None = None,
+    *,
+    settle_seconds: float = 0.0,
+) -> dict[str, str]:
+    """Ask for a run of each domain (left out, all) for which plan or model changed; which domains, and what changed."""
+    picture, found = ledger.look(), {}
+    by = " ".join((plan.name, *overrides))
+    for domain in picture.domains() if domains is None else domains:
+        version, key = picture.requested(domain), f"made/{domain}/{digest_of(by)[:16]}"
+        before = picture.items.get(key)
+        if version is None or (before is not None and before["look"] == _look(plan, before["folder"])):
+            continue
+        written, folder = _written(plan, overrides, domain)
+        if _is_on_its_way(folder, settle_seconds):
+            continue
+        look = _look(plan, folder)  # before the files are read: what changes meanwhile is seen next time
+        model = None if folder is None else _digest(ledger, Path(folder))
+        now = {"by": by, "plan": written, "model": model, "folder": folder, "look": look}
+        is_first = not any(kind == "made" for kind, _ in picture.keys(domain))
+        if changed := _difference(before, now, is_first):
+            found[domain] = changed
+            ledger.request(domain, version, anew=changed, seen={key: now})
+        else:
+            ledger.note(key, {**now, "model": model or (before and before["model"])})
+    return found
+
+
+def _difference(before: Value | None, now: Value, is_first: bool) -> str | None:
+    """The first plan that is seen is the one that there was: nothing changed."""
+    if before is None:
+        return None if is_first else "another plan"
+    if before["plan"] != now["plan"]:
+        return "the plan changed"
+    return "the model changed" if before["model"] and now["model"] and before["model"] != now["model"] else None
+
+
+def _written(plan: Path, overrides: tuple[str, ...], domain: str) -> tuple[str, str | None]:
+    """Digest of what a plan says, wherever it lies, and the folder of its model. One that cannot be read differs from
+    the one before: its run says why."""
+    from crosscal.plan import load_plan, read_plan
+
+    try:
+        content = json.loads(json.dumps(read_plan(plan, overrides), default=str))
+        model = Path(load_plan(plan, overrides, domain).model).expanduser()
+    except CrosscalError as error:
+        return digest_of(str(error)), None
+    return digest_of(content), str(model) if model.is_dir() else None
+
+
+def _digest(ledger: Ledger, folder: Path) -> str | None:
+    """Of a model's files; None where there is no model."""
+    key = f"model/{digest_of([str(folder), _stamps(folder)])[:16]}"
+    known = ledger.look().items.get(key)
+    if known is not None:
+        return known["digest"]
+    from crosscal.models.source import ModelSource
+
+    try:
+        digest = ModelSource.open(folder).digest
+    except (CrosscalError, OSError):  # the run says why
+        return None
+    ledger.note(key, {"digest": digest, "folder": str(folder)})
+    return digest
+
+
+def _look(plan: Path, folder: str | None) -> str:
+    content = plan.read_bytes().hex() if plan.is_file() else None
+    return digest_of([content, None if folder is None else _stamps(Path(folder))])
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _is_on_its_way(folder: str | None, settle_seconds: float) -> bool:
+    newest = max((ns for *_, ns in _stamps(Path(folder))), default=0) if folder else 0
+    return time.time() - newest / 1e9 < settle_seconds

@@ -1,0 +1,149 @@
+"""What is removed for a person, and what is said of it beforehand: a whole domain, or documents of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from crosscal.corpora import load_corpus
+from crosscal.corpora.removing import Held, search, take_out
+from crosscal.errors import CorpusError, UsageError, nearest
+from crosscal.flows.taken_out import discard_taken_out
+from crosscal.landing import Entry, Ledger
+from crosscal.landing.picture import REMOVED
+from crosscal.publication import Published
+from crosscal.store import Store
+
+MOST_SHOWN = 20
+LEAST_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Removal:
+    shown: dict[str, Any]
+    """What would be removed, and what stays."""
+    carry_out: Callable[[], dict[str, Any]]
+    """Remove it; returns what came of that."""
+
+
+def removal_of_domain(ledger: Ledger, domain: str) -> Removal:
+    """Raises `UsageError` while a run of it is at work."""
+    _check_idle(ledger, domain)
+    published, picture = Published(ledger.store), ledger.look()
+    shown = {
+        "domain": domain,
+        "files": len([entry for entry in picture.files(domain) if entry.state != REMOVED]),
+        "runs": len(picture.runs(domain)),
+        "moves_of_the_pointer": len(published.history(domain)),
+        "stays": f"the documents (corpus {domain}{_version(ledger.store, domain)}), landed files, run directories",
+    }
+
+    def carry_out() -> dict[str, Any]:
+        published.remove(domain)
+        ledger.remove(domain)
+        return {"removed": True}
+
+    return Removal(shown, carry_out)
+
+
+def removal_of_documents(
+    ledger: Ledger, domain: str, *, file: str | None, digests: Collection[str], containing: str | None
+) -> Removal:
+    """Raises `UsageError` when there are none, and while a run of the domain is at work."""
+    _check_idle(ledger, domain)
+    entries = _entries(ledger, domain, file) if file else []
+    if short := [each for each in digests if len(each) < LEAST_DIGITS]:
+        do = f"Give {LEAST_DIGITS} digits or more."
+        raise UsageError("too short to mean one document", got=", ".join(short), do=do)
+    store = ledger.store
+    names = {name for entry in entries for name in entry.names} if file else None
+    beginnings = [each.lower() for each in digests] or None
+    corpus = load_corpus(store, domain)
+    found = list(search(store, corpus, files=names, beginnings=beginnings, containing=containing))
+    found = _brought_by(store, domain, entries, found)
+    if not found and not entries:
+        raise UsageError("no such document", where=f"{domain} v{corpus.version}", got=containing or ", ".join(digests))
+    shown = {
+        "domain": domain,
+        "version": corpus.version,
+        "documents": [
+            {"document": each.digest[:16], "file": each.source, "split": each.split, "begins": each.begins}
+            for each in found[:MOST_SHOWN]
+        ],
+        "removed_documents": len(found),
+        "also_in": _others(store, domain, {each.digest for each in found}),
+    }
+
+    def carry_out() -> dict[str, Any]:
+        new = take_out(store, domain, {each.digest for each in found}) if found else corpus
+        for entry in entries:
+            ledger.remove_file(entry)
+        if found:
+            ledger.request(domain, new.version, anew=f"{len(found)} documents were taken out")
+        rejects = _discard_rejects(store, domain, names or set())
+        gone = list(discard_taken_out(store))
+        return {"version": new.version, "removed_artifacts": len(gone) + rejects}
+
+    return Removal(shown, carry_out)
+
+
+def _check_idle(ledger: Ledger, domain: str) -> None:
+    if (run := ledger.holder(domain)) is not None:
+        do = "Cancel it in the Prefect UI, or wait for its end; `crosscal domain pause` keeps others from starting."
+        raise UsageError("a run of this domain is at work", where=domain, got=f"run {run.number} ({run.run_id})", do=do)
+
+
+def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
+    """The landed file of a name, or of the beginning of a SHA-256."""
+    entries = [entry for entry in ledger.entries(domain) if entry.state not in ("refused", REMOVED)]
+    is_digest = len(file) >= LEAST_DIGITS
+    found = [entry for entry in entries if file in entry.names or (is_digest and entry.sha256.startswith(file))]
+    if not found:
+        names = {name for entry in entries for name in entry.names}
+        raise UsageError("no such file landed", where=domain, got=file, do=nearest(file, names))
+    if len(found) > 1:
+        several = ", ".join(f"{entry.sha256[:12]} (v{entry.version})" for entry in found)
+        raise UsageError("several files of this name landed", where=domain, got=several, do="Give --file one of these.")
+    return found
+
+
+def _brought_by(store: Store, domain: str, entries: Iterable[Entry], found: list[Held]) -> list[Held]:
+    """Of documents that came with a file of this name those that came with this one, where its shard is still there."""
+    for entry in entries:
+        before, after = (_shards(store, domain, version) for version in ((entry.version or 1) - 1, entry.version))
+        mine = [each for each in found if each.shard in after - before]
+        found = mine or found
+    return found
+
+
+def _shards(store: Store, domain: str, version: int | None) -> set[str]:
+    return {shard.key for shard in load_corpus(store, domain, version).shards} if version else set()
+
+
+def _others(store: Store, domain: str, digests: set[str]) -> list[str]:
+    """Other corpora that hold such documents."""
+    names = (name.partition("/")[2] for name in store.refs.names("corpora"))
+    others = (load_corpus(store, name) for name in names if name != domain)
+    return [other.name for other in others if digests and next(search(store, other, beginnings=digests), None)]
+
+
+def _discard_rejects(store: Store, domain: str, names: set[str]) -> int:
+    """Lines of the file that were no documents are kept as well, one by one."""
+    found = [one for one in store.list("rejects") if one.provenance.get("corpus") == domain]
+    mine = [one for one in found if names & _sources(store.read_bytes(one, "rejects.jsonl"))]
+    for one in mine:
+        store.discard("rejects", one.key)
+    return len(mine)
+
+
+def _sources(content: bytes) -> set[str]:
+    return {str(json.loads(line).get("source")) for line in content.splitlines()}
+
+
+def _version(store: Store, domain: str) -> str:
+    try:
+        return f" v{load_corpus(store, domain).version}"
+    except CorpusError:
+        return ""

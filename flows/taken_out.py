@@ -1,0 +1,148 @@
+"""What the store still has of documents that were taken out of their corpora: text, tokens of it, sums over these.
+
+All of it can be told from what the store says of itself: the newest version of a corpus names the shards that were
+replaced, and what is made of a shard names it, or the digest of the corpus. A pool of windows hands text on to the
+next, so that every pool behind such a shard counts, and every set that begins with text left over, unless a pool
+without these documents has it as well. What is asked for again is made anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from crosscal.calibration.pool import KIND as POOLS
+from crosscal.calibration.pool import Pool, read_pool
+from crosscal.calibration.sets import KIND as SETS
+from crosscal.corpora import Corpus
+from crosscal.corpora.corpus import corpus_of
+from crosscal.corpora.splits import SPLITS
+from crosscal.selection.choosing import KIND as SELECTIONS
+from crosscal.stages.continuation import question_key
+from crosscal.store import Artifact, Store, digest_of
+
+SUMS = ("moments", "gradients", "likelihoods")
+
+
+def taken_out(store: Store) -> Iterator[tuple[str, str]]:
+    """(kind, key) of every artifact that was made of a shard which was replaced, these shards among them."""
+    newest = {name.partition("/")[2]: store.refs.read(name) for name in store.refs.names("corpora")}
+    replaced = {key for _, record in newest.values() if record for key in record.get("replaced", ())}
+    if not replaced:
+        return
+    corpora = [corpus_of(name, version, record) for name, (version, record) in newest.items() if record]
+    chosen = {artifact.key: _shard_of(store, artifact) for artifact in store.list(SELECTIONS)}
+    current = {s.key for corpus in corpora for s in corpus.shards if s.key not in chosen.values()}
+    doomed = _Doomed(store, replaced - current)
+    yield from (("corpora", key) for key in doomed.shards)
+    for kind, is_made_of in doomed.rules.items():
+        for artifact in store.list(kind):
+            if is_made_of(artifact):
+                yield kind, artifact.key
+                if kind == SELECTIONS and chosen[artifact.key] not in current:
+                    yield "corpora", chosen[artifact.key]
+
+
+def discard_taken_out(store: Store, *, dry_run: bool = False) -> Iterator[tuple[str, str]]:
+    """Remove all that; yields (place, reason). What another process at work may be using stays for the next time."""
+    for kind, key in list(taken_out(store)):
+        if store.is_kept(kind, key) and (dry_run or store.discard_unused(kind, key)):
+            yield f"objects/{kind}/{key}", "made of documents that were taken out"
+
+
+class _Doomed:
+    """What follows from the replaced shards."""
+
+    def __init__(self, store: Store, shards: set[str]) -> None:
+        self.store, self.shards = store, shards
+        self.rules = {
+            POOLS: lambda artifact: artifact.key in self.pools,
+            SETS: lambda artifact: artifact.key in self.sets,
+            "generations": self._continues,
+            "questions": self._asks,
+            "overlaps": lambda artifact: bool(self.digests & set(artifact.provenance["corpora"].values())),
+            SELECTIONS: self._chose,
+            **dict.fromkeys(SUMS, lambda artifact: artifact.provenance.get("calibration") in self.summed),
+        }
+
+    @functools.cached_property
+    def versions(self) -> list[Corpus]:
+        """Versions of corpora that have a replaced shard."""
+        refs, found = self.store.refs, []
+        for name in refs.names("corpora"):
+            for version in refs.versions(name) if (refs.read(name)[1] or {}).get("replaced") else ():
+                record = refs.read(name, version)[1]
+                if record and any(shard["key"] in self.shards for shard in record["shards"]):
+                    found.append(corpus_of(name.partition("/")[2], version, record))
+        return found
+
+    @functools.cached_property
+    def digests(self) -> set[str]:
+        return {corpus.digest for corpus in self.versions}
+
+    @functools.cached_property
+    def seeds(self) -> set[str]:
+        """As provenances name the documents of a split that a model went on from."""
+        pairs = itertools.product(self.versions, SPLITS)
+        return {digest_of([s.key for s in corpus.shards if s.documents.get(split)]) for corpus, split in pairs}
+
+    @functools.cached_property
+    def _all_pools(self) -> dict[str, tuple[Artifact, Pool]]:
+        return {artifact.key: (artifact, read_pool(self.store, artifact.key)) for artifact in self.store.list(POOLS)}
+
+    @functools.cached_property
+    def pools(self) -> set[str]:
+        """Those of a replaced shard, and all behind them; also where it cannot be told any more what was before."""
+        is_doomed: dict[str, bool] = {}
+        for key in self._all_pools:
+            way = []
+            while key is not None and key not in is_doomed:
+                artifact, pool = self._all_pools.get(key, (None, None))
+                if artifact is None or pool is None or artifact.provenance["shard"] in self.shards:
+                    is_doomed[key] = True
+                    break
+                way.append(key)
+                key = pool.previous
+            is_doomed |= dict.fromkeys(way, key is not None and is_doomed[key])
+        return {key for key, doomed in is_doomed.items() if doomed}
+
+    def _named(self, what: str, *, by_doomed: bool) -> set[str]:
+        pools = (pool for key, (_, pool) in self._all_pools.items() if (key in self.pools) == by_doomed)
+        return {part.key for pool in pools for part in getattr(pool, what)}
+
+    @functools.cached_property
+    def sets(self) -> set[str]:
+        found, clean = set(), self._named("parts", by_doomed=False)
+        for artifact in self.store.list(SETS):
+            if artifact.key not in clean and self._is_text_of_them(artifact.provenance):
+                found.add(artifact.key)
+        return found
+
+    @functools.cached_property
+    def summed(self) -> set[str]:
+        """Sets, and sums of several, by which moments are kept."""
+        return self.sets | (self._named("sums", by_doomed=True) - self._named("sums", by_doomed=False))
+
+    def _is_text_of_them(self, said: dict[str, Any]) -> bool:
+        if said["source"] == "documents":
+            return said["shard"] in self.shards or "rest" in said or "chat_rest" in said
+        return bool(self.shards & set(said.get("shards", ()))) or said.get("seeds") in self.seeds
+
+    def _continues(self, artifact: Artifact) -> bool:
+        return artifact.provenance.get("seeds") in self.seeds
+
+    def _asks(self, artifact: Artifact) -> bool:
+        said = {name: value for name, value in artifact.provenance.items() if name not in ("corpus", "version")}
+        split = said.pop("split")
+        return artifact.key in {question_key(digest, split, said) for digest in self.digests}
+
+    def _chose(self, artifact: Artifact) -> bool:
+        said = artifact.provenance
+        return {said["pool"], said["sample"]} & self.digests != set() or bool(self.shards & set(said["held_out"]))
+
+
+def _shard_of(store: Store, selection: Artifact) -> str:
+    return json.loads(store.read_bytes(selection, "selection.json"))["shard"]["key"]
