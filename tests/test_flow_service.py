@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events.worker import EventsWorker
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -24,23 +25,26 @@ from prefect.settings import (
 from prefect.states import Cancelled, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
+from crosscal.corpora import ingest
 from crosscal.errors import CrosscalError
 from crosscal.flows.deploying import compare, deploy
 from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
+from crosscal.flows.recompress import recompress
 from crosscal.flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
-from crosscal.flows.watch import watch
+from crosscal.flows.watch import waiting_domains, watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
-from tests.helpers.tiny_place import write_documents
+from tests.helpers.tiny_place import make_place, write_documents
 
 pytestmark = pytest.mark.slow
 SECONDS = 60.0
 SLEEPER = """
 import time
 from prefect import flow
+from crosscal.flows.recompress import recompress
 from crosscal.flows.stuck_runs import note_process
 
 @flow(name="housekeeping", on_running=[note_process])
@@ -174,10 +178,58 @@ def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: S
     wait_for(lambda: len(scheduled()) == 3, SECONDS)
     assert scheduled() == ["fresh", "lost", "planned"], "the trigger passes the domain on"
     assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {}, "runs wait for them already"
-    for flow_run in runs_in(client, StateType.SCHEDULED, flows=("recompress",)):
-        if flow_run.parameters.get("domain") == "lost":
-            client.set_flow_run_state(flow_run.id, Cancelled(), force=True)
+
+    def waiting_run(domain: str) -> FlowRun:
+        runs = runs_in(client, StateType.SCHEDULED, flows=("recompress",))
+        return next(run for run in runs if run.parameters.get("domain") == domain)
+
+    client.delete_flow_run(waiting_run("lost").id)
     assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {"lost": 1}
+    client.set_flow_run_state(waiting_run("fresh").id, Cancelled(), force=True)
+    ledger.pause("lost", is_paused=True)
+    assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {}
+    assert (ledger.cancelled("fresh"), ledger.pending("lost")) == (1, 1), "a person's decisions"
+    ledger.request("fresh", 1, again=True)
+    assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {"fresh": 1}
+
+
+LONG = """
+import sys
+from crosscal.flows.recompress import recompress
+
+recompress(sys.argv[1], [], sys.argv[2], sys.argv[3], "legal")
+"""
+
+
+def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectClient, tmp_path: Path) -> None:
+    """The same signal, twice; the second time a person cancelled the run. Then a cancelled one that could not ask."""
+    place = make_place(tmp_path)
+    place.write_plan(
+        corpora={"general": {"source": "random"}, "$domain": {}},
+        compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain", "alpha": 0.5}],
+        calibration={"windows": 200000, "length": 32},
+        evaluate={"perplexity": []},
+    )
+    ledger = Ledger(Store(place.home))
+    ledger.request("legal", ingest(ledger.store, "legal", [str(place.folder / "legal")]).corpus.version)
+    for outcome in ("abandoned", "cancelled"):
+        command = [sys.executable, "-c", LONG, str(place.plan), str(place.home), str(place.folder / "runs")]
+        process = subprocess.Popen(command, env={**os.environ})
+        run = wait_for(lambda: ledger.holder("legal"), SECONDS)
+        if outcome == "cancelled":
+            client.set_flow_run_state(UUID(run.run_id), State(type=StateType.CANCELLING), force=True)
+        process.terminate()
+        process.wait()
+        last = ledger.last_run("legal")
+        assert last is not None
+        assert (last.state, ledger.cancelled("legal")) == (outcome, 1 if outcome == "cancelled" else None)
+        assert waiting_domains(ledger) == ({} if outcome == "cancelled" else {"legal": 1})
+    ledger.request("legal", 1, again=True)
+    killed = client.create_flow_run(recompress, parameters={"plan_path": "x", "domain": "legal"}, state=Cancelled())
+    run = ledger.claim("legal", str(killed.id))
+    assert run is not None
+    ledger.mark(run, "abandoned")
+    assert (waiting_domains(ledger), ledger.cancelled("legal")) == ({}, 1)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place.write_plan(
         corpora={"general": "general", "$domain": {}},
         compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain", "alpha": 0.5}],
-        calibration={"windows": 24, "length": 32, "held_out_windows": 4},
+        calibration={"windows": 1000, "length": 32, "held_out_windows": 4},
         evaluate={
             "windows": 4,
             "tasks": [QUESTIONS],
@@ -105,8 +105,8 @@ def texts(home: Path, place: Place) -> Iterator[tuple[Path, str]]:
             yield file, file.read_bytes().decode("utf-8", "replace")
 
 
-def kinds_with_secret(home: Path, place: Place) -> set[str]:
-    words = SECRET.split()[2:5]
+def kinds_with_secret(home: Path, place: Place, secret: str = SECRET) -> set[str]:
+    words = secret.split()[2:5]
     found = {file for file, text in texts(home, place) if any(" ".join(words[i : i + 2]) in text for i in (0, 1))}
     return {file.relative_to(home).parts[1] for file in found}
 
@@ -114,7 +114,7 @@ def kinds_with_secret(home: Path, place: Place) -> set[str]:
 def test_what_is_made_afterwards_is_what_a_store_makes_that_never_held_them(place: Place, home: Path) -> None:
     store, clean = Store(home), Store(place.folder / "clean")
     assert load_corpus(store, "legal").digest != load_corpus(clean, "legal").digest
-    assert kinds_with_secret(home, place) >= {"corpora", "calibration", "draws"}
+    assert kinds_with_secret(home, place) >= {"corpora", "calibration", "overlaps"}
     shown = asked(home, "remove", "legal", "--containing", SECRET)
     assert (shown.code, "removed_documents: 2" in shown.out) == (2, True)
     assert load_corpus(store, "legal").version == 5, "without --yes nothing is done"
@@ -132,20 +132,19 @@ def test_what_is_made_afterwards_is_what_a_store_makes_that_never_held_them(plac
 
 
 def test_only_windows_that_change_are_read_again(place: Place, home: Path) -> None:
-    """The wrong document of the second landing: the windows of the first stay what they are, and so do its sums."""
-    file = place.folder / "landing-wrong" / "legal" / "train-9.jsonl"
-    file.write_text(json.dumps({"text": SECRET * 40}) + "\n")
-    take_in(Store(home), str(file.parent.parent), 0)
-    file.unlink()
+    """A wrong file landed, and a right one behind it, whose windows begin with what the wrong one left over."""
+    legal, other = place.folder / "landing-more" / "legal", "six violet hammers never sleep in autumn "
+    legal.mkdir(parents=True)
+    (legal / "train-8.jsonl").write_text(json.dumps({"text": other * 40}) + "\n")
+    write_documents(legal / "train-9.jsonl", seed="behind", count=5)
+    assert len(take_in(Store(home), str(legal.parent), 0)) == 2
     carry_out(place, home.name)
-    before = {key for kind, key in Store(home).keys() if kind == "moments"}  # noqa: SIM118  not a mapping
-    assert asked(home, "remove", "legal", "--file", "train-9.jsonl", "--yes").code == 0
-    after = {key for kind, key in Store(home).keys() if kind == "moments"}  # noqa: SIM118
-    assert after < before
-    run = carry_out(place, home.name)
-    assert (run["outcome"], run["reason"]) == ("unchanged", run["reason"]) or run["record"][
-        "calibration_tokens_read"
-    ] == 0
+    assert kinds_with_secret(home, place, other) == {"corpora", "calibration", "draws"}
+    assert asked(home, "remove", "legal", "--file", "train-8.jsonl", "--yes").code == 0
+    assert take_in(Store(home), str(legal.parent), 0) == []
+    assert kinds_with_secret(home, place, other) == set()
+    record = carry_out(place, home.name)["record"]
+    assert 0 < record["calibration_tokens_read"] < record["calibration_tokens"] / 10
 
 
 def test_it_does_not_come_back_by_itself_and_comes_back_by_hand(place: Place, home: Path) -> None:
@@ -157,7 +156,7 @@ def test_it_does_not_come_back_by_itself_and_comes_back_by_hand(place: Place, ho
     again = landing / "legal" / "train-4.jsonl"
     shutil.copy(file, again)
     with again.open("a") as stream:
-        stream.write(json.dumps({"text": "a new document"}) + "\n")
+        stream.write(json.dumps({"text": "a new document, long enough to be one"}) + "\n")
     done = {one.name: (one.state, one.added_documents) for one in take_in(store, str(landing), 0)}
     again.unlink()
     assert done == {"train-1.jsonl": ("known", 0), "train-4.jsonl": ("ingested", 1)}

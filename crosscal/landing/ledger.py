@@ -15,7 +15,7 @@ from typing import Any
 from crosscal.errors import StoreError
 from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.picture import CANCELLED, REMOVED, SETTLED, Entry, Picture, entry_of
+from crosscal.landing.picture import CANCELLED, REMOVED, SETTLED, Entry, Picture, entry_of, since_removal
 from crosscal.landing.records import again_on_conflict, now, state
 from crosscal.landing.runs import ENDED, Run, run_key, run_of
 from crosscal.store import Store, digest_of, heartbeat
@@ -93,7 +93,9 @@ class Ledger:
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
             value = items.get(key) or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
-            is_new = line is not None and line["state"] not in _since_removal(value["states"])
+            is_new = line is not None and line["state"] not in [
+                known["state"] for known in since_removal(value["states"])
+            ]
             states = [*value["states"], line] if is_new else value["states"]
             changed = {**value, "names": {**value["names"], file.name: file.signature}, "states": states}
             return None if changed == value else {key: changed}
@@ -253,11 +255,6 @@ class Ledger:
 
 def _with(item: Value, line: Value) -> Value:
     return {**item, "states": [*item["states"], line]}
-
-
-def _since_removal(states: list[Value]) -> list[str]:
-    names = [line["state"] for line in states]
-    return names[len(names) - names[::-1].index(REMOVED) :] if REMOVED in names else names
 
 
 def _is_run(key: str, domain: str) -> bool:

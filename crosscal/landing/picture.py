@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Entry:
     @property
     def version(self) -> int | None:
         """Of the corpus that first held it; None before it is ingested, or when it was refused."""
-        return next((line["version"] for line in self.states if line["state"] == "ingested"), None)
+        return next((line["version"] for line in since_removal(self.states) if line["state"] == "ingested"), None)
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,12 @@ class Picture:
                 counts[run.state] += MOST_FAILED if run.states[-1].get("repeats") else 1
         given_up = counts["failed"] >= MOST_FAILED or counts["abandoned"] >= MOST_KILLED
         return GIVEN_UP if given_up else WAITING
+
+
+def since_removal(states: Sequence[Value]) -> Sequence[Value]:
+    """The way of a file, where it was taken out and came back that since then."""
+    removed = [place for place, line in enumerate(states) if line["state"] == REMOVED]
+    return states[removed[-1] + 1 :] if removed else states
 
 
 def entry_of(domain: str, value: Value) -> Entry:
