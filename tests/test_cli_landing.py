@@ -78,6 +78,26 @@ def test_from_landing_to_published_and_back(place: Place) -> None:
     )
     assert all(torch.equal(one.state_dict()[name], value) for name, value in other.state_dict().items())
 
+    forth = said(place, "publish", "legal", "--to-move", "2")
+    assert (forth["model"], forth["restored"]) == (second["model"], 2)
+    assert run_domain(place)["runs"] == [], "a person's move is no reason for a run"
+    kept = next(name for name in ("wanda-50-general", "wanda-50-legal-a0.5") if name != forth["variant"])
+    by_hand = ("publish", "legal", "--variant", kept, "--run", second["run_dir"])
+    assert said(place, *by_hand)["reason"] == "published by hand"
+    assert asked(place, *by_hand).code == 2, "it is published"
+    assert said(place, "publish", "legal", "--rollback")["model"] == second["model"], "and taken back"
+    assert said(place, "publish", "legal", "--to-move", "5")["variant"] == kept
+    assert [move["corpus_version"] for move in said(place, "publish", "legal")["history"]] == [3, 4, 3, 4, 4, 4, 4]
+
+    weights = place.folder / "runs" / "legal-v3" / "models" / first["runs"][0]["variant"] / "block-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    torn = asked(place, "publish", "legal", "--variant", weights.parent.name, "--run", str(weights.parents[2]))
+    assert (torn.code, "is not what the run wrote" in torn.err) == (1, True)
+    (place.home / "objects" / "models" / second["model"] / "config.json").write_text("{}")
+    torn = asked(place, "publish", "legal", "--to-move", "2")
+    assert (torn.code, "cannot be published again" in torn.err) == (1, True)
+    assert said(place, "publish", "legal")["move"] == 7, "the pointer has not moved"
+
     way = said(place, "ledger", "legal")
     assert [run["states"][-1]["state"] for run in way["runs"]] == ["published", "published"]
     steps = ["landed", "ingested", "claimed", "recompressed", "evaluated", "published"]
@@ -92,6 +112,10 @@ def test_from_landing_to_published_and_back(place: Place) -> None:
         (("publish", "legal"), "nothing is published for this domain"),
         (("publish", "legal", "--rollback"), "nothing is published for this domain"),
         (("publish", "../legal"), "not a valid name"),
+        (("publish", "legal", "--to-move", "1"), "nothing is published for this domain"),
+        (("publish", "legal", "--to-move", "1", "--rollback"), "give one of --rollback"),
+        (("publish", "legal", "--variant", "x"), "give one of --rollback"),
+        (("publish", "legal", "--variant", "x", "--run", "nowhere"), "not the directory of a finished run"),
         (("ledger", "legal"), "nothing of this domain has landed"),
         (("ingest",), "nothing to ingest"),
         (("ingest", "x.jsonl"), "nothing to ingest"),
@@ -109,6 +133,7 @@ def test_a_mistake_in_the_plan_is_no_attempt(place: Place) -> None:
     said(place, "ingest", str(place.folder / "legal"), "--corpus", "legal", "--announce")
     done = asked(place, "run", str(place.plan), "--domain", "legal", "--set", "publish.variant=7")
     assert done.code == 2
+    assert "only a domain is carried out again" in asked(place, "run", "--again").err
     assert said(place, "ledger", "legal")["runs"] == []
 
 

@@ -105,9 +105,8 @@ def texts(home: Path, place: Place) -> Iterator[tuple[Path, str]]:
             yield file, file.read_bytes().decode("utf-8", "replace")
 
 
-def kinds_with_secret(home: Path, place: Place, secret: str = SECRET) -> set[str]:
-    words = secret.split()[2:5]
-    found = {file for file, text in texts(home, place) if any(" ".join(words[i : i + 2]) in text for i in (0, 1))}
+def kinds_with_secret(home: Path, place: Place, words: str = "zebra signs") -> set[str]:
+    found = {file for file, text in texts(home, place) if words in text}
     return {file.relative_to(home).parts[1] for file in found}
 
 
@@ -133,9 +132,9 @@ def test_what_is_made_afterwards_is_what_a_store_makes_that_never_held_them(plac
 
 def test_only_windows_that_change_are_read_again(place: Place, home: Path) -> None:
     """A wrong file landed, and a right one behind it, whose windows begin with what the wrong one left over."""
-    legal, other = place.folder / "landing-more" / "legal", "six violet hammers never sleep in autumn "
+    legal, other = place.folder / "landing-more" / "legal", "hammers"
     legal.mkdir(parents=True)
-    (legal / "train-8.jsonl").write_text(json.dumps({"text": other * 40}) + "\n")
+    (legal / "train-8.jsonl").write_text(json.dumps({"text": f"{other} " * 60}) + "\n")
     write_documents(legal / "train-9.jsonl", seed="behind", count=5)
     assert len(take_in(Store(home), str(legal.parent), 0)) == 2
     carry_out(place, home.name)
