@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.options import HOME, Home, Json, store_at
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import UsageError
 
@@ -20,9 +20,7 @@ def list_artifacts(
     as_json: Json = False,
 ) -> None:
     """List artifacts: how many of each kind, or each of one kind."""
-    from crosscal.store import Store
-
-    store = Store(home)
+    store = store_at(home)
     kinds = sorted({found for found, _ in store.keys()})  # noqa: SIM118  not a mapping
     if kind is not None and kind not in kinds:
         raise UsageError(
@@ -50,9 +48,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of every artifact and compare it with its digest."""
-    from crosscal.store import Store
-
-    checked = list(Store(home).verify(quarantine=quarantine, quick=quick))
+    checked = list(store_at(home).verify(quarantine=quarantine, quick=quick))
     damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
     print_value({"artifacts": len(checked), "damaged": damaged}, as_json)
     if damaged:
@@ -67,7 +63,5 @@ def collect_garbage(
     as_json: Json = False,
 ) -> None:
     """Remove abandoned work in progress and, on request, what has long not been used. Corpora stay."""
-    from crosscal.store import Store
-
-    removed = [{"place": p, "reason": r} for p, r in Store(home).sweep(unused_days=unused_days, dry_run=dry_run)]
+    removed = [{"place": p, "reason": r} for p, r in store_at(home).sweep(unused_days=unused_days, dry_run=dry_run)]
     print_rows(removed, as_json)
