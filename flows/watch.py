@@ -17,6 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging import get_run_logger
 
+from crosscal.flows.old_runs import QUIET, remove_missed
 from crosscal.flows.outcome import call_run, shown
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from crosscal.landing import Landed, Ledger, take_in
@@ -29,8 +30,6 @@ from crosscal.tasks.artifacts import make_artifact
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 SOON = datetime.timedelta(minutes=10)
 """A run planned for later than this does not keep a domain from being announced."""
-QUIET = "quiet"
-"""Tag of a run that found nothing new: lists of runs can leave them out, and housekeeping removes them."""
 MOST_LINES = 200
 """Of files in the log of one run; the ledger has all."""
 MOST_REFUSED = 100
@@ -58,6 +57,8 @@ def _watch(
     log = get_run_logger()
     taken = take_in(store, landing, settle_seconds, text=text)
     _tell_files(store, taken)
+    with get_client(sync_client=True) as client:
+        remove_missed(client)
     closed = close_stuck_runs(stuck_minutes)
     for run in closed:
         log.warning("run %s closed: %s", run["run"], run["reason"])
