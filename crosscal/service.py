@@ -74,6 +74,12 @@ class Housekeeping(_Section):
     """Remove artifacts that were not used for so long; null keeps them all."""
     stuck_minutes: float = Field(60.0, gt=0)
     """A run without a sign of life for so long is closed as crashed."""
+    runs_days: float | None = Field(None, ge=1)
+    """Remove run directories in which nothing was written for so long, but those of published models; null: none."""
+    keep_published: int | None = Field(None, ge=1)
+    """Keep the models of the last so many moves of each domain's pointer; null: of all."""
+    watch_days: float | None = Field(7.0, gt=0)
+    """Remove the server's records of watches that found nothing after so long; null: never."""
 
 
 class ServiceConfig(_Section):

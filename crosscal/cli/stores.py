@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from crosscal.cli.options import HOME, Home, Json, store_at
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import UsageError
 
+RUNS = Path("runs")
 app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
 
 
@@ -65,3 +67,17 @@ def collect_garbage(
     """Remove abandoned work in progress and, on request, what has long not been used. Corpora stay."""
     removed = [{"place": p, "reason": r} for p, r in store_at(home).sweep(unused_days=unused_days, dry_run=dry_run)]
     print_rows(removed, as_json)
+
+
+@app.command("du")
+def disk_usage(
+    runs: Annotated[Path, typer.Option(envvar="CROSSCAL_RUNS", help="The folder of the run directories.")] = RUNS,
+    unused_days: Annotated[float | None, typer.Option(help="Count what `gc` with so many days would free.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Say what takes the room: by kind, by corpus and version, by run, and what `gc` would free."""
+    from crosscal.usage import usage
+
+    found = usage(store_at(home), runs, unused_days)
+    print_value(found, as_json)
