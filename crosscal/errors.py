@@ -79,6 +79,10 @@ class CorpusError(CrosscalError):
     pass
 
 
+class NoColumn(CorpusError):
+    pass
+
+
 class CalibrationError(CrosscalError):
     pass
 

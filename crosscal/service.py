@@ -14,7 +14,16 @@ from typing import Annotated, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from crosscal.errors import UsageError
 
@@ -32,6 +41,8 @@ def _in_the_checkout(plan: str) -> str:
 
 
 Cron = Annotated[str, AfterValidator(_five_fields)]
+DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 PlanName = Annotated[str, AfterValidator(_in_the_checkout)]
 
 
@@ -63,6 +74,12 @@ class Housekeeping(_Section):
     """Remove artifacts that were not used for so long; null keeps them all."""
     stuck_minutes: float = Field(60.0, gt=0)
     """A run without a sign of life for so long is closed as crashed."""
+    runs_days: float | None = Field(None, ge=1)
+    """Remove run directories in which nothing was written for so long, but those of published models; null: none."""
+    keep_published: int | None = Field(None, ge=1)
+    """Keep the models of the last so many moves of each domain's pointer; null: of all."""
+    watch_days: float | None = Field(7.0, gt=0)
+    """Remove the server's records of watches that found nothing after so long; null: never."""
 
 
 class ServiceConfig(_Section):
@@ -78,6 +95,8 @@ class ServiceConfig(_Section):
     """What is carried out for a landed domain, `$domain` filled in."""
     settle_seconds: float = Field(10.0, ge=0)
     """A file is complete when nobody wrote to it for so long, or at once with a `.done` beside it."""
+    text: dict[DomainName, ColumnName] = Field(default_factory=dict)
+    """Domain → the column that the text of its landed files stands in, where it is not found by itself."""
     timezone: str = "UTC"
     watch: Watch = Watch(cron="* * * * *", every_seconds=None)
     sweep: Sweep = Sweep()

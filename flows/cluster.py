@@ -20,6 +20,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.task_runners import TaskRunner
+from prefect.utilities.annotations import quote
 
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.plan import Execution
@@ -66,7 +67,8 @@ def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str
     """
     from distributed import KilledWorker
 
-    futures = [runner.submit(task, parameters=dict(call)) for call in calls]
+    quoted = ({name: quote(value) for name, value in call.items()} for call in calls)
+    futures = [runner.submit(task, parameters=call) for call in quoted]
     try:
         for future in as_completed(futures):
             yield future.result()

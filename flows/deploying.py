@@ -125,16 +125,28 @@ def _make_pool(client: SyncPrefectClient, before: Things, touched: set[str]) -> 
 
 
 def _make_queues(client: SyncPrefectClient, before: Things, want: Things, touched: set[str]) -> None:
+    _use_default_queue(client)
     for thing in sorted(touched):
         kind, _, name = thing.partition(" ")
         if kind != "queue":
             continue
         limit = want[thing]["limit"]
-        if thing in before:
+        if thing in before or name == COMPRESS:
             queue = client.read_work_queue_by_name(name, work_pool_name=POOL)
             client.update_work_queue(queue.id, concurrency_limit=limit, is_paused=False)
         else:
             client.create_work_queue(name, concurrency_limit=limit, work_pool_name=POOL)
+
+
+def _use_default_queue(client: SyncPrefectClient) -> None:
+    """Every pool has a queue `default`, which would stand there as not ready for ever, for no worker asks for it: it
+    becomes `compress`, or, in a pool that has both already, is paused."""
+    queues = {queue.name: queue for queue in client.read_work_queues(work_pool_name=POOL)}
+    default = queues.get("default")
+    if default is not None and COMPRESS not in queues:
+        client.update_work_queue(default.id, name=COMPRESS)
+    elif default is not None and not default.is_paused:
+        client.update_work_queue(default.id, is_paused=True)
 
 
 def _prefect_deploy(content: Mapping[str, Any], things: list[str], checkout: Path) -> None:

@@ -12,8 +12,8 @@ from prefect import Flow
 from crosscal.flows.changes import notice_changes
 from crosscal.flows.cluster import needs_server, temporary_server
 from crosscal.flows.health import check_access, probe
+from crosscal.flows.outcome import counted
 from crosscal.flows.recompress import recompress
-from crosscal.flows.shown import counted
 from crosscal.flows.study import check_study, study
 from crosscal.landing import Ledger
 from crosscal.landing.status import check_known

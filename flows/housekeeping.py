@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 
+from crosscal.flows.old_runs import remove_quiet
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process
+from crosscal.publication.retention import drop_models, remove_old_runs
 from crosscal.store import Store
 from crosscal.tasks.artifacts import make_artifact
 
@@ -18,10 +22,24 @@ MOST_SHOWN = 50
 
 
 @flow(name="housekeeping", persist_result=False, result_serializer="json", on_running=[note_process])
-def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: float = 60.0) -> dict[str, Any]:
-    """Verify what is new or changed, set aside what is damaged, remove what is abandoned or unused, close dead runs."""
-    closed = close_stuck_runs(stuck_minutes)
-    report = {**look_after(Store(home), unused_days), "closed": closed}
+def housekeeping(
+    home: str,
+    unused_days: float | None = None,
+    stuck_minutes: float = 60.0,
+    runs: str | None = None,
+    runs_days: float | None = None,
+    keep_published: int | None = None,
+    watch_days: float | None = None,
+) -> dict[str, Any]:
+    """Verify what is new or changed, set aside what is damaged, close dead runs, remove what is abandoned, unused or
+    old: what is None is kept for ever."""
+    closed, store = close_stuck_runs(stuck_minutes), Store(home)
+    report = look_after(store, unused_days)
+    old = list(drop_models(store, keep_published)) if keep_published is not None else []
+    if runs is not None and runs_days is not None:
+        old += remove_old_runs(store, Path(runs), runs_days, keep_published)
+    report["removed"] += [{"place": place, "reason": reason} for place, reason in old]
+    report = {**report, "watches": 0 if watch_days is None else _remove_quiet(watch_days), "closed": closed}
     get_run_logger().info(json.dumps(shortened(report)))
     make_artifact(
         create_markdown_artifact,
@@ -30,6 +48,11 @@ def housekeeping(home: str, unused_days: float | None = None, stuck_minutes: flo
         description="What housekeeping found and did.",
     )
     return report
+
+
+def _remove_quiet(days: float) -> int:
+    with get_client(sync_client=True) as client:
+        return remove_quiet(client, days)
 
 
 def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
@@ -53,7 +76,7 @@ def markdown(report: dict[str, Any]) -> str:
     names = ("damaged", "removed", "closed")
     damaged, removed, closed = (len(report[name]) for name in names)
     counts = f"{report['artifacts']} artifacts verified; {damaged} damaged and set aside; {removed} removed"
-    parts = [f"{counts}; {closed} runs closed."]
+    parts = [f"{counts}; {closed} runs closed; {report['watches']} watches that found nothing removed."]
     for name in names:
         if report[name]:
             parts.append(f"## {name.capitalize()}\n\n{_table(report[name][:MOST_SHOWN])}")

@@ -58,7 +58,13 @@ class News:
             return error
         if error.where != self.domain:
             raise error
-        return NothingNew(f"{error.what} (got {error.got}); what has landed counts as soon as enough has")
+        named = ", ".join(sorted(self._named_for_a_split()))
+        why = f"all documents of {named} belong to the split that their file is named for; " if named else ""
+        return NothingNew(f"{error.what} (got {error.got}); {why}what has landed counts as soon as enough has")
+
+    def _named_for_a_split(self) -> set[str]:
+        files = self.ledger.look().files(self.domain)
+        return {name for file in files if "split" in file.states[-1] for name in file.names}
 
     def _last(self) -> dict[str, Any] | None:
         """The newest finished run that says what it was made from."""

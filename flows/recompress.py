@@ -13,7 +13,8 @@ from typing import Any
 from prefect import flow
 
 from crosscal.errors import UsageError
-from crosscal.flows.shown import run_name, shown, tag_run
+from crosscal.flows.outcome import shown
+from crosscal.flows.shown import run_name, tag_run
 from crosscal.flows.stuck_runs import note_process
 from crosscal.plan import load_plan
 

@@ -15,6 +15,7 @@ from prefect import Task
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.task_runners import TaskRunner
+from prefect.utilities.annotations import quote
 
 from crosscal.flows.cluster import on_workers
 from crosscal.lanes import each_side_by_side
@@ -26,9 +27,14 @@ R = TypeVar("R")
 
 
 def step(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a task. Without a flow run there is no server to tell, so the task's function is called as it is."""
+    """Run a task. Without a flow run there is no server to tell, so the task's function is called as it is.
+
+    Arguments are values, quoted: of what it may look into Prefect keeps which step every part of it came from, and the
+    graph of a run would have an arrow from each step to nearly all that follow.
+    """
     if FlowRunContext.get() is not None:
-        return task(*args, **kwargs)
+        quoted: Any = partial(task, *map(quote, args))
+        return quoted(**{name: quote(value) for name, value in kwargs.items()})
     return task.fn(*args, **kwargs)
 
 

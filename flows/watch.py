@@ -8,47 +8,116 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging import get_run_logger
 
 from crosscal.flows.cancelled import note_cancelled
 from crosscal.flows.changes import SETTLE_SECONDS, notice_changes
+from crosscal.flows.old_runs import QUIET, remove_missed
+from crosscal.flows.outcome import call_run, shown
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
-from crosscal.landing import Ledger, take_in
+from crosscal.landing import Landed, Ledger, take_in
+from crosscal.landing.intake import sentence
 from crosscal.landing.picture import Picture
+from crosscal.landing.refused import refused
 from crosscal.store import Store
-from crosscal.tasks.announce import announce
+from crosscal.tasks.announce import FILE_REFUSED, announce, tell_each
+from crosscal.tasks.artifacts import make_artifact
 
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 SOON = datetime.timedelta(minutes=10)
 """A run planned for later than this does not keep a domain from being announced."""
+MOST_LINES = 200
+"""Of files in the log of one run; the ledger has all."""
+MOST_REFUSED = 100
+MOST_WORDS = 300
 
 
-@flow(name="watch", persist_result=False, result_serializer="json", on_running=[note_process])
+@flow(name="watch", flow_run_name="watch", persist_result=False, result_serializer="json", on_running=[note_process])
 def watch(
-    landing: str, home: str, settle_seconds: float = 10.0, stuck_minutes: float = 60.0, plan_path: str | None = None
+    landing: str,
+    home: str,
+    settle_seconds: float = 10.0,
+    stuck_minutes: float = 60.0,
+    text: dict[str, str] | None = None,
+    plan_path: str | None = None,
 ) -> dict[str, Any]:
-    """Take in what landed, close runs that died, announce what is pending; returns what was done. With a plan, whatever
-    was made by another, or from another model, is pending as well."""
-    log, store = get_run_logger(), Store(home)
-    taken = take_in(store, landing, settle_seconds)
+    """Take in what landed, close runs that died, announce what is pending; returns what was done.
+
+    `text`: domain → the column that its text is looked for in, where it is not found by itself. With a plan, whatever
+    was made by another, or from another model, is pending as well.
+    """
+    plan = Path(plan_path) if plan_path else None
+    return shown(lambda: _watch(Store(home), landing, settle_seconds, stuck_minutes, text or {}, plan))
+
+
+def _watch(
+    store: Store, landing: str, settle_seconds: float, stuck_minutes: float, text: Mapping[str, str], plan: Path | None
+) -> dict[str, Any]:
+    log, ledger = get_run_logger(), Ledger(store)
+    taken = take_in(store, landing, settle_seconds, text=text)
+    _tell_files(store, taken)
+    with get_client(sync_client=True) as client:
+        remove_missed(client)
     closed = close_stuck_runs(stuck_minutes)
-    ledger = Ledger(store)
-    changed = notice_changes(ledger, Path(plan_path), settle_seconds=SETTLE_SECONDS) if plan_path else {}
+    for run in closed:
+        log.warning("run %s closed: %s", run["run"], run["reason"])
+    changed = notice_changes(ledger, plan, settle_seconds=SETTLE_SECONDS) if plan else {}
     for domain, what in changed.items():
         log.info("%s is to be done again: %s", domain, what)
     waiting = waiting_domains(ledger)
     announced = {domain: announce(domain, version) for domain, version in waiting.items()}
     for domain, arrived in announced.items():
         log.info("%s v%d: %s", domain, waiting[domain], "announced" if arrived else "the event did not get through")
-    for run in closed:
-        log.warning("run %s closed: %s", run["run"], run["reason"])
-    return {"files": dict(Counter(each.state for each in taken)), "announced": waiting, "closed": closed}
+    files = Counter(each.state for each in taken)
+    counts = {
+        "announced": sum(announced.values()),
+        "not heard": len(announced) - sum(announced.values()),
+        "refused": files["refused"],
+        "taken in": files["ingested"],
+        "closed": len(closed),
+    }
+    message = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing new"
+    domains = sorted({*waiting, *(each.domain for each in taken if each.state != "known" and each.domain)})
+    call_run(f"watch · {message}", [f"domain:{domain}" for domain in domains] if any(counts.values()) else [QUIET])
+    return {"message": message, "files": dict(files), "announced": waiting, "closed": closed}
+
+
+def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
+    """What a sweep did, for those who do not see the worker's terminal: a line and an event for each file that is
+    refused, and a page with all that stands refused."""
+    told = [each for each in taken if each.state != "known"]
+    if not told:
+        return
+    log, bad = get_run_logger(), [each for each in told if each.state == "refused"]
+    for each in sorted(told, key=lambda each: each.state != "refused")[:MOST_LINES]:
+        log.warning(sentence(each)) if each.state == "refused" else log.info(sentence(each))
+    if len(told) > MOST_LINES:
+        log.info("and %d more; `crosscal ledger DOMAIN` has all", len(told) - MOST_LINES)
+    facts = [{"domain": each.domain, "file": each.name, "reason": each.reason, "do": each.do} for each in bad]
+    tell_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
+    picture = Ledger(store).look()
+    if not bad and not any(each.name in picture.ever_refused(each.domain) for each in told):
+        return
+    standing = refused(picture)
+    rows = [
+        {"file": each.name, "domain": each.domain, "reason": each.reason, "what to do": each.do, "since": each.at}
+        for each in standing[:MOST_REFUSED]
+    ]
+    more = f"; shown are the newest {MOST_REFUSED}" if len(standing) > MOST_REFUSED else ""
+    make_artifact(
+        create_table_artifact,
+        key="refused-files",
+        table=[{name: text[:MOST_WORDS] for name, text in row.items()} for row in rows],
+        description=f"Landed files that are not taken: {len(standing)}{more}.",
+    )
 
 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:

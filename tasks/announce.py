@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from prefect.settings import PREFECT_API_URL
 
 LANDED, PUBLISHED, KEPT = "crosscal.corpus.landed", "crosscal.model.published", "crosscal.model.kept"
 GIVEN_UP = "crosscal.domain.given-up"
+FILE_REFUSED = "crosscal.file.refused"
 PROBE_SECONDS = 5
 _log = logging.getLogger("crosscal")
 
@@ -23,17 +25,23 @@ def announce(domain: str, version: int) -> bool:
 
 def tell(event: str, resource: str, payload: dict[str, Any]) -> bool:
     """Emit an event and wait until it is sent. Without a server that answers nothing is emitted."""
-    url = PREFECT_API_URL.value()
+    return tell_each(event, [(resource, payload)])
+
+
+def tell_each(event: str, told: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+    """The same for several resources, each with its payload."""
+    if not told:
+        return True
+    url, first = PREFECT_API_URL.value(), told[0][0]
     if not url:
-        _log.info("%s is not announced: no Prefect server is named by PREFECT_API_URL", resource)
+        _log.info("%s is not announced: no Prefect server is named by PREFECT_API_URL", first)
         return False
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=PROBE_SECONDS).raise_for_status()
     except httpx.HTTPError as error:
-        _log.warning(
-            "%s is not announced: %s does not answer (%s); the next watch makes up for it", resource, url, error
-        )
+        _log.warning("%s is not announced: %s does not answer (%s); the next watch makes up for it", first, url, error)
         return False
-    emit_event(event, resource={"prefect.resource.id": resource}, payload=payload)
+    for resource, payload in told:
+        emit_event(event, resource={"prefect.resource.id": resource}, payload=payload)
     EventsWorker.instance().drain()
     return True

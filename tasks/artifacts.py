@@ -61,9 +61,10 @@ def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None
     """Why a new model was published, or kept and not published; `decided` as in `decision_page`."""
     if not in_run():
         return
-    from crosscal.report.exhibits import decision_page
+    from crosscal.report.exhibits import decided_among, decision_page
 
-    page, about = decision_page(domain, version, decided), f"{decided['outcome']}: {decided['reason']}"
+    page = decision_page(domain, version, decided, *decided_among(Path(decided["run_dir"])))
+    about = f"{decided['outcome']}: {decided['reason']}"
     make_artifact(
         create_markdown_artifact, key=f"{_slug(domain)}-decision", markdown=page, description=about[:MOST_WORDS]
     )

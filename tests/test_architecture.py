@@ -52,6 +52,7 @@ ROOMS = {
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     # by which rule models differ is one rule, of the report and of what is published
     "publication": ({"errors", "store", "evaluation"}, set()),
+    "usage": ({"errors", "store", "publication"}, set()),
     # jinja2: what chat templates raise
     "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "jinja2"}),
     "models": (
@@ -77,7 +78,7 @@ ROOMS = {
     "cli": (
         {
             *("errors", "progress", "resources", "plan", "service"),
-            *("corpora", "selection", "store", "landing", "publication", "report", "flows"),
+            *("corpora", "selection", "store", "landing", "publication", "usage", "report", "flows"),
         },
         {"typer", "rich"},
     ),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from crosscal.store import Store
 from tests.helpers.tiny_place import Outcome, Place, crosscal, make_place, write_documents
 
 
@@ -124,9 +125,27 @@ def test_from_landing_to_published_and_back(place: Place) -> None:
     ],
 )
 def test_mistakes_are_one_message(place: Place, arguments: tuple[str, ...], message: str) -> None:
+    Store(place.home).refs.append("corpora/other", 0, {})
     done = asked(place, *arguments)
     assert done.code in (1, 2)
     assert message in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("ledger", "ledger legal", "publish legal", "publish legal --rollback"),
+        *("store list", "store verify", "store gc", "store gc --dry-run", "store du"),
+    ],
+)
+def test_a_wrong_store_is_an_error_and_none_is_made(place: Place, arguments: str) -> None:
+    (place.folder / "other").mkdir()
+    for wrong in ("nowhere", "other"):
+        done = crosscal(*arguments.split(), "--home", str(place.folder / wrong), "--json")
+        assert (done.code, done.out) == (2, "")
+        assert f"{wrong}: there is no store here" in done.err
+    assert not (place.folder / "nowhere").exists()
+    assert not list((place.folder / "other").iterdir())
 
 
 def test_a_mistake_in_the_plan_is_no_attempt(place: Place) -> None:

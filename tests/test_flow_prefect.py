@@ -76,6 +76,13 @@ def task_runs(expected: int = len(TASK_RUNS)) -> list[str]:
     return sorted(run.name for run in found)
 
 
+def arrows() -> int:
+    """From task run to task run, in the graph of the newest flow run."""
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest_run().id]))
+    with get_client(sync_client=True) as client:
+        return sum(len(of) for run in client.read_task_runs(flow_run_filter=of_run) for of in run.task_inputs.values())
+
+
 def test_a_flow_run_does_what_a_plain_run_does(place: Place) -> None:
     before = values(place.run_dir / "results.jsonl")
     results_before = stored_results()
@@ -84,6 +91,7 @@ def test_a_flow_run_does_what_a_plain_run_does(place: Place) -> None:
     assert values(place.folder / "run2" / "results.jsonl") == before
     assert json.loads((place.folder / "run2" / "run.json").read_text())["variants"] == 2
     assert task_runs() == sorted(TASK_RUNS)
+    assert arrows() == 0, "the graph of a run stays readable"
     assert stored_results() == results_before, "results are not persisted, so nothing can be pickled"
 
 

@@ -26,7 +26,7 @@ from crosscal.report.exhibits import (
     results_table,
     trade_off_page,
 )
-from crosscal.report.groups import columns_of, groups_of
+from crosscal.report.groups import choosing_columns, columns_of, groups_of
 from tests.helpers.made_up_run import result, sweep
 
 RECORD = {"calibration_tokens_read": 768, "cache": {"hits": 3, "misses": 4}}
@@ -42,27 +42,34 @@ def page(rows: list[ResultRow]) -> str:
 
 def test_cells_hold_the_perplexity_and_its_change_against_dense() -> None:
     rows = table(sweep()).rows
-    assert rows[0] == {"variant": "dense", "general": "80.0 ± 2.0", "biomedical": "50.0 ± 2.0"}
+    dense = {"variant": "dense", "take": "", "alpha": ""}
+    assert rows[0] == dense | {"general, test": "80.0 ± 2.0", "biomedical, test": "50.0 ± 2.0"}
     (half,) = [row for row in rows if row["variant"] == "sparsegpt0-biomedical-a0.5"]
     assert half == {
         "variant": "sparsegpt0-biomedical-a0.5",
-        "general": "90.0 ± 2.0 (+12.5 %)",
-        "biomedical": "56.2 ± 2.0 (+12.5 %)",
+        "take": "",
+        "alpha": "0.5",
+        "general, test": "90.0 ± 2.0 (+12.5 %)",
+        "biomedical, test": "56.2 ± 2.0 (+12.5 %)",
     }
 
 
-def test_what_to_take_stands_first_and_the_rest_in_the_plans_order() -> None:
-    names = [row["variant"] for row in table(sweep()).rows]
+def test_dense_comes_first_then_each_level_by_alpha_and_what_to_take_is_marked() -> None:
+    shuffled = sorted(sweep(), key=lambda row: (row.method != "sparsegpt", row.variant), reverse=True)
+    rows = table([row for row in shuffled if row.variant == "dense"] + shuffled).rows
+    names = [row["variant"] for row in rows]
     assert names == [
         "dense",
-        *("sparsegpt0-biomedical-a1", "gptq1-biomedical-a1"),
-        *("sparsegpt0-biomedical-a0", "sparsegpt0-biomedical-a0.5", "gptq1-biomedical-a0", "gptq1-biomedical-a0.5"),
+        *("gptq1-biomedical-a0", "gptq1-biomedical-a0.5", "gptq1-biomedical-a1"),
+        *("sparsegpt0-biomedical-a0", "sparsegpt0-biomedical-a0.5", "sparsegpt0-biomedical-a1"),
     ]
+    marked = {row["variant"]: row["take"] for row in rows if row["take"]}
+    assert marked == dict.fromkeys(("gptq1-biomedical-a1", "sparsegpt0-biomedical-a1"), "for biomedical")
 
 
 def test_accuracies_are_percentages_without_a_change() -> None:
     rows = [*sweep(), result(corpus_or_task="facts", metric="acc", value=0.5, stderr=None)]
-    assert table(rows).rows[0]["facts acc"] == "50.0 %"
+    assert table(rows).rows[0]["facts acc, test"] == "50.0 %"
 
 
 def test_a_table_of_any_sweep_is_small_and_says_what_it_leaves_out() -> None:
@@ -78,7 +85,7 @@ def test_many_and_long_columns_are_bounded_too() -> None:
     tasks = [result(corpus_or_task=f"{number}" + "x" * 5000, metric="acc", value=0.5) for number in range(40)]
     wide = table([*sweep(), *tasks])
     assert len(wide.rows) == 7
-    assert len(wide.rows[0]) == 1 + MOST_COLUMNS
+    assert len(wide.rows[0]) == len(("variant", "take", "alpha")) + MOST_COLUMNS
     assert f"{MOST_COLUMNS} of 42 measures" in wide.about
     assert len(json.dumps(wide.rows)) <= MOST_TABLE_BYTES
 
@@ -143,6 +150,22 @@ def test_a_decision_is_said_with_its_numbers() -> None:
     unmeasured = {"outcome": "kept", "reason": "no validation windows", "run_dir": "runs/x", "variant": None}
     text = decision_page("legal", 1, unmeasured | {"perplexity": {"candidate": {}, "published": None}})
     assert "None" not in text
+
+
+def test_a_decision_shows_among_what_it_was_made_and_marks_it() -> None:
+    chosen = [dataclasses.replace(row, split="validation") for row in sweep()]
+    rows = [*sweep(), *chosen]
+    decided = {"outcome": "published", "reason": "better", "run_dir": "x", "variant": "gptq1-biomedical-a0.5"}
+    decided["perplexity"] = {"candidate": {}, "published": None}  # type: ignore[assignment]
+    text = decision_page("biomedical", 1, decided, groups_of(rows, []), choosing_columns(rows))
+    lines = [
+        line for line in text.splitlines() if "| dense |" in line or (line.startswith("|") and "-biomedical-a" in line)
+    ]
+    assert lines[0].startswith("|  | dense |  | 80.0")
+    assert [line.split(" | ")[2] for line in lines][1:] == ["0", "0.5", "1"] * 2
+    assert "| **published** | **gptq1-biomedical-a0.5** | 0.5 |" in text
+    assert "| general, validation | biomedical, validation |" in text
+    assert text.count("**published**") == 1
 
 
 def difference(mean: float) -> dict[str, Any]:

@@ -9,7 +9,19 @@ from typing import NoReturn
 
 import typer
 
-from crosscal.cli import deploying, domains, enough, methods, plans, publishing, runs, selecting, stores, studies
+from crosscal.cli import (
+    deploying,
+    domains,
+    enough,
+    methods,
+    plans,
+    publishing,
+    runs,
+    selecting,
+    status,
+    stores,
+    studies,
+)
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
@@ -31,6 +43,7 @@ for command in (
     publishing.ledger,
     publishing.publish,
     deploying.deploy,
+    status.status,
 ):
     app.command()(command)
 app.add_typer(stores.app, name="store")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from crosscal.errors import UsageError
+
+if TYPE_CHECKING:
+    from crosscal.store import Store
 
 PlanFile = Annotated[Path, typer.Argument(help="The plan, a YAML file.")]
 Home = Annotated[str, typer.Option(envvar="CROSSCAL_HOME", help="The store: a folder or an fsspec URL.")]
@@ -15,3 +20,14 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 HOME = ".crosscal"
+
+
+def store_at(home: str) -> Store:
+    """The store that is there, for commands that only read: none is made, and a wrong place is no empty answer."""
+    from crosscal.store import Store
+
+    store = Store(home)
+    if not store.exists:
+        do = "Give --home, or CROSSCAL_HOME, the folder or URL that runs write to; the first run or landing makes it."
+        raise UsageError("there is no store here", where=store.home.location, do=do)
+    return store

@@ -17,7 +17,7 @@ def print_value(value: dict[str, Any], as_json: bool) -> None:
             for item in entry:
                 print(f"  {_readable(item)}")
         else:
-            print(f"{name}: {_readable(entry)}")
+            print(f"{name}: {_readable(entry) if isinstance(entry, dict) else _amount(name, entry)}")
 
 
 def _readable(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.options import HOME, Home, Json, store_at
 from crosscal.cli.printing import print_rows
 from crosscal.errors import UsageError, nearest
 
@@ -19,19 +19,21 @@ def ledger(
     as_json: Json = False,
 ) -> None:
     """Show what landed, what waits, what was tried and what came of it."""
-    from crosscal.landing import Ledger
-    from crosscal.landing.status import check_known, overview, whole_way
-    from crosscal.store import Store
+    from dataclasses import asdict
 
-    found = Ledger(Store(home))
+    from crosscal.landing import Ledger
+    from crosscal.landing.refused import refused
+    from crosscal.landing.status import check_known, overview, whole_way
+
+    found = Ledger(store_at(home))
     if domain is None:
-        refused = found.refusals()
+        standing = [asdict(each) for each in refused(found.look())]
         if as_json:
-            print(json.dumps({"domains": overview(found), "refused": refused}))
+            print(json.dumps({"domains": overview(found), "refused": standing}))
             return
         print_rows(overview(found), as_json=False)
-        for each in refused:
-            print(f"refused: {each['domain']}/{each['name']}: {each['reason']}")
+        for each in standing:
+            print(_refused(each))
         return
     check_known(found, domain)
     way = whole_way(found, domain)
@@ -54,9 +56,8 @@ def publish(
     """
     from crosscal.publication import Published
     from crosscal.publication.models import copy_model, local_folder
-    from crosscal.store import Store
 
-    store = Store(home)
+    store = store_at(home)
     published = Published(store)
     if rollback + (to_move is not None) + bool(variant or run) > 1 or (variant is None) != (run is None):
         raise UsageError("give one of --rollback, --to-move N, and --variant NAME with --run DIR")
@@ -91,10 +92,23 @@ def _move(move: dict[str, Any], is_current: bool) -> str:
 def _show(way: dict[str, Any]) -> None:
     print(f"{way['domain']} v{way['version']}: {way['state']}")
     for file in way["files"]:
-        print(f"  {', '.join(file['names'])}: {' → '.join(line['state'] for line in file['states'])}")
+        print(f"  {', '.join(file['names'])}: {' → '.join(map(_line, file['states']))}")
     for run in way["runs"]:
         last = run["states"][-1]
         reason = f": {last['reason']}" if "reason" in last else ""
         print(f"  run {run['number']} of v{run['version']} ({run['run_id']}): {last['state']} {last['at']}{reason}")
     for each in way["refused"]:
-        print(f"  refused: {each['name']}: {each['reason']}")
+        print(f"  {_refused(each)}")
+
+
+def _line(line: dict[str, Any]) -> str:
+    """A state of a file; of what was ingested, how much, and what the file's name or its records say of it."""
+    told = [f"{line['documents']:,} documents"] if "documents" in line else []
+    told += [f"all of the {line['split']} split, for that is the file's name"] if "split" in line else []
+    told += [f"{count:,} not: {reason}" for reason, count in line.get("rejected", {}).items()]
+    return line["state"] + (f" ({'; '.join(told)})" if told else "")
+
+
+def _refused(each: dict[str, Any]) -> str:
+    where = "/".join(part for part in (each["domain"], each["name"]) if part)
+    return f"refused: {where}, {each['at'][:16].replace('T', ' ')}: {each['reason']}. {each['do']}".rstrip()

@@ -59,18 +59,20 @@ def ingest(
     if landing is not None and (paths or corpus):
         raise UsageError("--landing takes neither paths nor --corpus: the folders name the domains", got=landing)
     if landing is not None:
-        _take_in(landing, settle, announce, home, as_json)
+        if split or revision:
+            raise UsageError("--landing takes neither --split nor --revision: files' names say their splits")
+        _take_in(landing, settle, announce, text, home, as_json)
     elif paths and corpus:
         _ingest(paths, corpus, announce, text, split, revision, home, as_json)
     else:
         raise UsageError("nothing to ingest", do="Give PATH… and --corpus NAME, or --landing DIR.")
 
 
-def _take_in(landing: str, settle: float, announce: bool, home: str, as_json: bool) -> None:
+def _take_in(landing: str, settle: float, announce: bool, text: str, home: str, as_json: bool) -> None:
     from crosscal.landing import take_in
     from crosscal.store import Store
 
-    rows = [asdict(one) for one in take_in(Store(home), landing, settle)]
+    rows = [asdict(one) for one in take_in(Store(home), landing, settle, text=None if text == "text" else text)]
     print_rows([{name: value for name, value in row.items() if value not in (None, 0)} for row in rows], as_json)
     if announce:
         from crosscal.flows.waking import announce_pending, check_sent

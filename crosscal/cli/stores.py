@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.options import HOME, Home, Json, store_at
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import UsageError
 
+RUNS = Path("runs")
 app = typer.Typer(help="Look after the artifact store.", no_args_is_help=True)
 
 
@@ -20,9 +22,7 @@ def list_artifacts(
     as_json: Json = False,
 ) -> None:
     """List artifacts: how many of each kind, or each of one kind."""
-    from crosscal.store import Store
-
-    store = Store(home)
+    store = store_at(home)
     kinds = sorted({found for found, _ in store.keys()})  # noqa: SIM118  not a mapping
     if kind is not None and kind not in kinds:
         raise UsageError(
@@ -50,9 +50,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of every artifact and compare it with its digest."""
-    from crosscal.store import Store
-
-    checked = list(Store(home).verify(quarantine=quarantine, quick=quick))
+    checked = list(store_at(home).verify(quarantine=quarantine, quick=quick))
     damaged = [{"kind": kind, "key": key, "problem": problem} for kind, key, problem in checked if problem]
     print_value({"artifacts": len(checked), "damaged": damaged}, as_json)
     if damaged:
@@ -69,8 +67,21 @@ def collect_garbage(
     """Remove abandoned work in progress, what was made of documents that were taken out of a corpus and, on request,
     what has long not been used. Corpora stay."""
     from crosscal.flows.taken_out import discard_taken_out
-    from crosscal.store import Store
 
-    store = Store(home)
+    store = store_at(home)
     removed = [*store.sweep(unused_days=unused_days, dry_run=dry_run), *discard_taken_out(store, dry_run=dry_run)]
     print_rows([{"place": place, "reason": reason} for place, reason in removed], as_json)
+
+
+@app.command("du")
+def disk_usage(
+    runs: Annotated[Path, typer.Option(envvar="CROSSCAL_RUNS", help="The folder of the run directories.")] = RUNS,
+    unused_days: Annotated[float | None, typer.Option(help="Count what `gc` with so many days would free.")] = None,
+    home: Home = HOME,
+    as_json: Json = False,
+) -> None:
+    """Say what takes the room: by kind, by corpus and version, by run, and what `gc` would free."""
+    from crosscal.usage import usage
+
+    found = usage(store_at(home), runs, unused_days)
+    print_value(found, as_json)

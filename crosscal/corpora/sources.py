@@ -57,6 +57,11 @@ def named_split(name: str) -> str | None:
     return _SPLIT_OF.get(word, word) if word else None
 
 
+def split_of_file(name: str) -> str | None:
+    """The split that a file stands for by its own name, without format and compression."""
+    return named_split(stem_of(name))
+
+
 def _resolve_one(source: str, revision: str | None) -> list[SourceFile | HubDataset]:
     path = Path(source).expanduser()
     if path.is_file():

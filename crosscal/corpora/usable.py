@@ -10,7 +10,7 @@ from crosscal.corpora.limits import DocumentLimits
 from crosscal.corpora.readers import READERS
 from crosscal.corpora.records import TEXT, Document, Reject, no_column_reason
 from crosscal.corpora.sources import SourceFile, resolve
-from crosscal.errors import CorpusError
+from crosscal.errors import CorpusError, NoColumn
 
 COLUMNS_SHOWN = 20
 FILES_LOOKED_AT = 16
@@ -62,6 +62,6 @@ def nothing_usable(where: str, rejected: Counter[str], columns: Collection[str],
         found = ", ".join(sorted(columns)[:COLUMNS_SHOWN]) or "no columns at all"
         also = " Chats are found in `messages` or `conversations`, records in `instruction` and `output`."
         do = f"Name the text's column with `text`.{also if text == TEXT else ''}"
-        return CorpusError(f"no column {text!r}", where=where, got=found, do=do)
+        return NoColumn(f"no column {text!r}", where=where, got=found, do=do)
     counts = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
     return CorpusError("no usable document", where=where, got=counts or "empty files", do="Check the files.")

@@ -10,14 +10,15 @@ import dataclasses
 import functools
 import logging
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crosscal.corpora import DocumentLimits, ingest
-from crosscal.errors import CorpusError
+from crosscal.corpora.sources import split_of_file
+from crosscal.errors import CorpusError, NoColumn
 from crosscal.landing.items import LandedFile, Place, Refusal
 from crosscal.landing.ledger import Ledger
-from crosscal.landing.picture import SETTLED
 from crosscal.landing.place import MARKER, complete_files, open_place, promise_of, refusal
 from crosscal.landing.records import state
 from crosscal.store import Store
@@ -26,6 +27,7 @@ MOST_FILE_BYTES = 16 * 2**30
 MOST_RATIO = 200
 FREE_BYTES = 64 * 2**20
 """A compressed file is read up to 200 times its size, and always up to 64 MiB: text shrinks to a third or a tenth."""
+COPY_AGAIN = "Copy it again, and write its marker once it is whole."
 LIMITS = DocumentLimits(max_file_bytes=MOST_FILE_BYTES)
 _log = logging.getLogger("crosscal")
 
@@ -41,51 +43,77 @@ class Landed:
     """Of the corpus, once the file is in it."""
     added_documents: int = 0
     reason: str | None = None
+    do: str | None = None
+    """What the reason of a refusal asks for."""
+    split: str | None = None
+    """Which the file's name says that all of its documents belong to."""
 
 
-def take_in(store: Store, landing: str, settle_seconds: float = 10.0, limits: DocumentLimits = LIMITS) -> list[Landed]:
+@dataclass(frozen=True)
+class Reading:
+    """How landed files are read: bounds, and the column of the text of each domain where it is not found by itself."""
+
+    limits: DocumentLimits = LIMITS
+    text: Mapping[str, str] | str = field(default_factory=dict)
+    """Of each domain, or one for all."""
+
+    def column(self, domain: str) -> str | None:
+        return self.text if isinstance(self.text, str) else self.text.get(domain)
+
+
+def take_in(
+    store: Store,
+    landing: str,
+    settle_seconds: float = 10.0,
+    limits: DocumentLimits = LIMITS,
+    text: Mapping[str, str] | str | None = None,
+) -> list[Landed]:
     """Sweep once. What was seen before and has not changed is neither read nor returned."""
-    ledger, place = Ledger(store), open_place(landing)
-    settled = functools.cache(ledger.take_over().settled)
+    ledger, place, reading = Ledger(store), open_place(landing), Reading(limits, text or {})
+    picture = ledger.take_over()
+    settled = functools.cache(lambda domain: picture.settled(domain, reading.column(domain)))
     done: list[Landed | None] = []
     for found in complete_files(place, settle_seconds):
         if isinstance(found, Refusal):
             done.append(_refuse(ledger, found))
         elif (found.name, found.signature) not in settled(found.domain):
-            done.append(_take(store, ledger, place, found, limits))
+            done.append(_take(store, ledger, place, found, reading))
     return [one for one in done if one is not None]
 
 
-def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, limits: DocumentLimits) -> Landed | None:
-    if found.bytes > limits.max_file_bytes:
-        reason = f"{found.bytes:,} bytes are more than the {limits.max_file_bytes:,} that are taken"
-        return _refuse(ledger, refusal(found.domain, found.name, reason))
+def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, reading: Reading) -> Landed | None:
+    most_bytes = reading.limits.max_file_bytes
+    if found.bytes > most_bytes:
+        reason = f"{found.bytes:,} bytes are more than the {most_bytes:,} that are taken"
+        return _refuse(ledger, refusal(found.domain, found.name, reason, do="Divide it into several files."))
     try:
         promised = promise_of(place, found)
     except ValueError as error:
         reason = f"its {MARKER} marker is not understood: {error}"
-        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
+        do = f'Leave {found.name}{MARKER} empty, or write {{"sha256": …, "bytes": …}} into it.'
+        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature, do))
     except OSError as error:
         return _later(f"{found.domain}/{found.name}{MARKER}", error)
     if promised.get("bytes") not in (None, found.bytes):
         reason = f"it has {found.bytes:,} bytes, its marker says {promised['bytes']:,}"
-        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
-    known = ledger.seen(found)
+        return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature, COPY_AGAIN))
+    known = ledger.seen(found, reading.column(found.domain))
     if known is not None and promised.get("sha256") in (None, known.sha256):  # the marker alone is new
         ledger.record(found, known.sha256, None)
         return None
-    return _fetch(store, ledger, place, found, promised.get("sha256"), limits)
+    return _fetch(store, ledger, place, found, promised.get("sha256"), reading)
 
 
 def _fetch(
-    store: Store, ledger: Ledger, place: Place, found: LandedFile, promised: str | None, limits: DocumentLimits
+    store: Store, ledger: Ledger, place: Place, found: LandedFile, promised: str | None, reading: Reading
 ) -> Landed | None:
     with tempfile.TemporaryDirectory(prefix="crosscal-landing-") as folder:
         copy = Path(folder, found.name)
         try:
             sha256 = place.fetch(found, copy)
         except PermissionError as error:
-            return _refuse(ledger, refusal(found.domain, found.name, f"it may not be read: {error.strerror or error}"))
+            reason, do = f"it may not be read: {error.strerror or error}", "Let the worker's account read it."
+            return _refuse(ledger, refusal(found.domain, found.name, reason, do=do))
         except OSError as error:  # it went meanwhile, or the line is bad: nothing is known of the file
             return _later(f"{found.domain}/{found.name}", error)
         if sha256 is None:
@@ -93,43 +121,63 @@ def _fetch(
             return None
         if promised not in (None, sha256):
             reason = f"its digest is {sha256[:16]}…, its marker says {promised[:16]}…"
-            return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature))
-        return _ingest(store, ledger, found, sha256, copy, limits)
+            return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature, COPY_AGAIN))
+        return _ingest(store, ledger, found, sha256, copy, reading)
 
 
-def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: Path, limits: DocumentLimits) -> Landed:
+def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: Path, reading: Reading) -> Landed:
     def record(name: str | None, **facts: object) -> None:
         ledger.record(file, sha256, None if name is None else state(name, **facts))
 
+    text, limits = reading.column(file.domain), reading.limits
     known = ledger.file(file.domain, sha256)
-    if known is not None and known.state in SETTLED:
+    if known is not None and known.is_settled(text):
         record(None)
         return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
-    bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
+    bounded, column = dataclasses.replace(limits, max_file_bytes=most_bytes), {} if text is None else {"text": text}
     try:
-        report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded)
+        report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded, **column)
     except CorpusError as error:
-        reason = f"{error.what} ({error.got})" if error.got else error.what
-        record("refused", reason=reason)
-        _log.warning("%s/%s is not taken: %s", file.domain, file.name, reason)
-        return Landed(file.domain, file.name, "refused", reason=reason)
-    version = report.corpus.version
+        reason, do = f"{error.what} ({error.got})" if error.got else error.what, _remedy(file, error)
+        record("refused", reason=reason, do=do, text=text)
+        refused = Landed(file.domain, file.name, "refused", reason=reason, do=do)
+        _log.warning("%s", sentence(refused))
+        return refused
+    version, split = report.corpus.version, split_of_file(file.name)
     ledger.request(file.domain, version)
     facts = {"documents": report.added_documents, "duplicates": report.duplicates, "rejected": report.rejected or None}
-    record("ingested", version=version, **facts)
-    _log.info("%s v%d: %d documents of %s", file.domain, version, report.added_documents, file.name)
-    return Landed(file.domain, file.name, "ingested", version, report.added_documents)
+    record("ingested", version=version, split=split, **facts)
+    landed = Landed(file.domain, file.name, "ingested", version, report.added_documents, split=split)
+    _log.info("%s", sentence(landed))
+    return landed
+
+
+def sentence(landed: Landed) -> str:
+    """What a sweep did with a file, for a log."""
+    if landed.state == "refused":
+        where = "/".join(part for part in (landed.domain, landed.name) if part)
+        return f"{where} is not taken: {landed.reason}. {landed.do or ''}".rstrip()
+    whole = f", all of the {landed.split} split, for that is its name" if landed.split else ""
+    return f"{landed.domain} v{landed.version}: {landed.added_documents} documents of {landed.name}{whole}"
+
+
+def _remedy(file: LandedFile, error: CorpusError) -> str:
+    if isinstance(error, NoColumn):
+        return (
+            f"Name it in the service file, `text: {{{file.domain}: COLUMN}}`, and deploy: the file is then read again."
+        )
+    return "Put a sound file in its place."
 
 
 def _refuse(ledger: Ledger, found: Refusal) -> Landed | None:
     """Recorded and warned of once; None when it was before."""
     if not ledger.refuse(found):
         return None
-    where = "/".join(part for part in (found.domain, found.name) if part)
-    _log.warning("%s is not taken: %s", where, found.reason)
-    return Landed(found.domain, found.name, "refused", reason=found.reason)
+    landed = Landed(found.domain, found.name, "refused", reason=found.reason, do=found.do)
+    _log.warning("%s", sentence(landed))
+    return landed
 
 
 def _later(path: str, error: OSError) -> None:

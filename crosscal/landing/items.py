@@ -56,6 +56,7 @@ class Refusal:
     reason: str
     signature: str = ""
     """Of a file that was read: it is not read again until it changes."""
+    do: str = ""
 
 
 class Place(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 from crosscal.errors import StoreError
 from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.picture import CANCELLED, REMOVED, SETTLED, Entry, Picture, entry_of, since_removal
+from crosscal.landing.picture import CANCELLED, REMOVED, Entry, Picture, entry_of, since_removal
 from crosscal.landing.records import again_on_conflict, now, state
 from crosscal.landing.runs import ENDED, Run, run_key, run_of
 from crosscal.store import Store, digest_of, heartbeat
@@ -24,6 +24,8 @@ from crosscal.store.journal import Journal
 JOURNAL = "landings"
 EARLIER_SECONDS = 86400.0
 """A run of an earlier version, whose process did not beat, is taken for dead this long after its last line."""
+REFUSED_FOR = ("domain", "name", "reason", "signature")
+"""What tells one refusal from another."""
 Value = dict[str, Any]
 
 
@@ -81,9 +83,9 @@ class Ledger:
         value = self._items().get(_file_key(domain, sha256))
         return None if value is None else entry_of(domain, value)
 
-    def seen(self, file: LandedFile) -> Entry | None:
+    def seen(self, file: LandedFile, text: str | None = None) -> Entry | None:
         """What is known of a file that was seen before and has not changed, whatever its marker."""
-        found = (entry for entry in Picture(self._items()).files(file.domain) if entry.state in SETTLED)
+        found = (entry for entry in Picture(self._items()).files(file.domain) if entry.is_settled(text))
         same = (each for each in found if each.names.get(file.name, "").partition("-")[0] == file.own_signature)
         return next(same, None)
 
@@ -93,9 +95,7 @@ class Ledger:
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
             value = items.get(key) or {"sha256": sha256, "bytes": file.bytes, "names": {}, "states": []}
-            is_new = line is not None and line["state"] not in [
-                known["state"] for known in since_removal(value["states"])
-            ]
+            is_new = line is not None and not any(_is_same(line, known) for known in since_removal(value["states"]))
             states = [*value["states"], line] if is_new else value["states"]
             changed = {**value, "names": {**value["names"], file.name: file.signature}, "states": states}
             return None if changed == value else {key: changed}
@@ -105,7 +105,7 @@ class Ledger:
     def refuse(self, refusal: Refusal) -> bool:
         """Note, once, what is not taken. False when it is known already."""
         value = dataclasses.asdict(refusal)
-        key = f"refusal/{digest_of(value)[:16]}"
+        key = f"refusal/{digest_of({name: value[name] for name in REFUSED_FOR})[:16]}"
         return self._update(lambda items: None if key in items else {key: {**value, "at": now()}})
 
     # What is asked for
@@ -259,6 +259,11 @@ def _with(item: Value, line: Value) -> Value:
 
 def _is_run(key: str, domain: str) -> bool:
     return key.startswith(f"run/{domain}/")
+
+
+def _is_same(line: Value, known: Value) -> bool:
+    """A file is refused once for each column that its text was looked for in."""
+    return all(line.get(name) == known.get(name) for name in ("state", "text"))
 
 
 def _file_key(domain: str, sha256: str) -> str:

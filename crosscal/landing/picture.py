@@ -28,7 +28,6 @@ from crosscal.landing.runs import FINISHED, Run, run_of
 MOST_FAILED = 3
 MOST_KILLED = 10
 REMOVED = "removed"
-SETTLED = ("ingested", "refused", REMOVED)
 WAITING, GIVEN_UP, CANCELLED = "waiting", "given up", "cancelled"
 Value = dict[str, Any]
 
@@ -47,6 +46,15 @@ class Entry:
     @property
     def state(self) -> str:
         return self.states[-1]["state"]
+
+    def is_settled(self, text: str | None = None) -> bool:
+        """Whether the way into the corpus has ended. `text`: the column that the domain's text is looked for in; a file
+        that was refused is read again once that is another."""
+        return self.state in ("ingested", REMOVED) or (self.state == "refused" and self.states[-1].get("text") == text)
+
+    @property
+    def was_refused(self) -> bool:
+        return any(line["state"] == "refused" for line in self.states)
 
     @property
     def version(self) -> int | None:
@@ -70,10 +78,15 @@ class Picture:
     def refusals(self) -> list[Value]:
         return [self.items[key] for key in sorted(key for key in self.items if key.startswith("refusal/"))]
 
-    def settled(self, domain: str) -> set[tuple[str, str]]:
+    def ever_refused(self, domain: str) -> set[str]:
+        """Names under which something was refused, whatever became of it."""
+        files = (name for each in self.files(domain) for name in each.names if each.was_refused)
+        return {*files, *(each["name"] for each in self.refusals() if each["domain"] == domain)}
+
+    def settled(self, domain: str, text: str | None = None) -> set[tuple[str, str]]:
         """Name and signature of every file whose way into the corpus has ended."""
         refused = {(each["name"], each["signature"]) for each in self.refusals() if each["domain"] == domain}
-        return refused | {pair for each in self.files(domain) if each.state in SETTLED for pair in each.names.items()}
+        return refused | {pair for each in self.files(domain) if each.is_settled(text) for pair in each.names.items()}
 
     def runs(self, domain: str) -> list[Run]:
         """The oldest first."""

@@ -24,6 +24,7 @@ MARKER = ".done"
 UNFINISHED = (".part", ".tmp", MARKER)
 MARKER_BYTES = 4096
 NAME_CHARACTERS = 200
+MAKE_READABLE = "Put a file there that the worker's account can read."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,9 +42,9 @@ def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[Land
     for item in place.items():
         if item.name.startswith("."):
             continue
-        problem = item.problem or _domain_problem(item)
+        problem, do = (item.problem, MAKE_READABLE) if item.problem else _domain_problem(item)
         if problem:
-            yield refusal("", item.name, problem)
+            yield refusal("", item.name, problem, do=do)
         else:
             yield from _of_domain(place, item.name, settle_seconds)
 
@@ -54,35 +55,37 @@ def _of_domain(place: Place, domain: str, settle_seconds: float) -> Iterator[Lan
     for item in items:
         if item.name.startswith(".") or item.name.endswith(UNFINISHED):
             continue
-        problem = item.problem or _file_problem(item)
+        problem, do = (item.problem, MAKE_READABLE) if item.problem else _file_problem(item)
         marker = named.get(f"{item.name}{MARKER}")
         if problem:
-            yield refusal(domain, item.name, problem)
+            yield refusal(domain, item.name, problem, do=do)
         elif marker is not None:
             yield LandedFile(domain, item.name, item.bytes, item.modified, marker.bytes, marker.modified)
         elif item.modified is not None and time.time() - item.modified >= settle_seconds:
             yield LandedFile(domain, item.name, item.bytes, item.modified)
 
 
-def refusal(domain: str, name: str, reason: str, signature: str = "") -> Refusal:
+def refusal(domain: str, name: str, reason: str, signature: str = "", do: str = "") -> Refusal:
     shown = name if name.isprintable() else ascii(name)[1:-1]
-    return Refusal(domain, shown[:NAME_CHARACTERS], reason, signature)
+    return Refusal(domain, shown[:NAME_CHARACTERS], reason, signature, do)
 
 
-def _domain_problem(item: Item) -> str | None:
+def _domain_problem(item: Item) -> tuple[str, str]:
+    """What is wrong with a domain's folder, and what to do; empty when nothing is."""
     if not item.is_folder:
-        return "not in a folder that names its domain"
+        return "not in a folder that names its domain", "Move it into one."
     try:
         ref_name(item.name)
     except UsageError:
-        return "the folder's name is no name of a corpus: lower-case letters, digits, '.', '_' and '-', at most 64"
-    return None
+        letters = "lower-case letters, digits, '.', '_' and '-', at most 64"
+        return f"the folder's name is no name of a corpus: {letters}", "Rename it."
+    return "", ""
 
 
-def _file_problem(item: Item) -> str | None:
+def _file_problem(item: Item) -> tuple[str, str]:
     if item.is_folder:
-        return "a folder within a domain's folder; only files directly in it are taken"
-    return None if item.name.isprintable() else "an unprintable name"
+        return "a folder within a domain's folder; only files directly in it are taken", "Move its files up."
+    return ("", "") if item.name.isprintable() else ("an unprintable name", "Rename it.")
 
 
 def promise_of(place: Place, file: LandedFile) -> dict[str, Any]:

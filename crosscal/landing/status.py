@@ -8,6 +8,7 @@ from typing import Any
 from crosscal.errors import UsageError, nearest
 from crosscal.landing.ledger import Ledger
 from crosscal.landing.picture import Picture
+from crosscal.landing.refused import refused
 from crosscal.landing.runs import Run
 
 
@@ -24,7 +25,7 @@ def whole_way(ledger: Ledger, domain: str) -> dict[str, Any]:
         **_row(ledger, picture, domain),
         "files": [dataclasses.asdict(entry) for entry in picture.entries(domain)],
         "runs": [dataclasses.asdict(run) for run in picture.runs(domain)],
-        "refused": [each for each in picture.refusals() if each["domain"] == domain],
+        "refused": [dataclasses.asdict(each) for each in refused(picture, domain)],
     }
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosscal.evaluation import PERPLEXITY
 from crosscal.evaluation.comparison import change_text
 from crosscal.evaluation.summaries import Difference
-from crosscal.report.groups import Column, Group, columns_of, main_columns
+from crosscal.report.groups import Column, Group, choosing_columns, columns_of, main_columns
 from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
 from crosscal.report.left_dense import common_text
 from crosscal.report.numbers import number_text, plain_text
@@ -46,19 +48,29 @@ def measured(run_dir: Path) -> tuple[list[Group], list[Column], frozenset[str]]:
     return files.groups, columns_of(files.results), files.models
 
 
+def decided_among(run_dir: Path) -> tuple[list[Group], list[Column]]:
+    """The groups of a run directory, and the columns by which one is chosen."""
+    files = read_run(run_dir)
+    return files.groups, choosing_columns(files.results)
+
+
 def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
-    """A row for each variant, the dense model and those to take first; perplexities with their change against dense."""
+    """A row for each variant: dense, then each level by alpha, those to take marked; perplexities with their change."""
     wanted, some_dense = main_columns(columns), any(group.left_dense.matrices for group in groups)
     shown, dense = wanted[:MOST_COLUMNS], next((group for group in groups if group.is_dense), None)
-    rows: list[dict[str, str]] = []
+    take = _to_take(groups)
+    found: dict[str, dict[str, str]] = {}
     room = MOST_TABLE_BYTES - 2
-    for group in _taken_first(groups)[:MOST_ROWS]:
-        stays = {"left dense": group.left_dense.short or "–"} if some_dense else {}
-        row = {"variant": group.name} | stays | {_header(column): _cell(group, dense, column) for column in shown}
+    in_order = _in_order(groups)
+    for group in sorted(in_order, key=lambda group: not (group.is_dense or group.name in take))[:MOST_ROWS]:
+        row = {"variant": group.name, "take": take.get(group.name, ""), "alpha": _alpha(group)}
+        row |= {"left dense": group.left_dense.short or "–"} if some_dense else {}
+        row |= {_header(column): _cell(group, dense, column) for column in shown}
         room -= len(json.dumps(row)) + 2
         if room < 0:
             break
-        rows.append(row)
+        found[group.name] = row
+    rows = [found[group.name] for group in in_order if group.name in found]
     about = (
         "Perplexity on test texts, which choose nothing, and its change against the dense model; accuracy of tasks. "
     )
@@ -92,8 +104,12 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
     return "\n\n".join(["\n".join(lines), cost, *notes[:MOST_NOTES], *more])
 
 
-def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
+def decision_page(
+    domain: str, version: int, decided: Mapping[str, Any], groups: Sequence[Group] = (), columns: Sequence[Column] = ()
+) -> str:
     """Markdown that says why a landed domain's model was published, or kept and not published.
+
+    `groups` and `columns`: as in `decided_among`.
 
     `decided`: outcome, reason, run_dir; variant and model (its key in the store), unless none was measured; changes, by
     which was decided; perplexity on test windows, of candidate and published; left_dense, where matrices of the variant
@@ -101,8 +117,8 @@ def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
     """
     numbers, changes = decided["perplexity"], decided.get("changes") or {}
     candidate, published = numbers["candidate"], numbers["published"] or {}
-    columns = ("corpus", "new against dense", "against published before", "new, test", "published before, test")
-    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    headings = ("corpus", "new against dense", "against published before", "new, test", "published before, test")
+    head = f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
     rows = [
         f"| {corpus} | {' | '.join(_change(changes.get(corpus, {}), other) for other in ('dense', 'published'))}"
         f" | {' | '.join(_plain_number(each.get(corpus)) for each in (candidate, published))} |"
@@ -114,9 +130,25 @@ def decision_page(domain: str, version: int, decided: Mapping[str, Any]) -> str:
     facts += [f"- left dense: {decided['left_dense']}"] if decided.get("left_dense") else []
     reason = decided["reason"][: 4 * MOST_WORDS]
     about = "Decided by the changes on validation windows, ± their standard error; test perplexities only report."
-    return "\n\n".join(
-        [f"## {domain} v{version}: {decided['outcome']}", reason, head + "\n".join(rows), about, "\n".join(facts)]
-    )
+    head_line, table = f"## {domain} v{version}: {decided['outcome']}", head + "\n".join(rows)
+    among = _candidates(decided, groups, columns)
+    return "\n\n".join([head_line, reason, table, about, *among, "\n".join(facts)])
+
+
+def _candidates(decided: Mapping[str, Any], groups: Sequence[Group], columns: Sequence[Column]) -> Iterator[str]:
+    """What it was decided among: dense, then by alpha, the one that the decision is about marked."""
+    shown = columns[:MOST_COLUMNS]
+    if not shown:
+        return
+    dense = next((group for group in groups if group.is_dense), None)
+    lines = [["", "variant", "alpha", *map(_header, shown)]]
+    lines.append(["---"] * len(lines[0]))
+    for group in _in_order(groups)[:MOST_ROWS]:
+        is_it = decided.get("variant") in (group.name, *group.variants)
+        mark, name = (f"**{decided['outcome']}**", f"**{group.name}**") if is_it else ("", group.name)
+        lines.append([mark, name, _alpha(group), *(_cell(group, dense, column) for column in shown)])
+    yield "Among these, by perplexity on validation windows and its change against the dense model:"
+    yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def picture(svg: str) -> str | None:
@@ -164,16 +196,37 @@ def _plain_number(value: float | None) -> str:
     return "–" if value is None else plain_text(value)
 
 
-def _taken_first(groups: Sequence[Group]) -> list[Group]:
-    """The dense model, what to take for some domain, then the others in the plan's order."""
-    taken = {best.group.name for domain in domains_of(groups) for best in best_variants(groups, domain)}
-    return sorted(groups, key=lambda group: (not group.is_dense, group.name not in taken))
+def _to_take(groups: Sequence[Group]) -> dict[str, str]:
+    """Name of a group → the domains for which it is the one to take at its level."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for domain in domains_of(groups):
+        for best in best_variants(groups, domain):
+            found[best.group.name].append(domain)
+    return {name: f"for {', '.join(domains)}"[:MOST_WORDS] for name, domains in found.items()}
+
+
+def _in_order(groups: Sequence[Group]) -> list[Group]:
+    """The dense model, then each level and method in the plan's order, and in it each domain's mixtures by alpha."""
+    kinds = list(dict.fromkeys((group.level, group.flavour) for group in groups))
+    domains = [frozenset[str](), *dict.fromkeys(group.domains for group in groups)]
+    return sorted(
+        groups,
+        key=lambda group: (
+            not group.is_dense,
+            kinds.index((group.level, group.flavour)),
+            domains.index(group.domains),
+            group.alpha or 0.0,
+        ),
+    )
+
+
+def _alpha(group: Group) -> str:
+    return "" if group.alpha is None else f"{group.alpha:g}"
 
 
 def _header(column: Column) -> str:
     name, split, metric = column
-    where = "" if split == "test" else f" ({split})"
-    return f"{name[:40]}{where}" + ("" if metric == "perplexity" else f" {metric[:20]}")
+    return f"{name[:40]}" + ("" if metric == PERPLEXITY else f" {metric[:20]}") + f", {split}"
 
 
 def _cell(group: Group, dense: Group | None, column: Column) -> str:

@@ -62,6 +62,11 @@ class Store:
         self.refs = Refs(self.home)
         self._verified: set[tuple[str, str, str]] = set()  # files whose digest this object has checked
 
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever written here."""
+        return any(self.home.names(place) for place in ("objects", "refs"))
+
     @contextmanager
     def publish(self, kind: str, key: str, provenance: Mapping[str, Any]) -> Iterator[Path]:
         """Give a folder to write files into; leaving the block without an exception publishes it.

@@ -1,0 +1,142 @@
+"""Claim: waiting costs little and always the same: what a service in which nothing lands asks of the store and writes
+to Prefect's database, with 10,000 landed files.
+
+    python benchmarks/idle_cost.py [--files 10000] [--watches 20] [--case NAME]
+
+A real server with SQLite and the worker of the queue `service`, as `crosscal deploy` prints it; a watch every 20
+seconds. Counted, between two moments at which a watch has just ended: rows and bytes of the database by table (SQLite's
+own `dbstat`), over the number of watches that ended in between; an hour has 60 of them. What a watch asks of the store
+is counted beside it, in this process. With --case the rows are kept beside earlier ones of other cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sqlite3
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import yaml
+from local_service import ROOT, deploy, environment, free_port, server, wait_for, workers
+from records import record, write
+
+from crosscal.landing import Ledger, take_in
+from crosscal.landing.items import LandedFile
+from crosscal.landing.records import state
+from crosscal.store.journal import Journal
+
+sys.path.insert(0, str(ROOT))
+from tests.helpers.counting_home import counting_store
+
+DOMAINS = 10
+WATCH_SECONDS = 20
+WATCHES_AN_HOUR = 60
+SETTLED = 4
+"""Watches before counting begins: the scheduler plans ahead, and the first ones find the ledger anew."""
+
+
+def fill(home: Path, landing: Path, files: int) -> None:
+    """So many files that landed and were ingested, the newest version of each domain recompressed."""
+    store, _ = counting_store(home)
+    changes: dict[str, dict[str, object]] = {}
+    for number in range(files):
+        domain = f"d{number % DOMAINS}"
+        path = landing / domain / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"document {number}", encoding="ascii")
+        path.with_name(f"{path.name}.done").touch()
+        found, sha256 = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
+        seen = LandedFile(domain, path.name, found.st_size, found.st_mtime)
+        states = [state("landed"), state("ingested", version=number + 1)]
+        entry = {"sha256": sha256, "bytes": found.st_size, "names": {path.name: seen.signature}, "states": states}
+        changes[f"file/{domain}/{sha256[:16]}"] = entry
+    Journal(store.refs, "landings").put(changes)
+    ledger = Ledger(store)
+    for number in range(DOMAINS):
+        ledger.request(f"d{number}", files)
+        run = ledger.claim(f"d{number}", "run")
+        assert run is not None
+        ledger.mark(run, "published")
+
+
+def store_operations(home: Path, landing: Path) -> tuple[int, float]:
+    """What one look at the landing place asks of the store, and its seconds."""
+    store, asked = counting_store(home)
+    began = time.monotonic()
+    assert take_in(store, str(landing)) == []
+    return asked.total(), time.monotonic() - began
+
+
+def tables(database: Path) -> dict[str, tuple[int, int]]:
+    """Table → rows and bytes, its indexes included."""
+    with closing(sqlite3.connect(database, timeout=60)) as connection:
+        names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        of_table = dict(connection.execute("SELECT name, tbl_name FROM sqlite_master"))
+        bytes_of = dict.fromkeys(names, 0)
+        for name, size in connection.execute("SELECT name, SUM(pgsize) FROM dbstat GROUP BY name"):
+            if of_table.get(name, name) in bytes_of:
+                bytes_of[of_table.get(name, name)] += size
+        counts = {name: connection.execute(f'SELECT COUNT(*) FROM "{name}"').fetchone()[0] for name in names}
+        return {name: (counts[name], bytes_of[name]) for name in names}
+
+
+def ended(database: Path) -> int:
+    """Watches that are over."""
+    query = (
+        "SELECT COUNT(*) FROM flow_run JOIN flow ON flow.id = flow_run.flow_id "
+        "WHERE flow.name = 'watch' AND flow_run.end_time IS NOT NULL"
+    )
+    with closing(sqlite3.connect(database, timeout=60)) as connection:
+        return connection.execute(query).fetchone()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--watches", type=int, default=20)
+    parser.add_argument("--case", default="now")
+    parser.add_argument("--keep", type=Path, help="Work in this folder and leave it there.")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        places = {name: str(folder / name) for name in ("landing", "home", "runs")}
+        fill(folder / "home", folder / "landing", options.files)
+        operations, seconds = store_operations(folder / "home", folder / "landing")
+        service = folder / "service.yaml"
+        service.write_text(yaml.safe_dump({**places, "watch": {"every_seconds": WATCH_SECONDS}}))
+        shared = environment(folder, free_port())
+        stack.enter_context(server(folder, shared))
+        made = deploy(shared, service)
+        stack.enter_context(workers(folder, shared, made["workers"][-1:]))
+        database = folder / "prefect" / "prefect.db"
+        patience = (SETTLED + options.watches) * 4 * WATCH_SECONDS
+        wait_for(lambda: ended(database) >= SETTLED, patience, every=0.5)
+        first, before = ended(database), tables(database)
+        wait_for(lambda: ended(database) >= first + options.watches, patience, every=0.5)
+        watches, after = ended(database) - first, tables(database)
+    rows = [
+        record(options.case, "store operations of a watch", operations, "operations"),
+        record(options.case, "seconds of a look", seconds, "s"),
+    ]
+    total = 0
+    for name, (count, size) in sorted(after.items(), key=lambda pair: -pair[1][1]):
+        more_rows, more_bytes = count - before[name][0], size - before[name][1]
+        total += more_bytes
+        if more_rows or more_bytes:
+            print(f"{name:32} {more_rows / watches:8.2f} rows {more_bytes / watches:10,.0f} bytes a watch")
+    hour = total / watches * WATCHES_AN_HOUR
+    rows.append(record(options.case, "database bytes of a watch", total / watches, "bytes"))
+    rows.append(record(options.case, "database bytes an hour", hour, "bytes"))
+    rows.append(record(options.case, "store operations an hour", operations * WATCHES_AN_HOUR, "operations"))
+    print(json.dumps(rows, indent=1))
+    write("idle_cost", rows, keep=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Files that are not taken, whether they were read or not, with the reason and what to do: the newest of each name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from crosscal.landing.picture import Picture
+
+
+@dataclass(frozen=True)
+class Refused:
+    domain: str
+    """Empty for what lies beside the domains' folders."""
+    name: str
+    reason: str
+    do: str
+    """Empty in what earlier versions wrote."""
+    at: str
+
+
+def refused(picture: Picture, domain: str | None = None) -> list[Refused]:
+    """What stands refused, the newest first; not what another file of its name has meanwhile made up for."""
+    newest: dict[tuple[str, str], tuple[str, Refused | None]] = {}
+    for place, at, found in _told(picture, domain):
+        if place not in newest or newest[place][0] <= at:
+            newest[place] = at, found
+    standing = [found for _, found in newest.values() if found is not None]
+    return sorted(standing, key=lambda each: (each.at, each.domain, each.name), reverse=True)
+
+
+def _told(picture: Picture, domain: str | None) -> Iterator[tuple[tuple[str, str], str, Refused | None]]:
+    """Domain and name, when, and the refusal; None where the file was ingested."""
+    for each in picture.refusals():
+        if domain in (None, each["domain"]):
+            place = each["domain"], each["name"]
+            yield place, each["at"], Refused(*place, each["reason"], each.get("do", ""), each["at"])
+    for name in picture.domains() if domain is None else [domain]:
+        for entry in picture.files(name):
+            last = entry.states[-1]
+            for file in entry.names:
+                is_refused = last["state"] == "refused"
+                told = Refused(name, file, last["reason"], last.get("do", ""), last["at"]) if is_refused else None
+                yield (name, file), last["at"], told

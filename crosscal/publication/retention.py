@@ -1,0 +1,44 @@
+"""What a service need not keep for ever: old run directories, and models that were published long ago.
+
+Never removed are the published model of a domain, its run directory, those of the moves of the pointer that are kept,
+and whatever is no run directory of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from crosscal.publication.models import MODELS
+from crosscal.publication.pointer import Pointer, Published
+from crosscal.publication.run_folders import old_runs, remove_run
+from crosscal.store import Store
+
+
+def kept_moves(store: Store, keep: int | None) -> tuple[list[Pointer], list[Pointer]]:
+    """Of every domain the last `keep` moves of its pointer (None: all), and those before them."""
+    published, kept, older = Published(store), list[Pointer](), list[Pointer]()
+    for domain in published.domains():
+        moves = published.history(domain)
+        first = 0 if keep is None else max(len(moves) - max(keep, 1), 0)
+        kept += moves[first:]
+        older += moves[:first]
+    return kept, older
+
+
+def drop_models(store: Store, keep: int) -> Iterator[tuple[str, str]]:
+    """Remove from the store the models that no kept move names; yields place and reason. The history stays whole."""
+    kept, older = kept_moves(store, keep)
+    wanted = {move.model for move in kept}
+    for key in dict.fromkeys(move.model for move in older if move.model not in wanted):
+        if store.is_kept(MODELS, key):
+            store.discard(MODELS, key)
+            yield f"objects/{MODELS}/{key}", f"published before the last {keep} moves"
+
+
+def remove_old_runs(store: Store, runs: Path, days: float, keep: int | None) -> Iterator[tuple[str, str]]:
+    """Remove run directories in which nothing was written for so many days; yields path and reason."""
+    named = {Path(str(move.facts.get("run_dir"))).resolve() for move in kept_moves(store, keep)[0]}
+    for folder in old_runs(runs, named, days):
+        remove_run(folder)
+        yield str(folder), f"not written for {days:g} days"
