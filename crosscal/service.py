@@ -1,7 +1,7 @@
 """What `crosscal deploy` puts on a server, in one small file: how many GPUs, where documents land, what runs when.
 
-`plans/service.yaml` is one. Folders are relative to that file; plans are named as in the checkout, since a worker of
-another machine has its own.
+`plans/service.yaml` is one. Folders are relative to that file. Plans lie beside it, or are named as in the checkout (as
+in the installed package, where there is none), since a worker of another machine has its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _five_fields(cron: str) -> str:
 
 def _in_the_checkout(plan: str) -> str:
     if Path(plan).is_absolute() or ".." in Path(plan).parts:
-        raise ValueError("plans are named as in the checkout, such as plans/landing.yaml")
+        raise ValueError("plans are named as in the checkout or beside this file, such as plans/landing.yaml")
     return plan
 
 
@@ -122,7 +122,8 @@ def load_service(path: Path) -> ServiceConfig:
         raise UsageError("; ".join(map(_explain, error.errors())), where=str(path)) from error
     base = path.absolute().parent
     places = {name: _absolute(getattr(config, name), base) for name in ("landing", "home", "runs")}
-    return config.model_copy(update=places)
+    plan, sweep = _beside(config.plan, base), {"plan": _beside(config.sweep.plan, base)}
+    return config.model_copy(update={**places, "plan": plan, "sweep": config.sweep.model_copy(update=sweep)})
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -134,6 +135,11 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _absolute(place: str, base: Path) -> str:
     return place if "://" in place else str((base / Path(place).expanduser()).resolve())
+
+
+def _beside(plan: str, base: Path) -> str:
+    """The path of a plan that lies beside the service file; any other is named as in the checkout."""
+    return str(base / plan) if (base / plan).is_file() else plan
 
 
 def _explain(problem: Any) -> str:

@@ -37,6 +37,7 @@ from crosscal.store.processes import number_of
 from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
 SLEEPER = """
 import time
@@ -112,7 +113,7 @@ def test_a_server_that_refuses_is_told_from_one_that_is_down(client: SyncPrefect
         with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
             compare(config(folder))
         with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
-            drive(Path(__file__).parent.parent / "plans/demo.yaml", [], str(folder / "store"), None)
+            drive(ROOT / "plans/demo.yaml", [], str(folder / "store"), None)
 
 
 def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
@@ -128,13 +129,13 @@ def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: S
     client.pause_deployment(client.read_deployment_by_name("watch/watch").id)
     other = config(folder, sweep={"cron": "0 4 * * 1"}, watch={"every_seconds": 20}, gpus=3)
     found = {(each.thing, each.field): (each.deployed, each.wanted) for each in compare(other)}
-    assert found["queue gpu1", "limit"] == (5, 1)
+    assert found["queue gpu1", "concurrency_limit"] == (5, 1)
     assert found["queue gpu2", ""] == ("no", "yes")
-    assert found["deployment recompress/recompress", "limit"] == (2, 3)
+    assert found["deployment recompress/recompress", "concurrency_limit"] == (2, 3)
     assert found["deployment recompress/recompress", "triggers"][0] == []
     assert found["deployment watch/watch", "paused"] == (True, False)
-    assert found["deployment watch/watch", "schedules"][1][0]["every_seconds"] == 20
-    assert found["deployment recompress/sweep", "schedules"][0][0]["cron"] == "0 3 * * 0"
+    assert found["deployment watch/watch", "schedules"][1][0].schedule.interval.total_seconds() == 20
+    assert found["deployment recompress/sweep", "schedules"][0][0].schedule.cron == "0 3 * * 0"
     assert ("deployment housekeeping/housekeeping", "") not in found
     done = deploy(other)
     assert done["made"] == ["queue gpu2"]
@@ -142,6 +143,17 @@ def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: S
     assert compare(other) == []
     fewer = [each for each in compare(config(folder, gpus=2)) if not each.field]
     assert [(each.thing, each.wanted) for each in fewer] == [("queue gpu2", "no")]
+
+
+def test_prefect_deploy_makes_the_same_of_the_file(first: dict[str, Any], client: SyncPrefectClient) -> None:
+    """`deployment.yaml` is valid as it stands, and no key of it is lost on the way."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployment.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = {"landing": "landing", "home": ".crosscal", "runs": "runs"}
+    service = load_service(ROOT / "plans/service.yaml").model_copy(update=folders)
+    found = [each for each in compare(service) if each.thing.startswith("deployment ")]
+    assert {each.field for each in found} == {"entrypoint"}, "by file in the checkout, by module in an environment"
 
 
 def domains_of(runs: Iterator[FlowRun]) -> list[str]:
