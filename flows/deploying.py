@@ -14,6 +14,7 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from crosscal.errors import CrosscalError, PlanError
+from crosscal.flows import deployments, notifications
 from crosscal.flows.deployed import (
     COMPRESS,
     POOL,
@@ -25,7 +26,6 @@ from crosscal.flows.deployed import (
     deployed,
     differences,
 )
-from crosscal.flows.deployments import wanted
 from crosscal.flows.health import server_needed
 from crosscal.plan import load_plan
 from crosscal.resources import ROOT
@@ -66,6 +66,9 @@ def deploy(service: ServiceConfig) -> dict[str, Any]:
         for thing in want:
             if thing.name in touched:
                 thing.put(client)
+        removed = [name for name in before if name not in names and name.startswith(notifications.MADE)]
+        for name in removed:
+            notifications.remove(client, name)
         left = [each for each in differences(_standing(client), want) if each.thing in names]
     if left:
         raise CrosscalError(
@@ -78,7 +81,8 @@ def deploy(service: ServiceConfig) -> dict[str, Any]:
         "made": sorted(touched - before.keys()),
         "changed": [each.as_json() for each in found if each.thing in touched & before.keys()],
         "unchanged": sorted(names - touched),
-        "left alone": sorted(before.keys() - names),
+        "removed": sorted(removed),
+        "left alone": sorted(before.keys() - names - set(removed)),
         "workers": worker_commands(service, ROOT),
     }
 
@@ -106,8 +110,8 @@ def worker_commands(service: ServiceConfig, checkout: Path) -> list[str]:
 def _wanted(service: ServiceConfig) -> list[Thing]:
     check_plans(service)
     server_needed("`crosscal deploy`")
-    return list(wanted(service))
+    return [*deployments.wanted(service), *notifications.wanted(service)]
 
 
 def _standing(client: SyncPrefectClient) -> Things:
-    return deployed(client)
+    return deployed(client) | notifications.standing(client)

@@ -11,6 +11,7 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL
 
 LANDED, PUBLISHED, KEPT = "crosscal.corpus.landed", "crosscal.model.published", "crosscal.model.kept"
+FILE_REFUSED, GIVEN_UP = "crosscal.file.refused", "crosscal.domain.given-up"
 PROBE_SECONDS = 5
 _log = logging.getLogger("crosscal")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,10 +22,10 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Failed, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
-from crosscal.errors import CrosscalError
+from crosscal.errors import CrosscalError, UsageError
 from crosscal.flows.deploying import compare, deploy
 from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
@@ -34,6 +35,8 @@ from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
+from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from tests.helpers.receiver import receiver
 from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
@@ -238,3 +241,41 @@ def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(
 
     assert [run["id"] for run in close_stuck_runs(stuck_minutes=0.0)] == [str(silent.id)], "silence counts elsewhere"
     assert living.pid in at_work(client), "a living process may be silent for as long as it likes"
+
+
+def test_messages_are_posted_and_their_addresses_stay_secret(
+    first: dict[str, Any], client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiver() as (address, received):
+        check_messages(client, folder, monkeypatch, address, received)
+
+
+def check_messages(
+    client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch, address: str, received: list[Any]
+) -> None:
+    monkeypatch.setenv("OPS_HOOK", address)
+    service = config(folder, notify=[{"webhook": "OPS_HOOK", "events": ["kept", "failed"]}])
+    automations = ["failed", "failed-service", "kept"]
+    made = [*(f"automation crosscal-notify-{name} to ops-hook" for name in automations)]
+    assert deploy(service)["made"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
+    assert [each for each in compare(service) if each.field] == []
+
+    tell(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
+    tell(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
+    for _ in range(2):  # of a watch that fails every minute, one message an hour
+        failing = client.create_flow_run(watch, state=Running())
+        client.set_flow_run_state(failing.id, Failed(message="no such store"), force=True)
+    tell(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})
+    wait_for(lambda: len(received) >= 3, SECONDS)
+    subjects = sorted(message["subject"].partition(" · ")[0] for message in received)
+    assert subjects == ["crosscal: legal: kept", "crosscal: medical: kept", "crosscal: watch"]
+    assert [message for message in received if "no such store" in message["body"] and "flow-run/" in message["body"]]
+    assert [message for message in received if message["body"] == "domain: legal\nversion: 3\n"]
+
+    monkeypatch.setenv("OPS_HOOK", f"{address}/another")
+    (changed,) = (each for each in compare(service) if each.field)
+    assert "127.0.0.1" not in json.dumps(changed.as_json())
+    assert deploy(config(folder))["removed"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
+    missing = config(folder, notify=[{"block": "slack-webhook/ops"}])
+    with pytest.raises(UsageError, match=r"no such block .*slack-webhook/ops"):
+        deploy(missing)
