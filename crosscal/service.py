@@ -1,7 +1,7 @@
 """What `crosscal deploy` puts on a server, in one small file: how many GPUs, where documents land, what runs when.
 
-`plans/service.yaml` is one. Folders are relative to that file; plans are named as in the checkout, since a worker of
-another machine has its own.
+`plans/service.yaml` is one. Folders are relative to that file. Plans lie beside it, or are named as in the checkout (as
+in the installed package, where there is none), since a worker of another machine has its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
@@ -36,14 +36,22 @@ def _five_fields(cron: str) -> str:
 
 def _in_the_checkout(plan: str) -> str:
     if Path(plan).is_absolute() or ".." in Path(plan).parts:
-        raise ValueError("plans are named as in the checkout, such as plans/landing.yaml")
+        raise ValueError("plans are named as in the checkout or beside this file, such as plans/landing.yaml")
     return plan
+
+
+def _a_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name):
+        raise ValueError("name the environment variable that holds the address, such as SLACK_URL")
+    return name
 
 
 Cron = Annotated[str, AfterValidator(_five_fields)]
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 PlanName = Annotated[str, AfterValidator(_in_the_checkout)]
+Variable = Annotated[str, AfterValidator(_a_variable)]
+Event = Literal["failed", "crashed", "given-up", "kept", "refused", "published"]
 
 
 class _Section(BaseModel):
@@ -82,6 +90,32 @@ class Housekeeping(_Section):
     """Remove the server's records of watches that found nothing after so long; null: never."""
 
 
+class Notify(_Section):
+    """Where messages go: the variable that holds an address when it is deployed, or a block of the server."""
+
+    slack: Variable | None = None
+    """URL of an incoming webhook."""
+    email: Variable | None = None
+    """mailtos://user:password@smtp.example.org?from=…&to=…, in Apprise's notation."""
+    webhook: Variable | None = None
+    """Any URL; JSON with `text`, `subject` and `body` is posted to it."""
+    block: str | None = Field(None, pattern=r"^[a-z0-9-]+/[a-z0-9-]+$")
+    """A notification block by type and name, such as slack-webhook/ops."""
+    events: tuple[Event, ...] = get_args(Event)
+
+    @property
+    def channel(self) -> tuple[str, str]:
+        """What kind it is, and what is named."""
+        (found,) = ((kind, str(name)) for kind, name in self if kind != "events" and name is not None)
+        return found
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Notify:
+        if sum(name is not None for kind, name in self if kind != "events") != 1:
+            raise ValueError("give one of slack, email, webhook, block")
+        return self
+
+
 class ServiceConfig(_Section):
     gpus: int = Field(1, ge=1, le=64)
     """One worker and one compression at a time for each."""
@@ -101,6 +135,7 @@ class ServiceConfig(_Section):
     watch: Watch = Watch(cron="* * * * *", every_seconds=None)
     sweep: Sweep = Sweep()
     housekeeping: Housekeeping = Housekeeping()  # pyright: ignore[reportCallIssue]
+    notify: tuple[Notify, ...] = ()
 
     @field_validator("timezone")
     @classmethod
@@ -141,7 +176,8 @@ def load_service(path: Path) -> ServiceConfig:
         raise UsageError("; ".join(map(_explain, error.errors())), where=str(path)) from error
     base = path.absolute().parent
     places = {name: _absolute(getattr(config, name), base) for name in ("landing", "home", "runs")}
-    return config.model_copy(update=places)
+    plan, sweep = _beside(config.plan, base), {"plan": _beside(config.sweep.plan, base)}
+    return config.model_copy(update={**places, "plan": plan, "sweep": config.sweep.model_copy(update=sweep)})
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -155,16 +191,22 @@ def _absolute(place: str, base: Path) -> str:
     return place if "://" in place else str((base / Path(place).expanduser()).resolve())
 
 
+def _beside(plan: str, base: Path) -> str:
+    """The path of a plan that lies beside the service file; any other is named as in the checkout."""
+    return str(base / plan) if (base / plan).is_file() else plan
+
+
 def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     field = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        sections = {"watch": Watch, "sweep": Sweep, "housekeeping": Housekeeping}
+        sections = {"watch": Watch, "sweep": Sweep, "housekeeping": Housekeeping, "notify": Notify}
         section = sections.get(location[0], ServiceConfig) if len(location) > 1 else ServiceConfig
         return f"{field}: unknown field; {suggestion(location[-1], section.model_fields)}"
     if problem["type"] == "missing":
         return f"{field}: this field is needed"
     message = problem["msg"].removeprefix("Value error, ")
-    is_shown = not isinstance(problem["input"], dict) and "@" not in str(problem["input"])  # no secrets in messages
+    may_be_secret = location[:1] == ["notify"] or "@" in str(problem["input"])
+    is_shown = not isinstance(problem["input"], dict) and not may_be_secret
     got = f" (got {problem['input']!r:.80})" if is_shown else ""
     return f"{field}: {message}{got}" if field else message

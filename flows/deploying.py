@@ -1,70 +1,75 @@
-"""Bring a Prefect server to what `deployment.yaml` and a service file say, or only say how they differ.
+"""Bring a Prefect server to what a service file says, or only say how they differ.
 
-Deploying itself is Prefect's: the file, filled in, goes through `prefect deploy`. Around it stand the pool, the queues
-and their limits, and a comparison before (what is as it should be is left alone) and after (the server took all of it).
+What is as it should be is left alone; what is not is put there by Prefect's own client, and looked at again: the server
+has to have taken all of it.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.workers.process import ProcessWorker
 
-from crosscal.errors import CrosscalError
+from crosscal.errors import CrosscalError, PlanError
+from crosscal.flows import deployments, notifications
 from crosscal.flows.deployed import (
     COMPRESS,
     POOL,
     SERVICE,
     SERVICE_RUNS,
     Difference,
+    Thing,
     Things,
     deployed,
     differences,
-    wanted,
 )
-from crosscal.flows.deployment_file import check_plans, read_deployments
 from crosscal.flows.health import server_needed
+from crosscal.plan import load_plan
 from crosscal.resources import ROOT
 from crosscal.service import ServiceConfig
+from crosscal.variants import variants
 
 PROMPT = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 """A worker asks for work this often; of its own accord every ten seconds."""
+SOME_DOMAIN = "some-domain"
 
 
-def compare(service: ServiceConfig, checkout: Path = ROOT) -> list[Difference]:
+def check_plans(service: ServiceConfig) -> None:
+    """The plans that the service names are there and valid. Raises `PlanError`, as `crosscal plan check` does."""
+    for field, plan, domain in (("plan", service.plan, SOME_DOMAIN), ("sweep.plan", service.sweep.plan, None)):
+        if not (ROOT / plan).is_file():  # a path, where it lies beside the service file
+            raise PlanError("no such plan, neither beside the service file nor in the checkout", where=field, got=plan)
+        variants(load_plan(ROOT / plan, domain=domain))
+
+
+def compare(service: ServiceConfig) -> list[Difference]:
     """How the server differs from the file. Changes nothing."""
-    server_needed("`crosscal deploy`")
-    want = wanted(_checked(service, checkout), service, checkout)
+    want = _wanted(service)
     with get_client(sync_client=True) as client:
-        return list(differences(deployed(client), want))
+        return list(differences(_standing(client), want))
 
 
-def deploy(service: ServiceConfig, checkout: Path = ROOT) -> dict[str, Any]:
+def deploy(service: ServiceConfig) -> dict[str, Any]:
     """Make or change what differs; returns what was made, changed, left alone, and the workers to start.
 
-    Raises `UsageError` for a file Prefect would misunderstand, `CrosscalError` when the server did not take it.
+    Raises `UsageError` for what cannot be wanted, `CrosscalError` when the server did not take it.
     """
-    server_needed("`crosscal deploy`")
-    content = _checked(service, checkout)
-    want = wanted(content, service, checkout)
+    want = _wanted(service)
+    names = {thing.name for thing in want}
     with get_client(sync_client=True) as client:
-        before = deployed(client)
+        before = _standing(client)
         found = list(differences(before, want))
-        touched = {each.thing for each in found if each.thing in want}
-        _make_pool(client, before, touched)
-        _make_queues(client, before, want, touched)
-        _prefect_deploy(content, [thing for thing in want if thing in touched], checkout)
-        left = [each for each in differences(deployed(client), want) if each.thing in want]
+        touched = {each.thing for each in found if each.thing in names}
+        for thing in want:
+            if thing.name in touched:
+                thing.put(client)
+        removed = [name for name in before if name not in names and name.startswith(notifications.MADE)]
+        for name in removed:
+            notifications.remove(client, name)
+        left = [each for each in differences(_standing(client), want) if each.thing in names]
     if left:
         raise CrosscalError(
             "the server did not take all of it",
@@ -75,9 +80,10 @@ def deploy(service: ServiceConfig, checkout: Path = ROOT) -> dict[str, Any]:
     return {
         "made": sorted(touched - before.keys()),
         "changed": [each.as_json() for each in found if each.thing in touched & before.keys()],
-        "unchanged": sorted(want.keys() - touched),
-        "left alone": sorted(before.keys() - want.keys()),
-        "workers": worker_commands(service, checkout),
+        "unchanged": sorted(names - touched),
+        "removed": sorted(removed),
+        "left alone": sorted(before.keys() - names - set(removed)),
+        "workers": worker_commands(service, ROOT),
     }
 
 
@@ -101,65 +107,11 @@ def worker_commands(service: ServiceConfig, checkout: Path) -> list[str]:
     return [*gpus, command(SERVICE, "", SERVICE_RUNS, SERVICE)]
 
 
-def _checked(service: ServiceConfig, checkout: Path) -> dict[str, Any]:
-    check_plans(service, checkout)
-    return read_deployments(checkout, service)
+def _wanted(service: ServiceConfig) -> list[Thing]:
+    check_plans(service)
+    server_needed("`crosscal deploy`")
+    return [*deployments.wanted(service), *notifications.wanted(service)]
 
 
-def _make_pool(client: SyncPrefectClient, before: Things, touched: set[str]) -> None:
-    thing = f"pool {POOL}"
-    if thing not in touched:
-        return
-    if thing not in before:
-        template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-    elif before[thing]["type"] != "process":
-        raise CrosscalError(
-            "there is a work pool of this name and of another type",
-            where=POOL,
-            got=before[thing]["type"],
-            do=f"Remove it (`prefect work-pool delete {POOL}`) if nothing else uses it.",
-        )
-    else:
-        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
-
-
-def _make_queues(client: SyncPrefectClient, before: Things, want: Things, touched: set[str]) -> None:
-    _use_default_queue(client)
-    for thing in sorted(touched):
-        kind, _, name = thing.partition(" ")
-        if kind != "queue":
-            continue
-        limit = want[thing]["limit"]
-        if thing in before or name == COMPRESS:
-            queue = client.read_work_queue_by_name(name, work_pool_name=POOL)
-            client.update_work_queue(queue.id, concurrency_limit=limit, is_paused=False)
-        else:
-            client.create_work_queue(name, concurrency_limit=limit, work_pool_name=POOL)
-
-
-def _use_default_queue(client: SyncPrefectClient) -> None:
-    """Every pool has a queue `default`, which would stand there as not ready for ever, for no worker asks for it: it
-    becomes `compress`, or, in a pool that has both already, is paused."""
-    queues = {queue.name: queue for queue in client.read_work_queues(work_pool_name=POOL)}
-    default = queues.get("default")
-    if default is not None and COMPRESS not in queues:
-        client.update_work_queue(default.id, name=COMPRESS)
-    elif default is not None and not default.is_paused:
-        client.update_work_queue(default.id, is_paused=True)
-
-
-def _prefect_deploy(content: Mapping[str, Any], things: list[str], checkout: Path) -> None:
-    """`prefect deploy` over those deployments of the file that differ from what is deployed."""
-    names = {thing.rpartition("/")[2] for thing in things if thing.startswith("deployment ")}
-    if not names:
-        return
-    chosen = {**content, "deployments": [each for each in content["deployments"] if each["name"] in names]}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "deployment.yaml")
-        file.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        raise CrosscalError("`prefect deploy` failed", got=" ".join(lines[-5:])[:1000])
+def _standing(client: SyncPrefectClient) -> Things:
+    return deployed(client) | notifications.standing(client)

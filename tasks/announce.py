@@ -12,8 +12,7 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL
 
 LANDED, PUBLISHED, KEPT = "crosscal.corpus.landed", "crosscal.model.published", "crosscal.model.kept"
-GIVEN_UP = "crosscal.domain.given-up"
-FILE_REFUSED = "crosscal.file.refused"
+FILE_REFUSED, GIVEN_UP = "crosscal.file.refused", "crosscal.domain.given-up"
 PROBE_SECONDS = 5
 _log = logging.getLogger("crosscal")
 

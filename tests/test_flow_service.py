@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,11 +23,11 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Failed, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
 from crosscal.corpora import ingest
-from crosscal.errors import CrosscalError
+from crosscal.errors import CrosscalError, UsageError
 from crosscal.flows.deploying import compare, deploy
 from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
@@ -37,9 +38,12 @@ from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
+from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from tests.helpers.receiver import receiver
 from tests.helpers.tiny_place import make_place, write_documents
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
 SLEEPER = """
 import time
@@ -116,7 +120,7 @@ def test_a_server_that_refuses_is_told_from_one_that_is_down(client: SyncPrefect
         with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
             compare(config(folder))
         with pytest.raises(CrosscalError, match=r"refuses us .*PREFECT_API_AUTH_STRING"):
-            drive(Path(__file__).parent.parent / "plans/demo.yaml", [], str(folder / "store"), None)
+            drive(ROOT / "plans/demo.yaml", [], str(folder / "store"), None)
 
 
 def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
@@ -132,13 +136,13 @@ def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: S
     client.pause_deployment(client.read_deployment_by_name("watch/watch").id)
     other = config(folder, sweep={"cron": "0 4 * * 1"}, watch={"every_seconds": 20}, gpus=3)
     found = {(each.thing, each.field): (each.deployed, each.wanted) for each in compare(other)}
-    assert found["queue gpu1", "limit"] == (5, 1)
+    assert found["queue gpu1", "concurrency_limit"] == (5, 1)
     assert found["queue gpu2", ""] == ("no", "yes")
-    assert found["deployment recompress/recompress", "limit"] == (2, 3)
+    assert found["deployment recompress/recompress", "concurrency_limit"] == (2, 3)
     assert found["deployment recompress/recompress", "triggers"][0] == []
     assert found["deployment watch/watch", "paused"] == (True, False)
-    assert found["deployment watch/watch", "schedules"][1][0]["every_seconds"] == 20
-    assert found["deployment recompress/sweep", "schedules"][0][0]["cron"] == "0 3 * * 0"
+    assert found["deployment watch/watch", "schedules"][1][0].schedule.interval.total_seconds() == 20
+    assert found["deployment recompress/sweep", "schedules"][0][0].schedule.cron == "0 3 * * 0"
     assert ("deployment housekeeping/housekeeping", "") not in found
     done = deploy(other)
     assert done["made"] == ["queue gpu2"]
@@ -146,6 +150,17 @@ def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: S
     assert compare(other) == []
     fewer = [each for each in compare(config(folder, gpus=2)) if not each.field]
     assert [(each.thing, each.wanted) for each in fewer] == [("queue gpu2", "no")]
+
+
+def test_prefect_deploy_makes_the_same_of_the_file(first: dict[str, Any], client: SyncPrefectClient) -> None:
+    """`deployment.yaml` is valid as it stands, and no key of it is lost on the way."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployment.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = {"landing": "landing", "home": ".crosscal", "runs": "runs"}
+    service = load_service(ROOT / "plans/service.yaml").model_copy(update=folders)
+    found = [each for each in compare(service) if each.thing.startswith("deployment ")]
+    assert {each.field for each in found} == {"entrypoint"}, "by file in the checkout, by module in an environment"
 
 
 def domains_of(runs: Iterator[FlowRun]) -> list[str]:
@@ -278,3 +293,41 @@ def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(
 
     assert [run["id"] for run in close_stuck_runs(stuck_minutes=0.0)] == [str(silent.id)], "silence counts elsewhere"
     assert living.pid in at_work(client), "a living process may be silent for as long as it likes"
+
+
+def test_messages_are_posted_and_their_addresses_stay_secret(
+    first: dict[str, Any], client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiver() as (address, received):
+        check_messages(client, folder, monkeypatch, address, received)
+
+
+def check_messages(
+    client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch, address: str, received: list[Any]
+) -> None:
+    monkeypatch.setenv("OPS_HOOK", address)
+    service = config(folder, notify=[{"webhook": "OPS_HOOK", "events": ["kept", "failed"]}])
+    automations = ["failed", "failed-service", "kept"]
+    made = [*(f"automation crosscal-notify-{name} to ops-hook" for name in automations)]
+    assert deploy(service)["made"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
+    assert [each for each in compare(service) if each.field] == []
+
+    tell(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
+    tell(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
+    for _ in range(2):  # of a watch that fails every minute, one message an hour
+        failing = client.create_flow_run(watch, state=Running())
+        client.set_flow_run_state(failing.id, Failed(message="no such store"), force=True)
+    tell(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})
+    wait_for(lambda: len(received) >= 3, SECONDS)
+    subjects = sorted(message["subject"].partition(" · ")[0] for message in received)
+    assert subjects == ["crosscal: legal: kept", "crosscal: medical: kept", "crosscal: watch"]
+    assert [message for message in received if "no such store" in message["body"] and "flow-run/" in message["body"]]
+    assert [message for message in received if message["body"] == "domain: legal\nversion: 3\n"]
+
+    monkeypatch.setenv("OPS_HOOK", f"{address}/another")
+    (changed,) = (each for each in compare(service) if each.field)
+    assert "127.0.0.1" not in json.dumps(changed.as_json())
+    assert deploy(config(folder))["removed"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
+    missing = config(folder, notify=[{"block": "slack-webhook/ops"}])
+    with pytest.raises(UsageError, match=r"no such block .*slack-webhook/ops"):
+        deploy(missing)

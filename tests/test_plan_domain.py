@@ -10,6 +10,7 @@ import yaml
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, load_plan
 from crosscal.variants import variants
+from tests.helpers.tiny_place import crosscal
 
 PLAN = {
     "model": "org/model",
@@ -76,3 +77,17 @@ def test_publishing_that_cannot_be_decided_is_refused(template: Path, changes: d
     template.write_text(yaml.safe_dump({**PLAN, **changes}))
     with pytest.raises(PlanError, match=message):
         load_plan(template, domain="legal")
+
+
+@pytest.mark.parametrize("command", [("run",), ("plan", "check"), ("plan", "show"), ("enough",), ("evaluate",)])
+def test_whichever_command_asks_for_a_domain_takes_one(command: tuple[str, ...]) -> None:
+    assert "--domain" in crosscal(*command, "--help").out
+
+
+def test_a_plan_is_shown_for_a_domain(template: Path) -> None:
+    asked = crosscal("plan", "show", str(template))
+    assert (asked.code, asked.err.count("Give --domain NAME")) == (2, 1)
+    assert yaml.safe_load(crosscal("plan", "show", str(template), "--domain", "legal").out)["corpora"].keys() == {
+        "general",
+        "legal",
+    }

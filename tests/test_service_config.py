@@ -33,6 +33,10 @@ WRONG = {
     "an absolute plan": ({"sweep": {"plan": "/plan.yaml"}}, "as in the checkout"),
     "time zone": ({"timezone": "Mars/Olympus"}, "time zone"),
     "a password in a URL": ({"home": "s3://key:secret@bucket"}, "no keys in a URL"),
+    "an address in the file": ({"notify": [{"slack": "https://hooks/secret"}]}, "name the environment variable"),
+    "two channels in one": ({"notify": [{"slack": "A", "email": "B"}]}, "give one of slack, email, webhook, block"),
+    "no such event": ({"notify": [{"slack": "A", "events": ["publishd"]}]}, "'published'"),
+    "unknown key of a message": ({"notify": [{"slak": "A"}]}, "slak: unknown field; did you mean `slack`"),
     "unused in a bucket": (
         {"home": "s3://bucket/x", "housekeeping": {"unused_days": 3}},
         "does not know what is unused",

@@ -47,6 +47,8 @@ def _show(done: dict[str, Any]) -> None:
         print(f"changed    {_line(each)}")
     for thing in done["unchanged"]:
         print(f"unchanged  {thing}")
+    for thing in done["removed"]:
+        print(f"removed    {thing}: it is not in the files any more")
     for thing in done["left alone"]:
         print(f"left alone {thing}: it is not in the files")
     print("\nWorkers to start, each in a terminal or service of its own:\n")

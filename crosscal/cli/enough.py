@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from crosscal.cli.options import HOME, Home, Json, PlanFile, Set
+from crosscal.cli.options import HOME, Domain, Home, Json, PlanFile, Set
 from crosscal.cli.printing import print_rows
 
 
-def enough(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Json = False) -> None:
+def enough(
+    plan: PlanFile, overrides: Set = None, domain: Domain = None, home: Home = HOME, as_json: Json = False
+) -> None:
     """Say of every corpus of a plan whether more of it would help: held-out loss as its windows double.
 
     Nothing is compressed. The model is read as far as half of its blocks, over half of the windows where their
@@ -17,7 +19,7 @@ def enough(plan: PlanFile, overrides: Set = None, home: Home = HOME, as_json: Js
     from crosscal.flows.enough import measure_enough
     from crosscal.plan import load_plan
 
-    curves = measure_enough(load_plan(plan, tuple(overrides or ())), home)
+    curves = measure_enough(load_plan(plan, tuple(overrides or ()), domain), home)
     print_rows(curves if as_json else [_row(curve) for curve in curves], as_json)
 
 

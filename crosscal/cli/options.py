@@ -17,6 +17,7 @@ Home = Annotated[str, typer.Option(envvar="CROSSCAL_HOME", help="The store: a fo
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: calibration.windows=64.", metavar="KEY=VALUE")
 ]
+Domain = Annotated[str | None, typer.Option(help="A landed domain that the plan's $domain stands for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 HOME = ".crosscal"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json, Set
+from crosscal.cli.options import HOME, Domain, Home, Json, Set
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.resources import DEMO_PLAN
@@ -20,7 +20,7 @@ def run(
     plan: Annotated[Path | None, typer.Argument(help="The plan; left out, the embedded demo.")] = None,
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<model>-<digest>.")] = None,
-    domain: Annotated[str | None, typer.Option(help="A landed domain that the plan's $domain stands for.")] = None,
+    domain: Domain = None,
     again: Annotated[bool, typer.Option("--again", help="Even if nothing is pending for the domain.")] = False,
     home: Home = HOME,
     as_json: Json = False,
@@ -129,6 +129,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A model directory, dense or compressed.")],
     plan: Annotated[Path, typer.Option(help="The plan that names corpora and tasks.")],
     overrides: Set = None,
+    domain: Domain = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +137,7 @@ def evaluate(
     from crosscal.flows.evaluate import evaluate_model
     from crosscal.plan import load_plan
 
-    rows = evaluate_model(model, load_plan(plan, tuple(overrides or ())), home)
+    rows = evaluate_model(model, load_plan(plan, tuple(overrides or ()), domain), home)
     if not as_json:
         shown = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "skipped")
         rows = [{name: row[name] for name in shown if row[name] is not None} for row in rows]
