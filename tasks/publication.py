@@ -14,7 +14,7 @@ from prefect import task
 from crosscal.calibration import tokenizer_digest
 from crosscal.errors import MissingArtifact
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
-from crosscal.landing.records import again_on_conflict, now
+from crosscal.landing.records import now
 from crosscal.plan import BEST, Publish
 from crosscal.publication import Pointer, Published, model_folder, publish_model
 from crosscal.publication.policy import DENSE, Decision, Rule, Windows, decide
@@ -24,10 +24,16 @@ from crosscal.report.left_dense import left_dense_of
 from crosscal.report.rows import read_rows
 from crosscal.stages.evaluate import Examination, measure
 from crosscal.store import Store, digest_of
+from crosscal.store.refs import again_on_conflict
 from crosscal.tasks.artifacts import show_decision
 from crosscal.tasks.evaluation import examination_of
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.ticket import Ticket, task_report
+
+OTHER_TOKENIZER = (
+    "the published model has another tokenizer, perplexities do not compare; "
+    "`crosscal publish DOMAIN --variant NAME --run DIR` publishes one by hand"
+)
 
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)
@@ -100,7 +106,7 @@ def _decide(
             gone = f"the published model is gone from the store; {decision.reason}"
             return dataclasses.replace(decision, reason=gone), None
         if tokenizer_digest(folder) != exam.tokenizer_digest:
-            return Decision(False, "the published model has another tokenizer: perplexities do not compare"), None
+            return Decision(False, OTHER_TOKENIZER), None
         with task_report() as report:
             earlier = measure(exam, folder, name=folder.name, report=report)
     seen = {one.corpus_or_task: one.window_nll for one in earlier if one.split == VALIDATION and one.window_nll}

@@ -43,11 +43,11 @@ ROOMS = {
         {"torch", "numpy", "pyarrow", "fsspec", "tenacity"},
     ),
     "files": (set(), {"zstandard"}),
-    "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "tenacity", "numpy"}),
+    "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "numpy"}),
     # MinHash and its index are datasketch's
     "selection": (
         {"errors", "files", "lanes", "progress", "store", "corpora"},
-        {"pyarrow", "numpy", "datasketch", "tenacity"},
+        {"pyarrow", "numpy", "datasketch"},
     ),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
     # by which rule models differ is one rule, of the report and of what is published

@@ -14,6 +14,7 @@ from crosscal.flows.changes import notice_changes
 from crosscal.landing import Ledger
 from crosscal.models.source import ModelSource
 from crosscal.store import Store
+from tests.helpers.counting_home import counting_store
 from tests.helpers.tiny_place import Place, crosscal
 from tests.helpers.tiny_text import tiny_llama
 
@@ -96,10 +97,13 @@ def test_the_weights_are_read_once_and_nothing_while_nothing_changes(
     os.utime(place.folder / "model" / "model.safetensors")
     assert notice(place) == {}
     assert opened == [place.folder / "model"]
+    store, asked = counting_store(place.home)
     with monkeypatch.context() as patch:
         patch.setattr(changes, "_written", None)  # neither the plan is parsed nor a model looked for
-        assert notice(place) == {}
+        assert notice_changes(Ledger(store), place.plan) == {}
     assert len(opened) == 1
+    assert asked.keys() <= {"names", "read"}
+    assert asked.total() <= 6
 
 
 def test_a_plan_that_is_broken_and_mended_is_tried_again(place: Place) -> None:

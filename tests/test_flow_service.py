@@ -16,6 +16,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.events.worker import EventsWorker
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -38,7 +39,7 @@ from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
-from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from crosscal.tasks.announce import GIVEN_UP, KEPT, PUBLISHED, tell
 from tests.helpers.receiver import receiver
 from tests.helpers.tiny_place import make_place, write_documents
 
@@ -245,6 +246,21 @@ def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectC
     assert run is not None
     ledger.mark(run, "abandoned")
     assert (waiting_domains(ledger), ledger.cancelled("legal")) == ({}, 1)
+
+
+def test_given_up_is_an_event_with_its_reason(client: SyncPrefectClient, tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path / "home"))
+    ledger.request("wrong", 1)
+    for _ in range(2):  # once given up there is nothing to tell
+        recompress(str(tmp_path / "nowhere.yaml"), [], str(tmp_path / "home"), None, "wrong", return_state=True)
+    assert [run.state for run in ledger.runs("wrong")] == ["failed"]
+
+    def told() -> list[Any]:
+        return client.read_events(EventFilter(event=EventNameFilter(name=[GIVEN_UP]))).events
+
+    (event,) = wait_for(told, SECONDS)
+    assert event.resource.id == "crosscal.domain.wrong"
+    assert "the plan cannot be read" in event.payload["reason"]
 
 
 @pytest.fixture

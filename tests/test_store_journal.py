@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from crosscal.errors import CorruptArtifact, StoreConflict
-from crosscal.landing.records import again_on_conflict
 from crosscal.store import Store, journal
 from crosscal.store.journal import Journal
-from crosscal.store.refs import Refs
+from crosscal.store.refs import Refs, again_on_conflict
 from tests.helpers.counting_home import CountingHome
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
-
 from crosscal.corpora.corpus import Corpus, Shard, corpus_of, digests, record_of, ref_name
 from crosscal.corpora.hub import read_hub
 from crosscal.corpora.known import known_splits
@@ -21,8 +19,9 @@ from crosscal.corpora.sources import HubDataset, SourceFile, resolve
 from crosscal.corpora.splits import SPLITS, assign
 from crosscal.corpora.spool import Spool
 from crosscal.corpora.usable import nothing_usable
-from crosscal.errors import StoreConflict, UsageError
+from crosscal.errors import UsageError
 from crosscal.store import Store, digest_file, digest_of
+from crosscal.store.refs import again_on_conflict
 
 Progress = Callable[[str, int, int | None], None]
 PROGRESS_DOCUMENTS = 1000
@@ -124,13 +123,7 @@ def _land(
     store: Store, name: str, spool: Spool, replace: bool, *, forced: bool, with_removed: bool
 ) -> tuple[Corpus, int, bool]:
     """Add what is new; read the corpus again and retry when another process changed it meanwhile."""
-    retrying = Retrying(
-        retry=retry_if_exception_type(StoreConflict),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random(0, 0.2),
-        reraise=True,
-    )
-    return retrying(_land_once, store, name, spool, replace, forced, with_removed)
+    return again_on_conflict(lambda: _land_once(store, name, spool, replace, forced, with_removed), attempts=ATTEMPTS)
 
 
 def _land_once(

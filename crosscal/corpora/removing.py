@@ -12,14 +12,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
-
 from crosscal.corpora.conversation import Conversation
 from crosscal.corpora.corpus import Corpus, Shard, corpus_of, digests, load_corpus, record_of, ref_name
-from crosscal.corpora.ingest import ATTEMPTS, shard_key
+from crosscal.corpora.ingest import shard_key
 from crosscal.corpora.shards import read_rows, write_split
-from crosscal.errors import StoreConflict
 from crosscal.store import Store
+from crosscal.store.refs import again_on_conflict
 
 SHOWN_CHARACTERS = 80
 
@@ -66,13 +64,7 @@ def _beginning(text: str) -> str:
 
 def take_out(store: Store, name: str, unwanted: Collection[str]) -> Corpus:
     """The new version of a corpus, without the documents of these digests; they do not come back with what lands."""
-    retrying = Retrying(
-        retry=retry_if_exception_type(StoreConflict),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random(0, 0.2),
-        reraise=True,
-    )
-    return retrying(_take_out, store, name, frozenset(map(bytes.fromhex, unwanted)))
+    return again_on_conflict(lambda: _take_out(store, name, frozenset(map(bytes.fromhex, unwanted))))
 
 
 def _take_out(store: Store, name: str, unwanted: frozenset[bytes]) -> Corpus:

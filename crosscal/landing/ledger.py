@@ -16,10 +16,11 @@ from crosscal.errors import StoreError
 from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.picture import CANCELLED, REMOVED, Entry, Picture, entry_of, since_removal
-from crosscal.landing.records import again_on_conflict, now, state
+from crosscal.landing.records import now, state
 from crosscal.landing.runs import ENDED, Run, run_key, run_of
 from crosscal.store import Store, digest_of, heartbeat
 from crosscal.store.journal import Journal
+from crosscal.store.refs import again_on_conflict
 
 JOURNAL = "landings"
 EARLIER_SECONDS = 86400.0

@@ -60,8 +60,10 @@ def reason_of(run: Run) -> str:
 
 
 def _row(ledger: Ledger, picture: Picture, domain: str) -> dict[str, Any]:
-    last = picture.last_run(domain)
+    last, request = picture.last_run(domain), picture.items.get(f"request/{domain}", {})
     row = {"domain": domain, "version": picture.requested(domain), "state": _state(ledger, picture, domain)}
+    if picture.pending(domain) is not None and "why" in request:
+        row["why"] = request["why"]
     return row if last is None else {**row, "run": last.number, "run_id": last.run_id, "at": last.states[-1]["at"]}
 
 

@@ -11,18 +11,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from crosscal.corpora import Corpus, Shard
 from crosscal.corpora.conversation import Conversation
 from crosscal.corpora.corpus import corpus_of, record_of, ref_name
 from crosscal.corpora.shards import BATCH_DOCUMENTS
-from crosscal.errors import StoreConflict
 from crosscal.selection.texts import Texts, parts_of
 from crosscal.store import Store, digest_of
 from crosscal.store.arrays import array_of, arrow_file
+from crosscal.store.refs import again_on_conflict
 
-ATTEMPTS = 10
 Rows = list[tuple[bytes, Texts, int]]
 """(digest, where it is, position) of documents, by digest."""
 
@@ -64,13 +62,7 @@ def read_chosen(store: Store, kind: str, key: str) -> list[tuple[bytes, float | 
 
 def keep_version(store: Store, name: str, shard: Shard) -> Corpus:
     """The corpus `name`, whose newest version is this shard."""
-    retrying = Retrying(
-        retry=retry_if_exception_type(StoreConflict),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random(0, 0.2),
-        reraise=True,
-    )
-    return retrying(_keep_version, store, name, shard)
+    return again_on_conflict(lambda: _keep_version(store, name, shard))
 
 
 def _keep_version(store: Store, name: str, shard: Shard) -> Corpus:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from crosscal.errors import CorruptArtifact, StoreConflict, StoreError
 from crosscal.store.home import Home
 from crosscal.store.keys import digest_of
 
+R = TypeVar("R")
 _VERSION = re.compile(r"(\d{8})\.json")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
@@ -74,6 +78,17 @@ class Refs:
     def names(self, folder: str) -> list[str]:
         """Names of the refs in a folder, such as `corpora`."""
         return [f"{folder}/{name}" for name in self.home.names(f"refs/{folder}")]
+
+
+def again_on_conflict(attempt: Callable[[], R], *, attempts: int = 50) -> R:
+    """Call until nobody else wrote in between; after so many conflicts in a row the last is raised."""
+    retrying = Retrying(
+        retry=retry_if_exception_type(StoreConflict),
+        stop=stop_after_attempt(attempts),
+        wait=wait_random(0, 0.05),
+        reraise=True,
+    )
+    return retrying(attempt)
 
 
 def _folder(name: str) -> str:
