@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from crosscal.corpora.corpus import load_corpus, ref_name
-from crosscal.errors import CrosscalError, StoreError, TooLittleText
+from crosscal.errors import CrosscalError, StoreError, TooLittleText, UsageError
 from crosscal.flows.cancelled import is_cancelled
 from crosscal.flows.news import News, NothingNew
 from crosscal.flows.pipeline import carry_out, versions_of
@@ -134,7 +134,8 @@ def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[s
 
 def repeats_itself(error: Exception) -> bool:
     """Whether the next attempt would fail alike: what is asked for is wrong, and neither disk, network nor memory."""
-    return isinstance(error, CrosscalError) and not any(isinstance(each, PASSING) for each in chain(error))
+    is_passing = any(isinstance(each, PASSING) for each in chain(error))
+    return isinstance(error, UsageError) or (isinstance(error, CrosscalError) and not is_passing)
 
 
 def _close(ledger: Ledger, run: Run, outcome: str, reason: str, **facts: Any) -> None:

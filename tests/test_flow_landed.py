@@ -286,29 +286,3 @@ def raising(error: BaseException) -> Callable[..., None]:
         raise error
 
     return raises
-
-
-def test_what_would_fail_alike_is_given_up_at_once_until_it_is_asked_for_again(place: Place) -> None:
-    with pytest.raises(UsageError, match="no such variant"):
-        go(place, "publish.variant=nonsense")
-    assert re.search(r"legal v3 was given up: .*no such variant", go(place)["message"])
-    assert outcomes(Store(place.home)) == ["failed"]
-    again = recompress.fn(str(place.plan), [], str(place.home), str(place.folder / "runs"), LEGAL, again=True)
-    assert [run["outcome"] for run in again["runs"]] == ["published"]
-
-
-def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollback(place: Place) -> None:
-    """By itself nothing undoes a rollback; a person who asks again has the decision made anew."""
-    first, store = go(place)["runs"][0], Store(place.home)
-    ingest(store, LEGAL, [str(more(place))])
-    Ledger(store).request(LEGAL, 4)
-    second = go(place)["runs"][0]
-    assert second["outcome"] == "published"
-    Published(store).roll_back(LEGAL, "now")
-    assert go(place)["runs"] == []
-    again = recompress.fn(str(place.plan), [], str(place.home), str(place.folder / "runs"), LEGAL, again=True)
-    assert [run["outcome"] for run in again["runs"]] == ["published"]
-    assert again["runs"][0]["record"]["calibration_tokens_read"] == 0
-    moves = Published(store).history(LEGAL)
-    assert [move.model for move in moves] == [each["model"] for each in (first, second, first, second)]
-    assert Ledger(store).pending(LEGAL) is None

@@ -1,0 +1,96 @@
+"""What fails alike is not tried again, and what a person asks for again is done, whatever the ledger says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosscal.corpora import ingest
+from crosscal.errors import (
+    CorpusError,
+    ModelError,
+    NotPositiveDefinite,
+    PlanError,
+    StoreFull,
+    UnsupportedModel,
+    UsageError,
+)
+from crosscal.flows.landed import repeats_itself
+from crosscal.flows.recompress import recompress
+from crosscal.landing import Ledger
+from crosscal.publication import Published
+from crosscal.store import Store
+from tests.helpers.tiny_place import Place, make_place, write_documents
+
+LEGAL = "legal"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    place = make_place(tmp_path)
+    place.write_plan(
+        corpora={"general": "general", "$domain": {}},
+        compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain"}],
+        publish={"domain": "$domain", "tolerance": 0.5},
+    )
+    ask(place, place.folder / "legal")
+    return place
+
+
+def ask(place: Place, source: Path) -> None:
+    store = Store(place.home)
+    Ledger(store).request(LEGAL, ingest(store, LEGAL, [str(source)]).corpus.version)
+
+
+def go(place: Place, *overrides: str, again: bool = False) -> dict[str, Any]:
+    return recompress.fn(str(place.plan), list(overrides), str(place.home), str(place.folder / "runs"), LEGAL, again)
+
+
+@pytest.mark.parametrize(
+    ("error", "repeats"),
+    [
+        (PlanError("no such field"), True),
+        (CorpusError("nothing usable"), True),
+        (UnsupportedModel("a module nobody knows"), True),
+        (NotPositiveDefinite("a Hessian"), True),
+        (StoreFull("the disk is full"), False),
+        (OSError("input/output error"), False),
+        (MemoryError(), False),
+        (RuntimeError("CUDA error"), False),
+    ],
+)
+def test_what_repeats_itself_is_told_from_what_passes(error: Exception, repeats: bool) -> None:
+    assert repeats_itself(error) == repeats
+    caused = ModelError("the hub did not give it")
+    caused.__cause__ = error
+    assert repeats_itself(caused) == (not isinstance(error, OSError | MemoryError | StoreFull))
+
+
+@pytest.mark.slow
+def test_what_would_fail_alike_is_given_up_at_once_until_it_is_asked_for_again(place: Place) -> None:
+    with pytest.raises(UsageError, match="no such variant"):
+        go(place, "publish.variant=nonsense")
+    assert re.search(r"legal v1 was given up: .*no such variant", go(place)["message"])
+    assert [run.state for run in Ledger(Store(place.home)).runs(LEGAL)] == ["failed"]
+    assert [run["outcome"] for run in go(place, again=True)["runs"]] == ["published"]
+
+
+@pytest.mark.slow
+def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollback(place: Place) -> None:
+    """By itself nothing undoes a rollback; a person who asks again has the decision made anew."""
+    first, store = go(place)["runs"][0], Store(place.home)
+    write_documents(place.folder / "more.jsonl", seed="more", count=10)
+    ask(place, place.folder / "more.jsonl")
+    second = go(place)["runs"][0]
+    assert second["outcome"] == "published"
+    Published(store).roll_back(LEGAL, "now")
+    assert go(place)["runs"] == []
+    again = go(place, again=True)
+    assert [run["outcome"] for run in again["runs"]] == ["published"]
+    assert again["runs"][0]["record"]["calibration_tokens_read"] == 0
+    moves = Published(store).history(LEGAL)
+    assert [move.model for move in moves] == [each["model"] for each in (first, second, first, second)]
+    assert Ledger(store).pending(LEGAL) is None
