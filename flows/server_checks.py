@@ -12,7 +12,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 
 from crosscal.flows.check import FAIL, OK, WARN, Check
-from crosscal.flows.deployed import COMPRESS, POOL, SERVICE, queue_limits
+from crosscal.flows.deployments import COMPRESS, POOL, SERVICE, queue_limits
 from crosscal.flows.old_runs import WATCHES, in_state
 from crosscal.service import ServiceConfig
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import Artifact, FlowRun, StateType
+from prefect.client.schemas.objects import Artifact, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.events.worker import EventsWorker
@@ -22,17 +25,19 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Scheduled
 
 from benchmarks.local_service import environment, free_port, server, wait_for
+from crosscal.corpora import ingest
 from crosscal.flows.check import FAIL, OK, WARN, Check
 from crosscal.flows.deploying import deploy
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.old_runs import QUIET, in_state, remove_quiet
+from crosscal.flows.recompress import recompress
 from crosscal.flows.status import status
-from crosscal.flows.watch import watch
+from crosscal.flows.watch import waiting_domains, watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
-from crosscal.tasks.announce import FILE_REFUSED
-from tests.helpers.tiny_place import crosscal, write_documents
+from crosscal.tasks.announce import FILE_REFUSED, GIVEN_UP
+from tests.helpers.tiny_place import crosscal, make_place, write_documents
 
 pytestmark = pytest.mark.slow
 SECONDS = 30.0
@@ -231,3 +236,56 @@ def test_housekeeping_removes_old_runs_alone(client: SyncPrefectClient, service:
     assert [each for each in report["removed"] if each["place"] == str(old)]
     assert not old.exists()
     assert report["watches"] == 0
+
+
+LONG = """
+import sys
+from crosscal.flows.recompress import recompress
+
+recompress(sys.argv[1], [], sys.argv[2], sys.argv[3], "legal")
+"""
+
+
+def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectClient, tmp_path: Path) -> None:
+    """The same signal, twice; the second time a person cancelled the run. Then a cancelled one that could not ask."""
+    place = make_place(tmp_path)
+    place.write_plan(
+        corpora={"general": {"source": "random"}, "$domain": {}},
+        compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain", "alpha": 0.5}],
+        calibration={"windows": 200000, "length": 32},
+        evaluate={"perplexity": []},
+    )
+    ledger = Ledger(Store(place.home))
+    ledger.request("legal", ingest(ledger.store, "legal", [str(place.folder / "legal")]).corpus.version)
+    for outcome in ("abandoned", "cancelled"):
+        command = [sys.executable, "-c", LONG, str(place.plan), str(place.home), str(place.folder / "runs")]
+        with subprocess.Popen(command, env={**os.environ}) as process:
+            run = wait_for(lambda: ledger.holder("legal"), 4 * SECONDS)
+            if outcome == "cancelled":
+                client.set_flow_run_state(UUID(run.run_id), State(type=StateType.CANCELLING), force=True)
+            process.terminate()
+        last = ledger.last_run("legal")
+        assert last is not None
+        assert (last.state, ledger.cancelled("legal")) == (outcome, 1 if outcome == "cancelled" else None)
+        assert waiting_domains(ledger) == ({} if outcome == "cancelled" else {"legal": 1})
+    ledger.request("legal", 1, again=True)
+    killed = client.create_flow_run(recompress, parameters={"plan_path": "x", "domain": "legal"}, state=Cancelled())
+    run = ledger.claim("legal", str(killed.id))
+    assert run is not None
+    ledger.mark(run, "abandoned")
+    assert (waiting_domains(ledger), ledger.cancelled("legal")) == ({}, 1)
+
+
+def test_given_up_is_an_event_with_its_reason(client: SyncPrefectClient, tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path / "home"))
+    ledger.request("wrong", 1)
+    for _ in range(2):  # once given up there is nothing to tell
+        recompress(str(tmp_path / "nowhere.yaml"), [], str(tmp_path / "home"), None, "wrong", return_state=True)
+    assert [run.state for run in ledger.runs("wrong")] == ["failed"]
+
+    def told() -> list[Any]:
+        return client.read_events(EventFilter(event=EventNameFilter(name=[GIVEN_UP])), limit=9).events
+
+    (event,) = wait_for(told, SECONDS)
+    assert event.resource.id == "crosscal.domain.wrong"
+    assert "the plan cannot be read" in event.payload["reason"]

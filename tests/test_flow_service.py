@@ -10,13 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.worker import EventsWorker
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -27,21 +25,19 @@ from prefect.settings import (
 from prefect.states import Cancelled, Failed, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
-from crosscal.corpora import ingest
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.flows.deploying import compare, deploy
 from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
-from crosscal.flows.recompress import recompress
 from crosscal.flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
-from crosscal.flows.watch import waiting_domains, watch
+from crosscal.flows.watch import watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
-from crosscal.tasks.announce import GIVEN_UP, KEPT, PUBLISHED, tell
+from crosscal.tasks.announce import KEPT, PUBLISHED, tell
 from tests.helpers.receiver import receiver
-from tests.helpers.tiny_place import make_place, write_documents
+from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -49,7 +45,6 @@ SECONDS = 60.0
 SLEEPER = """
 import time
 from prefect import flow
-from crosscal.flows.recompress import recompress
 from crosscal.flows.stuck_runs import note_process
 
 @flow(name="housekeeping", on_running=[note_process])
@@ -207,60 +202,6 @@ def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: S
     assert (ledger.cancelled("fresh"), ledger.pending("lost")) == (1, 1), "a person's decisions"
     ledger.request("fresh", 1, again=True)
     assert watch(str(landing), str(folder / "home"), 0.0)["announced"] == {"fresh": 1}
-
-
-LONG = """
-import sys
-from crosscal.flows.recompress import recompress
-
-recompress(sys.argv[1], [], sys.argv[2], sys.argv[3], "legal")
-"""
-
-
-def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectClient, tmp_path: Path) -> None:
-    """The same signal, twice; the second time a person cancelled the run. Then a cancelled one that could not ask."""
-    place = make_place(tmp_path)
-    place.write_plan(
-        corpora={"general": {"source": "random"}, "$domain": {}},
-        compress=[{"method": "wanda", "sparsity": 0.5, "domain": "$domain", "alpha": 0.5}],
-        calibration={"windows": 200000, "length": 32},
-        evaluate={"perplexity": []},
-    )
-    ledger = Ledger(Store(place.home))
-    ledger.request("legal", ingest(ledger.store, "legal", [str(place.folder / "legal")]).corpus.version)
-    for outcome in ("abandoned", "cancelled"):
-        command = [sys.executable, "-c", LONG, str(place.plan), str(place.home), str(place.folder / "runs")]
-        process = subprocess.Popen(command, env={**os.environ})
-        run = wait_for(lambda: ledger.holder("legal"), SECONDS)
-        if outcome == "cancelled":
-            client.set_flow_run_state(UUID(run.run_id), State(type=StateType.CANCELLING), force=True)
-        process.terminate()
-        process.wait()
-        last = ledger.last_run("legal")
-        assert last is not None
-        assert (last.state, ledger.cancelled("legal")) == (outcome, 1 if outcome == "cancelled" else None)
-        assert waiting_domains(ledger) == ({} if outcome == "cancelled" else {"legal": 1})
-    ledger.request("legal", 1, again=True)
-    killed = client.create_flow_run(recompress, parameters={"plan_path": "x", "domain": "legal"}, state=Cancelled())
-    run = ledger.claim("legal", str(killed.id))
-    assert run is not None
-    ledger.mark(run, "abandoned")
-    assert (waiting_domains(ledger), ledger.cancelled("legal")) == ({}, 1)
-
-
-def test_given_up_is_an_event_with_its_reason(client: SyncPrefectClient, tmp_path: Path) -> None:
-    ledger = Ledger(Store(tmp_path / "home"))
-    ledger.request("wrong", 1)
-    for _ in range(2):  # once given up there is nothing to tell
-        recompress(str(tmp_path / "nowhere.yaml"), [], str(tmp_path / "home"), None, "wrong", return_state=True)
-    assert [run.state for run in ledger.runs("wrong")] == ["failed"]
-
-    def told() -> list[Any]:
-        return client.read_events(EventFilter(event=EventNameFilter(name=[GIVEN_UP]))).events
-
-    (event,) = wait_for(told, SECONDS)
-    assert event.resource.id == "crosscal.domain.wrong"
-    assert "the plan cannot be read" in event.payload["reason"]
 
 
 @pytest.fixture
