@@ -68,9 +68,8 @@ def _telling_of_giving_up(ledger: Ledger, domain: str) -> Iterator[None]:
         picture = ledger.look()
         version, last = picture.given_up(domain), picture.last_run(domain)
         if version is not None and version != before and last is not None:
-            tell(
-                GIVEN_UP, f"crosscal.domain.{domain}", {"domain": domain, "version": version, "reason": reason_of(last)}
-            )
+            facts = {"domain": domain, "version": version, "reason": reason_of(last)}
+            tell(GIVEN_UP, f"crosscal.domain.{domain}", facts)
 
 
 def _carry_out(
@@ -82,7 +81,7 @@ def _carry_out(
         plan = load_plan(plan_path, overrides, run.domain)
         tag_run(plan, run.domain)
         newest = load_corpus(ledger.store, run.domain).version
-        folder = str(Path(out) / f"{run.domain}-v{newest}") if out else None
+        folder = str(Path(out) / _folder_name(run, newest)) if out else None
         try:
             record = carry_out(plan, home, folder, lambda name: ledger.mark(run, name) and None, news.check)
         except (NothingNew, TooLittleText) as error:
@@ -95,15 +94,21 @@ def _carry_out(
         _close(ledger, run, "failed", str(error) or type(error).__name__, repeats=repeats_itself(error) or None)
         raise
     except BaseException:
-        _close(
-            ledger, run, *(("cancelled", "by a person") if is_cancelled(run.run_id) else ("abandoned", "interrupted"))
-        )
+        is_over = is_cancelled(run.run_id)
+        _close(ledger, run, "cancelled" if is_over else "abandoned", "by a person" if is_over else "interrupted")
         raise
     message = _summary(run.domain, used, record, decision)
     _log().info(message)
     event = PUBLISHED if decision["outcome"] == "published" else KEPT
     tell(event, f"crosscal.model.{run.domain}", {"domain": run.domain, "version": used, **facts})
     return {"version": used, "message": message, "run_dir": record["run_dir"], **decision, "record": record}
+
+
+def _folder_name(run: Run, version: int) -> str:
+    """Of a version's run; of one that asks for the version again another, for plan or model may be others."""
+    first = run.request.get("after_run", 0) + 1
+    is_anew = run.request.get("anew_after") == first - 1 > 0
+    return f"{run.domain}-v{version}" + (f"-run{first}" if is_anew else "")
 
 
 def _unchanged(ledger: Ledger, run: Run, nothing: NothingNew, newest: int) -> dict[str, Any]:

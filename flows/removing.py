@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.corpora import load_corpus
+from crosscal.corpora.corpus import digests
 from crosscal.corpora.removing import Held, search, take_out
 from crosscal.errors import CorpusError, UsageError, nearest
+from crosscal.flows.shown import counted
 from crosscal.flows.taken_out import discard_taken_out
 from crosscal.landing import Entry, Ledger
 from crosscal.landing.picture import REMOVED
@@ -49,22 +51,24 @@ def removal_of_domain(ledger: Ledger, domain: str) -> Removal:
 
 
 def removal_of_documents(
-    ledger: Ledger, domain: str, *, file: str | None, digests: Collection[str], containing: str | None
+    ledger: Ledger, domain: str, *, file: str | None, documents: Collection[str], containing: str | None
 ) -> Removal:
     """Raises `UsageError` when there are none, and while a run of the domain is at work."""
     _check_idle(ledger, domain)
     entries = _entries(ledger, domain, file) if file else []
-    if short := [each for each in digests if len(each) < LEAST_DIGITS]:
+    if short := [each for each in documents if len(each) < LEAST_DIGITS]:
         do = f"Give {LEAST_DIGITS} digits or more."
         raise UsageError("too short to mean one document", got=", ".join(short), do=do)
     store = ledger.store
     names = {name for entry in entries for name in entry.names} if file else None
-    beginnings = [each.lower() for each in digests] or None
+    beginnings = [each.lower() for each in documents] or None
     corpus = load_corpus(store, domain)
     found = list(search(store, corpus, files=names, beginnings=beginnings, containing=containing))
     found = _brought_by(store, domain, entries, found)
     if not found and not entries:
-        raise UsageError("no such document", where=f"{domain} v{corpus.version}", got=containing or ", ".join(digests))
+        raise UsageError(
+            "no such document", where=f"{domain} v{corpus.version}", got=containing or ", ".join(documents)
+        )
     shown = {
         "domain": domain,
         "version": corpus.version,
@@ -73,6 +77,7 @@ def removal_of_documents(
             for each in found[:MOST_SHOWN]
         ],
         "removed_documents": len(found),
+        "stays": "run directories, and models made with them, the published one until the next run is decided",
         "also_in": _others(store, domain, {each.digest for each in found}),
     }
 
@@ -81,7 +86,7 @@ def removal_of_documents(
         for entry in entries:
             ledger.remove_file(entry)
         if found:
-            ledger.request(domain, new.version, anew=f"{len(found)} documents were taken out")
+            ledger.request(domain, new.version, anew=f"{counted(len(found), 'document')} taken out")
         rejects = _discard_rejects(store, domain, names or set())
         gone = list(discard_taken_out(store))
         return {"version": new.version, "removed_artifacts": len(gone) + rejects}
@@ -112,6 +117,9 @@ def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
 def _brought_by(store: Store, domain: str, entries: Iterable[Entry], found: list[Held]) -> list[Held]:
     """Of documents that came with a file of this name those that came with this one, where its shard is still there."""
     for entry in entries:
+        ingested = next((line for line in reversed(entry.states) if line["state"] == "ingested"), {})
+        if ingested.get("documents") == 0:  # others of its name brought them
+            return []
         before, after = (_shards(store, domain, version) for version in ((entry.version or 1) - 1, entry.version))
         mine = [each for each in found if each.shard in after - before]
         found = mine or found
@@ -122,11 +130,12 @@ def _shards(store: Store, domain: str, version: int | None) -> set[str]:
     return {shard.key for shard in load_corpus(store, domain, version).shards} if version else set()
 
 
-def _others(store: Store, domain: str, digests: set[str]) -> list[str]:
+def _others(store: Store, domain: str, unwanted: set[str]) -> list[str]:
     """Other corpora that hold such documents."""
     names = (name.partition("/")[2] for name in store.refs.names("corpora"))
     others = (load_corpus(store, name) for name in names if name != domain)
-    return [other.name for other in others if digests and next(search(store, other, beginnings=digests), None)]
+    wanted = set(map(bytes.fromhex, unwanted))
+    return [each.name for each in others if any(wanted & digests(store, shard).keys() for shard in each.shards)]
 
 
 def _discard_rejects(store: Store, domain: str, names: set[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from crosscal.flows.recompress import recompress
 from crosscal.landing import Ledger
 from crosscal.publication import Published
 from crosscal.store import Store
-from tests.helpers.tiny_place import Place, make_place, write_documents
+from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
+from tests.helpers.tiny_text import tiny_llama
 
 LEGAL = "legal"
 
@@ -94,3 +96,24 @@ def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollba
     moves = Published(store).history(LEGAL)
     assert [move.model for move in moves] == [each["model"] for each in (first, second, first, second)]
     assert Ledger(store).pending(LEGAL) is None
+
+
+@pytest.mark.slow
+def test_a_new_base_model_is_carried_out_from_the_command_line_once(place: Place) -> None:
+    """Beside the run of the same version that is there, whose directory is not touched."""
+    arguments = "run", str(place.plan), "--domain", LEGAL, "--home", str(place.home), "--json"
+    out = "--out", str(place.folder / "runs")
+
+    def runs() -> list[dict[str, Any]]:
+        done = crosscal(*arguments, *out)
+        assert done.code == 0, done.err
+        return json.loads(done.out)["runs"]
+
+    first, none = runs(), runs()
+    assert none == []
+    tiny_llama(place.folder / "model", seed=7)
+    second, none = runs(), runs()
+    assert none == []
+    assert [Path(each[0]["run_dir"]).name for each in (first, second)] == ["legal-v1", "legal-v1-run2"]
+    assert first[0]["record"]["model"] != second[0]["record"]["model"]
+    assert [run.request.get("why") for run in Ledger(Store(place.home)).runs(LEGAL)] == [None, "the model changed"]

@@ -71,7 +71,7 @@ def remove(
         raise UsageError("give one of --file, --document and --containing")
     ledger = _ledger(home, domain)
     if asked:
-        removal = removal_of_documents(ledger, domain, file=file, digests=document or [], containing=containing)
+        removal = removal_of_documents(ledger, domain, file=file, documents=document or [], containing=containing)
     else:
         removal = removal_of_domain(ledger, domain)
     done = removal.carry_out() if yes else {}
