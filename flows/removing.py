@@ -11,7 +11,7 @@ from crosscal.corpora import load_corpus
 from crosscal.corpora.corpus import digests
 from crosscal.corpora.removing import Held, search, take_out
 from crosscal.errors import CorpusError, UsageError, nearest
-from crosscal.flows.shown import counted
+from crosscal.flows.outcome import counted
 from crosscal.flows.taken_out import discard_taken_out
 from crosscal.landing import Entry, Ledger
 from crosscal.landing.picture import REMOVED

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from crosscal.corpora import DocumentLimits, ingest
 from crosscal.corpora.sources import split_of_file
@@ -136,7 +137,8 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
         return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
-    bounded, column = dataclasses.replace(limits, max_file_bytes=most_bytes), {} if text is None else {"text": text}
+    bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
+    column: dict[str, Any] = {} if text is None else {"text": text}
     try:
         report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded, **column)
     except CorpusError as error:
