@@ -7,6 +7,7 @@ died. Whatever the ledger says is pending and nobody works on is announced, and 
 from __future__ import annotations
 
 import datetime
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def watch(
 def _watch(
     store: Store, landing: str, settle_seconds: float, stuck_minutes: float, text: Mapping[str, str], plan: Path | None
 ) -> dict[str, Any]:
-    log, ledger = get_run_logger(), Ledger(store)
+    log, ledger = _log(), Ledger(store)
     taken = take_in(store, landing, settle_seconds, text=text)
     _tell_files(store, taken)
     with get_client(sync_client=True) as client:
@@ -96,7 +97,7 @@ def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
     told = [each for each in taken if each.state != "known"]
     if not told:
         return
-    log, bad = get_run_logger(), [each for each in told if each.state == "refused"]
+    log, bad = _log(), [each for each in told if each.state == "refused"]
     for each in sorted(told, key=lambda each: each.state != "refused")[:MOST_LINES]:
         log.warning(sentence(each)) if each.state == "refused" else log.info(sentence(each))
     if len(told) > MOST_LINES:
@@ -118,6 +119,13 @@ def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
         table=[{name: text[:MOST_WORDS] for name, text in row.items()} for row in rows],
         description=f"Landed files that are not taken: {len(standing)}{more}.",
     )
+
+
+def _log() -> Any:
+    """Of this run. Prefect's own lines, seven a minute, are kept out by PREFECT_LOGGING_LEVEL; these are not."""
+    log = get_run_logger().getChild("watch")
+    log.setLevel(logging.INFO)
+    return log
 
 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:
