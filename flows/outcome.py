@@ -18,6 +18,8 @@ from crosscal.errors import CrosscalError
 
 MOST_LETTERS = 120
 MOST_TAGS = 12
+NEWS = "news"
+"""Tag of a run that did something. The UI can ask for a tag, and not for its absence."""
 
 
 def call_run(name: str, tags: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from prefect.logging import get_run_logger
 from crosscal.flows.cancelled import note_cancelled
 from crosscal.flows.changes import SETTLE_SECONDS, notice_changes
 from crosscal.flows.old_runs import QUIET, remove_missed
-from crosscal.flows.outcome import call_run, shown
+from crosscal.flows.outcome import NEWS, call_run, shown
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from crosscal.landing import Landed, Ledger, take_in
 from crosscal.landing.intake import sentence
@@ -87,7 +87,9 @@ def _watch(
     }
     message = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing new"
     domains = sorted({*waiting, *(each.domain for each in taken if each.state != "known" and each.domain)})
-    call_run(f"watch · {message}", [f"domain:{domain}" for domain in domains] if any(counts.values()) else [QUIET])
+    call_run(
+        f"watch · {message}", [NEWS, *(f"domain:{domain}" for domain in domains)] if any(counts.values()) else [QUIET]
+    )
     return {"message": message, "files": dict(files), "announced": waiting, "closed": closed}
 
 

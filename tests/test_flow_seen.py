@@ -107,7 +107,7 @@ def test_a_watch_is_called_by_what_it_did(client: SyncPrefectClient, service: Se
     assert run.name == "watch · 1 announced, 2 refused, 1 taken in"
     assert run.state is not None
     assert run.state.message == "1 announced, 2 refused, 1 taken in"
-    assert run.tags == ["domain:legal"]
+    assert run.tags == ["news", "domain:legal"]
     (page,) = refused_page(client)
     rows = {row["file"]: row for row in json.loads(str(page.data))}
     assert set(rows) == {"bad.jsonl", "worse.jsonl"}
