@@ -27,7 +27,7 @@ def call_run(name: str, tags: Sequence[str]) -> None:
     change_run(tags, name=name[:MOST_LETTERS])
 
 
-def change_run(tags: Sequence[str], **changes: str) -> None:
+def change_run(tags: Sequence[str], **changes: Any) -> None:
     """Nothing without a flow run, and nothing fails for lack of a tag."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:

@@ -225,8 +225,9 @@ def test_housekeeping_removes_old_runs_alone(client: SyncPrefectClient, service:
     (old / "models").mkdir(parents=True)
     (old / "identity.json").write_text('{"identity": "x"}')
     (old / "plan.yaml").write_text("model: x")
+    long_ago = time.time() - 5 * 86400
     for path in old.rglob("*"):
-        os.utime(path, (time.time() - 5 * 86400,) * 2)
+        os.utime(path, (long_ago, long_ago))
     report = housekeeping(service.home, runs=service.runs, runs_days=3, keep_published=1, watch_days=7)
     assert [each for each in report["removed"] if each["place"] == str(old)]
     assert not old.exists()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crosscal.corpora import DocumentLimits, ingest
+from crosscal.corpora.records import TEXT
 from crosscal.corpora.sources import split_of_file
 from crosscal.errors import CorpusError, NoColumn
 from crosscal.landing.items import LandedFile, Place, Refusal
@@ -136,9 +137,9 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
         return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
-    bounded, column = dataclasses.replace(limits, max_file_bytes=most_bytes), {} if text is None else {"text": text}
+    bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
     try:
-        report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded, **column)
+        report = ingest(store, file.domain, [str(copy)], text=text or TEXT, with_removed=False, limits=bounded)
     except CorpusError as error:
         reason, do = f"{error.what} ({error.got})" if error.got else error.what, _remedy(file, error)
         record("refused", reason=reason, do=do, text=text)
