@@ -27,6 +27,7 @@ import yaml
 from local_service import ROOT, deploy, environment, free_port, server, wait_for, workers
 from records import load_average, record, write
 
+from crosscal.flows.watch import waiting_domains
 from crosscal.landing import Ledger, take_in
 from crosscal.landing.items import LandedFile
 from crosscal.landing.records import state
@@ -66,10 +67,11 @@ def fill(home: Path, landing: Path, files: int) -> None:
 
 
 def store_operations(home: Path, landing: Path) -> tuple[int, float]:
-    """What one look at the landing place asks of the store, and its seconds."""
+    """What a watch asks of the store: one look at the landing place, and one at what waits; and its seconds."""
     store, asked = counting_store(home)
     began = time.monotonic()
     assert take_in(store, str(landing)) == []
+    assert waiting_domains(Ledger(store)) == {}
     return asked.total(), time.monotonic() - began
 
 
