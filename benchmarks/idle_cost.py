@@ -70,8 +70,9 @@ def store_operations(home: Path, landing: Path) -> tuple[int, float]:
     """What a watch asks of the store: one look at the landing place, and one at what waits; and its seconds."""
     store, asked = counting_store(home)
     began = time.monotonic()
-    assert take_in(store, str(landing)) == []
-    assert waiting_domains(Ledger(store)) == {}
+    ledger = Ledger(store)
+    assert take_in(store, str(landing), ledger=ledger) == []
+    assert waiting_domains(ledger) == {}
     return asked.total(), time.monotonic() - began
 
 

@@ -63,8 +63,8 @@ def _watch(
     store: Store, landing: str, settle_seconds: float, stuck_minutes: float, text: Mapping[str, str], plan: Path | None
 ) -> dict[str, Any]:
     log, ledger = _log(), Ledger(store)
-    taken = take_in(store, landing, settle_seconds, text=text)
-    _tell_files(store, taken)
+    taken = take_in(store, landing, settle_seconds, text=text, ledger=ledger)
+    _tell_files(ledger, taken)
     with get_client(sync_client=True) as client:
         remove_missed(client)
     closed = close_stuck_runs(stuck_minutes)
@@ -93,7 +93,7 @@ def _watch(
     return {"message": message, "files": dict(files), "announced": waiting, "closed": closed}
 
 
-def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
+def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
     """What a sweep did, for those who do not see the worker's terminal: a line and an event for each file that is
     refused, and a page with all that stands refused."""
     told = [each for each in taken if each.state != "known"]
@@ -106,7 +106,7 @@ def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
         log.info("and %d more; `crosscal ledger DOMAIN` has all", len(told) - MOST_LINES)
     facts = [{"domain": each.domain, "file": each.name, "reason": each.reason, "do": each.do} for each in bad]
     tell_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
-    picture = Ledger(store).look()
+    picture = ledger.look()
     if not bad and not any(each.name in picture.ever_refused(each.domain) for each in told):
         return
     standing = refused(picture)

@@ -68,9 +68,13 @@ def take_in(
     settle_seconds: float = 10.0,
     limits: DocumentLimits = LIMITS,
     text: Mapping[str, str] | str | None = None,
+    ledger: Ledger | None = None,
 ) -> list[Landed]:
-    """Sweep once. What was seen before and has not changed is neither read nor returned."""
-    ledger, place, reading = Ledger(store), open_place(landing), Reading(limits, text or {})
+    """Sweep once. What was seen before and has not changed is neither read nor returned.
+
+    `ledger`: of the same store, which has then seen what this sweep saw, so that to look again costs little.
+    """
+    ledger, place, reading = ledger or Ledger(store), open_place(landing), Reading(limits, text or {})
     picture = ledger.take_over()
     settled = functools.cache(lambda domain: picture.settled(domain, reading.column(domain)))
     done: list[Landed | None] = []
