@@ -107,7 +107,8 @@ def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
     facts = [{"domain": each.domain, "file": each.name, "reason": each.reason, "do": each.do} for each in bad]
     tell_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
     picture = ledger.look()
-    if not bad and not any(each.name in picture.ever_refused(each.domain) for each in told):
+    stood = {domain: picture.ever_refused(domain) for domain in {each.domain for each in told}}
+    if not bad and not any(each.name in stood[each.domain] for each in told):
         return
     standing = refused(picture)
     rows = [
