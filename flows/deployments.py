@@ -56,7 +56,8 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
     home, looked_after = {"home": service.home}, service.housekeeping
     stuck = {**home, "stuck_minutes": looked_after.stuck_minutes}
     on_a_gpu = _on(COMPRESS, CROSSCAL_RUNS=service.runs)
-    on_none = _on(SERVICE, CUDA_VISIBLE_DEVICES="")
+    on_none = {"CUDA_VISIBLE_DEVICES": ""}
+    silent = {"PREFECT_LOGGING_LEVEL": "WARNING"}  # Prefect's lines; the watch's own pass
     return [
         _deployment(
             recompress,
@@ -87,7 +88,7 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
                 "text": service.text,
             },
             schedules=[_watching(service)],
-            **on_none,
+            **_on(SERVICE, **on_none, **silent),
         ),
         _deployment(
             housekeeping,
@@ -95,7 +96,7 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
             "Verifies the store, sets damaged artifacts aside, removes what nobody needs, closes runs that died.",
             parameters={**home, "runs": service.runs, **looked_after.model_dump(exclude={"cron"})},
             schedules=[Cron(looked_after.cron, timezone=service.timezone, slug="housekeeping")],
-            **on_none,
+            **_on(SERVICE, **on_none),
         ),
     ]
 

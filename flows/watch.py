@@ -83,6 +83,7 @@ def _watch(
         "not heard": len(announced) - sum(announced.values()),
         "refused": files["refused"],
         "taken in": files["ingested"],
+        "to be done again": len(changed),
         "closed": len(closed),
     }
     message = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing new"
