@@ -22,7 +22,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from crosscal.errors import CrosscalError
-from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, SERVICE_RUNS, Thing, essence, schema
+from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, Thing, essence, queue_limits, schema
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.recompress import recompress
 from crosscal.flows.watch import watch
@@ -44,11 +44,6 @@ ON_LANDED = DeploymentEventTrigger(
 )
 """Documents of a domain landed. The event is a wake-up call and brings a name, nothing else: it may be lost or come
 twice, and the ledger in the store decides what is to be done. A burst within ten seconds wakes once."""
-
-
-def queue_limits(gpus: int) -> dict[str, int]:
-    """Queues and how many runs of each may be under way: `compress`, one for each GPU, `service`."""
-    return {COMPRESS: gpus, **{f"gpu{index}": 1 for index in range(gpus)}, SERVICE: SERVICE_RUNS}
 
 
 def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
