@@ -1,12 +1,13 @@
 """Claim: waiting costs little and always the same: what a service in which nothing lands asks of the store and writes
 to Prefect's database, with 10,000 landed files.
 
-    python benchmarks/idle_cost.py [--files 10000] [--watches 20] [--case NAME]
+    python benchmarks/idle_cost.py [--files 10000] [--watches 20] [--seconds 20] [--case NAME]
+    python benchmarks/idle_cost.py --store      # with 100, 1,000 and 10,000 files; no server is started
 
 A real server with SQLite and the worker of the queue `service`, as `crosscal deploy` prints it; a watch every 20
-seconds. Counted, between two moments at which a watch has just ended: rows and bytes of the database by table (SQLite's
-own `dbstat`), over the number of watches that ended in between; an hour has 60 of them. What a watch asks of the store
-is counted beside it, in this process. With --case the rows are kept beside earlier ones of other cases.
+seconds unless told otherwise. Counted, between two moments at which a watch has just ended: rows and bytes of the
+database by table (SQLite's own `dbstat`), over the number of watches that looked in between; an hour has 60 of them.
+What a watch asks of the store is counted beside it, in this process. Rows of other cases stay as they are.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import yaml
 from local_service import ROOT, deploy, environment, free_port, server, wait_for, workers
-from records import record, write
+from records import load_average, record, write
 
+from crosscal.flows.watch import waiting_domains
 from crosscal.landing import Ledger, take_in
 from crosscal.landing.items import LandedFile
 from crosscal.landing.records import state
@@ -34,9 +37,8 @@ sys.path.insert(0, str(ROOT))
 from tests.helpers.counting_home import counting_store
 
 DOMAINS = 10
-WATCH_SECONDS = 20
 WATCHES_AN_HOUR = 60
-SETTLED = 4
+SETTLED = 2
 """Watches before counting begins: the scheduler plans ahead, and the first ones find the ledger anew."""
 
 
@@ -65,10 +67,12 @@ def fill(home: Path, landing: Path, files: int) -> None:
 
 
 def store_operations(home: Path, landing: Path) -> tuple[int, float]:
-    """What one look at the landing place asks of the store, and its seconds."""
+    """What a watch asks of the store: one look at the landing place, and one at what waits; and its seconds."""
     store, asked = counting_store(home)
     began = time.monotonic()
-    assert take_in(store, str(landing)) == []
+    ledger = Ledger(store)
+    assert take_in(store, str(landing), ledger=ledger) == []
+    assert waiting_domains(ledger) == {}
     return asked.total(), time.monotonic() - began
 
 
@@ -86,54 +90,76 @@ def tables(database: Path) -> dict[str, tuple[int, int]]:
 
 
 def ended(database: Path) -> int:
-    """Watches that are over."""
+    """Watches that looked; those skipped because another was at work cost less."""
     query = (
         "SELECT COUNT(*) FROM flow_run JOIN flow ON flow.id = flow_run.flow_id "
-        "WHERE flow.name = 'watch' AND flow_run.end_time IS NOT NULL"
+        "WHERE flow.name = 'watch' AND flow_run.state_type = 'COMPLETED'"
     )
     with closing(sqlite3.connect(database, timeout=60)) as connection:
         return connection.execute(query).fetchone()[0]
+
+
+def store_costs(files: int) -> list[dict[str, Any]]:
+    """What a look costs with so many files, and with a hundredth of them."""
+    rows = []
+    for count in (files // 100, files // 10, files):
+        with tempfile.TemporaryDirectory() as folder:
+            home, landing = Path(folder, "home"), Path(folder, "landing")
+            fill(home, landing, count)
+            operations, seconds = store_operations(home, landing)
+        case = f"{count:,} files"
+        rows.append(record(case, "store operations of a watch", operations, "operations"))
+        rows.append(record(case, "store operations an hour", operations * WATCHES_AN_HOUR, "operations"))
+        rows.append(record(case, "seconds of a look", seconds, "s"))
+    return rows
+
+
+def database_costs(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """What a watch writes, and an hour of them."""
+    fill(folder / "home", folder / "landing", options.files)
+    places = {name: str(folder / name) for name in ("landing", "home", "runs")}
+    service = folder / "service.yaml"
+    service.write_text(yaml.safe_dump({**places, "watch": {"every_seconds": options.seconds}}))
+    shared = environment(folder, free_port())
+    database = folder / "prefect" / "prefect.db"
+    patience = (SETTLED + options.watches) * 4 * options.seconds
+    with ExitStack() as stack:
+        stack.enter_context(server(folder, shared))
+        made = deploy(shared, service)
+        stack.enter_context(workers(folder, shared, made["workers"][-1:]))
+        wait_for(lambda: ended(database) >= SETTLED, patience, every=0.5)
+        first, before = ended(database), tables(database)
+        wait_for(lambda: ended(database) >= first + options.watches, patience, every=0.5)
+        watches, after = ended(database) - first, tables(database)
+    rows = []
+    for name, (count, size) in after.items():
+        more = count - before[name][0], size - before[name][1]
+        if any(more):
+            rows.append(record(options.case, f"rows of {name} a watch", more[0] / watches, "rows"))
+            rows.append(record(options.case, f"bytes of {name} a watch", more[1] / watches, "bytes"))
+    total = sum(row["value"] for row in rows if row["unit"] == "bytes")
+    rows.append(record(options.case, "database bytes of a watch", total, "bytes"))
+    rows.append(record(options.case, "database bytes an hour", total * WATCHES_AN_HOUR, "bytes"))
+    rows.append(record(options.case, "load average meanwhile", load_average(), "processes"))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--watches", type=int, default=20)
-    parser.add_argument("--case", default="now")
+    parser.add_argument("--seconds", type=int, default=20, help="From watch to watch; more than one takes.")
+    parser.add_argument("--case", default="a quiet watch")
+    parser.add_argument("--store", action="store_true", help="Only what is asked of the store.")
     parser.add_argument("--keep", type=Path, help="Work in this folder and leave it there.")
     options = parser.parse_args()
-    with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        places = {name: str(folder / name) for name in ("landing", "home", "runs")}
-        fill(folder / "home", folder / "landing", options.files)
-        operations, seconds = store_operations(folder / "home", folder / "landing")
-        service = folder / "service.yaml"
-        service.write_text(yaml.safe_dump({**places, "watch": {"every_seconds": WATCH_SECONDS}}))
-        shared = environment(folder, free_port())
-        stack.enter_context(server(folder, shared))
-        made = deploy(shared, service)
-        stack.enter_context(workers(folder, shared, made["workers"][-1:]))
-        database = folder / "prefect" / "prefect.db"
-        patience = (SETTLED + options.watches) * 4 * WATCH_SECONDS
-        wait_for(lambda: ended(database) >= SETTLED, patience, every=0.5)
-        first, before = ended(database), tables(database)
-        wait_for(lambda: ended(database) >= first + options.watches, patience, every=0.5)
-        watches, after = ended(database) - first, tables(database)
-    rows = [
-        record(options.case, "store operations of a watch", operations, "operations"),
-        record(options.case, "seconds of a look", seconds, "s"),
-    ]
-    total = 0
-    for name, (count, size) in sorted(after.items(), key=lambda pair: -pair[1][1]):
-        more_rows, more_bytes = count - before[name][0], size - before[name][1]
-        total += more_bytes
-        if more_rows or more_bytes:
-            print(f"{name:32} {more_rows / watches:8.2f} rows {more_bytes / watches:10,.0f} bytes a watch")
-    hour = total / watches * WATCHES_AN_HOUR
-    rows.append(record(options.case, "database bytes of a watch", total / watches, "bytes"))
-    rows.append(record(options.case, "database bytes an hour", hour, "bytes"))
-    rows.append(record(options.case, "store operations an hour", operations * WATCHES_AN_HOUR, "operations"))
+    if options.store:
+        rows = store_costs(options.files)
+    else:
+        with ExitStack() as stack:
+            folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = database_costs(options, folder)
     print(json.dumps(rows, indent=1))
     write("idle_cost", rows, keep=True)
 

@@ -33,6 +33,11 @@ SAME = (
 Things = dict[str, Mapping[str, Any]]
 
 
+def queue_limits(gpus: int) -> dict[str, int]:
+    """Queues and how many runs of each may be under way: `compress`, one for each GPU, `service`."""
+    return {COMPRESS: gpus, **{f"gpu{index}": 1 for index in range(gpus)}, SERVICE: SERVICE_RUNS}
+
+
 @dataclass(frozen=True)
 class Thing:
     """One thing that is wanted, and `put`, which makes or changes it."""

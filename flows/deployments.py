@@ -22,7 +22,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from crosscal.errors import CrosscalError
-from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, SERVICE_RUNS, Thing, essence, schema
+from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, Thing, essence, queue_limits, schema
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.recompress import recompress
 from crosscal.flows.watch import watch
@@ -46,17 +46,13 @@ ON_LANDED = DeploymentEventTrigger(
 twice, and the ledger in the store decides what is to be done. A burst within ten seconds wakes once."""
 
 
-def queue_limits(gpus: int) -> dict[str, int]:
-    """Queues and how many runs of each may be under way: `compress`, one for each GPU, `service`."""
-    return {COMPRESS: gpus, **{f"gpu{index}": 1 for index in range(gpus)}, SERVICE: SERVICE_RUNS}
-
-
 def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
     """What runs by itself, filled in. No deployment names a device; where one is named, it is the worker's."""
     home, looked_after = {"home": service.home}, service.housekeeping
     stuck = {**home, "stuck_minutes": looked_after.stuck_minutes}
     on_a_gpu = _on(COMPRESS, CROSSCAL_RUNS=service.runs)
-    on_none = _on(SERVICE, CUDA_VISIBLE_DEVICES="")
+    on_none = {"CUDA_VISIBLE_DEVICES": ""}
+    silent = {"PREFECT_LOGGING_LEVEL": "WARNING"}  # Prefect's lines; the watch's own pass
     return [
         _deployment(
             recompress,
@@ -87,7 +83,7 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
                 "text": service.text,
             },
             schedules=[_watching(service)],
-            **on_none,
+            **_on(SERVICE, **on_none, **silent),
         ),
         _deployment(
             housekeeping,
@@ -95,7 +91,7 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
             "Verifies the store, sets damaged artifacts aside, removes what nobody needs, closes runs that died.",
             parameters={**home, "runs": service.runs, **looked_after.model_dump(exclude={"cron"})},
             schedules=[Cron(looked_after.cron, timezone=service.timezone, slug="housekeeping")],
-            **on_none,
+            **_on(SERVICE, **on_none),
         ),
     ]
 

@@ -12,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 
 from crosscal.flows.old_runs import remove_quiet
+from crosscal.flows.outcome import NEWS, change_run
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process
 from crosscal.publication.retention import drop_models, remove_old_runs
 from crosscal.store import Store
@@ -40,6 +41,8 @@ def housekeeping(
         old += remove_old_runs(store, Path(runs), runs_days, keep_published)
     report["removed"] += [{"place": place, "reason": reason} for place, reason in old]
     report = {**report, "watches": 0 if watch_days is None else _remove_quiet(watch_days), "closed": closed}
+    if report["damaged"] or closed:
+        change_run([NEWS])
     get_run_logger().info(json.dumps(shortened(report)))
     make_artifact(
         create_markdown_artifact,

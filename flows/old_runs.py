@@ -21,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 
 WATCHES = FlowFilter(name=FlowFilterName(any_=["watch"]))
 QUIET = "quiet"
-"""Tag of a run that found nothing new: lists of runs can leave them out."""
+"""Tag of a watch that found nothing new."""
 MISSED = datetime.timedelta(minutes=2)
 PAGE = 200
 

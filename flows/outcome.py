@@ -18,6 +18,8 @@ from crosscal.errors import CrosscalError
 
 MOST_LETTERS = 120
 MOST_TAGS = 12
+NEWS = "news"
+"""Tag of a run that did something. The UI can ask for a tag, and not for its absence."""
 
 
 def call_run(name: str, tags: Sequence[str]) -> None:
@@ -25,7 +27,7 @@ def call_run(name: str, tags: Sequence[str]) -> None:
     change_run(tags, name=name[:MOST_LETTERS])
 
 
-def change_run(tags: Sequence[str], **changes: str) -> None:
+def change_run(tags: Sequence[str], **changes: Any) -> None:
     """Nothing without a flow run, and nothing fails for lack of a tag."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:

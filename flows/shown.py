@@ -11,7 +11,7 @@ from prefect.context import FlowRunContext
 
 from crosscal.corpora import load_corpus
 from crosscal.errors import CorpusError, CrosscalError
-from crosscal.flows.outcome import MOST_LETTERS, change_run
+from crosscal.flows.outcome import MOST_LETTERS, NEWS, change_run
 from crosscal.plan import CompressionPlan, load_plan
 from crosscal.plan.search import AUTO
 from crosscal.report.groups import level_of
@@ -38,9 +38,9 @@ def run_name() -> str:
 
 
 def tag_run(plan: CompressionPlan, domain: str | None) -> None:
-    """Tag the flow run with domain, model and methods."""
+    """Tag the flow run with domain, model and methods, and as one that does something."""
     methods = dict.fromkeys(variant.method for variant in variants(plan))
-    change_run([*([f"domain:{domain}"] * bool(domain)), f"model:{Path(plan.model).name[:60]}", *methods])
+    change_run([NEWS, *([f"domain:{domain}"] * bool(domain)), f"model:{Path(plan.model).name[:60]}", *methods])
 
 
 def _version(home: str | None, domain: str) -> str:

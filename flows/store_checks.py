@@ -64,7 +64,8 @@ def _landing(service: ServiceConfig, picture: Picture) -> Check:
         there = functools.cache(lambda domain: {refusal(domain, each.name, "").name for each in place.items(domain)})
         standing = [each for each in refused(picture) if each.name in there(each.domain)]
     except (CrosscalError, OSError) as error:
-        return Check("landing", FAIL, str(error), f"Make it: `mkdir -p {service.landing}`.")
+        said = f"{service.landing}: {getattr(error, 'what', error)}"
+        return Check("landing", FAIL, said, f"Make it: `mkdir -p {service.landing}`.")
     if not standing:
         return Check("landing", OK, f"{service.landing}; no file is refused")
     shown = ", ".join("/".join(filter(None, (each.domain, each.name))) for each in standing[:MOST_SHOWN])

@@ -7,6 +7,7 @@ died. Whatever the ledger says is pending and nobody works on is announced, and 
 from __future__ import annotations
 
 import datetime
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefect.logging import get_run_logger
 from crosscal.flows.cancelled import note_cancelled
 from crosscal.flows.changes import SETTLE_SECONDS, notice_changes
 from crosscal.flows.old_runs import QUIET, remove_missed
-from crosscal.flows.outcome import call_run, shown
+from crosscal.flows.outcome import NEWS, call_run, shown
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
 from crosscal.landing import Landed, Ledger, take_in
 from crosscal.landing.intake import sentence
@@ -61,9 +62,9 @@ def watch(
 def _watch(
     store: Store, landing: str, settle_seconds: float, stuck_minutes: float, text: Mapping[str, str], plan: Path | None
 ) -> dict[str, Any]:
-    log, ledger = get_run_logger(), Ledger(store)
-    taken = take_in(store, landing, settle_seconds, text=text)
-    _tell_files(store, taken)
+    log, ledger = _log(), Ledger(store)
+    taken = take_in(store, landing, settle_seconds, text=text, ledger=ledger)
+    _tell_files(ledger, taken)
     with get_client(sync_client=True) as client:
         remove_missed(client)
     closed = close_stuck_runs(stuck_minutes)
@@ -82,29 +83,33 @@ def _watch(
         "not heard": len(announced) - sum(announced.values()),
         "refused": files["refused"],
         "taken in": files["ingested"],
+        "to be done again": len(changed),
         "closed": len(closed),
     }
     message = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing new"
     domains = sorted({*waiting, *(each.domain for each in taken if each.state != "known" and each.domain)})
-    call_run(f"watch · {message}", [f"domain:{domain}" for domain in domains] if any(counts.values()) else [QUIET])
+    call_run(
+        f"watch · {message}", [NEWS, *(f"domain:{domain}" for domain in domains)] if any(counts.values()) else [QUIET]
+    )
     return {"message": message, "files": dict(files), "announced": waiting, "closed": closed}
 
 
-def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
+def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
     """What a sweep did, for those who do not see the worker's terminal: a line and an event for each file that is
     refused, and a page with all that stands refused."""
     told = [each for each in taken if each.state != "known"]
     if not told:
         return
-    log, bad = get_run_logger(), [each for each in told if each.state == "refused"]
+    log, bad = _log(), [each for each in told if each.state == "refused"]
     for each in sorted(told, key=lambda each: each.state != "refused")[:MOST_LINES]:
         log.warning(sentence(each)) if each.state == "refused" else log.info(sentence(each))
     if len(told) > MOST_LINES:
         log.info("and %d more; `crosscal ledger DOMAIN` has all", len(told) - MOST_LINES)
     facts = [{"domain": each.domain, "file": each.name, "reason": each.reason, "do": each.do} for each in bad]
     tell_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
-    picture = Ledger(store).look()
-    if not bad and not any(each.name in picture.ever_refused(each.domain) for each in told):
+    picture = ledger.look()
+    stood = {domain: picture.ever_refused(domain) for domain in {each.domain for each in told}}
+    if not bad and not any(each.name in stood[each.domain] for each in told):
         return
     standing = refused(picture)
     rows = [
@@ -118,6 +123,13 @@ def _tell_files(store: Store, taken: Sequence[Landed]) -> None:
         table=[{name: text[:MOST_WORDS] for name, text in row.items()} for row in rows],
         description=f"Landed files that are not taken: {len(standing)}{more}.",
     )
+
+
+def _log() -> Any:
+    """Of this run. Prefect's own lines, seven a minute, are kept out by PREFECT_LOGGING_LEVEL; these are not."""
+    log = get_run_logger().getChild("watch")
+    log.setLevel(logging.INFO)
+    return log
 
 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:

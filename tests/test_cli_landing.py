@@ -135,7 +135,15 @@ def test_mistakes_are_one_message(place: Place, arguments: tuple[str, ...], mess
     "arguments",
     [
         *("ledger", "ledger legal", "publish legal", "publish legal --rollback"),
-        *("store list", "store verify", "store gc", "store gc --dry-run", "store du"),
+        *(
+            "domain list",
+            "domain remove legal",
+            "store list",
+            "store verify",
+            "store gc",
+            "store gc --dry-run",
+            "store du",
+        ),
     ],
 )
 def test_a_wrong_store_is_an_error_and_none_is_made(place: Place, arguments: str) -> None:

@@ -131,7 +131,7 @@ def test_a_study_is_one_flow_run_with_every_part_s_steps(place: Place) -> None:
 def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> None:
     place.run("--out", str(place.folder / "run2"), "--home", str(place.folder / "home2"))
     run = newest_run()
-    assert set(run.tags) == {"model:model", "sparsegpt"}
+    assert set(run.tags) == {"news", "model:model", "sparsegpt"}
     assert run.state
     assert run.state.name == "Completed"
     assert run.state.message

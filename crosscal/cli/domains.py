@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json
+from crosscal.cli.options import HOME, Home, Json, store_at
 from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import UsageError
 
@@ -23,9 +23,8 @@ def list_domains(home: Home = HOME, as_json: Json = False) -> None:
     from crosscal.landing import Ledger
     from crosscal.landing.status import overview
     from crosscal.publication import Published
-    from crosscal.store import Store
 
-    store = Store(home)
+    store = store_at(home)
     published = Published(store)
     rows = overview(Ledger(store))
     for row in rows:
@@ -89,8 +88,7 @@ def _ledger(home: str, domain: str) -> Ledger:
     """Raises `UsageError` for a domain that is not in it."""
     from crosscal.landing import Ledger
     from crosscal.landing.status import check_known
-    from crosscal.store import Store
 
-    ledger = Ledger(Store(home))
+    ledger = Ledger(store_at(home))
     check_known(ledger, domain)
     return ledger

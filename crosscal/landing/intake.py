@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from crosscal.corpora import DocumentLimits, ingest
+from crosscal.corpora.records import TEXT
 from crosscal.corpora.sources import split_of_file
 from crosscal.errors import CorpusError, NoColumn
 from crosscal.landing.items import LandedFile, Place, Refusal
@@ -68,9 +68,13 @@ def take_in(
     settle_seconds: float = 10.0,
     limits: DocumentLimits = LIMITS,
     text: Mapping[str, str] | str | None = None,
+    ledger: Ledger | None = None,
 ) -> list[Landed]:
-    """Sweep once. What was seen before and has not changed is neither read nor returned."""
-    ledger, place, reading = Ledger(store), open_place(landing), Reading(limits, text or {})
+    """Sweep once. What was seen before and has not changed is neither read nor returned.
+
+    `ledger`: of the same store, which has then seen what this sweep saw, so that to look again costs little.
+    """
+    ledger, place, reading = ledger or Ledger(store), open_place(landing), Reading(limits, text or {})
     picture = ledger.take_over()
     settled = functools.cache(lambda domain: picture.settled(domain, reading.column(domain)))
     done: list[Landed | None] = []
@@ -138,9 +142,8 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
     bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
-    column: dict[str, Any] = {} if text is None else {"text": text}
     try:
-        report = ingest(store, file.domain, [str(copy)], with_removed=False, limits=bounded, **column)
+        report = ingest(store, file.domain, [str(copy)], text=text or TEXT, with_removed=False, limits=bounded)
     except CorpusError as error:
         reason, do = f"{error.what} ({error.got})" if error.got else error.what, _remedy(file, error)
         record("refused", reason=reason, do=do, text=text)

@@ -48,20 +48,19 @@ class LocalPlace:
         return digest if same else None
 
     def _item(self, entry: os.DirEntry[str]) -> Item | None:
-        path = Path(entry.path)
         try:
-            found = self._inside(path).stat() if entry.is_symlink() else entry.stat(follow_symlinks=False)
+            found = self._inside(Path(entry.path)).stat() if entry.is_symlink() else entry.stat(follow_symlinks=False)
         except FileNotFoundError:
-            return Item(path.name, problem="a link to nothing") if path.is_symlink() else None  # it went meanwhile
+            return Item(entry.name, problem="a link to nothing") if entry.is_symlink() else None  # it went meanwhile
         except PermissionError as error:
-            return Item(path.name, problem=str(error.strerror))
+            return Item(entry.name, problem=str(error.strerror))
         except (OSError, RuntimeError) as error:  # the latter for links in a circle
-            return Item(path.name, problem=str(error))
+            return Item(entry.name, problem=str(error))
         if stat.S_ISDIR(found.st_mode):
-            return Item(path.name, is_folder=True)
+            return Item(entry.name, is_folder=True)
         if not stat.S_ISREG(found.st_mode):
-            return Item(path.name, problem="neither a file nor a folder")
-        return Item(path.name, bytes=found.st_size, modified=found.st_mtime)
+            return Item(entry.name, problem="neither a file nor a folder")
+        return Item(entry.name, bytes=found.st_size, modified=found.st_mtime)
 
     def _inside(self, path: Path) -> Path:
         real = path.resolve(strict=True)
