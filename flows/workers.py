@@ -7,6 +7,7 @@ import re
 import shlex
 import socket
 import sys
+from pathlib import Path
 
 from crosscal.errors import UsageError
 from crosscal.flows.deployed import COMPRESS, POOL, SERVICE, SERVICE_RUNS
@@ -14,7 +15,6 @@ from crosscal.resources import ROOT
 from crosscal.service import ServiceConfig
 
 SETTINGS = {
-    "CROSSCAL_CHECKOUT": str(ROOT),  # where plans lie that are named and not given by path
     "DO_NOT_TRACK": "1",  # Prefect's client would send usage statistics
     "PREFECT_WORKER_QUERY_SECONDS": "2",  # asks for work so often; of its own accord every ten seconds
 }
@@ -47,6 +47,9 @@ def worker(name: str) -> tuple[list[str], dict[str, str]]:
     start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
     chosen = [part for queue in queues for part in ("--work-queue", queue)]
     called = ["--limit", str(limit), "--name", f"{socket.gethostname()}-{name}"]
+    # Where runs work. Never in an installed package: Prefect lets a run import from there, and crosscal/statistics
+    # would hide Python's own.
+    folder = {"CROSSCAL_CHECKOUT": str(ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd())}
     device = {"CUDA_VISIBLE_DEVICES": "" if name == SERVICE else name.removeprefix("gpu")}
-    own = {key: value for key, value in {**SETTINGS, **device}.items() if key not in os.environ}
+    own = {key: value for key, value in {**SETTINGS, **folder, **device}.items() if key not in os.environ}
     return [*start, *chosen, *called], own
