@@ -42,11 +42,13 @@ def wait_for(look: Callable[[], R | None], seconds: float, *, every: float = 0.1
 
 
 @contextmanager
-def process(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    command: list[str], environment: Mapping[str, str], log: Path, cwd: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, which is ended with all its children."""
     with log.open("ab") as output:
         running = subprocess.Popen(
-            command, cwd=ROOT, env=dict(environment), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=cwd, env=dict(environment), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         yield running

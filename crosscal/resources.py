@@ -14,3 +14,8 @@ ROOT = (Path(__file__).parent / "plans").resolve().parent
 
 DEMO_PLAN = ROOT / "plans" / "demo.yaml"
 SERVICE_FILE = ROOT / "plans" / "service.yaml"
+
+
+def plan_file(path: Path) -> Path:
+    """A plan's file; one that comes with crosscal is found by its name, `plans/landing.yaml`, from any folder."""
+    return path if path.is_absolute() or path.is_file() or not (ROOT / path).is_file() else ROOT / path

@@ -6,8 +6,6 @@ has to have taken all of it.
 
 from __future__ import annotations
 
-import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,14 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from crosscal.errors import CrosscalError, PlanError
 from crosscal.flows import deployments, notifications
-from crosscal.flows.deployed import (
-    COMPRESS,
-    POOL,
-    SERVICE,
-    SERVICE_RUNS,
-    Difference,
-    Thing,
-    Things,
-    deployed,
-    differences,
-)
+from crosscal.flows.deployed import Difference, Thing, Things, deployed, differences
 from crosscal.flows.health import server_needed
+from crosscal.flows.workers import worker_commands
 from crosscal.plan import load_plan
 from crosscal.resources import ROOT
 from crosscal.service import ServiceConfig
 from crosscal.variants import variants
 
-PROMPT = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
-"""A worker asks for work this often; of its own accord every ten seconds."""
 SOME_DOMAIN = "some-domain"
 
 
@@ -58,6 +45,8 @@ def deploy(service: ServiceConfig) -> dict[str, Any]:
     Raises `UsageError` for what cannot be wanted, `CrosscalError` when the server did not take it.
     """
     want = _wanted(service)
+    if "://" not in service.landing:
+        Path(service.landing).mkdir(parents=True, exist_ok=True)  # a watch that finds none fails
     names = {thing.name for thing in want}
     with get_client(sync_client=True) as client:
         before = _standing(client)
@@ -83,28 +72,8 @@ def deploy(service: ServiceConfig) -> dict[str, Any]:
         "unchanged": sorted(names - touched),
         "removed": sorted(removed),
         "left alone": sorted(before.keys() - names - set(removed)),
-        "workers": worker_commands(service, ROOT),
+        "workers": worker_commands(service),
     }
-
-
-def worker_commands(service: ServiceConfig, checkout: Path) -> list[str]:
-    """What to start, a shell command each: one worker for each GPU, and one that needs none."""
-    places = {"CROSSCAL_CHECKOUT": str(checkout), "CROSSCAL_HOME": service.home}
-
-    def command(name: str, device: str, limit: int, *queues: str) -> str:
-        settings = {
-            "PREFECT_API_URL": os.environ["PREFECT_API_URL"],
-            "CUDA_VISIBLE_DEVICES": device,
-            **places,
-            **PROMPT,
-        }
-        assignments = " ".join(f"{key}={shlex.quote(value) if value else ''}" for key, value in settings.items())
-        chosen = " ".join(f"--work-queue {queue}" for queue in queues)
-        start = f"prefect worker start --pool {POOL} --type process {chosen} --limit {limit}"
-        return f'env {assignments} {start} --name "$(hostname)-{name}"'
-
-    gpus = [command(f"gpu{index}", str(index), 1, COMPRESS, f"gpu{index}") for index in range(service.gpus)]
-    return [*gpus, command(SERVICE, "", SERVICE_RUNS, SERVICE)]
 
 
 def _wanted(service: ServiceConfig) -> list[Thing]:

@@ -30,7 +30,7 @@ from crosscal.service import ServiceConfig
 from crosscal.tasks.announce import LANDED
 
 PULL = [{"prefect.deployments.steps.set_working_directory": {"directory": "{{ $CROSSCAL_CHECKOUT }}"}}]
-"""Prefect leaves flow runs in a temporary folder; plans are named as in each worker's checkout."""
+"""Prefect leaves flow runs in a temporary folder; the worker's environment names a better one."""
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
 ANCHOR = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 """Where intervals are counted from; left out, it is the time of deploying, which differs each time."""

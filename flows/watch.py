@@ -28,6 +28,7 @@ from crosscal.landing import Landed, Ledger, take_in
 from crosscal.landing.intake import sentence
 from crosscal.landing.picture import Picture
 from crosscal.landing.refused import refused
+from crosscal.resources import plan_file
 from crosscal.store import Store
 from crosscal.tasks.announce import FILE_REFUSED, announce, tell_each
 from crosscal.tasks.artifacts import make_artifact
@@ -55,7 +56,7 @@ def watch(
     `text`: domain → the column that its text is looked for in, where it is not found by itself. With a plan, whatever
     was made by another, or from another model, is pending as well.
     """
-    plan = Path(plan_path) if plan_path else None
+    plan = plan_file(Path(plan_path)) if plan_path else None
     return shown(lambda: _watch(Store(home), landing, settle_seconds, stuck_minutes, text or {}, plan))
 
 

@@ -66,7 +66,7 @@ ROOMS = {
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow", "rouge_score"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
-    "plan": ({"errors", "files", "compressors"}, {"pydantic", "pydantic_core", "yaml"}),
+    "plan": ({"errors", "files", "compressors", "resources"}, {"pydantic", "pydantic_core", "yaml"}),
     "service": ({"errors"}, {"pydantic", "yaml"}),
     "mixtures": ({"errors", "plan", "search", "statistics"}, set()),
     "search": (set(), {"numpy", "scipy"}),

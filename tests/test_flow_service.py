@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from prefect.settings import (
     PREFECT_LOGGING_TO_API_ENABLED,
     temporary_settings,
 )
-from prefect.states import Cancelled, Failed, Running
+from prefect.states import Cancelled, Running
 
 from benchmarks.local_service import WITH_PASSWORD, environment, free_port, server, wait_for
 from crosscal.errors import CrosscalError, UsageError
@@ -31,12 +31,11 @@ from crosscal.flows.drive import drive
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.stuck_runs import PROCESS, close_stuck_runs, runs_in
 from crosscal.flows.watch import watch
+from crosscal.flows.workers import worker
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.store.processes import number_of
-from crosscal.tasks.announce import KEPT, PUBLISHED, tell
-from tests.helpers.receiver import receiver
 from tests.helpers.tiny_place import write_documents
 
 pytestmark = pytest.mark.slow
@@ -96,10 +95,13 @@ def test_everything_is_made_and_a_worker_named_for_each_gpu(first: dict[str, Any
     assert first["changed"] == first["unchanged"] == []
     gpu0, gpu1, service = first["workers"]
     assert "CUDA_VISIBLE_DEVICES=0 " in gpu0
-    assert "--work-queue compress --work-queue gpu0 --limit 1" in gpu0
+    assert "--work-queue compress --work-queue gpu0 --limit 1" in shlex.join(worker("gpu0")[0])
+    assert all(each.endswith(name) for each, name in zip(first["workers"], ("gpu0", "gpu1", "service"), strict=True))
     assert "CUDA_VISIBLE_DEVICES=1 " in gpu1
     assert "CUDA_VISIBLE_DEVICES= " in service
-    assert "--work-queue service " in service
+    assert "--work-queue service " in shlex.join(worker("service")[0])
+    with pytest.raises(UsageError, match="gpu0, gpu1, … or service"):
+        worker("gpu")
 
 
 def test_a_second_time_nothing_is_touched(first: dict[str, Any], client: SyncPrefectClient, folder: Path) -> None:
@@ -146,17 +148,6 @@ def test_every_change_is_reported_and_put_right(first: dict[str, Any], client: S
     assert compare(other) == []
     fewer = [each for each in compare(config(folder, gpus=2)) if not each.field]
     assert [(each.thing, each.wanted) for each in fewer] == [("queue gpu2", "no")]
-
-
-def test_prefect_deploy_makes_the_same_of_the_file(first: dict[str, Any], client: SyncPrefectClient) -> None:
-    """`deployment.yaml` is valid as it stands, and no key of it is lost on the way."""
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployment.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folders = {"landing": "landing", "home": ".crosscal", "runs": "runs"}
-    service = load_service(ROOT / "plans/service.yaml").model_copy(update=folders)
-    found = [each for each in compare(service) if each.thing.startswith("deployment ")]
-    assert {each.field for each in found} == {"entrypoint"}, "by file in the checkout, by module in an environment"
 
 
 def domains_of(runs: Iterator[FlowRun]) -> list[str]:
@@ -250,41 +241,3 @@ def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(
 
     assert [run["id"] for run in close_stuck_runs(stuck_minutes=0.0)] == [str(silent.id)], "silence counts elsewhere"
     assert living.pid in at_work(client), "a living process may be silent for as long as it likes"
-
-
-def test_messages_are_posted_and_their_addresses_stay_secret(
-    first: dict[str, Any], client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with receiver() as (address, received):
-        check_messages(client, folder, monkeypatch, address, received)
-
-
-def check_messages(
-    client: SyncPrefectClient, folder: Path, monkeypatch: pytest.MonkeyPatch, address: str, received: list[Any]
-) -> None:
-    monkeypatch.setenv("OPS_HOOK", address)
-    service = config(folder, notify=[{"webhook": "OPS_HOOK", "events": ["kept", "failed"]}])
-    automations = ["failed", "failed-service", "kept"]
-    made = [*(f"automation crosscal-notify-{name} to ops-hook" for name in automations)]
-    assert deploy(service)["made"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
-    assert [each for each in compare(service) if each.field] == []
-
-    tell(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
-    tell(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
-    for _ in range(2):  # of a watch that fails every minute, one message an hour
-        failing = client.create_flow_run(watch, state=Running())
-        client.set_flow_run_state(failing.id, Failed(message="no such store"), force=True)
-    tell(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})
-    wait_for(lambda: len(received) >= 3, SECONDS)
-    subjects = sorted(message["subject"].partition(" · ")[0] for message in received)
-    assert subjects == ["crosscal: legal: kept", "crosscal: medical: kept", "crosscal: watch"]
-    assert [message for message in received if "no such store" in message["body"] and "flow-run/" in message["body"]]
-    assert [message for message in received if message["body"] == "domain: legal\nversion: 3\n"]
-
-    monkeypatch.setenv("OPS_HOOK", f"{address}/another")
-    (changed,) = (each for each in compare(service) if each.field)
-    assert "127.0.0.1" not in json.dumps(changed.as_json())
-    assert deploy(config(folder))["removed"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
-    missing = config(folder, notify=[{"block": "slack-webhook/ops"}])
-    with pytest.raises(UsageError, match=r"no such block .*slack-webhook/ops"):
-        deploy(missing)

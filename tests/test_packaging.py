@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "deployment.yaml")
-LEFT_OUT = ("__pycache__", "*.egg-info")
-
-
-def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
-    code = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    command = [sys.executable, "-P", "-c", code + arguments[0]] if path else [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.helpers.wheel import install_wheel, python
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources and unpacked: what `pip install` would lay in an environment."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    for name in ("crosscal", "flows", "tasks", "plans", "data"):
-        from_links = {"symlinks": True} if name == "crosscal" else {}
-        copytree(ROOT / name, source / name, ignore=lambda _, names: [n for n in names if n in LEFT_OUT], **from_links)
-    for name in BUILT_FROM:
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    python(
-        *("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--wheel-dir", str(folder), str(source)),
-        cwd=folder,
-    )
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder / "installed")
-    return folder / "installed"
+    return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_nothing_but_crosscal_lies_at_the_top(installed: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, load_plan, parse_plan
+from crosscal.resources import ROOT
 
 LEAST = {"model": "owner/name", "corpora": {"general": None}}
 
@@ -140,3 +141,14 @@ def test_nesting_without_end_is_no_valid_yaml(tmp_path: Path, deep: str) -> None
 def test_paths_of_questions_belong_to_the_plans_folder(tmp_path: Path, task: str) -> None:
     plan = load_plan(written(tmp_path, {**LEAST, "evaluate": {"tasks": [task]}}))
     assert plan.evaluate.tasks == [task if task == "arc_easy" else str(tmp_path / task)]
+
+
+def test_a_plan_that_comes_with_crosscal_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = Path("plans/one_model.yaml")
+    assert load_plan(name) == load_plan(ROOT / name)
+    (tmp_path / "plans").mkdir()
+    (tmp_path / name).write_text((ROOT / name).read_text().replace("windows: ", "windows: 1"))
+    assert load_plan(name) != load_plan(ROOT / name), "one's own comes first"

@@ -43,6 +43,7 @@ for command in (
     publishing.ledger,
     publishing.publish,
     deploying.deploy,
+    deploying.worker,
     status.status,
 ):
     app.command()(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,14 @@ def deploy(
         raise typer.Exit(1 if found else 0)
     done = bring_there(service)
     print(json.dumps(done)) if as_json else _show(done)
+
+
+def worker(name: Annotated[str, typer.Argument(help="gpu0, gpu1, … or service, as `crosscal deploy` says.")]) -> None:
+    """Start a worker, in place of this process: one for each GPU, and one that needs none."""
+    from crosscal.flows.workers import worker as command_of
+
+    command, settings = command_of(name)
+    os.execve(command[0], command, {**os.environ, **settings})
 
 
 def _show_check(found: list[dict[str, Any]]) -> None:

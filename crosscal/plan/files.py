@@ -30,10 +30,12 @@ from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
 from crosscal.plan.tasks import KINDS as TASK_KINDS
 from crosscal.plan.tasks import QuestionFields, with_paths
+from crosscal.resources import plan_file
 
 
 def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = None) -> CompressionPlan:
     """Read a plan, apply `key.path=value` overrides, fill in the domain. Raises `PlanError` naming field and remedy."""
+    path = plan_file(path)
     data = with_domain(read_plan(path, overrides), domain, str(path))
     return parse_plan(data, str(path), path.absolute().parent)
 
@@ -41,7 +43,7 @@ def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = 
 def read_plan(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The mapping of a plan's file, with overrides, as it is written: nothing is checked. Raises `PlanError`."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = plan_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(
             "the plan cannot be read", where=str(path), got=str(error), do="Give the path of a YAML file."
