@@ -102,7 +102,7 @@ def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, publis
         name: each for name, each in looked_at.items() if all(len(each[c]) == len(dense[c]) for c in asked)
     }
     if not measured:
-        return Decision(False, f"no candidate was measured on all validation windows of {', '.join(asked)}")
+        return Decision(False, f"{', '.join(looked_at)} not measured on the same validation windows as dense")
     found = {name: list(_conditions(rule, each, dense, published, len(looked_at))) for name, each in measured.items()}
     guarded = [name for name, each in found.items() if all(one.holds for one in each if one.is_guard)]
     moving = [name for name in guarded if all(one.holds for one in found[name])]
