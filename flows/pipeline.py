@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from crosscal.flows.mixtures import find_mixtures
 from crosscal.flows.run_directory import open_run_directory, write_run_record
 from crosscal.flows.steps import Stopwatch, step, step_each, step_report
 from crosscal.plan import CompressionPlan
+from crosscal.progress import Report
 from crosscal.tasks.corpora import bring_in, draw_sample
-from crosscal.tasks.evaluation import evaluate_model, models_spared, models_to_make, models_to_measure, spare_model
+from crosscal.tasks.evaluation import evaluate_model, models_spared, models_to_measure, spare_model
 from crosscal.tasks.mixtures import discard_candidates
 from crosscal.tasks.model import (
     blocks_side_by_side,
@@ -40,6 +41,7 @@ from crosscal.tasks.model import (
     unsolved_blocks,
     unsummarised_blocks,
 )
+from crosscal.tasks.race import leave_race, models_to_make, race_model, standing
 from crosscal.tasks.results import after_reading, describe_samples, make_report, write_results
 from crosscal.tasks.sufficiency import measure_sufficiency
 from crosscal.tasks.ticket import Ticket
@@ -183,9 +185,10 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 
 def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Have every model measured, each in a step of its own: what fails for a passing reason is tried again alone."""
-    names, found, spared = models_to_measure(ticket), dict[str, dict[str, Any]](), models_spared(ticket)
+    names, spared = models_to_measure(ticket), models_spared(ticket)
     with step_report("evaluate") as report:
-        for name in names:
+        found = race_models(ticket, stored, spared, report) if ticket.parsed.evaluate.race else {}
+        for name in (name for name in names if name not in found):
             report("measuring models", len(found), len(names))
             if name in spared:
                 found[name] = spare_model(ticket, name, spared[name])
@@ -193,6 +196,20 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[st
                 found[name] = step(evaluate_model, ticket, stored, name, report)
         report("measuring models", len(names), len(names))
     return found
+
+
+def race_models(
+    ticket: Ticket, stored: dict[str, str], spared: Collection[str], report: Report
+) -> dict[str, dict[str, Any]]:
+    """Have models measured on a few validation windows, and on more as long as they are not clearly worse; of those
+    that left, and of those that are no models, what `evaluate_model` would return."""
+    known: dict[str, dict[str, Any]] = {}
+    while wanting := (now := standing(ticket, stored, known, spared)).wanting:
+        for done, (name, look) in enumerate(wanting.items()):
+            report("racing", done, len(wanting))
+            known[name] = step(race_model, ticket, stored, name, look, report)
+    failed = {name: each for name, each in known.items() if each["failed"]}
+    return failed | {name: leave_race(ticket, name, left, known.get(name)) for name, left in now.left.items()}
 
 
 def _record(

@@ -83,6 +83,9 @@ def check_study(plan: CompressionPlan) -> None:
 
     if plan.study is None:
         raise PlanError("the plan has no study", where="study", do="Add `study: {draws: 5}`, or --set study.draws=5.")
+    if plan.evaluate.race:
+        do = "Leave out `race`: what leaves it has no numbers to be compared over draws."
+        raise PlanError("a study measures every variant on every window", where="evaluate.race", do=do)
     names = {variant.name.removesuffix(f"-s{variant.seed}") for variant in variants(plan)}
     methods = {variant.method for variant in variants(plan)} | set(COMPRESSORS)
     unknown = [name for name in plan.study.baseline if name not in {DENSE, DOMAIN, *plan.corpora, *methods, *names}]

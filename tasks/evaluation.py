@@ -20,7 +20,8 @@ from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure, weights_digest
 from crosscal.stages.heldout_text import Cutting
-from crosscal.stages.made_variants import made_before, note_made, unmeasured
+from crosscal.stages.made_variants import made_before, note_made
+from crosscal.stages.race import Race
 from crosscal.stages.screen import screened
 from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.options import RETRIED
@@ -30,14 +31,6 @@ from crosscal.variants import Variant
 
 DENSE = "dense"
 AGAIN = "Run the same command again: what was removed meanwhile is made anew."
-
-
-def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
-    """Names of the variants whose models are needed: all, or where only numbers are kept those not measured before."""
-    variants, shop = ticket.variants(), ticket.workshop()
-    if not ticket.parsed.execution.keep_models and any(made_before(shop, variant) for variant in variants):
-        variants = unmeasured(shop, variants, examination_of(ticket, stored))
-    return [variant.name for variant in variants]
 
 
 def models_to_measure(ticket: Ticket) -> list[str]:
@@ -52,16 +45,14 @@ def evaluate_model(ticket: Ticket, stored: dict[str, str], name: str, report: Re
     `failed`: why it cannot be loaded or measured. Such a variant is no model, and loses its index; the others are none
     the worse for it. `stored` gives the store's name of every corpus of documents.
     """
-    names = models_to_measure(ticket)
-    told = f"model {names.index(name) + 1} of {len(names)}, {name}"
-    exam = examination_of(ticket, stored, report)
+    told, exam = place_of(ticket, name), examination_of(ticket, stored, report)
     if name == DENSE:
         files = checkpoint_files(ticket.source().path, told, report)
         measure(exam, ticket.source().path, files=files, name=told, report=report)
         return {"weights": weights_digest(files), "size_bytes": None, "failed": None}
-    variant = next(variant for variant in ticket.variants() if variant.name == name)
+    variant = variant_of(ticket, name)
     if variant in ticket.variants_to_make():
-        measured = _measured(ticket, exam, variant, told, report)
+        measured = measure_made(ticket, exam, variant, told, report)
     else:
         made = made_before(ticket.workshop(), variant)
         if made is None or exam.find(made.weights) is None:
@@ -84,9 +75,18 @@ def models_spared(ticket: Ticket) -> dict[str, str]:
 def spare_model(ticket: Ticket, name: str, why: str) -> dict[str, Any]:
     """What `evaluate_model` would return, of a variant that needs no evaluation: `spared` says why."""
     if not ticket.parsed.execution.keep_models:
-        variant = next(variant for variant in ticket.variants() if variant.name == name)
-        discard_model(ticket.workshop(), variant)
+        discard_model(ticket.workshop(), variant_of(ticket, name))
     return {"weights": "", "size_bytes": None, "failed": None, "spared": why}
+
+
+def variant_of(ticket: Ticket, name: str) -> Variant:
+    return next(variant for variant in ticket.variants() if variant.name == name)
+
+
+def place_of(ticket: Ticket, name: str) -> str:
+    """Which of the models that a run measures, in words."""
+    names = models_to_measure(ticket)
+    return f"model {names.index(name) + 1} of {len(names)}, {name}"
 
 
 def rows_of(ticket: Ticket, variant: Variant) -> list[LayerRow]:
@@ -97,14 +97,22 @@ def rows_of(ticket: Ticket, variant: Variant) -> list[LayerRow]:
     return made.rows if made else []
 
 
-def _measured(ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report) -> dict[str, Any]:
-    shop = ticket.workshop()
+def measure_made(
+    ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report, look: int | None = None
+) -> dict[str, Any]:
+    """Measure the model in the run directory: for a look of a race, or on everything, windows that a race has not
+    measured being added to those that it has."""
+    shop, race = ticket.workshop(), Race(exam)
     folder = Path(ticket.run_dir) / "models" / variant.name
     files = checkpoint_files(folder, name, report)
-    found = {"weights": weights_digest(files), "failed": None}
-    found |= {"size_bytes": sum((folder / file).stat().st_size for file in files)}
+    size_bytes = sum((folder / file).stat().st_size for file in files)
+    found: dict[str, Any] = {"weights": weights_digest(files), "size_bytes": size_bytes, "failed": None}
     try:
-        measure(exam, folder, files=files, name=name, report=report)
+        if (apart := race.missing(found["weights"], look)) is not None:
+            measure(apart, folder, files=files, name=name, report=report)
+            race.join(found["weights"])
+        if look is None:
+            measure(exam, folder, files=files, name=name, report=report)
         note_made(shop, variant, files, layer_rows(shop, [variant]))
     except ModelError as error:
         (folder / INDEX).unlink(missing_ok=True)

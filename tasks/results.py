@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from prefect import task
 
 from crosscal.errors import MissingArtifact
-from crosscal.evaluation import PERPLEXITY, Measurement
+from crosscal.evaluation import PERPLEXITY, VALIDATION, Measurement
 from crosscal.evaluation.mcnemar import change
 from crosscal.evaluation.measurement import ITEMS
 from crosscal.evaluation.summarise import risk_ratios
@@ -22,6 +22,7 @@ from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow
 from crosscal.stages.describe import readable_samples, sample_quality, starved_experts, with_perplexities
 from crosscal.stages.evaluate import Examination
+from crosscal.stages.heldout_text import HeldOutText
 from crosscal.tasks.artifacts import show_run
 from crosscal.tasks.evaluation import AGAIN, DENSE, examination_of, rows_of
 from crosscal.tasks.options import PLAIN
@@ -74,12 +75,20 @@ def write_results(ticket: Ticket, stored: dict[str, str], measured: dict[str, di
 def _judged(ticket: Ticket, exam: Examination, variant: Variant | None, known: dict[str, Any]) -> _Judged:
     layers = rows_of(ticket, variant) if variant else []
     if why := known.get("spared") or known["failed"]:
-        skipped = [Measurement(text.corpus, text.split, PERPLEXITY, None, None, 0, 0.0, why) for text in exam.texts]
+        got = known.get("windows", {})
+        skipped = [_not_measured(text, why, got if text.split == VALIDATION else {}) for text in exam.texts]
         return _Judged(skipped, layers, known["size_bytes"], known["failed"])
     measured = exam.find(known["weights"])
     if measured is None:
         raise MissingArtifact("a model's numbers are not in the store any more", where=_name(variant), do=AGAIN)
     return _Judged(measured, layers, known["size_bytes"], None)
+
+
+def _not_measured(text: HeldOutText, why: str, got: Mapping[str, Sequence[float]]) -> Measurement:
+    """No number of a text, and what was measured of it all the same."""
+    nll = tuple(got.get(text.corpus, ()))
+    tokens = len(nll) * text.tokens_SL.shape[1]
+    return Measurement(text.corpus, text.split, PERPLEXITY, None, None, tokens, 0.0, why, window_nll=nll)
 
 
 def _said_of(spared: Sequence[str]) -> list[str]:
@@ -91,7 +100,7 @@ def _name(variant: Variant | None) -> str:
 
 
 def _window_rows(variant: Variant | None, one: Measurement) -> Iterator[WindowRow]:
-    if one.window_nll is not None:
+    if one.window_nll:
         yield WindowRow(_name(variant), one.corpus_or_task, one.split, list(one.window_nll))
 
 
@@ -128,6 +137,7 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         seed=variant.seed if variant else ticket.parsed.seeds[0],
         model=Path(ticket.parsed.model).name,
         device=ticket.device,
+        windows=None if found.window_nll is None else len(found.window_nll),
         **{name: value for name, value in dataclasses.asdict(found).items() if name not in ITEMS},
     )
 

@@ -212,3 +212,14 @@ def cheapest_of_best(allowed: Mapping[str, Windows]) -> str:
         or stats.ttest_rel(allowed[name]["legal"], allowed[best]["legal"]).pvalue >= 0.05 / (len(front) - 1)
     ]  # fmt: skip
     return min(alike, key=lambda name: points[name][0])
+
+
+def test_who_left_a_race_is_not_taken_and_counts_among_those_looked_at() -> None:
+    lucky = {corpus: nll[::4] for corpus, nll in windows(8.0, 20.0, name="lucky").items()}
+    assert not decide(Rule("legal"), {"a": lucky}, windows(*BASE), None).is_published
+    noisy = windows(9.0, 20.0, noise=0.08, name="a")
+    alone = decide(GAIN, {"a": noisy}, windows(*BASE), windows(*BASE))
+    among = decide(GAIN, {"a": noisy, **dict.fromkeys(map(str, range(200)), lucky)}, windows(*BASE), windows(*BASE))
+    assert (alone.variant, among.variant) == ("a", "a")
+    assert alone.is_published
+    assert not among.is_published

@@ -117,14 +117,14 @@ def test_what_is_new_alone_is_measured(
 ) -> None:
     """A corpus under another name, another task, more windows of one text."""
     done: list[tuple[str, str]] = []
-    before = Examination._kept
+    before = Examination.keep
 
     def watched(self: Examination, weights: str, subject: HeldOutText | LocalTask | NamedTask, found: Any) -> Any:
         is_text = isinstance(subject, HeldOutText)
         done.append((subject.corpus, subject.split) if is_text else (subject.name, ""))
         return before(self, weights, subject, found)
 
-    monkeypatch.setattr(Examination, "_kept", watched)
+    monkeypatch.setattr(Examination, "keep", watched)
 
     def new(asked: Examination) -> list[tuple[str, str]]:
         done.clear()

@@ -15,7 +15,7 @@ import torch
 
 from crosscal.evaluation.logits import Reader, reading
 from crosscal.evaluation.measurement import Measurement
-from crosscal.lanes import each_side_by_side
+from crosscal.lanes import each_side_by_side, side_by_side
 
 Batch = tuple[int, Callable[[], Any]]
 """How many windows or questions, and what reads them."""
@@ -68,7 +68,9 @@ def read_each(
     longest = max((subject.longest for subject in subjects), key=len)
     lanes = lanes_for(device, batch_tokens, len(longest))
     with reading(model, torch.tensor(longest).to(device), lanes) as reader:
-        batches = [subject.batches(reader, batch_tokens // lanes) for subject in subjects]
+        # What is tried on a few tokens is too small to share: threads of one operation would only wait for each other.
+        parts = [partial(subject.batches, reader, batch_tokens // lanes) for subject in subjects]
+        batches = side_by_side(parts, device, most=1, threads_each=1 if lanes > 1 else None)
         jobs = [partial(_timed, run) for each in batches for _, run in each]
         answered = each_side_by_side(jobs, device, most=lanes)
         for number, subject in enumerate(subjects):

@@ -14,11 +14,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from crosscal.lanes import side_by_side
 
 LOGITS_BYTES = 2**28
 """Of logits at most held at once, with the copies that a loss makes of them (or those of a single token)."""
@@ -133,8 +136,8 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
     try:
         reader = Reader(model, lanes)
         decoder.forward = reader.forward  # of this one module; its class keeps its own
-        with torch.inference_mode():
-            reader.is_in_pieces = are_in_pieces(reader, tokens_L)
+        tried, one = [partial(are_in_pieces, reader, tokens_L)], 1 if lanes > 1 else None
+        (reader.is_in_pieces,) = side_by_side(tried, reader.device, threads_each=one)
         yield reader
     finally:
         vars(decoder).pop("forward", None)
@@ -142,6 +145,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
         model.train(was_training)
 
 
+@torch.inference_mode()
 def are_in_pieces(reader: Reader, tokens_L: Tensor) -> bool:
     """Whether the logits of pieces are those of the whole, tried on a few tokens."""
     probe_BL = tokens_L[None, :PROBE_TOKENS]

@@ -164,6 +164,9 @@ class Evaluate(_Section):
     screen: bool = False
     """Do not evaluate variants of which another of their level loses clearly less on held-out text of every corpus; the
     report lists them with the reason."""
+    race: bool = False
+    """Measure all variants on a few validation windows, and on more, on test windows and by tasks those alone that are
+    not clearly worse than another of their level on every corpus; the report lists the others with the reason."""
 
 
 class Execution(_Section):

@@ -95,10 +95,15 @@ def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, publis
     if lacking := [name for name in asked if len(dense.get(name, ())) < 2]:
         why = "fewer than two validation windows, and test windows decide nothing"
         return Decision(False, f"nothing can be decided: {', '.join(lacking)} has {why}")
-    measured = {name: each for name, each in candidates.items() if all(each.get(corpus) for corpus in asked)}
-    if not measured:
+    looked_at = {name: each for name, each in candidates.items() if all(each.get(corpus) for corpus in asked)}
+    if not looked_at:
         return Decision(False, f"no candidate was measured on validation windows of {', '.join(asked)}")
-    found = {name: list(_conditions(rule, each, dense, published, len(measured))) for name, each in measured.items()}
+    measured = {  # the others left a race, which read the same windows: they count among the comparisons
+        name: each for name, each in looked_at.items() if all(len(each[c]) == len(dense[c]) for c in asked)
+    }
+    if not measured:
+        return Decision(False, f"{', '.join(looked_at)} not measured on the same validation windows as dense")
+    found = {name: list(_conditions(rule, each, dense, published, len(looked_at))) for name, each in measured.items()}
     guarded = [name for name, each in found.items() if all(one.holds for one in each if one.is_guard)]
     moving = [name for name in guarded if all(one.holds for one in found[name])]
     if guarded:

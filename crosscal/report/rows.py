@@ -53,6 +53,9 @@ class ResultRow:
     """The other way round."""
     p: float | None = None
     """That there is no difference, by McNemar's exact test over those questions."""
+    windows: int | None = None
+    """Of a perplexity: how many windows the variant was measured on; fewer than the dense model's where it left a race,
+    and then it has no value. None in rows of tasks and of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class WindowRow:
     corpus: str
     split: str
     nll: list[float]
-    """Negative log-likelihood per predicted token of each window, in the windows' order, the same for all variants."""
+    """Negative log-likelihood per predicted token of each window, in the windows' order, the same for all variants.
+    Of a variant that left a race those that it got, in the order in which the race gives them out."""
 
 
 @dataclass(frozen=True)

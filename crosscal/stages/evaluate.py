@@ -89,23 +89,24 @@ class Examination:
         progress = [told(subject) for subject in apart]
         sizes = {"device": self.device, "batch_tokens": self.batch_tokens, "progress": progress}
         for subject, one, answers in zip(apart, read, read_each(model, read, **sizes), strict=True):
-            yield self._kept(weights, subject, one.result(*answers))
+            yield self.keep(weights, subject, one.result(*answers))
         for task in self.suite.named:
             if task in missing:
                 sizes = {"limit": self.suite.limit, "max_length": self.max_length}
                 found = measure_named(task, model, self.tokenizer, **sizes, progress=told(task))
-                yield self._kept(weights, task, found)
+                yield self.keep(weights, task, found)
         for task in self.suite.summaries:
             if task in missing:
                 sizes = {"max_length": self.max_length, "batch_tokens": self.batch_tokens}
                 found = measure_summaries(task, model, self.tokenizer, **sizes, progress=told(task))
-                yield self._kept(weights, task, found)
+                yield self.keep(weights, task, found)
 
     def key(self, weights: str, subject: Subject) -> str:
         """Digest of the weights and of all that the numbers depend on; not of what a plan calls it."""
         return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject]])
 
-    def _kept(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> list[Measurement]:
+    def keep(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> list[Measurement]:
+        """What was measured of a subject, now in the store."""
         with self.store.publish(KIND, self.key(weights, subject), {"weights": weights}) as staged:
             (staged / PLACE).write_bytes(canonical_json([dataclasses.asdict(value) for value in measured]))
         return [self._named(one, subject) for one in measured]

@@ -23,14 +23,18 @@ def screened(
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
         if solved and all(row.corpus_losses is not None for row in solved):
-            level = tuple(amount.text for amount in variant.amounts)
-            alike[level, variant.seed, frozenset(row.layer for row in solved)][variant.name] = _means(solved)
+            alike[level_of(variant, solved), variant.seed][variant.name] = _means(solved)
     found = {}
     for losses in alike.values():
         for name, better in ruled_out(losses).items():
             if name not in spared:
                 found[name] = _reason(losses[name], losses[better], better)
     return found
+
+
+def level_of(variant: Variant, solved: Sequence[LayerRow]) -> object:
+    """Equal for variants that are compared: as much was done to the same matrices."""
+    return tuple(amount.text for amount in variant.amounts), frozenset(row.layer for row in solved)
 
 
 def _means(solved: Sequence[LayerRow]) -> dict[str, float]:

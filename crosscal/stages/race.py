@@ -1,0 +1,164 @@
+"""`evaluate: race`: a few validation windows for every variant, more for those that are not clearly worse than another
+of their level, and test windows and tasks for those that remain.
+
+What was measured for a look is kept like any text's measurement, so a race is *replayed* from the store: it goes on
+where it stopped, and another run of the same models takes what it finds. No test text is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from crosscal.evaluation import VALIDATION, QuestionSuite
+from crosscal.evaluation.likelihood import Windows
+from crosscal.evaluation.race import beaten, looks
+from crosscal.report.rows import NOT_EVALUATED, LayerRow
+from crosscal.stages.evaluate import Examination
+from crosscal.stages.heldout_text import HeldOutText
+from crosscal.stages.screen import level_of
+from crosscal.variants import Variant
+
+Seen = dict[str, list[float]]
+"""Corpus -> log perplexity of each window measured, look by look."""
+
+
+@dataclass(frozen=True, eq=False)
+class Race:
+    """The validation windows of an examination, look by look."""
+
+    exam: Examination
+
+    @functools.cached_property
+    def parts(self) -> dict[HeldOutText, list[tuple[HeldOutText, list[int]]]]:
+        """Of each text what is new at each look, and the numbers of these windows."""
+        found = {}
+        for text in (text for text in self.exam.texts if text.split == VALIDATION):
+            numbers = looks(len(text.tokens_SL))
+            found[text] = [(HeldOutText(text.corpus, text.split, text.tokens_SL[each]), each) for each in numbers]
+        return found
+
+    @property
+    def looks(self) -> list[int]:
+        """Those at which something is new."""
+        return [look for look in range(3) if any(parts[look][1] for parts in self.parts.values())]
+
+    @functools.cached_property
+    def apart(self) -> Examination:
+        """On these windows alone, those of each look by themselves."""
+        every = [part for parts in self.parts.values() for part, numbers in parts if numbers]
+        return dataclasses.replace(self.exam, texts=tuple(every), suite=QuestionSuite.load([]))
+
+    def seen(self, weights: str, look: int) -> Seen | None:
+        """What a model has on the windows up to a look; None where some were not measured."""
+        found: Seen = {}
+        for text, parts in self.parts.items():
+            whole = _nll(self.exam, weights, text)
+            for part, numbers in parts[: look + 1]:
+                nll = [whole[number] for number in numbers] if whole else _nll(self.apart, weights, part)
+                if numbers and nll is None:
+                    return None
+                found.setdefault(text.corpus, []).extend(nll or ())
+        return found
+
+    def missing(self, weights: str, look: int | None) -> Examination | None:
+        """`apart`, as far as it is to be measured: up to a look, or (None) of texts that a race has begun; never of one
+        that was measured as a whole."""
+        texts: list[HeldOutText] = []
+        for text, parts in self.parts.items():
+            some = [part for part, numbers in (parts if look is None else parts[: look + 1]) if numbers]
+            is_begun = look is not None or any(self.apart.stored(weights, part) for part in some)
+            if is_begun and self.exam.stored(weights, text) is None:
+                texts += some
+        return dataclasses.replace(self.apart, texts=tuple(texts)) if texts else None
+
+    def join(self, weights: str) -> None:
+        """Keep the measurement of each text whose windows were all measured."""
+        for text, parts in self.parts.items():
+            found = [self.apart.stored(weights, part) for part, numbers in parts if numbers]
+            if self.exam.stored(weights, text) is not None or not all(found):
+                continue
+            measured = [one for each in found for one in each or ()]
+            order = [number for _, numbers in parts for number in numbers]
+            nll = dict(zip(order, (value for one in measured for value in one.window_nll or ()), strict=True))
+            sums_S = torch.tensor([nll[i] for i in range(len(nll))]).double() * (text.tokens_SL.shape[1] - 1)
+            windows = Windows(text.corpus, text.split, text.tokens_SL)
+            self.exam.keep(weights, text, windows.result([sums_S], sum(one.seconds for one in measured)))
+
+
+@dataclass(frozen=True)
+class Left:
+    """That a variant left the race."""
+
+    why: str
+    windows: Seen
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a race stands."""
+
+    wanting: dict[str, int] = field(default_factory=dict)
+    """Variant -> the look that it is to be measured for."""
+    left: dict[str, Left] = field(default_factory=dict)
+
+
+def replayed(
+    race: Race,
+    variants: Sequence[Variant],
+    rows_of: Mapping[str, Sequence[LayerRow]],
+    weights_of: Mapping[str, str],
+    kept: Collection[str] = (),
+) -> Standing:
+    """The race as far as measurements are known; `kept` are compared and remain, however they compare."""
+    levels: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for variant in variants:
+        solved = [row for row in rows_of[variant.name] if not row.stays_dense]
+        levels[level_of(variant, solved)][variant.name.removesuffix(f"-s{variant.seed}")].append(variant.name)
+    found = Standing()
+
+    def seen(name: str, look: int) -> Seen | None:
+        return race.seen(weights_of[name], look) if name in weights_of else None
+
+    for field_of_level in levels.values():
+        _run(race.looks, field_of_level, seen, kept, found)
+    return found
+
+
+def _run(
+    looks_at: Sequence[int],
+    seeds_of: Mapping[str, Sequence[str]],
+    seen: Callable[[str, int], Seen | None],
+    kept: Collection[str],
+    found: Standing,
+) -> None:
+    """One level, look by look, into `found`; `seeds_of`: of each model its variants, which differ by seed alone."""
+    remaining, comparisons = dict(seeds_of), (len(seeds_of) - 1) * len(looks_at)
+    for look in looks_at:
+        if len(remaining) < 2:
+            return
+        known = {name: seen(name, look) for names in remaining.values() for name in names}
+        if any(each is None for each in known.values()):
+            found.wanting.update({name: look for name, each in known.items() if each is None})
+            return
+        of_all = {name: each for name, each in known.items() if each is not None}
+        windows = {
+            model: {corpus: [of_all[name][corpus] for name in names] for corpus in of_all[names[0]]}
+            for model, names in remaining.items()
+        }
+        for model, by in beaten(windows, comparisons).items():
+            if not any(name in kept for name in seeds_of[model]):
+                for name in remaining.pop(model):
+                    got = len(next(iter(of_all[name].values())))
+                    why = f"{NOT_EVALUATED}left the race after {got} validation windows a corpus, {by.text}"
+                    found.left[name] = Left(why, of_all[name])
+
+
+def _nll(exam: Examination, weights: str, text: HeldOutText) -> tuple[float, ...] | None:
+    measured = exam.stored(weights, text) if len(text.tokens_SL) else None
+    return measured[0].window_nll if measured else None

@@ -1,0 +1,82 @@
+"""`evaluate: race`: measure the models that are still in it for the next look, and say which have left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from prefect import task
+
+from crosscal.mixtures import GENERAL
+from crosscal.progress import Report, silent
+from crosscal.stages.compress import discard_model
+from crosscal.stages.made_variants import made_before, unmeasured
+from crosscal.stages.race import Left, Race, Standing, replayed
+from crosscal.statistics import Mixture
+from crosscal.tasks.evaluation import examination_of, measure_made, place_of, rows_of, variant_of
+from crosscal.tasks.options import RETRIED
+from crosscal.tasks.ticket import Ticket
+from crosscal.variants import Variant
+
+
+def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
+    """Names of the variants whose models are needed: all, or where only numbers are kept those not measured before."""
+    variants, shop = ticket.variants(), ticket.workshop()
+    if not ticket.parsed.execution.keep_models and any(made_before(shop, variant) for variant in variants):
+        evaluate = ticket.parsed.evaluate
+        left = _left_before(ticket, stored) if evaluate.race and not evaluate.screen else ()
+        variants = [v for v in unmeasured(shop, variants, examination_of(ticket, stored)) if v.name not in left]
+    return [variant.name for variant in variants]
+
+
+def _left_before(ticket: Ticket, stored: dict[str, str]) -> Collection[str]:
+    """Variants that left the race of an earlier run; none where some were not made before."""
+    made = {variant.name: made_before(ticket.workshop(), variant) for variant in ticket.variants()}
+    known = {name: each for name, each in made.items() if each is not None}
+    if len(known) < len(made):
+        return ()
+    rows, weights = ({n: each.rows for n, each in known.items()}, {n: each.weights for n, each in known.items()})
+    return replayed(Race(examination_of(ticket, stored)), ticket.variants(), rows, weights, baselines(ticket)).left
+
+
+@task(name="race", task_run_name="race {name}, look {look}", **RETRIED)
+def race_model(
+    ticket: Ticket, stored: dict[str, str], name: str, look: int, report: Report = silent
+) -> dict[str, Any]:
+    """Measure a variant on the validation windows up to a look of the race; returns what `evaluate_model` does."""
+    exam = examination_of(ticket, stored, report)
+    return measure_made(ticket, exam, variant_of(ticket, name), place_of(ticket, name), report, look)
+
+
+def standing(
+    ticket: Ticket, stored: dict[str, str], known: Mapping[str, Mapping[str, Any]], spared: Collection[str]
+) -> Standing:
+    """How the race stands; `known`: of each model what `race_model` returned last. `spared` take no part."""
+    racing = [v for v in ticket.variants() if v.name not in spared and not known.get(v.name, {}).get("failed")]
+    weights = {name: each["weights"] for name, each in known.items()}
+    made_now = {variant.name for variant in ticket.variants_to_make()}
+    for variant in (variant for variant in racing if variant.name not in made_now):
+        if made := made_before(ticket.workshop(), variant):
+            weights[variant.name] = made.weights
+    rows = {variant.name: rows_of(ticket, variant) for variant in racing}
+    return replayed(Race(examination_of(ticket, stored)), racing, rows, weights, baselines(ticket))
+
+
+def leave_race(ticket: Ticket, name: str, left: Left, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `evaluate_model` would return, of a variant that left: `spared` says why, `windows` what was measured."""
+    if not ticket.parsed.execution.keep_models:
+        discard_model(ticket.workshop(), variant_of(ticket, name))
+    measured = known or {"weights": "", "size_bytes": None, "failed": None}
+    return {**measured, "spared": left.why, "windows": left.windows}
+
+
+def baselines(ticket: Ticket) -> list[str]:
+    """Variants that remain however they compare: what the plan publishes, and calibration on general text alone, which
+    reports compare with."""
+    publish = ticket.parsed.publish
+    return [v.name for v in ticket.variants() if _is_general(v) or (publish and v.name == publish.variant)]
+
+
+def _is_general(variant: Variant) -> bool:
+    return variant.mixture == Mixture.of({GENERAL: 1.0})
