@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -41,9 +40,7 @@ def _left_before(ticket: Ticket, stored: dict[str, str]) -> Collection[str]:
 
 
 @task(name="race", task_run_name="race {name}, look {look}", **RETRIED)
-def race_model(
-    ticket: Ticket, stored: dict[str, str], name: str, look: int, report: Report = silent
-) -> dict[str, Any]:
+def race_model(ticket: Ticket, stored: dict[str, str], name: str, look: int, report: Report = silent) -> dict[str, Any]:
     """Measure a variant on the validation windows up to a look of the race; returns what `evaluate_model` does."""
     exam = examination_of(ticket, stored, report)
     return measure_made(ticket, exam, variant_of(ticket, name), place_of(ticket, name), report, look)

@@ -26,7 +26,7 @@ from prefect.settings import (
 )
 from prefect.states import Failed, Running
 
-from benchmarks.local_service import WITH_PASSWORD, free_port, is_healthy, process, wait_for
+from benchmarks.local_service import WITH_PASSWORD, free_port, is_healthy, process, receiver, wait_for
 from crosscal.errors import UsageError
 from crosscal.flows.deploying import compare, deploy
 from crosscal.flows.stuck_runs import runs_in
@@ -35,7 +35,6 @@ from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
 from crosscal.tasks.announce import KEPT, PUBLISHED, tell
-from tests.helpers.receiver import receiver
 from tests.helpers.tiny_place import write_documents
 from tests.helpers.wheel import install_wheel
 
