@@ -99,7 +99,7 @@ class Hour:
 
     def run(self, *arguments: str) -> Any:
         """A command; its JSON, or its exit code and message."""
-        done = crosscal(self.shared, *arguments, "--home", str(self.store.home))
+        done = crosscal(self.shared, *arguments, "--home", str(self.folder / "home"))
         try:
             return json.loads(done.stdout)
         except json.JSONDecodeError:
