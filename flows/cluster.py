@@ -20,7 +20,6 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.task_runners import TaskRunner
-from prefect.utilities.annotations import quote
 
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.plan import Execution
@@ -67,8 +66,7 @@ def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str
     """
     from distributed import KilledWorker
 
-    quoted = ({name: quote(value) for name, value in call.items()} for call in calls)
-    futures = [runner.submit(task, parameters=call) for call in quoted]
+    futures = [runner.submit(task, parameters=dict(call)) for call in calls]  # the workers would not undo `quote`
     try:
         for future in as_completed(futures):
             yield future.result()
