@@ -106,8 +106,16 @@ class Hour:
             return {"exit": done.returncode, "said": (done.stdout + done.stderr).strip()}
 
     def call(self, path: str, **content: Any) -> Any:
-        url = f"{self.shared['PREFECT_API_URL']}/{path}"
-        return httpx.post(url, json=content, auth=PASSWORD, timeout=60).raise_for_status().json()
+        """What the server answers; one that is busy with its database (SQLite) is asked again."""
+
+        def ask() -> list[Any] | None:
+            try:
+                answer = httpx.post(f"{self.shared['PREFECT_API_URL']}/{path}", json=content, auth=PASSWORD, timeout=60)
+            except httpx.TransportError:
+                return None
+            return None if answer.status_code == 503 else [answer.raise_for_status().json()]
+
+        return wait_for(ask, RUN_SECONDS, every=1)[0]
 
     def flow_runs(self, flow: str) -> list[dict[str, Any]]:
         """The newest first."""
