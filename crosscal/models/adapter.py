@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from crosscal.errors import ModelError, NotFinite
@@ -31,13 +33,15 @@ from crosscal.files import write_whole
 from crosscal.models import experts
 from crosscal.models.sites import MatrixRef, input_of, is_linear
 from crosscal.models.source import ModelSource
-from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, save_tensors
+from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, save_tensors, some_of
 from crosscal.statistics.finite import all_finite
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT calls the model that it wraps."""
 RIGHT_KI, LEFT_OK = ".lora_A.weight", ".lora_B.weight"
+FACTORS = ("low_rank_right_KI", "low_rank_left_OK")
+"""What a linear that adds them holds them as."""
 
 
 def is_factor(key: str) -> bool:
@@ -173,30 +177,53 @@ def attach(model: nn.Module, folder: Path) -> None:
     Computed beside the matrix, as PEFT does: in bfloat16 a sum would round the low-rank part away. Raises `ModelError`
     for an adapter that does not fit the model.
     """
-    files = adapter_files(folder)
-    if not files:
-        return
-    tensors = _read(folder / ADAPTER / WEIGHTS)
-    names = sorted({key.removeprefix(PREFIX).removesuffix(RIGHT_KI).removesuffix(LEFT_OK) for key in tensors})
-    modules = dict(model.named_modules())
+    if adapter_files(folder):
+        _attach(model, folder, PREFIX)
+
+
+@contextmanager
+def attached_to_block(block: nn.Module, folder: Path, name: str) -> Iterator[None]:
+    """Inside, the linears of one block, which has its weights and in the whole model this name, add theirs."""
+    added = _attach(block, folder, f"{PREFIX}{name}.") if adapter_files(folder) else []
+    try:
+        yield
+    finally:
+        for linear, handle in added:
+            handle.remove()
+            for factor in FACTORS:
+                delattr(linear, factor)
+
+
+def check_in_blocks(folder: Path, blocks: str) -> None:
+    """Raises `ModelError` for a low-rank part outside the blocks, which are items of the list of this name."""
+    outside = [key for key in _read(folder / ADAPTER / WEIGHTS) if not key.startswith(f"{PREFIX}{blocks}.")]
+    if outside:
+        raise ModelError("low-rank parts outside the blocks", where=str(folder / ADAPTER), got=some_of(outside))
+
+
+def _attach(module: nn.Module, folder: Path, prefix: str) -> list[tuple[nn.Module, RemovableHandle]]:
+    """To the linears of a module whose factors have names that begin so."""
+    tensors, modules, added = _read(folder / ADAPTER / WEIGHTS, prefix), dict(module.named_modules()), []
+    names = sorted({key.removeprefix(prefix).removesuffix(RIGHT_KI).removesuffix(LEFT_OK) for key in tensors})
     for name in names:
-        right_KI, left_OK = (tensors.get(f"{PREFIX}{name}{part}") for part in (RIGHT_KI, LEFT_OK))
+        right_KI, left_OK = (tensors.get(f"{prefix}{name}{part}") for part in (RIGHT_KI, LEFT_OK))
         linear = modules.get(name)
         if right_KI is None or left_OK is None or linear is None or not is_linear(linear):
             raise ModelError("the adapter does not fit the model", where=str(folder / ADAPTER), got=name)
-        _add(linear, left_OK, right_KI)
+        added.append((linear, _add(linear, left_OK, right_KI)))
+    return added
 
 
-def _add(linear: nn.Module, left_OK: Tensor, right_KI: Tensor) -> None:
-    dtype = next(parameter.dtype for parameter in linear.parameters() if parameter.is_floating_point())
-    linear.register_buffer("low_rank_right_KI", right_KI.to(dtype), persistent=False)
-    linear.register_buffer("low_rank_left_OK", left_OK.to(dtype), persistent=False)
+def _add(linear: nn.Module, left_OK: Tensor, right_KI: Tensor) -> RemovableHandle:
+    like = next(parameter for parameter in linear.parameters() if parameter.is_floating_point())
+    for factor, value in zip(FACTORS, (right_KI, left_OK), strict=True):
+        linear.register_buffer(factor, value.to(like.device, like.dtype), persistent=False)
 
     def add(linear: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         inner = functional.linear(input_of(args, kwargs), linear.low_rank_right_KI)
         return output + functional.linear(inner, linear.low_rank_left_OK)
 
-    linear.register_forward_hook(add, with_kwargs=True)
+    return linear.register_forward_hook(add, with_kwargs=True)
 
 
 def _read(file: Path, prefix: str = PREFIX) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Checkpoints whose matrices are stored in 8 or 4 bits with scales: decoded while they are read, a tensor at a time.
 
 What they mean is computed by transformers' own code. What is written is dense in the config's dtype, or packed by a
-recipe: the encoding of the source is gone.
+recipe: the encoding of the source is gone. Linears that a recipe packed are decoded likewise where a compressed model
+is measured block by block; to calibrate such a model is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from crosscal.errors import ModelError
+from crosscal.models.export import PACKED, unpacked_weight_OI
 from crosscal.models.tensor_files import Encoded
 
 FP8, MXFP4 = "fp8", "mxfp4"
@@ -37,6 +39,10 @@ def encoded_tensors(
     files: Mapping[str, Path], quantization: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Encoded]:
     """The tensors of a checkpoint that are to be decoded, by the names they would have if they were not encoded."""
+    if (bits := packed_bits(quantization)) is not None:
+        linears = [key.removesuffix(f".{PACKED[0]}") for key in files if key.endswith(f".{PACKED[0]}")]
+        unpack = partial(_from_packed, bits=bits, dtype=dtype)
+        return {f"{linear}.weight": Encoded(tuple(f"{linear}.{part}" for part in PACKED), unpack) for linear in linears}
     if encoding_of(quantization) == MXFP4:
         names = [key.removesuffix("_blocks") for key in files if key.endswith("_blocks")]
         decode = partial(_from_mxfp4, dtype=dtype)
@@ -46,8 +52,26 @@ def encoded_tensors(
     return {name: Encoded((name, f"{name}{SCALE}"), partial(_from_fp8, tile=tile, dtype=dtype)) for name in names}
 
 
+def packed_bits(quantization: Mapping[str, Any] | None) -> int | None:
+    """Of a config's `quantization_config`: the bits of linears packed as `export.py` packs them; None for all else."""
+    said = quantization or {}
+    groups = list((said.get("config_groups") or {}).values())
+    if (said.get("quant_method"), said.get("format"), len(groups)) != ("compressed-tensors", "pack-quantized", 1):
+        return None
+    weights = groups[0].get("weights") or {}
+    further = [groups[0].get("input_activations"), groups[0].get("output_activations"), weights.get("actorder")]
+    further += [said.get(name) for name in ("kv_cache_scheme", "sparsity_config", "transform_config")]
+    is_plain = weights.get("type") == "int" and weights.get("symmetric") and not weights.get("dynamic")
+    return weights.get("num_bits") if is_plain and not any(further) else None
+
+
 def without_unused(files: Mapping[str, Path]) -> dict[str, Path]:
     return {key: file for key, file in files.items() if not key.endswith(UNUSED)}
+
+
+def _from_packed(packed: Tensor, scale_OG: Tensor, shape: Tensor, *, bits: int, dtype: torch.dtype) -> Tensor:
+    """As loading it whole gives it, rounded as a model in the checkpoint's dtype holds it."""
+    return unpacked_weight_OI(packed, scale_OG, shape, bits).to(dtype)
 
 
 def _from_mxfp4(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:

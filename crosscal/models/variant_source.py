@@ -1,0 +1,47 @@
+"""A dense model or a compressed variant, opened to be measured a block at a time.
+
+What can be read so: dense weights; 8- and 4-bit floats with scales (`encoded.py`); linears packed as `export.py` packs
+them, each unpacked when its block is read; low-rank parts, which the walk adds beside the matrices. Any other
+quantization is refused: its blocks could only be read by the code that loads the whole model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from crosscal.errors import ModelError
+from crosscal.models.adapter import adapter_files, check_in_blocks
+from crosscal.models.blocks import BROKEN
+from crosscal.models.encoded import encoding_of, packed_bits
+from crosscal.models.source import ModelSource
+from crosscal.models.tensor_files import INDEX, SINGLE
+
+
+def open_variant(folder: Path) -> ModelSource:
+    """Raises `ModelError` for a folder that is no complete model, whose tensors are not those of its config, or that
+    cannot be read block by block."""
+    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, *BROKEN) as error:
+        raise ModelError("the model's config cannot be read", where=str(folder), got=str(error)) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not encoding_of(quantization) and packed_bits(quantization) is None:
+        raise ModelError(
+            "a model that does not fit in memory is measured block by block, and one that is quantized in this way "
+            "can only be loaded whole",
+            where=str(folder),
+            got=str(quantization.get("quant_method")),
+            do="Measure it where it fits in memory.",
+        )
+    if packed_bits(quantization) is not None and not isinstance(config.dtype, torch.dtype):
+        config.dtype = torch.float32  # as `load_variant`, which rounds to no dtype then
+    source = ModelSource(folder, config)
+    source.weights.check_names()
+    if adapter_files(folder):
+        check_in_blocks(folder, source.block_name(0).rpartition(".")[0])
+    return source
