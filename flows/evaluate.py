@@ -15,7 +15,9 @@ from crosscal.plan.tasks import continued_corpora
 from crosscal.progress import reporting
 from crosscal.report import ResultRow
 from crosscal.stages.evaluate import measure
+from crosscal.stages.preflight import block_shapes
 from crosscal.tasks.corpora import bring_in
+from crosscal.tasks.evaluating_memory import unanswerable
 from crosscal.tasks.evaluation import examination_of
 from crosscal.tasks.model import identify
 from crosscal.tasks.results import result_row
@@ -43,6 +45,8 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
+    for error in unanswerable(plan, ticket.source(), block_shapes(ticket.source(), ticket.cached)):
+        raise error
     needed = list(dict.fromkeys([*plan.perplexity_corpora, *continued_corpora(plan.evaluate.tasks)]))
     found = bring_in(ticket, lambda task, *given: task.fn(*given), needed)
     stored = {name: corpus["stored"] for name, corpus in found.items()}

@@ -35,7 +35,6 @@ from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
     blocks_at_once,
-    evaluating_bytes,
     existing_parent,
     gradients_bytes,
     matrices_of,
@@ -47,6 +46,7 @@ from crosscal.stages.preflight import (
 )
 from crosscal.statistics import Gradient, Statistic
 from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.evaluating_memory import evaluating_memory
 from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.questions import looked_at
 from crosscal.tasks.refusals import refusals, undecidable
@@ -189,21 +189,14 @@ def _memory(
         itemsize=gradient_dtype(ticket.dtype).itemsize,
         free_bytes=free,
     )
-    evaluating = evaluating_bytes(
-        shapes,
-        parameters=parameters,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        tokens=_batch_tokens(ticket.parsed, source),
-        itemsize=itemsize,
-        has_questions=bool(ticket.parsed.evaluate.tasks),
-    )
+    evaluating = evaluating_memory(ticket.parsed, source, shapes)
     return {
         "device": ticket.device,
         "reading_bytes": max(needed, default=0),
         "gradients_bytes": walking_back if _largest(gradients)["tokens"] else 0,
         "solving_bytes": _solving_bytes(ticket, shapes, free),
-        "evaluating_bytes": evaluating,
+        "evaluating_bytes": evaluating.needed_bytes,
+        "evaluating": "block by block" if evaluating.is_by_blocks else "whole models",
         "free_bytes": free,
     }
 
@@ -227,13 +220,6 @@ def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> i
     if dense:
         needed.append(blocks * solving_bytes(shapes, dense, lanes=threads // blocks, statistics=sums))
     return max(needed, default=0)
-
-
-def _batch_tokens(plan: CompressionPlan, source: ModelSource) -> int:
-    """Tokens of the whole test windows that are read at once."""
-    asked = plan.evaluate.length or plan.calibration.length
-    length = min(asked, source.max_positions or asked)
-    return max(1, plan.evaluate.batch_tokens // length) * length
 
 
 def _disk(
@@ -273,7 +259,10 @@ def _shortages(memory: dict[str, Any], disk: dict[str, Any]) -> list[str]:
         ("reading", "Lower calibration.windows or calibration.length."),
         ("gradients", "Lower calibration.windows or calibration.length."),
         ("solving", "Split `compress` into several plans: all variants of a block are solved at once."),
-        ("evaluating", "Lower evaluate.batch_tokens or evaluate.length; all weights of a model must fit."),
+        (
+            "evaluating",
+            "Lower evaluate.batch_tokens or evaluate.length; a model, or two of its larger blocks, must fit.",
+        ),
     ):
         if memory[f"{use}_bytes"] > memory["free_bytes"]:
             amounts = f"about {_gb(memory[f'{use}_bytes'])} needed, {_gb(memory['free_bytes'])} free"

@@ -21,9 +21,11 @@ from crosscal.stages.compress import discard_model, layer_rows
 from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure, weights_digest
 from crosscal.stages.heldout_text import Cutting
 from crosscal.stages.made_variants import made_before, note_made
+from crosscal.stages.preflight import block_shapes
 from crosscal.stages.race import Race
 from crosscal.stages.screen import screened
 from crosscal.tasks.corpora import corpus_of
+from crosscal.tasks.evaluating_memory import evaluating_memory
 from crosscal.tasks.options import RETRIED
 from crosscal.tasks.questions import task_files, tasks_of
 from crosscal.tasks.ticket import Ticket
@@ -144,16 +146,18 @@ def _examination(ticket: Ticket, stored: dict[str, str], report: Report) -> Exam
     plan = ticket.parsed
     chosen = {name: stored[name] for name in plan.perplexity_corpora}
     corpora = [corpus_of(ticket, name, key) for name, key in chosen.items()]
+    source = ticket.source()
     return examination(
         ticket.store,
         corpora,
-        ticket.source(),
+        source,
         cutting_of(plan),
         tasks=tasks_of(ticket, stored),
         limit=plan.evaluate.limit,
         batch_tokens=plan.evaluate.batch_tokens,
         device=ticket.device,
         dtype=getattr(torch, ticket.dtype),
+        by_blocks=evaluating_memory(plan, source, block_shapes(source, ticket.cached)).is_by_blocks,
         report=report,
     )
 

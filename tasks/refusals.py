@@ -18,6 +18,7 @@ from crosscal.plan import BEST, CompressionPlan
 from crosscal.stages.preflight import BlockShape
 from crosscal.store import Store
 from crosscal.tasks.corpora import stored_name
+from crosscal.tasks.evaluating_memory import unanswerable
 from crosscal.tasks.questions import ready_tasks
 from crosscal.variants import Variant, variants
 
@@ -50,6 +51,7 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
     if plan.publish is not None and plan.publish.variant not in (BEST, *names):
         known = f"Variants: {', '.join(names[:MOST_NAMED])}{', …' if len(names) > MOST_NAMED else ''}."
         yield PlanError("there is no such variant", where="publish.variant", got=plan.publish.variant, do=known)
+    yield from unanswerable(plan, source, shapes)
     try:
         QuestionSuite.load(ready_tasks(plan), limit=plan.evaluate.limit)
     except CrosscalError as error:

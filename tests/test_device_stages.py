@@ -26,7 +26,7 @@ from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages.compress import Workshop, compress_sequential
 from crosscal.stages.gradients import CachedGradients, Gradients, collect_gradients
 from crosscal.stages.heldout_text import Cutting, windows_for
-from crosscal.stages.memory import free_bytes
+from crosscal.stages.memory import free_bytes, usable_bytes
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import Mixture
 from crosscal.store import Store
@@ -198,7 +198,7 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert row.value == pytest.approx(found.value, rel=ROUNDOFF_F32)
 
 
-def test_three_questions_are_asked_of_cuda() -> None:
+def test_five_questions_are_asked_of_cuda() -> None:
     """Any other one needs a look, and an answer of the pretended device. Nothing is waited for but by reading it."""
     files = [file for folder in ("crosscal", "tasks", "flows") for file in (PACKAGE.parent / folder).rglob("*.py")]
     asked = set()
@@ -206,12 +206,21 @@ def test_three_questions_are_asked_of_cuda() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
                 asked.add((node.attr, file.name))
-    assert asked == {("is_available", "ticket.py"), ("device_count", "ticket.py"), ("mem_get_info", "memory.py")}
+    of_memory = {(name, "memory.py") for name in ("mem_get_info", "memory_reserved", "memory_allocated")}
+    assert asked == {("is_available", "ticket.py"), ("device_count", "ticket.py"), *of_memory}
 
 
 def test_the_free_memory_is_the_devices() -> None:
     assert free_bytes("cuda") == free_bytes(torch.device("cuda", 0)) == MEMORY_BYTES[0]
     assert free_bytes("cpu") != MEMORY_BYTES[0]
+
+
+def test_what_torch_holds_unused_of_a_device_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a second model would not fit where the first one did: torch keeps what that one left."""
+    assert usable_bytes("cuda") == free_bytes("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    assert usable_bytes("cuda:0") == free_bytes("cuda") + 4 * 2**20
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

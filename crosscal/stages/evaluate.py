@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
+from crosscal.stages.by_blocks import texts_read
 from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
@@ -60,6 +62,8 @@ class Examination:
     batch_tokens: int
     device: str
     dtype: torch.dtype
+    by_blocks: bool = False
+    """Models do not fit in memory: with the weights of one block at a time, wherever only texts are missing."""
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
@@ -82,14 +86,19 @@ class Examination:
         stored = json.loads(self.store.read_bytes(artifact, PLACE))
         return [self._named(Measurement.from_json(value), subject) for value in stored]
 
-    def measured(self, weights: str, model: Any, missing: Sequence[Subject], told: Told) -> Iterator[list[Measurement]]:
-        """What is missing of a model that is on the device, one after another, each kept as soon as it is there."""
+    def measured(
+        self, weights: str, model: Any, missing: Sequence[Subject], told: Told, spent: float = 0.0
+    ) -> Iterator[list[Measurement]]:
+        """What is missing of a model that is on the device, one after another, each kept as soon as it is there.
+        `spent`: seconds that the texts took before, shared out by their tokens."""
         apart = [subject for subject in missing if not isinstance(subject, NamedTask | SummaryTask)]
         read = [self._readable[subject] for subject in apart]
         progress = [told(subject) for subject in apart]
         sizes = {"device": self.device, "batch_tokens": self.batch_tokens, "progress": progress}
-        for subject, one, answers in zip(apart, read, read_each(model, read, **sizes), strict=True):
-            yield self.keep(weights, subject, one.result(*answers))
+        tokens = [one.items * len(one.longest) for one in read]
+        for number, (answers, seconds) in enumerate(read_each(model, read, **sizes)):
+            seconds += spent * tokens[number] / sum(tokens)
+            yield self.keep(weights, apart[number], read[number].result(answers, seconds))
         for task in self.suite.named:
             if task in missing:
                 sizes = {"limit": self.suite.limit, "max_length": self.max_length}
@@ -155,6 +164,7 @@ def examination(
     batch_tokens: int,
     device: str,
     dtype: torch.dtype,
+    by_blocks: bool = False,
     report: Report = silent,
 ) -> Examination:
     """Cut the windows and load the tasks, once for all models of a run."""
@@ -171,6 +181,7 @@ def examination(
         batch_tokens,
         device,
         dtype,
+        by_blocks,
     )
 
 
@@ -207,13 +218,21 @@ def measure(
     looked_up = {subject: exam.stored(weights, subject) for subject in exam.subjects}
     known = {subject: found for subject, found in looked_up.items() if found is not None}
     if missing := [subject for subject in exam.subjects if subject not in known]:
-        report(f"{name}: loading", 0, None)
-        model = load_variant(folder, device=exam.device, dtype=exam.dtype)
 
         def told(subject: Subject) -> Progress:
             return functools.partial(report, f"{name}: {_what(subject)}")
 
-        known |= zip(missing, exam.measured(weights, model, missing, told), strict=True)
+        report(f"{name}: loading", 0, None)
+        texts = [subject for subject in missing if isinstance(subject, HeldOutText)]
+        if exam.by_blocks and len(texts) == len(missing):
+            sizes = {"device": exam.device, "dtype": exam.dtype, "batch_tokens": exam.batch_tokens}
+            started = time.perf_counter()
+            with texts_read(folder, texts, **sizes, name=name, report=report) as model:
+                spent = time.perf_counter() - started
+                known |= zip(missing, exam.measured(weights, model, missing, told, spent), strict=True)
+        else:
+            model = load_variant(folder, device=exam.device, dtype=exam.dtype)
+            known |= zip(missing, exam.measured(weights, model, missing, told), strict=True)
     return exam.in_all(known[subject] for subject in exam.subjects)
 
 

@@ -10,3 +10,11 @@ def free_bytes(device: torch.device | str) -> int:
     """What a device has free now."""
     device = torch.device(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def usable_bytes(device: torch.device | str) -> int:
+    """What is free, and of a GPU besides what torch has taken from it and does not use at present."""
+    idle = 0
+    if (device := torch.device(device)).type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_bytes(device) + idle

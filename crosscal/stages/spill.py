@@ -46,10 +46,10 @@ def spill_folder(
     what = f"{needed_bytes / GIB:.1f} GiB of hidden states, {free / GIB:.1f} GiB of memory free"
     if needed_bytes > shutil.disk_usage(folder).free:
         raise ModelError(
-            "the hidden states of the calibration windows fit neither in memory nor on disk",
+            "the hidden states of the windows fit neither in memory nor on disk",
             where=str(folder),
             got=what,
-            do="Set TMPDIR to a folder on a larger disk, or calibrate on fewer windows.",
+            do="Set TMPDIR to a folder on a larger disk, or read fewer windows.",
         )
     _log.info("%s: they stay in %s between blocks", what, folder)
     return folder
