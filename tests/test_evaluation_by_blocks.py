@@ -35,7 +35,7 @@ ROUNDOFF_F32 = 1e-5
 ROUNDOFF_OF_LOGITS = 1e-7
 """Of a model in float64, whose logits are taken as float32; means over windows."""
 TEXTS = {"long": windows(7), "short": windows(3, seed=1, length=16)}
-BLOCKS = 8
+BLOCKS = 4
 PARTS = (adapter.RIGHT_KI, adapter.LEFT_OK)
 
 
@@ -84,7 +84,7 @@ MADE: dict[str, Callable[[ModelSource, Path], None]] = {"pruned": pruned, "packe
 @pytest.mark.parametrize(
     ("family", "made"),
     [
-        ("llama", "pruned"), ("llama", "packed"), ("gpt2", "adapter"),
+        ("llama", "pruned"), ("gpt2", "adapter"),
         ("llama-tied", "adapter"), ("mixtral", "pruned"), ("qwen3-moe", "packed"),
     ],
 )  # fmt: skip
@@ -166,7 +166,7 @@ def test_the_weights_of_two_blocks_are_never_there(tmp_path: Path, monkeypatch: 
 def place(tmp_path: Path) -> Place:
     place = make_place(tmp_path)
     tiny_llama(tmp_path / "model", blocks=BLOCKS)
-    place.write_plan(compress=[{"method": "magnitude", "sparsity": 0.5}])
+    place.write_plan(corpora={"general": "general"}, compress=[{"method": "magnitude", "sparsity": 0.5}])
     return place
 
 
@@ -195,7 +195,7 @@ def test_a_run_without_room_for_the_model_gives_the_rows_of_one_that_has_it(
     expected = read_rows(place.run_dir / "results.jsonl", ResultRow)
     other = Place(place.folder / "other")
     other.folder.mkdir()
-    for name in ("model", "general", "legal", "plan.yaml"):
+    for name in ("model", "general", "plan.yaml"):
         (other.folder / name).symlink_to(place.folder / name)
     least = leave_too_little(other, monkeypatch)
     memory = check(other, 0)["memory"]
@@ -205,7 +205,7 @@ def test_a_run_without_room_for_the_model_gives_the_rows_of_one_that_has_it(
     assert done.code == 0, done.err
     assert done.err.count("with the weights of one block at a time") == len(["dense", "magnitude-50"]), done.err
     found = read_rows(other.run_dir / "results.jsonl", ResultRow)
-    assert len(found) == len(expected) > 4
+    assert len(found) == len(expected) == 4
     for row, due in zip(found, expected, strict=True):
         same = dataclasses.replace(row, value=due.value, stderr=due.stderr, seconds=due.seconds)
         assert same == due
