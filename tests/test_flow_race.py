@@ -20,6 +20,8 @@ from crosscal.report.run_files import read_run
 from crosscal.resources import ROOT
 from tests.helpers.tiny_place import Place, crosscal, values
 
+pytestmark = pytest.mark.slow
+
 CORPORA, WINDOWS, VALIDATION = ("general", "biomedical"), 4, 16
 SWEEP = [
     {"method": "sparsegpt", "sparsity": 0.8, "domain": "biomedical", "alpha": [0, 0.5, 1]},
