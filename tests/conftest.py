@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: of two processes, none is left with a long file when the other has done all else."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def landing(tmp_path: Path) -> Path:
+    """A landing place with the folder of one domain."""
+    (tmp_path / "landing" / "legal").mkdir(parents=True)
+    return tmp_path / "landing"

@@ -25,12 +25,6 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-@pytest.fixture
-def landing(tmp_path: Path) -> Path:
-    (tmp_path / "landing" / "legal").mkdir(parents=True)
-    return tmp_path / "landing"
-
-
 def write(landing: Path, name: str, column: str = "text", count: int = 5) -> Path:
     file = landing / "legal" / name
     write_documents(file, seed=name, count=count)

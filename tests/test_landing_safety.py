@@ -30,12 +30,6 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-@pytest.fixture
-def landing(tmp_path: Path) -> Path:
-    (tmp_path / "landing" / "legal").mkdir(parents=True)
-    return tmp_path / "landing"
-
-
 def settle(*files: Path) -> None:
     for file in files:
         os.utime(file, (LONG_AGO, LONG_AGO), follow_symlinks=False)

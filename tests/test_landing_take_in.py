@@ -23,12 +23,6 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-@pytest.fixture
-def landing(tmp_path: Path) -> Path:
-    (tmp_path / "landing" / "legal").mkdir(parents=True)
-    return tmp_path / "landing"
-
-
 def land(landing: Path, name: str, *, seed: str = "one", domain: str = "legal", count: int = 5) -> Path:
     """A file that settled long ago."""
     file = landing / domain / name
