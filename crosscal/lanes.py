@@ -8,6 +8,7 @@ beginning to end. Several threads may work in lanes at once, each with the numbe
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
 from collections import defaultdict, deque
@@ -20,6 +21,10 @@ from typing import Generic, TypeVar
 import torch
 
 _USUAL_THREADS = threading.Lock()  # held while torch's number of threads for threads to come is another one
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE_BYTES = 2**25  # glibc takes no more
+KEPT_BYTES = 2**27
 
 T = TypeVar("T")
 
@@ -52,6 +57,7 @@ def each_side_by_side(
     ended; of several, that of the job that comes first.
     """
     on_cpu, threads = torch.device(device).type == "cpu", torch.get_num_threads()
+    _keep_freed_memory()
     lanes = max(1, min(threads, most or threads, len(jobs))) if on_cpu else 1
     each = (threads_each or threads // lanes) if on_cpu else threads
     if lanes == 1 and each == threads:
@@ -117,12 +123,23 @@ def _compute_with(threads: int) -> None:
         again.join()
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc use freed memory again for tensors up to `LARGE_BYTES`, instead of handing it to the system and asking
+    for it anew: zeroing fresh pages was a fifth of measuring a small model. Once, for the whole process."""
+    for setting, size in ((M_MMAP_THRESHOLD, LARGE_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES)):
+        _glibc("mallopt", setting, size)
+
+
 def _give_memory_back() -> None:
-    """glibc keeps for each thread what that thread has freed, up to 150 MiB here; others should have the use of it."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    """What threads have freed and glibc has kept for each, up to 150 MiB here: others should have the use of it."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call it where there is glibc; elsewhere nothing is done."""
+    if sys.platform == "linux" and (found := getattr(ctypes.CDLL(None), function, None)) is not None:
+        found(*arguments)
 
 
 class Behind:

@@ -152,6 +152,19 @@ def test_a_rule_is_kept_with_three_evaluated_and_little_is_lost(seed: int, withi
     assert curve.perplexities(taken)[1] <= 1.01 * best
 
 
+@pytest.mark.parametrize("rise", [0.05, 0.1, 0.2])
+def test_where_losses_do_not_show_what_perplexity_does_a_weight_that_keeps_the_rule_is_found_all_the_same(
+    rise: float,
+) -> None:
+    """General text's loss is flat up to 0.4, its perplexity rises with the weight from the start."""
+    evaluated: dict[float, tuple[float, float]] = {}
+    losses = {weight: (0.02 + 0.02 * max(0.0, weight - 0.4), 0.05 - 0.03 * weight) for weight in line.FIRST}
+    while (weight := rule.next_weight(losses, Curve.DENSE, evaluated, 0.02)) is not None:
+        evaluated[weight] = 100 * math.exp(rise * weight), 60 * math.exp(-weight)
+    best = math.log(1.02) / rise
+    assert 0.75 * best <= rule.chosen_weight(evaluated, 0.02) <= best
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_taken_was_measured_to_keep_the_rule_whatever_the_noise(seed: int) -> None:
     taken, evaluated = ruled(Curve(seed, noise=0.03), 0.02)

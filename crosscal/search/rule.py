@@ -5,8 +5,10 @@ general-only calibration, and its slope is estimated from there to the dense mod
 slope between mixtures (measured: twice as steep on one model, on another the perplexity first falls), so the first
 weight is a safe one, and what is measured there corrects the slope for the next: a secant from general-only, or half
 of the way that is left where less than half of the bound was used; or, between one that keeps the rule and one that
-breaks it, the straight line between the two, which lies above a curve that bends upwards. What is taken in the end was
-measured to keep the rule, if need be general-only itself.
+breaks it, the straight line between the two, which lies above a curve that bends upwards. As long as only general-only
+keeps it, that line is drawn over the weight as well, and the smaller answer taken: measured, E may not rise at all up
+to a weight where perplexity has risen by 4 %. What is taken in the end was measured to keep the rule, if need be
+general-only itself.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 MOST_EVALUATED = 3
 """Besides the dense model and general-only calibration."""
@@ -61,6 +62,8 @@ def chosen_weight(evaluated: Mapping[float, Pair], within: float) -> float:
 
 def losses_at(losses: Mapping[float, Pair], weight: float) -> tuple[float, float]:
     """Between weights that were solved: cubic, monotone where they are."""
+    from scipy.interpolate import PchipInterpolator  # half a second
+
     known = sorted(losses)
     general, domain = PchipInterpolator(known, [tuple(losses[each]) for each in known])(weight)
     return float(general), float(domain)
@@ -93,6 +96,8 @@ def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[floa
     wanted = float(allowed.max(initial=0.0))
     if broken is not None:
         wanted = max(kept, min(wanted, broken - 2 * NEAR))  # beside one that breaks it by little is one that keeps it
+        if kept == 0.0:
+            wanted = min(wanted, broken * room / above[broken] - NEAR / 4)
     elif kept > 0 and above[kept] <= room / 2:
         wanted = max(wanted, (kept + float(end)) / 2)
     return round(wanted, 2)
