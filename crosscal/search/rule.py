@@ -60,13 +60,12 @@ def chosen_weight(evaluated: Mapping[float, Pair], within: float) -> float:
     return min(kept, key=lambda weight: evaluated[weight][1])
 
 
-def losses_at(losses: Mapping[float, Pair], weight: float) -> tuple[float, float]:
-    """Between weights that were solved: cubic, monotone where they are."""
+def losses_at(losses: Mapping[float, Pair], weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[weights, (general, domain)] between weights that were solved: cubic, monotone where they are."""
     from scipy.interpolate import PchipInterpolator  # half a second
 
     known = sorted(losses)
-    general, domain = PchipInterpolator(known, [tuple(losses[each]) for each in known])(weight)
-    return float(general), float(domain)
+    return PchipInterpolator(known, [tuple(losses[each]) for each in known])(weights)
 
 
 def slope(loss: float, dense: float, compressed: float) -> float:
@@ -77,17 +76,17 @@ def slope(loss: float, dense: float, compressed: float) -> float:
 def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], room: float) -> float:
     """The largest weight whose loss on general text leaves log perplexity within `room` above general-only's, by what
     is known of the slope; no larger than where the domain's loss is smallest."""
-    start = losses_at(losses, 0.0)[0]
+    start = losses[0.0][0]
     above = {weight: math.log(pair[0] / evaluated[0.0][0]) for weight, pair in evaluated.items()}
     kept = max(weight for weight in evaluated if above[weight] <= room)
     broken = min((weight for weight in evaluated if weight > kept), default=None)
-    at_kept = losses_at(losses, kept)[0]
+    at_kept = float(losses_at(losses, [kept])[0, 0])
     weights = np.linspace(0.0, 1.0, 101)
-    curves = np.array([losses_at(losses, float(weight)) for weight in weights])
+    curves = losses_at(losses, weights)
     end = weights[curves[:, 1].argmin()]
     if broken is not None:
         share = (room - above[kept]) / (above[broken] - above[kept])
-        most = at_kept + share * (losses_at(losses, broken)[0] - at_kept)
+        most = at_kept + share * (float(losses_at(losses, [broken])[0, 0]) - at_kept)
     else:
         estimated = max(slope(start, dense[0], evaluated[0.0][0]), LEAST_SLOPE)
         measured = above[kept] / (at_kept - start) if at_kept > start else estimated
@@ -108,4 +107,5 @@ def _gain(
 ) -> float:
     """By how much log perplexity on the domain may be lower at a weight than at the one taken so far."""
     of_domain = slope(losses[0.0][1], dense[1], evaluated[0.0][1])
-    return of_domain * (losses_at(losses, taken)[1] - losses_at(losses, wanted)[1])
+    at_taken, at_wanted = losses_at(losses, [taken, wanted])[:, 1]
+    return of_domain * float(at_taken - at_wanted)
