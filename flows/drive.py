@@ -41,11 +41,13 @@ def drive(
     return _driven(recompress, asked, str(plan), overrides, home, out, domain, again)
 
 
-def drive_study(plan: Path, overrides: list[str], home: str, out: str | None, parts: int | None) -> dict[str, Any]:
-    """As `drive`, for a study."""
-    asked = load_plan(plan, tuple(overrides))
+def drive_study(
+    plan: Path, overrides: list[str], home: str, out: str | None, parts: int | None, domain: str | None = None
+) -> dict[str, Any]:
+    """As `drive`, for a study; the ledger is neither asked nor told."""
+    asked = load_plan(plan, tuple(overrides), domain)
     check_study(asked)
-    return _driven(study, asked, str(plan), overrides, home, out, parts)
+    return _driven(study, asked, str(plan), overrides, home, out, parts, domain)
 
 
 def _driven(flow: Flow[..., dict[str, Any]], asked: CompressionPlan, *arguments: Any) -> dict[str, Any]:

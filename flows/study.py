@@ -33,22 +33,27 @@ def study(
     home: str | None = None,
     out: str | None = None,
     parts: int | None = None,
+    domain: str | None = None,
 ) -> dict[str, Any]:
     """Carry out a study; returns its record, as in `run.json`, with `parts`: how many there are and are complete.
 
     `home` is the store, `out` the study's directory (`runs/<model>-study-<digest>`, the same for any number of draws).
-    `parts` limits how many parts this call carries out; what is complete is written up in any case.
+    `parts` limits how many parts this call carries out; what is complete is written up in any case. `domain`: what the
+    plan's `$domain` stands for.
     """
     from crosscal.flows.quiet import quiet_libraries
 
     quiet_libraries()
     home = home or os.environ.get("CROSSCAL_HOME", ".crosscal")
-    return shown(lambda: _study(load_plan(Path(plan_path), tuple(overrides or ())), home, out, parts))
+    return shown(lambda: _study(Path(plan_path), tuple(overrides or ()), domain, home, out, parts))
 
 
-def _study(plan: CompressionPlan, home: str, out: str | None, most: int | None) -> dict[str, Any]:
+def _study(
+    plan_path: Path, overrides: tuple[str, ...], domain: str | None, home: str, out: str | None, most: int | None
+) -> dict[str, Any]:
+    plan = load_plan(plan_path, overrides, domain)
     check_study(plan)
-    tag_run(plan, None)
+    tag_run(plan, domain)
     return carry_out_study(plan, home, out, most)
 
 

@@ -111,3 +111,23 @@ def test_mistakes_are_one_message(place: Place, changes: list[str], said: str) -
     assert done.code == 2
     assert said in done.err
     assert not place.home.exists()
+
+
+def test_a_domain_in_the_store_stands_for_the_word_of_a_plan(place: Place) -> None:
+    landed = crosscal("ingest", str(place.folder / "legal"), "--corpus", "legal", "--home", str(place.home))
+    assert landed.code == 0, landed.err
+    named = study(place)
+    place.write_plan(
+        corpora={"general": "general", "$domain": {}},
+        compress=[{**each, "domain": "$domain"} if "domain" in each else each for each in COMPRESS],
+        evaluate=WINDOWS,
+        study={"draws": 2, "models_at_once": 2},
+    )
+    before = values(place.folder / "study" / "results.jsonl")
+    filled = study(place, "--domain", "legal", "--out", str(place.folder / "of the domain"))
+    assert filled["parts"] == named["parts"]
+    assert filled["calibration_tokens_read"] == 0, "it is the same text"
+    assert sorted(values(place.folder / "of the domain" / "results.jsonl")) == sorted(before)
+    done = crosscal("study", str(place.plan), "--home", str(place.home), "--domain", "legla")
+    assert done.code == 1
+    assert "legla" in done.err

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from crosscal.cli.options import HOME, Home, Json, PlanFile, Set
+from crosscal.cli.options import HOME, Domain, Home, Json, PlanFile, Set
 from crosscal.errors import CrosscalError
 
 
@@ -18,6 +18,7 @@ def study(
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option(help="Directory; by default runs/<model>-study-<digest>.")] = None,
     parts: Annotated[int | None, typer.Option(min=0, help="Carry out at most so many more parts; 0: write up.")] = None,
+    domain: Domain = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +30,7 @@ def study(
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
     from crosscal.flows.drive import drive_study
 
-    record = drive_study(plan, overrides or [], home, str(out) if out else None, parts)
+    record = drive_study(plan, overrides or [], home, str(out) if out else None, parts, domain)
     if as_json:
         print(json.dumps(record))
     else:
