@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from prefect import task
 
 from crosscal.calibration import Seeds, TemperatureSchedule
@@ -140,6 +141,7 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
                 temperature=temperature,
                 first_tokens=origin.first_tokens,
                 device=ticket.device,
+                dtype=getattr(torch, ticket.dtype),
                 report=report,
                 seeds=seeds_of(ticket, origin),
             )

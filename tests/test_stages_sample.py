@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from crosscal.calibration import TemperatureSchedule
 from crosscal.calibration.sets import windows_by_key
@@ -77,6 +79,28 @@ def test_held_out_windows_come_from_other_documents(store: Store, source: ModelS
     assert not drawn & held_out
 
 
+def written(store: Store, source: ModelSource, dtype: torch.dtype) -> Sample:
+    settings: dict[str, Any] = {"temperature": TemperatureSchedule(), "first_tokens": [], "device": "cpu"}
+    return sample_self(store, "self", source, DRAW, **settings, dtype=dtype, report=silent)
+
+
+def test_a_model_writes_in_the_dtype_that_is_asked_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(tmp_path / "half").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    source, dtypes, load = ModelSource.open(tmp_path / "half"), [], stage.load_variant
+
+    def loaded(*path: Path, **more: Any) -> Any:
+        model = load(*path, **more)
+        dtypes.append(model.dtype)
+        return model
+
+    monkeypatch.setattr(stage, "load_variant", loaded)
+    samples = [written(store, source, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert samples[0].calibration.key != samples[1].calibration.key
+
+
 def test_text_that_was_written_is_found_again_without_loading_the_model(
     store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,14 +108,9 @@ def test_text_that_was_written_is_found_again_without_loading_the_model(
     load = stage.load_variant
     monkeypatch.setattr(stage, "load_variant", lambda path, **more: loads.append(path) or load(path, **more))
 
-    def written() -> Sample:
-        return sample_self(
-            store, "self", source, DRAW, temperature=TemperatureSchedule(), first_tokens=[], device="cpu", report=silent
-        )
-
-    first = written()
+    first = written(store, source, torch.float32)
     assert len(loads) == 1
-    assert written() == first
+    assert written(store, source, torch.float32) == first
     assert len(loads) == 1
     assert first.calibration.tokens == DRAW.windows * DRAW.length
     assert first.calibration.key != first.held_out.key
