@@ -4,7 +4,8 @@
 
 Questions: the demo's three files on its dense model, by lm-eval and by us in turns, in seconds of this process, and
 whether every answer is judged alike. Runs: `crosscal run` of the demo in a fresh store, of this commit and of
-`--before` (checked out beside it) in turns; seconds of its stages, and CPU seconds of the whole process.
+`--before` (checked out beside it) in turns; seconds of its stages, and CPU seconds of the whole process. "As before":
+this commit with as good as no validation windows, which the older one did not read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from crosscal.models.source import ModelSource
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "data" / "demo"
 TASKS = ("general_facts", "biomedical_facts", "legal_facts")
+NO_MORE = ["evaluate.validation_windows=2"]
+"""As few as a plan may have."""
 Rows = list[dict[str, Any]]
 
 
@@ -87,11 +90,11 @@ def run_rows(before: str, rounds: int, overrides: list[str]) -> Rows:
         old = Path(folder, "before")
         subprocess.run(["git", "worktree", "add", "--detach", str(old), before], cwd=ROOT, check=True)
         try:
-            places = {f"before ({before[:7]})": old, "now": ROOT}
+            places = {f"before ({before[:7]})": (old, []), "now": (ROOT, []), "now, windows as before": (ROOT, NO_MORE)}
             found: dict[str, list[dict[str, float]]] = {name: [] for name in places}
             for number in range(rounds):
-                for name, place in places.items():
-                    found[name].append(one_run(place, Path(folder, f"{number}-{place.name}"), overrides))
+                for index, (name, (place, settings)) in enumerate(places.items()):
+                    found[name].append(one_run(place, Path(folder, f"{number}-{index}"), [*overrides, *settings]))
                     print(name, found[name][-1], flush=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
