@@ -27,6 +27,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from crosscal.plan import load_plan
 from crosscal.progress import Pace, Report, silent
 
 UPDATE_EVERY_SECONDS = 5.0
@@ -48,7 +49,8 @@ def show_run(run_dir: Path) -> None:
     groups, columns, kept = measured(run_dir)
     table, subject = results_table(groups, columns), subject_of_run()
     make_artifact(create_table_artifact, key=f"{subject}-results", table=table.rows, description=table.about)
-    page = trade_off_page(groups, kept, str(run_dir / "models"))
+    publish = load_plan(run_dir / "plan.yaml").publish
+    page = trade_off_page(groups, kept, str(run_dir / "models"), published=publish.domain if publish else "")
     about = "General against domain perplexity, and what to take at each level."
     if page:
         make_artifact(create_markdown_artifact, key=f"{subject}-trade-off", markdown=page, description=about)

@@ -100,6 +100,12 @@ def test_the_page_has_the_chart_on_white_and_what_to_take() -> None:
     assert "| 50 % sparsity | sparsegpt0-biomedical-a1 | 92.0 ± 2.0 | 55.0 ± 2.0 | -4.3 % |" in text
 
 
+def test_the_page_of_a_plan_that_publishes_says_what_decides() -> None:
+    groups = groups_of(sweep(), [])
+    assert "published for biomedical is decided by" in (trade_off_page(groups, published="biomedical") or "")
+    assert "published" not in (trade_off_page(groups) or "")
+
+
 def test_the_page_is_bounded_in_pictures_and_bytes() -> None:
     domains = [f"domain{number}" for number in range(6)]
     rows = [row for domain in domains for row in sweep(corpora=("general", domain), domain=domain)]

@@ -79,15 +79,19 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
     return Table(rows, about + (f"Shown are {' and '.join(missing)}; results.jsonl has all." if missing else ""))
 
 
-def trade_off_page(groups: Sequence[Group], kept: Collection[str] = (), folder: str = "models") -> str | None:
+def trade_off_page(
+    groups: Sequence[Group], kept: Collection[str] = (), folder: str = "models", *, published: str = ""
+) -> str | None:
     """Markdown with the chart and the variants to take for each domain; None where there is nothing to weigh.
 
-    `kept`: the variants whose models were kept, in `folder`.
+    `kept`: the variants whose models were kept, in `folder`. `published`: the domain of which the plan publishes one.
     """
     domains = domains_of(groups)
     parts = [part for domain in domains[:MOST_PICTURES] for part in _weighed(groups, domain, kept, folder)]
     if len(domains) > MOST_PICTURES:
         parts.append(f"Shown are {MOST_PICTURES} of {len(domains)} domains; report.html has all.")
+    if parts and published:
+        parts.append(f"Which one is published for {published} is decided by the plan's `publish`: see the decision.")
     return "\n\n".join(parts) or None
 
 
