@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosscal.evaluation.logits import LOGITS_BYTES
 from crosscal.models.source import ModelSource
+from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.moments import DENSE, Cached
-from crosscal.stages.preflight import block_shapes, evaluating_bytes, parameters_of
+from crosscal.stages.preflight import BlockShape, block_shapes, evaluating_bytes, parameters_of
 from crosscal.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -25,15 +26,21 @@ from pathlib import Path
 import psutil, torch
 from crosscal.evaluation import perplexity
 from crosscal.models.loading import load_variant
+from crosscal.stages.by_blocks import texts_read
+from crosscal.stages.heldout_text import HeldOutText
 
 process, done = psutil.Process(), threading.Event()
 small, large = (Path(name) for name in sys.argv[1:3])
-length, batch_tokens = map(int, sys.argv[3:])
+length, batch_tokens, by_blocks = map(int, sys.argv[3:])
+numbers = {"device": "cpu", "batch_tokens": batch_tokens}
 
 def measure(folder):
-    model = load_variant(folder)
     windows_SL = torch.randint(400, (max(2, batch_tokens // length), length))
-    perplexity(model, windows_SL, name="text", split="test", device="cpu", batch_tokens=batch_tokens)
+    if not by_blocks:
+        return perplexity(load_variant(folder), windows_SL, name="text", split="test", **numbers)
+    text, silent = HeldOutText("text", "test", windows_SL), lambda *progress: None
+    with texts_read(folder, [text], dtype=torch.float32, name="model", report=silent, **numbers) as model:
+        perplexity(model, windows_SL, name="text", split="test", **numbers)
 
 measure(small)  # what the libraries take once
 start = peak = process.memory_info().rss
@@ -52,31 +59,47 @@ print(json.dumps(peak - start))
 """
 
 
-def model(folder: Path, vocabulary: int) -> Path:
+def model(folder: Path, vocabulary: int, *, blocks: int = 2) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=2,
+        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=blocks,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
+def peak_bytes(small: Path, large: Path, *arguments: int) -> int:
+    command = [sys.executable, "-c", MEASURED, str(small), str(large), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], dict[str, int]]:
+    source = ModelSource.open(folder)
+    shapes = block_shapes(source, Cached(Store(folder.parent / "home"), source.digest, DENSE, "float32"))
+    sizes = {"parameters": parameters_of(source), "hidden": HIDDEN, "vocabulary": vocabulary, "itemsize": 4}
+    return shapes, {**sizes, "tokens": tokens}
+
+
 @pytest.mark.parametrize(("length", "batch_tokens"), [(1024, 4096), (256, 256)])
 def test_the_peak_of_an_evaluation_is_what_the_preflight_says(tmp_path: Path, length: int, batch_tokens: int) -> None:
     small, large = model(tmp_path / "small", 512), model(tmp_path / "large", VOCABULARY)
-    command = [sys.executable, "-c", MEASURED, str(small), str(large), str(length), str(batch_tokens)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    source = ModelSource.open(large)
-    said = evaluating_bytes(
-        block_shapes(source, Cached(Store(tmp_path / "home"), source.digest, DENSE, "float32")),
-        parameters=parameters_of(source),
-        hidden=HIDDEN,
-        vocabulary=VOCABULARY,
-        tokens=batch_tokens,
-        itemsize=4,
-    )
-    assert json.loads(done.stdout) == pytest.approx(said, rel=0.15)
+    shapes, sizes = shapes_and_sizes(large, VOCABULARY, batch_tokens)
+    said = evaluating_bytes(shapes, **sizes)
+    assert peak_bytes(small, large, length, batch_tokens, 0) == pytest.approx(said, rel=0.15)
     assert said > min(batch_tokens * VOCABULARY * 8, LOGITS_BYTES)
     assert said < 4096 * VOCABULARY * 4, "the logits alone of 4096 tokens would take more"
+
+
+@pytest.mark.parametrize(("vocabulary", "blocks"), [(VOCABULARY, 2), (512, 32)])
+def test_block_by_block_it_takes_hardly_more_than_the_preflight_says(
+    tmp_path: Path, vocabulary: int, blocks: int
+) -> None:
+    small, large = model(tmp_path / "small", 512), model(tmp_path / "large", vocabulary, blocks=blocks)
+    shapes, sizes = shapes_and_sizes(large, vocabulary, 1024)
+    said = evaluating_by_blocks_bytes(shapes, **sizes, all_tokens=1024, free_bytes=2**34)
+    assert peak_bytes(small, large, 256, 1024, 1) < 1.15 * said
+    if blocks > 2:
+        assert said < 0.5 * evaluating_bytes(shapes, **sizes)
