@@ -12,7 +12,7 @@ from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.memory import usable_bytes
-from crosscal.stages.preflight import BlockShape, evaluating_bytes, parameters_of
+from crosscal.stages.preflight import BlockShape, EvaluationSizes, evaluating_bytes, parameters_of
 from crosscal.tasks.ticket import resolve_device
 
 
@@ -49,15 +49,15 @@ def evaluating_memory(plan: CompressionPlan, source: ModelSource, shapes: Sequen
     config, free = source.config.get_text_config(), usable_bytes(device)
     length = _length(plan, source)
     windows = len(plan.perplexity_corpora) * (plan.evaluate.windows + plan.evaluate.validation_windows)
-    sizes = {
-        "parameters": parameters_of(source),
-        "hidden": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "tokens": max(1, plan.evaluate.batch_tokens // length) * length,
-        "itemsize": (torch.float32 if device == "cpu" else source.dtype).itemsize,
-    }
-    whole = evaluating_bytes(shapes, **sizes, has_questions=bool(plan.evaluate.tasks))
-    by_blocks = evaluating_by_blocks_bytes(shapes, **sizes, all_tokens=windows * length, free_bytes=free)
+    sizes = EvaluationSizes(
+        parameters=parameters_of(source),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tokens=max(1, plan.evaluate.batch_tokens // length) * length,
+        itemsize=(torch.float32 if device == "cpu" else source.dtype).itemsize,
+    )
+    whole = evaluating_bytes(shapes, sizes, has_questions=bool(plan.evaluate.tasks))
+    by_blocks = evaluating_by_blocks_bytes(shapes, sizes, all_tokens=windows * length, free_bytes=free)
     return EvaluatingMemory(whole, by_blocks, free)
 
 

@@ -15,7 +15,7 @@ from crosscal.evaluation.logits import LOGITS_BYTES
 from crosscal.models.source import ModelSource
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.moments import DENSE, Cached
-from crosscal.stages.preflight import BlockShape, block_shapes, evaluating_bytes, parameters_of
+from crosscal.stages.preflight import BlockShape, EvaluationSizes, block_shapes, evaluating_bytes, parameters_of
 from crosscal.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -76,18 +76,17 @@ def peak_bytes(small: Path, large: Path, *arguments: int) -> int:
     return json.loads(done.stdout)
 
 
-def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], dict[str, int]]:
+def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], EvaluationSizes]:
     source = ModelSource.open(folder)
     shapes = block_shapes(source, Cached(Store(folder.parent / "home"), source.digest, DENSE, "float32"))
-    sizes = {"parameters": parameters_of(source), "hidden": HIDDEN, "vocabulary": vocabulary, "itemsize": 4}
-    return shapes, {**sizes, "tokens": tokens}
+    return shapes, EvaluationSizes(parameters_of(source), HIDDEN, vocabulary, tokens, itemsize=4)
 
 
 @pytest.mark.parametrize(("length", "batch_tokens"), [(1024, 4096), (256, 256)])
 def test_the_peak_of_an_evaluation_is_what_the_preflight_says(tmp_path: Path, length: int, batch_tokens: int) -> None:
     small, large = model(tmp_path / "small", 512), model(tmp_path / "large", VOCABULARY)
     shapes, sizes = shapes_and_sizes(large, VOCABULARY, batch_tokens)
-    said = evaluating_bytes(shapes, **sizes)
+    said = evaluating_bytes(shapes, sizes)
     assert peak_bytes(small, large, length, batch_tokens, 0) == pytest.approx(said, rel=0.15)
     assert said > min(batch_tokens * VOCABULARY * 8, LOGITS_BYTES)
     assert said < 4096 * VOCABULARY * 4, "the logits alone of 4096 tokens would take more"
@@ -99,7 +98,7 @@ def test_block_by_block_it_takes_hardly_more_than_the_preflight_says(
 ) -> None:
     small, large = model(tmp_path / "small", 512), model(tmp_path / "large", vocabulary, blocks=blocks)
     shapes, sizes = shapes_and_sizes(large, vocabulary, 1024)
-    said = evaluating_by_blocks_bytes(shapes, **sizes, all_tokens=1024, free_bytes=2**34)
+    said = evaluating_by_blocks_bytes(shapes, sizes, all_tokens=1024, free_bytes=2**34)
     assert peak_bytes(small, large, 256, 1024, 1) < 1.15 * said
     if blocks > 2:
-        assert said < 0.5 * evaluating_bytes(shapes, **sizes)
+        assert said < 0.5 * evaluating_bytes(shapes, sizes)

@@ -15,7 +15,7 @@ from crosscal.models.by_blocks import read_by_blocks
 from crosscal.models.variant_source import open_variant
 from crosscal.progress import Report
 from crosscal.stages.heldout_text import HeldOutText
-from crosscal.stages.preflight import BlockShape
+from crosscal.stages.preflight import BlockShape, EvaluationSizes
 from crosscal.stages.spill import SHARE, spill_folder
 
 _log = logging.getLogger(__name__)
@@ -46,25 +46,19 @@ def texts_read(
 
 
 def evaluating_by_blocks_bytes(
-    shapes: Sequence[BlockShape],
-    *,
-    parameters: int,
-    hidden: int,
-    vocabulary: int,
-    tokens: int,
-    itemsize: int,
-    all_tokens: int,
-    free_bytes: int,
+    shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, all_tokens: int, free_bytes: int
 ) -> int:
-    """Memory of measuring a model so, `tokens` at a time: hidden states of `all_tokens`, unless they lie on disk, and
+    """Memory of measuring a model so: hidden states of `all_tokens`, unless they lie on disk, and
     the largest of three moments.
 
     At first what lies outside the blocks and one block; then a block, twice, as oneDNN lays its weights out anew; at
     last what lies outside, with logits.
     """
     block, widest = max(s.parameters for s in shapes), max(inputs for s in shapes for _, inputs in s.sites)
-    outside = parameters - sum(shape.parameters for shape in shapes)
-    states = all_tokens * hidden * itemsize
-    head = outside * itemsize + min(tokens, rows_at_once(vocabulary, itemsize)) * row_bytes(vocabulary, itemsize)
-    passing = (2 * block + tokens * (2 * hidden + 3 * widest)) * itemsize
+    outside = sizes.parameters - sum(shape.parameters for shape in shapes)
+    tokens, itemsize = sizes.tokens, sizes.itemsize
+    states = all_tokens * sizes.hidden * itemsize
+    rows = min(tokens, rows_at_once(sizes.vocabulary, itemsize))
+    head = outside * itemsize + rows * row_bytes(sizes.vocabulary, itemsize)
+    passing = (2 * block + tokens * (2 * sizes.hidden + 3 * widest)) * itemsize
     return (states if states <= SHARE * free_bytes else 0) + max((outside + block) * itemsize, passing, head)

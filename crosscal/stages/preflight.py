@@ -243,25 +243,30 @@ def parameters_of(source: ModelSource) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name not in model.all_tied_weights_keys)
 
 
-def evaluating_bytes(
-    shapes: Sequence[BlockShape],
-    *,
-    parameters: int,
-    hidden: int,
-    vocabulary: int,
-    tokens: int,
-    itemsize: int,
-    has_questions: bool = False,
-) -> int:
-    """Memory of measuring one model of so many `parameters`, `tokens` at a time.
+@dataclass(frozen=True)
+class EvaluationSizes:
+    """What the memory of measuring a model depends on, besides its blocks."""
+
+    parameters: int
+    """Of the whole model."""
+    hidden: int
+    vocabulary: int
+    tokens: int
+    """Read at a time."""
+    itemsize: int
+    """Bytes of a number that is computed with."""
+
+
+def evaluating_bytes(shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, has_questions: bool = False) -> int:
+    """Memory of measuring one model.
 
     All weights; of a block's feed-forward part three times its inner width and twice the hidden size a token; and the
     logits that are held at once (`evaluation.logits`), of questions as many as may be.
     """
     widest = max(inputs for shape in shapes for _, inputs in shape.sites)
-    rows = rows_at_once(vocabulary, itemsize)
-    logits = (rows if has_questions else min(tokens, rows)) * row_bytes(vocabulary, itemsize)
-    return (parameters + tokens * (2 * hidden + 3 * widest)) * itemsize + logits
+    rows = rows_at_once(sizes.vocabulary, sizes.itemsize)
+    logits = (rows if has_questions else min(sizes.tokens, rows)) * row_bytes(sizes.vocabulary, sizes.itemsize)
+    return (sizes.parameters + sizes.tokens * (2 * sizes.hidden + 3 * widest)) * sizes.itemsize + logits
 
 
 def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
