@@ -1,8 +1,8 @@
 """Which calibration text, which mixture, and how sure, on a real pretrained model: the product's own `crosscal study`.
 
     python benchmarks/study.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--domains biomedical legal]
-                               [--parts mixing levels methods texts alps] [--draws 3] [--windows 16 8] [--most N]
-                               [--home STORE] [--dry]
+                               [--parts mixing levels methods texts alps] [--draws 3] [--calibration-windows 64]
+                               [--windows 16 8] [--questions 64] [--most N] [--home STORE] [--dry]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
@@ -16,9 +16,10 @@ TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test
 * alps: ALPS at 50 %, which takes minutes a model to solve.
 
 A model is measured on 16 test and 8 validation windows of 512 tokens a corpus (`--windows`): 24,600 tokens, 80 s of
-two CPU cores with 135 million parameters, and as long again for 64 questions a corpus. Everything can be interrupted
-and goes on; `--most` ends a part after so many sets of at most 8 models of one draw, and the next call goes on. Results
-are written after every part, of what is complete.
+two CPU cores with 135 million parameters, and as long again for 64 questions a corpus (two biomedical ones stand in
+the training text, too: real documents repeat themselves). Everything can be interrupted and goes on; `--most` ends a
+part after so many sets of at most 8 models of one draw, and the next call goes on. Results are written after every part,
+of what is complete.
 
 In the results: perplexities are means and standard deviations over draws; changes are against the same recipe on
 general text alone (or the domain alone), in percent, ± half the 95 % interval over draws; accuracies in percent.
@@ -71,7 +72,7 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
     written = {"self": "self", "self-seeded": seeded, "random": "random"} if part == "texts" else {}
     questions = [str(testbed / "eval" / name / "continuation_test.jsonl.zst") for name in corpora]
     dry = options.dry
-    length, windows = (64, 8) if dry else (512, 64)
+    length, windows = (64, 8) if dry else (512, options.calibration_windows)
     return parse_plan(
         {
             "model": str(model),
@@ -83,6 +84,7 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
                 "validation_windows": 2 if dry else options.windows[1],
                 "tasks": questions if part == "mixing" and options.questions else [],
                 "limit": options.questions or None,
+                "allow_leaks": [f"{name}_continuation_test" for name in corpora] if options.questions else False,
             },
             "execution": {"device": "cpu"},
             "study": {"draws": options.draws, "baseline": ["general", "domain"], "models_at_once": 8},
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--calibration-windows", type=int, default=64, help="of 512 tokens, a corpus")
     parser.add_argument("--windows", nargs=2, type=int, default=[16, 8], help="of 512 tokens: test, validation")
     parser.add_argument("--most", type=int, help="sets of 8 models that a part carries out in this call; 0: none")
     parser.add_argument("--questions", type=int, default=64, help="of each corpus, in the part `mixing`")
