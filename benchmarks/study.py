@@ -18,8 +18,8 @@ TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test
 A model is measured on 16 test and 8 validation windows of 512 tokens a corpus (`--windows`): 24,600 tokens, 80 s of
 two CPU cores with 135 million parameters, and as long again for 64 questions a corpus (two biomedical ones stand in
 the training text, too: real documents repeat themselves). Everything can be interrupted and goes on; `--most` ends a
-part after so many sets of at most 8 models of one draw, and the next call goes on. Results are written after every part,
-of what is complete.
+part after so many sets of at most 8 models of one draw, and the next call goes on. Results of what is complete are
+written after every part.
 
 In the results: perplexities are means and standard deviations over draws; changes are against the same recipe on
 general text alone (or the domain alone), in percent, ± half the 95 % interval over draws; accuracies in percent.

@@ -39,7 +39,6 @@ from crosscal.stages.preflight import (
     gradients_bytes,
     matrices_of,
     moments_bytes,
-    parameters_of,
     reading_bytes,
     solving_bytes,
     walking_back_bytes,
@@ -169,7 +168,7 @@ def _memory(
     its mixture."""
     unread = [reading for reading in readings if reading["tokens_to_read"]]
     config = source.config.get_text_config()
-    parameters = parameters_of(source)
+    parameters = source.parameters
     outside = parameters - sum(shape.parameters for shape in shapes)
     itemsize = getattr(torch, ticket.dtype).itemsize
     sizes = {"outside": outside, "hidden": config.hidden_size}

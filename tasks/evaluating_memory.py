@@ -12,7 +12,7 @@ from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.memory import usable_bytes
-from crosscal.stages.preflight import BlockShape, EvaluationSizes, evaluating_bytes, parameters_of
+from crosscal.stages.preflight import BlockShape, EvaluationSizes, evaluating_bytes
 from crosscal.tasks.ticket import resolve_device
 
 
@@ -50,7 +50,7 @@ def evaluating_memory(plan: CompressionPlan, source: ModelSource, shapes: Sequen
     length = _length(plan, source)
     windows = len(plan.perplexity_corpora) * (plan.evaluate.windows + plan.evaluate.validation_windows)
     sizes = EvaluationSizes(
-        parameters=parameters_of(source),
+        parameters=source.parameters,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         tokens=max(1, plan.evaluate.batch_tokens // length) * length,

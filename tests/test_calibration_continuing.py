@@ -18,6 +18,7 @@ from crosscal.calibration.sampling import SequenceWriter, Written
 from crosscal.corpora import Corpus, documents, ingest
 from crosscal.errors import CalibrationError
 from crosscal.store import Store
+from tests.helpers.plain_sampling import uncached
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = "a" * 64, "b" * 64
@@ -58,7 +59,7 @@ def written(store: Store, model, seeds: Seeds, request: WindowRequest = REQUEST,
 
 def texts_of(store: Store) -> list[Written]:
     """As they were written."""
-    batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["index"])
+    batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["numbers"])
     return [Written(**text) for batch in batches for text in json.loads(store.read_bytes(batch, "texts.json"))]
 
 
@@ -68,25 +69,18 @@ def beginnings(store: Store, corpus: Corpus, split: str) -> set[tuple[int, ...]]
     return {tuple(tokenizer(text)["input_ids"][: PREFIX + 1]) for text in texts}
 
 
-@torch.inference_mode()
-def uncached(model, prompt_BP: torch.Tensor, settings: SequenceWriter, seed: int) -> list[list[int]]:
-    """The whole text through the model at every step, rows cut at their end-of-text afterwards."""
-    generator, tokens_BT = torch.Generator().manual_seed(seed), prompt_BP
-    for _ in range(settings.length - prompt_BP.shape[1]):
-        probability_BV = model(input_ids=tokens_BT, use_cache=False).logits[:, -1].softmax(dim=-1)
-        tokens_BT = torch.cat([tokens_BT, torch.multinomial(probability_BV, 1, generator=generator)], dim=1)
-    rows, begun = tokens_BT.tolist(), prompt_BP.shape[1]
-    return [row[: row.index(settings.end, begun) + 1] if settings.end in row[begun:] else row for row in rows]
-
-
 def test_rows_are_continued_as_whole_texts_would_be(model) -> None:
     prompt_BP = torch.randint(3, 400, (16, 7), generator=torch.Generator().manual_seed(0))
     plain = SequenceWriter(model, 0, 1, 40, TemperatureSchedule(), None, "cpu")
-    rows = [text.tokens for text in plain.continued(prompt_BP, 3)]
+    numbers = range(10, 26)
+    rows = [text.tokens for text in plain.continued(prompt_BP, numbers, 3)]
     common = int(torch.tensor([token for row in rows for token in row[12:]]).bincount().argmax())
     writer = dataclasses.replace(plain, end=common)  # rows end at different places
-    found = writer.continued(prompt_BP, 3, judged=True)
-    assert [text.tokens for text in found] == uncached(model, prompt_BP, writer, 3)
+    found = writer.continued(prompt_BP, numbers, 3, judged=True)
+    prompts = prompt_BP.tolist()
+    assert [text.tokens for text in found] == [
+        uncached(model, writer, number, 3, prompt) for number, prompt in zip(numbers, prompts, strict=True)
+    ]
     assert len({len(text.tokens) for text in found}) > 2
     for text in found:
         tokens_T = torch.tensor(text.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 
 from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
 from crosscal.calibration.generation import first_token_ids
-from crosscal.calibration.sampling import SequenceWriter
+from crosscal.calibration.sampling import SequenceWriter, sequences_that_fit
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.errors import CalibrationError, UsageError
 from crosscal.store import Store
+from tests.helpers.plain_sampling import uncached
 from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = "a" * 64, "b" * 64
@@ -41,36 +43,13 @@ def writer(model, **settings) -> SequenceWriter:
 
 
 def sequences(store: Store) -> list[list[int]]:
-    batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["index"])
+    batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["numbers"])
     return [row for batch in batches for row in json.loads(store.read_bytes(batch, "sequences.json"))]
-
-
-@torch.inference_mode()
-def uncached(model, settings: SequenceWriter, count: int, seed: int) -> list[list[int]]:
-    """The whole prefix through the model at every step, rows cut at their end-of-text afterwards."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.full((count, 1), settings.start)
-    for step in range(settings.length - 1):
-        logits_BV = model(input_ids=tokens_BT, use_cache=False).logits[:, -1]
-        if step == 0 and settings.first_ids is not None:
-            forbidden = [index for index in range(logits_BV.shape[1]) if index not in settings.first_ids]
-            logits_BV[:, forbidden] = -torch.inf
-        temperature = settings.temperature.at(step)
-        if temperature == 0:
-            token_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-        else:
-            token_B1 = torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1, generator=generator)
-        tokens_BT = torch.cat([tokens_BT, token_B1], dim=1)
-    return [cut(row, settings.end) for row in tokens_BT.tolist()]
-
-
-def cut(row: list[int], end: int) -> list[int]:
-    return row[: row.index(end, 1) + 1] if end in row[1:] else row
 
 
 def common_end(model) -> int:
     """A token that the model writes often, so that rows end at different places."""
-    rows = writer(model).write(64, seed=1)
+    rows = writer(model).write(range(64), seed=1)
     return int(torch.tensor([token for row in rows for token in row[5:]]).bincount().argmax())
 
 
@@ -85,20 +64,35 @@ def common_end(model) -> int:
 )
 def test_cached_sampling_equals_uncached(model, settings):
     sampler = writer(model, end=common_end(model), **settings)
-    rows = sampler.write(16, seed=7)
-    assert rows == uncached(model, sampler, 16, seed=7)
+    rows = sampler.write(range(16), seed=7)
+    assert rows == [uncached(model, sampler, number, seed=7) for number in range(16)]
     assert len({len(row) for row in rows}) > 1
-    assert sampler.write(16, seed=8) != rows
+    assert sampler.write(range(16), seed=8) != rows
+
+
+def test_a_sequence_does_not_depend_on_those_beside_it(model):
+    sampler = writer(model, end=common_end(model))
+    rows = sampler.write(range(16), seed=7)
+    assert [sampler.write(range(number, number + 1), seed=7) for number in range(16)] == [[row] for row in rows]
+    assert dataclasses.replace(sampler, at_once=5).write(range(3, 16), seed=7) == rows[3:]
+
+
+def test_as_many_sequences_as_fit(model):
+    config = model.config
+    layers = model(torch.zeros(1, 40).long()).past_key_values.layers
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    row = cache + 24 * config.vocab_size  # logits as they are, in float32, and in float64 twice
+    assert [sequences_that_fit(config, 40, 1, 4, many * row) for many in (0.5, 1, 3.5, 30)] == [1, 1, 3, 30]
 
 
 def test_greedy_equals_generate(model):
     greedy = writer(model, temperature=TemperatureSchedule(0.0, 0.0), length=64)
     expected = model.generate(torch.tensor([[0]]), attention_mask=torch.ones(1, 1), do_sample=False, max_length=64)
-    assert greedy.write(2, seed=0) == [expected[0].tolist()] * 2
+    assert greedy.write(range(2), seed=0) == [expected[0].tolist()] * 2
 
 
 def test_samples_follow_the_models_distribution(model):
-    first = torch.tensor([row[1] for row in writer(model, length=2).write(20_000, seed=0)])
+    first = torch.tensor([row[1] for row in writer(model, length=2).write(range(20_000), seed=0)])
     with torch.inference_mode():
         probability_V = model(input_ids=torch.tensor([[0]])).logits[0, -1].softmax(dim=-1)
     expected_V = 20_000 * probability_V
@@ -165,6 +159,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, model):
     assert resumed.key == whole.key
     assert 0 < len(before) < len(after)
     assert before.items() <= after.items()
+
+
+def test_how_many_are_written_together_changes_no_text(tmp_path, model):
+    sets = [
+        generate(Store(tmp_path / str(number)), model, batch=batch, at_once=at_once)
+        for number, (batch, at_once) in enumerate([(1, None), (3, 2), (32, 5)])
+    ]
+    assert len({one.key for one in sets}) == 1
+    assert all(torch.equal(one.tokens_SL, sets[0].tokens_SL) for one in sets)
 
 
 def test_more_windows_begin_with_the_fewer(store, model):

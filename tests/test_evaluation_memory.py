@@ -15,7 +15,7 @@ from crosscal.evaluation.logits import LOGITS_BYTES
 from crosscal.models.source import ModelSource
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.moments import DENSE, Cached
-from crosscal.stages.preflight import BlockShape, EvaluationSizes, block_shapes, evaluating_bytes, parameters_of
+from crosscal.stages.preflight import BlockShape, EvaluationSizes, block_shapes, evaluating_bytes
 from crosscal.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def peak_bytes(small: Path, large: Path, *arguments: int) -> int:
 def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], EvaluationSizes]:
     source = ModelSource.open(folder)
     shapes = block_shapes(source, Cached(Store(folder.parent / "home"), source.digest, DENSE, "float32"))
-    return shapes, EvaluationSizes(parameters_of(source), HIDDEN, vocabulary, tokens, itemsize=4)
+    return shapes, EvaluationSizes(source.parameters, HIDDEN, vocabulary, tokens, itemsize=4)
 
 
 @pytest.mark.parametrize(("length", "batch_tokens"), [(1024, 4096), (256, 256)])

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from crosscal.models.source import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.gradients import CachedGradients, collect_gradients
-from crosscal.stages.preflight import block_shapes, parameters_of, walking_back_bytes
+from crosscal.stages.preflight import block_shapes, walking_back_bytes
 from crosscal.store import Store
 from tests.helpers.tiny_run import LENGTH, collect, dense_cache, keep_windows, windows
 
@@ -81,7 +81,7 @@ def test_the_peak_of_a_walk_back_is_what_the_preflight_says(tmp_path: Path, thre
     shapes = block_shapes(source, dense_cache(Store(large / "home"), source))
     said = walking_back_bytes(
         shapes,
-        outside=parameters_of(source) - sum(shape.parameters for shape in shapes),
+        outside=source.parameters - sum(shape.parameters for shape in shapes),
         hidden=HIDDEN,
         vocabulary=VOCABULARY,
         length=LENGTH,

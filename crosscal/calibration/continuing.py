@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from crosscal.calibration.cutting import cut
-from crosscal.calibration.generation import GENERATIONS, MIN_MEAN_TOKENS
+from crosscal.calibration.generation import BATCH, GENERATIONS, MIN_MEAN_TOKENS, Progress, seed_of
 from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule, Written
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
@@ -62,16 +62,18 @@ def continued_windows(
     seeds: Seeds,
     *,
     temperature: TemperatureSchedule = TemperatureSchedule(),  # noqa: B008  a frozen value
-    batch: int = 8,
+    batch: int = BATCH,
+    at_once: int | None = None,
     device: str = "cpu",
     max_length: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationSet:
     """`request.windows` windows of texts that begin as documents of the split do and that `model` goes on writing.
 
     Documents are taken in a seeded order, those that are shorter than the prefix passed by, and again from the first
     when there are no more. Texts are written until those that are kept fill the windows; they are joined in the order
-    in which they were written. Every finished batch is stored.
+    in which they were written. After every finished batch, which is stored, it is looked whether they do; `at_once`,
+    how many of it are written side by side, changes no text.
 
     Raises `CalibrationError` when no document is as long as the prefix, or the model adds hardly anything.
     """
@@ -86,7 +88,7 @@ def continued_windows(
     begin = begin_token(tokenizer, request.begin_token)
     provenance = {
         "source": "model",
-        "rule": 1,
+        "rule": 2,
         "model": model_digest,
         "tokenizer": tokenizer_digest,
         **seeds.said(request.split),
@@ -95,7 +97,8 @@ def continued_windows(
         **request.provenance(begin),
     }
     end = end_token(tokenizer)
-    writer = SequenceWriter(model, end if begin is None else begin, end, request.length, temperature, None, device)
+    start = end if begin is None else begin
+    writer = SequenceWriter(model, start, end, request.length, temperature, None, device, at_once)
 
     def made() -> torch.Tensor:
         prefixes = _prefixes(store, seeds, tokenizer, request, begin, end)
@@ -125,12 +128,13 @@ class _Texts:
         seeds: Seeds,
         request: WindowRequest,
         begin: int | None,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> list[np.ndarray]:
         texts: list[Written] = []
         needed = request.windows * request.length
         for number in itertools.count():
-            texts += self._batch(number, list(itertools.islice(prefixes, batch)))
+            numbers = range(number * batch, (number + 1) * batch)
+            texts += self._batch(numbers, list(itertools.islice(prefixes, batch)))
             good = kept(texts, seeds.drop)
             tokens = sum(len(text.tokens) for text in good)
             if progress:
@@ -150,14 +154,13 @@ class _Texts:
             )
         return windows
 
-    def _batch(self, number: int, prefixes: list[list[int]]) -> list[Written]:
-        """One batch of texts, from the store if it was written before."""
-        settings = {**self.settings, "index": number, "prefixes": digest_of(prefixes)}
+    def _batch(self, numbers: range, prefixes: list[list[int]]) -> list[Written]:
+        """The texts of these numbers, from the store if they were written before."""
+        settings = {**self.settings, "numbers": [numbers.start, numbers.stop], "prefixes": digest_of(prefixes)}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
             return [Written(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
-        prompt_BP = torch.tensor(prefixes)
-        texts = self.writer.continued(prompt_BP, int(key[:15], 16), judged=True)
+        texts = self.writer.continued(torch.tensor(prefixes), numbers, seed_of(self.settings), judged=True)
         with self.store.publish(GENERATIONS, key, settings) as folder:
             (folder / "texts.json").write_text(json.dumps([dataclasses.asdict(text) for text in texts]))
         return texts

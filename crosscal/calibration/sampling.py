@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-# Shapes: B sequences generated together, P tokens of a prompt, T read at once, V vocabulary.
-from collections.abc import Iterator
+# Shapes: B sequences generated together, P tokens of a prompt, T read at once, N of a whole text, V vocabulary.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from crosscal.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -61,43 +61,51 @@ class SequenceWriter:
     """Tokens that may be sampled first; None for all."""
 
     device: str
+    at_once: int | None = None
+    """Most sequences that are written side by side; None: all that are asked for."""
 
-    def write(self, count: int, seed: int) -> list[list[int]]:
-        """`count` independent sequences, each from the start token to end-of-text or `length` tokens."""
-        start_B1 = torch.full((count, 1), self.start)
-        return [written.tokens for written in self.continued(start_B1, seed)]
+    def write(self, numbers: range, seed: int) -> list[list[int]]:
+        """A sequence for every number, each from the start token to end-of-text or `length` tokens."""
+        start_B1 = torch.full((len(numbers), 1), self.start)
+        return [written.tokens for written in self.continued(start_B1, numbers, seed)]
 
-    @torch.inference_mode()
-    def continued(self, prompt_BP: torch.Tensor, seed: int, *, judged: bool = False) -> list[Written]:
+    def continued(self, prompt_BP: torch.Tensor, numbers: range, seed: int, *, judged: bool = False) -> list[Written]:
         """Each row of the prompt (on the CPU), continued to end-of-text or `length` tokens, the prompt's among them.
 
-        All rows begin at position 0 and none sees another, so no padding or mask is needed: what a finished row
-        goes on to produce is not taken. `judged`: say how likely the model finds each text.
+        What a row becomes depends on the seed and its number, and on no other row: its i-th token is where the i-th
+        number of its own stream falls in the cumulated distribution. `judged`: say how likely the model finds each.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
+        streams = [np.random.Generator(np.random.PCG64([seed, number])) for number in numbers]
+        uniform_BN = torch.tensor(np.stack([stream.random(self.length) for stream in streams]))
+        parts = zip(*(every.split(self.at_once or len(numbers)) for every in (prompt_BP, uniform_BN)), strict=True)
+        return [written for prompt, uniform in parts for written in self._together(prompt, uniform, judged)]
+
+    @torch.inference_mode()
+    def _together(self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool) -> list[Written]:
+        """All rows begin at position 0 and none sees another, so no padding or mask is needed; a row that has ended
+        leaves the cache, and the others go on without it."""
         rows: list[list[int]] = prompt_BP.tolist()
-        nll = [0.0] * len(rows)
-        writing = set(range(len(rows)))
+        nll = np.zeros(len(rows))
+        writing = torch.arange(len(rows))
         tokens_BT, cache = prompt_BP.to(self.device), None
         for step in range(self.length - prompt_BP.shape[1]):
             output = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            token_B = self._sample(output.logits[:, -1].float(), step, generator)
+            token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
-                nll = [
-                    nll[row] + (each if row in writing else 0.0) for row, each in _surprise(output, tokens_BT, token_B)
-                ]
-            tokens_BT = token_B[:, None]
-            for row, token in enumerate(token_B.tolist()):
-                if row in writing:
-                    rows[row].append(token)
-                    if token == self.end:
-                        writing.remove(row)
-            if not writing:
+                nll[writing.numpy()] += _surprise(output, tokens_BT, token_B)
+            for row, token in zip(writing.tolist(), token_B.tolist(), strict=True):
+                rows[row].append(token)
+            staying = (token_B != self.end).nonzero()[:, 0]
+            if not len(staying):
                 break
-        return [Written(row, each / (len(row) - 1)) for row, each in zip(rows, nll, strict=True)]
+            if len(staying) < len(writing):
+                cache.reorder_cache(staying)
+                writing, token_B = writing[staying.cpu()], token_B[staying]
+            tokens_BT = token_B[:, None]
+        return [Written(row, each / (len(row) - 1)) for row, each in zip(rows, nll.tolist(), strict=True)]
 
-    def _sample(self, logits_BV: torch.Tensor, step: int, generator: torch.Generator) -> torch.Tensor:
+    def _sample(self, logits_BV: torch.Tensor, step: int, uniform_B: torch.Tensor) -> torch.Tensor:
         if step == 0 and self.first_ids is not None:
             allowed_V = torch.zeros(logits_BV.shape[1], dtype=torch.bool, device=logits_BV.device)
             allowed_V[list(self.first_ids)] = True
@@ -105,12 +113,23 @@ class SequenceWriter:
         temperature = self.temperature.at(step)
         if temperature == 0:
             return logits_BV.argmax(dim=-1)
-        probability_BV = torch.softmax(logits_BV / temperature, dim=-1)
-        return torch.multinomial(probability_BV, 1, generator=generator)[:, 0]
+        cumulated_BV = torch.softmax(logits_BV / temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        sought_B1 = uniform_B[:, None].to(cumulated_BV.device) * cumulated_BV[:, -1:]
+        return torch.searchsorted(cumulated_BV, sought_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
-def _surprise(output: Any, tokens_BT: torch.Tensor, token_B: torch.Tensor) -> Iterator[tuple[int, float]]:
-    """(row, -log p) of what was read, but the first, and of the token that follows."""
+def sequences_that_fit(config: PreTrainedConfig, length: int, prompt: int, itemsize: int, free_bytes: float) -> int:
+    """How many sequences of `length` tokens may be written side by side in so many bytes, one at least: keys and values
+    of every layer, and logits of the prompt, as they are, in float32, and twice in float64."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * width * length * itemsize
+    return max(1, int(free_bytes // (cache + prompt * text.vocab_size * (itemsize + 4 + 2 * 8))))
+
+
+def _surprise(output: Any, tokens_BT: torch.Tensor, token_B: torch.Tensor) -> np.ndarray:
+    """Of every row, -log p of what was read, but the first, and of the token that follows."""
     next_BT = torch.cat([tokens_BT[:, 1:], token_B[:, None]], dim=1)
     nll_BT = F.cross_entropy(output.logits.float().transpose(1, 2), next_BT, reduction="none")
-    return enumerate(nll_BT.double().sum(dim=1).tolist())
+    return nll_BT.double().sum(dim=1).cpu().numpy()

@@ -120,6 +120,12 @@ class ModelSource:
             encoded = encoded_tensors(files, self._quantization, self.dtype)
         return Weights(files, self.skeleton(), encoded)
 
+    @_shared_property
+    def parameters(self) -> int:
+        """Of the whole model, one that stands in two places counted once."""
+        model = self.weights.model
+        return sum(p.numel() for name, p in model.named_parameters() if name not in model.all_tied_weights_keys)
+
     @property
     def encoding(self) -> str | None:
         """What the matrices are stored as, where they are decoded while they are read."""

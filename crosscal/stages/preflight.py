@@ -237,12 +237,6 @@ def blocks_at_once(
     return next((number for number in wanted if needed[number] <= SHARE * free_bytes), 1)
 
 
-def parameters_of(source: ModelSource) -> int:
-    """Of a whole model, one that stands in two places counted once."""
-    model = source.weights.model
-    return sum(p.numel() for name, p in model.named_parameters() if name not in model.all_tied_weights_keys)
-
-
 @dataclass(frozen=True)
 class EvaluationSizes:
     """What the memory of measuring a model depends on, besides its blocks."""

@@ -31,6 +31,7 @@ from crosscal.calibration import (
     tokenizer_digest,
 )
 from crosscal.calibration.chats import check_template
+from crosscal.calibration.sampling import sequences_that_fit
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.corpora import Corpus
 from crosscal.corpora.corpus import TEMPLATE
@@ -38,6 +39,7 @@ from crosscal.errors import TooLittleText
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
+from crosscal.stages.memory import usable_bytes
 from crosscal.statistics import Mixture
 from crosscal.store import Store
 
@@ -225,6 +227,7 @@ def sample_self(
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
     words = STOP_WORDS if first_tokens is None else first_tokens or None
     common = {"temperature": temperature, "device": device, "max_length": source.max_positions}
+    common["at_once"] = _sequences_at_once(source, draw, seeds, device, dtype)
     common |= {"progress": lambda done, total: report(f"{name}: writing", done, total)}
     loaded = functools.cache(lambda: load_variant(source.path, device=device, dtype=dtype))
     model = cast(PreTrainedModel, lambda **inputs: loaded()(**inputs))
@@ -239,6 +242,13 @@ def sample_self(
     calibration = written(draw.calibration(draw.windows))
     held_out = written(draw.held_out(draw.held_out_windows))
     return Sample(name, draw.seed, _one(calibration), _one(held_out), calibration.notes)
+
+
+def _sequences_at_once(source: ModelSource, draw: Draw, seeds: Seeds | None, device: str, dtype: torch.dtype) -> int:
+    """As many as half of what is free beside the model's weights has room for."""
+    length, prompt = min(draw.length, source.max_positions or draw.length), 1 + (seeds.prefix_tokens if seeds else 0)
+    free = usable_bytes(device) - source.parameters * dtype.itemsize
+    return sequences_that_fit(source.config, length, prompt, dtype.itemsize, free / 2)
 
 
 def _one(calibration: CalibrationSet) -> Sums:

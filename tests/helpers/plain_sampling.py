@@ -1,0 +1,34 @@
+"""Sampling written plainly: one text, the whole of it through the model for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from crosscal.calibration.sampling import SequenceWriter
+
+
+@torch.inference_mode()
+def uncached(
+    model: PreTrainedModel, settings: SequenceWriter, number: int, seed: int, prompt: Sequence[int] | None = None
+) -> list[int]:
+    """What the settings say the sequence of this number becomes."""
+    stream = np.random.Generator(np.random.PCG64([seed, number]))
+    tokens = list(prompt or [settings.start])
+    for step in range(settings.length - len(tokens)):
+        logits_V = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double().numpy()
+        if step == 0 and settings.first_ids is not None:
+            logits_V[[index for index in range(len(logits_V)) if index not in settings.first_ids]] = -np.inf
+        temperature, drawn = settings.temperature.at(step), stream.random()
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            odds_V = np.exp((logits_V - logits_V.max()) / temperature)
+            token = next(index for index, share in enumerate(odds_V.cumsum() / odds_V.sum()) if share > drawn)
+        tokens.append(token)
+        if token == settings.end:
+            break
+    return tokens
