@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from crosscal.evaluation import perplexity
 from crosscal.evaluation.logits import LOGITS_BYTES
+from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
-from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
+from crosscal.progress import silent
+from crosscal.stages.by_blocks import evaluating_by_blocks_bytes, texts_read
+from crosscal.stages.heldout_text import HeldOutText
 from crosscal.stages.moments import DENSE, Cached
 from crosscal.stages.preflight import BlockShape, EvaluationSizes, block_shapes, evaluating_bytes
 from crosscal.store import Store
+from tests.helpers.processes import peak_bytes
 
-ROOT = Path(__file__).parents[1]
 VOCABULARY, HIDDEN = 65536, 256
-MEASURED = """
-import json, sys, threading
-from pathlib import Path
-import psutil, torch
-from crosscal.evaluation import perplexity
-from crosscal.models.loading import load_variant
-from crosscal.stages.by_blocks import texts_read
-from crosscal.stages.heldout_text import HeldOutText
 
-process, done = psutil.Process(), threading.Event()
-small, large = (Path(name) for name in sys.argv[1:3])
-length, batch_tokens, by_blocks = map(int, sys.argv[3:])
-numbers = {"device": "cpu", "batch_tokens": batch_tokens}
 
-def measure(folder):
+def measure(length: int, batch_tokens: int, by_blocks: bool, folder: Path) -> None:
     windows_SL = torch.randint(400, (max(2, batch_tokens // length), length))
-    if not by_blocks:
-        return perplexity(load_variant(folder), windows_SL, name="text", split="test", **numbers)
-    text, silent = HeldOutText("text", "test", windows_SL), lambda *progress: None
-    with texts_read(folder, [text], dtype=torch.float32, name="model", report=silent, **numbers) as model:
-        perplexity(model, windows_SL, name="text", split="test", **numbers)
-
-measure(small)  # what the libraries take once
-start = peak = process.memory_info().rss
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, process.memory_info().rss)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-measure(large)
-done.set()
-watcher.join()
-print(json.dumps(peak - start))
-"""
+    numbers = {"device": "cpu", "batch_tokens": batch_tokens}
+    if by_blocks:
+        text = HeldOutText("text", "test", windows_SL)
+        with texts_read(folder, [text], dtype=torch.float32, name="model", report=silent, **numbers) as model:
+            perplexity(model, windows_SL, name="text", split="test", **numbers)
+    else:
+        perplexity(load_variant(folder), windows_SL, name="text", split="test", **numbers)
 
 
 def model(folder: Path, vocabulary: int, *, blocks: int = 2) -> Path:
@@ -67,13 +43,6 @@ def model(folder: Path, vocabulary: int, *, blocks: int = 2) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def peak_bytes(small: Path, large: Path, *arguments: int) -> int:
-    command = [sys.executable, "-c", MEASURED, str(small), str(large), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], EvaluationSizes]:
@@ -87,7 +56,7 @@ def test_the_peak_of_an_evaluation_is_what_the_preflight_says(tmp_path: Path, le
     small, large = model(tmp_path / "small", 512), model(tmp_path / "large", VOCABULARY)
     shapes, sizes = shapes_and_sizes(large, VOCABULARY, batch_tokens)
     said = evaluating_bytes(shapes, sizes)
-    assert peak_bytes(small, large, length, batch_tokens, 0) == pytest.approx(said, rel=0.15)
+    assert peak_bytes(partial(measure, length, batch_tokens, False), small, large) == pytest.approx(said, rel=0.15)
     assert said > min(batch_tokens * VOCABULARY * 8, LOGITS_BYTES)
     assert said < 4096 * VOCABULARY * 4, "the logits alone of 4096 tokens would take more"
 
@@ -99,6 +68,6 @@ def test_block_by_block_it_takes_hardly_more_than_the_preflight_says(
     small, large = model(tmp_path / "small", 512), model(tmp_path / "large", vocabulary, blocks=blocks)
     shapes, sizes = shapes_and_sizes(large, vocabulary, 1024)
     said = evaluating_by_blocks_bytes(shapes, sizes, all_tokens=1024, free_bytes=2**34)
-    assert peak_bytes(small, large, 256, 1024, 1) < 1.15 * said
+    assert peak_bytes(partial(measure, 256, 1024, True), small, large) < 1.15 * said
     if blocks > 2:
         assert said < 0.5 * evaluating_bytes(shapes, sizes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -25,6 +24,7 @@ from crosscal.report.rows import LayerRow, read_rows
 from crosscal.stages import compress
 from crosscal.store import Store
 from crosscal.variants import variants
+from tests.helpers.processes import PROCESSES
 from tests.helpers.tiny_models import load_plain, plain_grams
 from tests.helpers.tiny_place import Place, crosscal, make_place, run_alone, values
 from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
@@ -32,8 +32,6 @@ from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 BLOCKS, THRESHOLD, SPREAD = 3, 3.0, 0.1
 OWL_ENTRY = {"method": "owl", "threshold": THRESHOLD, "spread": SPREAD}
 OF = {"domain": "legal", "alpha": 0.5}
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["crosscal.flows.drive", "tests.helpers.tiny_place"])
 
 
 def entry(allocator: Mapping[str, Any] | None, sparsity: Any = 0.6, **more: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -13,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from crosscal.store import Store
+from tests.helpers.processes import PROCESSES
 from tests.helpers.tiny_place import Place, make_place, run_alone, values
 
 pytestmark = pytest.mark.slow
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["crosscal.flows.drive", "tests.helpers.tiny_place"])
 SECONDS = 90
 ENTRIES = [
     {"method": "sparsegpt", "sparsity": [0.3, 0.5, "2:4"], "domain": "legal", "alpha": [0, 0.5, 1]},

@@ -17,9 +17,7 @@ from crosscal.landing.items import LandedFile, Refusal
 from crosscal.landing.picture import MOST_FAILED, MOST_KILLED
 from crosscal.landing.records import state
 from crosscal.store import Store
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["crosscal.landing"])
+from tests.helpers.processes import PROCESSES
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,49 +12,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from crosscal.models.source import ModelSource
-from crosscal.stages.preflight import block_shapes, solving_bytes
-from crosscal.store import Store
-from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows
-
-ROOT = Path(__file__).parents[1]
-HIDDEN, INNER, SHARDS = 512, 3072, 4
-ALPHAS = (0.1, 0.3, 0.5, 0.9)
-MEASURED = """
-import json, sys, tempfile, threading
-from pathlib import Path
-import psutil, torch
-from crosscal.models.source import ModelSource
 from crosscal.stages.compress import compress_block
+from crosscal.stages.preflight import block_shapes, solving_bytes
 from crosscal.stages.sample import Sample
 from crosscal.store import Store
-from tests.helpers.tiny_run import workshop
-from tests.test_stages_memory import sweep
+from tests.helpers.processes import peak_bytes
+from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows, workshop
 
-process, done = psutil.Process(), threading.Event()
-threads, count = map(int, sys.argv[3:])
-torch.set_num_threads(threads)
-
-def solve(folder):
-    samples = [Sample.from_json(each) for each in json.loads((folder / "samples.json").read_text())]
-    source = ModelSource.open(folder / "model")
-    with tempfile.TemporaryDirectory() as out:
-        compress_block(workshop(Path(out), Store(folder / "home"), source, *samples), 0, sweep(count))
-
-solve(Path(sys.argv[1]))  # what the libraries take once
-start = peak = process.memory_info().rss
-
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, process.memory_info().rss)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-solve(Path(sys.argv[2]))
-done.set()
-watcher.join()
-print(json.dumps(peak - start))
-"""
+HIDDEN, INNER, SHARDS = 512, 3072, 4
+ALPHAS = (0.1, 0.3, 0.5, 0.9)
 
 
 def sweep(count: int) -> list:
@@ -79,6 +45,13 @@ def calibrated(folder: Path, hidden: int, inner: int) -> Path:
     return folder
 
 
+def solve(variants: int, folder: Path) -> None:
+    samples = [Sample.from_json(each) for each in json.loads((folder / "samples.json").read_text())]
+    source = ModelSource.open(folder / "model")
+    with tempfile.TemporaryDirectory() as out:
+        compress_block(workshop(Path(out), Store(folder / "home"), source, *samples), 0, sweep(variants))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small block, and one whose matrices are larger than what an allocator keeps."""
@@ -91,12 +64,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_peak_of_a_solve_with_16_sets_is_what_the_preflight_says(
     folders: tuple[Path, Path], lanes: int, variants: int
 ) -> None:
-    command = [sys.executable, "-c", MEASURED, *map(str, folders), str(lanes), str(variants)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    peak = peak_bytes(functools.partial(solve, variants), *folders, threads=lanes)
     source = ModelSource.open(folders[1] / "model")
     shapes = block_shapes(source, dense_cache(Store(folders[1] / "home"), source))
     said = solving_bytes(shapes, sweep(variants), lanes=lanes)
-    assert json.loads(done.stdout) == pytest.approx(said, rel=0.15)
+    assert peak == pytest.approx(said, rel=0.15)
     if lanes == 1:
         assert said < 16 * INNER**2 * 4, "the sets alone would take more"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
@@ -28,6 +27,7 @@ from crosscal.statistics import InputMoments
 from crosscal.store import Store, digest_of
 from crosscal.store.arrays import arrow_file
 from crosscal.store.moments import write_moments
+from tests.helpers.processes import PROCESSES
 
 KEY = digest_of("one")
 
@@ -62,12 +62,10 @@ def publish_forever(home: Path, writer: int) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_only_whole_artifacts(tmp_path: Path) -> None:
     store, chance = Store(tmp_path), random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crosscal.store"])
     attempt = 0
     while attempt < 20 or len(list(store.keys())) <= 5:  # a busy disk takes longer than the writer lives
         attempt += 1
-        writer = context.Process(target=publish_forever, args=(tmp_path, attempt))
+        writer = PROCESSES.Process(target=publish_forever, args=(tmp_path, attempt))
         writer.start()
         while not list(store.home.names("staging")):
             time.sleep(0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,16 @@ SENTENCES = (
 
 def tiny_tokenizer(*, begin: bool = True, end: bool = True) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 400 tokens with `<s>` = 0 in front by default, `</s>` = 1 and `<pad>` = 2."""
+    tokenizer = Tokenizer.from_str(_trained())
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = {"bos_token": "<s>"} if begin else {}
+    special |= {"eos_token": "</s>"} if end else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=64, **special)
+
+
+@cache
+def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,11 +40,7 @@ def tiny_tokenizer(*, begin: bool = True, end: bool = True) -> PreTrainedTokeniz
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    special = {"bos_token": "<s>"} if begin else {}
-    special |= {"eos_token": "</s>"} if end else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", model_max_length=64, **special)
+    return tokenizer.to_str()
 
 
 def tiny_llama(folder: Path | None = None, *, seed: int = 0, blocks: int = 2) -> LlamaForCausalLM:
