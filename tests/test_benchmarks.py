@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import script_output
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_tables_are_generated_from_the_results() -> None:
-    run("table.py", "--check")
+    script_output(BENCHMARKS / "table.py", "--check")
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
-    rows = [line.rsplit(" | ", 1) for line in run("gpu.py", "--tiny", "--device", "cpu", "--repeats", "1").splitlines()]
+    printed = script_output(BENCHMARKS / "gpu.py", "--tiny", "--device", "cpu", "--repeats", "1")
+    rows = [line.rsplit(" | ", 1) for line in printed.splitlines()]
     figures = {name.split(" | ")[1].split(",")[0]: float(value.split()[0]) for name, value in rows}
     assert {"plain bfloat16 product", "calibration", "calibration over plain product", "solve"} <= figures.keys()
     assert all(value > 0 for name, value in figures.items() if not name.startswith("peak"))
@@ -36,7 +30,8 @@ def test_the_gpu_benchmark_runs_on_a_cpu() -> None:
 @pytest.mark.parametrize("corpora", [1, 2])
 def test_a_point_of_the_scaling_grid(corpora: int) -> None:
     one = {"tokens": 512, "hidden": 64, "blocks": 1, "variants": 2, "corpora": corpora}
-    found = json.loads(run("scaling.py", "--threads", "1", "--one", json.dumps(one)).splitlines()[-1])
+    printed = script_output(BENCHMARKS / "scaling.py", "--threads", "1", "--one", json.dumps(one))
+    found = json.loads(printed.splitlines()[-1])
     assert set(found) == {"moments", "solve", "peak memory", "store", "models"}
     assert all(value > 0 for name, value in found.items() if name != "peak memory")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from crosscal.errors import EvaluationError
 from crosscal.evaluation import Measurement, QuestionSuite
 from crosscal.evaluation.harness import NamedTask, _check_known, _metrics, measure_named
 from crosscal.evaluation.question_files import Question, read_questions, task_names
+from tests.helpers.processes import modules_after
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 WORDS = [word.strip(".,") for sentence in SENTENCES for word in sentence.split()]
@@ -147,15 +147,12 @@ def test_lm_eval_is_quiet_and_left_as_it_was(capfd: pytest.CaptureFixture, caplo
 
 
 def test_lm_eval_is_not_imported_for_files(tmp_path: Path) -> None:
-    path = question_file(tmp_path / "facts.jsonl")
-    code = (
-        "import sys; from crosscal.evaluation import QuestionSuite; "
-        "from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer; "
-        f"QuestionSuite.load([{path!r}]).measure(tiny_llama(), tiny_tokenizer(), max_length=64); "
-        "assert not {'lm_eval', 'datasets'} & {*sys.modules}, 'imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    asked = functools.partial(ask, question_file(tmp_path / "facts.jsonl"))
+    assert not {"lm_eval", "datasets"} & modules_after(asked)
+
+
+def ask(path: str) -> None:
+    QuestionSuite.load([path]).measure(tiny_llama(), tiny_tokenizer(), max_length=64)
 
 
 @pytest.mark.slow  # the index of lm-eval's own tasks

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import script_output
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SAMPLE = {
@@ -38,6 +38,4 @@ def test_a_family_from_outside(family: str, size: str, monkeypatch: pytest.Monke
 
 
 def test_the_table_is_that_of_the_results() -> None:
-    command = [sys.executable, str(BENCHMARKS / "families.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    script_output(BENCHMARKS / "families.py", "--check")

@@ -4,10 +4,7 @@ opened once; each is counted."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from crosscal.stages import compress
 from crosscal.store import Store
 from crosscal.tasks.model import identify
 from crosscal.tasks.ticket import Ticket
+from tests.helpers.processes import modules_after
 from tests.helpers.tiny_place import Place, make_place, values
 from tests.helpers.tiny_text import tiny_llama
 
@@ -170,18 +168,7 @@ def test_a_model_that_changes_while_a_run_reads_it_is_noticed(place: Place) -> N
 
 def test_a_plan_without_tasks_imports_no_lm_eval(place: Place) -> None:
     place.write_plan(compress=[{"method": "magnitude", "sparsity": 0.5}])
-    program = f"""
-import sys
-sys.argv = ["crosscal", "run", {str(place.plan)!r}, "--home", {str(place.home)!r}, "--out", {str(place.run_dir)!r}]
-from crosscal.cli import main
-try:
-    main()
-finally:
-    print("imported:", *sorted({{name.partition(".")[0] for name in sys.modules}} & {{"lm_eval", "datasets"}}))
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "imported:"
+    assert not {"lm_eval", "datasets"} & modules_after(place.run)
 
 
 def test_numbers_come_in_the_order_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,8 +159,13 @@ def taken(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("hundreds", "strange names")])
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        *((shape, True) for shape in SHAPES if shape not in ("hundreds", "strange names")),
+        *((shape, False) for shape in ("sweep", "seeds", "sparsities")),
+    ],
+)
 def test_whatever_the_run_what_to_take_is_said_with_numbers_or_not_at_all(
     tmp_path: Path, shape: str, kept: bool
 ) -> None:

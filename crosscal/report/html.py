@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosscal.evaluation import PERPLEXITY, TEST
 from crosscal.files import write_whole
@@ -25,6 +26,9 @@ from crosscal.report.run_files import CalibrationText, RunFiles, read_run
 from crosscal.report.study_page import study_section
 from crosscal.report.sufficiency import gap_sentences
 from crosscal.report.table import TEXT_COLUMNS, mixture_text, summary_table
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MOST_LAYER_VARIANTS = 4
 MOST_LEFT_DENSE = 200
@@ -52,6 +56,12 @@ def write_report(run_dir: Path) -> Path:
 
 def render(files: RunFiles) -> str:
     """The page as text."""
+    return _template().render(**_context(files))
+
+
+@cache
+def _template() -> Template:
+    """Compiled once a process."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -63,7 +73,7 @@ def render(files: RunFiles) -> str:
     )
     environment.filters.update(number=number_text, short=short_text, share=percent_text, mixture=mixture_text)
     environment.filters.update(duration=_duration, size=_size)
-    return environment.get_template("report.html.j2").render(**_context(files))
+    return environment.get_template("report.html.j2")
 
 
 def _context(files: RunFiles) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""Processes of their own, forked from one that has imported everything already: to be killed, or to be measured."""
+"""Processes forked from one that has imported everything already: to be killed, measured, or questioned."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import io
 import multiprocessing
+import runpy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -24,6 +29,34 @@ def peak_bytes(work: Callable[[Input], object], first: Input, then: Input, *, th
     takes what the libraries take once."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(_peak_bytes, work, first, then, threads).result()
+
+
+def modules_after(work: Callable[[], object]) -> set[str]:
+    """Packages that a fresh process has imported when it has done this."""
+    with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
+        return pool.submit(_modules_after, work).result()
+
+
+def _modules_after(work: Callable[[], object]) -> set[str]:
+    work()
+    return {name.partition(".")[0] for name in sys.modules}
+
+
+def script_output(script: Path, *arguments: str) -> str:
+    """What `python SCRIPT ARGUMENTS` prints; an error where it ends with one."""
+    with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
+        return pool.submit(_script_output, script, arguments).result()
+
+
+def _script_output(script: Path, arguments: tuple[str, ...]) -> str:
+    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"{script.name} ended with {end.code}") from None
+    return printed.getvalue()
 
 
 def _peak_bytes(work: Callable[[Input], object], first: Input, then: Input, threads: int) -> int:
