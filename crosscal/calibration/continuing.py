@@ -62,7 +62,7 @@ def continued_windows(
     seeds: Seeds,
     *,
     temperature: TemperatureSchedule = TemperatureSchedule(),  # noqa: B008  a frozen value
-    batch: int = BATCH,
+    batch: int | None = None,
     at_once: int | None = None,
     device: str = "cpu",
     max_length: int | None = None,
@@ -85,7 +85,7 @@ def continued_windows(
             got=f"prefixes of {seeds.prefix_tokens} tokens for texts of {request.length}",
             do="Lower `prefix_tokens`.",
         )
-    begin = begin_token(tokenizer, request.begin_token)
+    begin, batch = begin_token(tokenizer, request.begin_token), batch or min(BATCH, request.windows)
     provenance = {
         "source": "model",
         "rule": 2,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GENERATIONS = "generations"
 BATCH = 32
-"""Sequences that are written together and stored together: on a CPU half the time a token of 8."""
+"""Most sequences that are written together and stored together: on a CPU half the time a token of 8."""
 MIN_MEAN_TOKENS = 8
 """A model whose texts are shorter than this on average is not writing."""
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ def generate_windows(
     *,
     temperature: TemperatureSchedule = TemperatureSchedule(),  # noqa: B008  a frozen value
     first_tokens: Sequence[str] | None = STOP_WORDS,
-    batch: int = BATCH,
+    batch: int | None = None,
     at_once: int | None = None,
     device: str = "cpu",
     max_length: int | None = None,
@@ -85,7 +85,7 @@ def generate_windows(
     }
     provenance = {**settings, **dataclasses.replace(request, plain_text=False).provenance(begin)}
     writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device, at_once)
-    texts = _Texts(store, writer, settings, batch)
+    texts = _Texts(store, writer, settings, batch or min(BATCH, request.windows))
     tokens_SL = stored_windows(store, provenance, lambda: texts.windows(request, begin, progress))
     return CalibrationSet(tokens_SL, provenance, notes)
 
