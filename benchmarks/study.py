@@ -1,14 +1,15 @@
 """Which calibration text, which mixture, and how sure, on a real pretrained model: the product's own `crosscal study`.
 
     python benchmarks/study.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--domains biomedical legal]
-                               [--parts mixing levels methods texts alps] [--draws 3] [--calibration-windows 64]
-                               [--windows 16 8] [--questions 64] [--most N] [--home STORE] [--dry]
+                               [--parts mixing questions levels methods texts alps] [--draws 3]
+                               [--alphas 0 0.25 0.5 1 auto] [--calibration-windows 64] [--windows 16 8]
+                               [--questions 64] [--most N] [--home STORE] [--dry]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
 
-* mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both, one of them found by `auto`;
-  continuation questions as well;
+* mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both, one of them found by `auto` (`--alphas`);
+* questions: the same without `auto`, asked which of four texts is the true continuation of one of the corpora's;
 * levels: SparseGPT at 60 % and 2:4, with fewer mixtures;
 * methods: magnitude and Wanda at 50 %, 60 % and 2:4;
 * texts: SparseGPT at 50 % on text that the model wrote from nothing (self) or from beginnings of the domain's
@@ -44,15 +45,17 @@ from crosscal.report.rows import StudyRow, read_rows
 from crosscal.warm_up import warm_up
 
 DOMAINS = ("biomedical", "legal")
+ALPHAS = [0.0, 0.25, 0.5, 1.0, "auto"]
 LEVELS = [0.5, 0.6, "2:4"]
-PARTS = ("mixing", "levels", "methods", "texts", "alps")
+PARTS = ("mixing", "questions", "levels", "methods", "texts", "alps")
 DRY_MODEL = "llama-mix-8m"
 
 
-def compress(part: str, domain: str) -> list[dict[str, Any]]:
+def compress(part: str, domain: str, alphas: list[float | str]) -> list[dict[str, Any]]:
     sparsegpt, few = {"method": "sparsegpt", "sparsity": 0.5}, {"domain": domain, "alpha": [0, 0.5, 1]}
     return {
-        "mixing": [{**sparsegpt, "domain": domain, "alpha": [0, 0.25, 0.5, 1, "auto"]}],
+        "mixing": [{**sparsegpt, "domain": domain, "alpha": alphas}],
+        "questions": [{**sparsegpt, "domain": domain, "alpha": [0, 0.25, 0.5, 1]}],
         "levels": [{**sparsegpt, **few, "sparsity": LEVELS[1:]}],
         "methods": [{"method": "magnitude", "sparsity": LEVELS}, {"method": "wanda", "sparsity": LEVELS, **few}],
         "texts": [{**sparsegpt, "mixture": texts(domain)}],
@@ -70,7 +73,8 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
     corpora = {name: str(testbed / "corpora" / name) for name in ("general", domain)}
     seeded = {"source": "self", "seeds": domain, "prefix_tokens": 4 if options.dry else 32}
     written = {"self": "self", "self-seeded": seeded, "random": "random"} if part == "texts" else {}
-    questions = [str(testbed / "eval" / name / "continuation_test.jsonl.zst") for name in corpora]
+    asked = corpora if part == "questions" else ()
+    questions = [str(testbed / "eval" / name / "continuation_test.jsonl.zst") for name in asked]
     dry = options.dry
     length, windows = (64, 8) if dry else (512, options.calibration_windows)
     return parse_plan(
@@ -78,13 +82,13 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
             "model": str(model),
             "corpora": {**corpora, **written},
             "calibration": {"windows": windows, "length": length, "held_out_windows": windows // 8},
-            "compress": compress(part, domain),
+            "compress": compress(part, domain, options.alphas),
             "evaluate": {
                 "windows": 4 if dry else options.windows[0],
                 "validation_windows": 2 if dry else options.windows[1],
-                "tasks": questions if part == "mixing" and options.questions else [],
-                "limit": options.questions or None,
-                "allow_leaks": [f"{name}_continuation_test" for name in corpora] if options.questions else False,
+                "tasks": questions,
+                "limit": options.questions,
+                "allow_leaks": [f"{name}_continuation_test" for name in asked],
             },
             "execution": {"device": "cpu"},
             "study": {"draws": options.draws, "baseline": ["general", "domain"], "models_at_once": 8},
@@ -125,7 +129,8 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=64, help="of 512 tokens, a corpus")
     parser.add_argument("--windows", nargs=2, type=int, default=[16, 8], help="of 512 tokens: test, validation")
     parser.add_argument("--most", type=int, help="sets of 8 models that a part carries out in this call; 0: none")
-    parser.add_argument("--questions", type=int, default=64, help="of each corpus, in the part `mixing`")
+    parser.add_argument("--questions", type=int, default=64, help="of each corpus, in that part")
+    parser.add_argument("--alphas", nargs="+", type=lambda a: a if a == "auto" else float(a), default=ALPHAS)
     parser.add_argument("--home", default=".crosscal-study")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dry", action="store_true", help="a small model and few windows; nothing is written")
