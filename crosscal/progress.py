@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 Report = Callable[[str, int, int | None], None]
 """Called with (what, done, total or None) as work goes on; cheap to call often."""
+Progress = Callable[[int, int], None]
+"""Called with (done, total) by work that is one thing."""
 
 LOG_EVERY_SECONDS = 10.0
 REMIND_EVERY_SECONDS = 60.0
@@ -97,21 +99,13 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _bars() -> Iterator[Report]:
+    from rich import progress as bar
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    times = (bar.TimeElapsedColumn(), bar.TextColumn("left:"), bar.TimeRemainingColumn())
+    columns = (bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn(), *times)
+    bars: dict[str, bar.TaskID] = {}
+    with bar.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in bars:

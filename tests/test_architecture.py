@@ -43,7 +43,7 @@ ROOMS = {
         {"torch", "numpy", "pyarrow", "fsspec", "tenacity"},
     ),
     "files": (set(), {"zstandard"}),
-    "corpora": ({"errors", "files", "store"}, {"pyarrow", "datasets", "numpy"}),
+    "corpora": ({"errors", "files", "progress", "store"}, {"pyarrow", "datasets", "numpy"}),
     # MinHash and its index are datasketch's
     "selection": (
         {"errors", "files", "lanes", "progress", "store", "corpora"},
@@ -54,7 +54,10 @@ ROOMS = {
     "publication": ({"errors", "store", "evaluation"}, set()),
     "usage": ({"errors", "store", "publication"}, set()),
     # jinja2: what chat templates raise
-    "calibration": ({"errors", "store", "corpora"}, {"torch", "numpy", "pyarrow", "transformers", "jinja2"}),
+    "calibration": (
+        {"errors", "progress", "store", "corpora"},
+        {"torch", "numpy", "pyarrow", "transformers", "jinja2"},
+    ),
     "models": (
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
@@ -62,7 +65,7 @@ ROOMS = {
     # test windows are cut as calibration windows are, and read in lanes; scipy has Student's t; questions come in
     # Parquet, too; rouge_score compares summaries
     "evaluation": (
-        {"errors", "files", "lanes", "calibration"},
+        {"errors", "files", "lanes", "progress", "calibration"},
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow", "rouge_score"},
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),

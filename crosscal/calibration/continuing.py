@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from crosscal.calibration.cutting import cut
-from crosscal.calibration.generation import BATCH, GENERATIONS, MIN_MEAN_TOKENS, Progress, seed_of
+from crosscal.calibration.generation import BATCH, GENERATIONS, MIN_MEAN_TOKENS, seed_of
 from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule, Written
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
 from crosscal.corpora import Shard
 from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import CalibrationError
+from crosscal.progress import Progress
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:

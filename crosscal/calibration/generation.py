@@ -9,7 +9,7 @@ from __future__ import annotations
 # Shapes: S windows, L tokens in a window.
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_wind
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.calibration.tokens import begin_token, end_token, ordinary_tokens
 from crosscal.errors import CalibrationError
+from crosscal.progress import Progress
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ BATCH = 32
 """Most sequences that are written together and stored together: on a CPU half the time a token of 8."""
 MIN_MEAN_TOKENS = 8
 """A model whose texts are shorter than this on average is not writing."""
-Progress = Callable[[int, int], None]
-"""Called with tokens so far and tokens needed."""
 
 
 def generate_windows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from crosscal.corpora.splits import SPLITS, assign
 from crosscal.corpora.spool import Spool
 from crosscal.corpora.usable import nothing_usable
 from crosscal.errors import UsageError
+from crosscal.progress import Report
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.refs import again_on_conflict
 
-Progress = Callable[[str, int, int | None], None]
 PROGRESS_DOCUMENTS = 1000
 ATTEMPTS = 10
 
@@ -58,7 +58,7 @@ def ingest(
     replace: bool = False,
     with_removed: bool = True,
     limits: DocumentLimits = DocumentLimits(),  # noqa: B008  a frozen value
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> IngestReport:
     """Read files, folders, globs or hub datasets into the corpus `name`.
 
@@ -99,7 +99,7 @@ def _candidates(
     text: str,
     revision: str | None,
     limits: DocumentLimits,
-    progress: Progress | None,
+    progress: Report | None,
 ) -> Iterator[tuple[str | None, Document | Reject]]:
     count = 0
     for source in found:

@@ -16,11 +16,10 @@ import torch
 from crosscal.evaluation.logits import Reader, reading
 from crosscal.evaluation.measurement import Measurement
 from crosscal.lanes import each_side_by_side, side_by_side
+from crosscal.progress import Progress
 
 Batch = tuple[int, Callable[[], Any]]
 """How many windows or questions, and what reads them."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total) as work goes on."""
 
 
 class Subject(Protocol):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.batches import Progress
 from crosscal.evaluation.in_memory import leaves_of
 from crosscal.evaluation.logits import rows_at_once
 from crosscal.evaluation.measurement import Measurement
 from crosscal.evaluation.question_files import FORMS
 from crosscal.evaluation.tasks import TextTask
+from crosscal.progress import Progress
 
 _log = logging.getLogger(__name__)
 MOST_QUESTIONS = 32

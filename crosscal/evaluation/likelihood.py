@@ -18,9 +18,10 @@ import torch
 from crosscal.calibration.packing import fill
 from crosscal.calibration.tokens import EncodedDocuments, Readable, begin_token, chat_begin_token
 from crosscal.errors import EvaluationError, TooLittleText
-from crosscal.evaluation.batches import Batch, Progress, read_each
+from crosscal.evaluation.batches import Batch, read_each
 from crosscal.evaluation.logits import Reader
 from crosscal.evaluation.measurement import PERPLEXITY, Measurement
+from crosscal.progress import Progress
 
 NLL_DECIMALS = 7
 """Of what is kept of each window: paired differences of interest are a thousand times as large."""

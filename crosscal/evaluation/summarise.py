@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
@@ -15,11 +15,11 @@ from typing import Any
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.faithfulness import Judge, risk_ratio
 from crosscal.evaluation.measurement import TEST, Measurement
+from crosscal.progress import Progress
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 FAITHFULNESS, RISK_RATIO = "faithfulness", "risk_ratio"
 PROMPT = "{document}\n\nTL;DR:"
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

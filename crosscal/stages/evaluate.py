@@ -19,7 +19,7 @@ from crosscal.calibration import tokenizer_digest
 from crosscal.calibration.tokens import begin_token
 from crosscal.corpora import Corpus
 from crosscal.evaluation import TEST, Measurement, QuestionSuite
-from crosscal.evaluation.batches import Progress, read_each
+from crosscal.evaluation.batches import read_each
 from crosscal.evaluation.choices import Choices
 from crosscal.evaluation.harness import NamedTask, measure_named
 from crosscal.evaluation.likelihood import Windows
@@ -28,7 +28,7 @@ from crosscal.evaluation.tasks import LocalTask, Task
 from crosscal.models.adapter import adapter_files
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
-from crosscal.progress import Report, silent
+from crosscal.progress import Progress, Report, silent
 from crosscal.stages.by_blocks import texts_read
 from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
