@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
 from crosscal.calibration.generation import first_token_ids
@@ -75,6 +76,12 @@ def test_a_sequence_does_not_depend_on_those_beside_it(model):
     rows = sampler.write(range(16), seed=7)
     assert [sampler.write(range(number, number + 1), seed=7) for number in range(16)] == [[row] for row in rows]
     assert dataclasses.replace(sampler, at_once=5).write(range(3, 16), seed=7) == rows[3:]
+
+
+def test_a_model_without_such_a_cache_is_an_error():
+    config = MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(CalibrationError, match="keeps no cache to write from"):
+        writer(MambaForCausalLM(config).eval()).write(range(2), seed=0)
 
 
 def test_as_many_sequences_as_fit(model):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crosscal.errors import UsageError
+from crosscal.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -90,7 +90,9 @@ class SequenceWriter:
         tokens_BT, cache = prompt_BP.to(self.device), None
         for step in range(self.length - prompt_BP.shape[1]):
             output = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            if (cache := output.get("past_key_values")) is None:
+                kind = type(output).__name__
+                raise CalibrationError("the model keeps no cache to write from", got=kind, do="Use real documents.")
             token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
                 nll[writing.numpy()] += _surprise(output, tokens_BT, token_B)
