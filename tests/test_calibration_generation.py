@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from crosscal.calibration import TemperatureSchedule, WindowRequest, generate_windows
 from crosscal.calibration.generation import first_token_ids
-from crosscal.calibration.sampling import SequenceWriter, sequences_that_fit
+from crosscal.calibration.sampling import SequenceWriter, sequence_bytes
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.errors import CalibrationError, UsageError
 from crosscal.store import Store
@@ -84,12 +84,16 @@ def test_a_model_without_such_a_cache_is_an_error():
         writer(MambaForCausalLM(config).eval()).write(range(2), seed=0)
 
 
-def test_as_many_sequences_as_fit(model):
-    config = model.config
-    layers = model(torch.zeros(1, 40).long()).past_key_values.layers
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    row = cache + 24 * config.vocab_size  # logits as they are, in float32, and in float64 twice
-    assert [sequences_that_fit(config, 40, 1, 4, many * row) for many in (0.5, 1, 3.5, 30)] == [1, 1, 3, 30]
+@pytest.mark.parametrize(("kv_heads", "times"), [(4, 1), (2, 2)])
+def test_a_sequence_takes_no_more_than_is_said(kv_heads: int, times: int):
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    cached = LlamaForCausalLM(config).eval()(torch.zeros(1, 40).long()).past_key_values.layers
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached)
+    sizes = {"blocks": 2, "hidden": 32, "vocabulary": 400, "itemsize": 4}
+    assert sequence_bytes(40, 7, **sizes) == times * cache + 7 * 400 * (4 + 4 + 8 + 8)
 
 
 def test_greedy_equals_generate(model):

@@ -84,6 +84,19 @@ def written(store: Store, source: ModelSource, dtype: torch.dtype) -> Sample:
     return sample_self(store, "self", source, DRAW, **settings, dtype=dtype, report=silent)
 
 
+def test_however_little_memory_is_free_the_same_text_is_written(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(tmp_path / "model")
+    source, other = ModelSource.open(tmp_path / "model"), Store(tmp_path / "other")
+    plenty = written(store, source, torch.float32)
+    monkeypatch.setattr(stage, "usable_bytes", lambda device: 0)
+    scarce = written(other, source, torch.float32)
+    assert scarce == plenty
+    key = plenty.calibration.apart[0].key
+    assert torch.equal(windows_by_key(store, key), windows_by_key(other, key))
+
+
 def test_a_model_writes_in_the_dtype_that_is_asked_for(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

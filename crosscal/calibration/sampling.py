@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from crosscal.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,11 @@ class SequenceWriter:
         return torch.searchsorted(cumulated_BV, sought_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
-def sequences_that_fit(config: PreTrainedConfig, length: int, prompt: int, itemsize: int, free_bytes: float) -> int:
-    """How many sequences of `length` tokens may be written side by side in so many bytes, one at least: keys and values
-    of every layer, and logits of the prompt, as they are, in float32, and twice in float64."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * width * length * itemsize
-    return max(1, int(free_bytes // (cache + prompt * text.vocab_size * (itemsize + 4 + 2 * 8))))
+def sequence_bytes(length: int, prompt: int, *, blocks: int, hidden: int, vocabulary: int, itemsize: int) -> int:
+    """Memory of writing one sequence beside others, at the most: keys and values of every block, which are as wide as
+    hidden states where heads do not share them, and logits of the prompt, as they are, in float32, and twice in
+    float64."""
+    return 2 * blocks * hidden * length * itemsize + prompt * vocabulary * (itemsize + 4 + 2 * 8)
 
 
 def _surprise(output: Any, tokens_BT: torch.Tensor, token_B: torch.Tensor) -> np.ndarray:

@@ -31,7 +31,7 @@ from crosscal.calibration import (
     tokenizer_digest,
 )
 from crosscal.calibration.chats import check_template
-from crosscal.calibration.sampling import sequences_that_fit
+from crosscal.calibration.sampling import sequence_bytes
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.corpora import Corpus
 from crosscal.corpora.corpus import TEMPLATE
@@ -245,10 +245,12 @@ def sample_self(
 
 
 def _sequences_at_once(source: ModelSource, draw: Draw, seeds: Seeds | None, device: str, dtype: torch.dtype) -> int:
-    """As many as half of what is free beside the model's weights has room for."""
+    """As many as half of what is free beside the model's weights has room for, one at least."""
     length, prompt = min(draw.length, source.max_positions or draw.length), 1 + (seeds.prefix_tokens if seeds else 0)
-    free = usable_bytes(device) - source.parameters * dtype.itemsize
-    return sequences_that_fit(source.config, length, prompt, dtype.itemsize, free / 2)
+    text = source.config.get_text_config()
+    sizes = {"blocks": source.blocks, "hidden": text.hidden_size, "vocabulary": text.vocab_size}
+    one = sequence_bytes(length, prompt, **sizes, itemsize=dtype.itemsize)
+    return max(1, (usable_bytes(device) - source.parameters * dtype.itemsize) // 2 // one)
 
 
 def _one(calibration: CalibrationSet) -> Sums:
