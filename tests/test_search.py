@@ -70,7 +70,7 @@ def test_on_a_line_the_best_eighth_is_found_in_seven_solves(seed: int) -> None:
     means = {step: geometric_mean(problem.solve([1 - step / 8, step / 8]), exponents) for step in range(9)}
     valleys = [s for s in range(9) if all(means[s] <= means[o] for o in (s - 1, s + 1) if o in means)]
     if len(valleys) == 1:
-        assert simplex.best_weights(tried, exponents)[1] == valleys[0] / 8
+        assert min(tried, key=lambda weights: geometric_mean(tried[weights], exponents))[1] == valleys[0] / 8
 
 
 @pytest.mark.parametrize(("seed", "corpora"), [*itertools.product(range(10), (3, 5))])
@@ -87,6 +87,23 @@ def test_over_several_corpora_no_step_is_worse_and_of_alike_ones_the_best_is_fou
     if apart < 1:
         assert min(means) <= 1.01 * problem.least(exponents)
     assert sum(simplex.best_weights(tried, exponents)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_of_alike_weights_those_are_taken_that_held_out_text_cannot_move(seed: int) -> None:
+    """The smallest mean, but for weights within a hundredth of it that are nearer to the exponents."""
+    chance = random.Random(seed)
+    problem, share = Quadratics(seed, 2, apart=chance.choice([0.2, 1.0])), chance.uniform(0.2, 0.8)
+    exponents = [1 - share, share]
+    tried = searched(problem.solve, exponents)
+    means = {weights: geometric_mean(losses, exponents) for weights, losses in tried.items()}
+    taken = simplex.best_weights(tried, exponents)
+    assert means[taken] <= 1.01 * min(means.values())
+    nearer = [weights for weights in tried if abs(weights[1] - share) < abs(taken[1] - share) - 1e-3]
+    assert all(means[weights] > 1.01 * min(means.values()) for weights in nearer)
+    half = [0.5, 0.5]
+    flat = {(1 - w, w): [1 + 0.01 * (w - 0.2) ** 2 + chance.uniform(0, 0.003)] * 2 for w in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    assert simplex.best_weights(flat, half) == (0.5, 0.5), "whatever the noise of a thousandth says"
 
 
 def test_a_corpus_that_counts_twice_gets_a_smaller_loss() -> None:

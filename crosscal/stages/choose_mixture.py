@@ -14,7 +14,7 @@ from typing import Any
 from crosscal.mixtures import Search
 from crosscal.search import line
 from crosscal.search.geometric_mean import geometric_mean
-from crosscal.search.simplex import Weights, best_weights, weights_to_try
+from crosscal.search.simplex import ALIKE, Weights, best_weights, weights_to_try
 from crosscal.stages.candidates import Candidate, losses_of
 from crosscal.stages.compress import Workshop
 from crosscal.statistics import Mixture
@@ -67,11 +67,14 @@ def candidates_wanted(shop: Workshop, variants: Sequence[Variant]) -> list[tuple
 
 
 def choice(shop: Workshop, variant: Variant) -> Choice:
-    """The mixture of the smallest geometric mean, once the search is over."""
+    """The mixture of the smallest geometric mean, or one alike, once the search is over."""
     search, (tried, wanted) = search_of(variant), replayed(shop, variant)
     assert not wanted, "its candidates are solved first"
     best = best_weights(tried, exponents_of(search))
-    reason = f"the smallest geometric mean among {len(tried)} mixtures that were solved; none was evaluated"
+    reason = (
+        f"of {len(tried)} mixtures that were solved, and those whose geometric mean is within {ALIKE:.0%} of the "
+        "smallest, the nearest to the corpora's own weights; none was evaluated"
+    )
     return choice_of(variant, best, tried, {}, reason)
 
 
