@@ -1,8 +1,8 @@
 """The weight between two corpora whose solution has the smallest geometric mean of the two losses.
 
 Five weights a quarter apart, then the middles on either side of the best: seven solves at most, in two rounds of which
-each reads a corpus's statistics once. Around its minimum the mean is so flat that weights finer than an eighth move it by
-less than a thousandth (benchmarks/alpha.py). Which one is taken: `crosscal.search.simplex.best_weights`.
+each reads a corpus's statistics once. Around its minimum the mean is so flat that weights finer than an eighth move it
+by less than a thousandth (benchmarks/alpha.py). Which is taken: `crosscal.search.simplex.best_weights`.
 """
 
 from __future__ import annotations
