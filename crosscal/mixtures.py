@@ -15,12 +15,15 @@ from crosscal.search import line, rule, simplex
 from crosscal.statistics import Mixture
 
 GENERAL = "general"
+RULE = 2
+"""Which weights are taken of those that were tried: a change bumps it."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """Weights that are to be found: those whose solution has the smallest Π_k E_k^(v_k), E_k being its mean relative
-    loss on held-out text of corpus k; or, with `general_within`, the best for the domain that a rule allows."""
+    """Weights that are to be found: those whose solution has the smallest Π_k E_k^(v_k), or one alike, E_k being its
+    mean relative loss on held-out text of corpus k; or, with `general_within`, the best for the domain that a rule
+    allows."""
 
     exponents: tuple[tuple[str, float], ...]
     """Corpus -> v, sorted by name; they sum to 1."""
@@ -87,7 +90,7 @@ class Search:
     @property
     def key(self) -> list[Any]:
         """All that the choice depends on besides the recipe and the data."""
-        return [AUTO, self.exponents, self.general_within, self.validation]
+        return [AUTO, RULE, self.exponents, self.general_within, self.validation]
 
     @property
     def _is_even(self) -> bool:
