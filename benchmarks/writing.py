@@ -23,6 +23,7 @@ from records import load_average, record, write
 from transformers import PreTrainedModel
 
 from crosscal.calibration import WindowRequest, generate_windows
+from crosscal.calibration.generation import BATCH
 from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.store import Store
@@ -77,7 +78,7 @@ def main() -> None:
     if options.before:
         found[f"before ({options.before[:7]}), batches of 8"] = of_commit(options.before, options)
     found["now, batches of 8"] = written(options, batch=8)
-    found["now, batches of 32"] = written(options)
+    found[f"now, batches of {min(BATCH, options.windows)}"] = written(options)
     name = options.model.resolve().name
     rows = [record(f"{name}, {way}", figure, value, "") for way, one in found.items() for figure, value in one.items()]
     for row in rows:
