@@ -166,9 +166,9 @@ def test_likelihoods_on_the_device(in_pieces: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("settings", [{}, {"first_ids": (70, 71, 300), "end": 71}], ids=str)
 def test_texts_are_written_on_the_device(settings: dict[str, Any], seen: Seen) -> None:
     seen.clear()
-    there = writer(tiny_llama().to("cuda"), device="cuda", length=12, **settings).write(4, seed=7)
+    there = writer(tiny_llama().to("cuda"), device="cuda", length=12, **settings).write(range(4), seed=7)
     assert sum(seen.waits.values()) <= 11, "the CPU waits once a token"
-    assert there == writer(tiny_llama(), length=12, **settings).write(4, seed=7)
+    assert there == writer(tiny_llama(), length=12, **settings).write(range(4), seed=7)
 
 
 def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:

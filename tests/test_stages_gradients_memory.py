@@ -46,7 +46,7 @@ def calibrated(folder: Path, hidden: int, inner: int) -> Path:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_peak_of_a_walk_back_is_what_the_preflight_says(tmp_path: Path, threads: int) -> None:
     small, large = calibrated(tmp_path / "small", 64, 128), calibrated(tmp_path / "large", HIDDEN, INNER)
-    peak = peak_bytes(walk_back, small, large, threads=threads)
+    peak = peak_bytes(walk_back, small, large, threads=threads, trimmed=True)
     source = ModelSource.open(large / "model")
     shapes = block_shapes(source, dense_cache(Store(large / "home"), source))
     said = walking_back_bytes(

@@ -86,7 +86,7 @@ class SequenceWriter:
         leaves the cache, and the others go on without it."""
         rows: list[list[int]] = prompt_BP.tolist()
         nll = np.zeros(len(rows))
-        writing = torch.arange(len(rows))
+        writing = list(range(len(rows)))
         tokens_BT, cache = prompt_BP.to(self.device), None
         for step in range(self.length - prompt_BP.shape[1]):
             output = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
@@ -95,15 +95,17 @@ class SequenceWriter:
                 raise CalibrationError("the model keeps no cache to write from", got=kind, do="Use real documents.")
             token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
-                nll[writing.numpy()] += _surprise(output, tokens_BT, token_B)
-            for row, token in zip(writing.tolist(), token_B.tolist(), strict=True):
+                nll[writing] += _surprise(output, tokens_BT, token_B)
+            sampled = token_B.tolist()  # a device is waited for here and nowhere else
+            for row, token in zip(writing, sampled, strict=True):
                 rows[row].append(token)
-            staying = (token_B != self.end).nonzero()[:, 0]
-            if not len(staying):
+            staying = [place for place, token in enumerate(sampled) if token != self.end]
+            if not staying:
                 break
             if len(staying) < len(writing):
-                cache.reorder_cache(staying)
-                writing, token_B = writing[staying.cpu()], token_B[staying]
+                places = torch.tensor(staying, device=token_B.device)
+                cache.reorder_cache(places)
+                writing, token_B = [writing[place] for place in staying], token_B[places]
             tokens_BT = token_B[:, None]
         return [Written(row, each / (len(row) - 1)) for row, each in zip(rows, nll.tolist(), strict=True)]
 

@@ -24,11 +24,13 @@ PROCESSES.set_forkserver_preload(["crosscal.flows.drive", "crosscal.landing", "t
 Input = TypeVar("Input")
 
 
-def peak_bytes(work: Callable[[Input], object], first: Input, then: Input, *, threads: int = 1) -> int:
+def peak_bytes(
+    work: Callable[[Input], object], first: Input, then: Input, *, threads: int = 1, trimmed: bool = False
+) -> int:
     """By how much memory grows while a fresh process does `work(then)`, which it has done with `first` before: that
-    takes what the libraries take once."""
+    takes what the libraries take once. `trimmed`: what the allocator keeps of it is given back in between."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
-        return pool.submit(_peak_bytes, work, first, then, threads).result()
+        return pool.submit(_peak_bytes, work, first, then, threads, trimmed).result()
 
 
 def modules_after(work: Callable[[], object]) -> set[str]:
@@ -59,11 +61,12 @@ def _script_output(script: Path, arguments: tuple[str, ...]) -> str:
     return printed.getvalue()
 
 
-def _peak_bytes(work: Callable[[Input], object], first: Input, then: Input, threads: int) -> int:
+def _peak_bytes(work: Callable[[Input], object], first: Input, then: Input, threads: int, trimmed: bool) -> int:
     torch.set_num_threads(threads)
     work(first)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    if trimmed:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
     start = peak = process.memory_info().rss
 
