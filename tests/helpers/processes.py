@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import io
 import multiprocessing
 import runpy
@@ -24,13 +22,11 @@ PROCESSES.set_forkserver_preload(["crosscal.flows.drive", "crosscal.landing", "t
 Input = TypeVar("Input")
 
 
-def peak_bytes(
-    work: Callable[[Input], object], first: Input, then: Input, *, threads: int = 1, trimmed: bool = False
-) -> int:
+def peak_bytes(work: Callable[[Input], object], first: Input, then: Input, *, threads: int = 1) -> int:
     """By how much memory grows while a fresh process does `work(then)`, which it has done with `first` before: that
-    takes what the libraries take once. `trimmed`: what the allocator keeps of it is given back in between."""
+    takes what the libraries take once."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
-        return pool.submit(_peak_bytes, work, first, then, threads, trimmed).result()
+        return pool.submit(_peak_bytes, work, first, then, threads).result()
 
 
 def modules_after(work: Callable[[], object]) -> set[str]:
@@ -61,12 +57,9 @@ def _script_output(script: Path, arguments: tuple[str, ...]) -> str:
     return printed.getvalue()
 
 
-def _peak_bytes(work: Callable[[Input], object], first: Input, then: Input, threads: int, trimmed: bool) -> int:
+def _peak_bytes(work: Callable[[Input], object], first: Input, then: Input, threads: int) -> int:
     torch.set_num_threads(threads)
     work(first)
-    if trimmed:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
     start = peak = process.memory_info().rss
 
