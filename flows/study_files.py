@@ -1,4 +1,4 @@
-"""The complete parts of a study as one run directory, and what they show together."""
+"""Combine the complete parts of a study into one run directory, with their comparison."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from crosscal.flows.steps import Stopwatch, step
 from crosscal.flows.study_parts import Part
 from crosscal.plan import CompressionPlan, Study, dump_plan
 from crosscal.report.groups import DENSE
-from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, WindowRow, write_rows
+from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow, ResultRow, WindowRow, write_rows
 from crosscal.report.run_files import read_run, rows_there
 from crosscal.report.study import study_rows
 from crosscal.tasks.results import make_report
 from crosscal.variants import variants
 
-Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow)
-OF_ONE = ("variant", "layer", "corpus_or_task", "corpus", "task", "split", "metric")
-"""What a row is of."""
+Row = TypeVar("Row", ResultRow, LayerRow, WindowRow, QuestionRow, DocumentRow)
+IDENTITY = ("variant", "layer", "corpus_or_task", "corpus", "task", "split", "metric")
+"""Fields that identify a row."""
 SUMMED = ("calibration_tokens", "calibration_tokens_read")
 
 
 def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: Stopwatch) -> dict[str, Any]:
-    """Write what all complete parts hold as one run's files, `study.jsonl` and the report; returns the record."""
+    """Write all complete parts as one run's files, with `study.jsonl` and the report; return the record."""
     complete = [part.folder for part in parts if part.is_complete]
     order = {name: number for number, name in enumerate([DENSE, *(variant.name for variant in variants(plan))])}
     _write_together(folder, complete, "results.jsonl", ResultRow, order)
     _write_together(folder, complete, "windows.jsonl", WindowRow, order)
     _write_together(folder, complete, "questions.jsonl", QuestionRow, order)
+    _write_together(folder, complete, "summaries.jsonl", DocumentRow, order)
     _write_together(folder, complete, "layers.jsonl", LayerRow, order)
     if complete:
         write_whole(folder / "samples.json", (complete[0] / "samples.json").read_text(encoding="utf-8"))
@@ -42,7 +43,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
     for stage, seconds in watch.seconds.items():
         record["stages"][stage] = record["stages"].get(stage, 0.0) + seconds
     asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
-    (folder / "study.jsonl").unlink(missing_ok=True)  # an earlier version's is no hindrance
+    (folder / "study.jsonl").unlink(missing_ok=True)  # `read_run` might not parse an earlier version's
     write_rows(folder / "study.jsonl", study_rows(read_run(folder), asked.baseline))
     write_run_record(folder, record)
     if complete:
@@ -51,7 +52,7 @@ def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: 
 
 
 def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The records of several runs as one: sums of what was done, the first one's circumstances, every note once."""
+    """Merge the records of several runs: sums of costs, each note once, everything else from the first record."""
     merged: dict[str, Any] = {"stages": {}, "cache": {"hits": 0, "misses": 0}, **dict.fromkeys(SUMMED, 0)}
     merged |= {"notes": [], "failed": {}, "calibration_quality": {}, "choices": []}
     for record in records:
@@ -75,11 +76,8 @@ def _write_together(folder: Path, parts: Sequence[Path], name: str, kind: type[R
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:
-    """Every part measures the dense model, which is one."""
+    """Drop repeated rows, since every part measures the dense model."""
     found: dict[Any, Row] = {}
     for row in rows:
-        what = [
-            getattr(row, name, None) for name in ("variant", "layer", "corpus_or_task", "corpus", "split", "metric")
-        ]
-        found.setdefault(tuple(what), row)
+        found.setdefault(tuple(getattr(row, name, None) for name in IDENTITY), row)
     return list(found.values())

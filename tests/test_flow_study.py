@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from crosscal.tasks import evaluation
 from tests.helpers.tiny_place import Place, crosscal, make_place, values
+from tests.helpers.tiny_text import SENTENCES
 
 COMPRESS = [
     {"method": "sparsegpt", "sparsity": 0.5, "domain": "legal", "alpha": [0, 0.5, 1]},
@@ -46,15 +48,27 @@ def test_parts_give_what_one_run_gives_and_hold_so_many_models_at_a_time(
         return measure(*arguments, **more)
 
     monkeypatch.setattr(evaluation, "measure", counting)
+    asked = [{"question": f"{one} Is it so?", "choices": ["yes", "no"], "answer": 0} for one in SENTENCES]
+    papers = [{"text": f"{one} {two}", "short": two} for one, two in itertools.pairwise(SENTENCES)]
+    for name, records in (("first", asked), ("second", asked[:4]), ("papers", papers[:3])):
+        (place.folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    summaries = {"summaries": "papers.jsonl", "document": "text", "reference": "short", "new_tokens": 4}
+    measured = {**WINDOWS, "tasks": ["first.jsonl", "second.jsonl", summaries]}
+    place.write_plan(compress=COMPRESS, evaluate=measured, study={"draws": 2, "models_at_once": 2})
     record = study(place)
     assert record["parts"] == {"complete": 4, "of": 4}
     assert max(at_once) == 2
     assert not list(place.folder.glob("study/**/*.safetensors")), "models are discarded once measured"
 
     calibration = {"windows": 8, "length": 32, "held_out_windows": 4, "seed": [0, 1]}
-    place.write_plan(compress=COMPRESS, evaluate=WINDOWS, calibration=calibration)
+    place.write_plan(compress=COMPRESS, evaluate=measured, calibration=calibration)
     place.run("--home", str(place.folder / "another home"))
     assert sorted(values(place.folder / "study" / "results.jsonl")) == sorted(values(place.run_dir / "results.jsonl"))
+    for name in ("windows.jsonl", "questions.jsonl", "summaries.jsonl"):
+        one, together = (
+            sorted(map(json.dumps, rows(folder / name))) for folder in (place.run_dir, place.folder / "study")
+        )
+        assert together == one, name
 
 
 def test_it_goes_on_where_it_stopped_and_a_further_draw_costs_that_draw(place: Place) -> None:
