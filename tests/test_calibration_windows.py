@@ -124,7 +124,8 @@ def test_everything_that_matters_has_its_own_set(store, shard):
 def test_less_than_a_window_stays_in_the_pool(store, shard, split):
     pool = draw(store, shard, WindowRequest(1, 100_000, split=split))
     assert pool.parts == ()
-    tokens = sum(len(tiny_tokenizer()(text)["input_ids"]) + 1 for text in documents(store, shard, split))
+    tokenizer = tiny_tokenizer()
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents(store, shard, split))
     assert len(pool.rest) == tokens
 
 

@@ -75,8 +75,8 @@ def pool_of(
 
 
 def tokens_of(store: Store, corpus: Corpus, split: str = "train") -> int:
-    found = (text for shard in corpus.shards for text in documents(store, shard, split))
-    return sum(len(tiny_tokenizer()(text)["input_ids"]) + 1 for text in found)
+    found, tokenizer = (text for shard in corpus.shards for text in documents(store, shard, split)), tiny_tokenizer()
+    return sum(len(tokenizer(text)["input_ids"]) + 1 for text in found)
 
 
 # --- what enters -----------------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def test_every_token_enters_or_waits_however_it_lands(tmp_path: Path, size: int,
     assert pool.tokens_used + len(pool.rest) == tokens_of(store, corpus, split)
     assert all(part.weight == 1 for part in pool.parts)
     everything = sorted(drawn.flatten().tolist() + list(pool.rest))
-    found = (text for shard in corpus.shards for text in documents(store, shard, split))
-    assert everything == sorted(token for text in found for token in (*tiny_tokenizer()(text)["input_ids"], 1))
+    found, tokenizer = (text for shard in corpus.shards for text in documents(store, shard, split)), tiny_tokenizer()
+    assert everything == sorted(token for text in found for token in (*tokenizer(text)["input_ids"], 1))
 
 
 @pytest.mark.parametrize("size", [1, 6, 50, 150])
@@ -108,8 +108,8 @@ def test_every_token_enters_once_where_windows_begin_with_one_of_their_own(tmp_p
     assert (drawn[:, 1] != 0).all()
     assert pool.tokens_used + len(pool.rest) == tokens_of(store, corpus)
     everything = sorted(token for token in drawn.flatten().tolist() + list(pool.rest) if token)
-    found = (text for shard in corpus.shards for text in documents(store, shard, "train"))
-    assert everything == sorted(token for text in found for token in (*tiny_tokenizer()(text)["input_ids"][1:], 1))
+    found, tokenizer = (text for shard in corpus.shards for text in documents(store, shard, "train")), tiny_tokenizer()
+    assert everything == sorted(token for text in found for token in (*tokenizer(text)["input_ids"][1:], 1))
 
 
 def test_the_same_documents_have_the_same_share_in_one_file_or_in_many_in_any_order(tmp_path: Path) -> None:
