@@ -1,6 +1,6 @@
-"""Calibrate once, compress every way: the values of a run and the compression methods.
+"""Public API of crosscal: calibrate once, then prune and quantize from cached layer Hessians.
 
-Names are imported when they are first used, so that `import crosscal` costs nothing.
+Names are imported on first use, so that `import crosscal` loads no heavy dependency.
 """
 
 from __future__ import annotations

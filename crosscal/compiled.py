@@ -1,4 +1,4 @@
-"""Loops compiled by Numba; other threads of Python run while one of them runs."""
+"""Loops compiled by Numba. They release the GIL, so that other Python threads run meanwhile."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numba
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as machine code, made on its first call with arguments of a kind.
+    """Return the function compiled to machine code, on its first call with each combination of argument types.
 
-    The code is kept beside Python's bytecode, or in the user's cache folder, and trusted as much as they are; where
-    neither can be written each process compiles anew. Products and sums may be fused; nothing else of floating-point
-    arithmetic is relaxed, and a division by zero is what it is in numpy.
+    The code is cached beside Python's bytecode or in the user's cache folder, and trusted as much as these are. If
+    neither is writable, each process compiles again. Products and sums may be fused (`contract`); no other
+    floating-point rule is relaxed, and division by zero behaves as in numpy.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no place for the code
+    except RuntimeError:  # no writable cache folder
         return numba.njit(**options)(function)
 
 
 def run_loops(loops: Sequence[Callable[[], object]], threads: int) -> None:
-    """Run compiled loops that do not touch each other's results, so many at once at most."""
+    """Run compiled loops that write to disjoint results, at most `threads` at a time."""
     if min(threads, len(loops)) <= 1:
         for loop in loops:
             loop()

@@ -1,14 +1,15 @@
-"""Every error crosscal raises on purpose: what happened, where, what was got, what to do.
+"""Every error that crosscal raises on purpose. Its parts: what happened, where, the value found, the remedy.
 
 CrosscalError             exit code 1
 ├── UsageError            exit code 2: the request itself is wrong
 │   └── PlanError         a field of the plan
 ├── CorpusError           documents: unreadable, unusable, too few
+│   └── NoColumn          records without the text column that was asked for
 ├── CalibrationError      windows cannot be drawn or generated
 │   └── TooLittleText     documents do not fill one window yet; an EvaluationError as well
 ├── ModelError            a checkpoint that cannot be read
 │   └── UnsupportedModel  a module the walker does not know how to handle
-├── StatisticsError       numbers a solve cannot start from
+├── StatisticsError       statistics that cannot be solved from
 │   ├── EmptyStatistics
 │   ├── NotFinite
 │   └── NotPositiveDefinite
@@ -44,7 +45,7 @@ class CrosscalError(Exception):
         return f"{head}. {self.do}" if self.do else head
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The same failure, told by names that users know, for instance a corpus's in place of a digest."""
+        """Return the same error with `names` replaced by names that users know, e.g. a digest by a corpus name."""
 
         def told(text: str) -> str:
             return functools.reduce(lambda so_far, name: so_far.replace(name, names[name]), names, text)
@@ -52,12 +53,12 @@ class CrosscalError(Exception):
         return type(self)(told(self.what), where=told(self.where), got=told(self.got), do=told(self.do))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions travel between processes; the default would call the class with the message alone.
+        # Exceptions are pickled between processes; the default would pass the class only the message.
         return _rebuild, (type(self), self.what, self.where, self.got, self.do)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say of an unknown name: the one most like it, and all that there are."""
+    """Return the hint for an unknown name: the closest known name, and all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"Did you mean `{close[0]}`? " if close else "") + f"There are: {', '.join(known) or 'none yet'}."

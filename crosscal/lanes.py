@@ -1,8 +1,8 @@
-"""Work side by side on a CPU's cores.
+"""Run jobs in parallel worker threads ("lanes") on the cores of a CPU.
 
-The products of one layer are small and follow one another: two threads inside each operation wait for each other a
-good part of the time. A lane is a thread with one core (or a few) to itself, which works on its own batch or site from
-beginning to end. Several threads may work in lanes at once, each with the number of threads that is its own.
+The products of one layer are small, and intra-op threading scales poorly for matrices this small. A lane is a worker
+thread with one core (or a few) of its own; it processes its own batch or site from beginning to end. Several threads
+may start lanes at the same time, each with its own number of torch threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-_USUAL_THREADS = threading.Lock()  # held while torch's number of threads for threads to come is another one
+_USUAL_THREADS = threading.Lock()  # held while torch's default for new threads is changed
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BYTES = 2**25  # glibc takes no more
@@ -36,7 +36,7 @@ def side_by_side(
     most: int | None = None,
     threads_each: int | None = None,
 ) -> list[T]:
-    """The jobs' results in their order, as `each_side_by_side` gives them."""
+    """Return the results of all jobs in their order; see `each_side_by_side`."""
     return list(each_side_by_side(jobs, device, most=most, threads_each=threads_each))
 
 
@@ -47,14 +47,14 @@ def each_side_by_side(
     most: int | None = None,
     threads_each: int | None = None,
 ) -> Iterator[T]:
-    """The jobs' results in their order; they start in that order, as many at once as there are lanes.
+    """Run the jobs in lanes and yield their results in order. Jobs start in order, one at a time in each lane.
 
-    On a CPU there are as many lanes as torch has threads in the calling thread, `most` at most, and they share these
-    threads out; torch's roundoff then depends on how many there are. With `threads_each=1` it does not: every job
-    computes with one thread, also where there are fewer jobs than threads. On a GPU there is one lane.
+    On a CPU there is one lane for each torch thread of the calling thread, at most `most`, and the lanes share these
+    threads; torch's roundoff then depends on the number of threads. With `threads_each=1` it does not: every job
+    computes with one thread, even if there are fewer jobs than threads. On a GPU there is one lane.
 
-    Once a job has failed, or the caller has left, no further one starts. The error is raised once those running have
-    ended; of several, that of the job that comes first.
+    After a job fails, or the caller stops iterating, no further job starts. The error is raised after the running jobs
+    have ended; of several errors, that of the first job in order.
     """
     on_cpu, threads = torch.device(device).type == "cpu", torch.get_num_threads()
     _keep_freed_memory()
@@ -70,7 +70,7 @@ def each_side_by_side(
         for thread in at_work:
             thread.start()
         while answers:
-            yield answers.popleft().result()  # let go: results may be large
+            yield answers.popleft().result()  # frees the result, which may be large
     finally:
         lane.left.clear()
         for thread in at_work:
@@ -82,16 +82,16 @@ def each_side_by_side(
 @dataclass(frozen=True, eq=False)
 class _Lane(Generic[T]):
     left: deque[tuple[Future[T], Callable[[], T]]]
-    """Jobs not begun. Who takes one runs it: others may be waiting for their turn behind it."""
+    """Jobs not started. A thread that takes a job must run it: later jobs may be waiting for its turn."""
     threads: int
     wants_gradients: bool
 
     def work(self) -> None:
-        """Take one job after another, until none is left or one fails. To be called in a new thread."""
+        """Run jobs until none is left or one fails. Call this in a new thread."""
         answer: Future[T] = Future()
         try:
             _compute_with(self.threads)
-            with torch.set_grad_enabled(self.wants_gradients):  # it is each thread's own
+            with torch.set_grad_enabled(self.wants_gradients):  # grad mode is per thread
                 while taken := self._taken():
                     answer, job = taken
                     answer.set_result(job())
@@ -110,10 +110,10 @@ class _Lane(Generic[T]):
 
 
 def _compute_with(threads: int) -> None:
-    """From now on torch computes with so many threads in this new thread.
+    """Set the number of torch threads of this new thread, and of no other thread.
 
-    torch keeps the number with the thread, and the last one set for threads to come, which take it over when they
-    first ask. Here this thread has asked, and those to come get what they would have got.
+    torch stores the number per thread and uses the last number set as the default of new threads, which read it on
+    first use. This thread has read it (`get_num_threads`), and a helper thread restores the default.
     """
     with _USUAL_THREADS:
         usual = torch.get_num_threads()
@@ -125,32 +125,32 @@ def _compute_with(threads: int) -> None:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Have glibc use freed memory again for tensors up to `LARGE_BYTES`, instead of handing it to the system and asking
-    for it anew: zeroing fresh pages was a fifth of measuring a small model. Once, for the whole process."""
+    """Have glibc reuse freed memory for tensors up to `LARGE_BYTES` instead of returning it to the system: zeroing
+    fresh pages took a fifth of the time of measuring a small model. Runs once per process."""
     for setting, size in ((M_MMAP_THRESHOLD, LARGE_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES)):
         _glibc("mallopt", setting, size)
 
 
 def _give_memory_back() -> None:
-    """What threads have freed and glibc has kept for each, up to 150 MiB here: others should have the use of it."""
+    """Return to the system what threads freed and glibc kept for each of them, up to 150 MiB here."""
     _glibc("malloc_trim", 0)
 
 
 def _glibc(function: str, *arguments: int) -> None:
-    """Call it where there is glibc; elsewhere nothing is done."""
+    """Call a glibc function; do nothing on other systems."""
     if sys.platform == "linux" and (found := getattr(ctypes.CDLL(None), function, None)) is not None:
         found(*arguments)
 
 
 class Behind:
-    """Does things one after another in a thread of its own, at most one behind whoever hands them over."""
+    """A background thread that runs one job at a time; submitting a job waits for the previous one."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._last: Future[object] | None = None
 
     def hand_over(self, job: Callable[[], object]) -> None:
-        """Wait for the last thing, raise what it raised, and have the next one begun."""
+        """Wait for the previous job, re-raise its error, and start `job`."""
         self._wait()
         self._last = self._pool.submit(job)
 
@@ -168,7 +168,7 @@ class Behind:
 
 
 class Turns:
-    """Lets lanes do something in the order of their jobs' numbers, 0, 1, 2, …: a sum then does not depend on lanes."""
+    """Orders critical sections of lanes by job number 0, 1, 2, …, so that a sum does not depend on the lanes."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -177,7 +177,7 @@ class Turns:
 
     @contextmanager
     def turn(self, key: Hashable, number: int) -> Iterator[None]:
-        """Inside, every smaller number has had its turn with this key, or is over, and no other number has it."""
+        """Enter once every smaller number has had its turn with this key or is over; one number is inside at a time."""
         with self._changed:
             self._changed.wait_for(lambda: self._reached(key, number))
         try:
@@ -189,7 +189,7 @@ class Turns:
 
     @contextmanager
     def job(self, number: int) -> Iterator[None]:
-        """What a job does under its number stands inside; behind it nobody waits for that number any more."""
+        """Enclose the work of a job; after it, no thread waits for the job's number any more."""
         try:
             yield
         finally:

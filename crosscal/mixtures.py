@@ -1,4 +1,4 @@
-"""What an entry of a plan says of its mixture of corpora: the weights, or that they are to be found."""
+"""Mixtures of corpora that the entries of a plan ask for: given weights, or a search for them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from crosscal.statistics import Mixture
 
 GENERAL = "general"
 RULE = 2
-"""Which weights are taken of those that were tried: a change bumps it."""
+"""Version of the rule that picks one of the tried mixtures; bump it when the rule changes."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """Weights that are to be found: those whose solution has the smallest Π_k E_k^(v_k), or one alike, E_k being its
-    mean relative loss on held-out text of corpus k; or, with `general_within`, the best for the domain that a rule
-    allows."""
+    """A search for mixture weights: minimise Π_k E_k^(v_k) up to a tolerance, E_k being the mean relative loss of the
+    solution on held-out text of corpus k. With `general_within`: the best weight for the domain within that bound on
+    general perplexity."""
 
     exponents: tuple[tuple[str, float], ...]
     """Corpus -> v, sorted by name; they sum to 1."""
     general_within: float | None = None
-    """How much above that of general-only calibration the perplexity on general text may be, as a fraction."""
+    """Allowed excess of general perplexity over that of general-only calibration, as a fraction."""
     validation: tuple[Any, ...] = ()
-    """What the perplexities of the rule are measured on, besides the corpora."""
+    """Window settings of the validation text that the rule's perplexities are measured on: they enter the key."""
 
     @classmethod
     def of(cls, exponents: Mapping[str, float], **rule: Any) -> Search:
-        """Raises `UsageError` for fewer than two corpora."""
+        """Normalise the exponents to sum 1. Raises `UsageError` for fewer than two corpora."""
         if len(exponents) < 2:
             raise UsageError(
                 "a mixture can be found of two corpora or more",
@@ -50,19 +50,18 @@ class Search:
 
     @property
     def domain(self) -> str:
-        """Of two corpora that which alpha is the weight of: the one that is not called `general`, or else the second
-        by name."""
+        """The corpus, of two, that alpha is the weight of: the one not called `general`, or else the second by name."""
         first, second = self.corpora
         return first if second == GENERAL else second
 
     @property
     def start(self) -> Mixture:
-        """Weights as the exponents are: what stands for the mixture until it is found."""
+        """The mixture with the exponents as weights, used until the search is over."""
         return Mixture.of(dict(self.exponents))
 
     @property
     def name(self) -> str:
-        """Its part of a variant's name."""
+        """The search's part of a variant's name."""
         rule = "" if self.general_within is None else f"-within{self.general_within:g}"
         if len(self.corpora) == 2 and GENERAL in self.corpora and self._is_even:
             return f"{self.domain}-{AUTO}{rule}"
@@ -72,7 +71,7 @@ class Search:
 
     @property
     def text(self) -> str:
-        """In words, for rows and reports."""
+        """Description of the search for rows and reports."""
         if self.general_within is not None:
             return f"auto, general perplexity within {self.general_within:.3g} of general-only on validation text"
         weights = ", ".join(f"{name} {exponent:.3g}" for name, exponent in self.exponents)
@@ -80,7 +79,7 @@ class Search:
 
     @property
     def cost(self) -> str:
-        """What finding it takes at most, for whoever asks before a run."""
+        """Upper bound of the work that the search takes, for `plan check`."""
         if self.general_within is not None:
             models = f"the dense model, general-only and {rule.MOST_EVALUATED} more at most"
             return f"{len(line.FIRST)} mixtures solved; {models} evaluated on validation windows"
@@ -89,7 +88,7 @@ class Search:
 
     @property
     def key(self) -> list[Any]:
-        """All that the choice depends on besides the recipe and the data."""
+        """Everything that the choice depends on, besides the recipe and the data."""
         return [AUTO, RULE, self.exponents, self.general_within, self.validation]
 
     @property
@@ -101,7 +100,7 @@ Asked = Mixture | Search
 
 
 def asked_mixtures(plan: CompressionPlan, said: Mapping[str, Any], where: str) -> Iterator[tuple[str | None, Asked]]:
-    """(domain, mixture) of every combination of `domain` and `alpha`, or of every `mixture`."""
+    """Yield (domain, mixture) for every combination of `domain` and `alpha`, or for every `mixture`."""
     if said["mixture"] is not None:
         yield from ((None, _weighed(plan, weights)) for weights in said["mixture"])
         return
@@ -132,7 +131,7 @@ def asked_mixtures(plan: CompressionPlan, said: Mapping[str, Any], where: str) -
 def own_mixtures(
     plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str
 ) -> Iterator[Mixture | None]:
-    """Those that a step of a recipe has for itself, which are given; None where it has the recipe's."""
+    """Yield the own mixtures of a recipe's step, whose weights must be given; None if it uses the recipe's mixture."""
     if not any(name in part for name in OF_A_MIXTURE):
         yield None
         return
@@ -150,7 +149,7 @@ def own_mixtures(
 
 
 def mixture_name(mixture: Asked) -> str:
-    """Its part of a variant's name."""
+    """Return the mixture's part of a variant's name."""
     if isinstance(mixture, Search):
         return mixture.name
     if len(mixture.weights) == 1:

@@ -1,6 +1,6 @@
-"""Progress that a person sees: a bar in a terminal, a log line now and then elsewhere, each with the time left.
+"""Progress display: a bar in a terminal, log lines at intervals elsewhere, each with an estimate of the time left.
 
-Work that reports nothing for long is still seen: bars show the time gone by, logs say every minute what goes on.
+Work that reports nothing for long stays visible: bars show the elapsed time, logs repeat every minute what is running.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[str, int, int | None], None]
-"""Called with (what, done, total or None) as work goes on; cheap to call often."""
+"""Callback (what, done, total or None), called as work proceeds; cheap to call often."""
 Progress = Callable[[int, int], None]
-"""Called with (done, total) by work that is one thing."""
+"""Callback (done, total) of work that consists of one task."""
 
 LOG_EVERY_SECONDS = 10.0
 REMIND_EVERY_SECONDS = 60.0
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """A report that nobody reads."""
+    """A `Report` that does nothing."""
 
 
 @contextmanager
 def reporting() -> Iterator[Report]:
-    """A report that draws bars when standard error is a terminal and otherwise logs every ten seconds."""
+    """Yield a `Report` that draws bars if standard error is a terminal and otherwise logs every ten seconds."""
     with _bars() if sys.stderr.isatty() else logged(logging.getLogger("crosscal").info) as report:
         yield report
 
 
 def each(*reports: Report) -> Report:
-    """One report for several that listen."""
+    """Return one `Report` that calls several."""
 
     def report(what: str, done: int, total: int | None) -> None:
         for listener in reports:
@@ -43,7 +43,7 @@ def each(*reports: Report) -> Report:
 
 
 class Pace:
-    """The last report in words, with the time left: done since its first report, at the same speed as so far."""
+    """The last report as text with the time left, estimated from the mean speed since the first report of its task."""
 
     def __init__(self) -> None:
         self._began: dict[str, tuple[float, int]] = {}
@@ -67,7 +67,7 @@ class Pace:
 
 @contextmanager
 def logged(log: Callable[[str], None]) -> Iterator[Report]:
-    """A report that logs what is new every ten seconds, and every minute that the same still goes on."""
+    """Yield a `Report` that logs news every ten seconds, and once a minute that the same task is still running."""
     pace, is_over, started = Pace(), threading.Event(), time.monotonic()
 
     def tell() -> None:

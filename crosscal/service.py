@@ -1,7 +1,6 @@
-"""What `crosscal deploy` puts on a server, in one small file: how many GPUs, where documents land, what runs when.
+"""The service file that `crosscal deploy` reads: GPUs, landing place, schedules. `plans/service.yaml` is an example.
 
-`plans/service.yaml` is one. Folders are relative to that file. Plans lie beside it, or are named as in the checkout (as
-in the installed package, where there is none), since a worker of another machine has its own.
+Folders are relative to the file. Plans lie beside it, or are named as in the checkout or the package of each worker.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class _Section(BaseModel):
 
 
 class Watch(_Section):
-    """When the landing place is looked at: a cron (at most once a minute) or a number of seconds."""
+    """Schedule of the landing check: a cron (at most once a minute) or an interval in seconds."""
 
     cron: Cron | None = None
     every_seconds: int | None = Field(None, ge=5)
@@ -72,26 +71,30 @@ class Watch(_Section):
 
 
 class Sweep(_Section):
+    """Schedule of a plan that is carried out repeatedly."""
+
     cron: Cron = "0 3 * * 0"
     plan: PlanName = "plans/several_domains.yaml"
 
 
 class Housekeeping(_Section):
+    """Schedule of the clean-up, and what it removes."""
+
     cron: Cron = "30 4 * * *"
     unused_days: float | None = Field(None, gt=0)
-    """Remove artifacts that were not used for so long; null keeps them all."""
+    """Remove artifacts unused for this many days; null keeps all."""
     stuck_minutes: float = Field(60.0, gt=0)
-    """A run without a sign of life for so long is closed as crashed."""
+    """Close a run as crashed after this many minutes without a sign of life."""
     runs_days: float | None = Field(None, ge=1)
-    """Remove run directories in which nothing was written for so long, but those of published models; null: none."""
+    """Remove run directories not written to for this many days, except those of published models; null keeps all."""
     keep_published: int | None = Field(None, ge=1)
-    """Keep the models of the last so many moves of each domain's pointer; null: of all."""
+    """Keep the models of the last N moves of each domain's pointer; null keeps all."""
     watch_days: float | None = Field(7.0, gt=0)
-    """Remove the server's records of watches that found nothing after so long; null: never."""
+    """Remove the server's records of watches that found nothing after this many days; null keeps all."""
 
 
 class Notify(_Section):
-    """Where messages go: the variable that holds an address when it is deployed, or a block of the server."""
+    """Channel of messages: an environment variable with the address, read at deployment, or a block of the server."""
 
     slack: Variable | None = None
     """URL of an incoming webhook."""
@@ -105,7 +108,7 @@ class Notify(_Section):
 
     @property
     def channel(self) -> tuple[str, str]:
-        """What kind it is, and what is named."""
+        """(kind, name of the variable or block)."""
         (found,) = ((kind, str(name)) for kind, name in self if kind != "events" and name is not None)
         return found
 
@@ -117,8 +120,10 @@ class Notify(_Section):
 
 
 class ServiceConfig(_Section):
+    """All fields of a service file (see `docs/service.md`)."""
+
     gpus: int = Field(1, ge=1, le=64)
-    """One worker and one compression at a time for each."""
+    """Each GPU gets one worker, which runs one compression at a time."""
     landing: str
     """Folder or fsspec URL: documents of a domain land in <landing>/<domain>/."""
     home: str = "../.crosscal"
@@ -126,11 +131,11 @@ class ServiceConfig(_Section):
     runs: str = "../runs"
     """Folder of the run directories."""
     plan: PlanName = "plans/landing.yaml"
-    """What is carried out for a landed domain, `$domain` filled in."""
+    """Plan of landed domains; `$domain` is replaced by the domain's name."""
     settle_seconds: float = Field(10.0, ge=0)
-    """A file is complete when nobody wrote to it for so long, or at once with a `.done` beside it."""
+    """A file is complete after this many seconds without a write, or at once with a `.done` file beside it."""
     text: dict[DomainName, ColumnName] = Field(default_factory=dict)
-    """Domain → the column that the text of its landed files stands in, where it is not found by itself."""
+    """Domain → text column of its landed files, if it is not detected automatically."""
     timezone: str = "UTC"
     watch: Watch = Watch(cron="* * * * *", every_seconds=None)
     sweep: Sweep = Sweep()
@@ -161,7 +166,7 @@ class ServiceConfig(_Section):
 
 
 def load_service(path: Path) -> ServiceConfig:
-    """Read a service file; its folders come back absolute. Raises `UsageError` naming the field and the remedy."""
+    """Read a service file and make its folders absolute. Raises `UsageError` naming the field and the remedy."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -181,7 +186,7 @@ def load_service(path: Path) -> ServiceConfig:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown word."""
+    """Return a hint for an unknown word: the closest known word, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
@@ -192,7 +197,6 @@ def _absolute(place: str, base: Path) -> str:
 
 
 def _beside(plan: str, base: Path) -> str:
-    """The path of a plan that lies beside the service file; any other is named as in the checkout."""
     return str(base / plan) if (base / plan).is_file() else plan
 
 

@@ -1,8 +1,8 @@
-"""What takes the store's room: bytes by kind, by corpus and its versions, by run, and what could be removed.
+"""Disk usage of the store: bytes by kind, by corpus version and by run, and what could be removed.
 
-What was made from documents (windows, moments, …) counts to the version of the corpus with which its documents came, as
-far as its provenance leads back to one; what belongs to no corpus (solved blocks, models, measurements) is in the kinds
-alone.
+Artifacts made from documents (windows, moments, …) count to the corpus version that added these documents, if their
+provenance leads back to exactly one version. Artifacts of no corpus (solved blocks, models, measurements) are only in
+the kinds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Row = dict[str, Any]
 
 
 def usage(store: Store, runs: Path | None = None, unused_days: float | None = None) -> dict[str, Any]:
-    """`kinds`, `corpora`, `runs` (of that folder), `gc` (what `crosscal store gc` with these days would free), and
-    `bytes` of all artifacts."""
+    """Return `kinds`, `corpora`, `runs` (of that folder), `gc` (what `crosscal store gc` with these days would free),
+    and `bytes` of all artifacts."""
     artifacts = list(store.list())
     kinds = Counter[str]()
     for artifact in artifacts:
@@ -39,7 +39,7 @@ def usage(store: Store, runs: Path | None = None, unused_days: float | None = No
 
 
 def _corpora(store: Store, artifacts: Iterable[Artifact]) -> list[Row]:
-    """A row for each version: what its new documents take, and what was made from them."""
+    """One row per version: bytes of its new documents, and of everything made from them."""
     came_with = _first_versions(store)
     made, documents = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     sources = _sources(store, artifacts)
@@ -56,7 +56,7 @@ def _corpora(store: Store, artifacts: Iterable[Artifact]) -> list[Row]:
 
 
 def _first_versions(store: Store) -> dict[str, tuple[str, int]]:
-    """Key of each shard of documents → the corpus and the version with which it came."""
+    """Map the key of each shard to the corpus and the first version that contains it."""
     found: dict[str, tuple[str, int]] = {}
     for ref in store.refs.names("corpora"):
         for version in store.refs.versions(ref):
@@ -67,7 +67,7 @@ def _first_versions(store: Store) -> dict[str, tuple[str, int]]:
 
 
 def _sources(store: Store, artifacts: Iterable[Artifact]) -> dict[str, list[str]]:
-    """Key of an artifact → the shards whose documents it was made from."""
+    """Map the key of each artifact to the shards whose documents it was made from."""
     found: dict[str, list[str]] = {}
     for artifact in artifacts:
         shards = [artifact.provenance["shard"]] if "shard" in artifact.provenance else artifact.provenance.get("shards")
@@ -82,7 +82,7 @@ def _sources(store: Store, artifacts: Iterable[Artifact]) -> dict[str, list[str]
 
 
 def _summed(store: Store, artifact: Artifact) -> list[str]:
-    """Names of the sums over several sets of windows, under which moments are kept, too."""
+    """Return the keys of sums over several calibration sets: moments are stored under these keys, too."""
     if "pool.json" not in artifact.files:
         return []
     try:
@@ -93,7 +93,7 @@ def _summed(store: Store, artifact: Artifact) -> list[str]:
 
 
 def _runs(store: Store, runs: Path) -> list[Row]:
-    """Run directories, the largest first, and the domains whose published model is from one."""
+    """One row per run directory, largest first, with the domains whose published model comes from it."""
     published = Published(store)
     now = {domain: published.current(domain) for domain in published.domains()}
     found = [folder for folder in (runs.iterdir() if runs.is_dir() else ()) if is_run_folder(folder)]
@@ -113,7 +113,7 @@ def _is_of(facts: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _freed(store: Store, sizes: Mapping[str, int], unused_days: float | None) -> list[Row]:
-    """A row for each reason for which something would be removed."""
+    """One row per reason for removal, with the number of places and bytes."""
     rows: dict[str, Row] = {}
     for place, reason in store.sweep(unused_days=unused_days, dry_run=True):
         row = rows.setdefault(reason, {"reason": reason, "places": 0, "bytes": 0})
@@ -123,5 +123,5 @@ def _freed(store: Store, sizes: Mapping[str, int], unused_days: float | None) ->
 
 
 def _bytes_below(store: Store, place: str) -> int:
-    """A stamp ends with the file's size."""
+    """Sum the sizes of the files below a place; a stamp ends with the file's size."""
     return sum(int(stamp.rpartition(" ")[2]) for stamp in store.home.stamps(place).values())

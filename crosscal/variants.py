@@ -1,7 +1,7 @@
-"""From a plan to the list of models it asks for, each named once.
+"""Expand a plan into its variants: the compressed models that it asks for, each listed once.
 
-Entries whose result cannot differ are one variant: a mixture of weight 1 on the general corpus is the same for
-every domain, and recipes that need no data ignore mixture, seed and upstream.
+Entries with identical results become one variant: a mixture of weight 1 on the general corpus is the same for every
+domain, and recipes that need no data ignore mixture, seed and upstream.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from crosscal.statistics import Mixture
 from crosscal.store.keys import digest_of
 
 KEEP_DENSE = "keep-dense"
-"""The fallback a plan may name: a matrix that cannot be solved stays as it is, and the report lists it."""
+"""The fallback that a plan may name: a matrix that cannot be solved stays dense, and the report lists it."""
 BEGIN = ("correct", "transform", "prune", "quantize")
-"""What a recipe may begin with: there is nothing yet to refine or to repair."""
+"""Kinds of steps that a recipe may begin with; the others refine or repair an earlier step."""
 
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """A method with its settings; where it has one, the mixture that it sees instead of the recipe's."""
+    """A method with its settings and, optionally, a mixture of its own that replaces the recipe's."""
 
     method: str
     settings: Settings
@@ -40,7 +40,7 @@ class RecipeStep:
 
     @property
     def step(self) -> Any:
-        """The method's own dataclass."""
+        """An instance of the method's dataclass with these settings."""
         return COMPRESSORS[self.method](**dict(self.settings))
 
     @property
@@ -51,27 +51,27 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compressed model: a recipe, on one mixture of corpora, for one draw of windows."""
+    """One compressed model: a recipe on one mixture of corpora, for one draw of calibration windows."""
 
     name: str
     recipe: tuple[RecipeStep, ...]
     mixture: Mixture | None
-    """None for a recipe that needs no data; what a search begins with until it is over."""
+    """None for a recipe that needs no data. Until a search is over, its starting mixture."""
     upstream: str
     seed: int
     trace_normalised: bool
     fallback: str | None = None
-    """What the plan allows for matrices that cannot be solved; None stops the run."""
+    """What happens to matrices that cannot be solved; None stops the run."""
     leave_dense: tuple[str, ...] = ()
-    """Patterns over the names of matrices that stay as they are."""
+    """Name patterns of matrices that stay dense."""
     search: Search | None = None
-    """How the mixture is to be found; None once it is, or where the plan gives it."""
+    """The search for the mixture; None once it is found, or if the plan gives the mixture."""
     found_by: str | None = None
-    """How it was found, in words."""
+    """Description of the search that found the mixture."""
 
     @property
     def method(self) -> str:
-        """The methods in order: "sparsegpt+refit"."""
+        """The method names in order: "sparsegpt+refit"."""
         return "+".join(step.method for step in self.recipe)
 
     @property
@@ -80,12 +80,12 @@ class Variant:
 
     @property
     def allocator(self) -> RecipeStep | None:
-        """The step that says, for the whole model, how much the others remove from each layer."""
+        """The step that decides how much the other steps remove from each layer of the model, if there is one."""
         return next((step for step in self.recipe if COMPRESSORS[step.method].kind == ALLOCATE), None)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """All settings; a name that an earlier step has already comes with its method: `refit.iterations`."""
+        """All settings; a name that an earlier step also uses is prefixed with its method: `refit.iterations`."""
         found: dict[str, Any] = {}
         for step in self.recipe:
             for name, value in step.settings:
@@ -96,35 +96,35 @@ class Variant:
 
     @property
     def amounts(self) -> tuple[Amount, ...]:
-        """How much is compressed, step by step."""
+        """The amounts of compression of all steps, in order."""
         return tuple(amount for step in self.recipe for amount in amounts_of(step.step))
 
     @property
     def grid(self) -> tuple[int, int | None] | None:
-        """(bits, inputs per scale) of the integers that are stored; None where no step quantizes."""
+        """(bits, inputs per scale) of the stored integers; None if no step quantizes."""
         return grid_of([step.step for step in self.recipe])
 
     def mixtures(self, reference: Mixture) -> list[Mixture]:
-        """The recipe's and those of its steps; `reference` stands for that of a recipe without data."""
+        """Return the recipe's mixture (`reference` for a recipe without data) and its steps' own mixtures."""
         return [self.mixture or reference, *(step.mixture for step in self.recipe if step.mixture)]
 
     def with_mixture(self, mixture: Mixture) -> Variant:
-        """The variant once its mixture is found: the model that a plan with these weights asks for."""
+        """Return the variant with the mixture that was found, equal to that of a plan with these weights."""
         found_by = self.search.text if self.search else self.found_by
         return dataclasses.replace(self, mixture=mixture, search=None, found_by=found_by)
 
     @property
     def key(self) -> str:
-        """Digest of everything about the variant but its name: a chain over the steps with their versions."""
+        """Digest of everything that determines the model: the steps with their versions, the mixture or search, …"""
         mixture, chain = self.mixture.as_dict() if self.mixture else None, [step.key for step in self.recipe]
         mixture = self.search.key if self.search else mixture
-        normalised = self.trace_normalised and "corpora"  # what has one trace: sets had it in earlier versions
+        normalised = self.trace_normalised and "corpora"  # scaled to one trace; earlier: each set
         left = filter(None, [sorted(self.leave_dense)])
         return digest_of([chain, mixture, self.upstream, self.seed, normalised, self.fallback, *left])
 
 
 def variants(plan: CompressionPlan) -> list[Variant]:
-    """Every variant of a plan, in the plan's order, duplicates left out. Raises `PlanError`, `UsageError`."""
+    """Return every variant of a plan in order, without duplicates. Raises `PlanError`, `UsageError`."""
     found: dict[str, Variant] = {}
     for index, entry in enumerate(plan.compress):
         for variant in _expand(plan, entry, f"compress.{index}"):
@@ -137,8 +137,8 @@ def variants(plan: CompressionPlan) -> list[Variant]:
 
 
 def samples_needed(plan: CompressionPlan, found: Sequence[Variant] | None = None) -> list[tuple[str, int]]:
-    """The (corpus, seed) pairs that some mixture of `found` (left out: of all variants) uses; recipes that need no data
-    have their loss measured on the general corpus, or else the first."""
+    """Return the (corpus, seed) pairs that the mixtures of `found` (default: of all variants) use. The loss of recipes
+    that need no data is measured on the general corpus, or else the first."""
     found = variants(plan) if found is None else found
     reference = Mixture.of({GENERAL if GENERAL in plan.corpora else next(iter(plan.corpora)): 1.0})
     used = {(name, v.seed) for v in found for mixture in v.mixtures(reference) for name in mixture.corpora}
@@ -150,7 +150,7 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
     with _said_of(where):
         contexts = list(asked_mixtures(plan, entry.model_dump(), where))
     recipes = [list(_recipes(plan, parts, domain, where, has_steps=entry.steps is not None)) for domain, _ in contexts]
-    for same in zip(*recipes, strict=True):  # a setting on all mixtures, then the next one
+    for same in zip(*recipes, strict=True):  # one setting on all mixtures before the next setting
         for recipe, (_, mixture) in zip(same, contexts, strict=True):
             yield from _of_recipe(plan, entry, recipe, mixture, where)
 
@@ -158,7 +158,7 @@ def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Vari
 def _recipes(
     plan: CompressionPlan, parts: Sequence[Mapping[str, Any]], domain: str | None, where: str, *, has_steps: bool
 ) -> Iterator[tuple[RecipeStep, ...]]:
-    """The product of what each step may be."""
+    """Yield the product of the options of all steps."""
     places = [f"{where}.steps.{number}" if has_steps else where for number in range(len(parts))]
     options = [list(_options(plan, part, domain, place)) for part, place in zip(parts, places, strict=True)]
     for recipe in itertools.product(*options):
@@ -199,7 +199,7 @@ def _of_recipe(
 
 
 def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str) -> Iterator[RecipeStep]:
-    """Everything that one step of a sweep may be."""
+    """Yield every option of one step of a sweep."""
     axes = {name: values for name, values in part.items() if name not in ("method", *OF_A_MIXTURE)}
     for method in part["method"]:
         if method not in COMPRESSORS:
@@ -214,13 +214,13 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
             mixtures = list(own_mixtures(plan, part, domain, where))
             settings_list = list(combinations(method, axes))
             for settings in settings_list:
-                COMPRESSORS[method](**dict(settings))  # the settings' own checks speak now, not hours later
+                COMPRESSORS[method](**dict(settings))  # runs the settings' own checks now, not hours later
         for settings, mixture in itertools.product(settings_list, mixtures):
             yield RecipeStep(method, tuple((name, _plain(value)) for name, value in settings), mixture)
 
 
 def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
-    """Whether there is something to work on for its first step."""
+    """Raise `PlanError` for a wrong order of steps, or a first step that has nothing to work on."""
     with _said_of(where):
         check_allocator([(step.method, step.step) for step in recipe])
         check_order([(step.method, step.step) for step in recipe])
@@ -236,7 +236,7 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
 
 @contextmanager
 def _said_of(where: str) -> Iterator[None]:
-    """A setting that a method or a mixture refuses is said of its place in the plan."""
+    """Re-raise the error of a refused setting or mixture with its location in the plan."""
     try:
         yield
     except PlanError:
@@ -246,7 +246,7 @@ def _said_of(where: str) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """A sparsity of the form "n:m" as its shortest text; 1 and 1.0 as one number."""
+    """Return a sparsity of the form "n:m" as its canonical text, any other value unchanged."""
     return str(Sparsity.parse(value)) if isinstance(value, str) and ":" in value else value
 
 
@@ -262,7 +262,7 @@ def _name(recipe: Sequence[RecipeStep], mixture: Asked | None, upstream: str, tr
 
 
 def _step_name(step: RecipeStep) -> Iterator[str]:
-    """The method, how much it removes or keeps, and whatever else is not as by default."""
+    """Yield the method, the amounts that it removes or keeps, and every setting that is not the default."""
     yield step.method
     amounts = amounts_of(step.step)
     yield from (amount.label for amount in amounts)

@@ -1,6 +1,6 @@
-"""Have every compiled loop made before anything waits for it: `python -m crosscal.warm_up`, which `make setup` calls.
+"""Compile every Numba loop in advance: `python -m crosscal.warm_up`, which `make setup` calls.
 
-The machine code stays beside Python's (see `crosscal.compiled`), so it is made once for each installation.
+The machine code is cached (see `crosscal.compiled`), so this is needed once per installation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ INPUTS = 64
 
 
 def warm_up() -> None:
-    """Sum, pack and solve something small, each way that has a loop of its own."""
+    """Accumulate, pack and solve a small problem in every way that has a compiled loop."""
     accumulator = MomentsAccumulator(INPUTS)
     accumulator.add(torch.randn(4 * INPUTS, INPUTS))
     moments = accumulator.finish()

@@ -1,1 +1,1 @@
-"""The order of the steps."""
+"""Prefect flows: the order of the steps of a run, and the continuous service around it."""

@@ -1,7 +1,7 @@
-"""Runs that a person cancelled: their version stays as it is until it is announced again, or another lands.
+"""Runs that a user cancelled: their version is not run again until it is requested again, or a new version lands.
 
-A cancelled process gets a SIGTERM, as one does whose machine goes down. Only the flow run's state on the server tells
-the two apart. A process that is killed before it can ask leaves that to the next watch.
+A cancelled process gets a SIGTERM, like a process whose machine shuts down. Only the flow run's state on the server
+distinguishes the two. If a process is killed before it can ask the server, the next watch records the cancellation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
 
 
 def is_cancelled(run_id: str) -> bool:
-    """Whether a person cancels this process's flow run; False as well where no server says so."""
+    """Return whether a user cancelled this process's flow run; False if the server cannot be asked."""
     if FlowRunContext.get() is None:
         return False
     try:
@@ -35,7 +35,7 @@ def is_cancelled(run_id: str) -> bool:
 
 
 def note_cancelled(ledger: Ledger, client: SyncPrefectClient) -> None:
-    """Write into the ledger which of the versions that wait had their run cancelled, at work or still in its queue."""
+    """Record in the ledger which pending versions had their run cancelled, while running or while still queued."""
     picture = ledger.look()
     idle = [d for d in picture.domains() if picture.pending(d) and ledger.living(picture.last_run(d)) is None]
     asked = {domain: datetime.datetime.fromisoformat(picture.items[f"request/{domain}"]["at"]) for domain in idle}

@@ -1,10 +1,10 @@
-"""Whether plan or model are others than those that a run of a domain was last asked for with: then one is asked for.
+"""Detect a changed plan or model and request a run of the domains whose last requested run used another one.
 
-Looked at every minute, so only what a look costs nothing is compared: the bytes of the plan's file, and names, sizes
-and times in the model's folder. Where they differ the plan's content and the digest of the model's files decide; the
-digest is kept in the ledger under what the folder shows, so that its gigabytes are read once, by whichever machine.
-A plan is known by its file's name and overrides: a run by hand with another plan does not make the service's plan new.
-Of a model that is named by a hub id only the plan is compared.
+The check runs every minute, so it first compares only what is cheap: the bytes of the plan's file, and names, sizes
+and times in the model's folder. If they differ, the plan's content and the digest of the model's files decide. The
+ledger stores the digest under these names, sizes and times, so that only one machine reads the gigabytes, once.
+A plan is identified by its file name and overrides, so a manual run with another plan does not count as a change of
+the service's plan. For a model named by a hub id, only the plan is compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crosscal.landing import Ledger
 from crosscal.store import digest_of
 
 SETTLE_SECONDS = 60.0
-"""A model whose folder changed so recently may still be on its way."""
+"""A model folder that changed more recently than this may still be being copied."""
 Value = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ def notice_changes(
     *,
     settle_seconds: float = 0.0,
 ) -> dict[str, str]:
-    """Ask for a run of each domain (left out, all) for which plan or model changed; which domains, and what changed."""
+    """Request a run of each domain (default: all) whose plan or model changed; return domain → what changed."""
     picture, found = ledger.look(), {}
     by = " ".join((plan.name, *overrides))
     for domain in picture.domains() if domains is None else domains:
@@ -43,7 +43,7 @@ def notice_changes(
         written, folder = _written(plan, overrides, domain)
         if _is_on_its_way(folder, settle_seconds):
             continue
-        look = _look(plan, folder)  # before the files are read: what changes meanwhile is seen next time
+        look = _look(plan, folder)  # before the files are read: a change in between is noticed next time
         model = None if folder is None else _digest(ledger, Path(folder))
         now = {"by": by, "plan": written, "model": model, "folder": folder, "look": look}
         is_first = not any(kind == "made" for kind, _ in picture.keys(domain))
@@ -56,7 +56,7 @@ def notice_changes(
 
 
 def _difference(before: Value | None, now: Value, is_first: bool) -> str | None:
-    """The first plan that is seen is the one that there was: nothing changed."""
+    """Return what changed. The first plan recorded for a domain (`is_first`) counts as unchanged."""
     if before is None:
         return None if is_first else "another plan"
     if before["plan"] != now["plan"]:
@@ -65,8 +65,10 @@ def _difference(before: Value | None, now: Value, is_first: bool) -> str | None:
 
 
 def _written(plan: Path, overrides: tuple[str, ...], domain: str) -> tuple[str, str | None]:
-    """Digest of what a plan says, wherever it lies, and the folder of its model. One that cannot be read differs from
-    the one before: its run says why."""
+    """Return the digest of a plan's content, independent of its location, and its model folder.
+
+    For a plan that cannot be read, the digest of the error: it counts as changed, and its run reports the error.
+    """
     from crosscal.plan import load_plan, read_plan
 
     try:
@@ -78,7 +80,7 @@ def _written(plan: Path, overrides: tuple[str, ...], domain: str) -> tuple[str, 
 
 
 def _digest(ledger: Ledger, folder: Path) -> str | None:
-    """Of a model's files; None where there is no model."""
+    """Return the digest of a model's files; None if the folder holds no readable model."""
     key = f"model/{digest_of([str(folder), _stamps(folder)])[:16]}"
     known = ledger.look().items.get(key)
     if known is not None:
@@ -87,7 +89,7 @@ def _digest(ledger: Ledger, folder: Path) -> str | None:
 
     try:
         digest = ModelSource.open(folder).digest
-    except (CrosscalError, OSError):  # the run says why
+    except (CrosscalError, OSError):  # the run reports why
         return None
     ledger.note(key, {"digest": digest, "folder": str(folder)})
     return digest

@@ -1,4 +1,4 @@
-"""One thing that was looked at: well, worth a look, or not well, and what to do."""
+"""The result of one health check: a state, a message and a remedy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 class Check:
     name: str
     state: str
-    """`ok`, `warn` (the service goes on without anybody) or `fail` (it does not do its work)."""
+    """`ok`, `warn` (the service continues without intervention) or `fail` (it does not do its work)."""
     said: str
     do: str = ""
-    """Empty where there is nothing to do."""
+    """Remedy; empty if there is nothing to do."""
 
     def as_json(self) -> dict[str, str]:
         return asdict(self)

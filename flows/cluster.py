@@ -1,4 +1,4 @@
-"""Where windows are read and blocks are solved: here, or by the workers of a Dask cluster."""
+"""Run calibration passes and block solves in this process, or on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ R = TypeVar("R")
 
 LOCAL_WORKERS = 2
 SECONDS_TO_JOIN = 60
-SECONDS_TO_START = 120  # of a first server, which makes its database
+SECONDS_TO_START = 120  # of a first server, which creates its database
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @contextmanager
 def cluster(execution: Execution) -> Iterator[TaskRunner | None]:
-    """The cluster that a plan asks for, through Prefect's task runner; None for `threads`.
+    """Yield a Prefect task runner for the cluster that a plan asks for; None for `threads`.
 
-    Raises `UsageError` when there is no flow run, no scheduler at the address, or no worker.
+    Raises `UsageError` outside a flow run, without Dask, and when no scheduler or no worker can be reached.
     """
     if execution.runner == "threads":
         yield None
@@ -51,7 +51,7 @@ def cluster(execution: Execution) -> Iterator[TaskRunner | None]:
             where="execution.runner",
             do="Run the plan with `crosscal run`, or call the flow and not its function.",
         )
-    # Workers tell the server how their tasks go. Without this each would start a temporary server of its own.
+    # Workers report task states to the server. Without this setting, each would start its own temporary server.
     with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
         with _runner(execution) as runner:
             _wait_for_workers(runner, execution)
@@ -59,14 +59,14 @@ def cluster(execution: Execution) -> Iterator[TaskRunner | None]:
 
 
 def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str, Any]]) -> Iterator[R]:
-    """Run a task for each set of arguments on the workers; results come as they are done.
+    """Run a task on the workers for each set of arguments; yield results in order of completion.
 
-    Once one has failed, those that no worker has begun are taken back. Raises `CrosscalError` for a task that took
-    down every worker that tried it.
+    After a failure, tasks that no worker has started are cancelled. Raises `CrosscalError` for a task that killed more
+    workers than Dask allows.
     """
     from distributed import KilledWorker
 
-    futures = [runner.submit(task, parameters=dict(call)) for call in calls]  # the workers would not undo `quote`
+    futures = [runner.submit(task, parameters=dict(call)) for call in calls]  # no `quote`: workers would not unwrap it
     try:
         for future in as_completed(futures):
             yield future.result()
@@ -83,10 +83,10 @@ def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str
 
 
 def needs_server(execution: Execution) -> bool:
-    """Whether a plan runs as a flow only.
+    """Return whether a plan can run only as a Prefect flow, because its tasks run on a Dask cluster.
 
-    Raises `UsageError` when nobody listens at the scheduler's address, or when the workers there could not reach a
-    temporary server here.
+    Raises `UsageError` when nothing listens at the scheduler's address, or when the address is not local: workers on
+    other machines could not reach a temporary server here.
     """
     if execution.address:
         host, _, port = execution.address.partition("://")[2].rpartition(":")
@@ -106,7 +106,7 @@ def needs_server(execution: Execution) -> bool:
 
 @contextmanager
 def temporary_server() -> Iterator[None]:
-    """Prefect's own server for one run: nothing is sent to its makers."""
+    """Let Prefect start a temporary server for one run, with its usage analytics off."""
     logging.getLogger("crosscal").info("no Prefect server is named: a temporary one is started for this run's workers")
     settings = {
         PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
@@ -138,7 +138,7 @@ def _runner(execution: Execution) -> DaskTaskRunner:
 def _wait_for_workers(runner: DaskTaskRunner, execution: Execution) -> None:
     try:
         runner.client.wait_for_workers(1, timeout=SECONDS_TO_JOIN)
-    except OSError as error:  # of which a timeout is one
+    except OSError as error:  # includes timeouts
         raise _unreachable(execution, error) from error
 
 

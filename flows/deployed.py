@@ -1,4 +1,4 @@
-"""What stands on the server, what is wanted there, and how they differ, field by field.
+"""Read what is deployed on the Prefect server and compare it with what is wanted, field by field.
 
 A "thing" is a pool, a queue, a deployment, a block or an automation; its fields are Prefect's own values.
 """
@@ -21,26 +21,26 @@ from pydantic import TypeAdapter
 POOL = "gpu"
 COMPRESS, SERVICE = "compress", "service"
 SERVICE_RUNS = 2
-"""The watch and housekeeping, side by side."""
+"""Concurrent runs: the watch and housekeeping."""
 OURS = "crosscal-"
-"""How the names of our automations begin: the server does not say which automations a deployment brought along."""
+"""Prefix of our automations' names: the server does not report which automations a deployment created."""
 NOBODY = UUID(int=0)
 SAME = (
     *("entrypoint", "description", "parameters", "enforce_parameter_schema", "paused", "tags"),
     *("concurrency_options", "work_pool_name", "work_queue_name", "job_variables"),
 )
-"""Fields that a deployment has under one name where it is written and where it is read."""
+"""Fields of a deployment that have the same name when written and when read."""
 Things = dict[str, Mapping[str, Any]]
 
 
 def queue_limits(gpus: int) -> dict[str, int]:
-    """Queues and how many runs of each may be under way: `compress`, one for each GPU, `service`."""
+    """Return queue → its limit of concurrent runs: `compress`, one queue per GPU, and `service`."""
     return {COMPRESS: gpus, **{f"gpu{index}": 1 for index in range(gpus)}, SERVICE: SERVICE_RUNS}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing that is wanted, and `put`, which makes or changes it."""
+    """One wanted thing with its fields, and `put`, which creates or updates it on the server."""
 
     name: str
     fields: Mapping[str, Any]
@@ -49,18 +49,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Difference:
+    """A field (empty: the whole thing) whose deployed and wanted values differ."""
+
     thing: str
     field: str
     deployed: Any
     wanted: Any
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON; secrets are hidden."""
+        """Return it as JSON, with secrets hidden."""
         return TypeAdapter(Any).dump_python(asdict(self), mode="json")
 
 
 def differences(standing: Things, wanted: Sequence[Thing]) -> Iterator[Difference]:
-    """Every field in which they differ; a thing that is on one side alone differs as a whole."""
+    """Yield every field that differs; a thing that exists on one side only differs as a whole."""
     fields = {thing.name: thing.fields for thing in wanted}
     for name in sorted({*standing, *fields}):
         if name not in standing or name not in fields:
@@ -72,7 +74,7 @@ def differences(standing: Things, wanted: Sequence[Thing]) -> Iterator[Differenc
 
 
 def deployed(client: SyncPrefectClient) -> Things:
-    """The pool, its queues and the deployments that use it."""
+    """Return the pool, its queues and the deployments that use it, as they are on the server."""
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
@@ -90,7 +92,7 @@ def deployed(client: SyncPrefectClient) -> Things:
 
 
 def essence(automation: AutomationCore, blocks: Mapping[UUID, str] | None = None) -> dict[str, Any]:
-    """An automation without the names of one server's own objects; its blocks by the names they have."""
+    """Return an automation's fields without server-specific ids; blocks are given by name."""
     dumped = automation.model_dump(exclude={"id", "owner_resource"})
     for action in dumped["actions"]:
         action.pop("deployment_id", None)
@@ -100,7 +102,7 @@ def essence(automation: AutomationCore, blocks: Mapping[UUID, str] | None = None
 
 
 def schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a flow's parameters; the server drops sections that are empty."""
+    """Return a flow's parameter schema without empty sections, as the server drops them."""
     return {key: value for key, value in schema.items() if value}
 
 
@@ -114,5 +116,5 @@ def _fields(client: SyncPrefectClient, deployment: DeploymentResponse) -> dict[s
         "schedules": [DeploymentScheduleCreate(**each.model_dump(include=known)) for each in deployment.schedules],
         "pull_steps": deployment.pull_steps,
         "parameter_openapi_schema": schema(deployment.parameter_openapi_schema or {}),
-        "triggers": [essence(each) for each in related if each.name.startswith(OURS)],  # others are somebody's own
+        "triggers": [essence(each) for each in related if each.name.startswith(OURS)],  # others are the user's own
     }

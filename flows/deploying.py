@@ -1,7 +1,7 @@
-"""Bring a Prefect server to what a service file says, or only say how they differ.
+"""Deploy a service file to a Prefect server, or only report how they differ.
 
-What is as it should be is left alone; what is not is put there by Prefect's own client, and looked at again: the server
-has to have taken all of it.
+What matches is left alone. Everything else is created or updated with Prefect's own client and then compared again, to
+verify that the server accepted all of it.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ SOME_DOMAIN = "some-domain"
 
 
 def check_plans(service: ServiceConfig) -> None:
-    """The plans that the service names are there and valid. Raises `PlanError`, as `crosscal plan check` does."""
+    """Check that the service's plans exist and are valid. Raises `PlanError`, as `crosscal plan check` does."""
     for field, plan, domain in (("plan", service.plan, SOME_DOMAIN), ("sweep.plan", service.sweep.plan, None)):
-        if not (ROOT / plan).is_file():  # a path, where it lies beside the service file
+        if not (ROOT / plan).is_file():  # an absolute path if the plan is beside the service file
             raise PlanError("no such plan, neither beside the service file nor in the checkout", where=field, got=plan)
         variants(load_plan(ROOT / plan, domain=domain))
 
 
 def compare(service: ServiceConfig) -> list[Difference]:
-    """How the server differs from the file. Changes nothing."""
+    """Return how the server differs from the service file, without changing anything."""
     want = _wanted(service)
     with get_client(sync_client=True) as client:
         return list(differences(_standing(client), want))
 
 
 def deploy(service: ServiceConfig) -> dict[str, Any]:
-    """Make or change what differs; returns what was made, changed, left alone, and the workers to start.
+    """Create or update what differs; return what was made, changed, removed and left alone, and worker commands.
 
-    Raises `UsageError` for what cannot be wanted, `CrosscalError` when the server did not take it.
+    Raises `PlanError` for the service's plans, `UsageError` for a missing server, secret or notification block, and
+    `CrosscalError` when the server is down or did not accept everything.
     """
     want = _wanted(service)
     if "://" not in service.landing:
-        Path(service.landing).mkdir(parents=True, exist_ok=True)  # a watch that finds none fails
+        Path(service.landing).mkdir(parents=True, exist_ok=True)  # a watch without this folder fails
     names = {thing.name for thing in want}
     with get_client(sync_client=True) as client:
         before = _standing(client)

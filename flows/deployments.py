@@ -1,6 +1,6 @@
-"""What is to stand on a Prefect server: pool, queues, four deployments and a trigger, as Prefect's own objects.
+"""What the service needs on a Prefect server: pool, queues, four deployments and a trigger, as Prefect's own objects.
 
-`deployment.yaml` says the same to `prefect deploy`, with the values of `plans/service.yaml`; a test keeps them alike.
+`deployment.yaml` has the same for `prefect deploy`, with the values of `plans/service.yaml`; a test compares them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from crosscal.service import ServiceConfig
 from crosscal.tasks.announce import LANDED
 
 PULL = [{"prefect.deployments.steps.set_working_directory": {"directory": "{{ $CROSSCAL_CHECKOUT }}"}}]
-"""Prefect leaves flow runs in a temporary folder; the worker's environment names a better one."""
+"""Prefect would start flow runs in a temporary folder; the worker's environment names the folder to use."""
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
 ANCHOR = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-"""Where intervals are counted from; left out, it is the time of deploying, which differs each time."""
+"""Start of interval schedules. Prefect's default is the time of deployment, which differs each time."""
 ON_LANDED = DeploymentEventTrigger(
     name="crosscal-landed",
     match={"prefect.resource.id": "crosscal.corpus.*"},  # pyright: ignore[reportArgumentType]
@@ -42,17 +42,17 @@ ON_LANDED = DeploymentEventTrigger(
     within=datetime.timedelta(seconds=10),
     parameters={"domain": "{{ event.payload.domain }}"},
 )
-"""Documents of a domain landed. The event is a wake-up call and brings a name, nothing else: it may be lost or come
-twice, and the ledger in the store decides what is to be done. A burst within ten seconds wakes once."""
+"""Trigger: documents of a domain landed. The event is only a hint that carries the domain's name: it may be lost or
+duplicated, and the ledger in the store decides what to do. A burst within ten seconds triggers once."""
 
 
 def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
-    """What runs by itself, filled in. No deployment names a device; where one is named, it is the worker's."""
+    """Return the four deployments with the service's settings. None selects a GPU: each worker's environment does."""
     home, looked_after = {"home": service.home}, service.housekeeping
     stuck = {**home, "stuck_minutes": looked_after.stuck_minutes}
     on_a_gpu = _on(COMPRESS, CROSSCAL_RUNS=service.runs)
     on_none = {"CUDA_VISIBLE_DEVICES": ""}
-    silent = {"PREFECT_LOGGING_LEVEL": "WARNING"}  # Prefect's lines; the watch's own pass
+    silent = {"PREFECT_LOGGING_LEVEL": "WARNING"}  # silences Prefect's log lines, not the watch's own
     return [
         _deployment(
             recompress,
@@ -97,7 +97,7 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
 
 
 def wanted(service: ServiceConfig) -> Iterator[Thing]:
-    """Each thing with its fields and what makes it so."""
+    """Yield each wanted thing with its fields and the function that creates or updates it."""
     yield Thing(f"pool {POOL}", {"type": "process", "is_paused": False}, _put_pool)
     for name, limit in queue_limits(service.gpus).items():
         fields = {"concurrency_limit": limit, "is_paused": False}
@@ -107,7 +107,7 @@ def wanted(service: ServiceConfig) -> Iterator[Thing]:
 
 
 def _deployment(flow: Flow[..., Any], name: str, description: str, **more: Any) -> RunnerDeployment:
-    """Unless a limit is given it runs alone, and a run that comes meanwhile is skipped."""
+    """Without a given concurrency limit, runs do not overlap: one that starts during another is skipped."""
     alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     settings = {"concurrency_limit": alone, "paused": False, "work_pool_name": POOL, **more}
     return flow.to_deployment(  # pyright: ignore[reportReturnType]  (a coroutine only inside of a running loop)
@@ -157,8 +157,10 @@ def _put_pool(client: SyncPrefectClient) -> None:
 
 
 def _use_default_queue(client: SyncPrefectClient) -> None:
-    """Every pool has a queue `default`, which would stand there as not ready for ever, for no worker asks for it: it
-    becomes `compress`, or, in a pool that has both already, is paused."""
+    """Rename the queue `default`, which every pool has, to `compress`; pause it in a pool that already has both.
+
+    No worker polls `default`, so the UI would show it as not ready for ever.
+    """
     queues = {queue.name: queue for queue in client.read_work_queues(work_pool_name=POOL)}
     default = queues.get("default")
     if default is not None and COMPRESS not in queues:

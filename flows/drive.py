@@ -1,4 +1,4 @@
-"""What the command line asks of the flow."""
+"""Run the flows from the command line, and summarise their results there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from crosscal.plan import CompressionPlan, load_plan
 from crosscal.store import Store
 
 MOST_SENTENCES = 3
-"""On what to take; the report has all."""
+"""Sentences to print, e.g. on what to take; the report has all."""
 
 
 def drive(
@@ -29,11 +29,11 @@ def drive(
 ) -> dict[str, Any]:
     """Carry out a plan, for a landed domain if one is named.
 
-    That is a Prefect flow run when `PREFECT_API_URL` names a server, and done directly otherwise:
-    Prefect's own serverless mode starts a temporary server in every process (7 to 10 seconds) that nobody looks at.
-    Only a plan for a Dask cluster needs it, because workers tell a server how their tasks go.
+    It is a Prefect flow run when `PREFECT_API_URL` names a server, and a plain call otherwise: Prefect's serverless
+    mode would start a temporary server in every process (7 to 10 seconds) that no one uses.
+    Only a plan for a Dask cluster needs one, because workers report task states to a server.
     """
-    asked = load_plan(plan, tuple(overrides), domain)  # a slip of the pen is no failed attempt in the ledger
+    asked = load_plan(plan, tuple(overrides), domain)  # validate first: a typo is no failed attempt in the ledger
     if domain is not None:
         ledger = Ledger(Store(home))
         check_known(ledger, domain)
@@ -44,7 +44,7 @@ def drive(
 def drive_study(
     plan: Path, overrides: list[str], home: str, out: str | None, parts: int | None, domain: str | None = None
 ) -> dict[str, Any]:
-    """As `drive`, for a study; the ledger is neither asked nor told."""
+    """Carry out a study; as `drive`, but the ledger is neither read nor written."""
     asked = load_plan(plan, tuple(overrides), domain)
     check_study(asked)
     return _driven(study, asked, str(plan), overrides, home, out, parts, domain)
@@ -56,13 +56,13 @@ def _driven(flow: Flow[..., dict[str, Any]], asked: CompressionPlan, *arguments:
             return flow.fn(*arguments)
         with temporary_server():
             return flow(*arguments)
-    for check in (probe, check_access):  # a run is not made to find out
+    for check in (probe, check_access):  # before a flow run is created
         check(os.environ["PREFECT_API_URL"])
     return flow(*arguments)
 
 
 def summary(record: dict[str, Any]) -> Iterator[Any]:
-    """What a run ends by printing: the table, what to take, what the cache saved, where the report is."""
+    """Yield what a run prints at its end: the table, what to take, what the cache saved, where the report is."""
     from crosscal.report.calibration import verdicts, warnings
     from crosscal.report.found_mixtures import sentence_of
     from crosscal.report.groups import columns_of
@@ -92,7 +92,7 @@ def summary(record: dict[str, Any]) -> Iterator[Any]:
 
 
 def study_summary(record: dict[str, Any]) -> Iterator[Any]:
-    """What a study ends by printing: numbers, differences, what validation text chose, what is still to be done."""
+    """Yield what a study prints at its end: numbers, differences, what validation text chose, remaining parts."""
     from crosscal.report.groups import columns_of
     from crosscal.report.run_files import read_run
     from crosscal.report.study_table import DifferenceTable, sentences

@@ -1,4 +1,4 @@
-"""Whether a plan has enough calibration text, asked before anything is compressed: `crosscal enough`."""
+"""Check whether a plan has enough calibration text, before anything is compressed: `crosscal enough`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crosscal.variants import samples_needed
 
 
 def measure_enough(plan: CompressionPlan, home: str) -> list[dict[str, Any]]:
-    """The curve of every corpus that the plan calibrates on, of its first draw."""
+    """Return the sufficiency curve of every corpus that the plan calibrates on, for its first draw."""
     quiet_libraries()
     ticket = Ticket(plan.model_dump(mode="json"), home)
     known = identify(ticket)

@@ -1,4 +1,4 @@
-"""Measuring one model directory on a plan's test windows and tasks: `crosscal evaluate`."""
+"""Measure one model directory on a plan's held-out windows and tasks: `crosscal evaluate`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ GIVEN = "given"
 
 
 def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[str, Any]]:
-    """Rows as in `results.jsonl`. A folder named like a variant of the plan is taken to be that variant.
+    """Measure a model directory; return rows as in `results.jsonl`.
 
-    Raises `UsageError` when the model's tokenizer is not the plan's: perplexities over other tokens do not compare.
+    A folder named like a variant of the plan is taken to be that variant. Raises `ModelError` when it is no model
+    directory, `PlanError` for tasks when the model does not fit in memory, and `UsageError` when its tokenizer is not
+    the plan's: perplexities over different tokens are not comparable.
     """
     quiet_libraries()
     if not (model / "config.json").is_file():

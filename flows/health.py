@@ -1,4 +1,4 @@
-"""Whether the Prefect server answers, said plainly before anything starts."""
+"""Check that the Prefect server answers, with a clear error before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crosscal.errors import CrosscalError, UsageError
 
 
 def probe(api_url: str) -> None:
-    """Raises `UsageError` when no server answers there."""
+    """Raise `UsageError` when no server answers at this URL."""
     try:
         httpx.get(f"{api_url.rstrip('/')}/health", timeout=5).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -23,7 +23,7 @@ def probe(api_url: str) -> None:
 
 
 def check_access(api_url: str) -> None:
-    """Raises `CrosscalError` when the server does not let us in, or answers with an error."""
+    """Raise `CrosscalError` when the server denies access, or answers with an error."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -41,9 +41,9 @@ def check_access(api_url: str) -> None:
 
 
 def server_needed(for_what: str) -> str:
-    """The server's URL, once it has answered and let us in.
+    """Return the server's URL, once it has answered and granted access.
 
-    Raises `UsageError` when none is named, `CrosscalError` when it is down or refuses.
+    Raises `UsageError` when PREFECT_API_URL is not set, `CrosscalError` when the server is down or denies access.
     """
     api_url = os.environ.get("PREFECT_API_URL")
     if not api_url:

@@ -1,4 +1,4 @@
-"""The flow that looks after the store and the server: verifies, sets aside, removes, and closes what died."""
+"""The housekeeping flow: verifies the store, sets damaged artifacts aside, removes old data, closes dead flow runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crosscal.store import Store
 from crosscal.tasks.artifacts import make_artifact
 
 MOST_SHOWN = 50
-"""Lines of each list in the artifact and the log; the counts are always of all."""
+"""Entries of each list in the artifact and the log; counts always cover all."""
 
 
 @flow(name="housekeeping", persist_result=False, result_serializer="json", on_running=[note_process])
@@ -32,8 +32,11 @@ def housekeeping(
     keep_published: int | None = None,
     watch_days: float | None = None,
 ) -> dict[str, Any]:
-    """Verify what is new or changed, set aside what is damaged, close dead runs, remove what is abandoned, unused or
-    old: what is None is kept for ever."""
+    """Verify new and changed artifacts, set damaged ones aside, close dead flow runs, remove what is abandoned or old.
+
+    Removed are artifacts unused for `unused_days`, directories in `runs` not written for `runs_days`, published models
+    before the last `keep_published` of a domain, and watches that found nothing `watch_days` ago. None keeps for ever.
+    """
     closed, store = close_stuck_runs(stuck_minutes), Store(home)
     report = look_after(store, unused_days)
     old = list(drop_models(store, keep_published)) if keep_published is not None else []
@@ -59,7 +62,7 @@ def _remove_quiet(days: float) -> int:
 
 
 def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
-    """Counts, damaged artifacts (set aside: the next run makes them anew) and what was removed."""
+    """Verify and clean the store; return counts, damaged artifacts (set aside, computed again if needed), removals."""
     from crosscal.flows.taken_out import discard_taken_out
 
     checked = list(store.verify(quarantine=True, quick=True))
@@ -70,12 +73,12 @@ def look_after(store: Store, unused_days: float | None) -> dict[str, Any]:
 
 
 def shortened(report: dict[str, Any]) -> dict[str, Any]:
-    """The same with lists no longer than anybody reads."""
+    """Return the report with every list cut to `MOST_SHOWN` entries."""
     return {name: value[:MOST_SHOWN] if isinstance(value, list) else value for name, value in report.items()}
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page: a sentence, then a table for each list that is not empty."""
+    """Return the report as a page: a sentence, then a table for each list that is not empty."""
     names = ("damaged", "removed", "closed")
     damaged, removed, closed = (len(report[name]) for name in names)
     counts = f"{report['artifacts']} artifacts verified; {damaged} damaged and set aside; {removed} removed"

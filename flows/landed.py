@@ -1,7 +1,7 @@
-"""Recompressing a landed domain: while something is pending, claim it, carry out the plan, decide about publishing.
+"""Recompress a landed domain: while a version is pending, claim it, carry out the plan, decide about publishing.
 
-However often and in whatever order a domain is announced, each newest version is carried out once: the ledger is asked,
-not the event. Versions that land during a run are one more turn of the loop, on the newest.
+The ledger decides, not the event: however often and in whatever order a domain is announced, each newest version is
+carried out once. Versions that land during a run cause one more turn of the loop, on the newest.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from crosscal.tasks.ticket import Ticket
 REASON_CHARACTERS = 1000
 AGAIN = "asked for again"
 PASSING = (OSError, StoreError, MemoryError, *TRANSIENT)
-"""What may be otherwise at the next attempt, as may whatever crosscal did not foresee."""
+"""Causes that the next attempt may not meet. The same is assumed of errors that are no `CrosscalError`."""
 
 
 def recompress_domain(
     plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None, domain: str, *, again: bool = False
 ) -> dict[str, Any]:
-    """All that is pending for a domain: `runs`, one for each turn, and a `message`. The name may come from an event.
+    """Carry out what is pending for a domain; return `runs`, one for each turn, and a `message`.
 
-    Raises `UsageError` for a domain of which nothing has landed.
+    `domain` may come from an event, so it is validated. Raises `UsageError` for a domain of which nothing has landed.
     """
     ref_name(domain)
     ledger, runs = Ledger(Store(home)), []
@@ -60,7 +60,7 @@ def recompress_domain(
 
 @contextmanager
 def _telling_of_giving_up(ledger: Ledger, domain: str) -> Iterator[None]:
-    """An event, once a version has failed too often."""
+    """Emit an event if the ledger gave up a version meanwhile, because it failed too often."""
     before = ledger.given_up(domain)
     try:
         yield
@@ -75,7 +75,7 @@ def _telling_of_giving_up(ledger: Ledger, domain: str) -> Iterator[None]:
 def _carry_out(
     ledger: Ledger, run: Run, plan_path: Path, overrides: tuple[str, ...], home: str, out: str | None
 ) -> dict[str, Any]:
-    """One turn. Whatever ends it is in the ledger: a failure counts as an attempt, an interruption hardly."""
+    """Carry out one claimed run; record any end in the ledger, where more interruptions than failures are allowed."""
     news = News(ledger, run.domain, is_asked=run.request.get("why") == AGAIN)
     try:
         plan = load_plan(plan_path, overrides, run.domain)
@@ -105,7 +105,7 @@ def _carry_out(
 
 
 def _folder_name(run: Run, version: int) -> str:
-    """Of a version's run; of one that asks for the version again another, for plan or model may be others."""
+    """Name a version's run directory. A repeated version gets a new one, since plan or model may have changed."""
     first = run.request.get("after_run", 0) + 1
     is_anew = run.request.get("anew_after") == first - 1 > 0
     return f"{run.domain}-v{version}" + (f"-run{first}" if is_anew else "")
@@ -138,13 +138,13 @@ def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[s
 
 
 def repeats_itself(error: Exception) -> bool:
-    """Whether the next attempt would fail alike: what is asked for is wrong, and neither disk, network nor memory."""
+    """Return whether the next attempt would fail too: the request is wrong; it is not disk, network or memory."""
     is_passing = any(isinstance(each, PASSING) for each in chain(error))
     return isinstance(error, UsageError) or (isinstance(error, CrosscalError) and not is_passing)
 
 
 def _close(ledger: Ledger, run: Run, outcome: str, reason: str, **facts: Any) -> None:
-    """A run that another took over stays as that one left it."""
+    """Record the outcome of a run, unless another process has taken it over and closed it."""
     with suppress(StoreError):
         ledger.mark(run, outcome, reason=reason[:REASON_CHARACTERS], **facts)
 

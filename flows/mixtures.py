@@ -1,4 +1,4 @@
-"""The mixtures that a plan leaves open, found between the reading of the model and its solves."""
+"""Find the mixtures that a plan leaves open, between the calibration pass and the solves."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from crosscal.tasks.ticket import Ticket
 def find_mixtures(
     workers: TaskRunner | None, ticket: Ticket, stored: dict[str, str]
 ) -> tuple[Ticket, list[dict[str, Any]]]:
-    """The ticket with every mixture known, and what each search came to.
+    """Return the ticket with every mixture known, and the result of each search.
 
-    A round solves what all searches want next, block by block, side by side or on workers. Then, for rules on
-    perplexity, candidates are evaluated one after another: what is next depends on the last.
+    A round solves the next candidates of all searches, block by block, concurrently or on workers. Then, for rules on
+    perplexity, candidates are evaluated one after another: the next one depends on the last result.
     """
     while wanted := wanted_candidates(ticket):
         _measure(workers, ticket, wanted)

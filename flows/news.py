@@ -1,8 +1,8 @@
-"""Whether what landed can make another model: asked once windows are drawn, before anything is read.
+"""Check whether landed text would change the models, once windows are drawn and before the calibration pass.
 
 The ledger does not know how long a plan's windows are. So a run draws them, which costs the tokens that landed, and
 ends as `unchanged` when its models would be those of the last finished run, or when the domain's documents do not fill
-one window yet. What has landed waits in the pool, and counts with the landing that fills the next window.
+one window yet. Landed text that fills no window stays in the pool, and counts with the landing that fills the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crosscal.tasks.ticket import Ticket
 
 
 class NothingNew(Exception):
-    """The run's models would be those that there are."""
+    """The run would make no new models: its inputs are unchanged, or the domain has too little text."""
 
     def __init__(self, reason: str, version: int | None = None, inputs: str | None = None) -> None:
         super().__init__(reason)
@@ -32,17 +32,17 @@ class NothingNew(Exception):
 
 @dataclasses.dataclass
 class News:
-    """What one run of a domain is made from, compared with the last that finished."""
+    """The inputs of one run of a domain, compared with those of the last finished run."""
 
     ledger: Ledger
     domain: str
     is_asked: bool = False
-    """Whether a person asked for the run: then what it is made from need not be new."""
+    """Whether a user requested the run: then its inputs need not be new."""
     inputs: str | None = None
-    """Digest of all that determines the models, once it is known."""
+    """Digest of everything that determines the models, once it is known."""
 
     def check(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
-        """Raises `NothingNew`, and `TooLittleText` when a corpus has too little held-out text."""
+        """Raise `NothingNew` for unchanged inputs, `TooLittleText` when a corpus has too little held-out text."""
         self.inputs = inputs_of(ticket)
         last = self._last()
         version = ticket.versions.get(self.domain)
@@ -53,7 +53,7 @@ class News:
             self._check_text(ticket, stored)
 
     def explained(self, error: NothingNew | TooLittleText) -> NothingNew:
-        """Too little text of the domain is nothing new yet; of another corpus it is a failure, and raised again."""
+        """Return too little text of the domain as `NothingNew`; of another corpus it is a failure and raised again."""
         if isinstance(error, NothingNew):
             return error
         if error.where != self.domain:
@@ -67,14 +67,17 @@ class News:
         return {name for file in files if "split" in file.states[-1] for name in file.names}
 
     def _last(self) -> dict[str, Any] | None:
-        """The newest finished run that says what it was made from."""
+        """Return version and inputs of the newest finished run that recorded its inputs."""
         for run in reversed(self.ledger.runs(self.domain)):
             if run.state in FINISHED and run.states[-1].get("inputs"):
                 return {"version": run.version, "inputs": run.states[-1]["inputs"]}
         return None
 
     def _check_text(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
-        """Before the first run, for held-out text only grows: a window to report by, and two to decide by."""
+        """Require one test window to report and two validation windows to decide.
+
+        Checked before the first run only, since held-out text only grows.
+        """
         plan = ticket.parsed
         needed = [(self.domain, TEST, 1)] if self.domain in plan.perplexity_corpora else []
         needed += [(name, VALIDATION, 2) for name in (plan.publish.corpora if plan.publish else ())]
@@ -87,6 +90,6 @@ class News:
 
 
 def inputs_of(ticket: Ticket) -> str:
-    """Digest of plan, model and training windows: of what the models of a run are made from."""
+    """Return the digest of plan, model, dtype and training windows: all that determines a run's models."""
     windows = [(sample.corpus, sample.seed, sample.calibration.key) for sample in ticket.sampled]
     return digest_of([ticket.plan, ticket.model, ticket.dtype, windows])

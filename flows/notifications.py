@@ -1,7 +1,7 @@
-"""Messages about what happens, as Prefect's own blocks and automations: `notify:` of the service file.
+"""Notifications, as Prefect's own blocks and automations: `notify:` of the service file.
 
-The Prefect server sends them. Addresses are secrets: they come from the environment of whoever deploys, or from a block
-that stands on the server already, and are never shown.
+The Prefect server sends them. Addresses are secrets: they come from the environment of the deploying user, or from a
+block that is already on the server, and are never shown.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from crosscal.tasks.announce import FILE_REFUSED, GIVEN_UP, KEPT, PUBLISHED
 
 NOTIFY = f"{OURS}notify-"
 MADE = ("automation ", "block ")
-"""How the names of such things begin."""
+"""Prefixes of the names of notification things (see `deployed.Thing`)."""
 HOURLY = datetime.timedelta(hours=1)
 
 
 def _runs(state: str, *flows: str, within: datetime.timedelta = datetime.timedelta(0)) -> EventTrigger:
-    """Runs of these flows that end so; of each flow at most one in the given time."""
+    """Return a trigger on runs of these flows that end in `state`, at most one per flow within the given time."""
     flow = {"prefect.resource.role": "flow", "prefect.resource.name": list(flows)}
     return EventTrigger(
         expect={f"prefect.flow-run.{state}"},
@@ -55,7 +55,7 @@ OF_RUNS = {
     word: (_runs(state, "recompress"), _runs(state, "watch", "housekeeping", within=HOURLY))
     for word, state in {"failed": "Failed", "crashed": "Crashed"}.items()
 }
-"""A watch that cannot do its work fails every minute: that is said once an hour."""
+"""A watch that cannot do its work fails every minute, so this is sent at most once an hour."""
 OF_DOMAINS = {"given-up": GIVEN_UP, "kept": KEPT, "refused": FILE_REFUSED, "published": PUBLISHED}
 RUN = "{{ flow.name }} · {{ flow_run.name }}"
 RUN_TEXT = "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
@@ -64,7 +64,7 @@ DOMAIN_TEXT = "{% for name, value in event.payload.items() %}{{ name }}: {{ valu
 
 
 def _chat(secret: str) -> NotificationBlock:
-    """An address that Prefect hands to Apprise: an incoming webhook of Slack, or `mailtos://…`."""
+    """Block for an address that Prefect passes to Apprise: an incoming webhook of Slack, or `mailtos://…`."""
     return SlackWebhook(url=SecretStr(secret))
 
 
@@ -79,7 +79,7 @@ BLOCKS: dict[str, Callable[[str], NotificationBlock]] = {"slack": _chat, "email"
 
 
 def wanted(service: ServiceConfig) -> Iterator[Thing]:
-    """The blocks and automations that the service file asks for. Raises `UsageError` where a secret is missing."""
+    """Yield the blocks and automations that the service file asks for. Raises `UsageError` for a missing secret."""
     for channel in service.notify:
         block = channel.block
         if block is None:
@@ -92,7 +92,7 @@ def wanted(service: ServiceConfig) -> Iterator[Thing]:
 
 
 def standing(client: SyncPrefectClient) -> Things:
-    """The blocks and automations that an earlier deploying made."""
+    """Return the blocks and automations that an earlier deployment created."""
     documents = {
         each.id: (f"{each.block_type.slug}/{each.name}", each.data)
         for each in client.read_block_documents()
@@ -107,7 +107,7 @@ def standing(client: SyncPrefectClient) -> Things:
 
 
 def remove(client: SyncPrefectClient, thing: str) -> None:
-    """Take away what an earlier service file asked for."""
+    """Remove a block or automation that an earlier service file asked for."""
     kind, _, name = thing.partition(" ")
     if kind == "block":
         slug, _, name = name.partition("/")
@@ -118,7 +118,7 @@ def remove(client: SyncPrefectClient, thing: str) -> None:
 
 
 def _block(channel: Notify) -> tuple[str, NotificationBlock]:
-    """A block and its name on the server, which says what variable its secret came from."""
+    """Return a block's name on the server, which contains the variable of its secret, and the block."""
     kind, variable = channel.channel
     if not (secret := os.environ.get(variable)):
         raise UsageError(
@@ -132,7 +132,7 @@ def _block(channel: Notify) -> tuple[str, NotificationBlock]:
 
 
 def _stored(block: Block) -> dict[str, Any]:
-    """A block's settings as the server has them."""
+    """Return a block's settings as the server stores them."""
     fields = set(type(block).model_fields)
     return block.model_dump(mode="json", context={"include_secrets": True}, include=fields, exclude_none=True)
 

@@ -1,4 +1,4 @@
-"""Flow runs that nobody needs any more: watches that found nothing, long ago, and watches that were missed."""
+"""Remove unneeded flow runs: old watches that found nothing, and watches that were missed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def in_state(*types: StateType) -> FlowRunFilterState:
 
 
 def remove_missed(client: SyncPrefectClient) -> int:
-    """Remove the watches that were planned while no worker was there; how many. Another one has looked for them all."""
+    """Remove watches scheduled while no worker was running; return how many. One later watch covers them all."""
     planned = FlowRunFilterExpectedStartTime(before_=_now() - MISSED)
     return _remove(client, FlowRunFilter(state=in_state(StateType.SCHEDULED), expected_start_time=planned))
 
 
 def remove_quiet(client: SyncPrefectClient, days: float) -> int:
-    """Remove the watches that ended so many days ago and found nothing, or were skipped; how many.
+    """Remove watches that ended more than `days` days ago and found nothing, or were skipped; return how many.
 
-    With a run go its states, task runs and logs. Its events are removed by the server itself, when they are
+    A run's states, task runs and logs are removed with it. The server removes its events once they are
     PREFECT_SERVER_EVENTS_RETENTION_PERIOD old: the API has no call for that.
     """
     ended = FlowRunFilterEndTime(before_=_now() - datetime.timedelta(days=days))

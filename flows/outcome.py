@@ -1,4 +1,4 @@
-"""What a flow run came to, in the Prefect UI: its last state's message, and, for some, its name and tags.
+"""The outcome of a flow run in the Prefect UI: the message of its final state, and for some runs name and tags.
 
 Nothing heavy is imported here: the watch starts every minute.
 """
@@ -19,16 +19,16 @@ from crosscal.errors import CrosscalError
 MOST_LETTERS = 120
 MOST_TAGS = 12
 NEWS = "news"
-"""Tag of a run that did something. The UI can ask for a tag, and not for its absence."""
+"""Tag of a run that did something. The UI can filter by a tag, but not by its absence."""
 
 
 def call_run(name: str, tags: Sequence[str]) -> None:
-    """Name the flow run after what it turned out to do, and tag it."""
+    """Name the flow run after what it did, and tag it."""
     change_run(tags, name=name[:MOST_LETTERS])
 
 
 def change_run(tags: Sequence[str], **changes: Any) -> None:
-    """Nothing without a flow run, and nothing fails for lack of a tag."""
+    """Add tags to the flow run and apply other changes; no-op outside a flow run, and failures are only logged."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
@@ -40,9 +40,9 @@ def change_run(tags: Sequence[str], **changes: Any) -> None:
 
 
 def shown(work: Callable[[], dict[str, Any]]) -> Any:
-    """Do the work; inside a flow run the outcome is a state with a message, outside the record or the error itself.
+    """Do the work; inside a flow run return a state with a message, outside the record itself or raise.
 
-    An expected error is its message alone: a traceback would say nothing more to whoever reads the page.
+    Inside, a `CrosscalError` becomes a failed state with its message alone: a traceback would not help the reader.
     """
     if FlowRunContext.get() is None:
         return work()
@@ -54,7 +54,7 @@ def shown(work: Callable[[], dict[str, Any]]) -> Any:
 
 
 def cost_message(record: dict[str, Any]) -> str:
-    """What a run computed, in one line."""
+    """Return one line on what a run computed."""
     cache, read = record["cache"], record["calibration_tokens_read"]
     seconds = sum(record["stages"].values())
     new = f"{read:,} calibration tokens read" if read or cache["misses"] else "nothing new to read"
@@ -66,7 +66,7 @@ def counted(number: int, what: str) -> str:
 
 
 def _state_name(record: dict[str, Any]) -> str:
-    """What the page's badge says of a completed run: what became of a landed domain's model."""
+    """Return the state name that the UI shows for a completed run: the outcome for a landed domain's model."""
     if "runs" not in record:
         return "Completed"
     outcomes = {run["outcome"] for run in record["runs"]}

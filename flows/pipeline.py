@@ -1,7 +1,7 @@
-"""The steps in their order: documents in, compressed and measured models and a report out.
+"""The steps of a run in order: from documents to compressed and measured models and a report.
 
-Whatever is complete already (corpora, windows, moments, blocks, measurements) is found in the store or the run
-directory and not made again: a killed run is resumed by running it again.
+Whatever is already complete (corpora, windows, moments, blocks, measurements) is found in the store or the run
+directory and not computed again: a killed run is resumed by running it again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OF_DENSE_OUTPUTS = (
 
 @dataclass(frozen=True)
 class Begun:
-    """What is known once model and corpora are in place, whatever variants are then made."""
+    """A run after ingest: model and corpora are known, independent of the variants made from them."""
 
     ticket: Ticket
     corpora: dict[str, Any]
@@ -74,10 +74,11 @@ def carry_out(
     mark: Callable[[str], None] = lambda state: None,
     check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
 ) -> dict[str, Any]:
-    """The steps in their order. A call of this function inside a Prefect flow run shows each step as a task run.
+    """Run all steps of a plan; return the record. Inside a Prefect flow run, each step is shown as a task run.
 
-    `mark` is told "recompressed" once the models are there and "evaluated" once they are measured. `check` is called
-    with what was sampled, before anything is read, and the store's name of every corpus; it ends the run by raising.
+    `mark` is called with "recompressed" once the models exist and "evaluated" once they are measured. `check` is called
+    after sampling, before the calibration pass, with the ticket and corpus → its name in the store; it may end the run
+    by raising.
     """
     watch = Stopwatch()
     with watch.stage("ingest"):
@@ -91,7 +92,7 @@ def carry_out(
 
 
 def begin(plan: CompressionPlan, home: str) -> Begun:
-    """Identify the model and ingest the corpora."""
+    """Identify the model and ingest the corpora of a plan."""
     ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
     known = step(identify_model, ticket)
     ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
@@ -106,7 +107,7 @@ def make_and_measure(
     mark: Callable[[str], None] = lambda state: None,
     check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
 ) -> dict[str, Any]:
-    """From windows to measured models: all but the report of `carry_out`, for the variants of the ticket."""
+    """Run the steps from sampling to measured models, that is, `carry_out` after ingest and without the report."""
     ticket, stored, plan = begun.ticket, begun.stored, begun.ticket.parsed
     with watch.stage("sample"):
         needed = samples_needed(plan, ticket.variants())
@@ -146,13 +147,13 @@ def make_and_measure(
 
 
 def versions_of(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """The store's name of each corpus → the version that ingest found or made."""
+    """Return corpus name in the store → the version that ingest found or made."""
     return {corpus["stored"]: corpus["version"] for corpus in corpora.values()}
 
 
 def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
-    """See that all moments are in the store. Workers read parts of the windows, which then are added up. Then the
-    gradients of the loss, if some step needs them: of one corpus by one worker."""
+    """Ensure that the store has all moments: workers run the model over parts of the windows, whose moments are added.
+    Then the gradients of the loss, if some step needs them: one worker per corpus. Yields a report of each pass."""
     parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
     yield from step_each(workers, read_part, parts)
     yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
@@ -161,7 +162,7 @@ def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str,
 
 
 def summarise_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
-    """Have allocators look at every block: what they decide depends on all, so no block is solved before."""
+    """Summarise every block for the allocators. They decide from all blocks, so this precedes every solve."""
     unread = unsummarised_blocks(ticket)
     if not unread:
         return
@@ -173,7 +174,7 @@ def summarise_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 
 
 def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
-    """Bring every block of every variant with dense inputs into the run directory."""
+    """Ensure that the run directory has every block of every variant with dense inputs."""
     unsolved = unsolved_blocks(ticket)
     with step_report() as report:
         calls = [{"ticket": ticket, "block": block} for block in unsolved]
@@ -184,7 +185,7 @@ def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
 
 
 def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Have every model measured, each in a step of its own: what fails for a passing reason is tried again alone."""
+    """Measure every model, each in its own step, so that a transient failure repeats only that model."""
     names, spared = models_to_measure(ticket), models_spared(ticket)
     with step_report("evaluate") as report:
         found = race_models(ticket, stored, spared, report) if ticket.parsed.evaluate.race else {}
@@ -201,8 +202,10 @@ def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[st
 def race_models(
     ticket: Ticket, stored: dict[str, str], spared: Collection[str], report: Report
 ) -> dict[str, dict[str, Any]]:
-    """Have models measured on a few validation windows, and on more as long as they are not clearly worse; of those
-    that left, and of those that are no models, what `evaluate_model` would return."""
+    """Measure models on a few validation windows, and on more as long as they are not clearly worse.
+
+    Returns what `evaluate_model` would for the models that left the race and for those that failed.
+    """
     known: dict[str, dict[str, Any]] = {}
     while wanting := (now := standing(ticket, stored, known, spared)).wanting:
         for done, (name, look) in enumerate(wanting.items()):
@@ -242,7 +245,7 @@ def _record(
 
 
 def _forms(corpora: dict[str, Any]) -> Iterator[str]:
-    """In which columns documents were found, where that was not said by the plan."""
+    """Sentences on the columns that held documents, for corpora with others than `text`."""
     for name, corpus in corpora.items():
         if corpus["forms"].keys() - {"text"}:
             found = ", ".join(f"{number} in `{form}`" for form, number in corpus["forms"].items())
@@ -250,7 +253,7 @@ def _forms(corpora: dict[str, Any]) -> Iterator[str]:
 
 
 def _rejections(corpora: dict[str, Any]) -> Iterator[str]:
-    """What ingest did not take, a sentence for each corpus."""
+    """Sentences on the documents that ingest rejected, one for each corpus."""
     for name, corpus in corpora.items():
         count = sum(corpus["rejected"].values())
         if count:
@@ -260,7 +263,7 @@ def _rejections(corpora: dict[str, Any]) -> Iterator[str]:
 
 
 def _choices(plan: CompressionPlan, corpora: dict[str, Any]) -> Iterator[str]:
-    """What was chosen, a sentence for each corpus."""
+    """Sentences on the documents that were selected, one for each corpus."""
     for name, corpus in corpora.items():
         counts, select = corpus.get("selection"), plan.document_corpora[name].select
         if counts is None or select is None:

@@ -1,6 +1,6 @@
-"""What a run will do and need, said before it starts: `crosscal plan check`.
+"""Report what a run will do and need, before it starts: `crosscal plan check`.
 
-Nothing is drawn, generated or stored here. What cannot be known yet is said to be unknown.
+Nothing is drawn, generated or stored here. What cannot be known yet is reported as unknown.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from crosscal.variants import samples_needed, variants
 
 
 def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
-    """The findings, as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
+    """Return the findings as JSON: `variants`, `reading`, `memory`, `disk`, and `problems`, each with its remedy."""
     asked = variants(plan)
     findings: dict[str, Any] = {"variants": [variant.name for variant in asked]}
     if searches := {variant.name: variant.search.cost for variant in asked if variant.search}:
@@ -102,7 +102,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
 
 
 def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticket]:
-    """How it is cut, what measuring costs, and the ticket of its largest part: the others need no more at a time."""
+    """Return a study's size and evaluation cost, and the ticket of its largest part: no other needs more at a time."""
     check_study(plan)
     parts = parts_of(plan, Path(), [])
     models, length = sum(len(part.variants) for part in parts), plan.evaluate.length or plan.calibration.length
@@ -114,7 +114,7 @@ def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticke
 
 
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
-    """Those that cannot be found, or whose first records are none: without the text's column, above all."""
+    """Yield an error for each source that is missing or whose first records are no documents, e.g. lack the text."""
     for documents in plan.document_corpora.values():
         paths = [documents.path] if isinstance(documents.path, str) else documents.path or []
         asked = [(path, documents.text) for path in paths]
@@ -130,7 +130,7 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
 
 
 def _unrendered(ticket: Ticket, source: ModelSource) -> Iterator[CrosscalError]:
-    """Corpora that hold conversations, as far as is known, where the model has no template for them."""
+    """Yield an error for each corpus known to contain conversations, if the model has no chat template."""
     for name, documents in ticket.parsed.document_corpora.items():
         if documents.chat == TEMPLATE and _has_conversations(ticket, name, documents):
             try:
@@ -140,18 +140,18 @@ def _unrendered(ticket: Ticket, source: ModelSource) -> Iterator[CrosscalError]:
 
 
 def _has_conversations(ticket: Ticket, name: str, documents: Documents) -> bool:
-    """By the first records of its sources; of a corpus that `crosscal ingest` filled, by what is stored."""
+    """Judge by the first records of the sources, or by what `crosscal ingest` stored if there are none."""
     try:
         if documents.path is None:
             return load_corpus(ticket.store, stored_name(name, documents)).conversations > 0
         paths = [documents.path] if isinstance(documents.path, str) else documents.path
         return any(holds_conversations(path, documents.text, documents.revision) for path in paths)
-    except CorpusError:  # not ingested yet, or told of as unusable
+    except CorpusError:  # not ingested yet, or reported by `_unusable_sources`
         return False
 
 
 def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
-    """What a reading sums: for a sequential variant besides what all have in common what it declares itself."""
+    """Return the statistics that a calibration pass sums: the common ones, and those of a sequential variant."""
     every = dataclasses.replace(ticket, only=None).variants("sequential")
     mine = [variant for variant in every if variant.name == reading.get("variant")]
     return ticket.cached.wanted | (statistics_needed(mine) if mine else frozenset())
@@ -164,8 +164,8 @@ def _memory(
     readings: Sequence[dict[str, Any]],
     gradients: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """An estimate, above what this process uses already. One corpus is read at a time, for a sequential variant all of
-    its mixture."""
+    """Estimate the memory needed above what this process already uses. A calibration pass covers one corpus at a time,
+    for a sequential variant all of its mixture."""
     unread = [reading for reading in readings if reading["tokens_to_read"]]
     config = source.config.get_text_config()
     parameters = source.parameters
@@ -201,14 +201,14 @@ def _memory(
 
 
 def _largest(readings: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Tokens, and sets, that are read at once at most."""
+    """Return the largest numbers of tokens and of sets in one pass."""
     unread = [each for each in readings if each["tokens_to_read"]]
     tokens = max((each["tokens_to_read"] for each in unread), default=0)
     return {"tokens": tokens, "sets": max((len(each["sets"] or (0, 0)) for each in unread), default=0)}
 
 
 def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> int:
-    """Of as many blocks side by side as a run takes here, or of the sequential variant that needs most."""
+    """Memory of the blocks that a run solves concurrently here, or of the largest sequential variant."""
     threads = 1 if ticket.device.startswith("cuda") else torch.get_num_threads()
     dense, alone = ticket.variants("dense"), ticket.variants("sequential")
     sums, blocks = ticket.cached.wanted, 1
@@ -228,8 +228,8 @@ def _disk(
     readings: Sequence[dict[str, Any]],
     gradients: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """An estimate of what the store and the run directory will grow by. All models stand on the disk before they are
-    measured, whether they are kept or not; a model whose blocks are solved already is counted again."""
+    """Estimate the bytes by which the store and the run directory will grow. All models are on disk before they are
+    measured, whether they are kept or not. A model whose blocks are already solved is counted again."""
     unread = [reading for reading in readings if reading["state"] != "cached"]
     moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(ticket, each)) for each in unread]
     squares = sum(len(each["sets"] or (0,)) for each in gradients if each["state"] != "cached")

@@ -1,4 +1,4 @@
-"""A model that a person publishes: one that a run made and did not publish, or one that was published before."""
+"""Publish a model manually: one that a run made but did not publish, or one that was published before."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from crosscal.tasks.publication import reported
 
 
 def go_back(store: Store, domain: str, number: int | None) -> Pointer:
-    """Publish the model of an earlier move again, left out the one before the present; its files are read before the
-    pointer moves. Raises `UsageError` and `StoreError`."""
+    """Publish the model of an earlier move again (default: the move before the current one).
+
+    Its files are verified before the pointer moves. Raises `UsageError` and `StoreError`.
+    """
     published = Published(store)
     target = published.before(domain) if number is None else published.earlier(domain, number)
     try:
@@ -32,7 +34,7 @@ def go_back(store: Store, domain: str, number: int | None) -> Pointer:
 
 
 def publish_by_hand(store: Store, domain: str, run_dir: Path, variant: str) -> Pointer:
-    """Publish a model of a run of the domain, whatever was decided about it. Raises `UsageError`, `ModelError`."""
+    """Publish a model of a run of the domain, regardless of the decision. Raises `UsageError`, `ModelError`."""
     record = _record(run_dir)
     corpus = record["corpora"].get(domain)
     if corpus is None:
@@ -73,7 +75,7 @@ def _record(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_files(store: Store, folder: Path, variant: str) -> None:
-    """Against the digests that were noted when the model was made, where the store has them."""
+    """Compare a model's files with the digests recorded when it was made, if the store has them."""
     for name, digest in folder_files(store, folder, variant).items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             raise ModelError(

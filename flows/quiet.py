@@ -1,4 +1,4 @@
-"""What other libraries print of their own accord, kept out of a run's output."""
+"""Keep unwanted output of other libraries out of a run's output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFECT = ("prefect", "prefect.flow_runs", "prefect.task_runs")
 
 
 def quiet_libraries() -> None:
-    """No bar for every model that transformers loads; no traceback in Prefect's log for an error with a remedy."""
+    """Disable transformers' loading bars, and tracebacks in Prefect's log for errors that have a remedy."""
     disable_progress_bar()
     without_bars()
     for name in PREFECT:
@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
 
 
 def without_expected_traceback(record: logging.LogRecord) -> bool:
-    """Lets every record pass; drops the traceback of a `CrosscalError`, whose message says all there is to do."""
+    """Log filter that passes every record, but drops the traceback of a `CrosscalError`: its message is enough."""
     if record.exc_info and isinstance(record.exc_info[1], CrosscalError):
         record.exc_info = record.exc_text = None
     return True

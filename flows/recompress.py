@@ -1,7 +1,7 @@
 """The flow that carries out a plan. Run it with `crosscal run`, or deploy it (`deployment.yaml`).
 
-The steps are imported when they are run: whoever deploys, compares or starts the flow needs its signature, and not the
-seconds that their libraries take.
+The steps are imported only when they run: deploying, comparing or starting the flow needs its signature, not the
+seconds that importing their libraries takes.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def recompress(
     domain: str | None = None,
     again: bool = False,
 ) -> dict[str, Any]:
-    """Carry out a plan; returns the run's record, as in `run.json`.
+    """Carry out a compression plan; return the run's record, as in `run.json`.
 
-    `home` is the store (CROSSCAL_HOME, `.crosscal`), `out` the run directory (`runs/<model>-<digest>`). With `domain`
-    the plan's $domain is filled in and the ledger says what is to be done (see `flows.landed`): the record then has
-    `message` and `runs`, none when nothing is pending; `out` holds a run directory for each version. `again`: although
-    the newest version has been carried out, was given up, or cancelled.
+    `home` is the store (default CROSSCAL_HOME, `.crosscal`), `out` the run directory (default
+    `runs/<model>-<digest>`). With `domain`, the plan's $domain is filled in and the ledger decides what to do (see
+    `flows.landed`): the record then has `message` and `runs`, none when nothing is pending, and `out` holds a run
+    directory for each version. `again` repeats a newest version that was carried out, given up or cancelled.
     """
     from crosscal.flows.quiet import quiet_libraries
 

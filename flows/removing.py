@@ -1,4 +1,4 @@
-"""What is removed for a person, and what is said of it beforehand: a whole domain, or documents of one."""
+"""Remove a whole domain, or documents of one, on a user's request, with a preview."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ LEAST_DIGITS = 8
 
 @dataclass(frozen=True)
 class Removal:
+    """A removal to be confirmed."""
+
     shown: dict[str, Any]
-    """What would be removed, and what stays."""
+    """Preview: what would be removed, and what stays."""
     carry_out: Callable[[], dict[str, Any]]
-    """Remove it; returns what came of that."""
+    """Perform the removal; returns its result."""
 
 
 def removal_of_domain(ledger: Ledger, domain: str) -> Removal:
-    """Raises `UsageError` while a run of it is at work."""
+    """Prepare the removal of a domain. Raises `UsageError` while a run of it is in progress."""
     _check_idle(ledger, domain)
     published, picture = Published(ledger.store), ledger.look()
     shown = {
@@ -53,7 +55,8 @@ def removal_of_domain(ledger: Ledger, domain: str) -> Removal:
 def removal_of_documents(
     ledger: Ledger, domain: str, *, file: str | None, documents: Collection[str], containing: str | None
 ) -> Removal:
-    """Raises `UsageError` when there are none, and while a run of the domain is at work."""
+    """Prepare the removal of documents: of a landed `file`, with these digest prefixes, and containing a text. Raises
+    `UsageError` when none match, and while a run of the domain is in progress."""
     _check_idle(ledger, domain)
     entries = _entries(ledger, domain, file) if file else []
     if short := [each for each in documents if len(each) < LEAST_DIGITS]:
@@ -101,7 +104,7 @@ def _check_idle(ledger: Ledger, domain: str) -> None:
 
 
 def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
-    """The landed file of a name, or of the beginning of a SHA-256."""
+    """Return the landed file with this name or SHA-256 prefix. Raises `UsageError` for none or several."""
     entries = [entry for entry in ledger.entries(domain) if entry.state not in ("refused", REMOVED)]
     is_digest = len(file) >= LEAST_DIGITS
     found = [entry for entry in entries if file in entry.names or (is_digest and entry.sha256.startswith(file))]
@@ -115,10 +118,10 @@ def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
 
 
 def _brought_by(store: Store, domain: str, entries: Iterable[Entry], found: list[Held]) -> list[Held]:
-    """Of documents that came with a file of this name those that came with this one, where its shard is still there."""
+    """Of documents from all files of this name, keep those of this file, if its shard still exists."""
     for entry in entries:
         ingested = next((line for line in reversed(entry.states) if line["state"] == "ingested"), {})
-        if ingested.get("documents") == 0:  # others of its name brought them
+        if ingested.get("documents") == 0:  # the documents came with other files of its name
             return []
         before, after = (_shards(store, domain, version) for version in ((entry.version or 1) - 1, entry.version))
         mine = [each for each in found if each.shard in after - before]
@@ -131,7 +134,7 @@ def _shards(store: Store, domain: str, version: int | None) -> set[str]:
 
 
 def _others(store: Store, domain: str, unwanted: set[str]) -> list[str]:
-    """Other corpora that hold such documents."""
+    """Return the names of other corpora that contain these documents."""
     names = (name.partition("/")[2] for name in store.refs.names("corpora"))
     others = (load_corpus(store, name) for name in names if name != domain)
     wanted = set(map(bytes.fromhex, unwanted))
@@ -139,7 +142,7 @@ def _others(store: Store, domain: str, unwanted: set[str]) -> list[str]:
 
 
 def _discard_rejects(store: Store, domain: str, names: set[str]) -> int:
-    """Lines of the file that were no documents are kept as well, one by one."""
+    """Discard the artifacts with rejected lines of these files; return how many."""
     found = [one for one in store.list("rejects") if one.provenance.get("corpus") == domain]
     mine = [one for one in found if names & _sources(store.read_bytes(one, "rejects.jsonl"))]
     for one in mine:

@@ -1,4 +1,4 @@
-"""A run's own folder: which run it belongs to, what it was asked, and what came out."""
+"""The run directory: the identity of its run, the plan, and the record of the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOLVER = 1  # a change of what the solvers compute makes new run directories
 
 
 def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -> Path:
-    """Make or reopen the folder of exactly this run. Raises `UsageError` when `out` holds another run."""
+    """Create or reopen the directory of exactly this run. Raises `UsageError` when `out` holds another run."""
     inputs = {
         "model": ticket.model,
         "dtype": ticket.dtype,
@@ -47,7 +47,7 @@ def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -
 
 
 def write_run_record(folder: Path, record: dict[str, Any]) -> None:
-    """`run.json`: the record with versions, machine and commit."""
+    """Write `run.json`: the record with package versions, machine type and commit."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     content = {**record, "versions": versions, "machine": platform.machine(), "commit": _commit()}
@@ -55,7 +55,7 @@ def write_run_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that is running, marked when it has changes; None outside a git checkout."""
+    """Return the running source tree's commit, marked if it has changes; None outside a git checkout."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]

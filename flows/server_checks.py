@@ -1,4 +1,4 @@
-"""What the Prefect server says of the service: what is deployed, who works, when the watch last looked."""
+"""Check the service on the Prefect server: its deployments, its workers, and the last watch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from crosscal.service import ServiceConfig
 
 DEPLOYMENTS = ("recompress/recompress", "recompress/sweep", "watch/watch", "housekeeping/housekeeping")
 POLLED_SECONDS = 60.0
-"""A queue that no worker asked for so long has none."""
+"""A queue that no worker polled for this long has no worker."""
 GRACE_SECONDS = 60.0
-"""A run may start so much later than it was planned."""
+"""A run may start this much later than planned."""
 MOST_OVERDUE = 3
-"""Watches that are overdue, from which on nobody looks at the landing place."""
+"""With this many overdue watches, the landing place counts as unwatched."""
 START = "Start the worker as `crosscal deploy` prints it."
 DEPLOY = "Deploy: `crosscal deploy`."
 
 
 def server_checks(service: ServiceConfig, url: str) -> Iterator[Check]:
-    """The server has answered."""
+    """Yield the checks of a server that has already answered."""
     yield Check("server", OK, f"{url} answers")
     with get_client(sync_client=True) as client:
         yield _deployments(client)
@@ -52,7 +52,7 @@ def _deployments(client: SyncPrefectClient) -> Check:
 
 
 def _queues(client: SyncPrefectClient, service: ServiceConfig) -> Iterator[Check]:
-    """Whether some worker asks each of the queues for work."""
+    """Check that a worker polls each queue."""
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
@@ -63,7 +63,7 @@ def _queues(client: SyncPrefectClient, service: ServiceConfig) -> Iterator[Check
     queues = {queue.name: queue for queue in client.read_work_queues(work_pool_name=POOL)}
     for name in queue_limits(service.gpus):
         queue, thing = queues.get(name), f"queue {name}"
-        is_needed = name in (COMPRESS, SERVICE)  # the work of one GPU of several can be done by another
+        is_needed = name in (COMPRESS, SERVICE)  # another GPU can do the work of a missing one
         if queue is None:
             yield Check(thing, FAIL, "not on the server", DEPLOY)
         elif queue.is_paused:
@@ -78,7 +78,7 @@ def _queues(client: SyncPrefectClient, service: ServiceConfig) -> Iterator[Check
 
 
 def _watch(client: SyncPrefectClient) -> Check:
-    """When the landing place was looked at, against when it was to be."""
+    """Compare when the watch last ran with when it was scheduled."""
     last, planned = _last_ended(client), _planned(client)
     overdue = [run for run in planned if (at := run.expected_start_time) and _age(at) > GRACE_SECONDS]
     if last is None or last.end_time is None or last.state is None:
@@ -109,7 +109,7 @@ def _last_ended(client: SyncPrefectClient) -> FlowRun | None:
 
 
 def _planned(client: SyncPrefectClient) -> list[FlowRun]:
-    """Watches that wait for their time or for a worker, or are at work; the longest planned first."""
+    """Return watches that are scheduled, pending or running; the earliest planned first."""
     open_ones = FlowRunFilter(state=in_state(StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING))
     sort = FlowRunSort.EXPECTED_START_TIME_ASC
     return client.read_flow_runs(flow_filter=WATCHES, flow_run_filter=open_ones, sort=sort, limit=MOST_OVERDUE)

@@ -1,4 +1,4 @@
-"""How a run of a plan is called in the Prefect UI: its name and its tags."""
+"""Name and tags of a plan's run in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from crosscal.variants import GENERAL, Variant, variants
 
 
 def run_name() -> str:
-    """As in "biomedical v7 · sparsegpt 50 % · alpha 0.5" or "demo · 32 variants".
+    """Return a run's name, e.g. "biomedical v7 · sparsegpt 50 % · alpha 0.5" or "demo · 32 variants".
 
-    A plan that cannot be read gives its file's name: the run itself says what is wrong with it.
+    For a plan that cannot be read, the domain or the file's name: the run itself reports the error.
     """
     context = FlowRunContext.get()
     parameters: dict[str, Any] = (context.parameters if context else None) or {}
@@ -38,7 +38,7 @@ def run_name() -> str:
 
 
 def tag_run(plan: CompressionPlan, domain: str | None) -> None:
-    """Tag the flow run with domain, model and methods, and as one that does something."""
+    """Tag the flow run with domain, model and methods, and with `NEWS`."""
     methods = dict.fromkeys(variant.method for variant in variants(plan))
     change_run([NEWS, *([f"domain:{domain}"] * bool(domain)), f"model:{Path(plan.model).name[:60]}", *methods])
 

@@ -1,7 +1,7 @@
-"""Whether the service that a file describes is well: its server, workers and watch, its domains, its store and disks.
+"""Check the health of the service that a file describes: server, workers and watch, domains, store and disks.
 
-Only looked at, and nothing is changed. What cannot be known, because the server or the store is not there, is not
-guessed: that one check says so.
+Nothing is changed. If the server or the store cannot be reached, one check reports that, and nothing is guessed about
+the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from crosscal.service import ServiceConfig
 
 
 def status(service: ServiceConfig) -> list[Check]:
-    """Every check, in the order in which a person would make them."""
+    """Return every check, in the order in which a user would make them."""
     return [*_of_server(service), *store_checks(service)]
 
 

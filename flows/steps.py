@@ -1,4 +1,4 @@
-"""How a step is run: through Prefect inside a flow run, as a plain call otherwise. One pipeline, driven two ways."""
+"""Run steps: through Prefect inside a flow run, as plain calls otherwise. The pipeline is the same for both."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ R = TypeVar("R")
 
 
 def step(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a task. Without a flow run there is no server to tell, so the task's function is called as it is.
+    """Run a task. Outside a flow run there is no server to report to, so the task's plain function is called.
 
-    Arguments are values, quoted: of what it may look into Prefect keeps which step every part of it came from, and the
-    graph of a run would have an arrow from each step to nearly all that follow.
+    Arguments are quoted: otherwise Prefect looks into them and records which step every part came from, and the graph
+    of a run would have an arrow from each step to nearly all that follow.
     """
     if FlowRunContext.get() is not None:
         quoted: Any = partial(task, *map(quote, args))
@@ -41,13 +41,13 @@ def step(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 def step_each(
     runner: TaskRunner | None, task: Task[P, R], calls: Iterable[Mapping[str, Any]], *, at_once: int = 1
 ) -> Iterator[R]:
-    """Run a task once for each set of arguments, on a cluster where there is one; results come as they are done.
+    """Run a task once for each set of arguments. With a cluster, yield results in order of completion.
 
-    A worker that is lost costs what it was doing, which another does again. Without a cluster, one after another or
-    `at_once` side by side, sharing the cores: a task uses all it is given.
+    If a worker is lost, another one repeats its tasks. Without a cluster, `at_once` tasks run concurrently and share
+    the cores, as a task uses all it is given; results keep the order of `calls`.
     """
     if runner is None:
-        # Prefect knows the flow run by the context, which a thread does not take over by itself.
+        # Prefect finds the flow run through context variables, which a new thread does not inherit.
         jobs = [partial(copy_context().run, partial(step, task, **call)) for call in calls]
         yield from each_side_by_side(jobs, most=at_once)
         return
@@ -56,7 +56,7 @@ def step_each(
 
 @contextmanager
 def step_report(name: str = "blocks") -> Iterator[Report]:
-    """Progress over the steps of a stage: log lines and an artifact of a flow run, a bar or log lines otherwise."""
+    """Yield a progress report over the steps of a stage: log lines and an artifact in a flow run, else a bar or log."""
     if FlowRunContext.get() is not None:
         with progress_shown(name) as shown, logged(get_run_logger().info) as lines:
             yield each(lines, shown)

@@ -1,4 +1,4 @@
-"""What the store and the disks say of the service: where the domains stand, what was refused, how much room is left."""
+"""Check the store and the disks of the service: domains, refused files, damaged artifacts, free space."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from crosscal.service import ServiceConfig
 from crosscal.store import Store
 
 LITTLE, TOO_LITTLE = 0.1, 0.02
-"""Of a disk that is free: worth a look, and not well."""
+"""Free share of a disk below which its check warns, and below which it fails."""
 MOST_SHOWN = 5
 REASON_LETTERS = 200
 
 
 def store_checks(service: ServiceConfig) -> Iterator[Check]:
+    """Yield the checks of the store, its domains, the landing place and the disks."""
     try:
         store = Store(service.home)
         if not store.exists:
@@ -42,7 +43,7 @@ def store_checks(service: ServiceConfig) -> Iterator[Check]:
 
 
 def _domains(ledger: Ledger) -> Iterator[Check]:
-    """A line with how many stand where, and one for each that needs somebody."""
+    """Yield one check with the number of domains in each state, and one for each domain that needs attention."""
     rows, picture = overview(ledger), ledger.look()
     counts = Counter(row["state"] for row in rows)
     yield Check("domains", OK, ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none yet")
@@ -58,7 +59,7 @@ def _domains(ledger: Ledger) -> Iterator[Check]:
 
 
 def _landing(service: ServiceConfig, picture: Picture) -> Check:
-    """What is refused and still lies in the landing place."""
+    """Check for refused files that are still in the landing place."""
     try:
         place = open_place(service.landing)
         there = functools.cache(lambda domain: {refusal(domain, each.name, "").name for each in place.items(domain)})
@@ -87,7 +88,7 @@ def _damaged(store: Store) -> Check:
 def _disks(service: ServiceConfig) -> Iterator[Check]:
     for name, place in (("store", service.home), ("runs", service.runs)):
         if "://" in place:
-            continue  # a bucket has no end
+            continue  # an object store has no size limit
         usage = shutil.disk_usage(_nearest(Path(place)))
         free = usage.free / usage.total
         state = FAIL if free < TOO_LITTLE else WARN if free < LITTLE else OK
@@ -96,5 +97,5 @@ def _disks(service: ServiceConfig) -> Iterator[Check]:
 
 
 def _nearest(place: Path) -> Path:
-    """The place, or the folder it would be made in."""
+    """Return the place, or its nearest parent that exists."""
     return next(folder for folder in (place, *place.parents) if folder.exists())

@@ -1,9 +1,9 @@
-"""Flow runs that say Running though nobody works on them, and how they are told from those that only take long.
+"""Flow runs in state Running without a live process, and how they are distinguished from slow ones.
 
-Every flow notes its process on its run as it starts. Within one boot of a machine the answer is exact: it lives, or it
-has ended (a number that another process has by now included). Any other process cannot be seen, whatever its host is
-called; its run counts as stuck when it gave no sign of life for `stuck_minutes`: no change of state, no log line, no
-heartbeat.
+Every flow records its process on its run at the start. Within one boot of a machine the answer is exact: the process
+is alive or has ended (even if another process has its number by now). Any other process cannot be observed, whatever
+its host's name; its run counts as stuck after `stuck_minutes` without a sign of life: no change of state, no log line,
+no heartbeat.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ PAGE = 200
 
 
 def note_process(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
-    """A flow's `on_running` hook: which process works on this run."""
+    """Record on the flow run which process works on it; a flow's `on_running` hook."""
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(flow_run.id, {PROCESS: this_process()})
 
 
 def close_stuck_runs(stuck_minutes: float) -> list[dict[str, str]]:
-    """Close what nobody works on any more; which runs, and why."""
+    """Close flow runs that no process works on any more; return which, and why."""
     closed = []
     with get_client(sync_client=True) as client:
         for run in list(runs_in(client, *AT_WORK)):
             reason = _why_stuck(client, run, stuck_minutes)
-            # Read again: a run that completed just now also has no process any more.
+            # Read the state again: a run that completed just now has no process either.
             if reason and (state := client.read_flow_run(run.id).state) and state.type in AT_WORK:
                 _close(client, run, reason)
                 closed.append({"run": run.name, "id": str(run.id), "reason": reason})
@@ -67,7 +67,7 @@ def runs_in(
     flows: tuple[str, ...] = FLOWS,
     ended: FlowRunFilterEndTime | None = None,
 ) -> Iterator[FlowRun]:
-    """Runs of our flows in these states, and that ended then."""
+    """Yield runs of our flows in these states, optionally filtered by end time."""
     of_ours = FlowFilter(name=FlowFilterName(any_=list(flows)))
     in_states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))), end_time=ended)
     offset = 0
@@ -104,7 +104,7 @@ def _last_sign(client: SyncPrefectClient, run: FlowRun) -> datetime.datetime:
 
 
 def _close(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
-    """Task runs first: nothing looks at those of a run that is over. What a person was cancelling is cancelled."""
+    """Close a flow run, its task runs first: later, nothing would. A run being cancelled ends as cancelled."""
     at_work = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=list(AT_WORK))))
     only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
     message = f"Closed by crosscal: {reason}."

@@ -1,12 +1,12 @@
-"""A study: the plan's sweep for several draws of the calibration windows, in parts that one disk holds.
+"""A study: the plan's sweep for several draws of the calibration windows, in parts that fit on one disk.
 
     study directory/   parts/s1-1f0c83d2/   a run of some variants of one draw, its models discarded once measured;
-                                            its run.json says that it is complete
+                                            its run.json marks it as complete
                        results.jsonl, windows.jsonl, layers.jsonl, run.json, …   all complete parts together
-                       study.jsonl, report.html                                  what they show
+                       study.jsonl, report.html                                  their comparison over the draws
 
-What a part read and measured stays in the store, and a complete part is not opened again: a study that was killed goes
-on where it stopped, and one more draw costs that draw.
+Statistics and measurements of a part stay in the store, and a complete part is not run again: a killed study resumes
+where it stopped, and one more draw costs only that draw.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def study(
     parts: int | None = None,
     domain: str | None = None,
 ) -> dict[str, Any]:
-    """Carry out a study; returns its record, as in `run.json`, with `parts`: how many there are and are complete.
+    """Carry out a study, a plan's sweep over several draws of the calibration windows; return its record.
 
-    `home` is the store, `out` the study's directory (`runs/<model>-study-<digest>`, the same for any number of draws).
-    `parts` limits how many parts this call carries out; what is complete is written up in any case. `domain`: what the
-    plan's `$domain` stands for.
+    The record is as in `run.json`, with `parts`: how many there are and how many are complete. `home` is the store,
+    `out` the study's directory (default `runs/<model>-study-<digest>`, the same for any number of draws). `parts`
+    limits how many parts this call carries out; complete parts are written up in any case. `domain` fills in the
+    plan's `$domain`.
     """
     from crosscal.flows.quiet import quiet_libraries
 
@@ -58,7 +59,7 @@ def _study(
 
 
 def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int | None = None) -> dict[str, Any]:
-    """Carry out at most so many parts that are not complete, and write up all that are."""
+    """Carry out at most `most` incomplete parts (None: all), and write up all complete ones."""
     from crosscal.flows.pipeline import begin, make_and_measure
     from crosscal.flows.steps import Stopwatch
     from crosscal.flows.study_files import write_up
@@ -80,7 +81,7 @@ def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int
 
 
 def check_study(plan: CompressionPlan) -> None:
-    """Raises `PlanError` for a plan without a study, or one that compares with what is not there."""
+    """Raise `PlanError` for a plan without a study, with a race, or with an unknown baseline."""
     from crosscal.compressors import COMPRESSORS
     from crosscal.report.counterparts import DOMAIN
     from crosscal.report.groups import DENSE

@@ -1,4 +1,4 @@
-"""How a study is cut: which variants are made together, and where what a part measured lies."""
+"""The parts of a study: which variants are made together, and in which directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosscal.variants import variants
 
 @dataclass(frozen=True)
 class Part:
-    """Variants of one draw that are made together, and the directory of their run."""
+    """Variants of one draw that are made together, and their run directory."""
 
     seed: int
     variants: tuple[str, ...]
@@ -28,8 +28,11 @@ class Part:
 
 
 def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list[Part]:
-    """Draw after draw, at most `models_at_once` variants each; named by all that their numbers depend on: `inputs` (the
-    model and the corpora) and the plan, but for what it compares and how many draws it has."""
+    """Split a study into parts, draw by draw, of at most `models_at_once` variants.
+
+    A part is named by a digest of all that its numbers depend on: `inputs` (the model and the corpora), its variants,
+    and the plan except for its section `study` and its seed.
+    """
     asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
     found = sorted(variants(plan), key=lambda variant: plan.seeds.index(variant.seed))
     parts = []
@@ -42,7 +45,7 @@ def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list
 
 
 def folder_of(plan: CompressionPlan) -> Path:
-    """The study's directory where none is named."""
+    """Return the default directory of a study."""
     runs = Path(os.environ.get("CROSSCAL_RUNS", "runs"))
     return (runs / f"{Path(plan.model).name}-study-{digest_of(_without_draws(plan))[:8]}").absolute()
 

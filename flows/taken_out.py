@@ -1,9 +1,9 @@
-"""What the store still has of documents that were taken out of their corpora: text, tokens of it, sums over these.
+"""Find what the store still holds of documents that were taken out of their corpora: text, tokens, sums over tokens.
 
-All of it can be told from what the store says of itself: the newest version of a corpus names the shards that were
-replaced, and what is made of a shard names it, or the digest of the corpus. A pool of windows hands text on to the
-next, so that every pool behind such a shard counts, and every set that begins with text left over, unless a pool
-without these documents has it as well. What is asked for again is made anew.
+The store's own records suffice: the newest version of a corpus lists the replaced shards, and every artifact made from
+a shard names that shard or the corpus digest. A pool of windows passes leftover text on to the next pool. So every pool
+after a replaced shard counts, and every calibration set that begins with leftover text, unless a pool without these
+documents contains it too. An artifact that is needed again is recomputed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUMS = ("moments", "gradients", "likelihoods")
 
 
 def taken_out(store: Store) -> Iterator[tuple[str, str]]:
-    """(kind, key) of every artifact that was made of a shard which was replaced, these shards among them."""
+    """Yield (kind, key) of every artifact that was made from a replaced shard, including these shards."""
     newest = {name.partition("/")[2]: store.refs.read(name) for name in store.refs.names("corpora")}
     replaced = {key for _, record in newest.values() if record for key in record.get("replaced", ())}
     if not replaced:
@@ -47,14 +47,14 @@ def taken_out(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def discard_taken_out(store: Store, *, dry_run: bool = False) -> Iterator[tuple[str, str]]:
-    """Remove all that; yields (place, reason). What another process at work may be using stays for the next time."""
+    """Remove these artifacts; yield (place, reason). Those another running process may use stay until the next call."""
     for kind, key in list(taken_out(store)):
         if store.is_kept(kind, key) and (dry_run or store.discard_unused(kind, key)):
             yield f"objects/{kind}/{key}", "made of documents that were taken out"
 
 
 class _Doomed:
-    """What follows from the replaced shards."""
+    """Everything in the store that depends on the replaced shards."""
 
     def __init__(self, store: Store, shards: set[str]) -> None:
         self.store, self.shards = store, shards
@@ -70,7 +70,7 @@ class _Doomed:
 
     @functools.cached_property
     def versions(self) -> list[Corpus]:
-        """Versions of corpora that have a replaced shard."""
+        """Corpus versions that contain a replaced shard."""
         refs, found = self.store.refs, []
         for name in refs.names("corpora"):
             for version in refs.versions(name) if (refs.read(name)[1] or {}).get("replaced") else ():
@@ -85,7 +85,7 @@ class _Doomed:
 
     @functools.cached_property
     def seeds(self) -> set[str]:
-        """As provenances name the documents of a split that a model went on from."""
+        """Digests by which provenances name the documents of a split that a model continued."""
         pairs = itertools.product(self.versions, SPLITS)
         return {digest_of([s.key for s in corpus.shards if s.documents.get(split)]) for corpus, split in pairs}
 
@@ -95,7 +95,7 @@ class _Doomed:
 
     @functools.cached_property
     def pools(self) -> set[str]:
-        """Those of a replaced shard, and all behind them; also where it cannot be told any more what was before."""
+        """Pools of a replaced shard and all after them, and pools whose predecessor is no longer known."""
         is_doomed: dict[str, bool] = {}
         for key in self._all_pools:
             way = []
@@ -123,7 +123,7 @@ class _Doomed:
 
     @functools.cached_property
     def summed(self) -> set[str]:
-        """Sets, and sums of several, by which moments are kept."""
+        """Keys of calibration sets, and of sums of several, under which moments are stored."""
         return self.sets | (self._named("sums", by_doomed=True) - self._named("sums", by_doomed=False))
 
     def _is_text_of_them(self, said: dict[str, Any]) -> bool:

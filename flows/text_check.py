@@ -1,4 +1,4 @@
-"""What `crosscal plan check` says of calibration text that is in the store already."""
+"""What `crosscal plan check` reports about calibration text that is already in the store."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from crosscal.variants import samples_needed
 
 
 def check_text(ticket: Ticket, source: ModelSource, shapes: Sequence[BlockShape]) -> tuple[dict[str, Any], list[str]]:
-    """`calibration_quality` of the windows that are drawn, `overlap` of the corpora that are ingested, and `warnings`;
-    and what would stop a run. Nothing is stored."""
+    """Return findings, and the errors that would stop a run; store nothing. The findings are `calibration_quality` of
+    the windows already drawn, `overlap` of the corpora already ingested, and `warnings`."""
     quality, told = {}, []
     widest = max((inputs for shape in shapes for _, inputs in shape.sites), default=0)
     for name, seed in samples_needed(ticket.parsed):

@@ -1,4 +1,4 @@
-"""What of a plan's windows a run would still read: as of now, nothing is drawn or generated here."""
+"""Predict the calibration passes that a run still needs. Nothing is drawn or generated here."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from crosscal.variants import Variant
 def reading(
     ticket: Ticket, source: ModelSource, name: str, seed: int, cached: Kept, *, held_out: bool = True
 ) -> dict[str, Any]:
-    """What is known of one corpus in one draw, as of its last ingest: what is missing of the sums of both splits, or of
-    the calibration windows alone."""
+    """Describe the calibration pass over one corpus in one draw, as of its last ingest: its sets, its state, and the
+    tokens still to read and already cached, for both splits or the calibration windows alone."""
     plan = ticket.parsed
     calibration, origin = plan.calibration, plan.corpora[name]
     draw = Draw(
@@ -53,7 +53,7 @@ def reading(
 
 
 def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]:
-    """Of both splits: keys of sets that a solve reads, None where one is not drawn yet; tokens to read, and all."""
+    """Merge the splits: keys of sets that a solve reads (None: not drawn yet), state, tokens to read and cached."""
     keys = [key for found, _, _ in splits for key in found]
     unread = sum(to_read for _, to_read, _ in splits)
     state = "not sampled yet" if None in keys else "to read" if unread else "cached"
@@ -73,7 +73,7 @@ def _generated(
             return [None], tokens, tokens
         kind = {"source": "model", "model": ticket.model, "seeds": None} | (seeds.said(request.split) if seeds else {})
     begin = begin_token(source.tokenizer(), request.begin_token)
-    is_read_in = isinstance(origin, SelfGenerated) and origin.seeds is not None  # of the others no text is read
+    is_read_in = isinstance(origin, SelfGenerated) and origin.seeds is not None  # the others tokenize no text
     request = dataclasses.replace(request, plain_text=request.plain_text and is_read_in)
     asked = {"begin": begin, **request.provenance(begin)}
     key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
@@ -83,7 +83,7 @@ def _generated(
 def _drawn(
     ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int, cached: Kept
 ) -> tuple[list[str | None], int, int]:
-    """What was drawn already, and at most as much of later shards as the rule lets them give."""
+    """Count what is already drawn, and for later shards the most windows that the drawing rule allows."""
     pool, undrawn = find_pool(ticket.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
     keys: list[str | None] = []
     unread = tokens = 0
@@ -103,8 +103,10 @@ def _drawn(
 
 
 def reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A sequential variant reads the windows of its mixture once more, through its own compressed blocks, unless an
-    earlier run kept what it saw: that cannot be told before the windows are drawn."""
+    """Describe the extra calibration pass of a sequential variant over its mixture, through its own compressed blocks.
+
+    An upper bound: whether an earlier run has stored its moments is not known before the windows are drawn.
+    """
     corpora = variant.mixture.corpora if variant.mixture else ()
     mine = [reading for reading in readings if reading["corpus"] in corpora and reading["seed"] == variant.seed]
     tokens = sum(reading["tokens_to_read"] + reading["tokens_cached"] for reading in mine)

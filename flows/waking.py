@@ -1,4 +1,4 @@
-"""Waking the service from the command line, where something was ingested by hand."""
+"""Trigger the service from the command line, after a manual ingest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from crosscal.tasks.announce import announce
 
 
 def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:
-    """Announce the domains (left out, all) that wait for a run: domain → whether the event was sent. Says what it did,
-    or why there is nothing to announce."""
+    """Announce the domains (default: all) that wait for a run; return domain → whether the event was sent. Logs what
+    was done, or why there is nothing to announce."""
     picture, sent = Ledger(Store(home)).look(), {}
     for domain in picture.domains() if domains is None else domains:
         version = picture.pending(domain)
@@ -28,7 +28,7 @@ def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[st
 
 
 def check_sent(sent: dict[str, bool]) -> None:
-    """Raises `CrosscalError` naming domains whose event was not sent."""
+    """Raise `CrosscalError` naming the domains whose event was not sent."""
     if unsent := [domain for domain, was_sent in sent.items() if not was_sent]:
         raise CrosscalError(
             "taken in and noted in the ledger, but no event could be sent",

@@ -1,7 +1,7 @@
-"""The flow that looks at the landing place, once a minute: takes in what is complete and wakes what waits.
+"""The watch flow (every minute by default): ingests complete landed files and announces pending domains.
 
-One mechanism for everything: documents that have just landed, events that were lost, a server that was down, a run that
-died. Whatever the ledger says is pending and nobody works on is announced, and announced again by the next watch.
+One mechanism covers documents that have just landed, lost events, a server that was down, and a run that died: every
+domain that is pending in the ledger and has no live run is announced, and announced again by the next watch.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from crosscal.tasks.artifacts import make_artifact
 
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
 SOON = datetime.timedelta(minutes=10)
-"""A run planned for later than this does not keep a domain from being announced."""
+"""A flow run scheduled later than this does not prevent an announcement."""
 MOST_LINES = 200
-"""Of files in the log of one run; the ledger has all."""
+"""File lines in the log of one run; the ledger has all."""
 MOST_REFUSED = 100
 MOST_WORDS = 300
 
@@ -51,10 +51,10 @@ def watch(
     text: dict[str, str] | None = None,
     plan_path: str | None = None,
 ) -> dict[str, Any]:
-    """Take in what landed, close runs that died, announce what is pending; returns what was done.
+    """Ingest landed files, close dead flow runs and announce pending domains; return what was done.
 
-    `text`: domain → the column that its text is looked for in, where it is not found by itself. With a plan, whatever
-    was made by another, or from another model, is pending as well.
+    `text`: domain → the column that holds its text, where it is not found automatically. With a plan, domains whose
+    models were made by another plan or from another model are pending as well.
     """
     plan = plan_file(Path(plan_path)) if plan_path else None
     return shown(lambda: _watch(Store(home), landing, settle_seconds, stuck_minutes, text or {}, plan))
@@ -96,8 +96,8 @@ def _watch(
 
 
 def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
-    """What a sweep did, for those who do not see the worker's terminal: a line and an event for each file that is
-    refused, and a page with all that stands refused."""
+    """Report what a sweep did, for users who do not see the worker's terminal: a log line for each new file, an event
+    for each refused one, and an artifact with all files that are still refused."""
     told = [each for each in taken if each.state != "known"]
     if not told:
         return
@@ -127,14 +127,14 @@ def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
 
 
 def _log() -> Any:
-    """Of this run. Prefect's own lines, seven a minute, are kept out by PREFECT_LOGGING_LEVEL; these are not."""
+    """Return this run's logger. PREFECT_LOGGING_LEVEL silences Prefect's own lines, seven a minute, but not these."""
     log = get_run_logger().getChild("watch")
     log.setLevel(logging.INFO)
     return log
 
 
 def waiting_domains(ledger: Ledger) -> dict[str, int]:
-    """Pending domains that no live run works on, and their versions; neither paused nor cancelled by a person."""
+    """Return the versions of pending domains that no live run works on, and no user has paused or cancelled."""
     if not _pending(ledger.look()):
         return {}
     with get_client(sync_client=True) as client:
@@ -150,7 +150,7 @@ def _pending(picture: Picture) -> dict[str, int]:
 
 
 def _busy_domains(client: SyncPrefectClient) -> set[str]:
-    """Domains that a flow run of now or soon names."""
+    """Return the domains of flow runs that are active or start soon."""
     runs = runs_in(client, *LIVE, flows=("recompress",))
     return {str(run.parameters.get("domain")) for run in runs if not _is_for_later(run)}
 

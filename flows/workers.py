@@ -1,4 +1,4 @@
-"""Workers: one process for each GPU, and one that needs none."""
+"""Commands of the workers: one process for each GPU, and one that needs none."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from crosscal.service import ServiceConfig
 
 SETTINGS = {
     "DO_NOT_TRACK": "1",  # Prefect's client would send usage statistics
-    "PREFECT_WORKER_QUERY_SECONDS": "2",  # asks for work so often; of its own accord every ten seconds
+    "PREFECT_WORKER_QUERY_SECONDS": "2",  # polling interval; the default is ten seconds
 }
 
 
 def worker_commands(service: ServiceConfig) -> list[str]:
-    """What to start, a shell command each."""
+    """Return the shell command of each worker to start."""
     url = {"PREFECT_API_URL": os.environ["PREFECT_API_URL"]}
     devices = {f"gpu{index}": str(index) for index in range(service.gpus)} | {SERVICE: ""}
 
@@ -34,9 +34,9 @@ def worker_commands(service: ServiceConfig) -> list[str]:
 
 
 def worker(name: str) -> tuple[list[str], dict[str, str]]:
-    """The command of a worker, `gpu0`, `gpu1`, … or `service`, and what its environment has besides one's own.
+    """Return the command of a worker, `gpu0`, `gpu1`, … or `service`, and the environment variables to add.
 
-    A device that the environment names stays, as in a container that sees one GPU only. Raises `UsageError`.
+    Variables that are already set stay, e.g. the device in a container that sees one GPU only. Raises `UsageError`.
     """
     if name != SERVICE and not re.fullmatch(r"gpu\d{1,2}", name):
         raise UsageError("no such worker", got=name, do="Give gpu0, gpu1, … or service.")
@@ -47,8 +47,8 @@ def worker(name: str) -> tuple[list[str], dict[str, str]]:
     start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
     chosen = [part for queue in queues for part in ("--work-queue", queue)]
     called = ["--limit", str(limit), "--name", f"{socket.gethostname()}-{name}"]
-    # Where runs work. Never in an installed package: Prefect lets a run import from there, and crosscal/statistics
-    # would hide Python's own.
+    # Working directory of runs. Never an installed package: Prefect puts it on a run's import path, and
+    # crosscal/statistics would shadow Python's own module.
     folder = {"CROSSCAL_CHECKOUT": str(ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd())}
     device = {"CUDA_VISIBLE_DEVICES": "" if name == SERVICE else name.removeprefix("gpu")}
     own = {key: value for key, value in {**SETTINGS, **folder, **device}.items() if key not in os.environ}

@@ -1,4 +1,4 @@
-"""Events. They wake, and may be lost: whatever matters stands in the ledger before one is emitted."""
+"""Prefect events. They only trigger a check and may be lost: whatever matters is in the ledger beforehand."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _log = logging.getLogger("crosscal")
 
 
 def announce(domain: str, version: int) -> bool:
-    """Say that a version of a domain's corpus waits for a recompression; False, and said, when nobody can hear it."""
+    """Announce that a version of a domain's corpus waits for a recompression; False, and logged, without a server."""
     return tell(LANDED, f"crosscal.corpus.{domain}", {"domain": domain, "version": version})
 
 
 def tell(event: str, resource: str, payload: dict[str, Any]) -> bool:
-    """Emit an event and wait until it is sent. Without a server that answers nothing is emitted."""
+    """Emit an event and wait until it is sent. Without a server that answers, return False and emit nothing."""
     return tell_each(event, [(resource, payload)])
 
 
 def tell_each(event: str, told: Sequence[tuple[str, dict[str, Any]]]) -> bool:
-    """The same for several resources, each with its payload."""
+    """As `tell`, for several resources, each with its payload."""
     if not told:
         return True
     url, first = PREFECT_API_URL.value(), told[0][0]

@@ -1,7 +1,7 @@
-"""What Prefect's pages show of a run beside its states: progress, the results, the trade-off, where the files are.
+"""Prefect artifacts of a run: progress, the results, the trade-off, where the files are.
 
-Outside a flow run nothing happens. An artifact shows and does not decide: one that cannot be made is logged, and the
-run goes on without it.
+Outside a flow run nothing happens. Artifacts are for display only: if one cannot be made, that is logged, and the run
+continues without it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from crosscal.progress import Pace, Report, silent
 UPDATE_EVERY_SECONDS = 5.0
 """An update costs some 40 ms: below 1 % of the time."""
 MOST_BYTES = 640 * 1024
-"""Of any artifact, whatever its maker promised."""
+"""Size limit of any artifact."""
 MOST_WORDS = 300
-"""Characters of a description."""
+"""Maximum characters of a description."""
 FAILURES = (httpx.HTTPError, PrefectException, RuntimeError, ValueError, OSError)
-"""What Prefect's client raises when its server is gone, slow, or refuses."""
+"""What Prefect's client raises when its server is gone or slow, or denies a request."""
 
 
 def show_run(run_dir: Path) -> None:
-    """The results, the trade-off and the places of a finished run, each as an artifact of the running task."""
+    """Show results, trade-off and file locations of a finished run, each as an artifact of the running task."""
     if not in_run():
         return
     from crosscal.report.exhibits import files_page, measured, results_table, trade_off_page
@@ -60,7 +60,7 @@ def show_run(run_dir: Path) -> None:
 
 
 def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None:
-    """Why a new model was published, or kept and not published; `decided` as in `decision_page`."""
+    """Show why a new model was published, or kept and not published; `decided` as in `decision_page`."""
     if not in_run():
         return
     from crosscal.report.exhibits import decided_among, decision_page
@@ -74,7 +74,7 @@ def show_decision(domain: str, version: int, decided: Mapping[str, Any]) -> None
 
 @contextmanager
 def progress_shown(name: str | None = None) -> Iterator[Report]:
-    """A report that moves a progress artifact `progress-<name>`; left out, the name is that of the running task."""
+    """Yield a report that updates the artifact `progress-<name>`; the default name is that of the running task."""
     if not in_run():
         yield silent
         return
@@ -89,14 +89,14 @@ def in_run() -> bool:
 
 
 def subject_of_run() -> str:
-    """What artifacts of several runs have in common: the landed domain, or else the plan's name."""
+    """Return the key prefix that artifacts of several runs share: the landed domain, or else the plan's name."""
     context = FlowRunContext.get()
     parameters = context.parameters or {} if context else {}
     return _slug(str(parameters.get("domain") or Path(str(parameters.get("plan_path", "run"))).stem))
 
 
 class _Bar:
-    """One progress artifact on the server, made by the first report and moved every few seconds."""
+    """One progress artifact on the server, created by the first report and updated every few seconds."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -107,7 +107,7 @@ class _Bar:
 
     def report(self, what: str, done: int, total: int | None) -> None:
         if not done and total is None:
-            return  # what merely goes on is for the log: it has no percentage
+            return  # without a total there is no percentage; the log shows it
         self._pace.report(what[:100], done, total)
         self._percent = 100.0 * min(done, total) / total if total else 0.0
         if time.monotonic() >= self._next:
@@ -125,12 +125,12 @@ class _Bar:
             self._artifact = make_artifact(create_progress_artifact, key=self._key, progress=percent, description=about)
         else:
             self._artifact = make_artifact(update_progress_artifact, self._artifact, percent, about)
-        if self._artifact is None:  # the server does not answer: no second wait for it
+        if self._artifact is None:  # the server does not answer: do not wait for it again
             self._next = float("inf")
 
 
 def make_artifact(make: Callable[..., UUID], *args: Any, **kwargs: Any) -> UUID | None:
-    """Make or change an artifact with one try; None when there is no flow run, or it failed."""
+    """Create or update an artifact, without retries; None outside a run, or when it is too large or fails."""
     if not in_run():
         return None
     size = len(json.dumps(kwargs, default=str))
@@ -146,5 +146,5 @@ def make_artifact(make: Callable[..., UUID], *args: Any, **kwargs: Any) -> UUID 
 
 
 def _slug(name: str) -> str:
-    """A part of an artifact's key: lower-case letters, digits and dashes."""
+    """Return a part of an artifact's key: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:64].strip("-") or "run"

@@ -1,4 +1,4 @@
-"""Ingest a corpus, choose among its documents, and draw the windows that stand for it."""
+"""Ingest a corpus, select among its documents, and draw its calibration windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crosscal.tasks.ticket import Ticket, task_report
 
 
 def stored_name(name: str, documents: Documents) -> str:
-    """The store's name of what a plan draws from: a corpus as it was ingested, or what is chosen of it."""
+    """Return the store's name of what a plan draws from: the ingested corpus, or the selection from it."""
     if documents.select is None:
         return ingested_name(name, documents)
     said = [ingested_name(name, documents), documents.select.model_dump(mode="json")]
@@ -28,16 +28,18 @@ def stored_name(name: str, documents: Documents) -> str:
 
 
 def ingested_name(name: str, documents: Documents) -> str:
-    """The store's name of a plan's documents: their own when `crosscal ingest` filled it, else marked by their
-    source."""
+    """Return the store's name of a plan's documents: the plan's name if `crosscal ingest` filled the corpus, else the
+    name with a digest of the source."""
     if documents.path is None:
         return name
     return f"{name[:48]}-{digest_of([documents.path, documents.text, documents.revision, documents.split])[:8]}"
 
 
 def bring_in(ticket: Ticket, run: Callable[..., Any], wanted: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Every corpus of documents of the plan, or those wanted: ingested, then what is chosen of some. `run` carries out
-    a task. A choice needs them all, as nothing is chosen that is held out anywhere."""
+    """Ingest the plan's document corpora, or those wanted, and select from them; return them by name. `run` runs tasks.
+
+    A selection needs all corpora ingested, since it excludes documents that are held out in any of them.
+    """
     documents = ticket.parsed.document_corpora
     names = list(documents) if wanted is None else wanted
     choices = [name for name in names if documents[name].select]
@@ -46,14 +48,14 @@ def bring_in(ticket: Ticket, run: Callable[..., Any], wanted: Sequence[str] | No
 
 
 def corpus_of(ticket: Ticket, name: str, stored: str) -> Corpus:
-    """A corpus of the plan as the run reads it, under the plan's name for it."""
+    """Load a corpus of the plan in the run's version, under the plan's name for it."""
     corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
     return dataclasses.replace(corpus, name=name, chat=ticket.parsed.document_corpora[name].chat)
 
 
 @task(name="ingest", task_run_name="ingest {name}", **RETRIED)
 def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
-    """Bring a corpus of the plan up to date; the same documents change nothing."""
+    """Ingest a corpus of the plan; the same documents change nothing."""
     documents = ticket.parsed.document_corpora[name]
     stored = ingested_name(name, documents)
     if documents.path is None:
@@ -87,7 +89,7 @@ def _ingested(name: str, stored: str, version: int) -> dict[str, Any]:
 
 @task(name="select", task_run_name="select {name}", **RETRIED)
 def select_corpus(ticket: Ticket, name: str, ingested: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Choose among the documents of a corpus of the plan; the same corpora and settings choose the same."""
+    """Select among the documents of a corpus of the plan; the same corpora and settings select the same."""
     documents, store = ticket.parsed.document_corpora[name], ticket.store
     assert documents.select is not None
     asked = documents.select
@@ -151,7 +153,7 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
 
 
 def seeds_of(ticket: Ticket, origin: SelfGenerated) -> Seeds | None:
-    """The documents that a self-generated corpus continues. Raises `CorpusError` before they are ingested."""
+    """Return the documents that a self-generated corpus continues. Raises `CorpusError` before they are ingested."""
     if origin.seeds is None:
         return None
     stored = stored_name(origin.seeds, ticket.parsed.document_corpora[origin.seeds])

@@ -1,4 +1,4 @@
-"""Whether the models of a run are measured whole, or block by block because they do not fit in memory."""
+"""Estimate whether models are measured whole, or block by block because they do not fit in memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from crosscal.tasks.ticket import resolve_device
 
 @dataclass(frozen=True)
 class EvaluatingMemory:
-    """Estimates, of one model at a time."""
+    """Estimates of the memory that measuring one model takes."""
 
     whole_bytes: int
     by_blocks_bytes: int
-    """With the weights of one block at a time."""
+    """With the weights of one block in memory at a time."""
     free_bytes: int
 
     @property
@@ -31,7 +31,7 @@ class EvaluatingMemory:
 
     @property
     def is_by_blocks(self) -> bool:
-        """Where that takes less; of a model of few blocks it need not."""
+        """Whether the model does not fit and this takes less memory, which it need not with few blocks."""
         return not self.fits and self.by_blocks_bytes < self.whole_bytes
 
     @property
@@ -44,7 +44,7 @@ class EvaluatingMemory:
 
 
 def evaluating_memory(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> EvaluatingMemory:
-    """On the plan's device, as its memory is now."""
+    """Estimate the memory for the plan's device, with the memory that is free there now."""
     device = resolve_device(plan.execution.device)
     config, free = source.config.get_text_config(), usable_bytes(device)
     length = _length(plan, source)
@@ -62,7 +62,7 @@ def evaluating_memory(plan: CompressionPlan, source: ModelSource, shapes: Sequen
 
 
 def unanswerable(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> Iterator[PlanError]:
-    """Tasks, of a model that does not fit in memory: an answer takes a pass of its own."""
+    """Yield an error for tasks if the model does not fit in memory: each answer takes its own forward pass."""
     if plan.evaluate.tasks and not (memory := evaluating_memory(plan, source, shapes)).fits:
         yield PlanError(
             "a model that does not fit in memory is measured block by block: on texts, not by tasks",

@@ -1,4 +1,4 @@
-"""Measure the models of a run, one after another; the numbers are kept in the store."""
+"""Measure the models of a run, one after another; the measurements are kept in the store."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def models_to_measure(ticket: Ticket) -> list[str]:
 
 @task(name="evaluate", task_run_name="evaluate {name}", **RETRIED)
 def evaluate_model(ticket: Ticket, stored: dict[str, str], name: str, report: Report = silent) -> dict[str, Any]:
-    """Measure the dense model or a variant, unless the store has its numbers.
+    """Measure the dense model or a variant, unless the store has its measurements.
 
-    Returns `weights`, under which they are kept; `size_bytes` of the files, None where this run made none; and
-    `failed`: why it cannot be loaded or measured. Such a variant is no model, and loses its index; the others are none
-    the worse for it. `stored` gives the store's name of every corpus of documents.
+    Returns `weights`, the digest under which they are kept; `size_bytes` of the files, None if this run made none; and
+    `failed`: why the model cannot be loaded or measured. Such a variant is no model and loses its index; other variants
+    are not affected. `stored` maps every corpus of documents to its name in the store.
     """
     told, exam = place_of(ticket, name), examination_of(ticket, stored, report)
     if name == DENSE:
@@ -66,7 +66,7 @@ def evaluate_model(ticket: Ticket, stored: dict[str, str], name: str, report: Re
 
 
 def models_spared(ticket: Ticket) -> dict[str, str]:
-    """Variant → why it needs no evaluation. That which the plan publishes is evaluated whatever it loses."""
+    """Return variant → why it needs no evaluation. The variant that the plan publishes is always evaluated."""
     if not ticket.parsed.evaluate.screen:
         return {}
     publish = ticket.parsed.publish
@@ -75,7 +75,7 @@ def models_spared(ticket: Ticket) -> dict[str, str]:
 
 
 def spare_model(ticket: Ticket, name: str, why: str) -> dict[str, Any]:
-    """What `evaluate_model` would return, of a variant that needs no evaluation: `spared` says why."""
+    """Return what `evaluate_model` would for a variant that needs no evaluation: `spared` states why."""
     if not ticket.parsed.execution.keep_models:
         discard_model(ticket.workshop(), variant_of(ticket, name))
     return {"weights": "", "size_bytes": None, "failed": None, "spared": why}
@@ -86,13 +86,13 @@ def variant_of(ticket: Ticket, name: str) -> Variant:
 
 
 def place_of(ticket: Ticket, name: str) -> str:
-    """Which of the models that a run measures, in words."""
+    """Return a model's place among those that a run measures, e.g. "model 2 of 5, NAME"."""
     names = models_to_measure(ticket)
     return f"model {names.index(name) + 1} of {len(names)}, {name}"
 
 
 def rows_of(ticket: Ticket, variant: Variant) -> list[LayerRow]:
-    """Of each of a variant's matrices, whether this run or an earlier one made it."""
+    """Return the layer rows of a variant, whether this run or an earlier one made it."""
     if variant in ticket.variants_to_make():
         return layer_rows(ticket.workshop(), [variant])
     made = made_before(ticket.workshop(), variant)
@@ -102,8 +102,8 @@ def rows_of(ticket: Ticket, variant: Variant) -> list[LayerRow]:
 def measure_made(
     ticket: Ticket, exam: Examination, variant: Variant, name: str, report: Report, look: int | None = None
 ) -> dict[str, Any]:
-    """Measure the model in the run directory: for a look of a race, or on everything, windows that a race has not
-    measured being added to those that it has."""
+    """Measure the model in the run directory, for a look of a race or (`look` None) on everything; windows that a race
+    has already measured are not measured again. Returns as `evaluate_model`."""
     shop, race = ticket.workshop(), Race(exam)
     folder = Path(ticket.run_dir) / "models" / variant.name
     files = checkpoint_files(folder, name, report)
@@ -123,7 +123,7 @@ def measure_made(
 
 
 def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = silent) -> Examination:
-    """The plan's windows and tasks: made once in a process, for as long as files of questions stay as they are."""
+    """Return the plan's windows and tasks, built once per process as long as question files are unchanged."""
     of_run = [ticket.plan, ticket.home, ticket.model, ticket.device, ticket.dtype, ticket.versions, stored]
     known = _examined(json.dumps(of_run), tuple(_stamps(task_files(ticket.parsed))))
     if not known:
@@ -133,7 +133,7 @@ def examination_of(ticket: Ticket, stored: dict[str, str], report: Report = sile
 
 @functools.lru_cache(maxsize=1)
 def _examined(circumstances: str, stamps: tuple[tuple[str, int, int], ...]) -> list[Examination]:
-    """A place for the examination of these circumstances."""
+    """Return the cache slot for an examination with these settings, at first an empty list."""
     return []
 
 
@@ -163,7 +163,7 @@ def _examination(ticket: Ticket, stored: dict[str, str], report: Report) -> Exam
 
 
 def cutting_of(plan: CompressionPlan) -> Cutting:
-    """How the plan has held-out text cut."""
+    """Return how the plan cuts held-out text into windows."""
     return Cutting(
         plan.evaluate.length or plan.calibration.length,
         {TEST: plan.evaluate.windows, VALIDATION: plan.evaluate.validation_windows},

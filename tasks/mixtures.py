@@ -1,7 +1,7 @@
-"""Finding the mixtures that a plan leaves open: candidates solved and measured block by block, then a choice.
+"""Find the mixtures that a plan leaves open: solve and measure candidates block by block, then choose one.
 
-Where a rule on perplexity is asked for some candidates become models, in `candidates/` of the run directory, and are
-evaluated on validation windows.
+For a rule on perplexity, some candidates become models, in `candidates/` of the run directory, and are evaluated on
+validation windows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Dense = Mapping[str, Mapping[str, float]]
 
 
 def wanted_candidates(ticket: Ticket) -> Wanted:
-    """What is to be solved next to find the mixtures that are open."""
+    """Return the candidates to solve next for the mixtures that are open; empty once all searches are over."""
     found = candidates_wanted(ticket.workshop(), open_variants(ticket))
     return [(variant.name, list(weights)) for variant, weights in found]
 
@@ -55,7 +55,7 @@ def unmeasured_blocks(ticket: Ticket, wanted: Wanted) -> list[int]:
 
 @task(name="measure-candidates", task_run_name="candidates, block {block}", **RETRIED)
 def measure_candidates(ticket: Ticket, block: int, wanted: Wanted) -> int:
-    """Solve a block for some mixtures, and keep what each loses on every corpus. Returns the block."""
+    """Solve a block for some mixtures, and store the losses of each on every corpus. Returns the block."""
     source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
     measure_block(dataclasses.replace(ticket.workshop(), source=source), block, _candidates(ticket, wanted))
     return block
@@ -63,14 +63,14 @@ def measure_candidates(ticket: Ticket, block: int, wanted: Wanted) -> int:
 
 @task(name="measure-dense", task_run_name="dense model for {name}", **PLAIN)
 def measure_dense(ticket: Ticket, stored: dict[str, str], name: str) -> dict[str, float]:
-    """Corpus -> perplexity of the dense model on the validation windows that a variant's rule is judged on."""
+    """Return corpus -> perplexity of the dense model on the validation windows of a variant's rule."""
     with task_report() as report:
         exam = _rule_exam(ticket, stored, _variant(ticket, name))
         return perplexities_of(measure(exam, ticket.source().path, name=DENSE, report=report))
 
 
 def wanted_model(ticket: Ticket, stored: dict[str, str], name: str, dense: Mapping[str, float]) -> list[float] | None:
-    """The weights that a variant with a rule wants evaluated next; None once it is settled."""
+    """Return the weights to evaluate next for a variant with a rule; None once it is settled."""
     variant = _variant(ticket, name)
     wanted = model_wanted(ticket.workshop(), variant, _rule_exam(ticket, stored, variant), dense)
     return None if wanted is None else list(wanted)
@@ -78,7 +78,7 @@ def wanted_model(ticket: Ticket, stored: dict[str, str], name: str, dense: Mappi
 
 @task(name="evaluate-candidate", task_run_name="evaluate {name} at {weights}", **PLAIN)
 def evaluate_candidate(ticket: Ticket, stored: dict[str, str], name: str, weights: list[float]) -> None:
-    """Make a model of a candidate, and measure it on validation windows of general text and the domain."""
+    """Write a candidate's model, and measure it on validation windows of general text and the domain."""
     variant = _variant(ticket, name)
     one, exam = candidate(variant, tuple(weights)), _rule_exam(ticket, stored, variant)
     shop = dataclasses.replace(ticket.workshop(), folder=Path(ticket.run_dir) / CANDIDATES)
@@ -94,7 +94,7 @@ def evaluate_candidate(ticket: Ticket, stored: dict[str, str], name: str, weight
 
 
 def _model_of(ticket: Ticket, shop: Workshop, one: Candidate) -> tuple[Path, list[LayerRow]]:
-    """The folder of a candidate's model and its rows, its losses being kept on the way."""
+    """Solve and write a candidate's model, storing its losses; return its folder and layer rows."""
     shop, blocks = allocated(shop, [one.variant]), range(shop.source.blocks)
     measured = dataclasses.replace(shop, measured_on=one.corpora)
     jobs = [functools.partial(compress_block, measured, block, [one.variant]) for block in blocks]
@@ -107,7 +107,7 @@ def _model_of(ticket: Ticket, shop: Workshop, one: Candidate) -> tuple[Path, lis
 
 @task(name="choose", task_run_name="choose mixtures", **PLAIN)
 def choose_mixtures(ticket: Ticket, stored: dict[str, str], dense: Dense) -> list[dict[str, Any]]:
-    """What every search came to, also in `choices.json`. What the run directory holds of another choice is removed."""
+    """Choose the mixture of every search and write `choices.json`; remove models of an earlier, different choice."""
     shop, file = ticket.workshop(), Path(ticket.run_dir) / CHOICES
     found = [
         ruled_choice(shop, variant, _rule_exam(ticket, stored, variant), dense[variant.name])
@@ -125,17 +125,17 @@ def choose_mixtures(ticket: Ticket, stored: dict[str, str], dense: Dense) -> lis
 
 
 def open_variants(ticket: Ticket) -> list[Variant]:
-    """Those whose mixture is still to be found."""
+    """Return the variants whose mixture is to be found by a search."""
     return [variant for variant in ticket.variants() if variant.search is not None]
 
 
 def ruled_variants(ticket: Ticket) -> list[str]:
-    """Names of those that are found under a rule on perplexity."""
+    """Return the names of variants whose search has a rule on perplexity."""
     return [v.name for v in open_variants(ticket) if v.search and v.search.general_within is not None]
 
 
 def discard_candidates(ticket: Ticket) -> None:
-    """Remove the models of candidates, once that of the chosen mixture is taken over from them."""
+    """Remove the candidates' models, once the blocks of the chosen one have been taken over."""
     shutil.rmtree(Path(ticket.run_dir) / CANDIDATES, ignore_errors=True)
 
 
@@ -148,7 +148,7 @@ def _candidates(ticket: Ticket, wanted: Wanted) -> list[Candidate]:
 
 
 def _rule_exam(ticket: Ticket, stored: Mapping[str, str], variant: Variant) -> Examination:
-    """Validation windows of general text and the domain, cut as for the run's models; no test text, no questions."""
+    """Return validation windows of general text and the domain, cut as for the run; no test text, no questions."""
     source, cutting, plan = ticket.source(), cutting_of(ticket.parsed), ticket.parsed
     texts = []
     for name in (GENERAL, search_of(variant).domain):

@@ -1,4 +1,4 @@
-"""Read the model, solve its blocks, publish the variants."""
+"""Tasks on the model: calibration passes, block solves, and writing the compressed models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from crosscal.tasks.ticket import Ticket, resolve_device, task_report
 
 
 def identify(ticket: Ticket) -> dict[str, Any]:
-    """Digest, device and dtype: what every key of the run depends on."""
+    """Return the model's digest and blocks, and device and dtype: every key of the run depends on them."""
     device = resolve_device(ticket.parsed.execution.device)
     source = ticket.source()
     total_bytes = sum(file.stat().st_size for file in set(source.weights.stored_in.values()))
@@ -43,25 +43,25 @@ def identify(ticket: Ticket) -> dict[str, Any]:
 
 @task(name="identify", task_run_name="identify model", **RETRIED)
 def identify_model(ticket: Ticket) -> dict[str, Any]:
-    """As `identify`; before anything is read, raises what would fail hours later."""
+    """Identify the model, as `identify`, and raise now what would otherwise fail hours later."""
     known = identify(ticket)
     source = ticket.source()
     cached = dataclasses.replace(ticket.cached, model=known["model"])
     check_request(ticket.parsed, source, block_shapes(source, cached))
-    left_dense(source, cached, ticket.parsed.leave_dense)  # or why the model cannot be calibrated
+    left_dense(source, cached, ticket.parsed.leave_dense)  # raises if the model cannot be calibrated
     copied = [f"{part}: not calibrated, copied as it is" for part in source.uncalibrated]
     return {**known, "notes": [*decoded(source), *copied]}
 
 
 def decoded(source: ModelSource) -> list[str]:
-    """What a run says of a checkpoint whose weights are decoded while they are read."""
+    """Return a run's note on a checkpoint whose weights are decoded while they are read; else nothing."""
     dtype = str(source.dtype).removeprefix("torch.")
     read = f"the checkpoint is stored in {source.encoding}: read, and written unless packed, as {dtype}"
     return [read] if source.encoding else []
 
 
 def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:
-    """What workers have to read, in loads for one of them each; nothing where there are no workers."""
+    """Return the parts of calibration sets that workers have to read, one load per task; empty without workers."""
     if not ticket.has_workers:
         return []
     cached, blocks = ticket.cached, ticket.source().blocks
@@ -72,7 +72,7 @@ def parts_to_read(ticket: Ticket) -> list[list[dict[str, Any]]]:
 
 @task(name="moments-part", task_run_name="read part {number}", **RETRIED)
 def read_part(ticket: Ticket, number: int, load: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read the model over some parts of calibration sets, on a worker."""
+    """Run the calibration pass over some parts of calibration sets, on a worker."""
     with task_report() as report:
         done = read_parts(
             ticket.cached,
@@ -87,8 +87,8 @@ def read_part(ticket: Ticket, number: int, load: list[dict[str, Any]]) -> dict[s
 
 @task(name="moments", task_run_name="read {sample[corpus]}, seed {sample[seed]}", **RETRIED)
 def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
-    """Read the model over one corpus's windows, unless the store has all of it, or add up what workers read of them;
-    then fold the sets that are not kept apart."""
+    """Run the calibration pass over one corpus's windows, unless the store has all its moments, or add up the moments
+    of workers' parts; then fold the sets that are not kept apart."""
     drawn, source, cached = Sample.from_json(sample), ticket.source(), ticket.cached
     sets = sets_to_read(cached, source.blocks, drawn)
     if ticket.has_workers:
@@ -103,7 +103,7 @@ def read_moments(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
 
 @task(name="gradients", task_run_name="gradients over {sample[corpus]}, seed {sample[seed]}", **RETRIED)
 def read_gradients(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
-    """See that the store has the gradients of the loss over one corpus's calibration windows; fold older sets."""
+    """Ensure that the store has the gradients of the loss over one corpus's calibration windows; fold older sets."""
     drawn, cached = Sample.from_json(sample), CachedGradients(ticket.cached)
     source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
     sets = sets_to_read(cached, source.blocks, drawn, held_out=False)
@@ -116,7 +116,7 @@ def read_gradients(ticket: Ticket, sample: dict[str, Any]) -> dict[str, Any]:
 def _collect(
     ticket: Ticket, collect: Callable[..., MomentsReport], sets: list[str], corpus: str, what: str
 ) -> MomentsReport:
-    """In passes of no more sets than a solve reads, which is what memory has been reckoned for."""
+    """Collect in passes of at most as many sets as a solve reads, which the memory estimate assumes."""
     calibration, done = ticket.parsed.calibration, MomentsReport(0, 0, 0, 0.0)
     at_once = 2 * (calibration.parts_kept_apart + 1)
     with task_report() as report:
@@ -133,7 +133,7 @@ def _collect(
 
 @contextmanager
 def _said_by(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors name corpora in place of the digests of their windows."""
+    """Re-raise errors with the names of corpora instead of the digests of their windows."""
     try:
         yield
     except CrosscalError as error:
@@ -142,20 +142,20 @@ def _said_by(names: Mapping[str, str]) -> Iterator[None]:
 
 @task(name="reuse", task_run_name="take blocks of earlier runs", **PLAIN)
 def reuse_blocks(ticket: Ticket) -> int:
-    """Bring into the run directory what an earlier run solved in another one; returns the number of blocks."""
+    """Copy into the run directory blocks that an earlier run solved in another one; return their number."""
     with task_report() as report:
         return take_blocks(ticket.workshop(), ticket.variants_to_make(), report)
 
 
 def unsolved_blocks(ticket: Ticket) -> list[int]:
-    """Blocks that the run directory lacks for some variant with dense inputs."""
+    """Return the blocks that the run directory lacks for some variant with dense inputs."""
     shop, variants = ticket.workshop(), ticket.variants_to_make("dense")
     writers = [shop.writer(variant) for variant in variants]
     return [block for block in range(shop.source.blocks) if not all(writer.has_block(block) for writer in writers)]
 
 
 def blocks_side_by_side(ticket: Ticket, upstream: str | None = "dense") -> int:
-    """How many blocks this machine may solve at once."""
+    """Return how many blocks this machine may solve concurrently."""
     on_cpu = ticket.device == "cpu"
     return (
         blocks_at_once(ticket.workshop(), ticket.variants_to_make(upstream)) if on_cpu and not ticket.has_workers else 1
@@ -163,7 +163,7 @@ def blocks_side_by_side(ticket: Ticket, upstream: str | None = "dense") -> int:
 
 
 def unsummarised_blocks(ticket: Ticket) -> list[int]:
-    """Blocks that some allocator has yet to look at: those of variants of which the run directory lacks a block."""
+    """Return the blocks without an allocator's summary, for variants that lack a block in the run directory."""
     shop = ticket.workshop()
     blocks = range(shop.source.blocks)
     asked = [variant for variant in ticket.variants_to_make() if variant.allocator is not None]
@@ -172,7 +172,7 @@ def unsummarised_blocks(ticket: Ticket) -> list[int]:
 
 @task(name="summarise-block", task_run_name="summarise block {block}", **RETRIED)
 def summarise_block(ticket: Ticket, block: int) -> int:
-    """Put into the store what all allocators see of a block. Returns the block."""
+    """Store the summaries of a block that the allocators decide from. Returns the block."""
     source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
     summarise(dataclasses.replace(ticket.workshop(), source=source), block, ticket.variants_to_make())
     return block
@@ -180,7 +180,7 @@ def summarise_block(ticket: Ticket, block: int) -> int:
 
 @task(name="solve-block", task_run_name="solve block {block}", **RETRIED)
 def solve_block(ticket: Ticket, block: int) -> int:
-    """Solve one block for every variant with dense inputs: into the run directory, or by a worker into the store.
+    """Solve one block for every variant with dense inputs, into the run directory or, on a worker, into the store.
 
     Returns the block.
     """
@@ -194,7 +194,7 @@ def solve_block(ticket: Ticket, block: int) -> int:
 
 
 def take_block(ticket: Ticket, block: int) -> None:
-    """See that a solved block is in the run directory; without workers it is."""
+    """Copy a block that a worker solved into the run directory; without workers it is already there."""
     if ticket.has_workers:
         collect_block(ticket.workshop(), block, ticket.variants_to_make("dense"))
 
@@ -217,6 +217,6 @@ def solve_sequential(ticket: Ticket, name: str) -> dict[str, Any]:
 
 @task(name="publish", task_run_name="publish models", **PLAIN)
 def publish_models(ticket: Ticket) -> int:
-    """Write the index of every variant: from now on they are models."""
+    """Write the index of every variant, which makes it a model that can be loaded; return their number."""
     with task_report() as report:
         return len(publish_variants(ticket.workshop(), ticket.variants_to_make(), report))

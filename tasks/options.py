@@ -1,4 +1,4 @@
-"""How every task runs: results are small JSON values that are never stored, since the artifact store is the cache."""
+"""Prefect options of every task: results are small JSON values and never stored; the artifact store is the cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prefect.client.schemas.objects import TaskRun
 from crosscal.errors import StoreConflict
 
 PLAIN: dict[str, Any] = {"persist_result": False, "result_serializer": "json", "cache_policy": NO_CACHE}
-"""Prefect would otherwise hash the arguments, and pickle results wherever persistence is on."""
+"""By default, Prefect would hash the arguments, and pickle results wherever persistence is on."""
 TRANSIENT = (ConnectionError, TimeoutError, httpx.TransportError, StoreConflict)
 
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether a network, or another process, is behind a failure: only then a second try can go better."""
+    """Return whether the network or another process caused a failure: only then can a retry succeed."""
     return has_transient_cause(state.data)
 
 
@@ -27,7 +27,7 @@ def has_transient_cause(error: object) -> bool:
 
 
 def chain(error: object) -> Iterator[BaseException]:
-    """An error, what it came of, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     while isinstance(error, BaseException):
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Whether a run's calibration text holds what its models are measured on."""
+"""Check whether a run's calibration text contains the text that its models are measured on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crosscal.variants import samples_needed
 
 
 def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
-    """Of files; before a run none where some file cannot be read, which `refusals` tells."""
+    """Return tasks of local files; before a run none if some file cannot be read, which `refusals` reports."""
     try:
         return [task for task in local_tasks(plan) if isinstance(task, LocalTask)]
     except CrosscalError:
@@ -29,8 +29,10 @@ def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
 def overlap_of(
     ticket: Ticket, *, keep: bool = True, report: Report = silent
 ) -> tuple[dict[str, Any], Exception | None]:
-    """What calibration text holds of the evaluation sets, and the error that stops a run for it; of corpora that are in
-    the store."""
+    """Return how much of the evaluation sets calibration text contains, and the error that stops a run because of it.
+
+    `keep`: store the findings, and raise for a corpus that is not ingested; else such corpora are left out.
+    """
     corpora, plan = {}, ticket.parsed
     for name, origin in plan.document_corpora.items():
         stored = stored_name(name, origin)

@@ -1,4 +1,4 @@
-"""Compare a run's models with the dense and the published one of a domain, and move the pointer or say why not."""
+"""Compare a run's models with the dense and the published one of a domain; move the pointer or state why not."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ OTHER_TOKENIZER = (
 def decide_publication(
     ticket: Ticket, stored: dict[str, str], domain: str, version: int, run_id: str, asked: str | None = None
 ) -> dict[str, Any]:
-    """Publish one of the run's models for a landed domain, or none: `outcome`, `reason` and the numbers. `asked`, when
-    the run was asked for, tells one that was interrupted from one that is to decide again.
+    """Publish one of the run's models for a landed domain, or none; return `outcome`, `reason` and the numbers.
 
-    Decided by validation windows; `perplexity` is what the candidate and the published model have on test windows.
+    Validation windows decide; `perplexity` is that of the candidate and the published model on test windows. `asked`,
+    the time of the run's request, distinguishes an interrupted decision from one that is to be made again.
     """
     rule, store, run_dir = ticket.parsed.publish, ticket.store, Path(ticket.run_dir)
     assert rule is not None
@@ -54,7 +54,7 @@ def decide_publication(
     def attempt() -> dict[str, Any]:
         published = Published(store)
         moved = [move for move in published.history(domain) if same_run.items() <= move.facts.items()]
-        if moved:  # and was interrupted before it could say so
+        if moved:  # by an attempt that was interrupted afterwards
             return {"outcome": "published", **moved[-1].facts}
         current = published.current(domain)
         decision, earlier = _decide(store, exam, rule, windows, current, version)
@@ -74,7 +74,7 @@ def decide_publication(
 
 
 def chosen_by(run_dir: Path) -> dict[str, Windows]:
-    """Variant → corpus → log perplexity of each validation window: all of a run that a decision may see."""
+    """Return variant → corpus → log perplexity of each validation window: all that a decision may use of a run."""
     found: dict[str, dict[str, Sequence[float]]] = defaultdict(dict)
     for row in read_rows(run_dir / "windows.jsonl", WindowRow):
         if row.split == VALIDATION:
@@ -90,7 +90,7 @@ def _decide(
     current: Pointer | None,
     version: int,
 ) -> tuple[Decision, list[Measurement] | None]:
-    """The decision, and what was measured on the published model, where it is there to be compared."""
+    """Return the decision, and the measurements of the published model if it could be compared."""
     rule = Rule(asked.domain, asked.tolerance, dict(asked.guard), asked.min_gain, GENERAL)
     named = [name for name in windows if name != DENSE] if asked.variant == BEST else [asked.variant]
     candidates, dense = {name: windows.get(name, {}) for name in named}, windows.get(DENSE, {})
@@ -114,7 +114,7 @@ def _decide(
 
 
 def _about(decision: Decision, run_dir: Path, earlier: Sequence[Measurement] | None) -> dict[str, Any]:
-    """The variant of a decision, the changes it rests on, and, to be reported, test numbers."""
+    """Return the variant of a decision, the changes it rests on and, for reports, its perplexities on test windows."""
     changes = {
         corpus: {name: dataclasses.asdict(each) for name, each in others.items()}
         for corpus, others in decision.changes.items()
@@ -133,6 +133,6 @@ def _about(decision: Decision, run_dir: Path, earlier: Sequence[Measurement] | N
 
 
 def reported(measured: Sequence[Measurement] | Sequence[ResultRow]) -> dict[str, float]:
-    """Corpus → perplexity on test windows."""
+    """Return corpus → perplexity on test windows."""
     found = [one for one in measured if (one.split, one.metric) == (TEST, PERPLEXITY)]
     return {one.corpus_or_task: one.value for one in found if one.value is not None}

@@ -1,4 +1,4 @@
-"""From the entries of `evaluate.tasks` to what a model is asked."""
+"""Turn the entries of `evaluate.tasks` into the tasks and questions that a model is measured on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ IN_FRONT = "; the context stands in front of the question"
 
 
 def tasks_of(ticket: Ticket, stored: Mapping[str, str]) -> list[asked.Task]:
-    """All tasks of the plan, read or made; `stored` gives the store's name of every corpus that questions are made of.
+    """Return all tasks of the plan; `stored` maps a corpus that questions are made from to its name in the store.
 
-    Raises `EvaluationError` for a file that cannot be read, naming file and line, `PlanError` for two of one name.
+    Raises `EvaluationError` for an unreadable file, naming file and line, `PlanError` for two tasks of one name.
     """
     continued = [task for task in ticket.parsed.evaluate.tasks if isinstance(task, ContinuationTask)]
     made = [each for task in continued for each in _continued(ticket, task, stored[task.continuation])]
@@ -36,7 +36,7 @@ def tasks_of(ticket: Ticket, stored: Mapping[str, str]) -> list[asked.Task]:
 
 
 def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
-    """Those that no corpus is needed for: files of this machine, and lm-eval's own. Raises as `tasks_of`."""
+    """Return the tasks that need no corpus: files on this machine, and lm-eval's own. Raises as `tasks_of`."""
     continued = [_name(task) for task in plan.evaluate.tasks if isinstance(task, ContinuationTask)]
     named = [task for task in plan.evaluate.tasks if isinstance(task, str) and not is_question_file(task)]
     local = list(local_tasks(plan))
@@ -49,7 +49,7 @@ def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
 
 
 def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | SummaryTask]:
-    """Those of files on this machine."""
+    """Yield the tasks of files on this machine."""
     unnamed = [task for task in map(_as_file, plan.evaluate.tasks) if task and task.name is None]
     names = task_names([task.file for task in unnamed])
     for task in plan.evaluate.tasks:
@@ -63,7 +63,7 @@ def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | 
 
 
 def task_files(plan: CompressionPlan) -> list[str]:
-    """What tasks are read from, on this machine."""
+    """Return the files on this machine that tasks are read from."""
     found = []
     for task in plan.evaluate.tasks:
         if isinstance(task, TextTask):
@@ -76,7 +76,7 @@ def task_files(plan: CompressionPlan) -> list[str]:
 
 
 def looked_at(plan: CompressionPlan) -> list[dict[str, Any]]:
-    """What files of questions hold, and as what they are read; nothing of those that cannot be (see `refusals`)."""
+    """Describe files of questions: their number, and how they are read. Empty if one cannot be (see `refusals`)."""
     try:
         found = [task for task in local_tasks(plan) if isinstance(task, LocalTask)]
     except CrosscalError:

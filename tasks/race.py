@@ -1,4 +1,4 @@
-"""`evaluate: race`: measure the models that are still in it for the next look, and say which have left."""
+"""`evaluate: race`: measure the models still in the race for the next look, and report which have left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crosscal.variants import Variant
 
 
 def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
-    """Names of the variants whose models are needed: all, or where only numbers are kept those not measured before."""
+    """Return the variants whose models are needed: all, or, unless models are kept, those not measured before."""
     variants, shop = ticket.variants(), ticket.workshop()
     if not ticket.parsed.execution.keep_models and any(made_before(shop, variant) for variant in variants):
         evaluate = ticket.parsed.evaluate
@@ -30,7 +30,7 @@ def models_to_make(ticket: Ticket, stored: dict[str, str]) -> list[str]:
 
 
 def _left_before(ticket: Ticket, stored: dict[str, str]) -> Collection[str]:
-    """Variants that left the race of an earlier run; none where some were not made before."""
+    """Return the variants that left the race of an earlier run; none if some variant was not made before."""
     made = {variant.name: made_before(ticket.workshop(), variant) for variant in ticket.variants()}
     known = {name: each for name, each in made.items() if each is not None}
     if len(known) < len(made):
@@ -41,7 +41,7 @@ def _left_before(ticket: Ticket, stored: dict[str, str]) -> Collection[str]:
 
 @task(name="race", task_run_name="race {name}, look {look}", **RETRIED)
 def race_model(ticket: Ticket, stored: dict[str, str], name: str, look: int, report: Report = silent) -> dict[str, Any]:
-    """Measure a variant on the validation windows up to a look of the race; returns what `evaluate_model` does."""
+    """Measure a variant on the validation windows up to a look of the race; return as `evaluate_model`."""
     exam = examination_of(ticket, stored, report)
     return measure_made(ticket, exam, variant_of(ticket, name), place_of(ticket, name), report, look)
 
@@ -49,7 +49,7 @@ def race_model(ticket: Ticket, stored: dict[str, str], name: str, look: int, rep
 def standing(
     ticket: Ticket, stored: dict[str, str], known: Mapping[str, Mapping[str, Any]], spared: Collection[str]
 ) -> Standing:
-    """How the race stands; `known`: of each model what `race_model` returned last. `spared` take no part."""
+    """Return the state of the race; `known`: model → what `race_model` returned last. `spared` take no part."""
     racing = [v for v in ticket.variants() if v.name not in spared and not known.get(v.name, {}).get("failed")]
     weights = {name: each["weights"] for name, each in known.items()}
     made_now = {variant.name for variant in ticket.variants_to_make()}
@@ -61,7 +61,7 @@ def standing(
 
 
 def leave_race(ticket: Ticket, name: str, left: Left, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `evaluate_model` would return, of a variant that left: `spared` says why, `windows` what was measured."""
+    """Return what `evaluate_model` would for a variant that left: `spared` states why, `windows` what was measured."""
     if not ticket.parsed.execution.keep_models:
         discard_model(ticket.workshop(), variant_of(ticket, name))
     measured = known or {"weights": "", "size_bytes": None, "failed": None}
@@ -69,8 +69,8 @@ def leave_race(ticket: Ticket, name: str, left: Left, known: Mapping[str, Any] |
 
 
 def baselines(ticket: Ticket) -> list[str]:
-    """Variants that remain however they compare: what the plan publishes, and calibration on general text alone, which
-    reports compare with."""
+    """Return the variants that always remain in the race: the one that the plan publishes, and calibration on general
+    text alone, which reports compare with."""
     publish = ticket.parsed.publish
     return [v.name for v in ticket.variants() if _is_general(v) or (publish and v.name == publish.variant)]
 

@@ -1,4 +1,4 @@
-"""What a run refuses before it starts, because it would fail hours later."""
+"""Checks before a run starts, for everything that would make it fail hours later."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MOST_NAMED = 12
 
 
 def check_request(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> None:
-    """Raises the first thing that would stop the run hours later."""
+    """Raise the first error that would stop the run hours later."""
     for error in refusals(plan, source, shapes):
         raise error
 
 
 def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockShape]) -> Iterator[CrosscalError]:
-    """Everything that would stop the run later: settings that do not fit the model, tasks that do not exist."""
+    """Yield every error that would stop the run later, e.g. settings that do not fit the model, unknown tasks."""
     try:
         source.weights.check_names()
     except CrosscalError as error:
@@ -59,7 +59,7 @@ def refusals(plan: CompressionPlan, source: ModelSource, shapes: Sequence[BlockS
 
 
 def undecidable(plan: CompressionPlan, store: Store) -> Iterator[PlanError]:
-    """Corpora that decide about publishing and have no validation text, as far as that is known before a run."""
+    """Yield an error for each corpus that decides about publishing and is known to have no validation text."""
     for name in plan.publish.corpora if plan.publish else ():
         documents = plan.document_corpora[name]
         got = "every document is test text"
@@ -80,8 +80,8 @@ def undecidable(plan: CompressionPlan, store: Store) -> Iterator[PlanError]:
 
 
 def misfits(asked: Sequence[Variant], shapes: Sequence[BlockShape]) -> Iterator[UsageError]:
-    """n:m patterns that do not divide the inputs of some site, and group sizes that divide those of fewer than half of
-    them (else the others stay dense); each setting is said once."""
+    """Yield an error for n:m patterns that do not divide the inputs of some site, and for group sizes that do not
+    divide those of half of the sites or more (with fewer, such sites stay dense). Each setting is reported once."""
     said: set[tuple[str, Any, int]] = set()
     for variant in asked:
         spared = _fits_most(variant, shapes)
@@ -103,7 +103,7 @@ def _fits_most(variant: Variant, shapes: Sequence[BlockShape]) -> bool:
 
 
 def unnameable(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanError]:
-    """Low-rank parts of matrices that no adapter can name, `stacks` being those of experts."""
+    """Yield an error for low-rank parts of stacked experts (`stacks`), which a LoRA adapter cannot name."""
     refused = [variant.name for variant in asked if any_step(variant.steps, "has_low_rank")]
     if refused and stacks:
         yield PlanError(
@@ -115,7 +115,7 @@ def unnameable(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[Plan
 
 
 def unpaired(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanError]:
-    """Methods that pair inputs of two streams, of experts to which either stream sends tokens of its own."""
+    """Yield an error for methods that pair inputs of two streams, if each stream routes its own tokens to experts."""
     refused = [variant.name for variant in asked if takes_two_streams(placed.step for placed in variant.steps)]
     if refused and stacks:
         yield PlanError(
@@ -128,7 +128,7 @@ def unpaired(asked: Sequence[Variant], stacks: Sequence[str]) -> Iterator[PlanEr
 
 
 def unbiased(asked: Sequence[Variant], linears: Sequence[str]) -> Iterator[PlanError]:
-    """Corrections of biases that some linears of the blocks do not have."""
+    """Yield an error for corrections of biases that some linears of the blocks do not have."""
     refused = [variant.name for variant in asked if any_step(variant.steps, "changes_bias")]
     if refused and linears:
         named = f"{', '.join(linears[:MOST_NAMED])}{', …' if len(linears) > MOST_NAMED else ''}"

@@ -1,4 +1,4 @@
-"""Write what people read of a run."""
+"""Write the files of a run that users read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from crosscal.variants import Variant
 
 @dataclass(frozen=True)
 class _Judged:
-    """What is known of a model in the end."""
+    """The final results of one model."""
 
     measured: list[Measurement]
     layers: list[LayerRow]
@@ -43,11 +43,11 @@ class _Judged:
 
 @task(name="results", task_run_name="write results", **PLAIN)
 def write_results(ticket: Ticket, stored: dict[str, str], measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write `results.jsonl`, `layers.jsonl`, and what each perplexity and each accuracy is the mean of: `windows.jsonl`
-    and `questions.jsonl`.
+    """Write `results.jsonl`, `layers.jsonl`, and the values that perplexities, accuracies and summary scores average:
+    `windows.jsonl`, `questions.jsonl` and `summaries.jsonl`.
 
-    `measured`: of each model what `evaluate_model` returned. Returns `failed`, variant → why it cannot be loaded or
-    measured, and `notes` on what was not measured and on what is stored dense.
+    `measured`: model → what `evaluate_model` returned. Returns `failed`, variant → why it cannot be loaded or measured,
+    and `notes` on what was not measured and on what is stored dense.
     """
     exam, run_dir = examination_of(ticket, stored), Path(ticket.run_dir)
     models: list[Variant | None] = [None, *ticket.variants()]
@@ -85,7 +85,7 @@ def _judged(ticket: Ticket, exam: Examination, variant: Variant | None, known: d
 
 
 def _not_measured(text: HeldOutText, why: str, got: Mapping[str, Sequence[float]]) -> Measurement:
-    """No number of a text, and what was measured of it all the same."""
+    """Return a measurement without a value, with the windows that were measured nevertheless."""
     nll = tuple(got.get(text.corpus, ()))
     tokens = len(nll) * text.tokens_SL.shape[1]
     return Measurement(text.corpus, text.split, PERPLEXITY, None, None, tokens, 0.0, why, window_nll=nll)
@@ -115,7 +115,7 @@ def _document_rows(variant: Variant | None, one: Measurement) -> Iterator[Docume
 
 
 def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]) -> ResultRow:
-    """With what changed of the dense model's answers to the same questions."""
+    """Return the row with the changes against the dense model's answers to the same questions."""
     place = (one.corpus_or_task, one.split, one.metric)
     before = next((d.question_correct for d in dense if (d.corpus_or_task, d.split, d.metric) == place), None)
     if row.variant == DENSE or not before or not one.question_correct:
@@ -125,7 +125,7 @@ def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]
 
 
 def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
-    """A measurement with its circumstances; no variant is the dense model."""
+    """Return a measurement with its settings; `variant` None is the dense model."""
     return ResultRow(
         variant=_name(variant),
         method=variant.method if variant else DENSE,
@@ -144,10 +144,10 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
 
 @task(name="describe", task_run_name="describe calibration", **PLAIN)
 def describe_samples(ticket: Ticket) -> dict[str, Any]:
-    """Write `samples.json`, some of each corpus's calibration text; returns what a run's record says of all of it:
-    `calibration_quality`, and its `overlap` with evaluation text.
+    """Write `samples.json` with some of each corpus's calibration text; return `calibration_quality` of all of it, and
+    its `overlap` with evaluation text, for the run's record.
 
-    Raises `EvaluationError` for evaluation text in the calibration text that the plan does not allow.
+    Raises `EvaluationError` for evaluation text in the calibration text, unless the plan allows it.
     """
     samples, plan = ticket.sampled, ticket.parsed
     kinds = {name: corpus.source for name, corpus in plan.corpora.items()}
@@ -162,7 +162,7 @@ def describe_samples(ticket: Ticket) -> dict[str, Any]:
 
 
 def after_reading(ticket: Ticket, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What reading the windows told besides: `calibration_quality` with perplexities, and `starved_experts`."""
+    """Return what the calibration pass adds: `calibration_quality` with perplexities, and `starved_experts`."""
     source, cached = ticket.source(), ticket.cached
     vocabulary = source.config.get_text_config().vocab_size
     known = with_perplexities(quality, cached, ticket.sampled, vocabulary)
@@ -171,7 +171,7 @@ def after_reading(ticket: Ticket, quality: dict[str, dict[str, Any]]) -> dict[st
 
 @task(name="report", task_run_name="write report", **PLAIN)
 def make_report(run_dir: str) -> str:
-    """Write `report.html`, and show on the run's page what fits there; returns the report's path."""
+    """Write `report.html`, and show its main results as artifacts of the run; return the report's path."""
     path = write_report(Path(run_dir))
     show_run(Path(run_dir))
     return str(path)

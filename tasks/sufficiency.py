@@ -1,4 +1,4 @@
-"""Whether there is enough calibration text of every corpus."""
+"""Measure whether every corpus has enough calibration text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosscal.tasks.ticket import Ticket, task_report
 
 @task(name="sufficiency", task_run_name="is there enough data", **PLAIN)
 def measure_sufficiency(ticket: Ticket) -> list[dict[str, Any]]:
-    """The curve of every corpus, of its first draw, as a run's record holds it; kept in the store."""
+    """Measure each corpus's sufficiency curve on its first draw; return them as in a run's record, and store them."""
     cached = dataclasses.replace(ticket.cached, wanted=frozenset({Statistic.GRAM}))
     found = []
     with task_report() as report:

@@ -1,4 +1,4 @@
-"""What tasks hand each other: a small JSON ticket, from which each rebuilds the stage's inputs."""
+"""The ticket that tasks pass on: a small JSON description of a run, from which each rebuilds its stage's inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEEN_BY_ALL = "Every worker must see the same model: a hub id, or a folder of a 
 
 @dataclass(frozen=True)
 class Ticket:
-    """One run, as far as it is known: plan and places first, then the model, then what was sampled."""
+    """One run as far as it is known: plan and locations first, then the model, then the samples."""
 
     plan: dict[str, Any]
     home: str
@@ -43,17 +43,17 @@ class Ticket:
     """Digest of the model."""
     device: str = ""
     dtype: str = ""
-    """Of activations."""
+    """Dtype of the activations."""
     only: list[str] | None = None
-    """Names of the variants that the run is about; None: all of its plan."""
+    """Names of the variants of this run; None: all of its plan."""
     versions: dict[str, int] = field(default_factory=dict)
-    """The store's name of a corpus → the version this run uses, whatever lands meanwhile."""
+    """Corpus name in the store → the version this run uses, even if others land meanwhile."""
     run_dir: str = ""
     samples: list[dict[str, Any]] = field(default_factory=list)
     to_make: list[str] | None = None
-    """Names of the variants whose models are wanted, or whose numbers are not known yet; None before that is found."""
+    """Names of the variants whose models are needed (see `race.models_to_make`); None, all, before that is known."""
     mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Variant → the weights that were found, where the plan leaves them open."""
+    """Variant → the mixture weights that were found, where the plan leaves them open."""
 
     @property
     def parsed(self) -> CompressionPlan:
@@ -65,16 +65,19 @@ class Ticket:
 
     @property
     def cached(self) -> Cached:
-        """What is read of the dense model, which is one stream: for all of the plan, so that its parts read once."""
+        """The dense model's moments in the store: the one-stream statistics of all the plan's variants.
+
+        All of them, so that the parts of a study share one calibration pass.
+        """
         wanted = statistics_needed(_asked(json.dumps(self.plan))[1]) & EVERY
         if self.parsed.evaluate.screen:
-            wanted |= {Statistic.GRAM}  # which losses take
+            wanted |= {Statistic.GRAM}  # needed to measure losses
         return Cached(self.store, self.model, DENSE, self.dtype, wanted=wanted)
 
     def source(self) -> ModelSource:
-        """The run's model, opened once in a process for as long as its files stay what they are.
+        """Return the run's model, opened once per process as long as its files are unchanged.
 
-        Raises `ModelError` when it is not there, or once the run has begun with another content of its files.
+        Raises `ModelError` when it does not exist, or when its files are not those that the run began with.
         """
         plan = self.parsed
         folder = Path(plan.model).expanduser()
@@ -95,11 +98,11 @@ class Ticket:
 
     @property
     def has_workers(self) -> bool:
-        """Whether other processes, perhaps of other machines, read windows and solve blocks: they share the store."""
+        """Whether other processes, perhaps on other machines, run calibration passes and solves, sharing the store."""
         return self.parsed.execution.runner == "dask"
 
     def source_on_worker(self) -> ModelSource:
-        """The model as this machine sees it. Raises `ModelError` when it is not there, or not the run's."""
+        """Return the model as this machine sees it. Raises `ModelError` when it does not exist, or is not the run's."""
         try:
             source = self.source()
         except ModelError as error:
@@ -110,7 +113,7 @@ class Ticket:
 
     @property
     def reference(self) -> Mixture:
-        """Where the losses of methods without data are measured."""
+        """The mixture on which losses of methods without calibration data are measured."""
         corpora = [sample["corpus"] for sample in self.samples] or list(self.parsed.corpora)
         return Mixture.of({GENERAL if GENERAL in corpora else corpora[0]: 1.0})
 
@@ -120,6 +123,7 @@ class Ticket:
         return gradients_needed(self.variants(), self.reference)
 
     def workshop(self) -> Workshop:
+        """Return the context of the compression stages: folder, model, moments, samples, gradients."""
         samples = {(sample.corpus, sample.seed): sample for sample in self.sampled}
         cached = self.cached
         return Workshop(
@@ -140,7 +144,7 @@ class Ticket:
         return tuple(name for name in self.parsed.corpora if all((name, seed) in sampled for seed in seeds))
 
     def variants(self, upstream: str | None = None) -> list[Variant]:
-        """All that the run is about, or those of one upstream."""
+        """Return all variants of this run, or those of one upstream, with the mixtures found so far."""
         asked = [v for v in _asked(json.dumps(self.plan))[1] if self.only is None or v.name in self.only]
         found = {name: Mixture.of(weights) for name, weights in self.mixtures.items()}
         known = [v.with_mixture(found[v.name]) if v.name in found else v for v in asked]
@@ -152,20 +156,20 @@ class Ticket:
 
 @functools.lru_cache(maxsize=4)
 def _asked(plan: str) -> tuple[CompressionPlan, tuple[Variant, ...]]:
-    """A plan and its variants, from the JSON that every ticket of a run repeats: corpora stay in their order."""
+    """Parse a plan and its variants, from the JSON that every ticket of a run repeats; corpora keep their order."""
     parsed = parse_plan(json.loads(plan))
     return parsed, tuple(variants(parsed))
 
 
 @functools.lru_cache(maxsize=2)
 def _opened(folder: Path, revision: str | None, stamps: tuple[tuple[str, int, int], ...]) -> ModelSource:
-    """A model by what its folder shows without reading it; with it the digest and the headers of its files are kept."""
+    """Open a model, cached by names, sizes and times in its folder, together with its files' digest and headers."""
     return ModelSource.open(folder, revision)
 
 
 @functools.lru_cache(maxsize=2)
 def _from_hub(name: str, revision: str | None, model: str) -> Path:
-    """Where a hub's model lies on this machine; asked once for each digest, for what a name means may change."""
+    """Return a hub model's local folder, cached per digest, since the content behind a name may change."""
     return ModelSource.open(name, revision).path
 
 
@@ -176,7 +180,7 @@ def _stamps(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def resolve_device(wanted: str) -> str:
-    """`auto` is a GPU where there is one. Raises `UsageError` for a device that is not there."""
+    """Return the device to use: `auto` is a GPU if there is one. Raises `UsageError` for a missing device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return "cuda" if gpus else "cpu"
@@ -194,7 +198,7 @@ def resolve_device(wanted: str) -> str:
 
 @contextmanager
 def task_report() -> Iterator[Report]:
-    """Progress of a task: log lines and an artifact in a Prefect run, a bar or log lines otherwise."""
+    """Yield a progress report of a task: log lines and an artifact in a Prefect run, a bar or log lines otherwise."""
     if TaskRunContext.get() is not None:
         with progress_shown() as shown, logged(get_run_logger().info) as lines:
             yield each(lines, shown)

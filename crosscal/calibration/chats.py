@@ -1,9 +1,9 @@
-"""Conversations as a model's own chat template renders them.
+"""Conversations rendered by a model's own chat template.
 
-Rendering is that of transformers' `apply_chat_template`, in its sandbox, without a prompt to answer behind it. All of
-a conversation counts, also what a template marks as generated. The template writes the special tokens, beginning-of-
-text among them: none is added. Where it refuses a conversation with a system turn, what that turn says is put in front
-of the first user turn; where it refuses that too, the conversation is left out and counted with the reason.
+Rendering uses transformers' `apply_chat_template`, in its sandbox, without a generation prompt. All tokens of a
+conversation count, also those that a template marks as generated. The template writes all special tokens, including
+beginning-of-text; none is added. If it refuses a conversation with a system turn, the content of that turn is moved to
+the front of the first user turn. If it refuses that too, the conversation is skipped and counted with the reason.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 RULE = 1
 TODAY = date(2024, 7, 26)
-"""What templates that write today's date are told (Llama's own default): windows must not depend on the day."""
+"""Date given to templates that write today's date (Llama's own default): windows must not depend on the day."""
 
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template raises that cannot render a conversation: on purpose, or over what it did not expect."""
+"""Exceptions of a template that cannot render a conversation: raised on purpose, or by unexpected input."""
 
 REASON_CHARACTERS = 120
 
 
 def template_settings(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What rendered tokens depend on besides tokenizer and conversation, digested. Never raises."""
+    """Return a digest of what rendered tokens depend on besides tokenizer and conversation. Never raises."""
     return digest_of([RULE, tokenizer.chat_template])
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, corpus: str) -> None:
-    """Raises `CalibrationError` where the conversations of a corpus cannot be rendered: there is no template."""
+    """Raise `CalibrationError` if the tokenizer has no chat template to render the conversations of a corpus with."""
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
@@ -56,7 +56,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, corpus: str) -> None:
 
 
 def written_begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Beginning-of-text where the template writes it once, in front of all turns: of some it opens every turn."""
+    """Return beginning-of-text if the template writes it exactly once, before all turns (some write it before every
+    turn); None otherwise."""
     bos: Any = tokenizer.bos_token_id
     try:
         ids = ChatReader(tokenizer).ids(_PROBE)
@@ -73,8 +74,8 @@ class RenderedChat:
     tools: Sequence[dict[str, Any]]
 
     def by_turn(self) -> list[list[int]]:
-        """The tokens of each turn, where the template lets them be told apart: what it renders of the first turns
-        alone is then what the whole begins with. Turns that it does not are not separated."""
+        """Return the tokens turn by turn. A turn ends where the rendering of the turns up to it is a prefix of the
+        whole rendering; turns without such an end are not separated."""
         found, ends = len(self.ids), [0]
         for count in range(1, len(self.turns)):
             try:
@@ -87,16 +88,16 @@ class RenderedChat:
 
 
 class ChatReader:
-    """Renders conversations, and counts what had to be done to them. With `plain_text` turns that spell a special
-    token are read as the letters they consist of; what the template writes is read as special tokens all the same."""
+    """Renders conversations, and counts those that were changed or refused. With `plain_text`, turns that spell a
+    special token are tokenized as ordinary text; special tokens written by the template stay special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = False) -> None:
         self._tokenizer, self._plain_text = tokenizer, plain_text
         self.said: Counter[str] = Counter()
-        """A sentence about some conversations → of how many it is true."""
+        """Statement about some conversations → number of conversations it applies to."""
 
     def render(self, conversation: Conversation) -> RenderedChat | None:
-        """None where the template refuses it."""
+        """Render a conversation; None if the template refuses it."""
         refusal: Exception | None = None
         for turns in (conversation.turns, without_system(conversation.turns)):
             try:
@@ -112,7 +113,7 @@ class ChatReader:
         return None
 
     def ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Raises what the template raises, and `ValueError` where there is none."""
+        """Return the rendered token ids. Raises what the template raises, and `ValueError` if there is no template."""
         schemas: Any = list(tools) or None
         template = self._tokenizer.get_chat_template(None, schemas)
         found: Any = self._tokenizer.apply_chat_template(
@@ -121,13 +122,13 @@ class ChatReader:
             chat_template=_NOW.sub(lambda match: repr(TODAY.strftime(match[2])), template),
             return_dict=False,
             sanitize_control_tokens=self._plain_text,
-            tokenizer_kwargs={"verbose": False},  # a conversation longer than the model's window is no mistake here
+            tokenizer_kwargs={"verbose": False},  # no warning for conversations longer than the model's window
         )
         return found
 
 
 def without_system(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """With what the first system turn says in front of the first user turn, a blank line between them."""
+    """Move the content of a leading system turn to the front of the first user turn, separated by a blank line."""
     if not turns or turns[0]["role"] not in ("system", "developer"):
         return tuple(turns)
     system, *others = turns

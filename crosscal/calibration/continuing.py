@@ -1,9 +1,9 @@
-"""Self-calibration seeded by a domain: the model continues the beginnings of its documents.
+"""Self-calibration seeded by a domain: the model continues the beginnings of the domain's documents.
 
 Ji et al.: "Beware of calibration data for pruning large language models", ICLR 2025, https://arxiv.org/abs/2410.17711,
-section 4. Its code drops the fifth of the texts with the highest perplexity under the model, prefix included, and
-continues 1, 2 or 64 tokens. Sampling here is plain unless a temperature is set; the paper's is from the likeliest 50
-tokens and .95 of the probability, at temperature .6 and .8.
+section 4. The paper's code drops the 20 % of texts with the highest perplexity under the model, prefix included, and
+uses prefixes of 1, 2 or 64 tokens. Sampling here is unrestricted, at temperature 1 unless set otherwise; the paper uses
+top-k 50 and top-p 0.95, at temperatures 0.6 and 0.8.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Seeds:
     shards: Sequence[Shard]
     prefix_tokens: int = 64
     drop: float = 0.2
-    """Of all texts, the share that is not used: those of the highest perplexity."""
+    """Fraction of the texts that is dropped: those of the highest perplexity."""
     chat: str = TEMPLATE
     """How conversations are read."""
 
     def said(self, split: str) -> dict[str, Any]:
-        """What a provenance says of them."""
+        """Return the entries of a provenance that describe the seeds."""
         shards = [shard.key for shard in self.shards if shard.documents.get(split)]
         said = {"seeds": digest_of(shards), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
         return said | ({} if self.chat == TEMPLATE else {"chat": self.chat})
@@ -69,14 +69,15 @@ def continued_windows(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationSet:
-    """`request.windows` windows of texts that begin as documents of the split do and that `model` goes on writing.
+    """Build `request.windows` windows from beginnings of documents of the split that `model` continues.
 
-    Documents are taken in a seeded order, those that are shorter than the prefix passed by, and again from the first
-    when there are no more. Texts are written until those that are kept fill the windows; they are joined in the order
-    in which they were written. After every finished batch, which is stored, it is looked whether they do; `at_once`,
-    how many of it are written side by side, changes no text.
+    Documents are taken in a seeded order, skipping those shorter than the prefix, and from the first again when the
+    order is exhausted. Texts are generated until those that are kept fill the windows, which is checked after every
+    batch; the kept texts are joined in the order of generation. Every finished batch is stored. `at_once`, the number
+    of sequences generated together, changes no text.
 
-    Raises `CalibrationError` when no document is as long as the prefix, or the model adds hardly anything.
+    Raises `CalibrationError` if the prefix is not shorter than a window, no document is as long as the prefix, or the
+    model adds hardly any tokens.
     """
     request, notes = request.within(max_length)
     if seeds.prefix_tokens >= request.length:
@@ -111,7 +112,7 @@ def continued_windows(
 
 
 def kept(texts: Sequence[Written], drop: float) -> list[Written]:
-    """All but floor(drop · n) of n texts: those of the highest perplexity, the later of equals, are dropped."""
+    """Return the texts, in order, without the floor(drop · n) of highest perplexity; of equals the later go first."""
     ranked = sorted(range(len(texts)), key=lambda place: texts[place].nll)
     return [texts[place] for place in sorted(ranked[: len(texts) - int(drop * len(texts))])]
 
@@ -140,7 +141,7 @@ class _Texts:
             tokens = sum(len(text.tokens) for text in good)
             if progress:
                 progress(min(tokens, needed), needed)
-            if tokens < needed - request.windows:  # of which each window may have its first token from elsewhere
+            if tokens < needed - request.windows:  # the first token of each window may be added by `cut`
                 continue
             windows = list(itertools.islice(cut((t.tokens for t in good), request.length, begin), request.windows))
             if len(windows) == request.windows:
@@ -156,7 +157,7 @@ class _Texts:
         return windows
 
     def _batch(self, numbers: range, prefixes: list[list[int]]) -> list[Written]:
-        """The texts of these numbers, from the store if they were written before."""
+        """Return the texts of these numbers, from the store if they were generated before."""
         settings = {**self.settings, "numbers": [numbers.start, numbers.stop], "prefixes": digest_of(prefixes)}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
@@ -175,7 +176,7 @@ def _prefixes(
     begin: int | None,
     end: int,
 ) -> Iterator[list[int]]:
-    """The beginnings of documents without an end, each of `prefix_tokens` tokens behind that which begins a text."""
+    """Yield beginnings of documents endlessly: `prefix_tokens` tokens each, after `begin` if there is one."""
     places = [(shard, row) for shard in seeds.shards for row in range(shard.documents.get(request.split, 0))]
     order = np.random.Generator(np.random.PCG64(request.seed)).permutation(len(places)).tolist()
     while True:

@@ -1,4 +1,4 @@
-"""Windows out of a stream of documents. Shapes: L tokens in a window."""
+"""Windows cut from a stream of documents. Shapes: L tokens in a window."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 def cut(
     documents: Iterable[Sequence[int]], length: int, begin: int | None = None
 ) -> Generator[np.ndarray, None, np.ndarray]:
-    """Join documents and cut them into windows of `length` tokens, int32 [L]; returns what fills none.
+    """Join documents and cut them into windows of `length` tokens, int32 [L]; return the tokens left over.
 
-    With `begin` every window consists of that token and `length - 1` of the stream; where the stream itself has the
-    token next, because a document begins there, it is not taken twice. No other token is left out or repeated.
-    Documents are asked for only when they are needed.
+    With `begin`, every window consists of that token and `length - 1` tokens of the stream; if the stream itself
+    continues with `begin`, because a document starts there, it is not duplicated. No other token is dropped or
+    repeated. Documents are consumed lazily.
     """
     rest = np.empty(0, dtype=np.int32)
     for document in documents:
@@ -24,7 +24,7 @@ def cut(
 
 
 def cut_off(tokens: np.ndarray, length: int, begin: int | None) -> tuple[list[np.ndarray], np.ndarray]:
-    """All windows that stand at the front of the tokens, and what is behind them."""
+    """Return all complete windows from the front of the tokens, and the tokens left over."""
     taken = length if begin is None else length - 1
     front = np.array([] if begin is None else [begin], dtype=np.int32)
     windows, start = [], 0
@@ -35,7 +35,7 @@ def cut_off(tokens: np.ndarray, length: int, begin: int | None) -> tuple[list[np
 
 
 def _skip(tokens: np.ndarray, start: int, begin: int | None) -> int:
-    """The first place from `start` on that does not hold `begin`."""
+    """Return the first position from `start` on whose token is not `begin`."""
     while start < len(tokens) and tokens[start] == begin:
         start += 1
     return start

@@ -1,4 +1,4 @@
-"""Self-calibration: the model writes its own calibration text.
+"""Self-calibration: the model generates its own calibration text.
 
 Williams, Chrysostomou, Aletras: "Self-calibration for language model quantization and pruning", NAACL 2025,
 https://arxiv.org/abs/2410.17170.
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 GENERATIONS = "generations"
 BATCH = 32
-"""Most sequences that are written together and stored together: on a CPU half the time a token of 8."""
+"""Maximum number of sequences generated and stored together: on a CPU, half the time per token of 8."""
 MIN_MEAN_TOKENS = 8
-"""A model whose texts are shorter than this on average is not writing."""
+"""A model whose texts have fewer tokens than this on average is rejected."""
 
 
 def generate_windows(
@@ -52,15 +52,15 @@ def generate_windows(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationSet:
-    """Let `model` (on `device`, in eval mode) write `request.windows` windows from nothing but the start token.
+    """Generate `request.windows` windows with `model` (on `device`, in eval mode), prompted only by the start token.
 
-    Each sequence is sampled from the whole distribution until end-of-text or the length of a window; only its first
-    token is restricted, to those that read as one of `first_tokens` (None: no restriction). The sequences, start
-    tokens included, are joined in order and cut into windows, which begin as those of documents do. Every finished
-    batch of sequences is stored, so that an interrupted run goes on where it stopped; neither `batch` nor `at_once`,
-    how many are written side by side, changes a text. `progress` is called with (tokens so far, tokens needed).
+    Each sequence is sampled from the whole distribution until end-of-text or the length of a window. Only its first
+    token is restricted, to tokens that decode to one of `first_tokens` (None: no restriction). The sequences, start
+    tokens included, are joined in order and cut into windows, which begin like those of documents. Every finished
+    batch of sequences is stored, so that an interrupted run resumes there. Neither `batch` nor `at_once`, the number
+    generated together, changes a text. `progress` is called with (tokens so far, tokens needed).
 
-    Raises `CalibrationError` when no token may come first or the model hardly writes anything.
+    Raises `CalibrationError` if no token may come first or the model generates hardly anything.
     """
     request, notes = request.within(max_length)
     end = end_token(tokenizer)
@@ -77,7 +77,7 @@ def generate_windows(
         "tokenizer": tokenizer_digest,
         "length": request.length,
         "seed": request.seed,
-        "split": request.split,  # a held-out set is written anew, too
+        "split": request.split,  # held-out texts are generated separately
         "temperature": dataclasses.asdict(temperature),
         "first_ids": None if first_ids is None else digest_of(first_ids),
         "start": start,
@@ -90,7 +90,7 @@ def generate_windows(
 
 
 def first_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
-    """Tokens that decode to one of the words, whatever the case and with or without a space in front."""
+    """Return the tokens that decode to one of the words, ignoring case and surrounding white space."""
     wanted = {word.lower() for word in words}
     ids = ordinary_tokens(tokenizer)
     decoded = tokenizer.batch_decode([[index] for index in ids])
@@ -101,7 +101,7 @@ def first_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) ->
 
 
 def readable(calibration_set: CalibrationSet, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The first windows as text, special tokens shown."""
+    """Return the first `count` windows as text, including special tokens."""
     return tokenizer.batch_decode(calibration_set.tokens_SL[:count].tolist())
 
 
@@ -118,7 +118,7 @@ class _Texts:
         return torch.from_numpy(np.stack(list(windows))).long()
 
     def _sequences(self, needed: int, progress: Progress | None) -> Iterator[list[int]]:
-        """Sequence after sequence, without an end; about `needed` tokens will be asked for."""
+        """Yield sequences endlessly; about `needed` tokens will be consumed."""
         most_sequences = needed / min(MIN_MEAN_TOKENS, self.writer.length / 2) + 16 * self.batch
         tokens = sequences = 0
         while True:
@@ -136,7 +136,7 @@ class _Texts:
             yield from rows
 
     def _batch(self, numbers: range) -> list[list[int]]:
-        """The sequences of these numbers, from the store if they were written before."""
+        """Return the sequences of these numbers, from the store if they were generated before."""
         settings = {**self.settings, "numbers": [numbers.start, numbers.stop]}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
@@ -148,5 +148,5 @@ class _Texts:
 
 
 def seed_of(settings: dict[str, Any]) -> int:
-    """Another one for all other settings."""
+    """Return a seed derived from the settings: different settings give different seeds."""
     return int(digest_of(settings)[:15], 16)

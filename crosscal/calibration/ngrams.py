@@ -1,8 +1,8 @@
-"""n-grams of words as 64-bit numbers, many texts at once.
+"""n-grams of words as 64-bit hashes, many texts at once.
 
 Words are runs of letters and digits after NFKC and case folding, so that punctuation, line breaks and capitals make no
-difference; a character of a script written without spaces is a word by itself. Everything but the normalisation is
-array arithmetic modulo 2^64. Of N different n-grams two share a number with a probability of about N² / 2^65.
+difference; a character of a script written without spaces is a word of its own. Everything but the normalisation is
+array arithmetic modulo 2^64. Among N different n-grams, two share a hash with a probability of about N² / 2^65.
 
 Shapes: C characters, W words, N n-grams.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NGRAM_WORDS = 13
-"""As GPT-3 (arXiv 2005.14165, appendix C) and most since look for evaluation text in training text."""
+"""The n of GPT-3's search for evaluation text in training text (arXiv 2005.14165, appendix C), common since."""
 WITHOUT_SPACES = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF),
                   (0xF900, 0xFAFF), (0x20000, 0x3FFFF))  # fmt: skip
 """Thai, Lao, Burmese, Khmer, kana, ideographs."""
@@ -27,18 +27,18 @@ _MODULUS = 1 << 64
 
 @dataclass(frozen=True, eq=False)
 class Ngrams:
-    """Of several documents one after another."""
+    """The n-grams of several documents, one document after another."""
 
     hash_N: np.ndarray
     """uint64."""
     document_N: np.ndarray
-    """Which of the documents each belongs to; none spans two."""
+    """Index of the document of each n-gram; no n-gram spans two documents."""
     words: np.ndarray
-    """Of each document."""
+    """Number of words of each document."""
 
 
 def ngrams_of(texts: Sequence[str], n: int = NGRAM_WORDS) -> Ngrams:
-    """All n-grams of every text, in their order: a text of w words has max(0, w - n + 1)."""
+    """Return all n-grams of every text, in order: a text of w words has max(0, w - n + 1)."""
     word_W, document_W = _words([unicodedata.normalize("NFKC", text).casefold() for text in texts])
     counts = np.bincount(document_W, minlength=len(texts))
     if len(word_W) < n:
@@ -54,7 +54,7 @@ def ngrams_of(texts: Sequence[str], n: int = NGRAM_WORDS) -> Ngrams:
 
 
 def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each word, and the text it is of."""
+    """Return (hash of each word, index of its text), [W] each."""
     joined = "\n".join(texts)
     plain = joined.isascii()
     code_C = np.frombuffer(joined.encode("ascii" if plain else "utf-32-le"), np.uint8 if plain else np.dtype("<u4"))
@@ -64,7 +64,7 @@ def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     starts_C[1:] &= ~letter_C[:-1] | alone_C[1:] | alone_C[:-1]
     ends_C[:-1] &= ~letter_C[1:] | alone_C[1:] | alone_C[:-1]
     start_W, end_W = np.flatnonzero(starts_C), np.flatnonzero(ends_C)
-    # Of the word from s to e: Σ code · base^-(j - s), as a difference of prefix sums times base^s.
+    # Hash of the word from s to e: Σ code · base^-(j - s), as a difference of prefix sums times base^s.
     prefix_C = np.cumsum((code_C.astype(np.uint64) + np.uint64(1)) * _powers(pow(_BASE, -1, _MODULUS), len(code_C)))
     before_W = np.where(start_W > 0, prefix_C[start_W - 1], np.uint64(0))
     word_W = (prefix_C[end_W] - before_W) * _powers(_BASE, len(code_C))[start_W]
@@ -82,7 +82,7 @@ def _mixed(number_X: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _kinds() -> np.ndarray:
-    """Code point -> 0 for what separates words, 1 for letters and digits, 2 for those that are words by themselves."""
+    """Code point -> 0 for separators, 1 for letters and digits, 2 for characters that are words of their own."""
     kinds = np.fromiter((chr(code).isalnum() for code in range(0x110000)), np.uint8, 0x110000)
     for first, last in WITHOUT_SPACES:
         kinds[first : last + 1] *= 2
@@ -90,7 +90,7 @@ def _kinds() -> np.ndarray:
 
 
 def _powers(base: int, count: int) -> np.ndarray:
-    """base^0 … base^(count - 1) modulo 2^64; kept in the next power of two of them, so that few are made."""
+    """base^0 … base^(count - 1) modulo 2^64, from cached tables of power-of-two sizes, so that few are built."""
     return _all_powers(base, 1 << max(1, count - 1).bit_length())[:count]
 
 

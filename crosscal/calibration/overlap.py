@@ -1,12 +1,13 @@
-"""How much of an evaluation text stands in calibration text: words in shared 13-grams.
+"""Overlap of evaluation text with calibration text: the share of words in common 13-grams.
 
-A word is covered when it is in an n-gram of words that some calibration document has as well; n-grams of more than ten
-calibration documents say nothing (boilerplate), as in GPT-3 (arXiv 2005.14165, appendix C). A document leaks when at
-least 80 % of its words are covered, as Llama 2 calls a sample contaminated (arXiv 2307.09288, section A.6). In the
-three corpora of the test bed, split by document and rid of near copies, the largest share of any document is 63 %
-(`benchmarks/sufficiency.py`).
+A word is covered if it is in an n-gram of words that some calibration document contains as well; n-grams of more than
+ten calibration documents are ignored as boilerplate, as in GPT-3 (arXiv 2005.14165, appendix C). A document leaks if at
+least 80 % of its words are covered, the criterion by which Llama 2 calls a sample contaminated (arXiv 2307.09288,
+section A.6). In the three corpora of the test bed, split by document and without near-duplicates, the largest share of
+any document is 63 % (`benchmarks/sufficiency.py`).
 
-Evaluation text is the small side: its n-grams are held, so many at a time; calibration text streams by.
+Evaluation text is the smaller side: its n-grams are held in memory, about `MOST_NGRAMS` at a time, while calibration
+text is streamed.
 
 Shapes: N n-grams of evaluation documents, K different ones, M n-grams of some calibration documents, D documents.
 """
@@ -22,46 +23,46 @@ import numpy as np
 from crosscal.calibration.ngrams import NGRAM_WORDS, Ngrams, ngrams_of
 
 LEAK_SHARE = 0.8
-"""Of the words of an evaluation document."""
+"""Covered share of the words from which on an evaluation document leaks."""
 MOST_DOCUMENTS = 10
-"""Of calibration that hold an n-gram which counts."""
+"""An n-gram found in more calibration documents than this does not count."""
 MOST_NGRAMS = 1 << 22
-"""Of evaluation text held at a time, some 25 MB of it; calibration text is read once for each such part."""
+"""N-grams of evaluation text held at a time (about 25 MB of text); calibration text is read once per such part."""
 MOST_NAMED = 10
 SHOWN_CHARACTERS = 80
 BATCH_CHARACTERS = 1 << 18
 TABLE_FACTOR = 16
 
 Named = tuple[str, str]
-"""(the set or corpus it is of, a document's text)."""
+"""(name of the set or corpus, text of one of its documents)."""
 
 
 @dataclass(frozen=True)
 class DocumentOverlap:
-    """An evaluation document of which calibration text holds something."""
+    """An evaluation document that shares n-grams with calibration text."""
 
     number: int
-    """In its set, from 0."""
+    """Position in its set, from 0."""
     share: float
-    """Of its words."""
+    """Covered share of its words."""
     begins: str
     found_in: str
-    """Corpus of the calibration document in which most of it was met first."""
+    """Corpus of the calibration document that was the first to contain most of its shared n-grams."""
     found_begins: str
 
 
 @dataclass(frozen=True)
 class SetOverlap:
-    """What calibration text holds of one evaluation set."""
+    """Overlap of one evaluation set with calibration text."""
 
     name: str
     documents: int = 0
     too_short: int = 0
-    """Documents of fewer words than an n-gram has: not compared."""
+    """Documents with fewer words than an n-gram: not compared."""
     words: int = 0
     covered_words: int = 0
     leaked: int = 0
-    """Documents of which at least `LEAK_SHARE` is covered."""
+    """Documents of whose words at least `LEAK_SHARE` are covered."""
     largest: tuple[DocumentOverlap, ...] = ()
     """The documents with the largest shares."""
 
@@ -70,7 +71,7 @@ class SetOverlap:
         return self.covered_words / self.words if self.words else 0.0
 
     def plus(self, other: SetOverlap) -> SetOverlap:
-        """Both parts of one set."""
+        """Return the overlap of two parts of one set together."""
         ranked = sorted((*self.largest, *other.largest), key=lambda each: (-each.share, each.number))
         return SetOverlap(
             self.name,
@@ -93,10 +94,10 @@ def overlaps(
     most_documents: int = MOST_DOCUMENTS,
     most_ngrams: int = MOST_NGRAMS,
 ) -> list[SetOverlap]:
-    """The overlap of every evaluation set, in the order of their first documents.
+    """Return the overlap of every evaluation set, in the order of their first documents.
 
-    `own`: sets whose texts are themselves among the calibration documents; they are compared with the others alone.
-    What is found of a document does not depend on the order of either side's documents, but for which calibration
+    `own`: sets whose texts are themselves among the calibration documents; they are compared only with the others.
+    The result for a document does not depend on the order of the documents on either side, except for which calibration
     document is named.
     """
     found: dict[str, SetOverlap] = {}
@@ -110,17 +111,17 @@ def overlaps(
 
 @dataclass(eq=False)
 class _Part:
-    """Evaluation documents and what was met of their n-grams; changed by `look_in` alone."""
+    """Evaluation documents, and counts of their n-grams in calibration text, set by `look_in` alone."""
 
     names: list[str] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     begins: list[str] = field(default_factory=list)
     ngrams: list[Ngrams] = field(default_factory=list)
     sources: list[Named] = field(default_factory=list)
-    """(corpus, beginning) of calibration documents that were the first to have some n-gram."""
+    """(corpus, beginning) of calibration documents that were the first to contain some n-gram."""
 
     def look_in(self, calibration: Iterable[Named], n: int) -> None:
-        """Count for each n-gram the calibration documents that have it, and note the first."""
+        """Count for each n-gram the calibration documents that contain it, and record the first."""
         hash_N = np.concatenate([each.hash_N for each in self.ngrams])
         self.key_K, self.of_N = np.unique(hash_N, return_inverse=True)
         self.documents_K = np.zeros(len(self.key_K), np.int64)
@@ -148,7 +149,7 @@ class _Part:
             self.sources.append((batch[number][0], _beginning(batch[number][1])))
 
     def compared(self, own: Collection[str], n: int, leak_share: float, most_documents: int) -> Iterator[SetOverlap]:
-        """Every document by itself."""
+        """Yield the overlap of every single document."""
         document_N = _documents_of(self.ngrams)
         words_D = np.concatenate([each.words for each in self.ngrams])
         starts_D = np.searchsorted(document_N, np.arange(len(words_D) + 1))
@@ -187,7 +188,7 @@ def _parts(evaluation: Iterable[Named], numbers: dict[str, int], n: int, most_ng
 
 
 def _batches(documents: Iterable[Named]) -> Iterator[list[Named]]:
-    """Documents until they have `BATCH_CHARACTERS`, one at least."""
+    """Yield batches of at least one document, closed once they have `BATCH_CHARACTERS` characters."""
     batch: list[Named] = []
     characters = 0
     for document in documents:
@@ -201,7 +202,7 @@ def _batches(documents: Iterable[Named]) -> Iterator[list[Named]]:
 
 
 def _covered(met: np.ndarray, words: int, n: int) -> int:
-    """How many words are in n-grams that begin at these places."""
+    """Return the number of words in n-grams that begin at the positions `met`."""
     change = np.zeros(words + 1, np.int64)
     np.add.at(change, met, 1)
     np.add.at(change, met + n, -1)

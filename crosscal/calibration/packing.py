@@ -1,12 +1,12 @@
-"""Windows of whole conversations. Shapes: L tokens in a window.
+"""Windows of whole conversations (packing). Shapes: L tokens in a window.
 
-Of a text any L tokens make a window; a conversation is taken whole. Each window begins with the conversation that has
-waited longest, and of the next ones (`LOOKAHEAD`) those are put behind it that fill it exactly, found as a sum of
-their lengths. Where none do, the window ends with the beginning of one that stands whole in a later window: cut off at
-its end, where no token before it is the worse for it. So no window begins inside a turn, and every
-conversation stands in one of them once, whole.
+Any L consecutive tokens of a text make a window, but conversations are kept whole. Each window begins with the
+conversation that has waited longest, followed by those of the waiting ones (see `LOOKAHEAD`) whose lengths best fill
+the remaining space (subset sum). Any gap is filled with the beginning of a conversation that a later window contains
+whole: it is truncated at the end of the window, where that affects no earlier token. So no window begins inside a turn,
+and every conversation is whole in exactly one window.
 
-A conversation that is longer than a window is first cut between turns, and a turn only where it alone is longer.
+A conversation longer than a window is first cut between turns; a turn is cut only if it alone is longer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crosscal.calibration.chats import RenderedChat
 from crosscal.calibration.cutting import cut_off
 
 LOOKAHEAD = 256
-"""Conversations that wait to be chosen from, as long as they hold less than `MOST_WINDOWS` windows of tokens."""
+"""Conversations collected before a window is filled, unless they already have `MOST_WINDOWS` windows of tokens."""
 MOST_WINDOWS = 128
 
 Unit = Sequence[int]
@@ -29,11 +29,11 @@ Unit = Sequence[int]
 
 @dataclass(frozen=True)
 class Rest:
-    """What of a stream fills no window yet."""
+    """Tokens of a stream that do not fill a window yet."""
 
     text: tuple[int, ...] = ()
     chats: tuple[tuple[int, ...], ...] = ()
-    """Conversation by conversation."""
+    """One tuple per conversation, or per piece of a long one."""
 
     @property
     def tokens(self) -> int:
@@ -44,10 +44,10 @@ class Rest:
 class Window:
     tokens_L: np.ndarray
     taken: int
-    """Tokens of the stream that it is the first to hold: neither a beginning added nor what comes again."""
+    """Tokens that it takes from the stream: without an added begin token and without `repeated`."""
 
     repeated: int = 0
-    """Tokens at its end that come again, in the window that holds their conversation whole."""
+    """Tokens at its end that appear again in the later window that contains their conversation whole."""
 
 
 def fill(
@@ -58,9 +58,9 @@ def fill(
     rest: Rest = Rest(),
     most: int | None = None,
 ) -> Generator[Window, None, Rest]:
-    """Windows of `length` tokens out of texts (see `cutting.cut`) and conversations, which share no window; returns
-    what fills none. Documents are asked for only when they are needed. `most`: how many windows will be taken, if that
-    is known; the last conversations are put together better where all of them will be."""
+    """Yield windows of `length` tokens from texts (see `cutting.cut`) and conversations, which share no window; return
+    the tokens left over. Documents are consumed lazily. `most`: the number of windows that will be taken, if known; if
+    that includes all remaining conversations, the longest are placed first, which packs them better."""
     text, packer, made = np.array(rest.text, dtype=np.int32), Packer(length, chat_begin, rest.chats), 0
     for document in documents:
         if isinstance(document, RenderedChat):
@@ -79,7 +79,7 @@ def fill(
 
 
 class Packer:
-    """Conversations that wait, in their order, and the windows made of them."""
+    """Holds waiting conversations, in order, and packs them into windows."""
 
     def __init__(self, length: int, begin: int | None, units: Iterable[Unit] = ()) -> None:
         self.units: list[Unit] = list(units)
@@ -102,7 +102,7 @@ class Packer:
         return self.has_window and not waits
 
     def window(self, *, longest: bool = False) -> Window:
-        """The next; `longest`: those that are hardest to place come first, where nothing is left to wait for."""
+        """Return the next window. `longest`: place the longest units first, for when no more documents will come."""
         first, *others = sorted(self.units, key=len, reverse=True) if longest else self.units
         added = self._added(first)
         wanted = self._length - added - len(first)
@@ -111,7 +111,7 @@ class Packer:
         parts = [[self._begin] * added, first, *(others[place] for place in sorted(chosen))]
         repeated = wanted - sum(len(others[place]) for place in chosen)
         if repeated:
-            parts.append(self.units[0][:repeated])  # which is longer, or it would have been chosen
+            parts.append(self.units[0][:repeated])  # it is longer than that, or it would have been chosen
         self.tokens -= self._length - added - repeated
         tokens_L = np.concatenate([np.array(part, dtype=np.int32) for part in parts])
         return Window(tokens_L, self._length - added - repeated, repeated)
@@ -121,7 +121,7 @@ class Packer:
 
 
 def whole_turns(turns: Iterable[Unit], room: int) -> Iterator[Unit]:
-    """Pieces of at most `room` tokens: as many turns as fit, and only of a longer turn a part."""
+    """Yield pieces of at most `room` tokens: as many whole turns as fit. Only a turn longer than `room` is cut."""
     piece: list[int] = []
     for turn in turns:
         if piece and len(piece) + len(turn) > room:
@@ -136,9 +136,10 @@ def whole_turns(turns: Iterable[Unit], room: int) -> Iterator[Unit]:
 
 
 def nearest_sum(lengths: Sequence[int], wanted: int) -> set[int]:
-    """Places of those lengths whose sum is the largest that is at most `wanted`, out of the first ones that reach it.
+    """Return the indices of lengths with the largest sum that is at most `wanted` (subset sum).
 
-    Bit s of `reached[n]` says whether some of the first n have the sum s.
+    Lengths after the first n that reach `wanted` are not considered. Bit s of `reached[n]` is set if a subset of the
+    first n lengths has the sum s.
     """
     reached, sums = [1], (1 << (wanted + 1)) - 1
     for length in lengths:

@@ -1,18 +1,18 @@
-"""Windows drawn from a growing corpus: shard by shard as it landed, what one leaves pooled into the next.
+"""Windows drawn from a growing corpus, shard by shard; tokens left over from one shard are passed on to the next.
 
-The stream of a shard is what the shards before it left, then its own documents, shuffled by the seed, each closed by
-end-of-text. It is cut into windows that begin as the tokenizer's texts do (see `calibration.cutting`); conversations
-are rendered and share windows of their own (see `calibration.packing`). There are no more than
+The stream of a shard is the tokens left over from the shards before it, then its own documents, shuffled by the seed,
+each closed by end-of-text. It is cut into windows that begin like the tokenizer's own texts (see
+`calibration.cutting`); conversations are rendered and packed into separate windows (see `calibration.packing`). At most
 
     max(windows of the plan - windows drawn so far, round(windows of the plan · characters_k / characters_1..k), 1)
 
-so that every token enters until the plan's windows are drawn, and after that every landing by its share, one window at
-least. A rest that fills no window is left for the next shard. Where the limit cuts a stream off, the text beyond it
-has had its chance: it is not kept, and the windows stand for it with a weight, tokens of the stream / tokens drawn.
-Everywhere else the weight is 1: every window of a corpus counts alike.
+windows are drawn from shard k: every token is used until the plan's windows are drawn; after that every landing gives
+its share, at least one window. Tokens that do not fill a window are left for the next shard. If the limit cuts a stream
+off, the text beyond it is discarded, and the drawn windows represent it with a weight, tokens of the stream / tokens
+drawn. Everywhere else the weight is 1: every window of a corpus counts equally.
 
-What a shard gave depends on the shards before it, in their order, and on the settings alone. It is kept under a key
-that is known without drawing, so that a landing costs its own tokens.
+The draw from a shard depends only on the shards before it, in order, and on the settings. It is stored under a key
+that is known without drawing, so that a landing costs only its own tokens.
 """
 
 from __future__ import annotations
@@ -43,56 +43,56 @@ if TYPE_CHECKING:
 KIND = "draws"
 RULE = 2
 RECENT = 32
-"""Parts that a pool names: more than are ever kept apart."""
+"""Number of parts listed in a pool: more than ever have their moments stored separately."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A calibration set, or the weighted sum of several: under which key its moments are kept."""
+    """A calibration set, or the weighted sum of several, and the key of its moments."""
 
     key: str
     tokens: int
-    """That the model reads for it."""
+    """Tokens in its calibration passes."""
     weight: float = 1.0
-    """Of every token in the sum over a corpus; the weights inside a sum are in the sum."""
+    """Weight of its tokens in the sum over a corpus. A sum already includes the weights of the sets in it."""
 
     @property
     def mass(self) -> float:
         return self.weight * self.tokens
 
     def plus(self, other: Part) -> Part:
-        """The sum of both, named after what it is the sum of."""
+        """Return the sum of both; its key is derived from their keys and weights."""
         pair = [[self.key, self.weight], [other.key, other.weight]]
         return Part(digest_of(["sum", *pair]), self.tokens + other.tokens)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Where the draws from one split of a corpus stand after one of its shards."""
+    """State of the draws from one split of a corpus after one of its shards."""
 
     key: str
     previous: str | None
-    """The pool before this shard; None before the first."""
+    """Key of the pool before this shard; None if it is the first shard."""
     parts: tuple[Part, ...] = ()
     """The newest sets, oldest first."""
     sums: tuple[Part, ...] = ()
-    """For each of them, the sum of all sets up to it."""
+    """For each of `parts`, the sum of all sets up to it."""
     rest: tuple[int, ...] = ()
-    """Tokens that fill no window yet."""
+    """Tokens of texts that do not fill a window yet."""
     windows: int = 0
-    """Drawn so far, as all that follows."""
+    """Windows drawn so far; the counts below are cumulative, too."""
     characters: int = 0
     tokens_used: int = 0
     tokens_beyond: int = 0
-    """Beyond the plan's windows; estimated from the characters of the documents that were not tokenized."""
+    """Tokens beyond the limit, discarded; estimated from characters for documents that were not tokenized."""
     spelling: int = 0
-    """Documents whose text spells a special token that was read as one."""
+    """Documents whose text spells a special token that was tokenized as one."""
     chat_rest: tuple[tuple[int, ...], ...] = ()
-    """Conversations that fill no window yet."""
+    """Conversations that do not fill a window yet."""
     tokens_repeated: int = 0
-    """At the ends of windows of conversations, that come again (see `calibration.packing`)."""
+    """Tokens at the ends of conversation windows that appear again later (see `calibration.packing`)."""
     said: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Sentence about some conversations → of how many it is true."""
+    """Statement about some conversations → number of conversations it applies to."""
 
     @property
     def left(self) -> Rest:
@@ -106,9 +106,9 @@ def draw_pool(
     tokenizer_digest: str,
     request: WindowRequest,
 ) -> Pool:
-    """Draw from every shard that has not been drawn from; the pool after the last. Its `parts` may be empty.
+    """Draw from every shard that has not been drawn from; return the pool after the last. Its `parts` may be empty.
 
-    Raises `CalibrationError` when the tokenizer has no end-of-text token.
+    Raises `CalibrationError` if the tokenizer has no end-of-text token.
     """
     shards, keys = _chain(shards, tokenizer, tokenizer_digest, request)
     done = next((place for place in range(len(shards), 0, -1) if store.find(KIND, keys[place]) is not None), 0)
@@ -127,14 +127,14 @@ def find_pool(
     tokenizer_digest: str,
     request: WindowRequest,
 ) -> tuple[Pool | None, Sequence[Shard]]:
-    """The newest pool of these shards that is kept, and the shards that have not been drawn from. Draws nothing."""
+    """Return the newest stored pool of these shards, and the shards not drawn from yet. Draws nothing."""
     shards, keys = _chain(shards, tokenizer, tokenizer_digest, request)
     done = next((place for place in range(len(shards), 0, -1) if store.find(KIND, keys[place]) is not None), 0)
     return (read_pool(store, keys[done]) if done else None), shards[done:]
 
 
 def read_pool(store: Store, key: str) -> Pool:
-    """Raises `MissingArtifact`."""
+    """Read a pool from the store. Raises `MissingArtifact`."""
     value = json.loads(store.read_bytes(store.get(KIND, key), "pool.json"))
     parts, sums = (tuple(Part(**part) for part in value[name]) for name in ("parts", "sums"))
     chats = tuple(map(tuple, value.get("chat_rest", ())))
@@ -142,7 +142,7 @@ def read_pool(store: Store, key: str) -> Pool:
 
 
 def all_parts(store: Store, pool: Pool) -> list[Part]:
-    """Every set that was ever drawn for a pool, oldest first: read back along its history."""
+    """Return every set ever drawn for a pool, oldest first, by following `previous`."""
     found = {part.key: part for part in reversed(pool.parts)}
     while len(pool.parts) == RECENT and pool.previous is not None:
         pool = read_pool(store, pool.previous)
@@ -151,7 +151,7 @@ def all_parts(store: Store, pool: Pool) -> list[Part]:
 
 
 def most_windows(request: WindowRequest, drawn: int, characters: int, characters_so_far: int) -> int:
-    """How many windows a shard may give; `characters_so_far` counts its own."""
+    """Return the maximum number of windows drawn from a shard; `characters_so_far` includes its own."""
     share = characters / characters_so_far if characters_so_far else 0.0
     return max(request.windows - drawn, round(request.windows * share), 1)
 
@@ -159,7 +159,7 @@ def most_windows(request: WindowRequest, drawn: int, characters: int, characters
 def _chain(
     shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase, tokenizer_digest: str, request: WindowRequest
 ) -> tuple[list[Shard], list[str]]:
-    """Shards that have documents of the split, and the keys of the pools before the first and after each of them."""
+    """Return the shards with documents of the split, and the keys of the pools before the first and after each one."""
     shards = [shard for shard in shards if shard.documents.get(request.split)]
     begin = begin_token(tokenizer, request.begin_token)
     settings = digest_of([RULE, tokenizer_digest, request.provenance(begin)])
@@ -231,7 +231,7 @@ def _after(
 
 
 def _take(filling: Generator[Window, None, Rest], most: int) -> tuple[list[Window], Rest | None]:
-    """At most so many windows, and what is left of the stream; None where it would have filled one window more."""
+    """Return at most `most` windows and the rest of the stream, or None for the rest if another window follows."""
     windows: list[Window] = []
     while True:
         try:

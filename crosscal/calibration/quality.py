@@ -1,11 +1,11 @@
-"""What a calibration text is like, in numbers that need no model, and which of them say that it serves no purpose.
+"""Statistics of a calibration text that need no model, and limits beyond which it is unfit for calibration.
 
 The measures of arXiv:2410.17170 except perplexity. Self-generated text shows lower diversity and a higher Zipf
-coefficient than web text; random tokens the contrary.
+coefficient than web text; random tokens show the opposite.
 
-Limits lie between what was measured of text and of what is none (`benchmarks/sufficiency.py` has the numbers): three
-corpora of real text, the demo's made-up ones and self-generated text on one side, copies, a filled-in form, near-empty
-documents and random tokens on the other; sets of 8 to 128 windows of 256 to 2048 tokens, vocabularies of 8 and 49
+The limits separate values measured on usable and on unusable text (`benchmarks/sufficiency.py` has the numbers).
+Usable: three corpora of real text, the demo's synthetic ones and self-generated text. Unusable: copies, a filled-in
+form, near-empty documents and random tokens. Sets had 8 to 128 windows of 256 to 2048 tokens, vocabularies of 8 and 49
 thousand.
 """
 
@@ -19,32 +19,34 @@ import torch
 
 LONGEST_NGRAM = 4
 LEAST_TOKENS = 512
-"""Below, nothing is concluded: two windows of one document repeat nothing."""
+"""Smaller sets have no faults: two windows of one document repeat nothing."""
 LEAST_DISTINCT = 0.45
-"""Of 4-grams: text has .55 to .99, five documents again and again .07 to .40."""
+"""Share of distinct 4-grams: text has .55 to .99, five documents repeated over and over .07 to .40."""
 LEAST_DOCUMENT_TOKENS = 10.0
-"""Text has 34 a sentence."""
+"""Mean tokens per document; text has 34 in a sentence."""
 MOST_OF_ONE_TOKEN = 0.4
-"""Text has .03 to .10."""
+"""Share of the most frequent token; text has .03 to .10."""
 LEAST_OF_ONE_TOKEN = 0.01
-"""Text has .03 to .10, random tokens at most .004."""
+"""Share of the most frequent token; text has .03 to .10, random tokens at most .004."""
 LEAST_UNIQUE, FEW_DOCUMENTS = 0.5, 10
-"""Of documents, where there are that many; text has .97 to 1."""
+"""Share of unique documents, checked from `FEW_DOCUMENTS` documents on; text has .97 to 1."""
 
 
 @dataclass(frozen=True)
 class TextQuality:
+    """Statistics of a calibration set's token windows."""
+
     tokens: int
     windows: int
     documents: int
-    """Passages between end-of-text tokens, the first and the last perhaps not whole."""
+    """Passages between end-of-text tokens; the first and the last may be incomplete."""
 
     unique_documents: int
     repeated_tokens: float
     """1/(S L) Σ 1[w_i among w_<i of the same window]."""
 
     vocabulary_coverage: float
-    """Types seen / vocabulary size."""
+    """Distinct tokens seen (types) / vocabulary size."""
 
     ngram_diversity: float
     """Mean over n = 1..4 of unique / total n-grams in the whole set; none spans two windows."""
@@ -53,7 +55,7 @@ class TextQuality:
     """Unique / total 4-grams."""
 
     largest_token_share: float
-    """Of the most frequent token."""
+    """Share of the most frequent token."""
 
     zipf_coefficient: float
     """a in frequency ~ rank^-a: minus the least-squares slope of ln(frequency) on ln(rank), every type with equal
@@ -63,8 +65,8 @@ class TextQuality:
 def text_quality(
     tokens_SL: torch.Tensor, vocabulary: int, *, begin: int | None = None, end: int | None = None
 ) -> TextQuality:
-    """Measure windows of token ids from a vocabulary of the given size; `begin`: the token that every window begins
-    with, which is of no document; `end`: the token that closes documents."""
+    """Measure windows of token ids from a vocabulary of the given size. `begin`: the token at the start of every
+    window, which belongs to no document; `end`: the token that closes documents."""
     tokens = tokens_SL.numpy()
     unique_in_windows = sum(len(np.unique(window)) for window in tokens)
     counts_V = np.unique(tokens, return_counts=True)[1]
@@ -85,7 +87,7 @@ def text_quality(
 
 
 def faults(quality: TextQuality) -> list[str]:
-    """Why a set is hardly worth calibrating on, each with the number and its limit; empty for ordinary text."""
+    """Return the reasons why a set is unfit for calibration, each with value and limit; empty for ordinary text."""
     if quality.tokens < LEAST_TOKENS:
         return []
     per_document = quality.tokens / max(1, quality.documents)
@@ -116,12 +118,12 @@ def _documents(tokens_SL: np.ndarray, begin: int | None, end: int | None) -> lis
 
 
 def _distinct_ngrams(tokens_SL: np.ndarray) -> list[float]:
-    """Unique / total n-grams for n = 1 to 4, or to the length of a window."""
+    """Return unique / total n-grams for n = 1 to 4, or to the length of a window if that is shorter."""
     types, inverse = np.unique(tokens_SL, return_inverse=True)
     token_ids = inverse.reshape(tokens_SL.shape).astype(np.int64)
     ngram_ids, ratios = token_ids, [len(types) / tokens_SL.size]
     for n in range(2, min(LONGEST_NGRAM, tokens_SL.shape[1]) + 1):
-        # number the n-grams through their (n-1)-gram and last token: exact, and far from overflow
+        # number the n-grams by (number of the (n-1)-gram, last token): exact, and far from overflow
         pairs = ngram_ids[:, :-1] * len(types) + token_ids[:, n - 1 :]
         unique, inverse = np.unique(pairs, return_inverse=True)
         ngram_ids = inverse.reshape(pairs.shape).astype(np.int64)

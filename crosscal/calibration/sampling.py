@@ -1,8 +1,8 @@
-"""Sampling whole texts from a causal language model, a batch of independent ones at a time."""
+"""Sampling of whole texts from a causal language model, a batch of independent sequences at a time."""
 
 from __future__ import annotations
 
-# Shapes: B sequences generated together, P tokens of a prompt, T read at once, N of a whole text, V vocabulary.
+# Shapes: B sequences generated together, P tokens of a prompt, T of one forward pass, N of a whole text, V vocabulary.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TemperatureSchedule:
     """t_i = t_init + (i / steps) (t_final - t_init) for i <= steps, else t_final; i counts sampled tokens from 0.
 
-    A temperature of 0 means the likeliest token. The paper's main results are plain sampling: 1.0 throughout.
+    A temperature of 0 means greedy decoding. The main results of arXiv:2410.17170 use plain sampling: 1.0 throughout.
     """
 
     t_init: float = 1.0
@@ -41,20 +41,20 @@ class TemperatureSchedule:
 class Written:
     tokens: list[int]
     nll: float
-    """Mean negative log-likelihood of its tokens but the first, at temperature 1, where it was judged; else 0."""
+    """Mean negative log-likelihood of all tokens but the first, at temperature 1; 0 if not `judged`."""
 
 
 @dataclass(frozen=True)
 class SequenceWriter:
-    """What all texts of one set have in common."""
+    """Samples texts from `model`; its fields are the settings shared by all texts of one set."""
 
     model: PreTrainedModel
     start: int
-    """Token that every sequence is conditioned on, and nothing else."""
+    """Start token, the whole prompt of the sequences that `write` samples."""
 
     end: int
     length: int
-    """Most tokens in a sequence, the start token among them."""
+    """Maximum number of tokens in a sequence, prompt included."""
 
     temperature: TemperatureSchedule
     first_ids: tuple[int, ...] | None
@@ -62,18 +62,18 @@ class SequenceWriter:
 
     device: str
     at_once: int | None = None
-    """Most sequences that are written side by side; None: all that are asked for."""
+    """Maximum number of sequences generated together; None: all that are requested."""
 
     def write(self, numbers: range, seed: int) -> list[list[int]]:
-        """A sequence for every number, each from the start token to end-of-text or `length` tokens."""
+        """Return a sequence for every number, each from the start token to end-of-text or `length` tokens."""
         start_B1 = torch.full((len(numbers), 1), self.start)
         return [written.tokens for written in self.continued(start_B1, numbers, seed)]
 
     def continued(self, prompt_BP: torch.Tensor, numbers: range, seed: int, *, judged: bool = False) -> list[Written]:
-        """Each row of the prompt (on the CPU), continued to end-of-text or `length` tokens, the prompt's among them.
+        """Continue each row of the prompt (on the CPU) to end-of-text or `length` tokens, prompt included.
 
-        What a row becomes depends on the seed and its number, and on no other row: its i-th token is where the i-th
-        number of its own stream falls in the cumulated distribution. `judged`: say how likely the model finds each.
+        A continuation depends on its prompt, the seed and its number, not on other rows: its i-th token is where the
+        i-th number of its own random stream falls in the cumulative distribution. `judged`: also compute `Written.nll`.
         """
         streams = [np.random.Generator(np.random.PCG64([seed, number])) for number in numbers]
         uniform_BN = torch.tensor(np.stack([stream.random(self.length) for stream in streams]))
@@ -82,8 +82,8 @@ class SequenceWriter:
 
     @torch.inference_mode()
     def _together(self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool) -> list[Written]:
-        """All rows begin at position 0 and none sees another, so no padding or mask is needed; a row that has ended
-        leaves the cache, and the others go on without it."""
+        """Sample all rows together. They begin at position 0 and do not attend to each other, so no padding or mask is
+        needed; finished rows are removed from the cache."""
         rows: list[list[int]] = prompt_BP.tolist()
         nll = np.zeros(len(rows))
         writing = list(range(len(rows)))
@@ -96,7 +96,7 @@ class SequenceWriter:
             token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
                 nll[writing] += _surprise(output, tokens_BT, token_B)
-            sampled = token_B.tolist()  # a device is waited for here and nowhere else
+            sampled = token_B.tolist()  # waits for the device
             for row, token in zip(writing, sampled, strict=True):
                 rows[row].append(token)
             staying = [place for place, token in enumerate(sampled) if token != self.end]
@@ -123,14 +123,14 @@ class SequenceWriter:
 
 
 def sequence_bytes(length: int, prompt: int, *, blocks: int, hidden: int, vocabulary: int, itemsize: int) -> int:
-    """Memory of writing one sequence beside others, at the most: keys and values of every block, which are as wide as
-    hidden states where heads do not share them, and logits of the prompt, as they are, in float32, and twice in
+    """Return the maximum memory per generated sequence, in bytes: keys and values of every block, as wide as hidden
+    states (without grouped-query attention), and logits of the prompt, in the model's dtype, in float32, and twice in
     float64."""
     return 2 * blocks * hidden * length * itemsize + prompt * vocabulary * (itemsize + 4 + 2 * 8)
 
 
 def _surprise(output: Any, tokens_BT: torch.Tensor, token_B: torch.Tensor) -> np.ndarray:
-    """Of every row, -log p of what was read, but the first, and of the token that follows."""
+    """Return per row the sum of -log p over the input tokens but the first, and the sampled token, float64 [B]."""
     next_BT = torch.cat([tokens_BT[:, 1:], token_B[:, None]], dim=1)
     nll_BT = F.cross_entropy(output.logits.float().transpose(1, 2), next_BT, reduction="none")
     return nll_BT.double().sum(dim=1).cpu().numpy()

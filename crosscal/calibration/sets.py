@@ -1,4 +1,4 @@
-"""A calibration set: the exact windows of tokens that a model reads, kept as they are."""
+"""A calibration set: the exact token windows of a calibration pass, stored unchanged."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ WINDOWS = "windows.arrow"
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
+    """Token windows of one source, and the provenance that identifies them."""
+
     tokens_SL: torch.Tensor
     """int64."""
 
     provenance: dict[str, Any]
-    """All that determines the tokens, and nothing else."""
+    """Everything that determines the tokens, and nothing else."""
 
     notes: tuple[str, ...]
-    """What differs from the request, in sentences for a report."""
+    """Differences from the request, as sentences for a report."""
 
     @property
     def key(self) -> str:
-        """What the store calls these windows."""
+        """The key of these windows in the store."""
         return digest_of(self.provenance)
 
 
 @dataclass(frozen=True)
 class WindowRequest:
+    """Number, length, seed, split ("train", "validation" or "test") and format of the windows to build."""
+
     windows: int = 128
     length: int = 2048
     """Tokens in a window."""
@@ -47,13 +51,13 @@ class WindowRequest:
     seed: int = 0
     split: str = "train"
     begin_token: bool | None = None
-    """Whether every window begins with beginning-of-text; None: where the tokenizer puts it in front of a text."""
+    """Start every window with beginning-of-text or not; None: if the tokenizer adds it to texts by default."""
 
     plain_text: bool = False
-    """Read text that spells a special token as text."""
+    """Tokenize text that spells a special token as ordinary text."""
 
     chat: str = TEMPLATE
-    """How conversations are read (see `crosscal.corpora.Corpus`); of what holds none it changes nothing."""
+    """How conversations are read (see `crosscal.corpora.Corpus`); without effect on corpora without conversations."""
 
     def __post_init__(self) -> None:
         for name, least in (("windows", 1), ("length", 2), ("seed", 0)):
@@ -61,16 +65,15 @@ class WindowRequest:
                 raise UsageError(f"must be at least {least}", where=f"calibration.{name}", got=str(getattr(self, name)))
 
     def provenance(self, begin: int | None) -> dict[str, Any]:
-        """What the request adds to a provenance, `begin` being the token that its windows begin with.
+        """Return the entries of a provenance that describe the request; `begin` is the first token of its windows.
 
-        Settings that change nothing are left out, so that windows of earlier versions are found where they are the
-        same.
+        Settings without effect are left out, so that equal windows stored by earlier versions are found.
         """
         said = {"split": self.split, "windows": self.windows, "length": self.length, "seed": self.seed}
         return said | ({} if begin is None else {"begin": begin}) | ({"plain_text": True} if self.plain_text else {})
 
     def within(self, max_length: int | None) -> tuple[WindowRequest, tuple[str, ...]]:
-        """The request with windows no longer than the model's `max_length`, and the note that says so."""
+        """Return the request with `length` limited to the model's `max_length`, and a note if that changed it."""
         if max_length is None or self.length <= max_length:
             return self, ()
         note = f"Windows have {max_length} tokens instead of {self.length}: the model takes no more."
@@ -78,7 +81,7 @@ class WindowRequest:
 
 
 def stored_windows(store: Store, provenance: dict[str, Any], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The windows of this provenance from the store, made and stored where they are not there yet."""
+    """Return the windows of this provenance from the store; build and store them first if they are missing."""
     key = digest_of(provenance)
     artifact = store.find(KIND, key)
     if artifact is None:
@@ -89,7 +92,7 @@ def stored_windows(store: Store, provenance: dict[str, Any], make: Callable[[], 
 
 
 def windows_by_key(store: Store, key: str) -> torch.Tensor:
-    """The windows of a calibration set, [S, L]. Raises `MissingArtifact`."""
+    """Return the windows of a calibration set, int64 [S, L]. Raises `MissingArtifact`."""
     return _read_windows(store.path(store.get(KIND, key), WINDOWS))
 
 

@@ -1,4 +1,4 @@
-"""What calibration asks of a tokenizer."""
+"""Tokenizer helpers: digest, encoding of documents, special tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added
 
 
 def tokenizer_digest(model_path: str | Path) -> str:
-    """SHA-256 (hex) of the names and content of the tokenizer files in a model directory."""
+    """Return the SHA-256 (hex) of the names and contents of the tokenizer files in a model directory."""
     folder = Path(model_path)
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
     if not files:
@@ -35,11 +35,11 @@ def tokenizer_digest(model_path: str | Path) -> str:
 
 
 class EncodedDocuments:
-    """Documents as token ids, encoded as they are asked for, and what has been handed out so far.
+    """Iterates over documents as token ids, encoded lazily; counts what was yielded so far.
 
-    A text is encoded with the special tokens that the tokenizer adds by default, and closed by `end` where it is not
-    closed by it already; a conversation is rendered by the chat template, which closes turns itself, and left out where
-    that refuses it. Text that spells a special token becomes that token, unless `plain_text`.
+    A text is encoded with the special tokens that the tokenizer adds by default, and closed by `end` if it does not end
+    with it already. A conversation is rendered by the chat template, which closes turns itself, and skipped if the
+    template refuses it. Text that spells a special token becomes that token, unless `plain_text`.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class EncodedDocuments:
         self._chats = ChatReader(tokenizer, plain_text=plain_text)
         self.tokens = self.characters = 0
         self.spelling = 0
-        """Documents whose text spells a special token that was read as one."""
+        """Documents whose text spells a special token that was tokenized as one."""
 
     @property
     def said(self) -> dict[str, int]:
-        """Sentence about some conversations → of how many it is true."""
+        """Statement about some conversations → number of conversations it applies to."""
         return dict(self._chats.said)
 
     def __iter__(self) -> Iterator[list[int] | RenderedChat]:
@@ -87,7 +87,7 @@ class EncodedDocuments:
                     yield chat
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: a document longer than the model's window is no mistake here, it is cut into windows
+        # verbose=False: no warning for documents longer than the model's window, as they are cut into windows
         found: Any = self._tokenizer(
             texts, truncation=False, verbose=False, return_attention_mask=False, **self._options
         )
@@ -95,6 +95,7 @@ class EncodedDocuments:
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the end-of-text token. Raises `CalibrationError` if the tokenizer has none."""
     end: Any = tokenizer.eos_token_id
     if end is None:
         raise CalibrationError(
@@ -106,10 +107,10 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
-    """The token that every window begins with, None for none.
+    """Return the token that every window begins with, or None.
 
-    It is beginning-of-text where the tokenizer puts that in front of a text by default, as encoding one shows;
-    `wanted` says otherwise. Raises `CalibrationError` when it is wanted of a tokenizer that has no such token.
+    By default it is beginning-of-text if the tokenizer adds that to texts, as determined by encoding a probe; `wanted`
+    overrides this. Raises `CalibrationError` if it is wanted and the tokenizer has no such token.
     """
     begin: Any = tokenizer.bos_token_id
     if wanted is None:
@@ -127,14 +128,14 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) 
 
 
 def chat_begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
-    """The token that every window of conversations begins with: that of texts; unless `wanted` says otherwise, also
-    where the chat template alone puts it in front. Raises as `begin_token` does."""
+    """Return the token that every window of conversations begins with, or None: that of texts or, unless `wanted` is
+    false, that which only the chat template writes at the start. Raises like `begin_token`."""
     begin = begin_token(tokenizer, wanted)
     return begin if begin is not None or wanted is False else written_begin(tokenizer)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted_begin: bool | None, *, plain_text: bool) -> None:
-    """Raises `CalibrationError` for a tokenizer that windows cannot be cut with as they are asked for."""
+    """Raise `CalibrationError` if windows cannot be cut with this tokenizer as requested."""
     end_token(tokenizer)
     begin_token(tokenizer, wanted_begin)
     if plain_text:
@@ -142,18 +143,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted_begin: bool | Non
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the special tokens."""
+    """Return the ids of the special tokens."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return set(tokenizer.all_special_ids) | added
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the vocabulary without special tokens, ascending."""
+    """Return the ids of the vocabulary without special tokens, ascending."""
     return sorted(set(tokenizer.get_vocab().values()) - special_tokens(tokenizer))
 
 
 def _spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens that come from text only when it spells them: not that for unknown characters."""
+    """Return the special tokens that text yields only by spelling them: all but that for unknown characters."""
     begin, end, unknown = (
         cast("int | None", token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     )
@@ -161,7 +162,10 @@ def _spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _check_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer can read text that spells a special token as text. Some of those not in Rust cannot."""
+    """Raise `CalibrationError` if the tokenizer cannot encode the text of a special token as plain text.
+
+    Some tokenizers not written in Rust cannot.
+    """
     spelled = tokenizer.convert_ids_to_tokens(end_token(tokenizer))
     try:
         ids: Any = tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]

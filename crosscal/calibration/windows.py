@@ -1,4 +1,4 @@
-"""Windows drawn with a seed from the bare vocabulary."""
+"""Windows of random tokens from the vocabulary."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def random_windows(
     *,
     max_length: int | None = None,
 ) -> CalibrationSet:
-    """Tokens drawn uniformly from the vocabulary without special tokens: the floor any real text must beat.
+    """Build windows of tokens drawn uniformly, without special tokens: the baseline that any real text must beat.
 
-    Windows begin as those of documents do. Source: "Vocabulary" in arXiv:2410.17170.
+    Windows begin like those of documents. Source: "Vocabulary" in arXiv:2410.17170.
     """
     request, notes = request.within(max_length)
     begin = begin_token(tokenizer, request.begin_token)

@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it is called, so that `--help` answers at once."""
+"""The command line. Every command imports its dependencies when it is called, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ app.add_typer(plans.app, name="plan")
 
 
 def main() -> None:
-    """Run the command line; a failure is one message and an exit code. A traceback means a bug in crosscal."""
+    """Run the command line. A failure prints a message and sets the exit code; a traceback means a bug in crosscal."""
     os.environ.setdefault("DO_NOT_TRACK", "1")  # Prefect and the hub's client would send usage statistics
-    # Idle threads of torch sleep instead of spinning: on a shared machine spinning made evaluation 6 times as slow.
+    # Idle torch threads sleep instead of spinning: on a shared machine spinning made evaluation 6 times as slow.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _log_to_stderr()
     try:
         app()
     except CrosscalError as error:
         _fail(error, error.exit_code)
-    except OSError as error:  # a full disk, a folder that may not be written: the machine's state, not a bug
+    except OSError as error:  # a full disk, a read-only folder: a condition of the machine, not a bug
         _fail(error, 1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
@@ -78,7 +78,7 @@ def _fail(error: Exception, exit_code: int) -> NoReturn:
 
 
 def _log_to_stderr() -> None:
-    """Stages and slow steps as log lines with the time of day; for `crosscal`'s own loggers only."""
+    """Log stages and slow steps to stderr with the time of day, for `crosscal`'s own loggers only."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("crosscal")

@@ -1,4 +1,4 @@
-"""Put the service on a Prefect server, or compare what stands there with the files."""
+"""Commands `deploy` and `worker`: put the service on a Prefect server or compare it with the files, start workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def deploy(
     check: Annotated[bool, typer.Option("--check", help="Only say what differs; exit 1 if anything does.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make work pool, queues, limits and deployments on the Prefect server; what is right already stays as it is."""
+    """Create or update work pool, queues, limits and deployments on the Prefect server; what is up to date is kept."""
     from crosscal.service import load_service
 
     service = load_service(config or SERVICE_FILE)
@@ -36,7 +36,7 @@ def deploy(
 
 
 def worker(name: Annotated[str, typer.Argument(help="gpu0, gpu1, … or service, as `crosscal deploy` says.")]) -> None:
-    """Start a worker, in place of this process: one for each GPU, and one that needs none."""
+    """Replace this process by a worker. The service has one worker for each GPU, and one that needs none."""
     from crosscal.flows.workers import worker as command_of
 
     command, settings = command_of(name)

@@ -1,4 +1,4 @@
-"""The domains of a landing place: which there are, whether runs are started for them, and taking one out."""
+"""Commands for the domains of a landing place: list, pause, resume, remove."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Domain = Annotated[str, typer.Argument(help="A domain that landed.")]
 
 @app.command("list")
 def list_domains(home: Home = HOME, as_json: Json = False) -> None:
-    """Show each domain: its version, where that stands, its last run, what is published of it."""
+    """Show each domain: its newest version and state, its last run, its published variant."""
     from crosscal.landing import Ledger
     from crosscal.landing.status import overview
     from crosscal.publication import Published
@@ -35,14 +35,14 @@ def list_domains(home: Home = HOME, as_json: Json = False) -> None:
 
 @app.command("pause")
 def pause(domain: Domain, home: Home = HOME) -> None:
-    """Start no more runs of a domain. Its files are taken in all the same, and what waits goes on waiting; a run that
-    is at work is not ended."""
+    """Start no more runs of a domain. Its files are still ingested, and its pending version stays pending; a run in
+    progress is not stopped."""
     _set_paused(home, domain, is_paused=True)
 
 
 @app.command("resume")
 def resume(domain: Domain, home: Home = HOME) -> None:
-    """Start runs of a paused domain again: what waits is announced by the next watch."""
+    """Start runs of a paused domain again: the next watch announces its pending version."""
     _set_paused(home, domain, is_paused=False)
 
 
@@ -58,10 +58,10 @@ def remove(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Take a domain out of the ledger and forget its published models; or take documents out of it.
+    """Remove a domain from the ledger and forget its published models; or remove documents from it.
 
-    Documents taken out make a new version without them, which is pending like any other. They do not come back with
-    what lands later; `crosscal ingest PATH --corpus NAME` brings them back.
+    Removing documents makes a new version without them, which is pending like any other. Later landings do not bring
+    them back; `crosscal ingest PATH --corpus NAME` does.
     """
     from crosscal.flows.removing import removal_of_documents, removal_of_domain
 
@@ -85,7 +85,7 @@ def _set_paused(home: str, domain: str, *, is_paused: bool) -> None:
 
 
 def _ledger(home: str, domain: str) -> Ledger:
-    """Raises `UsageError` for a domain that is not in it."""
+    """Return the ledger. Raises `UsageError` for a domain that it does not contain."""
     from crosscal.landing import Ledger
     from crosscal.landing.status import check_known
 

@@ -1,4 +1,4 @@
-"""Ask whether there is enough calibration text."""
+"""Command `enough`: is there enough calibration text?"""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from crosscal.cli.printing import print_rows
 def enough(
     plan: PlanFile, overrides: Set = None, domain: Domain = None, home: Home = HOME, as_json: Json = False
 ) -> None:
-    """Say of every corpus of a plan whether more of it would help: held-out loss as its windows double.
+    """Report for every corpus of a plan whether more text would help: held-out loss as the number of windows doubles.
 
-    Nothing is compressed. The model is read as far as half of its blocks, over half of the windows where their
-    statistics are in the store already.
+    Nothing is compressed. The calibration pass covers half of the model's blocks, and only half of the windows if their
+    statistics are already in the store.
     """
     from crosscal.flows.enough import measure_enough
     from crosscal.plan import load_plan

@@ -1,4 +1,4 @@
-"""What a plan may ask for."""
+"""Command `methods`: the compression methods that a plan may use."""
 
 from __future__ import annotations
 

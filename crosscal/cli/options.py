@@ -24,7 +24,7 @@ HOME = ".crosscal"
 
 
 def store_at(home: str) -> Store:
-    """The store that is there, for commands that only read: none is made, and a wrong place is no empty answer."""
+    """Return an existing store, for commands that only read. Creates none; raises `UsageError` if there is none."""
     from crosscal.store import Store
 
     store = Store(home)

@@ -1,4 +1,4 @@
-"""Read a plan before running it."""
+"""Commands `plan show` and `plan check`: inspect a plan before running it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def show(plan: PlanFile, overrides: Set = None, domain: Domain = None) -> None:
 def check(
     plan: PlanFile, overrides: Set = None, domain: Domain = None, home: Home = HOME, as_json: Json = False
 ) -> None:
-    """Say what a run would compute, what is cached, what it needs and whether that is there."""
+    """Report what a run would compute, what is cached, what it needs and whether that is available."""
     from crosscal.flows.preflight import check_plan
     from crosscal.plan import load_plan
 

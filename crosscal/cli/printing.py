@@ -1,4 +1,4 @@
-"""What commands print: readable lines, or JSON for machines."""
+"""Output of commands: readable lines, or JSON for machines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _readable(value: Any) -> str:
 
 
 def _amount(name: str, value: Any) -> str:
-    """A field called `bytes` or `…_bytes` is an amount; a reason that is counted may end in the word, too."""
+    """Format a value; integers named `bytes` or `…_bytes` are sizes. A counted reason may end in the word, too."""
     is_amount = re.fullmatch(r"(\w+_)?bytes", name) and isinstance(value, int)
     return f"{value / 1e6:,.1f}MB" if is_amount else str(value)
 

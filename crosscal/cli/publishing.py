@@ -1,4 +1,4 @@
-"""What landed and what came of it: the ledger, and the published model of a domain."""
+"""Commands `ledger` and `publish`: landed files with their runs, and the published model of a domain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ledger(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Show what landed, what waits, what was tried and what came of it."""
+    """Show what landed, what is pending, which runs were tried, and their outcome."""
     from dataclasses import asdict
 
     from crosscal.landing import Ledger
@@ -50,9 +50,9 @@ def publish(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Show the published model of a domain and its history, take it out, go back to an earlier one, or publish another.
+    """Show the published model of a domain and its history, copy it, go back to an earlier one, or publish another.
 
-    The service undoes none of that by itself: only what lands afterwards, or is asked for, is decided anew.
+    The service never reverts this: it decides again only after a new version or a new request.
     """
     from crosscal.publication import Published
     from crosscal.publication.models import copy_model, local_folder
@@ -102,7 +102,7 @@ def _show(way: dict[str, Any]) -> None:
 
 
 def _line(line: dict[str, Any]) -> str:
-    """A state of a file; of what was ingested, how much, and what the file's name or its records say of it."""
+    """Format a state of a file; for an ingested file with its document count, split and reject reasons."""
     told = [f"{line['documents']:,} documents"] if "documents" in line else []
     told += [f"all of the {line['split']} split, for that is the file's name"] if "split" in line else []
     told += [f"{count:,} not: {reason}" for reason, count in line.get("rejected", {}).items()]

@@ -1,4 +1,4 @@
-"""Carry out plans, and what belongs to that: ingest, evaluate, report."""
+"""Commands `run`, `ingest`, `evaluate` and `report`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def run(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Carry out a plan: ingest, sample, read the model, solve, evaluate, report. Run again to resume.
+    """Carry out a plan: ingest, sample, calibrate, solve, evaluate, report. Run the command again to resume.
 
-    With --domain the ledger says whether there is anything to do, and the best model is published as the plan says.
+    With --domain the ledger decides if there is anything to do, and the best model is published by the plan's rule.
     """
     plan = plan or DEMO_PLAN
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
@@ -55,7 +55,7 @@ def ingest(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Add documents to a corpus in the store; what is already there is not added again."""
+    """Add documents to a corpus in the store; documents that it already contains are not added again."""
     if landing is not None and (paths or corpus):
         raise UsageError("--landing takes neither paths nor --corpus: the folders name the domains", got=landing)
     if landing is not None:
@@ -133,7 +133,7 @@ def evaluate(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Measure one model on a plan's windows of test and validation text, and on its tasks."""
+    """Measure one model on a plan's test and validation windows, and on its tasks."""
     from crosscal.flows.evaluate import evaluate_model
     from crosscal.plan import load_plan
 
@@ -145,7 +145,7 @@ def evaluate(
 
 
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """Write a run's report.html again from its files."""
+    """Regenerate a run's report.html from its files."""
     from crosscal.report import write_report
 
     if not (run_dir / "results.jsonl").is_file():
@@ -154,7 +154,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) ->
 
 
 def _show_run(record: dict[str, Any]) -> None:
-    """A run, or every turn of a domain's and what came of it."""
+    """Print the summary of a run, or of each run of a domain, and the closing message."""
     from rich.console import Console
 
     from crosscal.flows.drive import summary

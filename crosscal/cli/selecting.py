@@ -1,4 +1,4 @@
-"""Choose documents from a pool and write them to a file."""
+"""Command `select`: choose documents from a pool and write them to a file."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def select(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Choose training documents like those of a sample, no two nearly alike, and write them with their scores.
+    """Choose training documents similar to a sample, without near-duplicates, and write them with their scores.
 
-    Validation and test documents of pool and sample, and what nearly equals them, are not chosen. What is not split by
-    its files keeps 5 % of its documents for each.
+    Validation and test documents of pool and sample, and near-duplicates of them, are not chosen. A source whose files
+    name no splits reserves 5 % of its documents for each of the two.
     """
     from crosscal.cli.printing import print_value
     from crosscal.plan.sources import select_of

@@ -1,4 +1,4 @@
-"""Whether the service is well."""
+"""Command `status`: health of the service."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def status(
     config: Annotated[Path | None, typer.Argument(help="The service file; left out, plans/service.yaml.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether the service is well: server, workers, last watch, domains, refused files, disks. Exit 1: it is not.
+    """Check the service: server, workers, last watch, domains, refused files, disks. Exit code 1 if any check fails.
 
-    Each check is a line: `ok`, `warn` (it goes on by itself) or `fail`, and what to do.
+    Each check is a line: `ok`, `warn` (the service continues without intervention) or `fail`, with the remedy.
     """
     from crosscal.service import load_service
 

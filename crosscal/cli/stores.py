@@ -1,4 +1,4 @@
-"""Look after the artifact store."""
+"""Commands `store …`: maintain the artifact store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def list_artifacts(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """List artifacts: how many of each kind, or each of one kind."""
+    """List the number and size of artifacts of each kind, or every artifact of one kind."""
     store = store_at(home)
     kinds = sorted({found for found, _ in store.keys()})  # noqa: SIM118  not a mapping
     if kind is not None and kind not in kinds:
@@ -64,8 +64,8 @@ def collect_garbage(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Remove abandoned work in progress, what was made of documents that were taken out of a corpus and, on request,
-    what has long not been used. Corpora stay."""
+    """Remove abandoned work in progress, everything derived from documents that were removed from a corpus and, on
+    request, artifacts unused for a long time. Corpora stay."""
     from crosscal.flows.taken_out import discard_taken_out
 
     store = store_at(home)
@@ -80,7 +80,7 @@ def disk_usage(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Say what takes the room: by kind, by corpus and version, by run, and what `gc` would free."""
+    """Report disk usage by kind, by corpus and version, and by run, and what `gc` would free."""
     from crosscal.usage import usage
 
     found = usage(store_at(home), runs, unused_days)

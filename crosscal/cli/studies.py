@@ -1,4 +1,4 @@
-"""Carry out a study: the sweep of a plan for several draws, and how sure its differences are."""
+"""Command `study`: a plan's sweep for several draws, and the significance of its differences."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def study(
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Carry out a plan for several draws of the calibration text; say which differences are sure.
+    """Carry out a plan for several draws of the calibration text; report which differences are significant.
 
-    The plan's `study` names draws and baselines. Models are made in parts, measured and discarded. Run again to resume,
-    or with more draws, which cost only themselves.
+    The plan's `study` names draws and baselines. Models are made in parts, measured and discarded. Run the command
+    again to resume, or with more draws: only the additional ones are computed.
     """
     logging.getLogger("crosscal").info("%s", plan)  # the imports below take seconds
     from crosscal.flows.drive import drive_study

@@ -1,7 +1,7 @@
-"""Compression methods: one method, one file, each a frozen dataclass of its settings that is called with a state.
+"""Compression methods, one file each: a frozen dataclass of settings that maps the state of a site to the next state.
 
-To add a method: write `compressors/<name>.py` with such a class (`crosscal.compressors.recipe` says what belongs to it)
-and name it in `COMPRESSORS`. Its fields are the plan's fields.
+To add a method, write such a class in `compressors/<name>.py` (`crosscal.compressors.recipe` lists what it must define)
+and register it in `COMPRESSORS`. Its fields are the plan's fields.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMPRESSORS: dict[str, type] = {
 }
 
 DATA_FREE = frozenset(name for name, method in COMPRESSORS.items() if not method.needs)
-"""Methods whose weights do not depend on the data: a sweep over mixtures solves them once."""
+"""Methods without statistics: their weights do not depend on the data, so a sweep over mixtures solves them once."""
 
 __all__ = [
     "ALLOCATE",

@@ -1,8 +1,8 @@
-"""How much of each layer is to go, so that the model as a whole loses as much as was asked for.
+"""Sparsity allocation: choose the sparsity of each layer so that the model as a whole reaches a target sparsity.
 
-An allocator is a barrier between two phases of a recipe. `summarise` answers for one block, on any machine, with a
-number a layer; `allocate` is pure, sees the numbers of all layers, and says for each what fraction is removed. The
-steps behind it then have that sparsity in place of their own.
+An allocator is a barrier between two phases of a recipe. `summarise` maps one block to one number per layer and can run
+on any machine. `allocate` is pure: from the numbers of all layers it computes the fraction removed from each. The steps
+after the allocator use these sparsities instead of their own.
 
 Shapes: O outputs, I inputs, L layers, N weights of a unit (a block or a layer).
 """
@@ -25,36 +25,38 @@ from crosscal.errors import UsageError
 ALLOCATE = "allocate"
 Unit = Literal["block", "layer"]
 SparsitiesOf = Callable[[float], Mapping[str, float]]
-"""Target → layer → the fraction that is removed from it."""
+"""Maps a target sparsity to the fraction removed from each layer, by layer name."""
 
 
 class Allocator(Protocol):
+    """A step that chooses the sparsity of each layer."""
+
     kind: ClassVar = ALLOCATE
     needs: ClassVar[frozenset[Statistic]]
     version: ClassVar[int]
 
     def summarise(self, block: Sequence[Site]) -> dict[str, float]:
-        """A number for every layer of a block, from its dense weights and the statistics that `needs` names."""
+        """Return one number per layer of a block, from its dense weights and the statistics in `needs`."""
         ...
 
     def allocate(self, summary: Mapping[str, float], target: float, weights: Mapping[str, int]) -> dict[str, float]:
-        """The fraction removed from each layer; the mean over all weights, of which a layer has so many, is `target`.
+        """Return the fraction removed from each layer; its mean, weighted by the layers' `weights`, is `target`.
 
-        A method that counts over a whole matrix then removes round(fraction · weights) of each, so that the total is
-        within half a weight a layer of target · weights; one that counts in rows, within half a weight a row.
+        A method that counts over a whole matrix then removes round(fraction · weights) of each, so the total is within
+        half a weight per layer of target · weights; a method that counts per row, within half a weight per row.
         """
         ...
 
 
 def summarised(allocator: Any, block: Sequence[Site]) -> dict[str, float]:
-    """`summarise`, which is shown the statistics that it declares and no others."""
+    """Call `summarise` with only the statistics that the allocator declares in `needs`."""
     return allocator.summarise(
         [dataclasses.replace(site, statistics=site.statistics.only(allocator.needs)) for site in block]
     )
 
 
 def sparsities_over(allocator: Any, blocks: Sequence[Sequence[Site]]) -> SparsitiesOf:
-    """What an allocator decides for a model of so many blocks."""
+    """Run an allocator on all blocks of a model; the result maps a target to the sparsity of each layer."""
     layers = [layer for block in blocks for site in block for layer in site.layers]
     weights = {layer.name: layer.target_OI.numel() for layer in layers}
     summary = {name: number for block in blocks for name, number in summarised(allocator, block).items()}
@@ -62,9 +64,9 @@ def sparsities_over(allocator: Any, blocks: Sequence[Sequence[Site]]) -> Sparsit
 
 
 def of_units(block: Sequence[Site], per: Unit, number: Callable[[list[Tensor]], float]) -> dict[str, float]:
-    """`number` of the scores |W_oi| √H_ii (Wanda's) of a block's matrices together, the same for each; or one by one.
+    """Apply `number` to the scores |W_oi| √H_ii (Wanda's) of a block's matrices.
 
-    As in the papers' code, which joins the scores of a block's matrices before it looks at them.
+    Per block the scores are joined first, as in the papers' code, and every layer gets the same number.
     """
     scores = {
         layer.name: layer.target_OI.abs() * site.statistics.square_I.sqrt() for site in block for layer in site.layers
@@ -75,7 +77,7 @@ def of_units(block: Sequence[Site], per: Unit, number: Callable[[list[Tensor]], 
 
 
 def check_spread(spread: float, per: str) -> None:
-    """Raises `UsageError`."""
+    """Raise `UsageError` if `spread` is outside [0, 1] or `per` is unknown."""
     if not 0 <= spread <= 1 or per not in ("block", "layer"):
         raise UsageError("`spread` is 0 to 1, `per` is block or layer", got=f"spread {spread}, per {per}")
 
@@ -83,12 +85,13 @@ def check_spread(spread: float, per: str) -> None:
 def spread_out(
     importance: Mapping[str, float], target: float, weights: Mapping[str, int], spread: float
 ) -> dict[str, float]:
-    """Less is removed the more important a layer is, over a range of 2 · spread around the target:
+    """Return a lower sparsity for more important layers, over a range of 2 · spread around the target:
 
         x_l = 2 · spread · (importance_l - min) / (max - min),   sparsity_l = target - (x_l - mean of x)
 
-    the mean being that over weights, and over blocks of equal size the papers' mean over blocks. Where that leaves
-    [0, 1], the others take the rest (`filled`). Without a spread, or between equals, every layer has the target itself.
+    The mean is weighted by the number of weights; for blocks of equal size it is the papers' mean over blocks. If a
+    value leaves [0, 1], the other layers take the rest (`filled`). Without a spread, or if all layers are equally
+    important, every layer gets the target.
     """
     if not importance:
         return {}
@@ -101,10 +104,10 @@ def spread_out(
 
 
 def filled(wanted_L: np.ndarray, weight_L: np.ndarray, target: float) -> np.ndarray:
-    """What is wanted, moved by one number for all and cut to [0, 1], so that the weighted mean is the target.
+    """Shift all values by one constant t and clip them to [0, 1], so that the weighted mean is the target.
 
-    min(max(wanted + t, 0), 1) has a mean that grows with t in straight pieces between the t at which some layer
-    becomes full or empty; the piece that holds the target says which t it is.
+    The mean of min(max(wanted + t, 0), 1) is piecewise linear and increasing in t, with breakpoints where a layer
+    reaches 0 or 1; t follows from the piece that contains the target. Values inside [0, 1] are returned unchanged.
     """
     if wanted_L.min() >= 0 and wanted_L.max() <= 1:
         return wanted_L
@@ -120,10 +123,10 @@ def filled(wanted_L: np.ndarray, weight_L: np.ndarray, target: float) -> np.ndar
 
 
 def with_sparsities(step: Any, sparsities_of: SparsitiesOf, layers: Sequence[str]) -> Any:
-    """The step with what was allotted to these layers of one site; as it is when it removes nothing.
+    """Return the step with the sparsities allotted to these layers of one site; unchanged if it has no sparsity.
 
-    A layer that an allocator knows nothing of keeps the step's own setting: its statistics cannot be read, and the
-    solve says so. Raises `UsageError` for n:m, which is the same everywhere.
+    A layer without an allotted sparsity keeps the step's own: its statistics cannot be read, and the solve reports
+    that. Raises `UsageError` for n:m, which is the same in every layer.
     """
     sparsity = getattr(step, "sparsity", None)
     if sparsity is None:
@@ -141,10 +144,10 @@ EXAMPLE = "For example `steps: [{method: owl}, {method: sparsegpt, sparsity: 0.7
 
 
 def check_allocator(recipe: Sequence[tuple[str, Any]]) -> None:
-    """Of the steps of a recipe with their methods' names. Raises `UsageError`.
+    """Check the allocators of a recipe, given as (method name, step). Raises `UsageError`.
 
-    An allocator looks at the dense matrices, so it stands first; there is one; some step behind it removes a fraction,
-    and none removes n:m, which is the same in every layer.
+    An allocator uses the dense matrices, so it must come first, and only one is allowed. At least one later step must
+    remove a fraction, and none may remove n:m, which is the same in every layer.
     """
     allocators = [number for number, (_, step) in enumerate(recipe) if step.kind == ALLOCATE]
     if not allocators:
@@ -164,7 +167,7 @@ def check_allocator(recipe: Sequence[tuple[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class PerLayer:
-    """A step with another setting for each layer of a site: layers of equal settings are solved together, and all
+    """A step with separate settings for each layer of a site. Layers with equal settings are solved together, and all
     share what is derived from the site's statistics."""
 
     steps: tuple[Any, ...]

@@ -1,13 +1,13 @@
-"""ALPS: which weights to keep, and their values, by the alternating direction method of multipliers.
+"""ALPS: choose the kept weights and their values by the alternating direction method of multipliers (ADMM).
 
     minimise tr((W - B) (H + λI) (W - B)ᵀ)  over B with at most k entries
 
-split as B = D, D sparse, with multipliers V and a penalty ρ that grows as the support settles:
+split as B = D, D sparse, with multipliers V and a penalty ρ that grows while the support still changes:
 
-    B ← ((W H - V + ρ D) (H + ρI)⁻¹,   D ← the k largest of B + V / ρ,   V ← V + ρ (B - D)
+    B ← (W H - V + ρ D) (H + ρI)⁻¹,   D ← the k largest of B + V / ρ,   V ← V + ρ (B - D)
 
-on inputs scaled to H_jj = 1, through one eigendecomposition that all layers and levels of a site share; then conjugate
-gradients on the support found (`refit`). Meng et al. 2024, arXiv 2406.07831, algorithm 1 and the authors' settings.
+Inputs are scaled to H_jj = 1. All layers and sparsities of a site share one eigendecomposition. Conjugate gradients on
+the final support follow (`refit`). Meng et al. 2024, arXiv 2406.07831, algorithm 1 and the authors' settings.
 
 Shapes: O outputs, I inputs.
 """
@@ -31,10 +31,10 @@ from crosscal.statistics.factor import Eigensystem
 
 PENALTY = 0.1
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""Every third iteration: when more than this fraction of the support has changed, the penalty grows by so much."""
+"""(fraction, factor): every third iteration, the penalty grows by `factor` if over `fraction` of the support moved."""
 CHECKED_EVERY = 3
 SETTLED, LEAST_ITERATIONS = 3e-4, 30
-"""The support has settled when no larger fraction of it changes, after so many iterations."""
+"""The support is stable if at most this fraction of it changed, after at least this many iterations."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ALPS:
     sparsity: Sparsity
     """Fraction removed, or n:m."""
     per: Literal["matrix", "row"] = "matrix"
-    """Where a fraction is counted: over the whole matrix, or in every row."""
+    """Scope of a fraction: the whole matrix, or each row."""
     iterations: int = 300
-    """At most; most layers settle earlier."""
+    """Maximum number; most layers converge earlier."""
     refit: int = 10
-    """Steps of conjugate gradients on the support that was found."""
+    """Conjugate-gradient steps on the final support."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -70,7 +70,7 @@ class ALPS:
         if self.sparsity.fraction == 0:
             return layer
         target_OI = layer.base_target_OI
-        free_OI = (~eigen.dead_I).to(target_OI)  # a dead input's weights go first
+        free_OI = (~eigen.dead_I).to(target_OI)  # weights of dead inputs are pruned first
         free_OI = free_OI if layer.keep_OI is None else free_OI * layer.keep_OI
 
         def project(score_OI: Tensor) -> Tensor:
@@ -85,20 +85,20 @@ class ALPS:
 def support(
     scaled_OI: Tensor, eigen: Eigensystem, project: Callable[[Tensor], Tensor], iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """(which entries, their values) of the scaled problem. `project`: True at the entries that a score keeps; it may
+    """Return (mask, values) of the scaled problem. `project` returns True at the entries that a score keeps; it may
     change its argument."""
     penalty = PENALTY
     while True:
         found = _descend(scaled_OI, eigen, project, iterations, penalty)
         if found is not None:
             return found
-        penalty /= 5  # nothing moved: a smaller one lets go of the starting point
+        penalty /= 5  # the support never changed: try a smaller penalty, which depends less on the start
 
 
 def _descend(
     scaled_OI: Tensor, eigen: Eigensystem, project: Callable[[Tensor], Tensor], iterations: int, penalty: float
 ) -> tuple[Tensor, Tensor] | None:
-    """None when the support never left its start, unless the penalty is small already."""
+    """Run ADMM from one penalty; None if the support never left its start, unless the penalty is small already."""
     image_OI = ((scaled_OI @ eigen.vectors_II) * eigen.values_I) @ eigen.vectors_II.mT
     keep_OI = project(scaled_OI.clone())
     sparse_OI, multiplier_OI = torch.where(keep_OI, scaled_OI, 0.0), torch.zeros_like(scaled_OI)
@@ -127,7 +127,7 @@ def _descend(
 
 
 def _resolvent(eigen: Eigensystem, penalty: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """X ↦ X (H + ρI)⁻¹: as one matrix where enough rows use it until ρ changes, else through the eigenvectors."""
+    """X ↦ X (H + ρI)⁻¹: as one matrix if enough rows use it before ρ changes, else through the eigenvectors."""
     weight_I = (eigen.values_I + penalty).reciprocal()
     if CHECKED_EVERY * rows > len(weight_I):
         inverse_II = (eigen.vectors_II * weight_I) @ eigen.vectors_II.mT

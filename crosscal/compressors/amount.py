@@ -1,4 +1,4 @@
-"""How much a step compresses: what variants are named by, compared at and drawn over."""
+"""The amount of compression of a step (sparsity, bits), by which variants are named, compared and plotted."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 @dataclass(frozen=True)
 class Amount:
     axis: str
-    """What it is an amount of, and the name of the setting that says it: `sparsity`, `bits`."""
+    """The quantity, which is also the name of its setting: `sparsity`, `bits`."""
     value: float
     text: str
-    """"50 % sparsity", "4 bits g128": what has the same text may be compared."""
+    """"50 % sparsity", "4 bits g128". Variants with equal text are comparable."""
     label: str
-    """In a name: "50", "w4g128"."""
+    """Short form for names: "50", "w4g128"."""
     said_by: tuple[str, ...]
-    """The settings that the label says."""
+    """The settings that the label encodes."""
     is_pattern: bool = False
-    """n:m, which constrains more than a fraction of the same value does."""
+    """True for n:m, a stronger constraint than the same fraction."""
 
     def as_row(self) -> dict[str, Any]:
-        """As rows of results hold it."""
+        """Return the fields that result rows store."""
         return {"axis": self.axis, "value": self.value, "text": self.text, "is_pattern": self.is_pattern}
 
 
 def amounts_of(step: Any) -> tuple[Amount, ...]:
-    """What a step says itself by `amounts`, or else its sparsity and the grid of its integers."""
+    """Return the step's own `amounts` if it has them, else its sparsity and the grid of its integers."""
     if (own := getattr(step, "amounts", None)) is not None:
         return own
     found = []
@@ -46,13 +46,13 @@ def amounts_of(step: Any) -> tuple[Amount, ...]:
 
 
 def grid_of(steps: Sequence[Any]) -> tuple[int, int | None] | None:
-    """(bits, inputs per scale) of the integers that a recipe leaves; None where no step rounds, or the last one that
-    does leaves a form that cannot be packed."""
+    """Return (bits, inputs per scale) of a recipe's integers; None if no step rounds, or if the last one that does
+    leaves a form that cannot be packed."""
     rounding = [step for step in steps if step.kind == "quantize"]
     is_packed = bool(rounding) and getattr(rounding[-1], "is_packed", True)
     return (rounding[-1].bits, rounding[-1].group_size) if is_packed else None
 
 
 def is_written_dense(steps: Sequence[Any]) -> bool:
-    """Whether the integers that a recipe leaves have a form that no checkpoint holds: written in the model's dtype."""
+    """True if no checkpoint format can hold a recipe's integers, so that they are written in the model's dtype."""
     return grid_of(steps) is None and any(step.kind == "quantize" for step in steps)

@@ -1,14 +1,14 @@
-"""AWQ: multiply the weights of large inputs, divide the inputs, and round with less harm.
+"""AWQ: scale up the weights of large inputs and divide these inputs, which lowers the error of rounding.
 
-    s_j = mean|x_j|^r,  r = k / points,  s / √(max s · min s)
+    s_j = mean|x_j|^r,  r = k / points,  normalised to s / √(max s · min s)
 
-The r whose rounding to nearest of W · diag s costs least: Σ tr((W - Q / s) H (W - Q / s)ᵀ) over the matrices of a site,
-which is their output error on the calibration tokens. Nothing is rounded here: `rtn` behind it is the published
-method, and any other method may stand there instead. The norm that makes the input absorbs 1/s; a site without one (the
-inputs of attention's and the feed-forward part's last matrices, experts) stays as it is.
+r minimises the loss of rounding W · diag s to nearest, Σ tr((W - Q / s) H (W - Q / s)ᵀ) over the matrices of a site,
+which is their output error on the calibration tokens. This step rounds nothing: followed by `rtn` it is the published
+method, and any other method may follow instead. The norm that produces the input absorbs 1/s; a site without one (the
+inputs of the last matrices of attention and of the feed-forward part, experts) stays unchanged.
 
-Lin et al. 2023, arXiv 2306.00978. Left out of it: scales of v and o and of up and down, the search for clipped ranges,
-asymmetric grids; the published search measures behind attention or the feed-forward part, not behind each matrix.
+Lin et al. 2023, arXiv 2306.00978. Not implemented: scales of v and o and of up and down, the search for clipped ranges,
+asymmetric grids. The published search measures the error behind attention or the feed-forward part, not each matrix.
 
 Shapes: O outputs, I inputs.
 """
@@ -28,17 +28,17 @@ from crosscal.compressors.state import Site, Statistic
 from crosscal.errors import UsageError
 
 SMALLEST = 1e-4
-"""Scale, before they are brought to the middle."""
+"""Lower bound of a scale before normalisation."""
 
 
 @dataclass(frozen=True)
 class AWQ:
     bits: int
-    """2 to 8: of the rounding that scales are chosen for."""
+    """2 to 8: bits of the rounding that the scales are optimised for."""
     group_size: int | None = 128
-    """Inputs per scale of that rounding; None is one scale a row."""
+    """Inputs per scale of that rounding; None means one scale per row."""
     points: int = 20
-    """Of the grid of exponents r; the first is 0, which changes nothing."""
+    """Number of exponents r that are tried; the first is 0, which changes nothing."""
 
     kind: ClassVar = "transform"
     needs: ClassVar = frozenset({Statistic.ABS_SUM, Statistic.GRAM})
@@ -51,7 +51,7 @@ class AWQ:
             raise UsageError("points are 1 or more", got=str(self.points))
 
     def __call__(self, site: Site) -> Site:
-        """W · diag s; the same outputs. The first among equal exponents."""
+        """Return the site with weights W · diag s and the same outputs; the smallest exponent among equal losses."""
         mean_abs_I = site.statistics[Statistic.ABS_SUM]
         wanted = (scales_I(mean_abs_I, point / self.points) for point in range(self.points))
         candidates = [near_I for scale_I in wanted if (near_I := site.nearest_I(scale_I)) is not None]
@@ -60,7 +60,7 @@ class AWQ:
         return site.scaled(min(candidates, key=lambda scale_I: self._cost(site, scale_I)))
 
     def _cost(self, site: Site, scale_I: Tensor) -> float:
-        """Of rounding to nearest at these scales."""
+        """Loss of rounding to nearest at these scales, over all layers of the site."""
         rounded = RoundToNearest(self.bits, self.group_size)(site.scaled(scale_I))
         hessian_II = site.statistics.hessian_II
         pairs = zip(site.layers, rounded.layers, strict=True)
@@ -68,6 +68,6 @@ class AWQ:
 
 
 def scales_I(mean_abs_I: Tensor, exponent: float) -> Tensor:
-    """s of one exponent; the product of the largest and the smallest is 1."""
+    """Return s of one exponent, normalised so that the product of its largest and smallest value is 1."""
     scale_I = mean_abs_I.pow(exponent).clamp_min(SMALLEST)
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()

@@ -1,9 +1,9 @@
-"""Mean correction: a bias takes over what compression changed of the mean output.
+"""Bias correction: compensate the mean output error of compression by the layer's bias.
 
     b ← b + c,  c = (W - V) E[x];   E‖(W - V) x - c‖² = tr(D H Dᵀ) - 2 cᵀ D E[x] + ‖c‖²,  D = W - V
 
-With this c, which is the best one, it is tr(D (H - E[x] E[x]ᵀ) Dᵀ): the loss on centred inputs. Needs linears that have
-a bias. Nagel et al. 2019 (arXiv 1906.04721, sec. 4.2); the mean comes from the cached sums, not from batch norms.
+This c is optimal; the loss becomes tr(D (H - E[x] E[x]ᵀ) Dᵀ), the loss on centred inputs. Needs linears with a bias.
+Nagel et al. 2019 (arXiv 1906.04721, sec. 4.2); here the mean comes from the cached sums, not from batch norms.
 
 Shapes: O outputs, I inputs.
 """

@@ -1,17 +1,17 @@
-"""The column loop that SparseGPT and GPTQ share, over the stacked rows of many layers and settings at once.
+"""The column loop shared by SparseGPT and GPTQ, over the stacked rows of many layers and settings at once.
 
-Columns are fixed one after another; what a column is off is compensated by the columns not yet fixed. With
-H + λI = R Rᵀ and D = W - V, what the changed weights were changed by, the columns of a block B stand at
+Columns are fixed (pruned or rounded) one after another; the columns not yet fixed compensate the error of each. With
+H + λI = R Rᵀ and D = W - V, the change of the columns fixed so far, the columns of a block B have the values
 
     W_B + D_{<B} R_{<B,B} R_BB⁻¹
 
-when the loop reaches it: one product over everything before, and the triangle of one block to invert (LDLQ, Chee et al.
-2023, arXiv 2307.13304, which is GPTQ). Inside a block the errors of panels of columns are fed
+when the loop reaches it: one product over all columns before, and one triangle of a block's size to invert (LDLQ, Chee
+et al. 2023, arXiv 2307.13304, which is equivalent to GPTQ). Inside a block the errors of panels of columns are fed
 forward as in the papers, so nearly all work is matrix products.
 
-Rows do not speak to each other except when a pruning threshold is drawn, so all layers that read the same inputs,
-and all sparsities or bit widths of a sweep, run through one loop as one tall matrix. The matrix is held transposed,
-because the loop walks columns.
+Rows are independent except for the pruning threshold, so all layers that read the same inputs, and all sparsities or
+bit widths of a sweep, run through one loop as one tall matrix. The matrix is stored transposed, because the loop runs
+over columns.
 
 Shapes: I inputs, R stacked rows, B columns of a block, C columns of a panel or group, G groups, O outputs of one layer.
 Source: Frantar & Alistarh 2023 (arXiv 2301.00774, alg. 1); Frantar et al. 2022 (arXiv 2210.17323, alg. 1).
@@ -37,12 +37,12 @@ from crosscal.statistics.factor import InverseFactor, factor
 
 
 def solve_columns(site: Site, rules: Sequence[ColumnRule]) -> list[Site]:
-    """The site after each rule. The layers share one stored dtype, the rules one `stack_key`.
+    """Return the site after each rule. The rules share one `stack_key`; layers of one stored dtype are stacked.
 
-    Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding. Dead
-    inputs score 0, and so do weights that an earlier step removed: they go first inside their block's budget; among
-    equal scores the earlier column, then the earlier row, goes first. Raises what `factor` raises, `UsageError` for
-    settings that do not fit the layer.
+    Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding. Weights
+    of dead inputs and weights that an earlier step removed score 0, so they are pruned first within their block's
+    budget; among equal scores the earlier column, then the earlier row, is pruned first. Raises what `factor` raises,
+    `UsageError` for settings that do not fit a layer, `StatisticsError` for rules of different stack keys.
     """
     by_dtype: dict[torch.dtype | None, list[int]] = {}
     for index, layer in enumerate(site.layers):
@@ -63,24 +63,24 @@ class _HasRule(Protocol):
 
 
 def rule_key(step: _HasRule) -> tuple[object, ...]:
-    """The `stack_key` of a method that is a rule of columns."""
+    """The `stack_key` of a method that is defined by a column rule."""
     return step.rule.stack_key
 
 
 def solve_by_rule(step: _HasRule, site: Site) -> Site:
-    """Its `__call__`."""
+    """The `__call__` of such a method."""
     return solve_columns(site, [step.rule])[0]
 
 
 def solve_by_rules(site: Site, steps: Sequence[_HasRule]) -> list[Site]:
-    """Its `many`."""
+    """The `many` of such a method."""
     return solve_columns(site, [step.rule for step in steps])
 
 
 def _solve_stack(
     layers: Sequence[Layer], rules: Sequence[ColumnRule], statistics: Statistics, name: str
 ) -> list[Layer]:
-    """Rule by rule, layer by layer."""
+    """Solve one stack; the layers returned are ordered by rule, then by layer."""
     rule = rules[0]
     if any(each.stack_key != rule.stack_key for each in rules):
         raise StatisticsError("rules solved together must have one stack key", where=name)
@@ -102,17 +102,17 @@ def _ordered_factor(statistics: Statistics, rule: ColumnRule, name: str) -> tupl
 
 
 class _Loop:
-    """The state of one pass: the columns fixed so far, and what that changed."""
+    """State of one column loop: the columns fixed so far, and by how much they changed."""
 
     def __init__(
         self, segments: list[Segment], original_IR: Tensor, order_I: Tensor, shared: InverseFactor, square_I: Tensor
     ) -> None:
         self.segments, self.order_I, self.shared, self.square_I = segments, order_I, shared, square_I
-        self.rule = segments[0].rule  # for what all rules of the stack have in common
+        self.rule = segments[0].rule  # for the settings that all rules of the stack share
         self.root_II, self.root_I = shared.root_II, shared.root_II.diagonal()
         self.score_I = self.root_I.masked_fill(shared.dead_I, 0.0)
         self.original_IR = original_IR[order_I] if self.rule.activation_order else original_IR
-        self.times = segments[-1].rows.stop // original_IR.shape[1]  # rules; the original rows are kept once for all
+        self.times = segments[-1].rows.stop // original_IR.shape[1]  # rules; the original rows are stored only once
         self.gone_IR = _gone_IR(segments, order_I)
         self.pruning = self.gone_IR is not None or any(s.rule.sparsity for s in segments)
         self.patterns = patterns(segments)
@@ -132,7 +132,7 @@ class _Loop:
         self.stored_dtype = self.segments[0].layer.stored_dtype
         self.scale_GR = original_IR.new_ones(inputs // self.columns, rows)
         self.ints = [torch.empty_like(weight_OI, dtype=torch.int8) for weight_OI in self.weights]
-        self.group_I = self.order_I // self.columns  # by position in the walk
+        self.group_I = self.order_I // self.columns  # by position in the loop order
         if self.rule.activation_order:
             for group, part_CR in enumerate(original_IR.split(self.columns)):
                 self._fit_group(group, part_CR.repeat(1, self.times))
@@ -147,14 +147,14 @@ class _Loop:
         self.scale_GR[group] = search_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype, self.square_I[own])
 
     def _places(self, own: slice) -> Tensor | slice:
-        """Where some columns stand in the walk."""
+        """Positions of columns in the loop order."""
         return self.order_I.argsort()[own] if self.rule.activation_order else own
 
     def _original_CR(self, first: int, last: int) -> Tensor:
         return self.original_IR[first:last].repeat(1, self.times)
 
     def _standing_CR(self, first: int, last: int) -> Tensor:
-        """Some columns as the errors of all columns before the first of them leave them."""
+        """Current values of columns, with the errors of all columns before `first` compensated."""
         standing_CR = self._original_CR(first, last)
         if first:
             answer_IC = self.root_II[:first, first:last] @ self._upper_CC(first, last)
@@ -162,7 +162,7 @@ class _Loop:
         return standing_CR
 
     def _upper_CC(self, first: int, last: int) -> Tensor:
-        """The inverse of a triangle on the root's diagonal; to multiply by it beats solving with it."""
+        """Inverse of a diagonal block of R; multiplying by it is faster than solving with the block."""
         identity_CC = torch.eye(last - first, dtype=self.root_II.dtype, device=self.root_II.device)
         return torch.linalg.solve_triangular(self.root_II[first:last, first:last], identity_CC, upper=True)
 
@@ -195,14 +195,14 @@ class _Loop:
         return torch.maximum(drop_BR, gone_BR)
 
     def _edges(self, start: int, stop: int) -> list[int]:
-        """Where panels begin and end: also where a grid is fitted, which takes its columns up to date."""
+        """Boundaries of panels, among them the starts of groups: a grid is fitted to up-to-date columns."""
         edges = {*range(start, stop, self.panel_columns), stop}
         if self.rule.bits is not None and not self.rule.activation_order:
             edges.update(range(-(-start // self.columns) * self.columns, stop, self.columns))
         return sorted(edges)
 
     def _meet_group(self, first: int, stop: int, work_CR: Tensor) -> None:
-        """Where a group starts, its grid is fitted to the weights as they stand now, earlier errors included."""
+        """At the start of a group, fit its grid to the current weights, earlier errors included."""
         if self.rule.activation_order or first % self.columns:
             return
         last = first + self.columns
@@ -239,7 +239,7 @@ class _Loop:
 
 
 def _gone_IR(segments: Sequence[Segment], order_I: Tensor) -> Tensor | None:
-    """1 where an earlier step pruned, in the order of the walk; None where none did."""
+    """1 where an earlier step pruned, in loop order; None if none did."""
     if all(segment.layer.keep_OI is None for segment in segments):
         return None
     parts = []

@@ -1,4 +1,4 @@
-"""What the column loop does to a column (prune it, round it to a grid, or both), and to which rows of the stack.
+"""Rules of the column loop: how a column is fixed (pruned, rounded to a grid, or both), and in which rows of the stack.
 
 Shapes: B columns of a block, R stacked rows, O outputs of one layer.
 """
@@ -23,7 +23,7 @@ from crosscal.compressors.state import Layer
 from crosscal.errors import UsageError
 
 LEAST_PANEL_COLUMNS = 32
-"""Columns that are fixed together, one by one: panels are so wide or a multiple. Groups of n:m lie inside one."""
+"""Maximum columns of a panel, on some kernels a multiple. m of n:m divides it, so that a group lies in one panel."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class ColumnRule:
     sparsity: Sparsity | None = None
     bits: int | None = None
     group_size: int | None = None
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
     activation_order: bool = False
-    """Walk the inputs from the largest H_jj to the smallest; the grids of all groups are then fitted beforehand."""
+    """Process inputs from the largest H_jj to the smallest (`desc_act`); all grids are then fitted beforehand."""
     scale_search: bool = False
-    """Fit each group's scale by the least error weighted with diag H, instead of to its largest weight."""
+    """Choose each group's scale by the least error weighted with diag H, instead of by its largest weight."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     block_columns: int = 128
@@ -50,7 +50,7 @@ class ColumnRule:
         return (*how, self.damping, self.block_columns)
 
     def check_settings(self) -> None:
-        """What can be said before a layer is seen. Raises `UsageError`."""
+        """Check all that does not depend on a layer. Raises `UsageError`."""
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError("damping must be a number of at least 0", got=str(self.damping))
         if self.bits is not None:
@@ -70,7 +70,7 @@ class ColumnRule:
             )
 
     def check(self, inputs: int, name: str) -> None:
-        """Whether a layer of so many inputs can be solved. Raises `UsageError`."""
+        """Raise `UsageError` if a layer with this number of inputs cannot be solved."""
         if self.sparsity:
             self.sparsity.check(inputs, name)
         if self.bits is not None:
@@ -87,7 +87,7 @@ class Segment:
 
 
 def segments_of(layers: Sequence[Layer], rules: Sequence[ColumnRule]) -> list[Segment]:
-    """Rule by rule, layer by layer. Raises `UsageError` for settings that do not fit a layer."""
+    """Assign rows by rule, then by layer. Raises `UsageError` for settings that do not fit a layer."""
     segments, first = [], 0
     for rule, layer in itertools.product(rules, layers):
         outputs, inputs = layer.target_OI.shape
@@ -98,7 +98,7 @@ def segments_of(layers: Sequence[Layer], rules: Sequence[ColumnRule]) -> list[Se
 
 
 def patterns(segments: Sequence[Segment]) -> list[Pattern]:
-    """The rows with n:m masks; neighbours of one pattern are drawn together."""
+    """Return the row ranges with n:m masks; adjacent segments of one pattern form one range."""
     found: list[Pattern] = []
     for sparsity, same in itertools.groupby(segments, lambda segment: segment.rule.sparsity):
         if sparsity and sparsity.group:
@@ -108,8 +108,8 @@ def patterns(segments: Sequence[Segment]) -> list[Pattern]:
 
 
 def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_B: Tensor) -> Tensor:
-    """1 where a block's weights go, for the fractional sparsities: every layer's lowest w² / U_jj² (2301.00774,
-    eq. 5), drawn once for the block that begins at `start`."""
+    """Return 1 where a fractional sparsity prunes a block's weights: each layer's lowest w² / U_jj² (2301.00774,
+    eq. 5), selected once for the block that begins at `start`."""
     stop = start + len(work_BR)
     drop_BR = torch.zeros_like(work_BR)
     draws = []

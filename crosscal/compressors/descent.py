@@ -1,8 +1,8 @@
-"""Descent: each integer in turn set to the best level, all others fixed, several times over.
+"""Coordinate descent: set each integer in turn to its best grid level with all others fixed, in several sweeps.
 
-For column j of E = W - V, one coordinate's optimum is v_j + (E H)_j / H_jj; it is rounded to the grid and E H follows.
-Each change lowers the loss, or leaves it. Coordinate descent on the grid as in QuantEase (Behdin et al. 2023,
-arXiv 2309.01885) and CDQuant, started from whatever came before instead of from rounding.
+With E = W - V, the optimum of column j is v_j + (E H)_j / H_jj; it is rounded to the grid and E H is updated. No change
+raises the loss. This is coordinate descent on the grid as in QuantEase (Behdin et al. 2023, arXiv 2309.01885) and
+CDQuant, started from the integers of the step before instead of from rounding.
 
 Shapes: O outputs, I inputs, B inputs of a block.
 """
@@ -20,13 +20,13 @@ from crosscal.compressors.recipe import alone
 from crosscal.compressors.state import Grid, Layer, Site, Statistic
 from crosscal.errors import UsageError
 
-BLOCK_COLUMNS = 64  # inside, columns follow one another; what they changed reaches all others as one product
+BLOCK_COLUMNS = 64  # updated one by one; their changes reach all other columns as one product
 
 
 @dataclass(frozen=True)
 class Descent:
     sweeps: int = 2
-    """Times that every column is visited."""
+    """Number of passes over all columns."""
 
     kind: ClassVar = "refine"
     needs: ClassVar = frozenset({Statistic.GRAM})
@@ -69,8 +69,8 @@ def _sweep_block(
     keep_BO: Tensor | None,
     grid: Grid,
 ) -> Tensor:
-    """Visit the columns of a block, changing `ints_BO` and `weight_BO` (views of the sweep's own copies) in place;
-    returns how far each weight moved."""
+    """Update the columns of a block, `ints_BO` and `weight_BO` (views of the sweep's own copies) in place; return the
+    change of each weight."""
     square_B = hessian_BB.diagonal()
     bits = torch.tensor(float(grid.bits), dtype=scale_BO.dtype, device=scale_BO.device)
     change_BO = torch.zeros_like(weight_BO)

@@ -1,12 +1,13 @@
-"""DLP: more is removed from blocks whose median of weight times input norm is higher.
+"""DLP: remove more weights from blocks with a higher median of weight times input norm.
 
-A block's score is the median of |W_oi| √H_ii over its weights; importances 1 - score / Σ scores, scaled to a width of
-2 · spread and moved so that the mean is 1 - sparsity, are the fractions that are kept. Scaling undoes what 1 - s / Σ s
-does to s but for its sign, so that -s is scaled here.
+A block's score s is the median of |W_oi| √H_ii over its weights. The kept fractions are the importances 1 - s / Σ s,
+scaled to a width of 2 · spread and shifted so that their mean is 1 - sparsity. Scaling cancels everything that
+1 - s / Σ s does to s except its sign, so the code scales -s.
 
-Chen et al. 2025, arXiv 2505.23807: the allocation by blocks, in which all matrices of a block have one sparsity. Means
-are over weights, which for blocks of one size are the paper's; sparsities outside [0, 1] are cut with the mean kept,
-where the authors' code sets what would be kept whole to 1 %. Not built: their allocation for structured pruning.
+Chen et al. 2025, arXiv 2505.23807: the allocation by blocks, with one sparsity for all matrices of a block. Means are
+taken over weights; for blocks of equal size they are the paper's. Sparsities are clipped to [0, 1] with the mean
+preserved; the authors' code sets those of blocks that would be kept whole to 1 %. Not implemented: their allocation for
+structured pruning.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DLP:
     spread: float = 0.15
     """Half the range of the sparsities: α in the paper."""
     per: Unit = "block"
-    """What has a sparsity of its own: `block` as published, or every `layer`."""
+    """Unit that gets its own sparsity: `block` as published, or `layer`."""
 
     kind: ClassVar = ALLOCATE
     needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
@@ -40,7 +41,7 @@ class DLP:
         check_spread(self.spread, self.per)
 
     def summarise(self, block: Sequence[Site]) -> dict[str, float]:
-        """The median score of the block, for each of its layers; or each layer's own."""
+        """Return the block's median score for each of its layers, or each layer's own."""
         return of_units(block, self.per, _median)
 
     def allocate(self, summary: Mapping[str, float], target: float, weights: Mapping[str, int]) -> dict[str, float]:
@@ -49,6 +50,6 @@ class DLP:
 
 
 def _median(scores: list[Tensor]) -> float:
-    """The lower one of an even number, as `torch.median`."""
+    """The lower middle score of an even number, as in `torch.median`."""
     score_N = torch.cat([score_OI.flatten() for score_OI in scores])
     return kth_lowest(score_N, (len(score_N) + 1) // 2)

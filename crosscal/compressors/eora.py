@@ -1,10 +1,10 @@
-"""EoRA: a low-rank repair of what compression broke, in the metric of the Hessian.
+"""EoRA: add the low-rank matrix that best corrects the compression error in the metric of the Hessian.
 
-With Δ = W - V, the best L of rank r, least of tr((Δ - L) H (Δ - L)ᵀ), is U_r U_rᵀ Δ, U_r being the top eigenvectors of
-Δ H Δᵀ; what remains is the sum of the other eigenvalues. No root or inverse of H is needed and H may be singular.
+With Δ = W - V, the L of rank r that minimises tr((Δ - L) H (Δ - L)ᵀ) is U_r U_rᵀ Δ, where U_r are the top eigenvectors
+of Δ H Δᵀ. The remaining loss is the sum of the other eigenvalues. No root or inverse of H is needed; H may be singular.
 
-Liu et al. 2024, arXiv 2410.21271, whose factors through a root of H are the same matrix. As a step with a mixture of
-its own it repairs a generic model for one domain. Shapes: O outputs, I inputs, K rank.
+Liu et al. 2024, arXiv 2410.21271, whose factors through a root of H give the same matrix. With a mixture of its own,
+this step corrects a generic compressed model for one domain. Shapes: O outputs, I inputs, K rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crosscal.errors import UsageError
 @dataclass(frozen=True)
 class EoRA:
     rank: int = 32
-    """Of the repair; at most the smaller side of the matrix."""
+    """Rank of the correction; capped at the smaller dimension of the matrix."""
 
     kind: ClassVar = "repair"
     needs: ClassVar = frozenset({Statistic.GRAM})
@@ -53,7 +53,7 @@ class EoRA:
 
 
 def best_low_rank(difference_OI: Tensor, hessian_II: Tensor, rank: int) -> LowRank:
-    """The L of at most this rank that is nearest to Δ in the metric of H."""
+    """Return the L of at most this rank that is nearest to Δ in the metric of H."""
     rank = min(rank, *difference_OI.shape)
     _, vectors_OO = torch.linalg.eigh(difference_OI @ hessian_II @ difference_OI.mT)
     left_OK = vectors_OO[:, -rank:].flip(1)

@@ -1,8 +1,8 @@
-"""GBLM: prune by |weight| · (input norm + a · gradient norm), each output row on its own, no weight update.
+"""GBLM: prune by |weight| · (input norm + a · gradient norm), in each output row separately, without weight update.
 
-Das et al. 2023, arXiv 2311.04902. Their norms are roots of sums, over the tokens of one window of 2048 for inputs and
-over 128 windows for gradients, and a = 100. Here both are roots of means, over tokens and over windows, so that the
-score depends on neither number: it is theirs with a = 100 · √(128 / 2048) = 25.
+Das et al. 2023, arXiv 2311.04902. Their norms are roots of sums, over the 2048 tokens of one window for inputs and over
+128 windows for gradients, with a = 100. Here both are roots of means, over tokens and over windows, so the score does
+not depend on either number; a = 100 · √(128 / 2048) = 25 gives their score.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GBLM:
             raise UsageError("gradient_weight must be a number of at least 0", got=str(self.gradient_weight))
 
     def __call__(self, site: Site) -> Site:
-        """score_oi = |W_oi| (√E[x_i²] + a √E[g_oi²])."""
+        """Prune by score_oi = |W_oi| (√E[x_i²] + a √E[g_oi²])."""
         norm_I = site.statistics.square_I.sqrt()
 
         def prune(layer: Layer) -> Layer:

@@ -1,7 +1,7 @@
-"""GPTQ: round column by column, repairing each rounding with the columns still to come. Symmetric grids, 2 to 8 bits.
+"""GPTQ: round column by column and compensate each error in the columns still to be rounded.
 
-Frantar et al. 2022, arXiv 2210.17323. The scale search differs from the paper's code, which has an unweighted one, off
-by default.
+Symmetric grids, 2 to 8 bits. Frantar et al. 2022, arXiv 2210.17323. The scale search is weighted and on by
+default; the paper's code has an unweighted one, off by default.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from crosscal.compressors.state import Statistic
 
 @dataclass(frozen=True)
 class GPTQ:
+    """Settings of GPTQ; call with a `Site`, or `compress` one `LayerProblem`."""
+
     bits: int
     """2 to 8."""
     group_size: int | None = 128
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
     activation_order: bool = True
-    """Round the inputs with the largest H_jj first. Grids are then fitted beforehand, so that groups stay contiguous on
-    disk; otherwise when the loop reaches their group, earlier errors included."""
+    """Round the inputs with the largest H_jj first (`desc_act`). Grids are then fitted beforehand, so that groups stay
+    contiguous on disk; otherwise when the loop reaches their group, earlier errors included."""
     scale_search: bool = True
-    """Fit each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise to the largest weight."""
+    """Choose each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise by the largest weight."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (`percdamp`)."""
 
     kind: ClassVar = "quantize"
     needs: ClassVar = frozenset({Statistic.GRAM})

@@ -1,4 +1,4 @@
-"""Symmetric integer grids: one scale a group, zero always on the grid. Shapes: R rows, C columns of one group."""
+"""Symmetric integer grids: one scale per group, zero always on the grid. Shapes: R rows, C columns of one group."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from crosscal.errors import UsageError
 
 BITS = range(2, 9)
 SHRINKS = tuple(round(0.40 + 0.02 * k, 2) for k in range(36))
-"""Of the scale that holds the largest weight: what a search tries, .4 to 1.1."""
+"""Factors that the scale search tries, .4 to 1.1, relative to the scale fitted to the largest weight."""
 TIE_BREAK = 1e-6
-"""By how much scales are short: a row whose largest weight is negative would have it exactly between two levels, and
-roundoff would decide. It goes to the outer one."""
+"""Relative shrink of scales. Without it, a largest weight that is negative would lie exactly between two levels, and
+roundoff would decide; with it, the weight rounds to the outer level."""
 
 
 def check_settings(bits: int, group_size: int | None) -> None:
-    """What can be said before a layer is seen. Raises `UsageError`."""
+    """Check all that does not depend on a layer. Raises `UsageError`."""
     if bits not in BITS:
         raise UsageError("bits must be 2 to 8", got=str(bits))
     if group_size is not None and group_size < 1:
@@ -24,7 +24,7 @@ def check_settings(bits: int, group_size: int | None) -> None:
 
 
 def check_grid(group_size: int | None, inputs: int, name: str) -> None:
-    """Raises `UsageError` for a group size that does not divide the inputs."""
+    """Raise `UsageError` for a group size that does not divide the inputs."""
     if group_size is not None and inputs % group_size:
         fitting = [size for size in (256, 128, 64, 32, 16) if inputs % size == 0]
         raise UsageError(
@@ -36,10 +36,10 @@ def check_grid(group_size: int | None, inputs: int, name: str) -> None:
 
 
 def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
-    """scale = max|w| / (2^(b-1) - 1/2), one a row: the ends of the range lie half a step beyond the outer levels.
+    """Return scale = max|w| / (2^(b-1) - 1/2) per row: a weight of max|w| lies half a step above the highest level.
 
-    This is compressed-tensors' symmetric range [-2^(b-1), 2^(b-1) - 1]. The scale is rounded to the dtype it is
-    stored in before any weight is, so that what is solved is what is saved. All-zero rows get scale 1.
+    This is compressed-tensors' scale for its symmetric range [-2^(b-1), 2^(b-1) - 1]. It is rounded to its stored dtype
+    before any weight is rounded, so the solved weights are the saved ones. All-zero rows get scale 1.
     """
     largest_R = weight_RC.abs().amax(1)
     scale_R = largest_R / (2.0 ** (bits_R - 1) - 0.5) * (1 - TIE_BREAK)
@@ -49,10 +49,10 @@ def fit_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | N
 
 
 def search_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype | None, square_C: Tensor) -> Tensor:
-    """Of 36 scales the one of the smallest Σ_c H_cc (w_c - q_c)², one a row; the largest among equals.
+    """Return the scale among 36 with the smallest Σ_c H_cc (w_c - q_c)², per row; the largest among equals.
 
-    A smaller grid cuts off the largest weights and is finer for all others. `square_C`: H_cc, the inputs' mean squares.
-    The unweighted search is GPTQ's `mse` option; the weights are those of its own objective with H taken as diagonal.
+    A smaller scale clips the largest weights and is finer for all others. `square_C`: H_cc, the inputs' mean squares.
+    The unweighted search is GPTQ's `mse` option; the weights are those of GPTQ's objective with H taken as diagonal.
     """
     widest_R = fit_scale_R(weight_RC, bits_R, None)
     best_R, least_R = None, None
@@ -73,12 +73,12 @@ def search_scale_R(weight_RC: Tensor, bits_R: Tensor, stored_dtype: torch.dtype 
 
 
 def to_ints(weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
-    """Nearest level, halves to even, clamped to [-2^(b-1), 2^(b-1) - 1]; still in floating point."""
+    """Return the nearest level, halves to even, clamped to [-2^(b-1), 2^(b-1) - 1]; still in floating point."""
     highest = 2.0 ** (bits - 1)
     return torch.minimum(torch.maximum((weight / scale).round(), -highest), highest - 1)
 
 
 def from_ints(ints: Tensor, scale: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
-    """ints · scale, as the loader of the checkpoint will compute it."""
+    """Return ints · scale, rounded as the loader of the checkpoint computes it."""
     value = ints * scale
     return value if stored_dtype is None else value.to(stored_dtype).to(value.dtype)

@@ -1,5 +1,5 @@
-"""Which kernel fixes a panel: in float32 Numba's on a CPU, which walks the columns inside; on a GPU plain torch, or
-with `CROSSCAL_TRITON=1` Triton's, which no GPU has run yet.
+"""Choice of the kernel that fixes a panel: Numba for float32 on a CPU, plain torch otherwise. With `CROSSCAL_TRITON=1`
+float32 panels on a GPU use Triton's kernel, which has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from crosscal.compressors.panel import FixedPanel, Panel, fix_panel_torch
 from crosscal.errors import UsageError
 
 TRITON_SWITCH = "CROSSCAL_TRITON"
-"""An environment variable: 1 uses Triton's kernel on a GPU. Off until one has run it."""
+"""Environment variable: 1 selects Triton's kernel on a GPU. Off by default until it has been run on one."""
 
 
 def fix_panel(panel: Panel) -> FixedPanel:
-    """Fix every column of a panel, by the fastest way its device and dtype have."""
+    """Fix every column of a panel with the fastest kernel for its device and dtype."""
     return _fastest(panel.weight_CR.device.type, panel.weight_CR.dtype)(panel)
 
 
 def panel_columns(device: str, dtype: torch.dtype) -> int:
-    """How many columns a panel has at most: their updates go one by one, those of later columns as one product.
+    """Return the maximum columns of a panel; they are updated one by one, all later columns by one product.
 
-    The kernels' cost is arithmetic, and on a CPU's caches a panel of four times the columns saves three products; on
-    a GPU's registers it would not fit.
+    The kernels are bound by arithmetic. On a CPU a panel of four times the columns fits the caches and saves three
+    products; on a GPU it would not fit the registers.
     """
     return 128 if _fastest(device, dtype) is not fix_panel_torch and device == "cpu" else LEAST_PANEL_COLUMNS
 
@@ -52,7 +52,7 @@ def _kernel(device: str, dtype: torch.dtype, triton: bool) -> Callable[[Panel], 
 
 
 def wants_triton() -> bool:
-    """Whether a GPU's panels are to be fixed by Triton's kernel. Raises `UsageError` where there is no Triton."""
+    """True if Triton's kernel is switched on. Raises `UsageError` if Triton is missing or the switch is not 0 or 1."""
     asked = os.environ.get(TRITON_SWITCH, "")
     if asked in ("", "0"):
         return False

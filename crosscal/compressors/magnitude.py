@@ -1,5 +1,5 @@
-"""Magnitude pruning: remove the smallest |weight| of the whole matrix. Needs no data; the control for every other
-method.
+"""Magnitude pruning: remove the weights with the smallest |w| of the whole matrix. Needs no data; the baseline for
+pruning.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from crosscal.compressors.state import Layer, Site, Statistic
 
 @dataclass(frozen=True)
 class Magnitude:
+    """Settings of magnitude pruning; call with a `Site`, or `compress` one `LayerProblem`."""
+
     sparsity: Sparsity
     """Fraction (or n:m) removed, over the whole matrix."""
 
@@ -26,7 +28,7 @@ class Magnitude:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
 
     def __call__(self, site: Site) -> Site:
-        """score = |W|."""
+        """Prune by score = |W|."""
 
         def prune(layer: Layer) -> Layer:
             weight_OI = layer.base.weight_OI

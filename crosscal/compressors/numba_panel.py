@@ -1,10 +1,10 @@
-"""The panel as one compiled loop on a CPU: some rows of all columns stay in the caches while the columns are walked.
+"""CPU panel kernel, compiled by Numba: a tile of rows stays in the caches while the loop runs over the columns.
 
-The twin of `panel.fix_panel_torch`, with the same decisions by the same arithmetic in float32: division to the nearest,
-halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs. In plain torch a
-column is half a dozen calls, each of which costs as much as its arithmetic.
+Equivalent to `panel.fix_panel_torch`, with the same decisions by the same float32 arithmetic: division to nearest,
+halves to even, ties to the earlier column. Products and sums may be fused, so roundoff differs. In plain torch a column
+takes half a dozen calls, each with an overhead as large as its arithmetic.
 
-Rows do not speak to each other, so a tall panel is shared out among torch's threads, whole tiles each: the same bits.
+Rows are independent, so a tall panel is divided among torch's threads by whole tiles, with bit-identical results.
 
 Shapes: C columns of the panel, R stacked rows, T rows of a tile.
 """
@@ -20,27 +20,27 @@ import torch
 from crosscal.compiled import compiled, run_loops
 from crosscal.compressors.panel import FixedPanel, Panel, bands
 
-CACHE_LINE = 16  # numbers
+CACHE_LINE = 16  # float32 numbers
 TILE = 128
-"""Rows: with 128 columns, a tile's weights take 64 KiB and stay in the second cache; lines of 512 bytes."""
+"""Rows of a tile: with 128 columns its weights take 64 KiB and stay in the L2 cache; lines of 512 bytes."""
 LEAST_TILES = 8
-"""Of a thread: half a millisecond of work, ten times what it takes to start one."""
+"""Minimum per thread: half a millisecond of work, ten times the cost of starting a thread."""
 FOUR = 4
-"""Columns whose errors are fed forward together, to the columns after them."""
+"""Number of columns whose errors are fed forward together to the columns after them."""
 STORED = {None: 0, torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 NOTHING = np.zeros((1, 1), np.float32)
-LARGEST_HALF = np.float32(65520.0)  # from here on float16 is infinite
+LARGEST_HALF = np.float32(65520.0)  # float16 overflows to infinity from here on
 LEAST_NORMAL_HALF = np.float32(2.0**-14)
-STEP_OF_SMALL_HALVES = np.float32(0.75)  # adding it and taking it away rounds to multiples of 2⁻²⁴
+STEP_OF_SMALL_HALVES = np.float32(0.75)  # adding and subtracting it rounds to multiples of 2⁻²⁴
 
 
 def fix_panel_numba(panel: Panel) -> FixedPanel:
-    """As `fix_panel_torch`, for float32 on a CPU."""
+    """Same as `fix_panel_torch`, for float32 on a CPU."""
     rounding = panel.rounding
     weight_CR = panel.weight_CR.numpy()
     columns, rows = weight_CR.shape
-    # It will be transposed, down the columns: a line longer than a row, they do not all fall on the same cache set.
+    # It is transposed later, down the columns: one extra cache line per row avoids cache-set conflicts.
     fixed_CR = np.empty((columns, rows + CACHE_LINE), np.float32)[:, :rows]
     error_CR = np.empty((columns, rows), np.float32)
     ints_CR = np.empty(weight_CR.shape if rounding else (1, 1), np.int8)
@@ -74,7 +74,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
 
 
 def _parts(panel: Panel, threads: int) -> Iterator[tuple[int, int, int, int]]:
-    """The bands, each cut into as many parts as there are threads, of whole tiles and not too few."""
+    """Split each band into at most `threads` parts of whole tiles, of at least `LEAST_TILES` each."""
     for first, last, kept, group in bands(panel):
         tiles = max(-(-(last - first) // (threads * TILE)), LEAST_TILES)
         for start in range(first, last, tiles * TILE):
@@ -132,7 +132,7 @@ def _walk(
 
 @compiled
 def _feed_forward(work_CT, upper_CC, error_T, j, stop, tile):
-    """Column j's error, to the columns after it and before `stop`."""
+    """Feed column j's error forward to the columns after it and before `stop`."""
     for k in range(j + 1, stop):
         upper = upper_CC[j, k]
         for t in range(tile):
@@ -141,7 +141,7 @@ def _feed_forward(work_CT, upper_CC, error_T, j, stop, tile):
 
 @compiled
 def _feed_four_forward(work_CT, upper_CC, error_FT, j, tile):
-    """The errors of the columns j to j + 4, to all after them: each is loaded and stored once for the four."""
+    """Feed the errors of four columns from j on forward to all after them, each loaded and stored once for all four."""
     for k in range(j + FOUR, len(work_CT)):
         upper0, upper1, upper2, upper3 = upper_CC[j, k], upper_CC[j + 1, k], upper_CC[j + 2, k], upper_CC[j + 3, k]
         for t in range(tile):
@@ -151,14 +151,14 @@ def _feed_four_forward(work_CT, upper_CC, error_FT, j, tile):
 
 @compiled
 def _prune(work_T, drop_T, value_T, tile):
-    """A dropped weight is 0, not reached by subtraction."""
+    """Set dropped weights to exactly 0 instead of subtracting."""
     for t in range(tile):
         value_T[t] = ZERO if drop_T[t] > ZERO else work_T[t]
 
 
 @compiled
 def _draw(work_CT, score_C, drop_CT, j, kept, group, tile):
-    """Draw the mask of the columns j to j + group: a score's rank is how many come before it."""
+    """Select the mask of the group that starts at column j: a score's rank is the number of scores before it."""
     score_MT, rank_T = np.empty((group, TILE), np.float32), np.empty(TILE, np.float32)
     for member in range(group):
         for t in range(tile):
@@ -181,16 +181,16 @@ def _draw(work_CT, score_C, drop_CT, j, kept, group, tile):
 
 @compiled
 def _round(value_T, scale_T, highest_T, stored_as, ints_T, tile):
-    """The nearest level of each value, and the value of that level as the checkpoint will hold it."""
+    """Round each value to the nearest level, and replace it by that level's value as the checkpoint stores it."""
     for t in range(tile):
         level = np.rint(min(max(value_T[t] / scale_T[t], -highest_T[t]), highest_T[t] - ONE))
         ints_T[t] = np.int8(level)
         value_T[t] = level * scale_T[t]
     bits_T = value_T.view(np.int32)
-    if stored_as == 1:  # bfloat16: sixteen bits fewer, halves to even
+    if stored_as == 1:  # bfloat16: drop sixteen bits, halves to even
         for t in range(tile):
             bits_T[t] = (bits_T[t] + np.int32(0x7FFF) + ((bits_T[t] >> 16) & 1)) & np.int32(-0x10000)
-    if stored_as == 2:  # float16: thirteen bits fewer
+    if stored_as == 2:  # float16: drop thirteen bits
         for t in range(tile):
             value = value_T[t]
             if abs(value) >= LARGEST_HALF:

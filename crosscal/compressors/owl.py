@@ -1,11 +1,11 @@
-"""OWL: less is removed from blocks with more outliers.
+"""OWL: remove fewer weights from blocks with more outliers.
 
-A block's outlier ratio is the fraction of its scores |W_oi| √H_ii above `threshold` times their mean; ratios, scaled to
-a width of 2 · spread and moved so that the mean is 1 - sparsity, are the fractions that are kept.
+A block's outlier ratio is the fraction of its scores |W_oi| √H_ii above `threshold` times their mean. The kept
+fractions are these ratios, scaled to a width of 2 · spread and shifted so that their mean is 1 - sparsity.
 
-Yin et al. 2023, arXiv 2310.05175: the allocation by blocks, in which all matrices of a block have one sparsity, from
-the dense model's inputs (the authors' code measures them before it prunes, too). Not built: their mixed n:m. Means are
-over weights, which for blocks of one size are the paper's.
+Yin et al. 2023, arXiv 2310.05175: the allocation by blocks, with one sparsity for all matrices of a block, from the
+dense model's inputs (the authors' code also measures them before it prunes). Not implemented: their mixed n:m. Means
+are taken over weights; for blocks of equal size they are the paper's.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class OWL:
     spread: float = 0.08
     """Half the range of the sparsities: λ in the paper."""
     threshold: float = 5.0
-    """A score is an outlier above so many times the mean: M in the paper."""
+    """A score is an outlier if it exceeds this multiple of the mean: M in the paper."""
     per: Unit = "block"
-    """What has a sparsity of its own: `block` as published, or every `layer`."""
+    """Unit that gets its own sparsity: `block` as published, or `layer`."""
 
     kind: ClassVar = ALLOCATE
     needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
@@ -44,7 +44,7 @@ class OWL:
             raise UsageError("`threshold` is above 0", got=f"{self.threshold}")
 
     def summarise(self, block: Sequence[Site]) -> dict[str, float]:
-        """The outlier ratio of the block, for each of its layers; or each layer's own."""
+        """Return the block's outlier ratio for each of its layers, or each layer's own."""
         return of_units(block, self.per, self._outlier_ratio)
 
     def allocate(self, summary: Mapping[str, float], target: float, weights: Mapping[str, int]) -> dict[str, float]:

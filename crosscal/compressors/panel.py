@@ -1,9 +1,9 @@
-"""The columns of one panel, fixed one after another: the innermost loop of SparseGPT and GPTQ.
+"""Fix the columns of one panel one after another: the innermost loop of SparseGPT and GPTQ.
 
     q = rule(w_j),  e_j = (w_j - q) R_jj,  W[:, k] -= e_j U[j, k] for k > j           U = R⁻¹ of the panel
 
-One column is a handful of vector operations over all rows: plain torch here, compiled in `numba_panel` and
-`triton_panel`; `kernels` says which is used where. All take the same decisions by the same arithmetic.
+One column takes a few vector operations over all rows: plain torch here, compiled in `numba_panel` and `triton_panel`;
+`kernels` selects one of them. All make the same decisions by the same arithmetic.
 
 Shapes: C columns of the panel, R stacked rows, M columns of an n:m group, P pairs of them.
 """
@@ -22,7 +22,7 @@ from crosscal.compressors.selection import lowest_of_group
 
 @dataclass(frozen=True)
 class Pattern:
-    """Rows that keep n of every m columns; the mask is drawn when the loop reaches a group, from the weights then."""
+    """Rows that keep n of every m columns; a group's mask is selected from its weights when the loop reaches it."""
 
     rows: slice
     kept: int
@@ -40,35 +40,37 @@ class Rounding:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """What is to be fixed, and how."""
+    """Input of a panel kernel: the columns to fix, and how."""
 
     weight_CR: Tensor
-    """As they stand: every column before the panel has had its say."""
+    """Current weights: the errors of all columns before the panel have been propagated."""
     upper_CC: Tensor
     """U = R⁻¹ of the panel's columns."""
     root_C: Tensor
     """R_jj."""
     score_C: Tensor
-    """What a weight's score is per unit: R_jj, or 0 for a dead input, whose weights cost nothing."""
+    """Factor f of the pruning score (f w)²: R_jj, or 0 for a dead input, whose weights cost nothing."""
     drop_CR: Tensor | None = None
-    """1 where a weight is to be pruned, as far as that is known beforehand, else 0; None when nothing is pruned. In
-    the weights' dtype: a CPU multiplies by a mask many times as fast as it branches on one."""
+    """1 where a weight is pruned, as far as known before the panel (n:m is not), else 0; None if nothing is pruned. In
+    the weights' dtype: on a CPU, multiplying by a mask is many times as fast as branching on one."""
     patterns: Sequence[Pattern] = ()
     rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class FixedPanel:
+    """Output of a panel kernel."""
+
     weight_CR: Tensor
     """Final: pruned weights are exactly 0, rounded ones exactly on their grid."""
     error_CR: Tensor
-    """e_j, what the columns after the panel make up for."""
+    """e_j, which the columns after the panel compensate."""
     ints_CR: Tensor | None
     """The grid's integers, int8."""
 
 
 def bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, last, kept, group) of neighbouring rows with one pattern; group 0 is none."""
+    """Yield ranges of adjacent rows with one pattern: (first row, end, kept, group); group 0 means no pattern."""
     row = 0
     for pattern in panel.patterns:
         if row < pattern.rows.start:
@@ -80,7 +82,7 @@ def bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
 
 
 def fix_panel_torch(panel: Panel) -> FixedPanel:
-    """One column at a time, in plain torch."""
+    """Fix a panel one column at a time, in plain torch."""
     weight_CR = panel.weight_CR.clone()
     drop_CR = panel.drop_CR.clone() if panel.patterns and panel.drop_CR is not None else panel.drop_CR
     error_CR = torch.zeros_like(weight_CR)
@@ -96,12 +98,12 @@ def fix_panel_torch(panel: Panel) -> FixedPanel:
             torch.mul(column_R, drop_CR[j], out=error_R).mul_(panel.root_C[j])
         weight_CR[j + 1 :].addr_(panel.upper_CC[j, j + 1 :], error_R, alpha=-1)
     if panel.rounding is None:
-        weight_CR = _kept(weight_CR, drop_CR)  # a column is not touched any more once it is fixed
+        weight_CR = _kept(weight_CR, drop_CR)  # once at the end: a fixed column never changes again
     return FixedPanel(weight_CR, error_CR, None if ints_CR is None else ints_CR.to(torch.int8))
 
 
 def _kept(weight: Tensor, drop: Tensor | None) -> Tensor:
-    """Dropped weights are 0, not reached by subtraction and not the -0 that a product may give."""
+    """Set dropped weights to exactly 0: not by subtraction, and not the -0 that a product may give."""
     return weight if drop is None else (1 - drop).mul_(weight).add_(0.0)
 
 

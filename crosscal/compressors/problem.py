@@ -1,4 +1,4 @@
-"""What a method may know, and what it answers. Shapes: O outputs, I inputs, G groups of inputs."""
+"""Input and output of a method for one layer: problem and solution. Shapes: O outputs, I inputs, G groups of inputs."""
 
 from __future__ import annotations
 
@@ -19,36 +19,35 @@ from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.finite import all_finite
 from crosscal.statistics.statistic import Statistic
 
-PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast products
+PANEL_INPUTS = 128  # of a loss: small enough to skip nearly half of the Hessian, large enough for fast matrix products
 
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
     """One linear layer to compress: replace W by V so that tr((W - V) H (W - V)ᵀ) stays small.
 
-    Raises `StatisticsError` for a Hessian of another shape or dtype than the weight, `NotFinite`,
-    `NotPositiveDefinite` for a negative diagonal.
+    Raises `StatisticsError` for a Hessian whose shape or dtype does not match the weight, `NotFinite` for either of
+    them, `NotPositiveDefinite` for a negative diagonal.
     """
 
     name: str
     weight_OI: Tensor
-    """In float32 or float64: what it is solved in."""
+    """The dense matrix W, in float32 or float64, the dtype of the solve."""
     hessian_II: Tensor | None = None
     """Second moment of the inputs per token, undamped, in the weight's dtype. Without it no loss is measured."""
     further: Mapping[Need, Tensor] = field(default_factory=dict)
-    """What a method needs besides: means per token of |x|, of x; of x² where there is no Hessian; `cross` and `drift`,
-    with which losses are those against the dense model's outputs (see `streams`); the mean per window of the squared
+    """Further statistics: means per token of |x| and of x; of x² if there is no Hessian; `cross` and `drift`, with
+    which losses are measured against the dense model's outputs (see `streams`); the mean per window of the squared
     gradients [O, I]."""
     shared_factor: InverseFactor | None = None
-    """A factor of `hessian_II` computed for several layers at once; used when its damping is the one asked for."""
+    """A factor of `hessian_II`, computed once for several layers; used if its damping is the requested one."""
     stored_dtype: torch.dtype | None = None
-    """The dtype that the weights will be saved in: solutions are rounded to it, and their losses are those of the
-    rounded weights."""
+    """Dtype of the saved weights: solutions are rounded to it, and their losses are those of the rounded weights."""
 
     bias_O: Tensor | None = None
-    """Of the linear, where it has one."""
+    """The linear's bias, if it has one."""
     known_energy: float | None = None
-    """tr(W H Wᵀ), where it was computed before."""
+    """tr(W H Wᵀ), if already computed."""
 
     def __post_init__(self) -> None:
         if not all_finite(self.weight_OI):
@@ -83,7 +82,7 @@ class LayerProblem:
             )
 
     def factor(self, damping: float) -> InverseFactor:
-        """The shared factor where it fits, otherwise a new one."""
+        """Return the shared factor if it has this damping, otherwise a new one."""
         if self.shared_factor is not None and self.shared_factor.damping == damping:
             return self.shared_factor
         if self.hessian_II is None:
@@ -92,12 +91,12 @@ class LayerProblem:
 
     @property
     def streams(self) -> Streams | None:
-        """Where the dense model's inputs are known beside those of the problem, what outputs are compared with."""
+        """Moments of both streams, for losses against the dense model's outputs; None if there is only one."""
         return Streams.of({Statistic.GRAM: self.hessian_II, **self.further}.get)
 
     @cached_property
     def energy(self) -> float | None:
-        """tr(W H Wᵀ): the squared output per token, what losses are relative to; with two streams the dense model's."""
+        """Output energy tr(W H Wᵀ), the denominator of relative losses; with two streams that of the dense model."""
         if self.known_energy is not None or self.hessian_II is None:
             return self.known_energy
         if self.streams is not None:
@@ -107,48 +106,50 @@ class LayerProblem:
 
 @dataclass(frozen=True, eq=False)
 class LayerSolution:
-    """A compressed layer and what it costs on the problem's own Hessian."""
+    """A compressed layer and its loss on the problem's own Hessian."""
 
     weight_OI: Tensor
-    """What stands for the matrix, as read by inputs that are not divided by scales."""
+    """The matrix V for inputs that are not divided by scales; in the solving dtype, from the parts as stored."""
     loss: float | None
-    """tr(ΔW H ΔWᵀ), with two streams E‖W x - V y‖²: the squared output error per token; None where there is no H."""
+    """tr(ΔW H ΔWᵀ), with two streams E‖W x - V y‖²: the squared output error per token; None without H."""
     relative_loss: float | None
-    """`loss` over the problem's energy."""
+    """`loss` / `energy`; 0 if the energy is 0, None without H."""
     base: Form
-    """What is stored: `weight_OI` · scale without a low-rank part."""
+    """The stored part: `weight_OI` · scale without the low-rank part."""
     low_rank: LowRank | None = None
     bias_change_O: Tensor | None = None
-    """What the bias changes by, as it is stored."""
+    """Change of the bias as stored."""
     damping: float | None = None
     scale_I: Tensor | None = None
-    """What its inputs come divided by, once whatever makes them has absorbed it."""
+    """Divisor of the layer's inputs, absorbed by the module that produces them."""
 
     @property
     def stands_OI(self) -> Tensor:
-        """The matrix in the model: `weight_OI` · scale."""
+        """The matrix in the compressed model: `weight_OI` · scale."""
         return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
 
     @property
     def grid(self) -> Grid | None:
-        """The integers, where the matrix was quantized."""
+        """The integers and scales if `base` is a `Grid`, else None."""
         return self.base if isinstance(self.base, Grid) else None
 
     @property
     def sparsity(self) -> float:
-        """Fraction of exact zeros in what is stored."""
+        """Fraction of exact zeros in `base`."""
         return count_true(self.base.weight_OI == 0) / self.weight_OI.numel()
 
 
 class Compressor(Protocol):
     """A method with its settings: a pure function of the problem."""
 
-    def compress(self, problem: LayerProblem) -> LayerSolution: ...
+    def compress(self, problem: LayerProblem) -> LayerSolution:
+        """Solve one layer. Raises `UsageError` for settings that do not fit it, `StatisticsError`."""
+        ...
 
 
 def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
-    """tr(D H Dᵀ) = Σ_o d_o H d_oᵀ for a symmetric H: blocks below the diagonal are multiplied and count twice, blocks
-    above it are not. Sums in float64."""
+    """Return tr(D H Dᵀ) = Σ_o d_o H d_oᵀ for a symmetric H: blocks below the diagonal count twice, blocks above it are
+    skipped. Sums in float64."""
     total = torch.zeros((), dtype=torch.float64, device=difference_OI.device)
     for start in range(0, len(hessian_II), PANEL_INPUTS):
         stop = start + PANEL_INPUTS
@@ -162,7 +163,7 @@ def quadratic_loss(difference_OI: Tensor, hessian_II: Tensor) -> float:
 def output_loss(
     difference_OI: Tensor, hessian_II: Tensor, bias_change_O: Tensor | None = None, mean_I: Tensor | None = None
 ) -> float:
-    """E‖D x - c‖² = tr(D H Dᵀ) - 2 cᵀ D E[x] + ‖c‖², c being what the bias changes by."""
+    """Return E‖D x - c‖² = tr(D H Dᵀ) - 2 cᵀ D E[x] + ‖c‖², where c is the change of the bias."""
     loss = quadratic_loss(difference_OI, hessian_II)
     if bias_change_O is None:
         return loss
@@ -172,15 +173,15 @@ def output_loss(
 
 
 def row_losses_O(difference_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """d H dᵀ of every row."""
+    """Return d H dᵀ of every row."""
     return ((difference_OI @ hessian_II) * difference_OI).sum(1)
 
 
 def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -> LayerSolution:
-    """Round to the stored dtype, check, and measure: every recipe ends here, so every loss means the same: that of the
-    problem as it was given. `scale_I`: that of the layer's site.
+    """Round to the stored dtype, check and measure. Every recipe ends here, so every loss is that of the problem as
+    given. `scale_I`: the scales of the layer's site.
 
-    Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than rounding explains.
+    Raises `NotFinite`, and `NotPositiveDefinite` for a loss further below zero than roundoff explains.
     """
     base, low_rank = _as_stored(layer.base, problem.stored_dtype), layer.low_rank
     if low_rank is not None and problem.stored_dtype is not None:
@@ -197,7 +198,7 @@ def solved(problem: LayerProblem, layer: Layer, scale_I: Tensor | None = None) -
 
 
 def _bias_as_stored(problem: LayerProblem, layer: Layer) -> Tensor | None:
-    """What the stored bias changes by: b + c is rounded, not c."""
+    """Change of the stored bias: b + c is rounded, not c."""
     if layer.bias_change_O is None or problem.stored_dtype is None:
         return layer.bias_change_O
     bias_O = torch.zeros_like(layer.bias_change_O) if problem.bias_O is None else problem.bias_O
@@ -205,7 +206,7 @@ def _bias_as_stored(problem: LayerProblem, layer: Layer) -> Tensor | None:
 
 
 def _losses(problem: LayerProblem, difference_OI: Tensor, change_O: Tensor | None) -> tuple[float | None, float | None]:
-    """(loss, loss over the energy)."""
+    """Return (loss, relative loss)."""
     if problem.hessian_II is None:
         return None, None
     streams, energy = problem.streams, problem.energy
@@ -221,7 +222,7 @@ def _losses(problem: LayerProblem, difference_OI: Tensor, change_O: Tensor | Non
 
 
 def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
-    """The same form with its numbers rounded as the checkpoint stores them."""
+    """Return the form with its numbers rounded as the checkpoint stores them."""
     if not isinstance(base, Dense) or stored_dtype in (None, base.weight_OI.dtype):
         return base
     rounded_OI = base.weight_OI.to(stored_dtype).to(base.weight_OI.dtype)
@@ -229,8 +230,8 @@ def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
 
 
 def _zero_if_roundoff(loss: float, difference_OI: Tensor, name: str, hessian_II: Tensor, energy: float = 0.0) -> float:
-    """`energy`: of what terms that cancel besides are made."""
-    # For a second moment, |d H dᵀ| summed term by term is at most I · Σ_j d_j² H_jj: its roundoff is the allowance.
+    """Return 0 for a negative loss within roundoff, else raise. `energy`: magnitude of further terms that cancel."""
+    # For a second moment, |d H dᵀ| summed term by term is at most I · Σ_j d_j² H_jj; the allowance is its roundoff.
     diagonal_loss = float((difference_OI.square() @ hessian_II.diagonal()).sum())
     allowance = torch.finfo(difference_OI.dtype).eps * difference_OI.shape[1] * (diagonal_loss + energy)
     if loss < -allowance:

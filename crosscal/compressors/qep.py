@@ -1,11 +1,11 @@
-"""QEP: move a matrix towards what makes up for the errors of the blocks before it, then compress that.
+"""QEP: adjust each matrix to compensate the errors of the compressed blocks before it, ahead of its own compression.
 
     W* = W + propagation · W E[(x - y) yᵀ] (H + λI)⁻¹,   H = E[y yᵀ],   λ = damping · mean(diag H)
 
-x is the input in the dense model, y that behind the compressed blocks. With propagation 1 and no damping W* is the
-least-squares solution of W* y ≈ W x; where nothing was compressed yet it is W. The step stands before one that prunes
-or rounds, which works on W* in place of W. Arai and Ichikawa 2025 (arXiv 2504.09629), in closed form as published;
-their choice of propagation by layer is not here.
+x is the input in the dense model, y the input behind the compressed blocks. With propagation 1 and no damping W* is the
+least-squares solution of W* y ≈ W x; if nothing has been compressed yet, it is W. A later step that prunes or rounds
+uses W* in place of W. Arai and Ichikawa 2025 (arXiv 2504.09629), in closed form as published; their choice of the
+propagation per layer is not implemented.
 
 Shapes: O outputs, I inputs.
 """
@@ -28,7 +28,7 @@ from crosscal.errors import UsageError
 @dataclass(frozen=True)
 class QEP:
     propagation: float = 0.5
-    """How much of the correction is made: 0 is none, 1 all of it."""
+    """Fraction of the correction that is applied: 0 is none, 1 all of it."""
     damping: float = 1.0
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -53,7 +53,7 @@ class QEP:
         if not isinstance(layer.base, Dense) or layer.keep_OI is not None or layer.low_rank is not None:
             do = "Correct first, then prune or round."
             raise UsageError("what is compressed already cannot be corrected", where=layer.name, do=do)
-        # H + λI = R Rᵀ, so that X (H + λI) = B is solved by one triangle after the other.
+        # H + λI = R Rᵀ, so X (H + λI) = B takes two triangular solves.
         half_OI = torch.linalg.solve_triangular(root_II.mT, layer.target_OI @ error_II, upper=False, left=False)
         change_OI = torch.linalg.solve_triangular(root_II, half_OI, upper=True, left=False) * self.propagation
         base = Dense(layer.base.weight_OI + change_OI)

@@ -1,16 +1,16 @@
-"""Recipes: steps in order, and many recipes at once over one site.
+"""Recipes: ordered steps, and the solution of many recipes at once over one site.
 
 A method is a step, a frozen dataclass of its settings that is called with a state and returns the next one:
 
-    kind      correct, transform, prune, quantize, refine, repair or allocate (see `allocation`, which such a step has
-              instead of being called)
-    needs     the statistics that it reads; it is shown no other
-    version   part of every key: a change of what the step computes bumps it
+    kind      correct, transform, prune, quantize, refine, repair or allocate (which has the methods of an `Allocator`
+              in `allocation` instead of `__call__`)
+    needs     the statistics that it reads; it has access to no others
+    version   part of every key; increase it when the step's results change
     __call__  Site -> Site, pure
 
-A step may also be stacked: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
-that start from one state are solved together, with the same results as one by one. One that leaves a low-rank part says
-`has_low_rank`, one that corrects biases `changes_bias`.
+A step may support stacking: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
+that start from one state are solved together, with the same results as one by one. A step that leaves a low-rank part
+sets `has_low_rank`; one that corrects biases sets `changes_bias`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ Kind = Literal["correct", "transform", "prune", "quantize", "refine", "repair", 
 
 
 class Step(Protocol):
+    """A method with its settings (see the module docstring)."""
+
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[Need]]
     version: ClassVar[int]
@@ -43,7 +45,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Placed:
-    """A step of a recipe and whose statistics it sees: None, the recipe's own mixture; else that of another one."""
+    """A step of a recipe and the mixture of its statistics; None means the recipe's own mixture."""
 
     step: Any
     mixture: Hashable = None
@@ -51,21 +53,21 @@ class Placed:
 
 Recipe = tuple[Placed, ...]
 StatisticsOf = Callable[[Any], Statistics]
-"""Of a mixture that a step has for itself."""
+"""Returns the statistics of a step's own mixture."""
 
 
 def any_step(recipe: Recipe, trait: str) -> bool:
-    """Whether one of the steps says this of itself: `has_low_rank`, `changes_bias`."""
+    """True if any step has this trait: `has_low_rank`, `changes_bias`."""
     return any(getattr(placed.step, trait, False) for placed in recipe)
 
 
 def takes_two_streams(steps: Iterable[Any]) -> bool:
-    """Whether one of the steps needs inputs of the dense model beside those behind compressed blocks."""
+    """True if any step needs the dense model's inputs in addition to those behind compressed blocks."""
     return any(streams_of(step.needs) > 1 for step in steps)
 
 
 def check_inputs(step: Any, inputs: int, name: str) -> None:
-    """Whether a step can work on a layer of so many inputs. Raises `UsageError`: groups must divide them."""
+    """Raise `UsageError` if a step's groups do not divide a layer's number of inputs."""
     if (sparsity := getattr(step, "sparsity", None)) is not None:
         sparsity.check(inputs, name)
     if hasattr(step, "group_size"):
@@ -73,14 +75,15 @@ def check_inputs(step: Any, inputs: int, name: str) -> None:
 
 
 def group_misfit(recipe: Sequence[Placed], inputs: int) -> str:
-    """Which group size of a recipe's steps does not divide a matrix's inputs; empty where all do."""
+    """Describe the first group size of a recipe that does not divide a matrix's inputs; empty if all do."""
     sizes = (size for placed in recipe if (size := getattr(placed.step, "group_size", None)) is not None)
     return next((f"group_size {size} does not divide its {inputs} inputs" for size in sizes if inputs % size), "")
 
 
 def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
-    """Of the steps of a recipe with their methods' names. Raises `UsageError` for scales behind integers, which share
-    theirs over inputs; for a correction with nothing to compress behind it, or something before it."""
+    """Check the order of a recipe, given as (method name, step). Raises `UsageError` for input scales after rounding (a
+    group of inputs shares a scale), for a correction that does not precede all pruning and rounding, and for a changed
+    bias with two streams."""
     kinds, got = [step.kind for _, step in recipe], " + ".join(method for method, _ in recipe)
     for place in (place for place, kind in enumerate(kinds) if kind == "correct"):
         before, behind = set(kinds[:place]), set(kinds[place + 1 :])
@@ -97,7 +100,7 @@ def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
 
 
 def run(site: Site, steps: Sequence[Any]) -> Site:
-    """The site after all steps, in order. An allocator takes this site for the whole model."""
+    """Return the site after all steps, in order. An allocator treats this site as the whole model."""
     recipe = tuple(Placed(step) for step in steps)
     allocator = next((step for step in steps if step.kind == ALLOCATE), None)
     if allocator is not None:
@@ -106,16 +109,16 @@ def run(site: Site, steps: Sequence[Any]) -> Site:
 
 
 def allotted(recipe: Recipe, sparsities_of: SparsitiesOf, layers: Sequence[str]) -> Recipe:
-    """A recipe without its allocator, for these layers of one site: its steps with the sparsities allotted to them.
+    """Return a recipe without its allocator: its steps have the sparsities allotted to these layers of one site.
 
-    What is allotted is a setting like any other, so that recipes are shared and stacked as without an allocator.
+    An allotted sparsity is an ordinary setting, so recipes share prefixes and are stacked as without an allocator.
     """
     steps = (placed for placed in recipe if placed.step.kind != ALLOCATE)
     return tuple(dataclasses.replace(each, step=with_sparsities(each.step, sparsities_of, layers)) for each in steps)
 
 
 def solve(site: Site, recipes: Sequence[Recipe], statistics_of: StatisticsOf | None = None) -> list[Site]:
-    """The site after each recipe. What recipes begin with in common is solved once; steps that start from one state
+    """Return the site after each recipe. Common prefixes of recipes are solved once; steps that start from one state
     and can be stacked are solved together."""
     done: dict[int, Site] = {index: site for index, recipe in enumerate(recipes) if not recipe}
     branches: dict[Placed, list[int]] = {}
@@ -138,7 +141,7 @@ def _stacks(branches: Mapping[Placed, list[int]]) -> list[list[Placed]]:
 
 
 def _applied(site: Site, stack: Sequence[Placed], statistics_of: StatisticsOf | None) -> list[Site]:
-    """One state after each step of a stack; statistics are cut to what the steps declare, and move with the inputs."""
+    """Return the state after each step of a stack. Steps see only declared statistics, scaled like the inputs."""
     own, mixture = site.statistics, stack[0].mixture
     if mixture is not None:
         assert statistics_of is not None, "a step with a mixture of its own needs somebody who knows it"
@@ -161,8 +164,8 @@ def site_of(
     statistics: Statistics | None = None,
     storable_I: Callable[[Tensor], Tensor] | None = None,
 ) -> Site:
-    """Layer problems that share one Hessian as a site, by default with the statistics of the first, and with nothing
-    that absorbs scales. A factor that they bring is used again."""
+    """Return layer problems that share one Hessian (the same tensor object, else `StatisticsError`) as a site. By
+    default it has the statistics of the first problem and nothing absorbs scales. Its `shared_factor` is reused."""
     first = problems[0]
     if any(problem.hessian_II is not first.hessian_II for problem in problems):
         raise StatisticsError("layers solved together must share a Hessian", where=first.name)
@@ -179,13 +182,13 @@ def site_of(
 
 
 def alone(step: Any, problem: LayerProblem) -> LayerSolution:
-    """One step on one layer: `COMPRESSORS[name](...).compress(problem)`."""
+    """Solve one layer by one step; the `compress` of every method: `COMPRESSORS[name](...).compress(problem)`."""
     site = run(site_of([problem]), [step])
     return solved(problem, site.layers[0], site.scale_I)
 
 
 def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[list[LayerSolution]]:
-    """Solutions [step][problem] for layers that share one Hessian; the same as calling `compress` on each."""
+    """Return solutions [step][problem] for layers that share one Hessian; the same as calling `compress` on each."""
     if not problems:
         return [[] for _ in steps]
     sites = solve(site_of(problems), [(Placed(step),) for step in steps])
@@ -193,5 +196,5 @@ def solve_many(problems: Sequence[LayerProblem], steps: Sequence[Any]) -> list[l
 
 
 def solutions(problems: Sequence[LayerProblem], site: Site) -> list[LayerSolution]:
-    """The answers to layer problems that a recipe left in their site."""
+    """Return the solutions of layer problems from their site after a recipe."""
     return [solved(problem, layer, site.scale_I) for problem, layer in zip(problems, site.layers, strict=True)]

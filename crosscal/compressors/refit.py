@@ -1,10 +1,10 @@
-"""Refit: the best values for the weights that a mask has kept.
+"""Refit: compute the optimal values of the weights that a mask keeps.
 
     minimise tr((W - B) (H + λI) (W - B)ᵀ)  over B with B = 0 wherever the mask is False
 
-Every row is a least-squares problem of its own on the columns it keeps, H_SS b_S = (H w)_S. Conjugate gradients walk
-all rows at once, one product with H an iteration; ten of them come within a few per cent of the exact solution, which
-is at hand as well (`iterations: null`). The tail of ALPS (Meng et al. 2024, arXiv 2406.07831), for any mask.
+Every row is an independent least-squares problem on its kept columns S, H_SS b_S = (H w)_S. Conjugate gradients run on
+all rows at once, one product with H per iteration; ten iterations come within a few per cent of the exact solution,
+which is also available (`iterations: null`). The last stage of ALPS (Meng et al. 2024, arXiv 2406.07831), for any mask.
 
 Shapes: O outputs, I inputs, R rows solved at once.
 """
@@ -23,13 +23,13 @@ from crosscal.compressors.state import Dense, Layer, Site, Statistic
 from crosscal.errors import NotPositiveDefinite, UsageError
 
 ROWS_BYTES = 2**28
-"""Of the matrices that the exact solution factors at once."""
+"""Size limit of the matrices that the exact solution factors at once."""
 
 
 @dataclass(frozen=True)
 class Refit:
     iterations: int | None = 10
-    """Of conjugate gradients, preconditioned by diag H; null: the exact solution, one Cholesky a row."""
+    """Conjugate-gradient iterations, preconditioned by diag H; null: the exact solution, one Cholesky per row."""
     damping: float = 0.0
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -48,7 +48,7 @@ class Refit:
 
     def _refit(self, layer: Layer, hessian_II: Tensor) -> Layer:
         if layer.keep_OI is None or not isinstance(layer.base, Dense):
-            return layer  # nothing was removed, or what was is on a grid
+            return layer  # nothing was pruned, or the weights are on a grid
         if self.iterations is None:
             weight_OI = exact_OI(layer.base_target_OI, kept(layer), hessian_II, layer.name)
         else:
@@ -59,7 +59,7 @@ class Refit:
 
 
 def damped_II(hessian_II: Tensor, damping: float) -> Tensor:
-    """H + damping · mean(diag H) · I."""
+    """Return H + damping · mean(diag H) · I."""
     if damping == 0:
         return hessian_II
     shifted_II = hessian_II.clone()
@@ -70,7 +70,7 @@ def damped_II(hessian_II: Tensor, damping: float) -> Tensor:
 def conjugate_gradients_OI(
     target_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, iterations: int
 ) -> Tensor:
-    """`iterations` steps from `start_OI` on the mask; the loss of no row rises. Preconditioner: diag H."""
+    """Run conjugate gradients on the mask from `start_OI`, preconditioned by diag H; no row's loss increases."""
     mask_OI = keep_OI.to(target_OI)
     square_I = hessian_II.diagonal()
     weight_I = torch.where(square_I > 0, square_I, torch.ones_like(square_I)).reciprocal()
@@ -82,7 +82,7 @@ def conjugate_gradients_OI(
         image_OI = (step_OI @ hessian_II).mul_(mask_OI)
         curvature_O = (step_OI * image_OI).sum(1)
         length_O = torch.where(curvature_O > 0, squared_O / curvature_O, torch.zeros_like(squared_O))
-        length_O = torch.where(length_O.isfinite(), length_O, torch.zeros_like(length_O))  # a row that is done
+        length_O = torch.where(length_O.isfinite(), length_O, torch.zeros_like(length_O))  # a converged row
         weight_OI.addcmul_(step_OI, length_O[:, None])
         residual_OI.addcmul_(image_OI, length_O[:, None], value=-1)
         scaled_OI = residual_OI * weight_I
@@ -93,8 +93,8 @@ def conjugate_gradients_OI(
 
 
 def exact_OI(target_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, name: str) -> Tensor:
-    """b_S = H_SS⁻¹ (H w)_S of every row. Rows and columns outside of S are those of the identity, so that rows of any
-    support are factored together. Dead inputs keep 0. Raises `NotPositiveDefinite`."""
+    """Return b_S = H_SS⁻¹ (H w)_S of every row. Outside S each system is the identity, so rows of different supports
+    are factored together. Dead inputs get 0. Raises `NotPositiveDefinite`."""
     inputs = len(hessian_II)
     at_once = max(1, ROWS_BYTES // (inputs * inputs * hessian_II.element_size()))
     image_OI = target_OI @ hessian_II

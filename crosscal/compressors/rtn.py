@@ -1,6 +1,6 @@
-"""Round to nearest: the same grid as GPTQ without its error feedback. Needs no data; the control for quantization.
+"""RTN: round each weight to the nearest grid level, without error feedback. Needs no data; the quantization baseline.
 
-Shapes: O outputs, I inputs, G groups.
+The grid is GPTQ's without scale search. Shapes: O outputs, I inputs, G groups.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from crosscal.compressors.state import Grid, Layer, Site, Statistic
 
 @dataclass(frozen=True)
 class RoundToNearest:
+    """Settings of RTN; call with a `Site`, or `compress` one `LayerProblem`."""
+
     bits: int
     """2 to 8."""
     group_size: int | None = 128
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
 
     kind: ClassVar = "quantize"
     needs: ClassVar[frozenset[Statistic]] = frozenset()
@@ -31,7 +33,7 @@ class RoundToNearest:
         check_settings(self.bits, self.group_size)
 
     def __call__(self, site: Site) -> Site:
-        """V = scale · round(W / scale)."""
+        """Return V = scale · round(W / scale)."""
         return site.each(self._round)
 
     def _round(self, layer: Layer) -> Layer:

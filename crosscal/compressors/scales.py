@@ -1,6 +1,7 @@
-"""Scales: the best group scales for integers that stay as they are.
+"""Scales: compute the optimal group scales while the integers stay fixed.
 
-A row of a grid is linear in its scales, v = Σ_g s_g z_g, so the least of (w - v) H (w - v)ᵀ solves G equations a row:
+A row is linear in its scales, v = Σ_g s_g z_g, with z_g the integers of group g. The minimum of (w - v) H (w - v)ᵀ
+therefore solves G equations per row:
 
     A s = b,   A_gh = z_g H_gh z_hᵀ,   b_g = z_g (H w)_g
 
@@ -20,7 +21,7 @@ from crosscal.compressors.recipe import alone
 from crosscal.compressors.state import Grid, Layer, Site, Statistic
 
 RIDGE = 1e-6
-"""Of each equation's own diagonal: groups whose integers are (nearly) the same combination of inputs."""
+"""Relative ridge on the diagonal, for groups whose integers are (nearly) the same combination of inputs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Scales:
     compress = alone
 
     def __call__(self, site: Site) -> Site:
-        """Rows whose scales, rounded as they are stored, would not be positive or not be better stay as they are."""
+        """Nonpositive scales are rejected; a row whose new scales, rounded as stored, give no gain is unchanged."""
         return site.each(lambda layer: _refitted(layer, site.statistics.hessian_II))
 
 
@@ -49,7 +50,7 @@ def _refitted(layer: Layer, hessian_II: Tensor) -> Layer:
 
 
 def least_squares_OG(target_OI: Tensor, ints_OI: Tensor, scale_OG: Tensor, hessian_II: Tensor) -> Tensor:
-    """The solution s of every row; a group without a nonzero integer keeps its scale."""
+    """Return the solution s of every row; a group without a nonzero integer on a live input keeps its scale."""
     outputs, groups = scale_OG.shape
     ints_OGC = ints_OI.view(outputs, groups, -1)
     columns = ints_OGC.shape[2]

@@ -1,7 +1,7 @@
-"""Exactly so many of the lowest scores; among equals the earlier.
+"""Select exactly `count` of the lowest scores; among equal scores the earlier.
 
-Shapes: R rows, C columns, M members of a group, P pairs of them; of a block that is pruned: B its columns, O outputs of
-one layer, N scores in one bin.
+Shapes: R rows, C columns, M members of a group, P pairs of them; of a block that is pruned: B columns, O outputs of one
+layer, N scores in one bin.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from torch import Tensor
 from crosscal.compiled import compiled
 
 SAMPLED = 64
-"""Of so many scores one is looked at first, to know about where the threshold lies."""
+"""Stride of the sample that brackets the threshold."""
 WORTH_SAMPLING = 2**14
-"""Scores from which on that is faster than selecting at once."""
+"""Number of scores from which sampling first is faster than direct selection."""
 BINS = 2**13
 BITS_BELOW_BIN = np.uint32(19)
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 def lowest_per_row(score_RC: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest of every row; among equals the earlier."""
+    """Return True at the `count` lowest scores of every row; among equal scores the earlier."""
     if count <= 0 or count >= score_RC.shape[1]:
         return torch.full_like(score_RC, count > 0, dtype=torch.bool)
     threshold_R1 = _kth_lowest_R1(score_RC, count)
     chosen_RC = score_RC <= threshold_R1
     if count_true(chosen_RC) == count * len(score_RC):
-        return chosen_RC  # no row has more than it needs: nothing is tied at its threshold
+        return chosen_RC  # no row has ties at its threshold that exceed `count`
     below_RC, tied_RC = score_RC < threshold_R1, score_RC == threshold_R1
     room_R1 = count - below_RC.sum(1, keepdim=True)
     return below_RC | (tied_RC & (tied_RC.cumsum(1) <= room_R1))
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest of a tensor; among equals the earlier in row-major order."""
+    """Return True at the `count` lowest scores of a tensor; among equal scores the earlier in row-major order."""
     return lowest_per_row(score.reshape(1, -1), count).reshape(score.shape)
 
 
 def kth_lowest(score_N: Tensor, k: int) -> float:
-    """The k-th lowest, counted from 1."""
+    """Return the k-th lowest score, counted from 1."""
     return float(_kth_lowest_R1(score_N[None], k))
 
 
 def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest of every column of a few rows; among equals the earlier.
+    """Return True at the `count` lowest of the M scores of every column; among equal scores the earlier.
 
-    A score's rank is how many come before it, and b comes before a, for b < a, when s_b <= s_a. Comparing all pairs
-    beats sorting as long as groups are small.
+    A score's rank is the number of scores before it; for b < a, b comes before a if s_b <= s_a. For small groups,
+    comparing all pairs is faster than sorting.
     """
     later_P, earlier_P, vote_MP, behind_M1 = _pairs(len(score_MR), score_MR.dtype, score_MR.device)
     votes_PR = (score_MR[earlier_P] <= score_MR[later_P]).to(score_MR.dtype)
@@ -58,14 +58,14 @@ def lowest_of_group(score_MR: Tensor, count: int) -> Tensor:
 
 
 def count_true(mask: Tensor) -> int:
-    """How many are True; numpy counts several times as fast as torch on a CPU."""
+    """Return the number of True entries; on a CPU numpy counts several times as fast as torch."""
     return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.count_nonzero())
 
 
 @functools.cache
 def _pairs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pairs b < a of group members, by how much `s_b <= s_a` moves the ranks (a up, b down), and the ranks before any
-    pair is asked: every later member comes first."""
+    """Pairs b < a of group members, the change of the ranks if `s_b <= s_a` (a up, b down), and the initial ranks, with
+    every later member first."""
     later_P, earlier_P = torch.tril_indices(size, size, offset=-1, device=device)
     vote_MP = torch.zeros(size, len(later_P), dtype=dtype, device=device)
     pairs = torch.arange(len(later_P), device=device)
@@ -76,17 +76,17 @@ def _pairs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 def _kth_lowest_R1(score_RC: Tensor, k: int) -> Tensor:
     if not score_RC.is_cpu:
         return score_RC.kthvalue(k, dim=1, keepdim=True).values
-    score_rc = score_RC.numpy()  # numpy selects more than ten times as fast as torch there
+    score_rc = score_RC.numpy()  # on a CPU numpy selects more than ten times as fast as torch
     if len(score_rc) == 1 and score_rc.size >= WORTH_SAMPLING:
         return torch.from_numpy(_kth_lowest(score_rc[0], k).reshape(1, 1))
     return torch.from_numpy(np.partition(score_rc, k - 1, axis=1)[:, k - 1 : k])
 
 
 def _kth_lowest(score_N: np.ndarray, k: int) -> np.ndarray:
-    """The k-th lowest of many: a sorted sample gives two bounds, and only what lies between them is searched.
+    """Return the k-th lowest of many scores: a sorted sample gives two bounds, and only scores between are searched.
 
-    A sample of S has about k S / N scores below the threshold, give or take √S / 2; four times that misses once in
-    many thousand draws, and then all scores are searched.
+    A sample of S has about k S / N scores below the threshold, with a standard deviation of at most √S / 2. Bounds at
+    four times that miss once in many thousand samples; then all scores are searched.
     """
     sample_S = np.sort(score_N[::SAMPLED])
     expected, slack = k * len(sample_S) // len(score_N), 2 * int(len(sample_S) ** 0.5) + 1
@@ -99,11 +99,11 @@ def _kth_lowest(score_N: np.ndarray, k: int) -> np.ndarray:
 
 
 def mark_lowest(drop_BO: Tensor, work_BO: Tensor, score_B: Tensor, count: int) -> None:
-    """Set 1 at the `count` lowest (w s)² of a block, 0 elsewhere, in float32 on a CPU: the twin of `lowest`, compiled.
+    """Set 1 at the `count` lowest (w s)² of a block, 0 elsewhere: compiled equivalent of `lowest`, float32 on a CPU.
 
-    Numbers of one sign are ordered as their bits are, so a histogram over the leading bits says in which bin the
-    threshold lies, and only the few per cent in that bin are sorted. Scores are computed anew each time they are
-    needed, which costs less than keeping them.
+    Floats of one sign are ordered like their bit patterns, so a histogram over the leading bits gives the threshold's
+    bin, and only the few per cent of scores in that bin are sorted. Scores are recomputed each time, which costs less
+    than storing them.
     """
     if 0 < count < work_BO.numel():
         _mark(work_BO.numpy(), score_B.contiguous().numpy(), count, drop_BO.numpy())

@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, repairing each removal with the columns still to come.
+"""SparseGPT: prune column by column and compensate each error in the columns still to be pruned.
 
 Frantar & Alistarh 2023, arXiv 2301.00774.
 """
@@ -17,10 +17,12 @@ from crosscal.compressors.state import Statistic
 
 @dataclass(frozen=True)
 class SparseGPT:
+    """Settings of SparseGPT; call with a `Site`, or `compress` one `LayerProblem`."""
+
     sparsity: Sparsity
     """Fraction removed (a threshold per block of 128 columns), or n:m."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (`percdamp`)."""
 
     kind: ClassVar = "prune"
     needs: ClassVar = frozenset({Statistic.GRAM})

@@ -1,5 +1,5 @@
-"""Prune and quantize in one pass: each column is masked as in SparseGPT, then rounded as in GPTQ; one error repairs
-both.
+"""SparseGPT with GPTQ: prune and round column by column in one pass and compensate the joint error in later columns.
+Each column is masked as in SparseGPT, then rounded as in GPTQ.
 
 Frantar & Alistarh 2023, arXiv 2301.00774, section 3.5.
 """
@@ -18,14 +18,16 @@ from crosscal.compressors.state import Statistic
 
 @dataclass(frozen=True)
 class SparseGPTQ:
+    """Settings of the joint method; call with a `Site`, or `compress` one `LayerProblem`."""
+
     sparsity: Sparsity
-    """Fraction removed, or n:m. Zero is on the grid, so rounding may add zeros; none is lost."""
+    """Fraction removed, or n:m. Zero is on the grid, so rounding may add zeros and removes none."""
     bits: int
     """2 to 8."""
     group_size: int | None = 128
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
     scale_search: bool = True
-    """Fit each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise to the largest weight."""
+    """Choose each scale by the least Σ_j H_jj (w_j - q_j)² over its group; otherwise by the largest weight."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 

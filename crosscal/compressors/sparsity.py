@@ -1,4 +1,4 @@
-"""How much to remove, exactly which, and what that leaves behind: weights at 0, and the mask that later steps respect.
+"""Sparsity: the amount to remove, the selection of weights, and the pruned layer, whose mask later steps respect.
 
 Shapes: O outputs, I inputs.
 """
@@ -19,8 +19,7 @@ from crosscal.errors import UsageError
 
 @dataclass(frozen=True)
 class Sparsity:
-    """`fraction` of the weights removed, or, when `group` is set, all but `kept` of every `group` neighbouring
-    inputs."""
+    """Remove `fraction` of the weights, or, if `group` is set, all but `kept` of every `group` adjacent inputs."""
 
     fraction: float
     kept: int | None = None
@@ -28,7 +27,7 @@ class Sparsity:
 
     @classmethod
     def parse(cls, value: float | str | Sparsity) -> Sparsity:
-        """0.5 removes half; "2:4" keeps 2 of every 4 (NVIDIA's meaning). Raises `UsageError`."""
+        """Parse 0.5 (removes half) or "2:4" (keeps 2 of every 4, as NVIDIA defines it). Raises `UsageError`."""
         if isinstance(value, Sparsity):
             return value
         match = re.fullmatch(r"(\d+):(\d+)", value.strip()) if isinstance(value, str) else None
@@ -48,11 +47,11 @@ class Sparsity:
         return f"{self.kept}:{self.group}" if self.group else f"{self.fraction:g}"
 
     def removed(self, weights: int) -> int:
-        """How many of so many weights go: the nearest integer, halves to even."""
+        """Return how many of `weights` are removed: the nearest integer, halves to even."""
         return round(self.fraction * weights)
 
     def check(self, inputs: int, name: str) -> None:
-        """Raises `UsageError` when the inputs do not divide into groups."""
+        """Raise `UsageError` if the inputs do not divide into groups."""
         if self.group and inputs % self.group:
             raise UsageError(
                 f"{self} needs a number of inputs divisible by {self.group}",
@@ -62,8 +61,8 @@ class Sparsity:
             )
 
     def keep_OI(self, score_OI: Tensor, *, per: Literal["row", "matrix"], name: str = "layer") -> Tensor:
-        """True where a weight survives: the lowest scores go, exactly `removed` of them; among equals the earlier
-        (row-major) goes."""
+        """Return True where a weight is kept: exactly `removed` weights of the lowest scores are pruned, among equal
+        scores the earlier (row-major)."""
         self.check(score_OI.shape[1], name)
         if self.group:
             grouped = score_OI.reshape(-1, self.group)
@@ -74,9 +73,9 @@ class Sparsity:
 
 
 def pruned(layer: Layer, keep_OI: Tensor, weight_OI: Tensor | None = None, *, damping: float | None = None) -> Layer:
-    """The layer with the other weights 0; `weight_OI`: what the survivors are now, by default what they were.
+    """Return the layer with the weights outside `keep_OI` set to 0. `weight_OI`: new values, by default unchanged.
 
-    A weight that an earlier step removed has the score 0 and stays removed.
+    A weight that an earlier step removed scores 0 and stays removed.
     """
     keep_OI = keep_OI if layer.keep_OI is None else keep_OI & layer.keep_OI
     weight_OI = layer.base.weight_OI if weight_OI is None else weight_OI
@@ -84,5 +83,5 @@ def pruned(layer: Layer, keep_OI: Tensor, weight_OI: Tensor | None = None, *, da
 
 
 def kept(layer: Layer) -> Tensor:
-    """The mask of a layer; all True where nothing was pruned."""
+    """Return the mask of a layer; all True if nothing was pruned."""
     return torch.ones_like(layer.target_OI, dtype=torch.bool) if layer.keep_OI is None else layer.keep_OI

@@ -1,18 +1,18 @@
-"""SpQR: few outliers kept as they are, the others on grids of a few inputs whose scales are integers themselves.
+"""SpQR: round in small groups whose scales are quantized too, and keep the few outlier weights unrounded.
 
-    V = scale · (ints - zero),  V = W where a weight is an outlier;   scale = least + step · codes, over 16 outputs
+    V = scale · (ints - zero),  V = w for an outlier w;   scale = least + step · codes, over 16 outputs
 
-A weight is an outlier when rounding it would cost more than a unit, with (H + λI)⁻¹ = Uᵀ U
+A weight w (errors of earlier inputs included) is an outlier if rounding it to q exceeds a bound, (H + λI)⁻¹ = Uᵀ U:
 
     ((w - q) / U_jj)² > threshold · mean_j (var_i(W_ij) / U_jj²)
 
-The inputs are walked as in GPTQ, and what is fed to later ones is the error that is left when outliers are back: none.
-A group's grid is fitted without its likely outliers, those whose absence would lower the group's error by more than a
-unit (leave one out); the mean of the others stands for them.
+Inputs are processed as in GPTQ; an outlier, which is not rounded to the grid, has no error to feed forward. A group's
+grid is fitted without its likely outliers, the weights whose omission lowers the group's error by more than the bound
+(leave-one-out); the mean of the other weights replaces them.
 
-Dettmers et al. 2023 (arXiv 2306.03078), as their code does it. Built: outliers, leave-one-out fits, scales of two
-levels. Otherwise than there: zero is an integer level of every grid (their `round_zero`, and 0 inside the range), so
-that pruned weights stay exactly 0 and zeros need no second level. Not built: reordered inputs, the packed format and
+Dettmers et al. 2023 (arXiv 2306.03078), following their code. Implemented: outliers, leave-one-out fits, two-level
+scales. Different: zero is an integer level of every grid (their `round_zero`, and 0 inside the range), so pruned
+weights stay exactly 0 and zero points need no second level. Not implemented: reordered inputs, the packed format and
 its kernel.
 
 Shapes: O outputs, I inputs, G groups of inputs, C inputs of one group, B blocks of 16 outputs.
@@ -36,14 +36,14 @@ from crosscal.errors import UsageError
 from crosscal.statistics.factor import InverseFactor
 
 BLOCK_OUTPUTS = 16
-"""Outputs whose scales of one group of inputs are rounded together."""
+"""Outputs whose scales share one second-level grid, per group of inputs."""
 VALUE_BITS, OUTLIER_BITS = 16, 32
-"""Of a number stored as it is; of an outlier, which is one with the number of its input."""
+"""Bits of an unquantized number; bits of an outlier, such a number with the index of its input."""
 
 
 @dataclass(frozen=True, eq=False)
 class GridOutliers:
-    """Integers, scales of two levels and outliers. No format of a checkpoint that engines load holds it."""
+    """Integers, two-level scales and outliers. No checkpoint format that inference engines load can hold them."""
 
     ints_OI: Tensor
     zero_OG: Tensor
@@ -52,7 +52,7 @@ class GridOutliers:
     scale_least_BG: Tensor
     is_outlier_OI: Tensor
     outlier_OI: Tensor
-    """Their values; 0 elsewhere."""
+    """Values of the outliers; 0 elsewhere."""
     bits: int
     scale_bits: int
     stored_dtype: torch.dtype | None = None
@@ -71,7 +71,7 @@ class GridOutliers:
 
     @property
     def mean_bits(self) -> float:
-        """Bits a weight, everything included."""
+        """Bits per weight, everything included."""
         scales = (self.scale_bits + self.bits) * self.zero_OG.numel() + 2 * VALUE_BITS * self.scale_step_BG.numel()
         outliers = OUTLIER_BITS * float(self.is_outlier_OI.sum())
         return self.bits + (scales + outliers) / self.ints_OI.numel()
@@ -82,11 +82,11 @@ class SpQR:
     bits: int
     """2 to 8."""
     group_size: int | None = 16
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
     scale_bits: int = 3
-    """Of a scale, within those of 16 outputs."""
+    """Bits of a scale, on a grid over 16 outputs."""
     threshold: float = 0.2
-    """Above which share of the mean sensitivity an error makes an outlier."""
+    """A weight is an outlier if its rounding error exceeds this multiple of the mean sensitivity."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
@@ -172,7 +172,7 @@ class _Walk:
             self.ints_OI[:, at], self.answer_OI[:, at], self.is_outlier_OI[:, at] = ints_O, answer_O, is_outlier_O
 
     def _fit(self, value_OC: Tensor, keep_OC: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero) of every output, the scale as its two levels give it."""
+        """Return (scale, zero) of every output, the scale as quantized in two levels."""
         likely_OC = (self._gains(value_OC, weight_C) > self.most) & keep_OC
         others = (~likely_OC).sum(1).clamp(min=1)
         mean_O = torch.where(likely_OC, 0.0, value_OC).sum(1) / others
@@ -182,7 +182,7 @@ class _Walk:
         return _scales(codes_O, step_B, least_B), zero_O
 
     def _gains(self, value_OC: Tensor, weight_C: Tensor) -> Tensor:
-        """By how much the error of a group falls when one weight is left out, of its grid and of the error."""
+        """Decrease of a group's error if one weight is left out of both the grid fit and the error."""
         whole_O = self._errors(value_OC).square() @ weight_C.square()
         gains = []
         for column in range(value_OC.shape[1]):
@@ -196,7 +196,7 @@ class _Walk:
         return value_OC - (self._ints(value_OC, scale_O1, zero_O1) - zero_O1) * scale_O1
 
     def _grid(self, value_OC: Tensor) -> tuple[Tensor, Tensor]:
-        """From the smallest to the largest weight, 0 always inside; all-zero rows get scale 0."""
+        """Return (scale, zero) from the smallest to the largest weight, 0 included; all-zero rows get scale 0."""
         least_O, most_O = value_OC.amin(1).clamp(max=0), value_OC.amax(1).clamp(min=0)
         scale_O = (most_O - least_O) / self.highest
         return scale_O, torch.where(scale_O > 0, -least_O / scale_O, 0.0).round()
@@ -205,8 +205,8 @@ class _Walk:
         return (torch.where(scale > 0, value / scale, 0.0).round() + zero).clamp(0, self.highest)
 
     def _two_levels(self, scale_O: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes, step, least): scale ≈ least + step · code within every 16 outputs. Those of all-zero rows do not
-        count, having no weight to round."""
+        """(codes, step, least): scale ≈ least + step · code within every 16 outputs. All-zero rows are ignored: they
+        have no weight to round."""
         outputs = len(scale_O)
         padded = torch.nn.functional.pad(scale_O, (0, -outputs % BLOCK_OUTPUTS)).view(-1, BLOCK_OUTPUTS)
         most_B = padded.amax(1)
@@ -219,7 +219,7 @@ class _Walk:
 
 
 def _scales(codes: Tensor, step: Tensor, least: Tensor) -> Tensor:
-    """Of codes [O, ...] and what every 16 outputs share [B, ...]."""
+    """Return least + step · codes for codes [O, ...], with step and least [B, ...] shared by every 16 outputs."""
     step, least = (part.repeat_interleave(BLOCK_OUTPUTS, 0)[: len(codes)] for part in (step, least))
     return least + step * codes
 

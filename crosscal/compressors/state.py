@@ -1,7 +1,7 @@
-"""What methods work on: the state of a site, before and after each step of a recipe.
+"""The state of a site before and after each step of a recipe.
 
-A step is a function from state to state. A `Layer` says what stands in place of one matrix, in whatever form; a `Site`
-holds the layers that read one input, since they share its statistics. All are values: a step makes new ones.
+A step is a function from state to state. A `Layer` holds one matrix and its current replacement, in any form; a `Site`
+holds the layers that read one input, since they share its statistics. All are immutable: a step returns new ones.
 
 Shapes: O outputs, I inputs, G groups of inputs, K rank.
 """
@@ -24,14 +24,14 @@ from crosscal.statistics.gradients import Gradient
 from crosscal.statistics.statistic import Statistic
 
 Need = Statistic | Gradient
-"""What a step may declare: sums over a site's inputs, and over the loss's gradients by its matrices."""
+"""A statistic that a step may declare: of a site's inputs, or of the loss gradients of its matrices."""
 
 
 class Statistics:
-    """Means of what a step declared that it needs, and what is derived from them, computed once: per token of what the
-    site's inputs sum up to, per window of the gradients of each layer.
+    """Means of the statistics that a step declared, and what is derived from them, computed once. Means are per token
+    for a site's inputs, per window for the gradients of each layer.
 
-    Asking for anything else raises `StatisticsError`: `needs` cannot lie.
+    Access to any other statistic raises `StatisticsError`, so `needs` is always complete.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Statistics:
         name: str = "site",
         grad_squares: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`grad_squares`: E[g²] [O, I] by the names of layers."""
+        """`grad_squares`: E[g²] [O, I] by layer name."""
         self._means, self._name, self._grad_squares = dict(means), name, dict(grad_squares or {})
         self._factors: dict[float, InverseFactor] = {}
         self._eigensystems: dict[float, Eigensystem] = {}
@@ -60,11 +60,11 @@ class Statistics:
         return StatisticsError("a step asks for a statistic that it does not declare", where=self._name, got=which)
 
     def get(self, which: Statistic) -> Tensor | None:
-        """None where it was not declared."""
+        """Return a mean, or None if it was not declared."""
         return self._means.get(which)
 
     def only(self, needs: Collection[Need]) -> Statistics:
-        """The part that a step declared; what was derived from it stays known."""
+        """Restrict to the statistics that a step declared; factors and eigensystems of H are shared."""
         means = {which: self[which] for which in needs if isinstance(which, Statistic)}
         part = Statistics(means, self._name, self._grad_squares if Gradient.SQUARE in needs else None)
         if Statistic.GRAM in needs:
@@ -72,7 +72,7 @@ class Statistics:
         return part
 
     def scaled(self, scale_I: Tensor) -> Statistics:
-        """The statistics of x / s and W · s, from those of x and W: exact, being moments."""
+        """Return the statistics of x / s and W · s, computed exactly from those of x and W."""
         moved = {which: which.divided(mean, scale_I) for which, mean in self._means.items()}
         gradients = {name: Gradient.SQUARE.divided(each, scale_I) for name, each in self._grad_squares.items()}
         return Statistics(moved, self._name, gradients)
@@ -84,38 +84,38 @@ class Statistics:
 
     @property
     def square_I(self) -> Tensor:
-        """E[x²]; H's diagonal where H is at hand."""
+        """E[x²]; the diagonal of H if H is available."""
         return self.hessian_II.diagonal() if Statistic.GRAM in self._means else self[Statistic.SQUARE_SUM]
 
     def factor(self, damping: float) -> InverseFactor:
-        """The damped Cholesky factor of H, shared by all layers and settings."""
+        """Return the damped Cholesky factor of H, shared by all layers and settings."""
         if damping not in self._factors:
             self._factors[damping] = factor(self.hessian_II, damping, name=self._name)
         return self._factors[damping]
 
     def know(self, factored: InverseFactor) -> None:
-        """Take over a factor of this H that was computed elsewhere."""
+        """Reuse a factor of this H that was computed elsewhere."""
         self._factors[factored.damping] = factored
 
     def eigensystem(self, damping: float) -> Eigensystem:
-        """Eigenvectors of H scaled to a unit diagonal, shared by all layers and settings."""
+        """Return the eigensystem of the damped H, scaled to a unit diagonal; shared by all layers and settings."""
         if damping not in self._eigensystems:
             self._eigensystems[damping] = eigensystem(self.hessian_II, damping, name=self._name)
         return self._eigensystems[damping]
 
 
 class Form(Protocol):
-    """What is stored in place of a matrix."""
+    """A stored form of a matrix."""
 
     @property
     def weight_OI(self) -> Tensor:
-        """The matrix that it stands for."""
+        """The matrix that it represents."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Numbers as they are, zeros included."""
+    """Unquantized numbers, zeros included."""
 
     weight_OI: Tensor
 
@@ -128,9 +128,9 @@ class Grid:
     scale_OG: Tensor
     bits: int
     group_size: int | None
-    """Inputs per scale; None is one scale a row."""
+    """Inputs per scale; None means one scale per row."""
     stored_dtype: torch.dtype | None = None
-    """What scales are stored in and products are rounded to, when the checkpoint is loaded."""
+    """Dtype of the stored scales, to which products are rounded when the checkpoint is loaded."""
 
     @property
     def weight_OI(self) -> Tensor:
@@ -145,7 +145,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """L R, added to what is stored."""
+    """A low-rank matrix L R, added to the base."""
 
     left_OK: Tensor
     right_KI: Tensor
@@ -157,34 +157,34 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One matrix: what it was, and what stands in its place."""
+    """One matrix: its target and its current replacement."""
 
     name: str
     target_OI: Tensor
-    """The dense matrix, in float32 or float64: what outputs are compared with."""
+    """The dense matrix, in float32 or float64: the reference for outputs. Corrections (`qep`) and scales change it."""
     base: Form
     keep_OI: Tensor | None = None
-    """False where an earlier step pruned: those weights stay 0 in every later one."""
+    """False where an earlier step pruned: those weights stay 0 in later steps (except where `swaps` exchanges them)."""
     low_rank: LowRank | None = None
     bias_change_O: Tensor | None = None
     """Added to the linear's bias."""
     stored_dtype: torch.dtype | None = None
-    """What the checkpoint stores the matrix in."""
+    """Dtype of the matrix in the checkpoint."""
     damping: float | None = None
-    """Of the last step that damped the Hessian."""
+    """Damping of the last step that damped the Hessian."""
 
     @property
     def weight_OI(self) -> Tensor:
-        """The matrix that takes part in the forward pass."""
+        """The matrix used in the forward pass."""
         return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
 
     @property
     def base_target_OI(self) -> Tensor:
-        """What the stored part should be like: the dense matrix without what a low-rank part adds."""
+        """Target of the base: the target matrix minus the low-rank part."""
         return self.target_OI if self.low_rank is None else self.target_OI - self.low_rank.weight_OI
 
     def changed(self, base: Form, **more: object) -> Layer:
-        """The same matrix with another stored part."""
+        """Return the same layer with another base."""
         return dataclasses.replace(self, base=base, **more)  # pyright: ignore[reportArgumentType]
 
 
@@ -196,16 +196,16 @@ class Site:
     layers: tuple[Layer, ...]
     statistics: Statistics
     scale_I: Tensor | None = None
-    """s: inputs come divided by it, and weights stand multiplied by it; whatever makes the input absorbs 1/s."""
+    """s: inputs are divided by it and weights multiplied by it; the module that produces the input absorbs 1/s."""
     storable_I: Callable[[Tensor], Tensor] | None = None
-    """The s nearest to a given one that whatever makes the input can store 1/s of; None where nothing can absorb it."""
+    """Maps s to the nearest s whose 1/s the module that produces the input can store; None if nothing can absorb it."""
 
     def each(self, change: Callable[[Layer], Layer]) -> Site:
-        """The site with every layer changed."""
+        """Return the site with `change` applied to every layer."""
         return dataclasses.replace(self, layers=tuple(change(layer) for layer in self.layers))
 
     def nearest_I(self, scale_I: Tensor) -> Tensor | None:
-        """The scales nearest to these that inputs can be divided by; None where nothing can absorb them."""
+        """Return the nearest scales that inputs can be divided by; None if nothing can absorb them."""
         if self.storable_I is None:
             return None
         return (
@@ -213,7 +213,7 @@ class Site:
         )
 
     def scaled(self, scale_I: Tensor) -> Site:
-        """The same outputs from inputs divided by s. Statistics are moved by who runs the recipe.
+        """Return the site for inputs divided by s, with the same outputs. `recipe.solve` scales the statistics.
 
         Raises `UsageError` for integers, whose scales are shared by inputs.
         """

@@ -1,11 +1,11 @@
-"""What a layer's outputs are compared with where blocks before it are compressed: the dense model's outputs.
+"""Two streams: losses against the dense model's outputs, for layers behind compressed blocks.
 
-Of a token let x be the input in the dense model and y the input behind compressed blocks. V y should be W x, and
+For a token, x is the input in the dense model and y the input behind compressed blocks. V y should equal W x, and
 
     E‖W x - V y‖² = tr(W E[(x-y)(x-y)ᵀ] Wᵀ) + 2 tr(W E[(x-y) yᵀ] Dᵀ) + tr(D E[y yᵀ] Dᵀ),   D = W - V
 
-which counts what the blocks before have changed (the first term, the same for every V) and what this layer does about
-it. Written so, nothing large cancels: where both streams are one, the first two terms are 0.
+The first term is the effect of the compressed blocks before, the same for every V; the others depend on this layer.
+In this form no large terms cancel: if both streams are equal, the first two terms are 0.
 
 Shapes: O outputs, I inputs.
 """
@@ -34,24 +34,24 @@ class Streams:
 
     @classmethod
     def of(cls, mean: Callable[[Statistic], Tensor | None]) -> Streams | None:
-        """None where they are not all at hand: then losses are those of one stream."""
+        """Return None unless all three are available; losses are then those of one stream."""
         hessian_II, cross_II, drift_II = map(mean, (Statistic.GRAM, Statistic.CROSS, Statistic.DRIFT))
         return (
             None if hessian_II is None or cross_II is None or drift_II is None else cls(hessian_II, cross_II, drift_II)
         )
 
     def loss(self, weight_OI: Tensor, difference_OI: Tensor) -> float:
-        """E‖W x - (W - D) y‖²; below 0 by roundoff at most."""
+        """Return E‖W x - (W - D) y‖²; negative by roundoff at most."""
         drifted = trace_of(weight_OI, self.drift_II, weight_OI)
         crossed = trace_of(weight_OI, self.cross_II - self.hessian_II, difference_OI)
         return drifted + 2 * crossed + trace_of(difference_OI, self.hessian_II, difference_OI)
 
     def energy(self, weight_OI: Tensor) -> float:
-        """E‖W x‖², what losses are relative to: E[x xᵀ] = E[(x-y)(x-y)ᵀ] + E[x yᵀ] + E[y xᵀ] - E[y yᵀ]."""
+        """Return the output energy E‖W x‖²: E[x xᵀ] = E[(x-y)(x-y)ᵀ] + E[x yᵀ] + E[y xᵀ] - E[y yᵀ]."""
         drifted = trace_of(weight_OI, self.drift_II, weight_OI)
         return drifted + trace_of(weight_OI, 2 * self.cross_II - self.hessian_II, weight_OI)
 
 
 def trace_of(left_OI: Tensor, matrix_II: Tensor, right_OI: Tensor) -> float:
-    """tr(A M Bᵀ), M of any kind. Sums in float64."""
+    """Return tr(A M Bᵀ), M of any kind. Sums in float64."""
     return float(((left_OI @ matrix_II) * right_OI).sum(1).sum(dtype=torch.float64))

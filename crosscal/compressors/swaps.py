@@ -1,13 +1,13 @@
-"""Swaps: exchange a kept weight for a removed one wherever that lowers the loss, row by row, at the same sparsity.
+"""Swaps: exchange kept for removed weights where this lowers the loss, row by row, at the same sparsity.
 
-With E = W - V and G = E H, removing weight k and giving weight u its best value then changes a row's loss by
+With E = W - V and G = E H, removing weight k and then giving weight u its optimal value changes a row's loss by
 
     2 v_k G_k + v_k² H_kk  -  (G_u + v_k H_ku)² / H_uu
 
-Every round makes the best exchange of each row that gains by one. Starts from any mask and any values. SparseSwaps
-(Zimmer et al. 2025, arXiv 2512.10922) exchanges weights at their dense values; here the one that comes back gets its
-best value, so that a start which has been updated (SparseGPT, refit) never gets worse. Of a row only the `candidates`
-cheapest removals and the best returns are paired, the paper pairs all.
+Every round makes the best exchange of each row that has one with a gain. It starts from any mask and any values.
+SparseSwaps (Zimmer et al. 2025, arXiv 2512.10922) exchanges weights at their dense values; here the weight that returns
+gets its optimal value, so updated weights (SparseGPT, refit) never get worse. Per row only the `candidates` cheapest
+removals and best returns are paired; the paper pairs all.
 
 Shapes: O outputs, I inputs, C candidates, N groups of M inputs.
 """
@@ -26,17 +26,17 @@ from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
 
 LEAST_GAIN = 1e-6
-"""Of the cost of the removal: a smaller gain may be roundoff."""
+"""Smallest gain relative to the cost of the removal; a smaller one may be roundoff."""
 
 
 @dataclass(frozen=True)
 class Swaps:
     rounds: int = 100
-    """At most one exchange a row in each; it ends when no row gains."""
+    """Maximum rounds, each with at most one exchange per row; stops early when no row gains."""
     candidates: int = 32
-    """Removals and returns of a row that are paired."""
+    """Number of removals, and of returns, per row that are paired."""
     group: int | None = None
-    """Exchange only inside groups of so many inputs: for n:m masks."""
+    """Exchange only inside groups of this many inputs: for n:m masks."""
 
     kind: ClassVar = "refine"
     needs: ClassVar = frozenset({Statistic.GRAM})
@@ -66,13 +66,13 @@ class Swaps:
             pull_OI[rows] -= back_R[:, None] * hessian_II[in_R]
             weight_OI[rows, out_R], weight_OI[rows, in_R] = 0.0, back_R
             keep_OI[rows, out_R], keep_OI[rows, in_R] = False, True
-        # The mask is another one: it does not have to lie inside the layer's.
+        # The new mask need not be a subset of the layer's mask.
         return pruned(layer.changed(layer.base, keep_OI=None), keep_OI, weight_OI, damping=layer.damping)
 
     def _best(
         self, weight_OI: Tensor, keep_OI: Tensor, pull_OI: Tensor, hessian_II: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(what it gains, which goes, which returns) of every row; a gain of 0 where there is none worth making."""
+        """Return (gain, removed input, returned input) per row; the gain is 0 if no exchange is worth making."""
         square_I = hessian_II.diagonal()
         cost_OI = (2 * weight_OI * pull_OI + weight_OI.square() * square_I).masked_fill(~keep_OI, torch.inf)
         return_OI = torch.where(keep_OI | (square_I == 0), -torch.inf, pull_OI.square() / square_I.clamp_min(1e-30))
@@ -101,7 +101,7 @@ def _pairs(
     out_ONC: Tensor,
     in_ONC: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(change of the loss, removed, returned) of every pair of N lists of C candidates, flattened."""
+    """Return (change of the loss, removed, returned) of all pairs in each of N lists of C candidates, flattened."""
     rows, lists, out = out_ONC.shape
 
     def at(values_OI: Tensor, index_ONC: Tensor) -> Tensor:

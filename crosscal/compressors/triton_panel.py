@@ -1,11 +1,11 @@
-"""The panel as one kernel on a GPU: a program holds some rows of all columns in registers and walks the columns inside.
+"""GPU panel kernel in Triton: a program holds some rows of all columns in registers and loops over the columns.
 
-The twin of `panel.fix_panel_torch`, with the same decisions by the same arithmetic in float32: division to the nearest,
-halves to even, ties to the earlier column. Products and sums may be fused, so that roundoff differs.
+Equivalent to `panel.fix_panel_torch`, with the same decisions by the same float32 arithmetic: division to nearest,
+halves to even, ties to the earlier column. Products and sums may be fused, so roundoff differs.
 
-What has been run: the arithmetic, through Triton's interpreter on a CPU (`tests/test_compressors_kernels.py`). On a GPU
-it has neither been compiled nor timed yet; the same test does it where there is one. Until then it is used only where
-`CROSSCAL_TRITON=1` asks for it.
+Status: the arithmetic is tested through Triton's interpreter on a CPU (`tests/test_compressors_kernels.py`). The kernel
+has not been compiled or timed on a GPU yet; the same test does so where a GPU is present. Until then it is used only
+with `CROSSCAL_TRITON=1`.
 
 Shapes: C columns of the panel (P: the next power of two), R stacked rows, B rows of a program, M columns of a group.
 """
@@ -18,14 +18,14 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from crosscal.compressors.panel import FixedPanel, Panel, bands
 
-ROWS = 64  # of a program: with 32 columns, 16 numbers a thread and matrix
+ROWS = 64  # of a program: with 32 columns, 16 numbers per thread and matrix
 WARPS = 4
-NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds a small float32 to an integer
+NEAREST = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds a small float32 to an integer
 STORED = {None: 0, torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def fix_panel_triton(panel: Panel) -> FixedPanel:
-    """As `fix_panel_torch`, for float32."""
+    """Same as `fix_panel_torch`, for float32 on a GPU."""
     rounding = panel.rounding
     weight_CR = panel.weight_CR.clone()
     error_CR = torch.empty_like(weight_CR)
@@ -142,13 +142,13 @@ def _walk(
 
 @triton.jit
 def _drawn(root_score_PB, drop_PB, column_P, j, kept, GROUP: tl.constexpr):
-    """The mask with the columns j to j + GROUP drawn: a score's rank is how many come before it."""
+    """Return the mask with the group from column j selected: a score's rank is the number of scores before it."""
     score_PB = root_score_PB * root_score_PB
     rank_PB = tl.zeros_like(score_PB)
     for member in range(GROUP):
         other_P1 = (column_P == j + member)[:, None]
         other_B = tl.sum(tl.where(other_P1, score_PB, 0.0), axis=0)[None, :]
-        earlier_P1 = (column_P > j + member)[:, None]  # the other one is the earlier, and goes first among equals
+        earlier_P1 = (column_P > j + member)[:, None]  # the other column is earlier: pruned first among equals
         before_PB = (other_B < score_PB) | (earlier_P1 & (other_B == score_PB))
         rank_PB += tl.where(before_PB & (other_P1 == 0), 1.0, 0.0)
     in_group_P1 = ((column_P >= j) & (column_P < j + GROUP))[:, None]
@@ -157,7 +157,7 @@ def _drawn(root_score_PB, drop_PB, column_P, j, kept, GROUP: tl.constexpr):
 
 @triton.jit
 def _to_bfloat16(value_B):
-    """Rounded to the nearest bfloat16, halves to even; written out, because the interpreter's own cast cuts off."""
+    """Round to the nearest bfloat16, halves to even; written out because the interpreter's own cast truncates."""
     bits_B = value_B.to(tl.int32, bitcast=True)
     bits_B = (bits_B + 0x7FFF + ((bits_B >> 16) & 1)) & -65536
     return bits_B.to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""Wanda: prune by |weight| · input norm, each output row on its own, no weight update.
+"""Wanda: prune by |weight| · input norm, in each output row separately, without weight update.
 
 Sun et al. 2023, arXiv 2306.11695.
 """
@@ -15,6 +15,8 @@ from crosscal.compressors.state import Layer, Site, Statistic
 
 @dataclass(frozen=True)
 class Wanda:
+    """Settings of Wanda; call with a `Site`, or `compress` one `LayerProblem`."""
+
     sparsity: Sparsity
     """Fraction (or n:m) removed in every row."""
 
@@ -27,7 +29,7 @@ class Wanda:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
 
     def __call__(self, site: Site) -> Site:
-        """score_oi = |W_oi| √H_ii."""
+        """Prune by score_oi = |W_oi| √H_ii."""
         norm_I = site.statistics.square_I.sqrt()
 
         def prune(layer: Layer) -> Layer:

@@ -1,4 +1,4 @@
-"""Documents: read from files or the hub, kept once, split by document, versioned by content."""
+"""Documents: read from files or the hub, deduplicated, split by document, versioned by content."""
 
 from crosscal.corpora.corpus import Corpus, Shard, documents, load_corpus
 from crosscal.corpora.ingest import IngestReport, ingest

@@ -1,4 +1,4 @@
-"""Documents from a data file of a folder that `datasets` saved: an Arrow stream."""
+"""Documents from an Arrow stream: a data file of a folder saved by `datasets`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError)
 
 
 def read_arrow(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """One document a row. What a batch says of its own lengths and offsets is verified before it is read."""
+    """Yield one candidate per row. The lengths and offsets that a batch states are validated before it is read."""
     row = read_bytes = 0
     try:
         with path.open("rb") as raw, pa.ipc.open_stream(raw) as stream:
@@ -39,7 +39,7 @@ def read_arrow(path: Path, source: str, text: str, limits: DocumentLimits) -> Ca
 
 
 def _verify(batch: pa.RecordBatch) -> None:
-    """Raises where lengths or offsets lead out of the buffers. Whether texts are UTF-8 is asked cell by cell."""
+    """Raise if lengths or offsets point outside the buffers. UTF-8 is not checked here but later, cell by cell."""
     for column in batch.columns:
         kind = _BYTES_OF.get(column.type)
         (column if kind is None else column.view(kind)).validate(full=True)

@@ -1,7 +1,7 @@
-"""A conversation: turns of text, in one form however they were written down.
+"""A conversation: turns of text, normalized from the various input formats.
 
-Stored it is one line of JSON, `{"turns": [{"role": …, "content": …}, …]}` and `tools` where there are any, which its
-digest is taken from: two that say the same are one document, whichever spelling they came in.
+It is stored as one line of JSON, `{"turns": [{"role": …, "content": …}, …]}`, with `tools` if there are any. Its digest
+is computed from that line, so conversations with equal content are one document, whatever format they came in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 MOST_TURNS = 1000
 TAG = b"crosscal conversation 1\n"
-"""In front of what is digested, so that a text which spells a conversation's JSON is another document."""
+"""Prefix of the digested bytes, so that a text equal to a conversation's JSON is a different document."""
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -24,19 +24,19 @@ _ROLES = {
 _SPELLINGS = (("role", "content"), ("from", "value"))
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-"""Of what else a turn may hold, what templates read; identifiers, times and ratings are left out."""
+"""Further fields of a turn that are kept because templates read them; ids, times and ratings are dropped."""
 
 Turn = dict[str, Any]
 
 
 class NoConversation(ValueError):
-    """Why something is none: a reason that rejects are counted by."""
+    """Raised for input that is not a conversation. The message is the reason that rejects are counted by."""
 
 
 @dataclass(frozen=True)
 class Conversation:
     turns: tuple[Turn, ...]
-    """`role` (system, developer, user, assistant, tool) and `content`, a string; what templates read besides."""
+    """`role` (system, developer, user, assistant, tool), `content` (a string), and further fields read by templates."""
 
     tools: tuple[dict[str, Any], ...] = ()
     """JSON schemas of the functions that may be called."""
@@ -47,7 +47,7 @@ class Conversation:
 
     @property
     def plain(self) -> str:
-        """What the turns say, a blank line between them: no roles, no calls of tools."""
+        """The contents of the turns, separated by blank lines, without roles and tool calls."""
         return "\n\n".join(turn["content"] for turn in self.turns if turn["content"])
 
     def stored(self) -> str:
@@ -61,12 +61,13 @@ class Conversation:
 
 
 def conversation_of(turns: Any, tools: Any = None) -> Conversation:
-    """From a list of turns as people write them, or the JSON text of one. Raises `NoConversation`.
+    """Build a conversation from a list of turns in a common format, or from its JSON text.
 
-    Turns are mappings with `role` and `content`, or with `from` and `value` (human, gpt); or one mapping of two lists,
-    as `datasets` stores a sequence. Content is a string or a list of parts, of which all must be text: they are joined
-    by line ends. Calls of tools are kept, their arguments as objects. Whatever is None is left out, for tables write it
-    where a row lacks what another has. A system turn that says nothing is left out; any other is no turn.
+    Turns are mappings with `role` and `content`, or with `from` and `value` (human, gpt); or one mapping of lists of
+    equal length, as `datasets` stores a sequence. Content is a string or a list of text parts, which are joined by line
+    ends. Tool calls are kept, with their arguments as objects. None values are dropped, because tables write them where
+    a row lacks a field. Empty system and developer turns are dropped. Raises `NoConversation`, also for an empty user
+    turn and for an empty assistant turn without tool calls.
     """
     listed = _listed(turns, "turns are not a list of objects")
     if len(listed) > MOST_TURNS:
@@ -80,7 +81,10 @@ def conversation_of(turns: Any, tools: Any = None) -> Conversation:
 
 
 def exchange(questions: Iterable[str], answer: str, system: str = "") -> Conversation:
-    """An instruction record: what is asked, its parts joined by a blank line, and the answer. Raises as above."""
+    """Build the conversation of an instruction record: the questions, joined by blank lines, and the answer.
+
+    Raises `NoConversation`.
+    """
     asked = "\n\n".join(question for question in questions if question.strip())
     turns = [{"role": "system", "content": system}] if system.strip() else []
     return conversation_of([*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
@@ -133,7 +137,7 @@ def _part(part: Any) -> str:
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as an object, which is what templates write as JSON: as text they would be quoted twice."""
+    """Decode the arguments to an object: templates write them as JSON, and would quote a text twice."""
     function = call.get("function")
     if not isinstance(function, dict):
         return {**call, "arguments": _decoded(call["arguments"])} if "arguments" in call else call
@@ -143,7 +147,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(value: Any) -> Any:
-    """Of a text that is the JSON of a list or an object, that; else the value as it is."""
+    """Decode a text that is the JSON of a list or an object; return any other value unchanged."""
     if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
         return value
     try:

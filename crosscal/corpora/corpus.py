@@ -19,27 +19,29 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Shard:
-    """Documents that landed together. Equal documents in equal splits mean an equal key."""
+    """Documents that landed together. Shards with the same documents in the same splits have the same key."""
 
     key: str
     documents: dict[str, int]
-    """Number per split; splits without documents are left out."""
+    """Number of documents per split; splits without documents are left out."""
 
     characters: dict[str, int]
     conversations: dict[str, int] = field(default_factory=dict)
-    """Of the documents those that are conversations, per split that has some."""
+    """Number of conversations among the documents, per split that has any."""
 
 
 @dataclass(frozen=True)
 class Corpus:
+    """One version of a corpus: its name, its shards in the order they landed, and how conversations are read."""
+
     name: str
     version: int
     digest: str
-    """Of all shards together: what the corpus holds, whatever its name and history."""
+    """Digest of the keys of all shards: identifies the content, independent of name and history."""
 
     shards: tuple[Shard, ...]
     chat: str = TEMPLATE
-    """How its conversations are read: `template`, as the model's own template renders them, or `text`."""
+    """How its conversations are read: `template` (rendered by the model's chat template) or `text` (plain text)."""
 
     def documents(self, split: str) -> int:
         return sum(shard.documents.get(split, 0) for shard in self.shards)
@@ -50,7 +52,7 @@ class Corpus:
 
 
 def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
-    """The newest or the given version. Raises `CorpusError` when there is none."""
+    """Return the newest or the given version. Raises `CorpusError` if it does not exist."""
     version, record = store.refs.read(ref_name(name), version)
     if record is None:
         raise CorpusError("no such corpus in the store", where=name, do=f"`crosscal ingest PATH --corpus {name}`.")
@@ -58,15 +60,17 @@ def load_corpus(store: Store, name: str, version: int | None = None) -> Corpus:
 
 
 def documents(store: Store, shard: Shard, split: str, order: Sequence[int] | None = None) -> Iterator[str]:
-    """The texts of one split: all, by digest, or those at the positions in `order`. A conversation's text is what its
-    turns say."""
+    """Return the texts of one split: all, ordered by digest, or those at the positions in `order`.
+
+    The text of a conversation is the plain text of its turns.
+    """
     return map(_text, readings(store, shard, split, TEMPLATE, order))
 
 
 def readings(
     store: Store, shard: Shard, split: str, chat: str, order: Sequence[int] | None = None
 ) -> Iterator[str | Conversation]:
-    """The same documents; with `chat` "template" conversations as they are, for the model's template to render."""
+    """Return the same documents as `documents`; with `chat` "template", conversations as objects, to be rendered."""
     if not shard.documents.get(split):
         return iter(())
     found = read_documents(store.path(store.get("corpora", shard.key), f"{split}.arrow"), order)
@@ -78,7 +82,7 @@ def _text(document: str | Conversation) -> str:
 
 
 def digests(store: Store, shard: Shard) -> dict[bytes, str]:
-    """digest → split of every document."""
+    """Return digest → split for every document of the shard."""
     artifact = store.get("corpora", shard.key)
     return {
         digest: split for split in shard.documents for digest in read_digests(store.path(artifact, f"{split}.arrow"))
@@ -100,7 +104,7 @@ def corpus_of(name: str, version: int, record: dict[str, Any]) -> Corpus:
 
 
 def record_of(shards: Sequence[Shard], said: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """What the store keeps of one version; `said` as well, of what was taken out (see `removing`)."""
+    """Return the stored record of one version; `said` adds entries about removed documents (see `removing`)."""
     return {
         **{name: value for name, value in said.items() if value},
         "shards": [_shard_record(shard) for shard in shards],
@@ -109,5 +113,5 @@ def record_of(shards: Sequence[Shard], said: Mapping[str, Any] = MappingProxyTyp
 
 
 def _shard_record(shard: Shard) -> dict[str, Any]:
-    """Without conversations as it was before there were any."""
+    """Without conversations, the record equals that of versions of crosscal that did not know them."""
     return {name: value for name, value in asdict(shard).items() if name != "conversations" or value}

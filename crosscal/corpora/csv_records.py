@@ -1,4 +1,4 @@
-"""CSV records, as Python's csv reads them, except that a stray quote cannot swallow the lines behind it."""
+"""CSV records, as Python's csv reads them, except that a stray quote cannot swallow the lines after it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from crosscal.files import Broken, Line, excerpt
 
 MOST_READINGS = 8
-"""Lines behind an unclosed quote are read again: all in all so many times the bytes of a file, and no more."""
+"""Lines after an unclosed quote are parsed again: in total at most this many times the bytes of the file."""
 
 
 @dataclass(frozen=True)
 class Row:
     number: int
-    """The line it begins in, counted from 1."""
+    """Its first line, counted from 1."""
 
     fields: list[str]
 
 
 def records(physical: Iterator[Line | Broken], delimiter: str, max_bytes: int) -> Iterator[Row | Broken]:
-    """Every row of at least one field, in the order of the lines.
+    """Yield every row of at least one field, in the order of the lines.
 
     A quote opens a field only at the field's start. A row that spans lines must be well-formed: its quotes closed
     within `max_bytes` and before the stream ends or breaks, nothing between a closing quote and the next delimiter,
-    and as many fields as the header. Otherwise the quote was none that opens, and costs only its line: those behind
-    it are read afresh. What lies in one line is taken as csv takes it, well-formed or not.
+    and as many fields as the header. Otherwise the quote counts as stray: only its line is lost, and the lines after
+    it are parsed again. A row within one line is parsed as csv does it without `strict`, well-formed or not.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), max_bytes))  # a process-wide 128 KiB otherwise
+    csv.field_size_limit(max(csv.field_size_limit(), max_bytes))  # process-wide; the default is 128 KiB
     feed = _Feed(physical, max_bytes)
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
     width = 0
@@ -52,7 +52,7 @@ def records(physical: Iterator[Line | Broken], delimiter: str, max_bytes: int) -
 
 
 def _of_one_line(held: list[Line], delimiter: str) -> list[str] | None:
-    """Read without strictness; None when a quote is still open at its end."""
+    """Parse one line without `strict`; None for several lines, or if a quote is still open at the end."""
     if len(held) > 1:
         return None
     reader = csv.reader([_text(held[0]), ""], delimiter=delimiter)
@@ -70,17 +70,17 @@ def _row(first: Line, fields: list[str]) -> Row | Broken:
 
 
 def _text(line: Line) -> str:
-    return line.data.decode("utf-8", "surrogateescape")  # what is no UTF-8 stays recognisable, as lone surrogates
+    return line.data.decode("utf-8", "surrogateescape")  # invalid UTF-8 stays detectable, as lone surrogates
 
 
 class _Feed:
-    """Hands lines to a `csv.reader`, and keeps those of the record it is in."""
+    """Feeds lines to a `csv.reader` and keeps the lines of the current record."""
 
     def __init__(self, physical: Iterator[Line | Broken], max_bytes: int) -> None:
         self.held: list[Line] = []
         self.held_bytes = 0
         self.broken: Broken | None = None
-        """Where the lines stop for now."""
+        """The `Broken` that ended the lines, until it is reported."""
         self._physical = physical
         self._again: deque[Line | Broken] = deque()
         self._max_bytes = max_bytes
@@ -108,7 +108,7 @@ class _Feed:
         return line
 
     def give_back(self) -> Iterator[Broken]:
-        """The first of the lines held is not taken, the others are read again, as long as there is budget for it."""
+        """Give up the first held line and queue the others to be parsed again; without budget, give up all of them."""
         self._budget_bytes -= self.held_bytes
         lost = 1 if self._budget_bytes >= 0 else len(self.held)
         self._again.extendleft(reversed(self.held[lost:]))

@@ -1,15 +1,15 @@
-"""In which form a record holds its document: a text, the turns of a conversation, or a question and its answer.
+"""Forms of a record: the columns that hold its document (a text, the turns of a conversation, question and answer).
 
-Where a plan does not name the column, the first of these is taken whose columns are there and hold something:
+If a plan does not name the column, the first form is used whose columns exist and are not empty:
 
     text
     messages, conversations or conversation      turns (see `crosscal.corpora.conversation`), or the JSON of turns
-    instruction (input, context), output         what is asked is what stands in the first three, a blank line between
+    instruction (input, context), output         the question is the first three, joined by blank lines
     instruction (input, context), response
     prompt, response                             either may be a list of turns
     prompt, completion
 
-`system` or `system_prompt` may stand beside a question, `tools` beside turns.
+A question may come with a column `system` or `system_prompt`, turns with a column `tools`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crosscal.corpora.records import TEXT, Document, Reject, judge, judge_conver
 from crosscal.files import excerpt
 
 Form = tuple[str, ...]
-"""The columns of a document: one, or those of a question and, last, that of its answer."""
+"""The columns of a document: one column, or those of a question followed by that of its answer."""
 
 TURNS = ("messages", "conversations", "conversation")
 FORMS: tuple[Form, ...] = (
@@ -39,7 +39,7 @@ _TOOLS = "tools"
 
 
 def columns_wanted(names: Iterable[str], text: str) -> list[str]:
-    """Those of a table's columns that its documents may be made of; none where the table holds no form."""
+    """Return the columns of a table that its documents may be built from; empty if the table has no known form."""
     found = _found(text, set(names := list(names)))
     beside = () if found in ([], [(TEXT,)]) else (*_SYSTEM, _TOOLS)
     wanted = {name for form in found for name in form}.union(beside)
@@ -49,7 +49,7 @@ def columns_wanted(names: Iterable[str], text: str) -> list[str]:
 def candidate(
     record: Mapping[str, Any], text: str, source: str, line: int, limits: DocumentLimits
 ) -> Document | Reject:
-    """The document of one record, or why there is none. `text` names its column, or is `TEXT`: then it is found."""
+    """Return the document of one record, or a reject. `text` names its column; with `TEXT`, the form is detected."""
     there = _found(text, record.keys())
     if not there:
         return no_column(source, line, text, record)
@@ -80,14 +80,14 @@ def _holds(value: Any) -> bool:
 
 
 def _read(record: Mapping[str, Any], form: Form, text: str) -> Conversation | object:
-    """A conversation, or what stands for a text: whether it is one is judged later."""
+    """Return a conversation, or the value of the text column, which `judge` checks later."""
     if len(form) > 1:
         return _exchange(record, form)
     name = next(iter(form))
     value, tools = record[name], record.get(_TOOLS)
     if isinstance(value, list | dict):
         return conversation_of(value, tools)
-    if name == text:  # a named column holds texts, unless they are the JSON of turns; `text` holds texts alone
+    if name == text:  # a named column holds texts or the JSON of turns; `text` holds only texts
         return _turns_spelled(value, tools) if isinstance(value, str) and text != TEXT else value
     return conversation_of(value, tools)
 

@@ -15,7 +15,10 @@ from crosscal.files import excerpt
 def read_hub(
     dataset: HubDataset, text: str, revision: str | None, limits: DocumentLimits
 ) -> Iterator[tuple[str | None, Document | Reject]]:
-    """(split, candidate) of every row. Splits that are not train, validation or test count as unnamed."""
+    """Yield (split, candidate) for every row. Splits that are not train, validation or test count as unnamed.
+
+    Raises `CorpusError` if the dataset cannot be loaded.
+    """
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetsError
 

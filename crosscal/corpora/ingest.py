@@ -1,4 +1,4 @@
-"""Ingest: documents from outside become a new version of a corpus."""
+"""Ingest: read documents from files or the hub and append them as a new version of a corpus."""
 
 from __future__ import annotations
 
@@ -30,21 +30,23 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class IngestReport:
+    """The resulting version of the corpus, and counts of the documents that were read."""
+
     corpus: Corpus
     added_documents: int
     duplicates: int
-    """Documents given again: within the sources, or already in the corpus."""
+    """Documents not added because they were repeated in the sources or already in the corpus (or removed from it)."""
 
     rejected: dict[str, int]
-    """Reason → number of lines, rows or files that were not taken."""
+    """Reason → number of rejected lines, rows or files."""
 
     rejects_key: str | None
-    """Artifact of kind "rejects" whose `rejects.jsonl` shows them one by one; None when there are none."""
+    """Artifact of kind "rejects" whose `rejects.jsonl` lists them individually; None if there are none."""
 
     changed: bool
 
     forms: dict[str, int]
-    """The columns that documents were found in, as `text`, `messages` or `instruction, output` → how many."""
+    """Columns of the documents, e.g. `text`, `messages` or `instruction, output` → number of documents."""
 
 
 def ingest(
@@ -62,15 +64,17 @@ def ingest(
 ) -> IngestReport:
     """Read files, folders, globs or hub datasets into the corpus `name`.
 
-    `text` names the column of the document, a text or a conversation; left as it is, the form is found from the columns
-    (see `crosscal.corpora.forms`). `split` puts every document into one split; otherwise files, folders and
-    hub splits called train, validation or test keep theirs and the rest is divided (see `splits.assign`). A document
-    that the corpus already holds keeps the split it has. The same documents again change nothing; new ones become
-    a shard of their own. With `replace` the corpus becomes exactly these documents: still an addition when every
-    earlier one is among them, otherwise a new list of shards. Documents that were taken out of the corpus come back,
-    unless `with_removed` is false: then they count as known. `progress` is called with (source, documents, None).
+    `text` names the column of the document (a text or a conversation); by default the form is detected from the columns
+    (see `crosscal.corpora.forms`). `split` assigns every document to that split. Otherwise documents of files, folders
+    and hub splits called validation or test keep that split, and the rest is divided (see `splits.assign`). A document
+    already in the corpus keeps its split. Ingesting only known documents changes nothing; new documents form a new
+    shard. With `replace` the corpus becomes exactly these documents: by adding a shard if they include all earlier
+    ones, otherwise with a new list of shards. Documents removed from the corpus are added again, unless `with_removed`
+    is false: then they count as duplicates. `progress` is called with (source, documents, None), and at the end with
+    ("read", documents, documents).
 
-    Raises `CorpusError` when a source cannot be found or nothing usable is in it, and `UsageError` for a bad name.
+    Raises `CorpusError` if a source cannot be found or has no usable document, and `UsageError` for an invalid name
+    or split.
     """
     ref_name(name)
     if split not in (None, *SPLITS):
@@ -122,7 +126,7 @@ def _candidates(
 def _land(
     store: Store, name: str, spool: Spool, replace: bool, *, forced: bool, with_removed: bool
 ) -> tuple[Corpus, int, bool]:
-    """Add what is new; read the corpus again and retry when another process changed it meanwhile."""
+    """Add new documents; if another process changed the corpus meanwhile, read it again and retry."""
     return again_on_conflict(lambda: _land_once(store, name, spool, replace, forced, with_removed), attempts=ATTEMPTS)
 
 
@@ -132,7 +136,7 @@ def _land_once(
     version, record = store.refs.read(ref_name(name))
     removed = set(record.get("removed", ()) if record else ())
     earlier = corpus_of(name, version, record).shards if record else ()
-    if replace:  # all documents are at hand: a shard that was set aside as damaged is made again from them
+    if replace:  # all documents are available: ignore shards set aside as damaged, so that they are rebuilt
         earlier = tuple(shard for shard in earlier if store.find("corpora", shard.key))
     if replace:
         known = {digest: split for shard in earlier for digest, split in digests(store, shard).items()}
@@ -178,7 +182,7 @@ def _publish_shard(store: Store, spool: Spool, splits: Mapping[bytes, str]) -> S
 
 
 def shard_key(members: Mapping[str, Sequence[bytes]]) -> str:
-    """What a shard of these documents, by split and in the order of their digests, is called."""
+    """Return the key of a shard with these digests: split → digests in ascending order."""
     return digest_of({split: [digest.hex() for digest in chosen] for split, chosen in members.items()})
 
 

@@ -1,8 +1,8 @@
-"""Which documents a corpus holds already, looked up without reading what every earlier landing brought.
+"""Look up which documents a corpus already contains, without reading every earlier shard.
 
-Digests are kept sorted in artifacts of kind `digests`, one for the last lowbit(n) shards after every n-th with
-lowbit(n) > 1, the largest power of two that divides n: a corpus of n shards is looked up in at most log2(n) + 1 of
-them. They are made from the shards, when they are missing, and can be made again.
+Let lowbit(n) be the largest power of two that divides n. For every n with lowbit(n) > 1, an artifact of kind `digests`
+holds the sorted digests of the shards n - lowbit(n) + 1 … n. A lookup in a corpus of n shards reads at most log2(n) + 1
+indexes. Missing artifacts are built from the shards, so they can be deleted safely.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FORMAT = 1
 KIND = "digests"
 _FILE = "digests.arrow"
 _SCHEMA = pa.schema([("digest", pa.binary(32)), ("split", pa.int8())])
-_WIDTH = "S32"  # compared whole: numpy pads what it takes for shorter with the zeros that it dropped
+_WIDTH = "S32"  # exact comparison: numpy drops trailing zero bytes, and pads with zeros to compare
 
 Index = tuple[np.ndarray, np.ndarray]
-"""digest_N (sorted), split_N (numbers in `SPLITS`)."""
+"""digest_N (sorted), split_N (indices into `SPLITS`)."""
 
 
 def known_splits(store: Store, shards: Sequence[Shard], asked: Collection[bytes]) -> dict[bytes, str]:
-    """digest → split of those of the asked digests that stand in one of the shards."""
+    """Return digest → split for those of the `asked` digests that are in one of the shards."""
     asked_D = np.array(sorted(asked), _WIDTH)
     found: dict[bytes, str] = {}
     for first, last in _parts(0, len(shards)):
@@ -41,7 +41,7 @@ def known_splits(store: Store, shards: Sequence[Shard], asked: Collection[bytes]
 
 
 def _parts(first: int, last: int) -> list[tuple[int, int]]:
-    """How the shards first … last are cut: last, last - lowbit(last), … down to `first`."""
+    """Cut the range [first, last) at last, last - lowbit(last), … down to `first`; return (begin, end) pairs."""
     parts = []
     while last > first:
         before = last & (last - 1)
@@ -51,13 +51,13 @@ def _parts(first: int, last: int) -> list[tuple[int, int]]:
 
 
 def _index(store: Store, shards: Sequence[Shard]) -> Index:
-    """Of shards n - lowbit(n) … n, all of them given."""
+    """Return the index of `shards`, which are the shards n - lowbit(n) + 1 … n of a corpus."""
     if len(shards) == 1:
         return _of_shard(store, shards[0])
     key = digest_of([FORMAT, [shard.key for shard in shards]])
     artifact = store.find(KIND, key)
     if artifact is None:
-        # The last shard by itself, the ones before it as they were cut when they were the last.
+        # The last shard alone; the shards before it in the parts of a corpus that ended with them.
         cuts = [*_parts(0, len(shards) - 1), (len(shards) - 1, len(shards))]
         parts = [_index(store, shards[before:after]) for before, after in cuts]
         with store.publish(KIND, key, {"shards": len(shards)}) as folder:
@@ -89,7 +89,7 @@ def _write(path: Path, index: Index) -> None:
 
 
 def _read(path: Path) -> Index:
-    """Mapped, not read: a look-up touches few of its pages."""
+    """Memory-map the index: a lookup touches few of its pages."""
     with pa.memory_map(str(path)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
     digest_N = np.frombuffer(batch.column(0).buffers()[1], _WIDTH, len(batch))

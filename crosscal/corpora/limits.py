@@ -1,4 +1,4 @@
-"""What a document may look like and how much of a file is read."""
+"""Limits on documents and on how much of a file is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crosscal.files.streams import MOST_FILE_BYTES
 
 @dataclass(frozen=True)
 class DocumentLimits:
-    """Bounds on input from outside. What lies beyond them is rejected and counted, never cut short silently."""
+    """Limits on external input. Input beyond them is rejected and counted, never truncated silently."""
 
     min_characters: int = 20
     """Shorter documents (after stripping white space) are rejected."""
@@ -23,13 +23,13 @@ class DocumentLimits:
     """A plain text file longer than this is cut at blank lines into documents of about this size."""
 
     max_line_bytes: int = MOST_LINE_BYTES
-    """A longer line (or CSV or JSON record) is rejected without being held in memory."""
+    """Longer lines (or CSV or JSON records) are rejected without being held in memory."""
 
     max_file_bytes: int = MOST_FILE_BYTES
     """Reading of one file stops after this many decompressed bytes."""
 
     max_rejects_kept: int = 100_000
-    """Rejects written out one by one; further ones are only counted."""
+    """Number of rejects that are written out; further ones are only counted."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -15,14 +15,16 @@ from crosscal.files import excerpt
 BATCH_ROWS = 128
 DAMAGED = "Parquet file is damaged, rest not read"
 DAMAGED_ROWS = "Parquet row group is damaged"
-_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last from column names
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # UnicodeDecodeError: from column names
 
 
 def read_parquet(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """One document a row, texts in a column of strings or bytes. Where the file has checksums of its pages they are
-    compared; a damaged row group costs its own remaining rows, each counted."""
+    """Yield one candidate per row; texts come from columns of strings or bytes.
+
+    Page checksums are verified if the file has them. A damaged row group loses only its remaining rows, each counted.
+    """
     try:
-        # opened by Python, which takes names that are not UTF-8
+        # opened by Python, which accepts file names that are not UTF-8
         with path.open("rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             columns = columns_of(file.schema_arrow, source, text, _rows(file))
             if isinstance(columns, Reject):

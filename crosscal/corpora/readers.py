@@ -1,4 +1,4 @@
-"""Candidates from a file, whatever its format: one generator per format, none of which stops at a bad line."""
+"""Readers of files: one generator of candidates per format. None of them stops at a bad line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosscal.files import FORMATS, Broken, excerpt, json_records, lines
 
 
 def read_json(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """JSON objects, each with its document under the key `text`, or in another of the forms."""
+    """Read JSON objects, each with its document in the column `text` or in a known form (see `forms`)."""
     for record in json_records(path, limits.max_line_bytes, limits.max_file_bytes):
         if isinstance(record, Broken):
             yield rejected(source, record)
@@ -27,10 +27,10 @@ def read_json(path: Path, source: str, text: str, limits: DocumentLimits) -> Can
 
 
 def read_text(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """A plain text file is one document, unless it is longer than `limits.text_file_characters`.
+    """Read a plain text file as one document, or as several if it is longer than `limits.text_file_characters`.
 
-    Then it is cut at blank lines into documents of at most about that size (a paragraph longer than that is cut at
-    line ends), so that one book can be split by document. A paragraph that is not UTF-8 is rejected on its own.
+    A longer file is cut at blank lines into documents of at most about that size (longer paragraphs are cut at line
+    ends), so that one book can be split by document. A paragraph that is not UTF-8 is rejected individually.
     """
     parts, characters, first_line = [], 0, 1
     for block in _paragraphs(path, source, limits):
@@ -50,7 +50,7 @@ def read_text(path: Path, source: str, text: str, limits: DocumentLimits) -> Can
 
 
 def _paragraphs(path: Path, source: str, limits: DocumentLimits) -> Iterator[tuple[int, str] | Reject]:
-    """(first line, text) of each run of lines up to and with the blank line behind it."""
+    """Yield (number of its first line, text) for each paragraph, including the blank line after it."""
     number, block, block_bytes = 1, [], 0
     for line in lines(path, limits.max_line_bytes, limits.max_file_bytes):
         if isinstance(line, Broken):
@@ -76,12 +76,12 @@ def _paragraph(source: str, number: int, block: list[bytes]) -> tuple[int, str] 
 
 
 def read_csv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """Comma-separated values with a header line; quoted fields may hold line ends, or the JSON of turns."""
+    """Read comma-separated values with a header line; quoted fields may contain line ends, or the JSON of turns."""
     return _read_separated(path, source, text, limits, ",")
 
 
 def read_tsv(path: Path, source: str, text: str, limits: DocumentLimits) -> Candidates:
-    """The same with tabs."""
+    """Read tab-separated values; otherwise like `read_csv`."""
     return _read_separated(path, source, text, limits, "\t")
 
 
@@ -120,4 +120,4 @@ READERS: dict[str, Callable[[Path, str, str, DocumentLimits], Candidates]] = {
     **{form: _READERS[form] for form in FORMATS},
     ARROW: read_arrow,
 }
-"""Format by file name: see `crosscal.files.names`; and that of folders that `datasets` saved."""
+"""Reader of each format: those of `crosscal.files.names`, and the Arrow files of folders saved by `datasets`."""

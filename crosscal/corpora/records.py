@@ -1,4 +1,4 @@
-"""One candidate from a file: a usable document, or a reject with its reason."""
+"""Candidates from a file: each is a usable document, or a reject with its reason."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from crosscal.files.broken import EXCERPT_CHARACTERS
 
 COLUMNS_KEPT = 20
 TEXT = "text"
-"""The column of a text where a plan names none; and the form of what is no conversation."""
+"""The default text column; also the form of documents that are not conversations."""
 
 
 @dataclass(frozen=True)
 class Document:
+    """A document that satisfies the limits: a text or a conversation."""
+
     text: str
-    """Stripped of white space at both ends, so that `digest` determines it; of a conversation what it is stored as."""
+    """Stripped of white space at both ends, so that `digest` determines it; for a conversation, its stored JSON."""
 
     source: str
-    """File name relative to what was given; never an absolute path."""
+    """File name relative to the given source; never an absolute path."""
 
     digest: bytes
-    """SHA-256 of the text in UTF-8, of a conversation with a tag in front."""
+    """SHA-256 of the text in UTF-8; for a conversation, with `TAG` in front."""
 
     characters: int
-    """Of a conversation those of its turns."""
+    """For a conversation, those of its turns (`Conversation.plain`)."""
 
     form: str = TEXT
-    """The columns it was found in."""
+    """The columns it was read from."""
 
     is_conversation: bool = False
 
@@ -46,17 +48,17 @@ class Reject:
     reason: str
     excerpt: str = ""
     columns: tuple[str, ...] = ()
-    """The columns that are there, where the text column is not."""
+    """The existing columns, if the text column is missing; at most `COLUMNS_KEPT`."""
 
     records: int = 1
-    """How many were lost, where the file says so."""
+    """Number of records lost, if the file states it."""
 
 
 Candidates = Iterator[Document | Reject]
 
 
 def judge(text: object, source: str, line: int, limits: DocumentLimits, form: str = TEXT) -> Document | Reject:
-    """Accept a text, or say why not."""
+    """Return the text as a document, or a reject with the reason."""
     if not isinstance(text, str):
         return Reject(source, line, "text is not a string", excerpt(repr(text)[:EXCERPT_CHARACTERS]))
     text = text.strip()
@@ -71,7 +73,8 @@ def judge(text: object, source: str, line: int, limits: DocumentLimits, form: st
 def judge_conversation(
     found: Conversation, source: str, line: int, limits: DocumentLimits, form: str
 ) -> Document | Reject:
-    """Its turns count as a text does; nothing of them is stripped."""
+    """Return the conversation, turns not stripped, as a document, or a reject with the reason. The minimum length
+    applies to the characters of its turns, the maximum to its stored JSON."""
     text = found.stored()
     encoded = _encoded(text, found.characters, source, line, limits)
     if isinstance(encoded, Reject):
@@ -80,7 +83,7 @@ def judge_conversation(
 
 
 def _encoded(text: str, characters: int, source: str, line: int, limits: DocumentLimits) -> bytes | Reject:
-    """The bytes that identify a document of so many characters, or why it is none."""
+    """Return the UTF-8 bytes of a document, or a reject; `characters` is compared with the minimum length."""
     if characters < limits.min_characters:
         return Reject(source, line, "too short", excerpt(text))
     if len(text) > limits.max_characters:

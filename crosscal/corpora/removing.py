@@ -1,9 +1,9 @@
-"""Documents taken out of a corpus: its next version is one that never held them.
+"""Removal of documents: the next version of the corpus is one that never contained them.
 
-Each shard that holds some is replaced by one of its other documents, in the splits they have; it is the shard they
-would have made by themselves, so that all that is drawn from the corpus is what a corpus without them gives. The record
-of the version names what was removed, by digest, and which shards were replaced, for whoever removes what was made of
-them.
+Each affected shard is replaced by a shard of its other documents, in their current splits. It is the shard that these
+documents alone would have formed, so draws from the corpus equal those from a corpus without the removed documents. The
+record of the version lists the digests that were removed and the shards that were replaced, so that artifacts derived
+from them can be removed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class Held:
-    """A document of a corpus, as it is found by whoever wants to take it out."""
+    """A document of a corpus, as listed by `search` before removal."""
 
     digest: str
-    """SHA-256, in hexadecimal digits."""
+    """SHA-256, hexadecimal."""
     source: str
-    """Name of the file that brought it."""
+    """Name of the file it came from."""
     split: str
     shard: str
     begins: str
@@ -43,8 +43,8 @@ def search(
     beginnings: Collection[str] | None = None,
     containing: str | None = None,
 ) -> Iterator[Held]:
-    """Documents that came with files of these names (whatever their folders), whose digests begin so, or that contain a
-    text: of these conditions, those that are given."""
+    """Yield the documents that satisfy all given conditions: the source file's name (without folders) is in `files`,
+    the hex digest starts with one of `beginnings`, the stored text (JSON for conversations) contains `containing`."""
     for shard in corpus.shards:
         artifact = store.get("corpora", shard.key)
         for split in shard.documents:
@@ -63,7 +63,7 @@ def _beginning(text: str) -> str:
 
 
 def take_out(store: Store, name: str, unwanted: Collection[str]) -> Corpus:
-    """The new version of a corpus, without the documents of these digests; they do not come back with what lands."""
+    """Append a version of the corpus without the documents with these hex digests; landings do not add them again."""
     return again_on_conflict(lambda: _take_out(store, name, frozenset(map(bytes.fromhex, unwanted))))
 
 
@@ -83,7 +83,7 @@ def _take_out(store: Store, name: str, unwanted: frozenset[bytes]) -> Corpus:
 
 
 def _without(store: Store, shard: Shard, unwanted: frozenset[bytes]) -> Shard | None:
-    """A shard of the other documents; the same where it holds none of the unwanted, None where it holds no others."""
+    """Return a shard of the other documents: the same if none is unwanted, None if no documents are left."""
     held = digests(store, shard)
     if not held.keys() & unwanted:
         return shard

@@ -1,11 +1,11 @@
-"""Folders that the Hugging Face libraries wrote: data sets saved with `save_to_disk`, and the hub's cache.
+"""Folders written by the Hugging Face libraries: data sets saved with `save_to_disk`, and the hub's cache.
 
     name/dataset_dict.json, name/<split>/…           several splits
-    name/state.json, name/data-00000-of-00001.arrow  one; state.json names its data files, and no other is one
-    datasets--org--name/refs/main                    the revision that `main` stood at
+    name/state.json, name/data-00000-of-00001.arrow  one split; only the files listed in state.json are data files
+    datasets--org--name/refs/main                    the revision that `main` pointed to
     datasets--org--name/snapshots/<revision>/…       links into datasets--org--name/blobs
 
-What such a folder names must lie in it: a path or a link that leads out of it is an error.
+All paths and links in such a folder must stay inside it; one that points outside is an error.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from typing import Any
 from crosscal.errors import CorpusError
 
 ARROW = ".arrow"
-"""The format of a saved data set's files. Other Arrow files (caches of what was mapped, above all) are not read."""
+"""The format of a saved data set's files. Other Arrow files (mostly caches of `map` results) are not read."""
 
 STATE = "state.json"
 _MOST_BYTES = 2**20
 _CACHED = "datasets--"
 _NO_DOCUMENTS = {"readme.md", "license.md", "license.txt", "dataset_infos.json", "dataset_info.json"}
-"""What stands beside the data in a repository of the hub."""
+"""Files of a hub repository that contain no documents."""
 
 
 def saved_dataset(folder: Path) -> list[Path] | None:
-    """The data files of a folder that `save_to_disk` wrote, for one split or several; None for any other folder."""
+    """Return the data files of a folder written by `save_to_disk` (one or several splits); None for any other folder.
+
+    Raises `CorpusError` for missing files, unreadable metadata, and paths that point outside the folder.
+    """
     if (folder / "dataset_dict.json").is_file():
         return [file for name in _listed(folder / "dataset_dict.json", "splits") for file in _split(folder, name)]
     if not ((folder / STATE).is_file() and (folder / "dataset_info.json").is_file()):
@@ -42,14 +45,15 @@ def saved_dataset(folder: Path) -> list[Path] | None:
 
 
 def is_saved(file: Path) -> bool:
-    """Whether it is a data file of a saved data set."""
+    """Return whether the file is a data file of a saved data set."""
     return file.suffix == ARROW and (file.parent / STATE).is_file()
 
 
 def cached_snapshot(folder: Path, revision: str | None = None) -> Path | None:
-    """The snapshot to read of a data set in the hub's cache, None for any other folder.
+    """Return the snapshot folder of a data set in the hub's cache; None for any other folder.
 
-    It is that of `revision` (a branch, a tag or a commit), else that of `main`, else the only one.
+    It is that of `revision` (a branch, a tag or a commit) if given, else that of `main`, else the only one. Raises
+    `CorpusError` if the cache has no such snapshot.
     """
     snapshots = folder / "snapshots"
     if not (folder.absolute().name.startswith(_CACHED) and snapshots.is_dir()):
@@ -74,7 +78,7 @@ def is_snapshot(folder: Path) -> bool:
 
 
 def snapshot_files(snapshot: Path, files: Iterator[Path]) -> Iterator[Path]:
-    """Those of the files that hold data; raises `CorpusError` for a link that leads out of the data set's folder."""
+    """Yield the files that contain data. Raises `CorpusError` for a link that points outside the data set's folder."""
     home = snapshot.absolute().parents[1].resolve()
     for file in files:
         if file.name.lower() in _NO_DOCUMENTS:
@@ -103,7 +107,7 @@ def _listed(path: Path, name: str) -> list[Any]:
 
 
 def _inside(folder: Path, name: object) -> Path:
-    """A relative path in the folder, links followed."""
+    """Return the path `folder / name`. Raises `CorpusError` if it is outside the folder once links are resolved."""
     if isinstance(name, str) and "\0" not in name and not PurePath(name).is_absolute():
         path = folder / name
         if path.resolve().is_relative_to(folder.resolve()) and path != folder:

@@ -1,7 +1,7 @@
-"""A shard's files: one Arrow IPC file a split, texts compressed with Zstandard, ordered by digest.
+"""A shard's files: one Arrow IPC file per split, compressed with Zstandard, documents ordered by digest.
 
-A file that holds conversations has a fourth column, which says of each document whether it is one; those without are
-what they were before there were conversations.
+A file with conversations has a fourth column that flags them. Files without conversations keep the format from before
+conversations were supported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 from crosscal.corpora.conversation import Conversation
 from crosscal.store.arrays import arrow_file
 
-BATCH_DOCUMENTS = 64  # read and decompressed together: small, since documents are also picked one by one
+BATCH_DOCUMENTS = 64  # read and decompressed together; small because documents are also read individually
 
 SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.string()), ("digest", pa.binary(32))])
 IS_CONVERSATION = "is_conversation"
@@ -23,7 +23,8 @@ WITH_CONVERSATIONS = SCHEMA.append(pa.field(IS_CONVERSATION, pa.bool_()))
 
 
 def write_split(path: Path, rows: Iterable[Sequence[object]], *, conversations: bool = False) -> None:
-    """Write rows of text, source, digest and, with `conversations`, whether it is one, in the order given."""
+    """Write rows of (text, source, digest, is_conversation) in the given order; without `conversations` the last
+    column is not written."""
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     schema = WITH_CONVERSATIONS if conversations else SCHEMA
     iterator = iter(rows)
@@ -34,7 +35,7 @@ def write_split(path: Path, rows: Iterable[Sequence[object]], *, conversations: 
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, str, bytes, bool]]:
-    """Text as stored, source, digest, and whether it is a conversation, of every document."""
+    """Yield (text as stored, source, digest, is_conversation) for every document."""
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         for index in range(reader.num_record_batches):
@@ -43,7 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, str, bytes, bool]]:
 
 
 def read_documents(path: Path, order: Sequence[int] | None = None) -> Iterator[str | Conversation]:
-    """Documents as stored, or those at the given positions in that order; no more than a batch is held."""
+    """Yield all documents as stored, or those at the positions in `order`; at most one batch is in memory."""
     with pa.memory_map(str(path)) as source:
         columns = [0, 3] if len(pa.ipc.open_file(source).schema) > len(SCHEMA) else [0]
         reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=columns))

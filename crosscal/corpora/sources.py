@@ -1,4 +1,4 @@
-"""From what the user names (a file, folder, glob or hub dataset) to files and data sets that can be read."""
+"""Resolve sources named by the user (files, folders, globs, hub datasets) to readable files and hub datasets."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _FORMATS = f"{', '.join(FORMATS)}, all but .parquet also with {', '.join(COMPRES
 class SourceFile:
     path: Path
     name: str
-    """Relative to what was given; this is what gets stored. Bytes that are not UTF-8 are escaped."""
+    """Path relative to the given source; this name is stored. Bytes that are not UTF-8 are escaped."""
 
     split: str | None
-    """Named by the file or the nearest of its folders, or None."""
+    """The split named by the file, or else by the nearest of its folders, or None."""
 
     format: str | None
     """One of `FORMATS`, or `ARROW`; None for a file type that is not read."""
@@ -40,9 +40,9 @@ class HubDataset:
 
 
 def resolve(sources: Sequence[str], revision: str | None = None) -> list[SourceFile | HubDataset]:
-    """What to read, in a fixed order; `revision` of a data set in the hub's cache, where it is given as a folder.
+    """Return what to read, in a fixed order. `revision` selects the snapshot of a folder of the hub's cache.
 
-    Raises `CorpusError` for a source that is nothing of the known kinds.
+    Raises `CorpusError` if there is no source, for a source of no known kind, and for one without a readable file.
     """
     found = [item for source in sources for item in _resolve_one(str(source), revision)]
     if not found:
@@ -51,14 +51,14 @@ def resolve(sources: Sequence[str], revision: str | None = None) -> list[SourceF
 
 
 def named_split(name: str) -> str | None:
-    """The split that a name stands for: `train`, `train-00000-of-00002`, `valid`, `dev`, `test`, … or None."""
+    """Return the split that a name denotes: `train`, `train-00000-of-00002`, `valid`, `dev`, `test`, … or None."""
     match = _SPLIT_NAME.fullmatch(name)
     word = match[1].lower() if match else None
     return _SPLIT_OF.get(word, word) if word else None
 
 
 def split_of_file(name: str) -> str | None:
-    """The split that a file stands for by its own name, without format and compression."""
+    """Return the split that a file's own name denotes, without format and compression."""
     return named_split(stem_of(name))
 
 
@@ -84,7 +84,7 @@ def _resolve_one(source: str, revision: str | None) -> list[SourceFile | HubData
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """The files below a folder; of folders that the Hugging Face libraries wrote, those that hold data."""
+    """Yield the files below a folder; in folders written by the Hugging Face libraries, only those with data."""
     waiting: list[tuple[Path, Path | None]] = [(top, top if is_snapshot(top) else None)]
     while waiting:
         folder, snapshot = waiting.pop()
@@ -112,7 +112,7 @@ def _matches(pattern: Path) -> Iterator[Path]:
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The folder that all matches share."""
+    """Return the folder that contains all matches."""
     return Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parent.parts))
 
 

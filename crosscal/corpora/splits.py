@@ -1,4 +1,4 @@
-"""Which document is for training, which for validation, which for test: by document, decided once."""
+"""Splits: each document is assigned once to train, validation or test."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections.abc import Mapping
 
 SPLITS = ("train", "validation", "test")
 PRECEDENCE = (None, "train", "validation", "test")
-"""A document that stands under several names goes to the last of these: evaluation stays clean."""
+"""A document found under several splits goes to the last of them, so that evaluation splits stay clean."""
 
 HELD_OUT_FRACTION = 0.05
 MIN_DOCUMENTS_TO_CARVE = 3
 
 
 def preferred(one: str | None, other: str | None) -> str | None:
-    """The split of a document that was found in both."""
+    """Return the split of a document that was found in both."""
     return max(one, other, key=PRECEDENCE.index)
 
 
 def assign(named: Mapping[bytes, str | None], earlier: Mapping[str, int] | None = None) -> dict[bytes, str]:
-    """digest → split for the documents of one shard, from digest → the split its file named (or None).
+    """Return digest → split for the documents of one shard, from digest → the split its file named (or None).
 
-    Named splits are kept. A validation or test split that nothing here names is carved out of the other documents,
-    the first in the order of SHA-256("split" + digest), until the corpus has 5 % of its documents in it (at least one,
-    from three documents on). `earlier`: how many documents of each split the corpus has already, so that as many are
-    carved whether they land one by one or together; which ones depends on the documents that landed together alone.
+    Named validation and test splits are kept. If no document here names one of them, it is carved out of the other
+    documents (train or unnamed), the first in the order of SHA-256("split" + digest), until it has 5 % of the corpus's
+    documents (at least one, from three documents on). `earlier` is the number of documents of each split already in the
+    corpus, so that the number carved is the same whether documents land one by one or together. Which documents are
+    carved depends only on those that landed together.
     """
     earlier = earlier or {}
     pool = sorted(

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 class Spool:
-    """Takes documents and rejects; keeps each text once, under its digest."""
+    """Collects documents and rejects; stores each text once, under its digest."""
 
     def __init__(self, folder: Path, limits: DocumentLimits) -> None:
         self.entries: dict[bytes, Entry] = {}
@@ -32,7 +32,7 @@ class Spool:
         self.rejected: Counter[str] = Counter()
         self.columns_found: set[str] = set()
         self.forms: Counter[str] = Counter()
-        """The columns that documents were found in → how many, those given again included."""
+        """Columns that documents were read from → number of documents, duplicates included."""
         self.rejects_path = folder / "rejects.jsonl"
         self._limits = limits
         self._rejects_kept = 0
@@ -43,7 +43,7 @@ class Spool:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:  # both are closed, also when one of them cannot be written to its end
+        try:  # close both, even if flushing one of them fails
             self._texts.close()
         finally:
             self._rejects.close()
@@ -74,7 +74,7 @@ class Spool:
             self.columns_found.update(reject.columns)
 
     def finish(self) -> None:
-        """All is taken; from here on texts are read."""
+        """End writing; `text` may be called from here on."""
         self._rejects.close()
         self._texts.flush()
 

@@ -1,4 +1,4 @@
-"""Documents from the rows of an Arrow table, whatever file it was read from."""
+"""Documents from the rows of an Arrow table (read from a Parquet or Arrow file)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NESTED = (
 
 
 class _Unreadable:
-    """In place of a cell: bytes that are no UTF-8."""
+    """Placeholder for a cell whose bytes are not UTF-8."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
 
 
 def columns_of(schema: pa.Schema, source: str, text: str, rows: int) -> list[str] | Reject:
-    """The columns to read: those of every form that the table holds, unless their types rule it out."""
+    """Return the columns to read: those of all forms in the table, without columns of unusable types; or a reject."""
     wanted = columns_wanted(schema.names, text)
     if not wanted:
         return no_column(source, 0, text, schema.names)
@@ -40,7 +40,7 @@ def columns_of(schema: pa.Schema, source: str, text: str, rows: int) -> list[str
 
 
 def candidates(batch: pa.RecordBatch, text: str, source: str, before: int, limits: DocumentLimits) -> Candidates:
-    """One a row; `before` rows of the file came before these."""
+    """Yield one candidate per row; `before` is the number of rows of the file before this batch."""
     names = batch.schema.names
     for row, cells in enumerate(zip(*map(_cells, batch.columns), strict=True), start=before + 1):
         yield _candidate(names, cells, text, source, row, limits)
@@ -68,7 +68,7 @@ def _cells(column: pa.Array) -> Iterator[Any]:
 
 
 def _text(cell: bytes | None) -> str | _Unreadable | None:
-    """As bytes: pyarrow raises for the whole column when one string in it is not UTF-8."""
+    """Decode a single cell: pyarrow raises for the whole column if one string in it is not UTF-8."""
     try:
         return cell if cell is None else cell.decode("utf-8")
     except UnicodeDecodeError:

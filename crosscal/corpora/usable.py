@@ -1,4 +1,4 @@
-"""Whether documents can be had from sources: seen from the first records of each file, or once all were read."""
+"""Check that sources contain usable documents: from the first records of each file, or after reading everything."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def look_at(
     limits: DocumentLimits = DocumentLimits(),  # noqa: B008  a frozen value
     revision: str | None = None,
 ) -> CorpusError | None:
-    """What would be wrong with a source, told by the first records of its first files; hub datasets are not loaded.
+    """Return what is wrong with a source, judged by the first records of its first files; hub datasets are not loaded.
 
-    None where a document is found, and where none is found but there may be one further on. Raises `CorpusError` for
-    a source that cannot be found.
+    Return None if a document is found, or might follow further on. A single file without documents in which the text
+    column is missing is an error, whatever the other files contain. Raises `CorpusError` for a source that cannot be
+    found.
     """
     files = _files(source, revision)
     rejected: Counter[str] = Counter()
@@ -43,7 +44,7 @@ def look_at(
 
 
 def holds_conversations(source: str, text: str, revision: str | None = None) -> bool:
-    """Whether some of those first records are conversations. Raises as `look_at` does."""
+    """Return whether any of these first records is a conversation. Raises like `look_at`."""
     files = _files(source, revision)[:FILES_LOOKED_AT]
     seen = (one for file in files for one in _first_records(file, text, DocumentLimits()))
     return any(isinstance(one, Document) and one.is_conversation for one in seen)

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity on held-out windows, accuracy on questions, and summaries of both."""
+"""Evaluation of a model: perplexity on held-out windows, accuracy on questions, and summaries of both."""
 
 from crosscal.evaluation.likelihood import perplexity, window_nll, windows_of
 from crosscal.evaluation.measurement import PERPLEXITY, TEST, VALIDATION, Measurement

@@ -1,7 +1,7 @@
-"""Which choice an answer means, where files say it by letter, by number, or in words.
+"""Resolve which choice an answer field names: by letter, by number or by text.
 
-One way of reading holds for a whole file, and it must fit every row: a file of numbers from 1 shows itself by one that
-is as large as there are choices. Where two ways fit and differ, the plan must say which (`answer_is`).
+One encoding holds for a whole file and must fit every row. A file that counts from 1 is recognised by an answer equal
+to the number of choices. If two encodings fit and disagree, the plan must name one (`answer_is`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ YES = {True: ("yes", "true"), False: ("no", "false")}
 
 @dataclass(frozen=True)
 class Answered:
-    """A row as far as its answer is concerned."""
+    """The part of a row that is needed to resolve its answer."""
 
     choices: tuple[str, ...]
     labels: tuple[str, ...] | None
-    """What the file calls the choices; None: A, B, C, …"""
+    """Labels of the choices in the file; None: A, B, C, …"""
     answer: Any
     where: str
 
@@ -33,14 +33,15 @@ class Answered:
 def read_answers(
     rows: Sequence[Answered], field: str, answer_is: str | None, *, native: bool = False
 ) -> tuple[list[int], str]:
-    """(index of the right choice of every row, how answers were read).
+    """Return the index of the correct choice of every row, and the encoding of the answers.
 
-    `field`: what the answer's field is called. `native`: numbers are known to count from 0. Raises `EvaluationError`
-    naming the first row that cannot be read, or is read in two ways.
+    `field`: name of the answer field. `native`: integers are known to count from 0. If rows have labels and every
+    answer is one of them, labels take precedence. Raises `EvaluationError` naming the first row that cannot be read or
+    is ambiguous.
     """
     if answer_is is None:
         fitting = {way: found for way in _ways(rows, native=native) if None not in (found := _read(rows, way))}
-        if rows[0].labels is not None and LETTER in fitting:  # what the file itself calls the choices
+        if rows[0].labels is not None and LETTER in fitting:  # the file's own labels take precedence
             fitting = {LETTER: fitting[LETTER]}
         _check_one_meaning(rows, field, fitting)
         answer_is = next(iter(fitting), _way_of(rows[0].answer))
@@ -64,7 +65,7 @@ def _read(rows: Sequence[Answered], way: str) -> list[int | None]:
 
 
 def _check_one_meaning(rows: Sequence[Answered], field: str, fitting: dict[str, list[int | None]]) -> None:
-    """Of the ways that fit every row all must mean the same."""
+    """Raise `EvaluationError` if two encodings that fit every row name different choices."""
     (first, one), *others = fitting.items() if fitting else [("", [])]
     for way, other in others:
         for row, a, b in zip(rows, one, other, strict=True):
@@ -79,7 +80,7 @@ def _check_one_meaning(rows: Sequence[Answered], field: str, fitting: dict[str, 
 
 
 def _by_letter(row: Answered) -> int | None:
-    """By what the file calls the choices, or by A, B, C; "(B)" and "b." are B as well."""
+    """Match the file's labels, or A, B, C; "(B)" and "b." match B as well."""
     labels = row.labels or tuple(string.ascii_uppercase[: len(row.choices)])
     if isinstance(row.answer, bool) or not isinstance(row.answer, str | int):
         return None
@@ -89,7 +90,7 @@ def _by_letter(row: Answered) -> int | None:
 
 
 def _by_text(row: Answered) -> int | None:
-    """The one choice with these words; true is yes or true, false is no or false."""
+    """Match the text of exactly one choice; true matches yes or true, false matches no or false."""
     if not isinstance(row.answer, str | bool):
         return None
     wanted = YES[row.answer] if isinstance(row.answer, bool) else (row.answer.strip(),)
@@ -101,13 +102,13 @@ def _by_text(row: Answered) -> int | None:
 
 
 def _by_number(row: Answered, first: int) -> int | None:
-    """An integer, also as text or as a float without a fraction, as tables hold them."""
+    """Accept integers, also as text or as floats without a fraction, as tables hold them."""
     answer = row.answer
     if isinstance(answer, str) and answer.strip().isascii() and answer.strip().isdigit():
         answer = int(answer.strip())
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
-    if type(answer) is not int:  # True is an int too, but no number
+    if type(answer) is not int:  # True is an int too, but not a number
         return None
     return answer - first if 0 <= answer - first < len(row.choices) else None
 
@@ -121,7 +122,7 @@ READERS: dict[str, Callable[[Answered], int | None]] = {
 
 
 def _way_of(answer: Any) -> str:
-    """What an answer that cannot be read was probably meant as."""
+    """Guess the intended encoding of an answer that cannot be read, for the error message."""
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return FROM_0
     text = answer.strip(" ().:") if isinstance(answer, str) else ""

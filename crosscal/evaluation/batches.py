@@ -1,7 +1,7 @@
-"""Batches of texts and questions, read side by side: of one model, in lanes that share its weights.
+"""Forward passes over batches of windows and questions, by worker threads that share one model's weights.
 
-A lane reads one batch after the other with one core (or a few) to itself. Together the lanes hold as many tokens as one
-batch would, so that they cost no memory.
+Each worker thread processes one batch after another on one core (or a few) of its own. All threads together hold as
+many tokens as one batch would, so they need no additional memory.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from crosscal.lanes import each_side_by_side, side_by_side
 from crosscal.progress import Progress
 
 Batch = tuple[int, Callable[[], Any]]
-"""How many windows or questions, and what reads them."""
+"""(number of windows or questions, function that evaluates them)."""
 
 
 class Subject(Protocol):
-    """Something that a model is measured on, in batches."""
+    """A text or task that a model is measured on, in batches."""
 
     @property
     def items(self) -> int:
-        """How many windows or questions."""
+        """Number of windows or questions."""
         ...
 
     @property
     def longest(self) -> Sequence[int]:
-        """The most tokens that are read in one piece."""
+        """Token ids of the longest window, or of the longest question without its choices."""
         ...
 
     def check(self, model: Any) -> None:
-        """Raises `EvaluationError` where the model cannot read it."""
+        """Raise `EvaluationError` if the model cannot process it."""
         ...
 
     def batches(self, reader: Reader, batch_tokens: int) -> list[Batch]:
-        """What is to be read, at most so many tokens at once, but one window or question at least."""
+        """Return batches of at most `batch_tokens` tokens, but of at least one window or question."""
         ...
 
     def result(self, answers: list[Any], seconds: float) -> list[Measurement]:
-        """What the batches' answers come to, in their order."""
+        """Combine the batches' answers, which are in the order of the batches."""
         ...
 
 
@@ -56,9 +56,9 @@ def read_each(
     batch_tokens: int,
     progress: Sequence[Progress | None] = (),
 ) -> Iterator[tuple[list[Any], float]]:
-    """(answers, seconds) of every subject, in order, of a model that is on `device` already.
+    """Yield (answers, seconds) of every subject, in order, for a model that is already on `device`.
 
-    `progress`: of each subject, what is told the windows or questions done. Seconds are the sum over all lanes.
+    `progress`: one callback per subject for the windows or questions done. Seconds are summed over worker threads.
     """
     if not subjects:
         return
@@ -67,7 +67,7 @@ def read_each(
     longest = max((subject.longest for subject in subjects), key=len)
     lanes = lanes_for(device, batch_tokens, len(longest))
     with reading(model, torch.tensor(longest).to(device), lanes) as reader:
-        # What is tried on a few tokens is too small to share: threads of one operation would only wait for each other.
+        # Probes on a few tokens are too small for intra-op threads, which would only wait for each other.
         parts = [partial(subject.batches, reader, batch_tokens // lanes) for subject in subjects]
         batches = side_by_side(parts, device, most=1, threads_each=1 if lanes > 1 else None)
         jobs = [partial(_timed, run) for each in batches for _, run in each]
@@ -84,13 +84,14 @@ def read_each(
 
 
 def lanes_for(device: torch.device | str, batch_tokens: int, longest: int) -> int:
-    """As many as the calling thread has threads, if so many of the longest pieces make no more than a batch."""
+    """Return the number of worker threads: one per torch thread of the caller (on a GPU one in all), but at most as
+    many as sequences of `longest` tokens fit in one batch."""
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     return max(1, min(threads, batch_tokens // max(1, longest)))
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
-    with torch.inference_mode():  # it is each thread's own
+    with torch.inference_mode():  # thread-local, so each job enters it
         answer = run()
     return answer, time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Which candidate to take: the cheapest in general text of those that cannot be told from the best on a domain."""
+"""Choose the lowest general perplexity among candidates not distinguishable from the best on a domain."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from crosscal.evaluation.summaries import Difference, pareto_front
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen among numbered candidates, and among which."""
+    """The index of the chosen candidate, and the candidates it was chosen among."""
 
     chosen: int
     lowest: int
-    """That of the lowest domain perplexity; `chosen` itself, or one that it cannot be told from."""
+    """Candidate with the lowest domain perplexity: `chosen` itself, or one not distinguishable from it."""
     front: tuple[int, ...]
-    """Those that no other beats in both, by rising general perplexity."""
+    """Pareto front of both perplexities, by rising general perplexity."""
     alike: tuple[int, ...]
-    """Of these all that cannot be told from `lowest`, itself included."""
+    """Candidates on the front that are not distinguishable from `lowest`, itself included."""
     windows: int | None
-    """Over which differences were paired; None where some could not be."""
+    """Number of windows over which differences were paired; None if some could not be paired."""
 
 
 def choose(
@@ -29,11 +29,11 @@ def choose(
     difference: Callable[[int, int], Difference | None],
     slack: float = 0.0,
 ) -> Choice:
-    """Of the candidates that no other beats in both, the lowest in general text of those that cannot be told from the
-    lowest on the domain.
+    """Return the lowest general perplexity on the Pareto front among the candidates that are not distinguishable from
+    the lowest domain perplexity.
 
-    `points`: (general, domain) perplexity of each. `difference(i, j)` is that of log perplexity on the domain; where
-    it is None, a domain perplexity within `slack` of the lowest counts as alike.
+    `points`: (general, domain) perplexity of each. `difference(i, j)`: difference of log perplexity on the domain; if
+    it is None, a domain perplexity within `slack` of the lowest counts as not distinguishable.
     """
     front = pareto_front(points)
     lowest = min(front, key=lambda index: points[index][1])

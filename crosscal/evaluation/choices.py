@@ -1,10 +1,11 @@
-"""Multiple choice: the log-likelihood of each choice after its question, which is read once for all its choices.
+"""Multiple choice: the log-likelihood of each choice given its question, whose tokens are processed once.
 
-Of several questions at once as many tokens are read together as the shortest has, but its last; these are kept (keys
-and values, or whatever the family keeps), and rows of what follows are read behind them, one for each choice: the rest
-of the question and the choice, but its last token. Equal rows are read once: choices of one token have the same. Rows
-are filled up behind, where nothing reads it, so that no mask is needed and any family can be asked that has a cache
-for generation. One that has none, or gives other numbers with it, reads every row whole.
+The questions of a batch share a prefix length P: the tokens of the shortest question minus one. The first P tokens of
+each question are processed together and cached (keys and values, or whatever the model family caches). One row per
+choice then continues from the cache: the rest of the question, and the choice without its last token. Equal rows are
+processed once, e.g. those of one-token choices. Rows are padded at the end, which no scored position depends on, so no
+mask is needed and every family with a generation cache is supported. If a family has no cache, or gives other results
+with it, every row is processed whole.
 
 Shapes: Q questions, P tokens read together, N rows, R tokens in a row, T scored tokens.
 """
@@ -30,17 +31,17 @@ from crosscal.evaluation.measurement import TEST, Measurement
 from crosscal.evaluation.summaries import spread
 
 PASS_TOKENS = 64
-"""What a forward pass costs beside its tokens, in tokens."""
+"""Fixed cost of a forward pass, in tokens."""
 CACHE_BYTES = 2**28
-"""Of what is kept of questions at most, with the copies for their choices (or what one choice needs)."""
+"""Maximum bytes of cached question states, including the copies per choice (or those that one row needs)."""
 Scores = list[tuple[float, ...]]
-"""Of each question, the log-likelihood of each choice."""
+"""Per question, the log-likelihood of each choice."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """Questions of one task. Accuracy is the share whose right choice has the highest log-likelihood (`acc`), or the
-    highest over its length in characters (`acc_norm`); of equal ones the first counts. stderr = sd / sqrt(Q)."""
+    """Questions of one task. `acc` is the share whose correct choice has the highest log-likelihood, `acc_norm` the
+    share where it is the highest per character; ties go to the first choice. stderr = sd / sqrt(Q)."""
 
     name: str
     questions: Sequence[EncodedQuestion]
@@ -99,7 +100,7 @@ class Choices:
 
 
 def is_shared(reader: Reader, question: EncodedQuestion) -> bool:
-    """Whether what the model keeps of a question serves its choices, tried on this one's first choice."""
+    """Return whether scoring from a cached question gives the same result, tested on its first choice."""
     alone = EncodedQuestion(question.context, question.choices[:1], question.characters[:1], 0)
     if len(alone.context) < 2:
         return False
@@ -112,8 +113,8 @@ def is_shared(reader: Reader, question: EncodedQuestion) -> bool:
 
 
 def grouped(questions: Sequence[EncodedQuestion], batch_tokens: int, *, shared: bool) -> list[list[int]]:
-    """Numbers of the questions that are read together, the longest first: as many as make no more than `batch_tokens`
-    and cost less together than apart."""
+    """Return batches of question indices, the longest first: each has at most `batch_tokens` tokens (or one question),
+    and a question joins a batch only if that costs no more than a batch of its own."""
     left = sorted(range(len(questions)), key=lambda number: -_context_tokens(questions[number]))
     groups: list[list[int]] = []
     now: list[int] = []
@@ -129,7 +130,7 @@ def grouped(questions: Sequence[EncodedQuestion], batch_tokens: int, *, shared: 
 
 
 def _pass_tokens(questions: Sequence[EncodedQuestion], shared: bool) -> int:
-    """Tokens that are read of questions together, filled up ones among them."""
+    """Tokens processed for a batch of questions, padding included."""
     together = _together(questions) if shared else 0
     row = max(_context_tokens(one) - together + max(map(len, one.choices)) - 1 for one in questions)
     return len(questions) * together + sum(len(one.choices) for one in questions) * row
@@ -148,14 +149,14 @@ def _numbered(numbers: Sequence[int], run: Any) -> dict[int, tuple[float, ...]]:
 
 
 class _Row(NamedTuple):
-    """What is read behind what was kept of a question."""
+    """A sequence that continues from the cache of its question."""
 
     question: int
     tokens: tuple[int, ...]
 
 
 class _Place(NamedTuple):
-    """Where a choice's first token is predicted."""
+    """The position that predicts a choice's first token."""
 
     row: int
     position: int
@@ -163,7 +164,7 @@ class _Place(NamedTuple):
 
 
 def scores(reader: Reader, questions: Sequence[EncodedQuestion], *, shared: bool) -> Scores:
-    """The log-likelihood of each choice: the sum over its tokens, each given all before it."""
+    """Return the log-likelihood of each choice: the sum over its tokens, each given all tokens before it."""
     together = _together(questions) if shared else 0
     rows: dict[_Row, int] = {}
     places: list[_Place] = []
@@ -180,7 +181,7 @@ def scores(reader: Reader, questions: Sequence[EncodedQuestion], *, shared: bool
 
 
 def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
-    """At each place, so many rows being read at once as there is room for copies of what was kept."""
+    """Log-likelihood at each place; at most as many rows at once as there is memory for copies of the cache."""
     found = [0.0] * len(places)
     at_once = _rows_at_once(reader, cache, rows)
     for start in range(0, len(rows), at_once):
@@ -188,7 +189,7 @@ def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place],
         behind = cache
         if cache is not None:
             is_last = start + at_once >= len(rows)
-            behind = cache if is_last else copy.deepcopy(cache)  # it takes in what is read behind it
+            behind = cache if is_last else copy.deepcopy(cache)  # a forward pass extends it
             behind.reorder_cache(torch.tensor([row.question for row in chunk]).to(reader.device))
         mine = [number for number, place in enumerate(places) if start <= place.row < start + at_once]
         inside = [places[number]._replace(row=places[number].row - start) for number in mine]

@@ -1,25 +1,26 @@
-"""Whether two models differ on a corpus: the one rule by which anything is chosen or published.
+"""Paired test of whether two models differ on a corpus: the only rule by which a model is chosen or published.
 
-Both are measured on the same n validation windows, for a hard window is hard for both. With d_i the log perplexity of
-window i under the first model minus that under the second,
+Both models are measured on the same n validation windows, because a hard window is hard for both. With d_i the log
+perplexity of window i under the first model minus that under the second,
 
     mean = sum d_i / n,    stderr = sd(d) / sqrt(n),    margin = t(1 - LEVEL / (2 k), n - 1) stderr,
 
-t(p, f) being Student's quantile with f degrees of freedom and k the number of comparisons that one choice rests on.
+where t(p, f) is Student's quantile with f degrees of freedom and k is the number of comparisons behind one choice.
 
-- Told apart: |mean| > margin. Otherwise the two are not distinguishable, which is an outcome and no tie-break.
-- Shown to be at most a fraction b worse: mean + margin <= log(1 + b). Whoever claims has to show it: an estimate within
-  the bound whose margin is not is refused, as is a gain (b = 0, told apart) that might be chance.
+- Distinguishable: |mean| > margin. Otherwise the two are not distinguishable, which is a result and not a tie-break.
+- Shown to be at most a fraction b worse: mean + margin <= log(1 + b). The burden of proof is on the claim: an estimate
+  within the bound is rejected if its margin reaches beyond it, and so is a gain (b = 0) that may be chance.
 
 Few windows: t grows from 2.0 at 64 windows to 2.4 at 8, 3.2 at 4 and 12.7 at 2, and one window shows nothing. Many
-candidates: the best of many is the luckiest of them as well. So the level is shared among the k comparisons
-(Bonferroni; 2.9 for ten candidates at 64 windows), which holds whatever candidates have to do with each other. Of k
-candidates compared with one model, the chance that any is called different that is not stays below LEVEL; of k + 1
-among which the lowest is looked for and k compared with it, the chance that the truly best is called worse (multiple
-comparisons with the best, Hsu 1981). It is cautious where candidates resemble each other, as in a sweep over alpha.
+candidates: the best of many is also the luckiest. The level is therefore shared among the k comparisons (Bonferroni;
+2.9 for ten candidates at 64 windows), which is valid for any dependence between candidates. If k candidates are
+compared with one model, the chance of any false difference stays below LEVEL. If the lowest of k + 1 candidates is
+searched and the k others are compared with it, the chance that the truly best is called worse stays below LEVEL
+(multiple comparisons with the best, Hsu 1981). The rule is conservative for similar candidates, as in a sweep over
+alpha.
 
-What the rule cannot see: windows cut from one long document count as independent, and a domain that is decided about
-again with every version gets a new chance to be lucky each time.
+Limits: windows cut from one long document count as independent, and a domain that is decided again with every version
+gets a new chance of a false difference each time.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from statistics import fmean
 from crosscal.evaluation.summaries import Difference, joined, paired_difference
 
 LEVEL = 0.05
-"""Most chance that a choice rests on a difference that is none."""
+"""Maximum probability that a choice rests on a difference that does not exist."""
 
 
 def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Difference | None:
-    """Mean difference of log perplexity, first - second, over the same windows, and its standard error.
+    """Return the mean difference of log perplexity, first - second, over the same windows, with its standard error.
 
-    Both hold the windows' log perplexities seed by seed. Of several seeds a window counts with their mean, and where
-    both have as many, in pairs, the deviation of the seeds' differences adds to the error. None where the windows were
-    not kept, are not the same, or are fewer than two.
+    Both arguments hold one sequence of per-window log perplexities per seed. With several seeds a window counts with
+    its mean over seeds; if both have equally many, seeds are paired, and the variance of their differences is added.
+    None if there are no per-window values, their numbers differ, or there are fewer than two windows.
     """
     lengths = {len(nll) for nll in (*first, *second)}
     if not first or not second or len(lengths) > 1 or lengths <= {0, 1}:
@@ -51,7 +52,7 @@ def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[f
 
 
 def margin(difference: Difference, comparisons: int = 1) -> float:
-    """How far the true mean may be from the one found; infinite where there is nothing to estimate it from."""
+    """Return the half-width of the interval around the mean; infinite if the standard error is unknown."""
     from scipy.special import stdtrit
 
     if difference.stderr is None:
@@ -60,20 +61,19 @@ def margin(difference: Difference, comparisons: int = 1) -> float:
 
 
 def is_told_apart(difference: Difference, comparisons: int = 1) -> bool:
-    """Whether the two differ, in one direction or the other."""
+    """Return whether the two models are distinguishable, in either direction."""
     return abs(difference.mean) > margin(difference, comparisons)
 
 
 def excess(difference: Difference, most: float, comparisons: int = 1) -> float:
-    """By how much log perplexity is not shown to be at most the fraction `most` worse; at most 0 where it is shown."""
+    """Return mean + margin - log(1 + most): at most 0 if the first is shown to be at most the fraction `most` worse."""
     return difference.mean + margin(difference, comparisons) - math.log1p(most)
 
 
 def change_text(difference: Difference) -> str:
-    """A mean difference of log perplexity as a change of perplexity: "better by 1.24 ± 0.31 %", to two digits of its
-    standard error.
+    """Format a mean difference of log perplexity as a change of perplexity: "better by 1.24 ± 0.31 %".
 
-    The error of exp(mean) is exp(mean) · stderr, by the delta method.
+    The error of exp(mean) is exp(mean) · stderr, by the delta method; it is shown with two digits.
     """
     change = 100 * math.expm1(difference.mean)
     word = "better" if change < 0 else "worse"

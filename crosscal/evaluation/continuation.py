@@ -1,8 +1,8 @@
-"""Which words come next: multiple choice made of any corpus, above chance even for small models.
+"""Next-words questions: multiple choice made from any corpus, on which even small models score above chance.
 
-A question is the words before a cut in a document, the right answer the words behind it, the others the words behind
-cuts in other documents of the same corpus: as many words each, and nearly as many characters. All answers are cut in
-the same way, so nothing but the words before them tells which is right.
+A question is the text before a cut in a document. The correct answer is the text after this cut; the wrong answers are
+the texts after cuts in other documents of the same corpus, with as many words and nearly as many characters. All
+answers are cut in the same way, so only the text before the cut identifies the correct one.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from crosscal.errors import EvaluationError
 from crosscal.evaluation.question_files import Question
 
 NEAREST = 4
-"""Wrong answers are drawn among so many times as many of the nearest length as are needed."""
+"""Wrong answers are sampled from the candidates nearest in length; this many times the number needed."""
 LEAST_CUTS = 64
-"""Kept at least, to have wrong answers of about one length."""
+"""Minimum number of cuts held, so that there are wrong answers of similar length."""
 
 
 @dataclass(frozen=True)
 class Settings:
     questions: int = 200
-    """There may be fewer, of a corpus too small for as many."""
+    """Maximum number; a small corpus gives fewer."""
     choices: int = 4
     words: int = 20
-    """Of each answer."""
+    """Words of each answer."""
     context_words: int = 64
-    """Before them. Longer ones cost the time that they are longer."""
+    """Words before the cut. Evaluation time grows with them."""
     seed: int = 0
 
 
 @dataclass(frozen=True, order=True)
 class Cut:
-    """Ordered by the number of the document's cuts before it and then by chance, so that few documents give a second
-    before all gave one."""
+    """A cut in a document, sorted by its rank within the document and then by a hash, so that all documents give one
+    cut before any gives a second."""
 
     rank: int
     order: bytes
@@ -47,9 +47,10 @@ class Cut:
 
 
 def continuation_questions(texts: Iterable[str], settings: Settings) -> list[Question]:
-    """The same for the same texts in any order; they are read once, and only so many cuts as are wanted are held.
+    """Return questions made from texts. The order of the texts does not matter; each is read once, and only as many
+    cuts as needed are held.
 
-    Raises `EvaluationError` where too few documents are long enough, or they go on with the same words.
+    Raises `EvaluationError` if too few documents are long enough, or too few differ in how they continue.
     """
     wanted = max(settings.questions, LEAST_CUTS, NEAREST * settings.choices)
     kept = heapq.nsmallest(wanted, (cut for text in texts for cut in _cuts(text, settings, wanted)))
@@ -59,7 +60,7 @@ def continuation_questions(texts: Iterable[str], settings: Settings) -> list[Que
 
 
 def _cuts(text: str, settings: Settings, most: int) -> Iterator[Cut]:
-    """Pieces of a document that do not overlap, each cut in two, in an order of their own."""
+    """Yield pieces of a document that do not overlap, each cut in two, in pseudo-random order."""
     words = text.split()
     length = settings.context_words + settings.words
     count = len(words) // length
@@ -77,7 +78,7 @@ def _cuts(text: str, settings: Settings, most: int) -> Iterator[Cut]:
 
 def _question(cut: Cut, cuts: Sequence[Cut], settings: Settings) -> Question:
     chance = random.Random(cut.order)
-    # Cuts that go on with the same words count once, and not beside the right answer: no question has two.
+    # Equal continuations count once, and not beside the correct answer: no question has two correct ones.
     others = {other.following.casefold(): other for other in cuts if other.document != cut.document}
     others.pop(cut.following.casefold(), None)
     if len(others) < settings.choices - 1:

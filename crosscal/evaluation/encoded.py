@@ -1,4 +1,4 @@
-"""Questions as tokens, made once for all models of a run."""
+"""Questions as token ids, encoded once for all models of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from crosscal.evaluation.question_files import Question
 
 _log = logging.getLogger(__name__)
 DELIMITER = " "
-"""Between a question and a choice."""
+"""Text between a question and a choice."""
 
 
 @dataclass(frozen=True)
 class EncodedQuestion:
     context: tuple[int, ...]
-    """The question, one token at least."""
+    """Token ids of the question, at least one."""
     choices: tuple[tuple[int, ...], ...]
-    """What each choice adds."""
+    """Token ids that each choice adds."""
     characters: tuple[int, ...]
-    """Of each choice."""
+    """Length of each choice in characters."""
     answer: int
 
     @property
@@ -31,12 +31,13 @@ class EncodedQuestion:
 
 
 def encoded(questions: Sequence[Question], tokenizer: Any, *, name: str, max_length: int) -> list[EncodedQuestion]:
-    """As lm-eval encodes: question, a space and choice as one text, of which the question's tokens are taken away;
-    spaces that end a question count to the choices.
+    """Encode as lm-eval does: question, space and choice as one text, from which the question's tokens are removed;
+    trailing spaces of a question belong to the choices.
 
-    A question that does not fit into `max_length` tokens with its longest choice, whose last token is predicted and not
-    read, loses its beginning, for all its choices alike (lm-eval: for each by itself), but not beginning-of-text; a
-    warning in the log counts the prompts. Raises `EvaluationError` for a choice that is longer than that.
+    A question that does not fit in `max_length` tokens with its longest choice, whose last token is only predicted,
+    loses tokens at its beginning (but not beginning-of-text), equally for all its choices (lm-eval: per choice); a
+    warning counts the prompts. Raises `EvaluationError` for a choice longer than `max_length` or without a token of its
+    own.
     """
     contexts = [question.question.rstrip() for question in questions]
     wholes = [f"{one.question}{DELIMITER}{choice}" for one in questions for choice in one.choices]
@@ -66,7 +67,8 @@ def _shortened(context: Sequence[int], room: int, begin: int | None) -> tuple[in
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """With the special tokens that the tokenizer adds by default, but to a text that begins with that already."""
+    """Token ids with the tokenizer's default special tokens; without them where the text begins with the first of
+    these."""
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     begin = None if first is None else tokenizer.decode([first])
     found: Any = tokenizer(list(texts), truncation=False, verbose=False, return_attention_mask=False)

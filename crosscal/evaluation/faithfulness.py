@@ -1,9 +1,9 @@
-"""Whether a summary says what its source says, by a local model of natural language inference: SummaC-ZS.
+"""Faithfulness of a summary to its source, scored by a local natural-language-inference model: SummaC-ZS.
 
     score = mean over the summary's sentences of max over the source's sentences of P(source sentence entails it)
 
 (arXiv 2111.09525, sentence by sentence, contradictions not counted, as in arXiv 2311.09335.) Between 0 and 1; higher is
-more faithful. The model is a folder in Hugging Face format with a class called entailment.
+more faithful. The model is a folder in Hugging Face format with a class named entailment.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 @dataclass(frozen=True, eq=False)
 class Judge:
+    """A natural-language-inference model with its tokenizer."""
+
     model: Any
     tokenizer: Any
     entailment: int
-    """Index of the class."""
+    """Index of the entailment class."""
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Judge:
-        """Raises `EvaluationError` for a folder that holds no such model."""
+        """Load the model. Raises `EvaluationError` for a folder that holds no such model."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if not (Path(folder) / "config.json").is_file():
@@ -46,7 +48,7 @@ class Judge:
         return cls(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), found[0])
 
     def score(self, source: str, summary: str) -> float:
-        """0 for an empty summary."""
+        """Return the SummaC-ZS score of a summary; 0 if it or the source is empty."""
         premises, claims = sentences(source), sentences(summary)
         if not premises or not claims:
             return 0.0
@@ -70,14 +72,16 @@ class Judge:
 
 
 def sentences(text: str) -> list[str]:
-    """Cut behind a full stop, question or exclamation mark, and at line ends."""
+    """Split after a full stop, question mark or exclamation mark, and at line ends."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 def risk_ratio(dense: Sequence[float], compressed: Sequence[float], least: float = 1e-3) -> float:
-    """mean over documents of s_dense / s_compressed, scores below `least` counting as that: above 1, the compressed
-    model's summaries are less faithful. Our reading of the hallucination risk ratio of arXiv 2311.09335, whose formula
-    is not printed. Raises ValueError on unequal or no documents."""
+    """Return the mean over documents of s_dense / s_compressed, where scores below `least` are raised to it.
+
+    Above 1, the compressed model's summaries are less faithful. Our interpretation of the hallucination risk ratio of
+    arXiv 2311.09335, whose formula is not printed. Raises ValueError on unequal or no documents.
+    """
     ratios = [max(a, least) / max(b, least) for a, b in zip(dense, compressed, strict=True)]
     if not ratios:
         raise ValueError("no documents to compare on")

@@ -1,4 +1,4 @@
-"""The tasks that lm-eval knows, by lm-eval itself, which is imported only when a plan names one."""
+"""Tasks of lm-eval, evaluated by lm-eval itself, which is imported only if a plan names such a task."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from crosscal.progress import Progress
 
 _log = logging.getLogger(__name__)
 MOST_QUESTIONS = 32
-_ONE_AT_A_TIME = threading.RLock()  # lm-eval's log and its bars are the whole process's
+_ONE_AT_A_TIME = threading.RLock()  # lm-eval's logger and progress bars are process-wide
 BOOTSTRAP_ITERATIONS = 1000
-"""For standard errors without a closed form; lm-eval leaves out every standard error when this is 0."""
+"""For standard errors without a closed form; with 0, lm-eval omits every standard error."""
 UNREACHABLE = (OSError, ValueError, RuntimeError, ImportError)
-"""What lm-eval and datasets raise for data behind a network, a closed licence, a retired script, a missing extra."""
+"""Errors of lm-eval and datasets for offline or gated data, a retired script or a missing extra."""
 
 
 @dataclass(frozen=True, eq=False)
 class NamedTask:
     name: str
     leaves: dict[str, Any]
-    """What `TaskManager.load` returns: the tasks behind one name, which may be a group."""
+    """Result of `TaskManager.load`: the tasks behind one name, which may be a group."""
     texts: TextTask | None = None
-    """Of this machine; None for lm-eval's own tasks."""
+    """The local texts; None for lm-eval's own tasks."""
 
     def identity(self, limit: int | None) -> list[Any]:
-        """What its numbers depend on beside model and encoding."""
+        """Return what the results depend on besides model and encoding."""
         return [self.name, limit] if self.texts is None else [self.texts.digest]
 
     @property
@@ -49,7 +49,7 @@ class NamedTask:
 
 
 def named_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:
-    """lm-eval's tasks, and of those that cannot be had here the reason. Raises `EvaluationError` for unknown names."""
+    """Return the available tasks, and why others are unavailable. Raises `EvaluationError` for unknown names."""
     if not names:
         return [], {}  # lm-eval takes three seconds to import, and the index of its tasks ten
     with _quiet_lm_eval():
@@ -70,10 +70,10 @@ def measure_named(
     max_length: int,
     progress: Progress | None = None,
 ) -> list[Measurement]:
-    """Every metric of a task on one model, which stays on the device it is on, with no examples in front.
+    """Measure every metric of a task on one model, which stays on its device, with the task's own few-shot examples.
 
-    A prompt longer than `max_length` tokens loses its beginning; a warning in the log counts them. As many prompts are
-    read at once as `logits.LOGITS_BYTES` has room for their logits, `MOST_QUESTIONS` at most.
+    A prompt longer than `max_length` tokens loses its beginning; a warning in the log counts these prompts. A batch
+    holds as many prompts as have room for their logits in `logits.LOGITS_BYTES`, at most `MOST_QUESTIONS`.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -84,8 +84,9 @@ def measure_named(
 
 
 def _encoding(task: NamedTask) -> dict[str, bool]:
-    """Over texts lm-eval puts a token in front that is not predicted; with the tokenizer's own behind it, that would be
-    predicted from itself and counted. Its own tasks are measured as it does, so that numbers compare."""
+    """For texts, lm-eval prepends a token that is not predicted. If the tokenizer added its own after it, that one
+    would be predicted from itself and counted. lm-eval's own tasks keep its encoding, so that results are comparable.
+    """
     return {} if task.texts is None else {"add_bos_token": False}
 
 
@@ -129,7 +130,7 @@ def _measure_task(lm: Any, task: NamedTask, limit: int | None) -> list[Measureme
     outcome: Any = evaluate(lm, task.leaves, limit=limit, log_samples=True, bootstrap_iters=BOOTSTRAP_ITERATIONS)
     seconds = time.perf_counter() - started
     found = {name: list(_metrics(name, result)) for name, result in outcome["results"].items()}
-    if found.get(task.name):  # a tag, and a group without a mean of its own, are told by their tasks
+    if found.get(task.name):  # for a tag, or a group without a mean, its tasks are reported
         found = {task.name: found[task.name]}
     return [
         Measurement(
@@ -161,7 +162,7 @@ def _metrics(name: str, result: dict[str, Any]) -> Iterator[tuple[str, float, fl
 
 
 def _correct(samples: Sequence[dict[str, Any]], metric: str) -> tuple[bool, ...] | None:
-    """Of each question, in order; None unless every one is right or wrong."""
+    """Whether each question was answered correctly, in order; None unless every value is 0 or 1."""
     metric, _, which = metric.partition(",")
     asked = [one for one in samples if one.get("filter", "none") == (which or "none")]
     values = [one.get(metric) for one in sorted(asked, key=lambda one: one["doc_id"])]
@@ -169,19 +170,19 @@ def _correct(samples: Sequence[dict[str, Any]], metric: str) -> tuple[bool, ...]
 
 
 def questions_at_once(lm: Any, longest: int) -> int:
-    """As many prompts of `longest` tokens as there may be logits of, one at least."""
+    """Return how many prompts of `longest` tokens have room for their logits, at least one."""
     rows = rows_at_once(lm.model.config.get_text_config().vocab_size, lm.model.dtype.itemsize)
     return max(1, rows // min(longest, lm.max_length))
 
 
 def _prompt_lengths(lm: Any, task: NamedTask, limit: int | None) -> list[int]:
-    """Tokens of each prompt with its answer. Warns of those too long for the model, refuses an answer that is."""
+    """Tokens of each prompt with its answer. Warns of prompts too long for the model, raises for such an answer."""
     for leaf in task.leaves["tasks"].values():
         leaf.build_all_requests(limit=limit)
     instances = [instance for leaf in task.leaves["tasks"].values() for instance in leaf.instances]
     texts = [[part for part in instance.args if isinstance(part, str)] for instance in instances]
     lengths = [len(tokens) for tokens in lm.tokenizer(["".join(parts) for parts in texts], verbose=False)["input_ids"]]
-    # A prompt with an answer is cut to one window, whose last token is predicted but not read.
+    # A prompt with an answer is cut to one window, whose last token is only predicted.
     cut = [i for i, length in enumerate(lengths) if len(texts[i]) == 2 and length > lm.max_length + 1]
     for index in cut:
         answer = len(lm.tokenizer(texts[index][-1], verbose=False)["input_ids"])
@@ -200,11 +201,11 @@ def _prompt_lengths(lm: Any, task: NamedTask, limit: int | None) -> list[int]:
 
 
 def _bar(progress: Callable[[int, int], None] | None) -> Any:
-    """A class of progress bars that draw nothing and tell `progress`, if there is one, how far they are."""
+    """Return a progress-bar class that draws nothing and calls `progress`, if given, with its position."""
     from tqdm import tqdm
 
     class Bar(tqdm):
-        monitor_interval = 0  # no thread of its own
+        monitor_interval = 0  # starts no monitor thread
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs["disable"] = progress is None or kwargs.get("disable", False)
@@ -220,10 +221,8 @@ def _bar(progress: Callable[[int, int], None] | None) -> Any:
 
 @contextmanager
 def _quiet_lm_eval(progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """lm-eval's log at errors only, its bar over answers handed to `progress`, the others off; afterwards as before.
-
-    For one thread at a time.
-    """
+    """Limit lm-eval's log to errors, pass its progress over answers to `progress`, turn other bars off; restore all
+    afterwards. Only one thread at a time can hold this."""
     with _ONE_AT_A_TIME:
         yield from _without_log_and_bars(progress)
 

@@ -1,4 +1,4 @@
-"""Texts of this machine as a task of lm-eval's, handed over in memory."""
+"""Local texts as an lm-eval task, passed in memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def leaves_of(texts: TextTask) -> dict[str, Any]:
-    """What `TaskManager.load` returns, for a task of ours."""
+    """Return what `TaskManager.load` returns, for local texts."""
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
 
-    # A path would leave a copy in the user's datasets cache.
+    # Loading from a path would leave a copy in the user's datasets cache.
     rows = Dataset.from_dict({"text": list(texts.documents)})
     config = {
         "task": texts.name,

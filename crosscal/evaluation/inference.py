@@ -1,14 +1,14 @@
-"""How sure a difference is: over draws of the calibration windows, over test windows, and among many comparisons.
+"""Uncertainty of a difference: over draws of the calibration windows, over test windows, and among many comparisons.
 
-Two variants are measured on the same test windows, and for each draw calibrated on windows of the same seed. With the
-difference d[k, w] of draw k and window w, two things are uncertain, and they are kept apart:
+Two variants are measured on the same test windows, and for each draw calibrated on windows of the same seed. With
+d[k, w] the difference of draw k and window w, there are two sources of uncertainty, which are kept separate:
 
-* another draw of calibration text: the D means over windows, d[k, ·], are D independent numbers; their mean has the
-  interval mean ± t(D − 1) · sd / √D. This is the noise of the method, and what p-values are of.
+* another draw of calibration text: the D means over windows, d[k, ·], are independent; their mean has the interval mean
+  ± t(D − 1) · sd / √D. This is the noise of the method, and p-values refer to it.
 * other test text: the W means over draws, d[·, w], have the standard error sd / √W. All draws share these windows, so
-  no number of draws makes it smaller, and D · W is not a sample size.
+  more draws do not reduce it, and D · W is not a sample size.
 
-With one draw there is only the second. Questions of a task stand as windows of a corpus do.
+With one draw only the second is available. Questions of a task are treated like windows of a corpus.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ DRAWS, WINDOWS, QUESTIONS = "draws", "windows", "questions"
 
 @dataclass(frozen=True)
 class Sure:
-    """A mean with all that is known of its errors."""
+    """A mean with its uncertainty."""
 
     mean: float
     sd: float | None
-    """Over draws; None for one."""
+    """Standard deviation over draws; None for one."""
     stderr: float | None
-    """Of the mean over test windows or questions, whatever the draws."""
+    """Standard error of the mean over test windows or questions, for any number of draws."""
     over: str
-    """What `interval` and `p` generalise over: `draws` where there are several, else `windows` or `questions`."""
+    """What `interval` and `p` generalise over: `draws` if there are several, else `windows` or `questions`."""
     interval: tuple[float, float] | None
-    """Of 95 %; None where nothing can be said."""
+    """95 % confidence interval; None if it cannot be estimated."""
     p: float | None
-    """Two-sided, of a mean of zero."""
+    """Two-sided p-value for a mean of zero."""
     draws: int
     items: int | None
-    """Test windows, or questions, where each was compared with its like."""
+    """Number of test windows or questions, if they were compared one by one."""
 
 
 def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS) -> Sure:
-    """Of one number for each draw and window, or question: a difference, or what one model had."""
+    """Return the mean of one value per draw and window or question: a difference, or one model's own value."""
     means = [math.fsum(row) / len(row) for row in values_DW]
     over_items = spread(math.fsum(column) / len(column) for column in zip(*values_DW, strict=True))
     stderr = None if over_items.sd is None else over_items.sd / math.sqrt(over_items.n)
@@ -57,7 +57,7 @@ def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS
 
 
 def over_draws(values: Sequence[float], stderr: float | None, of: str) -> Sure:
-    """Of one number for each draw, whose standard error over windows or questions is known by itself.
+    """Return the mean of one value per draw, whose standard error over windows or questions is known.
 
     With one draw the interval is that of a normal distribution.
     """
@@ -68,8 +68,8 @@ def over_draws(values: Sequence[float], stderr: float | None, of: str) -> Sure:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being looked at together (Holm 1979): at level a the chance of any false finding is at
-    most a, whatever the dependence. p(i) of m in rising order becomes max over j ≤ i of min(1, (m − j + 1) p(j))."""
+    """Return p-values adjusted for multiple comparisons (Holm 1979): at level a the chance of any false finding is at
+    most a, for any dependence. p(i) of m in rising order becomes max over j ≤ i of min(1, (m − j + 1) p(j))."""
     order = np.argsort(p_values, kind="stable")
     adjusted, so_far = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -86,7 +86,7 @@ def _over_draws(values: Sequence[float], stderr: float | None, items: int | None
 
 
 def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:
-    """Interval and p-value of Student's t; of the normal distribution without a number of degrees of freedom."""
+    """Interval and p-value of Student's t; of the normal distribution if `freedom` is None."""
     from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
     if stderr is None:
@@ -99,7 +99,7 @@ def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[fl
 
 
 def over_both(found: Sure) -> tuple[float, float] | None:
-    """The 95 % interval of a number by itself: another draw *and* other test text, as if independent of each other."""
+    """Return the 95 % interval of a variant's own value over draws *and* test text, taken as independent."""
     parts = [found.stderr, None if found.sd is None else found.sd / math.sqrt(found.draws)]
     known = [part for part in parts if part is not None]
     return _t(found.mean, math.hypot(*known), None)[0] if known else None

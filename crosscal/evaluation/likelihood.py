@@ -24,23 +24,22 @@ from crosscal.evaluation.measurement import PERPLEXITY, Measurement
 from crosscal.progress import Progress
 
 NLL_DECIMALS = 7
-"""Of what is kept of each window: paired differences of interest are a thousand times as large."""
+"""Decimals stored per window; paired differences of interest are a thousand times larger."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Windows of held-out text; their perplexity is exp of the mean negative log-likelihood per predicted token.
 
-    Every token of a window is predicted from those before it but the first: where windows begin with
-    beginning-of-text, that token is read and not scored. P counts all others, the special tokens between documents
-    among them. With n_s the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s),
-    and by the delta method stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. The windows are the
-    independent unit, because the tokens of one window depend on each other; with one window there is no estimate
-    (None).
+    Every token of a window except the first is predicted from those before it; if windows begin with beginning-of-text,
+    that token is an input and not scored. P counts all others, including the special tokens between documents. With n_s
+    the negative log-likelihood of window s divided by its P predictions: value = exp(mean n_s), and by the delta method
+    stderr = value * sd(n_s) / sqrt(S), sd with S - 1 in its denominator. Windows are the independent unit, because the
+    tokens of one window depend on each other; one window gives no estimate (None).
     """
 
     name: str
-    """Of the corpus."""
+    """Name of the corpus."""
     split: str
     tokens_SL: torch.Tensor
 
@@ -60,7 +59,7 @@ class Windows:
         return [(len(each_BL), partial(_batch_nll, reader, each_BL)) for each_BL in self.tokens_SL.split(at_once)]
 
     def result(self, answers: list[torch.Tensor], seconds: float) -> list[Measurement]:
-        """Raises `EvaluationError` naming the corpus when the likelihood is not finite."""
+        """Return the perplexity. Raises `EvaluationError` naming the corpus if it is not finite."""
         mean_S = torch.cat(answers) / (self.tokens_SL.shape[1] - 1)
         value = torch.exp(mean_S.mean()).item()
         if not math.isfinite(value):
@@ -85,9 +84,9 @@ def perplexity(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Of one model, which is on `device` already, on windows of corpus `name`; see `Windows`.
+    """Measure the perplexity of a model, already on `device`, on windows of corpus `name`; see `Windows`.
 
-    Raises `EvaluationError` naming the corpus when they do not fit the model or the likelihood is not finite.
+    Raises `EvaluationError` naming the corpus if the windows do not fit the model or the likelihood is not finite.
     """
     windows = Windows(name, split, tokens_SL)
     ((answers, seconds),) = read_each(model, [windows], device=device, batch_tokens=batch_tokens, progress=[progress])
@@ -102,10 +101,10 @@ def window_nll(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each window in nats, its first token not scored: float64 [S], on the CPU.
+    """Return the negative log-likelihood of each window in nats, its first token not scored: float64 [S], on the CPU.
 
-    `model` must be on `device` already. `batch_tokens` bounds what is read at once, but a batch never holds less than
-    one window; of logits there are at most `logits.LOGITS_BYTES` at a time. `progress` is told the windows measured.
+    `model` must already be on `device`. `batch_tokens` bounds the tokens of a batch, but a batch holds at least one
+    window; logits take at most `logits.LOGITS_BYTES` at a time. `progress` receives the number of windows measured.
     """
     windows = Windows("tokens", "", tokens_SL)
     ((answers, _),) = read_each(model, [windows], device=device, batch_tokens=batch_tokens, progress=[progress])
@@ -121,12 +120,12 @@ def windows_of(
     begin: bool | None = None,
     plain_text: bool = False,
 ) -> torch.Tensor:
-    """`windows` windows (None: all) of `length` tokens, spread evenly over the documents in their order: int64 [S, L].
+    """Return `windows` windows (None: all) of `length` tokens, spread evenly over the documents in order: int64 [S, L].
 
-    They are cut as calibration windows are, `begin` and `plain_text` meaning the same (see
-    `crosscal.calibration.tokens`), but for a tokenizer without end-of-text. Of W windows the n wanted are numbers
-    floor(i W / n): the first n would cover a few documents, and measure those. There may be fewer than asked for,
-    never none.
+    They are cut like calibration windows, with the same `begin` and `plain_text` (see `crosscal.calibration.tokens`),
+    but a tokenizer without end-of-text is accepted. Of W windows the n selected are numbers floor(i W / n), because the
+    first n would cover only a few documents. There may be fewer than requested. Raises `TooLittleText` if there would
+    be none.
     """
     encoded = EncodedDocuments(tokenizer, documents, tokenizer.eos_token_id, plain_text=plain_text)
     begins = begin_token(tokenizer, begin), chat_begin_token(tokenizer, begin)

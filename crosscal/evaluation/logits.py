@@ -1,9 +1,9 @@
-"""Logits of a few positions at a time: the decoder is run once, and what follows it on pieces of its output.
+"""Logits of a few positions at a time: the decoder runs once, and the layers after it run on pieces of its output.
 
-No table of model families: the model is called with its decoder's forward replaced. Either that stops behind the
-decoder, or it hands back some rows of what the decoder had returned, so that whatever a family does to its logits
-(scales, caps) is done. All logits of a batch would often be the largest thing in memory: 800 MB for 4096 tokens and a
-vocabulary of 49 thousand. Several threads may read with one model at once.
+This needs no table of model families: the model is called with its decoder's forward replaced. The replacement either
+stops the forward pass after the decoder, or returns some rows of an earlier decoder output, so that everything a family
+does to its logits (scales, caps) is applied. All logits of a batch would often be the largest tensor in memory: 800 MB
+for 4096 tokens and a vocabulary of 49 thousand. Several threads may use one model at once.
 
 Shapes: B sequences, L tokens, D hidden size, T positions wanted, R of them, V vocabulary.
 """
@@ -24,52 +24,53 @@ from torch import Tensor
 from crosscal.lanes import side_by_side
 
 LOGITS_BYTES = 2**28
-"""Of logits at most held at once, with the copies that a loss makes of them (or those of a single token)."""
+"""Maximum bytes of logits held at once, with the copies that a loss makes (or those of a single token)."""
 F32_BYTES = 4
 PROBE_TOKENS = 4
 ROUNDOFF = 1e-2
-"""Of bfloat16; what a family does to its logits changes them by far more."""
+"""Tolerance for bfloat16 roundoff; what a family does to its logits changes them by far more."""
 NOT_SUPPORTED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models raise that are called in a way of which their family knows nothing."""
+"""Errors of model families that do not support the way in which they are called."""
 
 
 class _Stop(Exception):
-    """Ends a forward pass behind the decoder."""
+    """Ends a forward pass after the decoder."""
 
 
 def row_bytes(vocabulary: int, itemsize: int) -> int:
-    """Of one token: logits in the model's dtype, in float32 unless that is it, and the logarithm of their softmax."""
+    """Return the bytes per token: logits in the model's dtype, in float32 unless that is it, and their log-softmax."""
     return vocabulary * (2 * F32_BYTES + (itemsize if itemsize != F32_BYTES else 0))
 
 
 def rows_at_once(vocabulary: int, itemsize: int, lanes: int = 1) -> int:
+    """Return how many tokens' logits fit in one worker thread's share of `LOGITS_BYTES`, at least one."""
     return max(1, LOGITS_BYTES // lanes // row_bytes(vocabulary, itemsize))
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a model made of some tokens: hidden states that leave its decoder, or else logits."""
+    """A model's output for some tokens: the decoder's hidden states, or logits if it does not run in pieces."""
 
     rows_BLX: Tensor
     output: Any
-    """What held the hidden states."""
+    """The decoder output that contains the hidden states."""
     cache: Any
-    """What the tokens that follow need of these, if that was asked for and the model has it."""
+    """Cache for the tokens that follow, if requested and supported."""
 
 
 class Reader:
-    """A model whose decoder and head are run one after the other. Use `reading` to make one."""
+    """A model whose decoder and head are run separately. Use `reading` to make one."""
 
     def __init__(self, model: Any, lanes: int) -> None:
         self.model, self.lanes = model, lanes
         self.is_in_pieces = True
-        """Whether logits of some rows can be had alone."""
+        """Whether logits of single rows can be computed."""
         self.device: torch.device = next(model.parameters()).device
         self._plain = model.get_decoder().forward
-        self._turn = threading.local()  # what the decoder is to do, of each thread its own
+        self._turn = threading.local()  # per thread: what the replaced forward does
 
     def read(self, tokens_BL: Tensor, after: Any = None, *, keep: bool = False) -> Decoded:
-        """Read tokens, behind those of a cache if there is one, which then has them too; `keep`: make a cache."""
+        """Process tokens, after those in cache `after` if given, which is extended in place; `keep`: make a cache."""
         arguments: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": keep or after is not None}
         if after is not None:
             arguments["past_key_values"] = after
@@ -85,7 +86,7 @@ class Reader:
         raise RuntimeError("the model did not call its decoder")
 
     def nll(self, decoded: Decoded, at_T: Tensor, target_T: Tensor) -> Tensor:
-        """Negative log-likelihood of each target at its position, counted through all sequences: float32 [T]."""
+        """Return the negative log-likelihood of each target at its position in the flattened batch: float32 [T]."""
         rows_NX = decoded.rows_BLX.flatten(0, 1)
         if not self.is_in_pieces:
             return _nll(rows_NX[at_T], target_T)
@@ -95,7 +96,7 @@ class Reader:
         return torch.cat([_nll(self.logits(decoded, rows_NX[at_R]), target_R) for at_R, target_R in pairs])
 
     def logits(self, decoded: Decoded, hidden_RD: Tensor) -> Tensor:
-        """logits_RV: what the model makes of rows of its decoder's output."""
+        """Return logits_RV of rows of the decoder's output."""
         rows_BLD = hidden_RD[None]
         if isinstance(decoded.output, tuple):
             output: Any = (rows_BLD,)
@@ -106,7 +107,7 @@ class Reader:
             return self.model(input_ids=unread_BL, use_cache=False).logits[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's."""
+        """Replace the decoder's forward: return a given output, or run the decoder and stop if requested."""
         turn = vars(self._turn)
         if "output" in turn:
             return turn["output"]
@@ -126,16 +127,17 @@ class Reader:
 
 @contextmanager
 def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
-    """The model, which stays on its device, in evaluation mode and with its decoder apart; afterwards as it was.
+    """Yield a `Reader` of the model, in evaluation mode and on its device; restores the model afterwards.
 
-    `tokens_L`: a few that it can read, to see whether logits can be had in pieces. `lanes`: how many threads will read.
+    `tokens_L`: valid tokens to probe whether logits can be computed in pieces. `lanes`: number of threads that will use
+    it.
     """
     decoder, was_training = model.get_decoder(), model.training
-    own = {name: value for name, value in vars(decoder).items() if name == "forward"}  # as hooks of others leave it
+    own = {name: value for name, value in vars(decoder).items() if name == "forward"}  # as other hooks may have set it
     model.eval()
     try:
         reader = Reader(model, lanes)
-        decoder.forward = reader.forward  # of this one module; its class keeps its own
+        decoder.forward = reader.forward  # on this instance; its class is unchanged
         tried, one = [partial(are_in_pieces, reader, tokens_L)], 1 if lanes > 1 else None
         (reader.is_in_pieces,) = side_by_side(tried, reader.device, threads_each=one)
         yield reader
@@ -147,7 +149,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
 
 @torch.inference_mode()
 def are_in_pieces(reader: Reader, tokens_L: Tensor) -> bool:
-    """Whether the logits of pieces are those of the whole, tried on a few tokens."""
+    """Return whether logits of pieces equal those of a whole forward pass, tested on a few tokens."""
     probe_BL = tokens_L[None, :PROBE_TOKENS]
     whole_RV = reader.model(input_ids=probe_BL, use_cache=False).logits[0].float()
     try:

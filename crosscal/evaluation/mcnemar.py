@@ -1,9 +1,9 @@
-"""Whether two models differ on the same questions: McNemar's exact test.
+"""McNemar's exact test of whether two models differ on the same questions.
 
-Questions that both answer rightly, or both wrongly, say nothing of a difference. Of the others, lost and won, half
-would be expected either way if the models were alike: p = P(|X − n/2| ≥ |won − n/2|) for X ~ Binomial(n, 1/2) with
-n = lost + won (Edwards 1948's table, its exact form). The confidence in a difference of accuracies that comes from two
-standard errors would count the questions that both share as noise.
+Questions that both models answer correctly, or both wrongly, carry no information about a difference. Of the
+n = lost + won others, half are expected either way if the models are equal: p = P(|X − n/2| ≥ |won − n/2|) for X ~
+Binomial(n, 1/2) (Edwards 1948's table, its exact form). A test based on the standard errors of the two accuracies would
+count the questions that both share as noise.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Change:
-    """What changed from one model's answers to another's."""
+    """Change from one model's answers to another's."""
 
     questions: int
     lost: int
-    """Rightly answered by the first only."""
+    """Answered correctly by the first model only."""
     won: int
-    """Rightly answered by the second only."""
+    """Answered correctly by the second model only."""
 
     @property
     def points(self) -> float:
-        """Difference of accuracies, in percent of the questions."""
+        """Difference of accuracies, in percentage points."""
         return 100 * (self.won - self.lost) / self.questions
 
     @property
     def p(self) -> float:
-        """Two-sided; 1 where nothing changed."""
+        """Two-sided p-value; 1 if nothing changed."""
         return exact_p(self.lost, self.won)
 
     def __str__(self) -> str:
-        """As in "−4.2 points, 12 lost / 7 won, p = .36"."""
+        """Format as "−4.2 points, 12 lost / 7 won, p = .36"."""
         told = "p < .001" if self.p < 0.001 else "p = 1" if self.p > 0.995 else f"p = {self.p:.2g}".replace("0.", ".")
         return f"{self.points:+.1f} points, {self.lost} lost / {self.won} won, {told}".replace("-", "−")
 
 
 def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
-    """Of answers to the same questions in the same order. Raises ValueError on unequal or no questions."""
+    """Compare answers to the same questions in the same order. Raises ValueError on unequal or no questions."""
     pairs = list(zip(before, after, strict=True))
     if not pairs:
         raise ValueError("no questions to compare on")
@@ -47,7 +47,7 @@ def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
 
 
 def exact_p(lost: int, won: int) -> float:
-    """min(1, 2 Σ_{k ≤ min(lost, won)} C(n, k) / 2ⁿ) with n = lost + won, in integers until the last division."""
+    """Return min(1, 2 Σ_{k ≤ min(lost, won)} C(n, k) / 2ⁿ) with n = lost + won, in integers until the last division."""
     n, term, tail = lost + won, 1, 0
     for k in range(min(lost, won) + 1):
         tail += term

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 TEST, VALIDATION = "test", "validation"
-"""Splits: what is reported is measured on the first, whatever chooses reads the second."""
+"""Splits: reported numbers come from test text, every choice is made on validation text."""
 PERPLEXITY = "perplexity"
 ITEMS = ("window_nll", "question_correct", "document_score")
-"""Fields that hold what a number is the mean of."""
+"""Fields that hold the per-item values of which a number is the mean."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Measurement:
     metric: str
     """`perplexity`, or the name lm-eval gives its metric: `acc`, `acc_norm`, …"""
     value: float | None
-    """None exactly when `skipped` says why."""
+    """None exactly when `skipped` gives the reason."""
     stderr: float | None
     """Standard error of `value` over windows or questions; None where it cannot be estimated."""
     tokens: int
-    """Tokens the model read for this number."""
+    """Tokens the model processed for this number."""
     seconds: float
     skipped: str | None = None
     begin_token: bool | None = None
-    """Whether what the model read began with beginning-of-text; None where nothing says."""
+    """Whether the model's input began with beginning-of-text; None if unknown."""
     window_nll: tuple[float, ...] | None = None
-    """Of a perplexity: the mean negative log-likelihood per predicted token of each window, to 1e-7 nats, so that two
+    """For a perplexity: mean negative log-likelihood per predicted token of each window, to 1e-7 nats, so that two
     models measured on the same windows can be compared window by window."""
     question_correct: tuple[bool, ...] | None = None
-    """Of an accuracy: whether each question, in the task's order, was answered right, so that two models asked the same
-    questions can be compared question by question. None where a metric has no right and wrong, and for a group."""
+    """For an accuracy: whether each question was answered correctly, in the task's order, so that two models can be
+    compared question by question. None for a group, and for a metric without right and wrong answers."""
     document_score: tuple[float, ...] | None = None
-    """Of a score of summaries: that of each document, in the task's order, to 1e-6."""
+    """For a score of summaries: the score of each document, in the task's order, to 1e-6."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Measurement:

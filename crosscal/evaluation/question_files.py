@@ -1,10 +1,10 @@
 """Local files of multiple-choice questions.
 
-JSON objects (one a line, an array of them, or an object of them by id), CSV and TSV with or without a header, Parquet;
-all but the last plain or compressed. Our own form is `{"question": str, "choices": [str, …], "answer": index}`; others
-that are common are found by themselves (see `question_forms`), and any by what the plan says of its fields. A damaged
-row, and a file that cannot be read to its end, is an error and never skipped: an accuracy over fewer questions would
-look the same.
+JSON objects (one per line, an array, or an object that maps ids to them), CSV and TSV with or without a header,
+Parquet; all but the last plain or compressed. The native form is
+`{"question": str, "choices": [str, …], "answer": index}`; other common forms are detected (see `question_forms`), and
+the plan can describe any other by its fields. A damaged row, or a file that cannot be read to its end, is an error and
+is never skipped: an accuracy over fewer questions would look the same.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Question:
     answer: int
     """Index into `choices`."""
     context: str | None = None
-    """A text that belongs to the question and is not part of it yet; None where the file has none."""
+    """Text that belongs to the question and is not part of it yet; None if the file has none."""
 
     @property
     def closed_book(self) -> Question:
-        """Without its context: what the model knows."""
+        """The question without its context: tests what the model knows."""
         return replace(self, context=None)
 
     @property
     def in_context(self) -> Question:
-        """With its context in front, a blank line between: what the model finds there."""
+        """The question after its context and a blank line: tests what the model finds there."""
         return replace(self, question="\n\n".join(part for part in (self.context, self.question) if part), context=None)
 
 
@@ -48,9 +48,9 @@ class Question:
 class QuestionFile:
     questions: tuple[Question, ...]
     read_as: str
-    """Which fields were taken for what, in words."""
+    """Which fields were used as what, in words."""
     is_native: bool
-    """Whether that is our own form: its questions are whole, other fields are left alone."""
+    """Whether the file has the native form: its questions are complete, other fields are ignored."""
 
     @property
     def has_context(self) -> bool:
@@ -58,22 +58,22 @@ class QuestionFile:
 
     @property
     def holds_context(self) -> bool:
-        """Whether some question repeats its context, so that it cannot be asked without."""
+        """Whether some question repeats its context, so that it cannot be asked without it."""
         return any(question.context and question.context.strip() in question.question for question in self.questions)
 
 
 def is_question_file(task: str) -> bool:
-    """Whether a task of the plan is a path to a local file of questions rather than an lm-eval name."""
+    """Return whether a task of the plan is the path of a local question file, not an lm-eval name."""
     return format_of(task) in FORMATS
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """All questions of a file; `EvaluationError` names file, line and what is wrong."""
+    """Return all questions of a file. Raises `EvaluationError` naming file, line and what is wrong."""
     return list(read_question_file(path).questions)
 
 
 def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> QuestionFile:
-    """All questions of a file, and as what its fields were read; what `fields` leaves out is found.
+    """Return all questions of a file and how its fields were read; fields missing in `fields` are detected.
 
     Raises `EvaluationError` naming file, line, what was found there and what to write in the plan.
     """
@@ -105,7 +105,7 @@ def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> Quest
 
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each file: its stem, with the parent folder in front where two files share a stem."""
+    """Return a name for each file: its stem, with the parent folder in front if two files share a stem."""
     stems = [stem_of(path) for path in paths]
     names = [
         stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
@@ -123,7 +123,7 @@ def task_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _with_form(path: Path, found: tuple[Row, ...] | Table, fields: Fields) -> tuple[tuple[Row, ...], Form]:
-    """Rows, by the names of their columns if they have any, and their form."""
+    """Rows, with the names of their columns if they have any, and their form."""
     rows = found.with_header if isinstance(found, Table) else found
     try:
         if rows:
@@ -138,8 +138,8 @@ def _with_form(path: Path, found: tuple[Row, ...] | Table, fields: Fields) -> tu
 
 
 def _without_header(table: Table, fields: Fields) -> tuple[tuple[Row, ...], Form] | None:
-    """A question, its choices and the answer, column by column, unless the plan names other columns by number; None
-    for too few columns."""
+    """Take the columns as question, choices and answer, unless the plan names columns by number; None for too few
+    columns."""
     rows = table.without_header
     first, *choices, last = rows[0].value
     if len(choices) < 2 and fields == NOTHING_SAID:
@@ -155,7 +155,7 @@ def _without_header(table: Table, fields: Fields) -> tuple[tuple[Row, ...], Form
 
 
 def _remedy(path: Path, row: Row, form: Form | None) -> str:
-    """What to write in the plan for a row that no form fits."""
+    """Return what to write in the plan for a row that no form fits."""
     if form is not None and form.is_native:
         return FORM
     shown = ", ".join(f"{name}: {excerpt(repr(value))[:30]}" for name, value in row.value.items())

@@ -1,8 +1,8 @@
-"""Which fields of a record are the question, its choices, the answer and the context.
+"""Detect which fields of a record are the question, its choices, the answer and the context.
 
-Files of exam and knowledge questions agree on little: choices are a list, a mapping by letter, texts beside labels, or
-columns of their own; answers are letters, numbers or words; a context is a text or a list of them. What the plan does
-not name is found by the names and shapes that are common, in the first record, and then holds for the whole file.
+Files of exam and knowledge questions vary: choices are a list, a mapping by letter, texts with labels, or one column
+each; answers are letters, numbers or words; a context is a text or a list of texts. Fields that the plan does not name
+are detected by common names and shapes in the first record; the result then holds for the whole file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# By importance, without case and what is no letter or digit: `answerKey` and `answer_key` are one.
+# In order of preference; only letters and digits count, without case: `answerKey` and `answer_key` are equal.
 QUESTION = ("question", "questionstem", "stem", "query", "prompt", "input", "goal", "qtext", "ctx", "citingprompt")
 CHOICES = ("choices", "options", "endings", "candidates", "answers")
 ANSWER = (
@@ -26,19 +26,19 @@ CONTEXT = ("contexts", "context", "passage", "abstract", "article", "support")
 COLUMN = re.compile(r"(option|choice|op|opt|answer|sol|ending|holding|)([a-z]|\d)")
 TEXTS, LABELS = ("text", "texts", "content"), ("label", "labels", "key")
 WORDS = (("yes", "no"), ("yes", "no", "maybe"), ("true", "false"))
-"""Choices that records without any are answered with."""
+"""Choices of records that list none."""
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 MISSING = object()
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What the plan says of a file's fields; None is to be found."""
+    """The fields of a file as the plan names them; None: detect."""
 
     question: str | None = None
-    """A field's name, or text with {fields} in braces; `a.b` is field b of the mapping in field a."""
+    """Name of a field, or a template with {fields} in braces; `a.b` is field b of the mapping in field a."""
     choices: str | tuple[str, ...] | None = None
-    """The field that holds them; or one field, or text with {fields}, for each; or the words themselves."""
+    """The field that holds all; or for each choice a field, a template with {fields}, or its text itself."""
     answer: str | None = None
     context: str | None = None
     answer_is: str | None = None
@@ -47,18 +47,18 @@ class Fields:
 
 @dataclass(frozen=True)
 class Form:
-    """What is read from where in every record of a file."""
+    """Which fields of a file's records are read as what."""
 
     question: str
     choices: str | tuple[str, ...]
     answer: str
     context: str | None = None
     are_words: bool = False
-    """Whether `choices` are the words themselves, the same in every record."""
+    """Whether `choices` are the texts of the choices, the same in every record."""
 
     @property
     def is_native(self) -> bool:
-        """Our own, in which an answer is an index from 0."""
+        """Whether this is the native form, in which an answer is an index from 0."""
         return (self.question, self.choices, self.answer) == ("question", "choices", "answer")
 
     def __str__(self) -> str:
@@ -69,24 +69,25 @@ class Form:
 
 @dataclass(frozen=True)
 class Parts:
-    """A record as its form reads it."""
+    """The content of a record under a form."""
 
     question: str
     choices: tuple[str, ...]
     labels: tuple[str, ...] | None
-    """What the file itself calls the choices."""
+    """Labels of the choices in the file."""
     answer: Any
     context: str | None
 
 
 class Unfit(Exception):
-    """Why a record has no place in a form, or no form was found."""
+    """A record does not fit a form, or no form was found; the message gives the reason."""
 
 
 def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> Form:
-    """What of the form the plan does not give is found in the first record; raises `Unfit` with what is not there.
+    """Return the form: fields that the plan does not give are detected in the first record. Raises `Unfit` naming what
+    is missing.
 
-    Where records hold no choices, the answers of all decide between yes, no and maybe.
+    If records hold no choices, these are inferred from the answers of all records (see `WORDS`).
     """
     first = records[0]
     names = list(_names(first))
@@ -110,7 +111,7 @@ def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> Form:
 
 
 def parts_of(record: Mapping[str, Any], form: Form) -> Parts:
-    """Raises `Unfit` with what is wrong with the record."""
+    """Return the content of a record. Raises `Unfit` with what is wrong with it."""
     used = [form.question, *([form.choices] if isinstance(form.choices, str) else []), form.answer]
     missing = [name for name in used if not _is_there(record, name)]
     if missing:
@@ -137,7 +138,7 @@ def _labelled(record: Mapping[str, Any], form: Form) -> tuple[tuple[str, ...], t
 
 
 def _listed(value: Any) -> tuple[list[Any], tuple[str, ...] | None] | None:
-    """(texts, labels) of choices that stand in one field; None for what are none."""
+    """(texts, labels) of the choices in one field; None if the value does not have that shape."""
     if isinstance(value, Mapping):
         texts, labels = _under(value, TEXTS), _under(value, LABELS)
         if isinstance(texts, list) and isinstance(labels, list):
@@ -157,14 +158,14 @@ def _under(value: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _without_blank_end(texts: list[Any], labels: tuple[str, ...] | None) -> tuple[list[Any], tuple[str, ...] | None]:
-    """Records of fewer choices than others leave the last columns, or letters, blank."""
+    """Drop blank choices at the end: records with fewer choices leave the last columns, or letters, blank."""
     while texts and (texts[-1] is None or texts[-1] == ""):
         texts, labels = texts[:-1], labels and labels[:-1]
     return texts, labels
 
 
 def _names(record: Mapping[str, Any]) -> Iterator[str]:
-    """Fields, and those of a question that is a mapping itself."""
+    """Field names, and `question.inner` for the fields of a question that is a mapping."""
     for name, value in record.items():
         if isinstance(value, Mapping) and _plain(name) in QUESTION:
             yield from (f"{name}.{inner}" for inner in value)
@@ -197,7 +198,7 @@ def _choices(record: Mapping[str, Any], names: Sequence[str]) -> str | tuple[str
 
 
 def _words(answers: Sequence[Any]) -> tuple[str, ...] | None:
-    """The fewest of yes, no, maybe that all answers are among."""
+    """The first of WORDS that contains every answer; None if none does."""
     told = {("yes" if each else "no") if isinstance(each, bool) else each for each in answers if is_told(each)}
     plain = {each.strip().casefold() for each in told}
     return next((words for words in WORDS if plain <= set(words)), None) if len(told) else None
@@ -210,14 +211,14 @@ def is_told(value: Any) -> bool:
 def _context(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
     name = _first(names, CONTEXT)
     inner = value_of(record, name) if name else None
-    if isinstance(inner, Mapping):  # texts beside their headings
+    if isinstance(inner, Mapping):  # e.g. texts with their headings
         within = _first(list(inner), CONTEXT)
         return f"{name}.{within}" if within else None
     return name
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, or of field b in the mapping of field a (`a.b`); MISSING where there is none."""
+    """Return the value of a field, or of field b in the mapping of field a (`a.b`); MISSING if there is none."""
     if name in record:
         return record[name]
     head, dot, rest = name.partition(".")
@@ -231,7 +232,7 @@ def _is_there(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _text(record: Mapping[str, Any], name: str) -> Any:
-    """Of a field, lists of texts a paragraph each; or of text with {fields}. None where it is none."""
+    """Text of a field, with one paragraph per item of a list, or of a template with {fields}; None if it is no text."""
     if not _FIELD.search(name):
         value = value_of(record, name)
         if isinstance(value, list) and all(isinstance(one, str) for one in value):

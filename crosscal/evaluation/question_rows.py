@@ -1,4 +1,4 @@
-"""The records of a file of questions, whatever its format; what cannot be read is an error, never passed over."""
+"""Records of a question file in any supported format; an unreadable record is an error and is never skipped."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The lines of a CSV or TSV, all of one length. Whether the first is a header only its reader can say."""
+    """The lines of a CSV or TSV, all of one length. The caller decides whether the first one is a header."""
 
     lines: tuple[tuple[tuple[str, ...], str], ...]
     """(cells, where)."""
 
     @property
     def with_header(self) -> tuple[Row, ...]:
-        """Columns by the names in the first line; one without a name of its own goes by its number."""
+        """Rows with columns named by the first line; a column without a unique name is named by its number."""
         names: list[str] = []
         for number, cell in enumerate(self.lines[0][0], start=1):
             name = cell.strip()
@@ -44,7 +44,7 @@ class Table:
 
     @property
     def without_header(self) -> tuple[Row, ...]:
-        """Columns by their number: `column 1`, `column 2`, …"""
+        """Rows with columns named by their number: `column 1`, `column 2`, …"""
         return self._rows([f"column {number}" for number in range(1, len(self.lines[0][0]) + 1)], 0)
 
     def _rows(self, names: Sequence[str], begin: int) -> tuple[Row, ...]:
@@ -52,7 +52,7 @@ class Table:
 
 
 def read_rows(path: Path) -> tuple[Row, ...] | Table:
-    """Every record of a file, or none. Raises `EvaluationError` naming file and line."""
+    """Return every record of a file, which may be none. Raises `EvaluationError` naming file and line."""
     if not path.is_file():
         raise EvaluationError("the questions cannot be read", where=str(path), got="no such file", do="Check the path.")
     form = format_of(path)
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> tuple[Row, ...] | Table:
 
 
 def _of_json(path: Path) -> Iterator[Row]:
-    """Objects one by one; of a single object that holds nothing but objects, by their keys, those."""
+    """The file's objects; if it is a single object that maps keys to objects, those."""
     found = [_checked(record, f"{path}, line {record.number}") for record in json_records(path)]
     if len(found) == 1 and len(found[0].value) > 1 and all(isinstance(one, dict) for one in found[0].value.values()):
         found = [Row(one, f"{path}, record {key}") for key, one in found[0].value.items()]
@@ -74,7 +74,7 @@ def _checked(record: JsonRecord | Broken, where: str) -> Row:
     if isinstance(record, Broken):
         raise _broken(record, where)
     try:
-        json.dumps(record.value, ensure_ascii=False).encode()  # half a surrogate pair passes json, but no tokenizer
+        json.dumps(record.value, ensure_ascii=False).encode()  # json accepts half a surrogate pair, tokenizers do not
     except (ValueError, RecursionError) as error:
         raise EvaluationError("not a line of JSON in UTF-8", where=where, got=excerpt(str(error))) from error
     if not isinstance(record.value, dict):
@@ -88,15 +88,15 @@ def _broken(record: Broken, where: str) -> EvaluationError:
 
 
 def _of_table(path: Path, delimiter: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(cells, where) of each line, quoted as RFC 4180 says."""
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_CELL_BYTES))  # a process-wide 128 KiB otherwise
+    """Yield (cells, where) of each line, quoted as in RFC 4180."""
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_CELL_BYTES))  # process-wide; the default is 128 KiB
     reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
     width, begins = 0, 1
     try:
         for cells in reader:
             where, begins = f"{path}, line {begins}", reader.line_num + 1
             width = width or len(cells)
-            if len(cells) not in (0, width):  # an empty line has none
+            if len(cells) not in (0, width):  # an empty line has no cells
                 got = f"{len(cells)} cells, and {width} in the first line"
                 raise EvaluationError("a row of another length", where=where, got=got, do="Quote cells with commas.")
             if cells:

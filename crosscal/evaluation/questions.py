@@ -1,4 +1,4 @@
-"""What models are asked: local files of questions, scored here, and lm-eval's tasks."""
+"""Question tasks: local ones, scored here, and lm-eval's."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from crosscal.evaluation.tasks import LocalTask, Task, TextTask
 
 @dataclass(frozen=True)
 class QuestionSuite:
-    """Tasks read and checked once, then measured on any number of models."""
+    """Tasks that are read and checked once, then measured on any number of models."""
 
     local: tuple[LocalTask, ...]
     named: tuple[NamedTask, ...]
     skipped: dict[str, str]
-    """Tasks of lm-eval's that cannot be had here, with the reason."""
+    """lm-eval tasks that are not available here, with the reason."""
     limit: int | None = None
-    """Of each of lm-eval's."""
+    """Maximum number of questions of each lm-eval task."""
     summaries: tuple[SummaryTask, ...] = ()
 
     @property
     def told(self) -> list[str]:
-        """As what questions of this machine were read, a sentence for each task with something to tell."""
+        """How local questions were read: one sentence for each task that has one."""
         return [f"{task.name}: {task.told}" for task in self.local if task.told]
 
     @classmethod
     def load(cls, tasks: Sequence[Task], *, limit: int | None = None) -> QuestionSuite:
-        """Tasks of this machine, local files of questions (see `question_files`) and lm-eval's task names, `limit` of
-        each of the last two (None: all).
+        """Load local tasks, local question files (see `question_files`) and lm-eval tasks by name; `limit` bounds the
+        questions of each task of the last two kinds (None: all).
 
-        A damaged file or an unknown name is an `EvaluationError`; a task whose data cannot be reached is kept as
+        Raises `EvaluationError` for a damaged file or an unknown name; a task whose data cannot be reached is kept as
         skipped.
         """
         files = task_names([task for task in tasks if isinstance(task, str) and is_question_file(task)])
@@ -54,7 +54,10 @@ class QuestionSuite:
     def measure(
         self, model: Any, tokenizer: Any, *, max_length: int, batch_tokens: int = 4096, device: str = "cpu"
     ) -> list[Measurement]:
-        """Every metric of every task on one model, which is on `device`; files first."""
+        """Measure every metric of every task on one model, which is on `device`; local questions first.
+
+        `max_length`: the model's window in tokens. `batch_tokens`: most tokens of a batch.
+        """
         asked = [task.choices(tokenizer, max_length) for task in self.local]
         answered = read_each(model, asked, device=device, batch_tokens=batch_tokens)
         found = [one for choices, answers in zip(asked, answered, strict=True) for one in choices.result(*answers)]

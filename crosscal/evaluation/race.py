@@ -1,13 +1,13 @@
-"""Which models leave a race over validation windows: those clearly worse than another on every corpus.
+"""Elimination race over validation windows: models leave that are clearly worse than another on every corpus.
 
-All are measured on the same few windows of each corpus, then those that remain on as many again, and so on: so many
-*looks*. At each, a model leaves if there is another such that on every corpus
+All models are measured on the same few windows of each corpus, the remaining ones then on as many again, and so on;
+each round is a *look*. At each look, a model leaves if there is another such that on every corpus
 
     mean > t(1 - LEVEL / (2 k), n - 1) stderr,    k = (models - 1) looks,
 
-of the paired differences of log perplexity (see `crosscal.evaluation.comparison`). k counts all models that began, not
-those that remain, and every look. A model that is not truly worse than any other on every corpus, so each one of the
-front of the trade-off, leaves only where one of k comparisons misleads: with a chance below LEVEL / 2.
+for the paired differences of log perplexity (see `crosscal.evaluation.comparison`). k counts all models at the start,
+not only those that remain, and every look. A model that no other truly beats on every corpus, hence every model on the
+Pareto front, leaves only if one of k comparisons is wrong: with a probability below LEVEL / 2.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from crosscal.evaluation.comparison import change_text, log_difference, margin
 from crosscal.evaluation.summaries import Difference
 
 FEWEST = 4
-"""Windows of a corpus at the first look: Student's t has heavy tails below."""
+"""Minimum windows of a corpus at the first look: with fewer, Student's t has heavy tails."""
 Seeds = Sequence[Sequence[float]]
-"""Of each seed, the log perplexity of each window."""
+"""Per seed, the log perplexity of each window."""
 
 
 @dataclass(frozen=True)
 class Beaten:
     by: str
     differences: dict[str, Difference]
-    """Corpus -> how much worse, in log perplexity."""
+    """Corpus -> difference of log perplexity; positive: the beaten model is worse."""
 
     @property
     def text(self) -> str:
@@ -37,8 +37,8 @@ class Beaten:
 
 
 def looks(windows: int) -> list[list[int]]:
-    """Numbers of the windows that are new at each of three looks: every fourth, every second, all; each spread over
-    the whole text. Where that were too few, they come with the look before; later looks then have none."""
+    """Return the indices of the windows that are new at each of three looks: every fourth, every second, all; each look
+    is spread over the whole text. If the first look has too few, later looks' windows join it; those are then empty."""
     parts = [list(range(0, windows, 4)), list(range(2, windows, 4)), list(range(1, windows, 2))]
     while len(parts[0]) < FEWEST and any(parts[1:]):
         following = next(number for number, part in enumerate(parts) if number and part)
@@ -47,7 +47,7 @@ def looks(windows: int) -> list[list[int]]:
 
 
 def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict[str, Beaten]:
-    """Model -> the one that beats it clearly; `windows`: model -> corpus -> what was measured, of all on the same."""
+    """Return model -> the one that beats it clearly. `windows`: model -> corpus -> values on the same windows."""
     found: dict[str, Beaten] = {}
     for name, own in windows.items():
         others = {other: _differences(own, each) for other, each in windows.items() if other != name}
@@ -63,7 +63,7 @@ def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict
 
 
 def _differences(own: Mapping[str, Seeds], other: Mapping[str, Seeds]) -> dict[str, Difference]:
-    """Empty where some corpus cannot be compared: then nobody is beaten."""
+    """Empty if some corpus cannot be compared; then the model is not beaten."""
     found = {corpus: log_difference(own[corpus], other[corpus]) for corpus in own if corpus in other}
     known = {corpus: one for corpus, one in found.items() if one is not None}
     return known if len(known) == len(own) == len(other) else {}

@@ -1,4 +1,4 @@
-"""Summaries of measured numbers: over seeds, between two variants, the front of a trade-off; pure functions."""
+"""Statistics of measured numbers: over seeds, between two variants, and the Pareto front; pure functions."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Difference:
     stderr: float | None
     n: int
     dof: float
-    """Degrees of freedom of the standard error: n - 1, or fewer where several sources of error were joined."""
+    """Degrees of freedom of the standard error: n - 1, or by `joined` for two sources of error."""
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Mean and standard deviation of one number over seeds."""
+    """Return mean and standard deviation of repeated measurements."""
     values = list(values)
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """How much larger `first` is than `second`, item by item: the same seeds, or the same windows, in the same order.
+    """Return the mean of first - second, item by item: the same seeds, or the same windows, in the same order.
 
     Pairing removes what both share (a hard window is hard for every variant), so differences far smaller than either
-    number's own standard error can be told apart. Raises ValueError on unequal lengths.
+    number's own standard error are distinguishable. Raises ValueError on unequal lengths.
     """
     differences = spread(a - b for a, b in zip(first, second, strict=True))
     stderr = None if differences.sd is None else differences.sd / math.sqrt(differences.n)
@@ -46,7 +46,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
 
 
 def joined(over_items: Difference, over_repeats: Difference) -> Difference:
-    """The mean over items with the error of repeats added to theirs: variances add, and by Welch and Satterthwaite
+    """Return the mean over items with the error over repeats added: variances add, and by Welch and Satterthwaite
     dof = (a + b)^2 / (a^2 / dof_a + b^2 / dof_b) for the variances a and b of the two means."""
     a, b = ((each.stderr or 0.0) ** 2 for each in (over_items, over_repeats))
     if a + b == 0.0:
@@ -56,7 +56,7 @@ def joined(over_items: Difference, over_repeats: Difference) -> Difference:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point dominates, by rising first coordinate; smaller is better in both.
+    """Return the indices of the points that no other point dominates, by rising first coordinate; smaller is better.
 
     A point dominates another when it is no worse in both coordinates and better in one, so equal points stay together.
     """

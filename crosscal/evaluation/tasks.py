@@ -1,4 +1,4 @@
-"""What a model is asked, whatever it came from: questions of this machine, texts for lm-eval, lm-eval's own names."""
+"""Evaluation tasks of any origin: local questions, local texts for lm-eval, lm-eval's own names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crosscal.evaluation.summarise import SummaryTask
 from crosscal.files import Broken, format_of, lines
 
 CLOSED, IN_CONTEXT = "closed", "in_context"
-"""Versions of one task, over the same questions without and with their contexts."""
+"""Versions of one task: the same questions without and with their contexts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +31,21 @@ class LocalTask:
     questions: tuple[Question, ...]
     split: str = TEST
     told: str = ""
-    """Where they are from and as what they were read, in words."""
+    """Where the questions come from and how they were read, in words."""
 
     @cached_property
     def digest(self) -> str:
-        """Of all that is asked, not of what it is called."""
+        """Digest of the questions, independent of the task's name."""
         return _digest([astuple(question) for question in self.questions])
 
     def choices(self, tokenizer: Any, max_length: int) -> Choices:
-        """Encoded for a model."""
+        """Return the questions encoded for a model."""
         return Choices(self.name, encoded(self.questions, tokenizer, name=self.name, max_length=max_length))
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """Documents under a name, whose perplexity by word and byte lm-eval computes."""
+    """Documents under a name, for which lm-eval computes perplexity per word and per byte."""
 
     name: str
     documents: tuple[str, ...]
@@ -56,7 +56,7 @@ class TextTask:
 
 
 Task = str | LocalTask | TextTask | SummaryTask
-"""A text is lm-eval's name of one of its own tasks, or the path of a file of questions in any form that is found."""
+"""A string is the name of an lm-eval task, or the path of a question file in any form that is detected."""
 
 
 def version_name(name: str, version: str) -> str:
@@ -64,7 +64,7 @@ def version_name(name: str, version: str) -> str:
 
 
 def read_texts(path: str | Path, field: str) -> tuple[str, ...]:
-    """The documents of a file: all of a `.txt` or `.md`, or a field of each record of any other format.
+    """Return the documents of a file: all of a `.txt` or `.md`, or one field of each record of any other format.
 
     Raises `EvaluationError` naming file and line.
     """
@@ -78,7 +78,7 @@ def read_texts(path: str | Path, field: str) -> tuple[str, ...]:
 
 
 def read_fields(path: str | Path, *names: str) -> Iterator[tuple[str, ...]]:
-    """These fields of every record, each a text; `EvaluationError` names file and line."""
+    """Yield these fields of every record, each a text. Raises `EvaluationError` naming file and line."""
     found = read_rows(Path(path))
     for row in found if isinstance(found, tuple) else found.with_header:
         texts = tuple(row.value.get(name) for name in names)

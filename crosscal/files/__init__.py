@@ -1,7 +1,7 @@
-"""Files from outside: what they are by name, decompressed, decoded, and cut into lines or JSON records.
+"""Input files: format by name, decompression, decoding, and splitting into lines or JSON records.
 
-The only place that opens compressed files: documents and questions are read through it alike; and that writes files
-which must appear whole.
+Only this package opens compressed files, so that documents and questions are read alike. It also writes files that must
+appear complete or not at all.
 """
 
 from crosscal.files.broken import Broken, excerpt

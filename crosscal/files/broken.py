@@ -1,4 +1,4 @@
-"""Where reading failed, and what stood there."""
+"""Reading errors: the place in the file, the reason, and an excerpt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Broken:
 
 
 def excerpt(data: str | bytes) -> str:
-    """The first characters of `data`, safe to store as UTF-8 whatever it holds."""
+    """Return the first characters of `data`, escaped so that they can be stored as UTF-8."""
     head = data[:EXCERPT_CHARACTERS]
     encoded = head.encode("utf-8", "backslashreplace") if isinstance(head, str) else head
     return encoded.decode("utf-8", "backslashreplace")[:EXCERPT_CHARACTERS]

@@ -1,4 +1,4 @@
-"""JSON records of a file: one a line, or, in `.json` files, however they are laid out."""
+"""JSON records of a file: one per line or, in `.json` files, in any layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crosscal.files.streams import MOST_FILE_BYTES
 @dataclass(frozen=True)
 class JsonRecord:
     number: int
-    """The line that it begins in, counted from 1."""
+    """The line in which it begins, counted from 1."""
 
     value: Any
     excerpt: str
@@ -27,7 +27,7 @@ class JsonRecord:
 def json_records(
     path: Path, most_record_bytes: int = MOST_LINE_BYTES, most_file_bytes: int = MOST_FILE_BYTES
 ) -> Iterator[JsonRecord | Broken]:
-    """Every record of a `.jsonl`, `.ndjson` or `.json` file, and every place where there should have been one."""
+    """Yield every record of a `.jsonl`, `.ndjson` or `.json` file, and a `Broken` for each that cannot be read."""
     if format_of(path) == ".json":
         yield from _of_text(JsonText(path, most_record_bytes, most_file_bytes))
         return
@@ -43,13 +43,13 @@ def _of_line(line: Line) -> JsonRecord | Broken:
         value = json.loads(line.data.decode("utf-8"))
     except UnicodeDecodeError:
         return Broken(line.number, "invalid UTF-8", excerpt(line.data.strip()))
-    except (ValueError, RecursionError):  # also integers of more digits than Python converts, and deep nesting
+    except (ValueError, RecursionError):  # also integers with more digits than Python converts, and deep nesting
         return Broken(line.number, "invalid JSON", excerpt(line.data.strip()))
     return JsonRecord(line.number, value, excerpt(line.data.strip()))
 
 
 def _of_text(text: JsonText) -> Iterator[JsonRecord | Broken]:
-    """Values one behind the other, with or without commas between them; those of arrays one by one."""
+    """Yield consecutive values, with or without commas between them, and the elements of arrays one by one."""
     opened = 0
     try:
         while begin := text.next_character():

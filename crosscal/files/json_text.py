@@ -1,4 +1,4 @@
-"""A JSON text of any length, parsed value by value through a window on it."""
+"""A JSON text of any length, parsed value by value through a sliding window."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from crosscal.files.streams import CHUNK_BYTES, chunks
 _SOMETHING = re.compile(r"[^\s,]")
 _INLINE_RECORD = re.compile(r"\}\s*,\s*(?=\{)")
 _LONGEST_TOKEN = 16
-"""Characters: an error nearer to the window's end may come from a literal, number or escape that was cut there."""
+"""Characters: an error nearer to the window's end may come from a literal, number or escape that is cut off there."""
 _LONGEST_INDENT = 4096
 
 
 class JsonText:
-    """Values are taken at `at`, which stands in line `number` of the file. Where the rest of the file cannot be read,
-    what asks for more raises `BrokenStream`."""
+    """Parser of consecutive values. The position is `at`, in line `number` of the file. If the rest of the file cannot
+    be read, a call that needs more text raises `BrokenStream`."""
 
     def __init__(self, path: Path, most_value_bytes: int, most_file_bytes: int) -> None:
         self.at = 0
         self.number = 1
         self.is_end_lost = False
-        """Whether the end of the file was passed over with a value that could not be taken."""
+        """Whether the end of the file was skipped together with a value that could not be parsed."""
         self._text = ""
         self._most_value_bytes = most_value_bytes
         self._stream = _decoded(chunks(path, most_file_bytes))
@@ -35,7 +35,7 @@ class JsonText:
         self._decode = json.JSONDecoder().raw_decode
 
     def next_character(self) -> str:
-        """The one that the next value begins with; empty at the end."""
+        """Move to the next value and return its first character; empty at the end."""
         while True:
             if match := _SOMETHING.search(self._text, self.at):
                 self._advance(match.start())
@@ -45,8 +45,8 @@ class JsonText:
                 return ""
 
     def take(self) -> tuple[Any, str] | Broken:
-        """The next value and its first characters; or what is wrong with it, and then `at` stands where the next may
-        begin."""
+        """Return the next value and its first characters, or a `Broken` if it cannot be parsed. In that case `at` moves
+        to where the next value may begin."""
         indent = self.at - (self._text.rfind("\n", 0, self.at) + 1)
         while True:
             value, end, where = None, 0, self.at
@@ -56,7 +56,7 @@ class JsonText:
             except json.JSONDecodeError as error:
                 where = error.pos
                 is_cut = error.msg.startswith("Unterminated") or where > len(self._text) - _LONGEST_TOKEN
-            except (ValueError, RecursionError):  # integers of more digits than Python converts, deep nesting
+            except (ValueError, RecursionError):  # integers with more digits than Python converts, deep nesting
                 is_cut = False
             if max(end, len(self._text) if is_cut else 0) - self.at > self._most_value_bytes:
                 reason = f"record longer than {self._most_value_bytes} bytes"
@@ -74,8 +74,8 @@ class JsonText:
         return value, excerpt(source)
 
     def _passed_over(self, reason: str, where: int, indent: int) -> Broken:
-        """The next record begins in a line that is indented no more than this one; where there are no lines, behind
-        the next `},`. What is no record costs only its line."""
+        """Skip a value that cannot be parsed. The next record begins on a line indented no more than this one or, in a
+        text without line breaks, after the next `},`. A value that is not a record costs only its line."""
         found = Broken(self.number, reason, excerpt(self._text[self.at :].partition("\n")[0]))
         is_record = self._text[self.at] == "{"
         next_line = re.compile(rf"\n[ \t]{{0,{indent}}}([\[,][ \t]*)?(?=\{{)" if is_record else r"\n")
@@ -98,8 +98,9 @@ class JsonText:
         self.at = to
 
     def _grow(self) -> bool:
-        """More of the text, twice as much from `at` on, so that a value is tried again only when its size doubled."""
-        begin = self._text.rfind("\n", 0, self.at) + 1  # what a line is indented by
+        """Double the text from `at` on, so that a value is parsed again only after its size has doubled. Return whether
+        there was more text."""
+        begin = self._text.rfind("\n", 0, self.at) + 1  # keeps the indentation of the line
         begin = begin if self.at - begin <= _LONGEST_INDENT else self.at
         self._text, self.at = self._text[begin:], self.at - begin
         parts, size = [self._text], len(self._text)
@@ -109,7 +110,7 @@ class JsonText:
                 parts.append(part)
                 wanted -= len(part)
         except BrokenStream as error:
-            self._broken = error  # raised once all before that place is read
+            self._broken = error  # raised once all text before that place is parsed
         self._text = "".join(parts)
         if self._broken and len(parts) == 1:
             raise self._broken
@@ -117,7 +118,7 @@ class JsonText:
 
 
 def _decoded(stream: Iterator[bytes]) -> Iterator[str]:
-    """Bytes that are no UTF-8 stay recognisable, as lone surrogates."""
+    """Decode UTF-8. Invalid bytes remain recognisable, as lone surrogates."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     for chunk in stream:
         if text := decoder.decode(chunk):

@@ -1,4 +1,4 @@
-"""The lines of a file, as far as it can be read, in bounded memory."""
+"""The lines of a file, up to where it can be read, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_LINE_BYTES = 32 * 2**20
 class Line:
     number: int
     data: bytes
-    """With the line end that stood there."""
+    """Including its line end."""
 
 
 def lines(
@@ -27,10 +27,10 @@ def lines(
     *,
     universal: bool = False,
 ) -> Iterator[Line | Broken]:
-    r"""The lines of a file (see `streams.chunks`), which end with \n or, when `universal`, with \n, \r\n or \r.
+    r"""Yield the lines of a file (see `streams.chunks`), which end with \n or, if `universal`, with \n, \r\n or \r.
 
-    A line over `most_line_bytes` is passed over without being held. A stream that is damaged, cut off, or longer
-    than `most_file_bytes` gives the lines before that place and then one `Broken`; the unfinished line is left out.
+    A line over `most_line_bytes` becomes a `Broken` and is not kept in memory. A stream that is damaged, cut off, or
+    longer than `most_file_bytes` yields the lines before that place and then one `Broken`, without the unfinished line.
     """
     number, parts, held_bytes = 1, [], 0
     ends = (b"\n", b"\r") if universal else b"\n"
@@ -41,7 +41,7 @@ def lines(
                 if held_bytes <= most_line_bytes:
                     parts.append(piece)
                 else:
-                    parts = [(parts[0] if parts else piece)[:EXCERPT_CHARACTERS]]  # all that is kept of such a line
+                    parts = [(parts[0] if parts else piece)[:EXCERPT_CHARACTERS]]  # only an excerpt of such a line
                 if piece.endswith(ends):
                     yield _finished(number, parts, held_bytes, most_line_bytes)
                     number, parts, held_bytes = number + 1, [], 0
@@ -53,7 +53,7 @@ def lines(
 
 
 def _whole_ends(stream: Iterator[bytes]) -> Iterator[bytes]:
-    r"""The same bytes, no \r\n cut in two."""
+    r"""Yield the same bytes, in chunks that do not split \r\n."""
     held = b""
     for chunk in stream:
         chunk = held + chunk

@@ -1,4 +1,4 @@
-"""What a file is, by its name: a format and, behind it, a compression, as in `facts.jsonl.zst`."""
+"""The type of a file by its name: a format, then optionally a compression, as in `facts.jsonl.zst`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ JSON_FORMATS = (".jsonl", ".ndjson", ".json")
 FORMATS = (".txt", ".md", *JSON_FORMATS, ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 UNPACKED = (".parquet",)
-"""Formats that are compressed inside, and not read from a compressed stream."""
+"""Formats with internal compression, which are not read from a compressed stream."""
 
 
 def format_of(name: str | PurePath) -> str | None:
-    """One of `FORMATS`, in whatever case it is written; None for a file type that is not read."""
+    """Return the file's format, one of `FORMATS`, ignoring case; None for a file type that is not read."""
     form, compression = _suffixes(PurePath(name))
     if form.lower() not in FORMATS or (compression and form.lower() in UNPACKED):
         return None
@@ -20,12 +20,12 @@ def format_of(name: str | PurePath) -> str | None:
 
 
 def stem_of(name: str | PurePath) -> str:
-    """The name without folders, format and compression."""
+    """Return the name without folders, format and compression."""
     path = PurePath(name)
     return path.name.removesuffix("".join(_suffixes(path)))
 
 
 def _suffixes(path: PurePath) -> tuple[str, str]:
-    """(format, compression), as they are written; empty where there is none."""
+    """Return (format, compression), as written; empty strings where there is none."""
     *earlier, last = ("", "", *path.suffixes)
     return (earlier[-1], last) if last.lower() in COMPRESSIONS else (last, "")

@@ -1,4 +1,4 @@
-"""How small gzip makes a text, and a text with another behind it: compression as a measure of likeness."""
+"""gzip sizes of a text, and of a text followed by another: compression as a measure of similarity."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ LEVEL = 6
 """gzip's own default."""
 _GZIP = 31
 IMPLEMENTATION = f"zlib {zlib.ZLIB_RUNTIME_VERSION}"
-"""What the sizes depend on: another implementation of the same format finds other matches."""
+"""The sizes depend on it: another implementation of the same format finds other matches."""
 
 
 def compressed_bytes(data: bytes) -> int:
-    """len(gzip(data))."""
+    """Return len(gzip(data))."""
     return compressed_bytes_with(data, [b""])[0]
 
 
 def compressed_bytes_with(data: bytes, others: Sequence[bytes]) -> list[int]:
-    """len(gzip(data + other)) for each of the others, `data` compressed once."""
+    """Return len(gzip(data + other)) for each of `others`; `data` is compressed only once."""
     begun = zlib.compressobj(LEVEL, wbits=_GZIP)
     head = len(begun.compress(data))
     found = []

@@ -1,7 +1,7 @@
-"""The bytes of a plain or compressed file, decompressed and in UTF-8, in bounded memory.
+"""The bytes of a plain or compressed file, decompressed and converted to UTF-8, in bounded memory.
 
-A stream that is cut off, damaged or too long gives what came before that place, and then raises: no caller can take a
-part for the whole.
+A stream that is cut off, damaged or too long yields what precedes that place and then raises, so that no caller can
+mistake a part for the whole.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from crosscal.files.broken import BrokenStream
 CHUNK_BYTES = 2**18
 MOST_FILE_BYTES = 64 * 2**30
 MOST_WINDOW_BYTES = 2**31
-"""How far back a stream may refer, which a decoder holds in memory: that of `zstd --ultra --long=31`, its largest."""
-ZSTD_INPUT_BYTES = 2**8  # one block of 4 bytes may expand to 128 KiB: at most 8 MiB come out of this much input
+"""Largest window of a decoder, which it holds in memory: that of `zstd --ultra --long=31`, zstd's largest."""
+ZSTD_INPUT_BYTES = 2**8  # a block of 4 bytes may expand to 128 KiB: this much input yields at most 8 MiB
 
-_ENCODINGS = (  # UTF-32 first: its mark begins with that of UTF-16
+_ENCODINGS = (  # UTF-32 first: its byte-order mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -36,10 +36,11 @@ _DAMAGE = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 def chunks(path: Path, most_bytes: int = MOST_FILE_BYTES) -> Iterator[bytes]:
-    """`.gz`, `.zst`, `.bz2` and `.xz` decompressed; UTF-16 and UTF-32 with a byte-order mark as UTF-8, without it.
+    """Yield a file's bytes: `.gz`, `.zst`, `.bz2` and `.xz` decompressed, UTF-16 and UTF-32 with a byte-order mark as
+    UTF-8, without the mark.
 
-    Bytes that are no UTF-8 are handed on as they are. Raises `BrokenStream` where the rest cannot be read, or where
-    more than `most_bytes` would be.
+    Bytes that are not valid UTF-8 pass unchanged. Raises `BrokenStream` where the rest cannot be read, or after
+    `most_bytes` decompressed bytes.
     """
     return _in_utf8(_bounded(_decompressed(path), most_bytes))
 
@@ -59,7 +60,7 @@ def _decompressed(path: Path) -> Iterator[bytes]:
             match path.suffix.lower():
                 case ".gz":
                     with gzip.GzipFile(fileobj=raw) as stream:
-                        # read1 hands over what is there: the data before a damaged place is not lost
+                        # read1 returns what is available: the data before a damaged place is not lost
                         yield from iter(lambda: stream.read1(CHUNK_BYTES), b"")
                 case ".zst":
                     yield from _zstd_frames(raw)
@@ -74,7 +75,7 @@ def _decompressed(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
-    """All frames of a stream. zstandard's own reader takes a cut-off stream for a complete one."""
+    """Decompress all frames of a stream. zstandard's own reader accepts a truncated stream as complete."""
     frame = None
     while data := raw.read(ZSTD_INPUT_BYTES):
         while data:
@@ -87,7 +88,7 @@ def _zstd_frames(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _frames(raw: BinaryIO, begin: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> Iterator[bytes]:
-    """All streams of a bzip2 or xz file. Python's own readers end silently at one that does not begin as it should."""
+    """Decompress all streams of a bzip2 or xz file. Python's own readers end silently at one with an invalid header."""
     frame = None
     while data := raw.read(CHUNK_BYTES):
         while data or (frame and not frame.needs_input):
@@ -129,7 +130,7 @@ def _in_utf8(stream: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _recoded(head: bytes, stream: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Half a pair of surrogates becomes bytes that are no UTF-8: it costs its line, not the file."""
+    """Convert to UTF-8. An unpaired surrogate becomes bytes that are not valid UTF-8: only its line is lost."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     try:
         yield decoder.decode(head).encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the machine stops in between."""
+"""Files that appear complete or not at all, even if the machine crashes in between."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. Afterwards it is synced and renamed: a reader sees the old file or the new
-    one, never half of it. After an error nothing is left. Whoever wrote it, it may be read by whom the process's umask
-    says: some libraries write files that only their owner can read."""
+    """Yield a path beside `path` to write to, then sync and rename it: a reader sees the old file or the new one, never
+    a part of it. After an error nothing is left behind. Permissions follow the process's umask, because some libraries
+    write files that only their owner can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
     try:
@@ -31,13 +31,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Text in UTF-8 with plain line ends, as a `whole_file`."""
+    """Write text as a `whole_file`, in UTF-8 with LF line ends."""
     with whole_file(path) as aside:
         aside.write_text(content, encoding="utf-8", newline="\n")
 
 
 def sync(path: Path) -> None:
-    """See that a file or folder is on the disk."""
+    """Flush a file or folder to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""From a landing place to the store: which files are complete, what became of each, which domain waits for a run."""
+"""From a landing place to the store: complete files, the ledger of what became of each, and pending domains."""
 
 from crosscal.landing.intake import Landed, take_in
 from crosscal.landing.items import LandedFile, Refusal

@@ -1,4 +1,4 @@
-"""Documents that somebody ingests by hand and announces: in the ledger they are like those that landed."""
+"""Documents that a user ingests manually and announces: the ledger treats their sources like landed files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosscal.store import Store, digest_file, digest_of
 
 
 def record_ingest(store: Store, sources: Sequence[str], report: IngestReport, revision: str | None = None) -> None:
-    """Note the sources of an ingest, and ask for a recompression, again if earlier ones failed."""
+    """Record the sources of an ingest and request a recompression, even if earlier attempts failed."""
     ledger, domain, version = Ledger(store), report.corpus.name, report.corpus.version
     for source in resolve(sources, revision):
         if isinstance(source, HubDataset):

@@ -1,4 +1,4 @@
-"""The ledger as earlier versions kept it, a ref for each thing: read once, and taken over into the journal.
+"""Reader for the ledger of earlier versions, with one ref per item. It is read once and copied into the journal.
 
 refs/ledger/<domain>/<sha256, 16 digits>  refs/refusals/<digest, 16 digits>  refs/requests/<domain>
 refs/recompressions/<domain>/<number>
@@ -15,7 +15,7 @@ KINDS = {"ledger": "file", "refusals": "refusal", "requests": "request", "recomp
 
 
 def earlier_ledger(refs: Refs) -> dict[str, dict[str, Any]]:
-    """Key in the journal → newest value; nothing is removed."""
+    """Return journal key → newest value. The earlier refs are not removed."""
     found = ((name, refs.read(name)[1]) for folder in KINDS for name in _names(refs, folder))
     return {_key(name): value for name, value in found if value is not None}
 

@@ -1,7 +1,8 @@
-"""One sweep of the landing place: every complete new file is ingested once, by content, and recorded.
+"""One sweep of the landing place: ingest every complete new file once, by content, and record it.
 
-The order makes a crash harmless: landed, ingested into the corpus, asked for, recorded as ingested. A sweep that was
-cut off ingests the same documents again, which changes nothing, and carries on from there. Nothing is announced here.
+The order of the steps makes a crash harmless: record as landed, ingest into the corpus, request a run, record as
+ingested. The sweep after a crash ingests the same documents again, which changes nothing, and continues from there.
+This module emits no events.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from crosscal.store import Store
 MOST_FILE_BYTES = 16 * 2**30
 MOST_RATIO = 200
 FREE_BYTES = 64 * 2**20
-"""A compressed file is read up to 200 times its size, and always up to 64 MiB: text shrinks to a third or a tenth."""
+"""A compressed file may expand to 200 times its size, and always to 64 MiB: text shrinks to a third or a tenth."""
 COPY_AGAIN = "Copy it again, and write its marker once it is whole."
 LIMITS = DocumentLimits(max_file_bytes=MOST_FILE_BYTES)
 _log = logging.getLogger("crosscal")
@@ -35,28 +36,28 @@ _log = logging.getLogger("crosscal")
 
 @dataclass(frozen=True)
 class Landed:
-    """What a sweep did with one file: `ingested`, `refused`, or `known` for content that had landed before."""
+    """Result of a sweep for one file: `ingested`, `refused`, or `known` for content that had landed before."""
 
     domain: str
     name: str
     state: str
     version: int | None = None
-    """Of the corpus, once the file is in it."""
+    """Version of the corpus, once the file is in it."""
     added_documents: int = 0
     reason: str | None = None
     do: str | None = None
-    """What the reason of a refusal asks for."""
+    """How to resolve a refusal."""
     split: str | None = None
-    """Which the file's name says that all of its documents belong to."""
+    """The split that the file's name assigns to all of its documents."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How landed files are read: bounds, and the column of the text of each domain where it is not found by itself."""
+    """How landed files are read: limits, and the text column of each domain where it is not found automatically."""
 
     limits: DocumentLimits = LIMITS
     text: Mapping[str, str] | str = field(default_factory=dict)
-    """Of each domain, or one for all."""
+    """Text column of each domain, or one for all."""
 
     def column(self, domain: str) -> str | None:
         return self.text if isinstance(self.text, str) else self.text.get(domain)
@@ -70,9 +71,9 @@ def take_in(
     text: Mapping[str, str] | str | None = None,
     ledger: Ledger | None = None,
 ) -> list[Landed]:
-    """Sweep once. What was seen before and has not changed is neither read nor returned.
+    """Sweep the landing place once. Files seen before and unchanged are neither read nor returned.
 
-    `ledger`: of the same store, which has then seen what this sweep saw, so that to look again costs little.
+    `ledger`: a ledger of the same store. It keeps what this sweep read, so that looking again costs little.
     """
     ledger, place, reading = ledger or Ledger(store), open_place(landing), Reading(limits, text or {})
     picture = ledger.take_over()
@@ -103,7 +104,7 @@ def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, reading
         reason = f"it has {found.bytes:,} bytes, its marker says {promised['bytes']:,}"
         return _refuse(ledger, refusal(found.domain, found.name, reason, found.signature, COPY_AGAIN))
     known = ledger.seen(found, reading.column(found.domain))
-    if known is not None and promised.get("sha256") in (None, known.sha256):  # the marker alone is new
+    if known is not None and promised.get("sha256") in (None, known.sha256):  # only the marker is new
         ledger.record(found, known.sha256, None)
         return None
     return _fetch(store, ledger, place, found, promised.get("sha256"), reading)
@@ -119,7 +120,7 @@ def _fetch(
         except PermissionError as error:
             reason, do = f"it may not be read: {error.strerror or error}", "Let the worker's account read it."
             return _refuse(ledger, refusal(found.domain, found.name, reason, do=do))
-        except OSError as error:  # it went meanwhile, or the line is bad: nothing is known of the file
+        except OSError as error:  # removed meanwhile, or a network error: nothing is known of the file
             return _later(f"{found.domain}/{found.name}", error)
         if sha256 is None:
             _log.info("%s/%s changed while it was read; the next sweep takes it", found.domain, found.name)
@@ -160,7 +161,7 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
 
 
 def sentence(landed: Landed) -> str:
-    """What a sweep did with a file, for a log."""
+    """Return the result for a file as a sentence for the log."""
     if landed.state == "refused":
         where = "/".join(part for part in (landed.domain, landed.name) if part)
         return f"{where} is not taken: {landed.reason}. {landed.do or ''}".rstrip()
@@ -177,7 +178,7 @@ def _remedy(file: LandedFile, error: CorpusError) -> str:
 
 
 def _refuse(ledger: Ledger, found: Refusal) -> Landed | None:
-    """Recorded and warned of once; None when it was before."""
+    """Record a refusal and log a warning, once. Return None if it was recorded before."""
     if not ledger.refuse(found):
         return None
     landed = Landed(found.domain, found.name, "refused", reason=found.reason, do=found.do)

@@ -1,4 +1,4 @@
-"""What is seen of a landing place, and what is asked of it."""
+"""Entries of a landing place, and the interface to read them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from crosscal.store import digest_of
 
 @dataclass(frozen=True)
 class Item:
-    """What stands under one name of a folder."""
+    """One entry of a folder."""
 
     name: str
     is_folder: bool = False
     bytes: int = 0
     modified: float | None = None
-    """Seconds since 1970; None when the place does not say."""
+    """Seconds since 1970; None if the place does not report it."""
     problem: str | None = None
     """Why it cannot be read at all."""
 
 
 @dataclass(frozen=True)
 class LandedFile:
-    """A complete file, as it was seen."""
+    """A complete file, as it was listed."""
 
     domain: str
     name: str
     bytes: int
     modified: float | None
     marker_bytes: int = 0
-    """Of its marker, which may promise something if it is not empty; 0 without a marker."""
+    """Size of its marker, which may promise a digest and a size unless it is empty; 0 without a marker."""
     marker_modified: float | None = None
 
     @property
     def signature(self) -> str:
-        """Changes when the file or a marker that promises something does: neither is read again under its signature."""
+        """Changes when the file or its non-empty marker does. A file is not read again under a known signature."""
         marker = f"-{digest_of([self.marker_bytes, self.marker_modified])[:16]}" if self.marker_bytes else ""
         return self.own_signature + marker
 
@@ -49,13 +49,13 @@ class LandedFile:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is not taken. Names are as on the screen: unprintable characters are escaped, long ones cut."""
+    """A file or folder that is not ingested. Names are for display: unprintable characters escaped, long names cut."""
 
     domain: str
     name: str
     reason: str
     signature: str = ""
-    """Of a file that was read: it is not read again until it changes."""
+    """Signature of the refused file, which is not read again until it changes; empty if every sweep tries it again."""
     do: str = ""
 
 
@@ -69,5 +69,5 @@ class Place(Protocol):
         ...
 
     def fetch(self, file: LandedFile, to: Path) -> str | None:
-        """Copy a file; its SHA-256, or None when it is not (or no longer) the file that was seen."""
+        """Copy a file; return its SHA-256, or None if it is not (or no longer) the file that was listed."""
         ...

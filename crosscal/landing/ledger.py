@@ -1,7 +1,7 @@
-"""The ledger: what landed, what became of it, and what is still to be done. Events only wake; this decides.
+"""The ledger: what landed, what became of it, and what is still to be done. Events only trigger a check; it decides.
 
-One journal of the store holds all of it (`refs/landings/…`), so that a look costs the same however much has landed;
-what it says is in `picture`. A change is written on top of what was seen, or looked at again.
+One journal in the store contains all of it (`refs/landings/…`), so that a look takes few reads however much has landed.
+`picture` describes its items. A change is written on top of the state last read; on a conflict it is computed again.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from crosscal.store.refs import again_on_conflict
 
 JOURNAL = "landings"
 EARLIER_SECONDS = 86400.0
-"""A run of an earlier version, whose process did not beat, is taken for dead this long after its last line."""
+"""A run of an earlier version, whose process sent no heartbeats, counts as dead this long after its last line."""
 REFUSED_FOR = ("domain", "name", "reason", "signature")
-"""What tells one refusal from another."""
+"""Fields that identify a refusal."""
 Value = dict[str, Any]
 
 
 class Ledger:
-    """The ledger in a store. Safe for any number of processes at once; one object is for one thread."""
+    """The ledger in a store. Any number of processes may use it at once; one object is for one thread."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._journal = Journal(store.refs, JOURNAL, functools.partial(earlier_ledger, store.refs))
 
     def look(self) -> Picture:
-        """Everything, as it is now."""
+        """Read the current state of the whole ledger."""
         self._journal.refresh()
         return Picture(self._items())
 
     def take_over(self) -> Picture:
-        """The same; what an earlier version wrote, a record for each file, is kept as one from now on."""
+        """Like `look`; also converts the records of an earlier version, one per file, into one journal record."""
         picture = self.look()
         if picture.items and not self._journal.number:
             self._update(lambda items: {} if not self._journal.number else None)
@@ -71,7 +71,7 @@ class Ledger:
         return self.look().cancelled(domain)
 
     def runs(self, domain: str) -> list[Run]:
-        """The oldest first."""
+        """Return all runs of a domain, oldest first."""
         return self.look().runs(domain)
 
     def last_run(self, domain: str) -> Run | None:
@@ -80,18 +80,18 @@ class Ledger:
     # Files
 
     def file(self, domain: str, sha256: str) -> Entry | None:
-        """What is known of a file. Not looked for again: to write on top of it will tell."""
+        """Return a file's entry in the state last read. A later write detects a stale state."""
         value = self._items().get(_file_key(domain, sha256))
         return None if value is None else entry_of(domain, value)
 
     def seen(self, file: LandedFile, text: str | None = None) -> Entry | None:
-        """What is known of a file that was seen before and has not changed, whatever its marker."""
+        """Return the settled entry of a file that was seen before and has not changed, whatever its marker."""
         found = (entry for entry in Picture(self._items()).files(file.domain) if entry.is_settled(text))
         same = (each for each in found if each.names.get(file.name, "").partition("-")[0] == file.own_signature)
         return next(same, None)
 
     def record(self, file: LandedFile, sha256: str, line: Value | None) -> None:
-        """Note a file's name and, unless the file has come that far already, the next line of its history."""
+        """Record a file's name and, unless its history already has this state, the next line of its history."""
         key = _file_key(file.domain, sha256)
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
@@ -104,18 +104,18 @@ class Ledger:
         self._update(change)
 
     def refuse(self, refusal: Refusal) -> bool:
-        """Note, once, what is not taken. False when it is known already."""
+        """Record a refusal once. Return False if it is known already."""
         value = dataclasses.asdict(refusal)
         key = f"refusal/{digest_of({name: value[name] for name in REFUSED_FOR})[:16]}"
         return self._update(lambda items: None if key in items else {key: {**value, "at": now()}})
 
-    # What is asked for
+    # Requests
 
     def request(
         self, domain: str, version: int, *, again: bool = False, anew: str | None = None, seen: Value | None = None
     ) -> None:
-        """Ask for a recompression on this version. `again` starts the count of attempts anew. `anew`, why: a run that
-        has finished this version does not count either. `seen`: other items to be kept in the same record."""
+        """Request a recompression on this version. `again` resets the count of attempts. `anew` (the reason) also
+        ignores runs that have finished this version. `seen`: other items to store in the same record."""
         key = f"request/{domain}"
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
@@ -130,16 +130,17 @@ class Ledger:
         self._update(change)
 
     def note(self, key: str, value: Value) -> None:
-        """Keep something that was seen (see `picture`)."""
+        """Store an observation (see `picture`)."""
         self._update(lambda items: None if items.get(key) == value else {key: value})
 
     def pause(self, domain: str, *, is_paused: bool) -> bool:
-        """Whether that changed anything. A paused domain takes in files, and no run claims it."""
+        """Pause or resume a domain; return whether that changed anything. A paused domain ingests files, but no run
+        claims it."""
         key, value = f"pause/{domain}", {"at": now()} if is_paused else {}
         return self._update(lambda items: None if (key in items) == is_paused else {key: value})
 
     def remove(self, domain: str) -> None:
-        """Forget a domain but for the files that landed, which are not taken in again."""
+        """Forget a domain except for the files that landed, which are not ingested again."""
 
         def change(items: dict[str, Value]) -> dict[str, Value]:
             keys = Picture(items).keys(domain)
@@ -149,14 +150,14 @@ class Ledger:
         self._update(change)
 
     def remove_file(self, entry: Entry) -> None:
-        """Note that a file's documents were taken out of the corpus: it is not taken in again, whatever its name."""
+        """Record that a file's documents were removed from the corpus: it is not ingested again, whatever its name."""
         key = _file_key(entry.domain, entry.sha256)
         self._update(lambda items: {key: _with(items[key], state(REMOVED))})
 
     # Runs
 
     def claim(self, domain: str, run_id: str) -> Run | None:
-        """Take a pending domain for one run; None when nothing is pending or a living run has it."""
+        """Claim a pending domain for one run. Return None if nothing is pending, it is paused, or a live run has it."""
 
         def attempt() -> Run | None:
             picture = self.look()
@@ -179,15 +180,15 @@ class Ledger:
         return again_on_conflict(attempt)
 
     def holder(self, domain: str) -> Run | None:
-        """The living run that works on a domain."""
+        """Return the live run that holds the claim on a domain."""
         return self.living(self.look().last_run(domain))
 
     def living(self, last: Run | None) -> Run | None:
-        """A run, if it is open and its process at work."""
+        """Return the run if it is open and its process is alive."""
         return last if last is not None and last.is_open and not self.is_dead(last) else None
 
     def is_dead(self, run: Run) -> bool:
-        """Whether a run's process is gone."""
+        """Return whether a run's process is gone."""
         if run.holder is None:
             return run.silent_seconds > EARLIER_SECONDS
         return heartbeat.signs(self.store.home).is_gone(run.holder)
@@ -195,7 +196,7 @@ class Ledger:
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
         """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed`, `abandoned`, `cancelled` close it.
 
-        Raises `StoreError` when it was closed, that is, taken from its holder.
+        Raises `StoreError` if another process has closed it already.
         """
         key = run_key(run.domain, run.number)
 
@@ -215,7 +216,7 @@ class Ledger:
         return run_of(key, self._journal.items[key])
 
     def cancel(self, domain: str, run_id: str) -> None:
-        """Note that a person cancelled a flow run, whether it had claimed the domain or was still to do so."""
+        """Record that a user cancelled a flow run, whether or not it had claimed the domain yet."""
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
             runs = Picture(items).runs(domain)
@@ -243,7 +244,7 @@ class Ledger:
         return {key: value for key, value in self._journal.items.items() if value}
 
     def _update(self, change: Callable[[dict[str, Value]], dict[str, Value] | None]) -> bool:
-        """Write what `change` makes of everything; None leaves it as it is. Whether something was written."""
+        """Write the changes that `change` returns for all items, nothing for None. Return whether it wrote."""
 
         def attempt() -> bool:
             changes = change(self._items())
@@ -263,7 +264,7 @@ def _is_run(key: str, domain: str) -> bool:
 
 
 def _is_same(line: Value, known: Value) -> bool:
-    """A file is refused once for each column that its text was looked for in."""
+    """Same state and text column: a file may be refused once for each column that was tried."""
     return all(line.get(name) == known.get(name) for name in ("state", "text"))
 
 

@@ -1,4 +1,4 @@
-"""A landing place that is a folder. Links are followed only inside it."""
+"""A landing place in a local folder. Links are followed only inside it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LocalPlace:
             return stream.read(most_bytes)
 
     def fetch(self, file: LandedFile, to: Path) -> str | None:
-        """What is hashed is what was copied: a writer who comes back changes nothing that is used."""
+        """Hashes the bytes as they are copied, so that a concurrent writer cannot change what is used afterwards."""
         with _opened(self._inside(self.root / file.domain / file.name)) as stream, to.open("wb") as copy:
             digest = copy_hashed(stream, copy, file.bytes)
             after = os.fstat(stream.fileno())
@@ -51,10 +51,10 @@ class LocalPlace:
         try:
             found = self._inside(Path(entry.path)).stat() if entry.is_symlink() else entry.stat(follow_symlinks=False)
         except FileNotFoundError:
-            return Item(entry.name, problem="a link to nothing") if entry.is_symlink() else None  # it went meanwhile
+            return Item(entry.name, problem="a link to nothing") if entry.is_symlink() else None  # removed meanwhile
         except PermissionError as error:
             return Item(entry.name, problem=str(error.strerror))
-        except (OSError, RuntimeError) as error:  # the latter for links in a circle
+        except (OSError, RuntimeError) as error:  # RuntimeError: circular links
             return Item(entry.name, problem=str(error))
         if stat.S_ISDIR(found.st_mode):
             return Item(entry.name, is_folder=True)
@@ -70,7 +70,7 @@ class LocalPlace:
 
 
 def copy_hashed(stream: BinaryIO, copy: BinaryIO, most_bytes: int) -> str | None:
-    """Copy a stream of exactly so many bytes; its SHA-256, or None when there are more or fewer."""
+    """Copy a stream of exactly `most_bytes` bytes; return its SHA-256, or None if it has more or fewer."""
     digest, left = hashlib.sha256(), most_bytes
     while chunk := stream.read(min(CHUNK_BYTES, left + 1)):
         left -= len(chunk)
@@ -82,7 +82,7 @@ def copy_hashed(stream: BinaryIO, copy: BinaryIO, most_bytes: int) -> str | None
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Neither a link put there a moment ago nor a pipe that nobody writes to is waited for."""
+    """Open a regular file, without following a link created meanwhile and without blocking on a pipe."""
     stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()

@@ -1,17 +1,17 @@
-"""What the ledger says at one moment: what landed, what became of it, what waits. Plain values, nothing is read here.
+"""A snapshot of the ledger: what landed, what became of it, what is pending. Plain values; nothing is read here.
 
 file/<domain>/<sha256, 16 digits>     a landed file, by content: landed → ingested | refused (→ removed), all its names
-refusal/<digest, 16 digits>           what was not even read: an odd name, a link that leads out, too large
-request/<domain>                      the newest ingested version of the domain's corpus, and what else asks for a run
+refusal/<digest, 16 digits>           not ingested: an odd name, a link that leads out, too large, a marker that differs
+request/<domain>                      the newest requested version of the domain's corpus, and reasons for another run
 run/<domain>/<number>                 the runs (see `runs`): … → recompressed → evaluated → published | kept
-pause/<domain>                        whether runs may be started
-made/<domain>/<digest, 16 digits>     by which plan and model runs are asked for, one for each file of a plan
-model/<digest, 16 digits>             the digest of a model's files, by what a look at its folder shows
+pause/<domain>                        present while the domain is paused: no run may start
+made/<domain>/<digest, 16 digits>     plan and model of the last request, one for each plan file and its overrides
+model/<digest, 16 digits>             the digest of a model's files, by the names, sizes and times in its folder
 
-A domain is pending while its requested version is newer than the one of its last finished run, or while no run has
-finished since it was asked for anew: by a person, or because plan, model or documents are others. A version is given up
-by one failure that would repeat itself, by three others, or by ten runs that were killed; and left alone when a person
-cancelled its run. All that until a newer version, or another request. An empty value is nothing.
+A domain is pending while its requested version is newer than that of its last finished run, or while no run has
+finished since a repeat was requested: by a user, or because plan, model or documents changed. A version is given up
+after one failure that would repeat, three other failures, or ten killed runs. It is not run again after a user
+cancelled its run. Both hold until a newer version or another request. An item with an empty value does not exist.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Value = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """A landed file and its whole way, that of the runs that used it included."""
+    """A landed file and its history, which `Picture.entries` extends by that of the run that used it."""
 
     domain: str
     sha256: str
@@ -48,8 +48,8 @@ class Entry:
         return self.states[-1]["state"]
 
     def is_settled(self, text: str | None = None) -> bool:
-        """Whether the way into the corpus has ended. `text`: the column that the domain's text is looked for in; a file
-        that was refused is read again once that is another."""
+        """Return whether intake of the file has ended. `text`: the domain's text column; a refused file is read again
+        once it differs from the column that was tried."""
         return self.state in ("ingested", REMOVED) or (self.state == "refused" and self.states[-1].get("text") == text)
 
     @property
@@ -58,45 +58,47 @@ class Entry:
 
     @property
     def version(self) -> int | None:
-        """Of the corpus that first held it; None before it is ingested, or when it was refused."""
+        """First version of the corpus that contains it; None before it is ingested, or if it was refused."""
         return next((line["version"] for line in since_removal(self.states) if line["state"] == "ingested"), None)
 
 
 @dataclass(frozen=True)
 class Picture:
+    """The items of the ledger at one moment, by their keys."""
+
     items: Mapping[str, Value]
 
     def domains(self) -> list[str]:
-        """Every domain of which something landed or was asked for, and was not removed."""
+        """Return every domain that has landed files or a request, unless it was removed."""
         landed = {domain for kind, domain in self._grouped if kind == "file" and not self._is_removed(domain)}
         return sorted(landed | {domain for kind, domain in self._grouped if kind == "request"})
 
     def files(self, domain: str) -> list[Entry]:
-        """What landed, without the runs that followed."""
+        """Return the domain's landed files, without the runs that followed."""
         return [entry_of(domain, value) for _, value in self._grouped.get(("file", domain), ())]
 
     def refusals(self) -> list[Value]:
         return [self.items[key] for key in sorted(key for key in self.items if key.startswith("refusal/"))]
 
     def ever_refused(self, domain: str) -> set[str]:
-        """Names under which something was refused, whatever became of it."""
+        """Return the names under which anything was ever refused, whatever became of it."""
         files = (name for each in self.files(domain) for name in each.names if each.was_refused)
         return {*files, *(each["name"] for each in self.refusals() if each["domain"] == domain)}
 
     def settled(self, domain: str, text: str | None = None) -> set[tuple[str, str]]:
-        """Name and signature of every file whose way into the corpus has ended."""
+        """Return name and signature of every file whose intake has ended."""
         refused = {(each["name"], each["signature"]) for each in self.refusals() if each["domain"] == domain}
         return refused | {pair for each in self.files(domain) if each.is_settled(text) for pair in each.names.items()}
 
     def runs(self, domain: str) -> list[Run]:
-        """The oldest first."""
+        """Return the domain's runs, oldest first."""
         return [run_of(key, value) for key, value in sorted(self._grouped.get(("run", domain), ()))]
 
     def last_run(self, domain: str) -> Run | None:
         return next(reversed(self.runs(domain)), None)
 
     def requested(self, domain: str) -> int | None:
-        """The newest version that was asked for."""
+        """Return the newest requested version."""
         value = self.items.get(f"request/{domain}")
         return None if value is None else value["version"]
 
@@ -104,25 +106,25 @@ class Picture:
         return f"pause/{domain}" in self.items
 
     def pending(self, domain: str) -> int | None:
-        """The version that waits for a run, or is being worked on; None when there is none, or it was given up."""
+        """Return the version that waits for a run or is in one; None if none does, or it was given up or cancelled."""
         return self._version_that_is(WAITING, domain)
 
     def given_up(self, domain: str) -> int | None:
-        """The version that failed too often."""
+        """Return the requested version if it failed too often."""
         return self._version_that_is(GIVEN_UP, domain)
 
     def cancelled(self, domain: str) -> int | None:
-        """The version whose run a person cancelled."""
+        """Return the requested version if a user cancelled its run."""
         return self._version_that_is(CANCELLED, domain)
 
     def entries(self, domain: str) -> list[Entry]:
-        """Every landed file with its whole way, in the order of landing."""
+        """Return every landed file with its full history, in the order of landing."""
         runs = self.runs(domain)
         found = [entry if entry.state == REMOVED else _with_run(entry, runs) for entry in self.files(domain)]
         return sorted(found, key=lambda entry: entry.states[0]["at"])
 
     def keys(self, domain: str) -> list[tuple[str, str]]:
-        """(kind, key) of every item of a domain."""
+        """Return (kind, key) of every item of a domain."""
         return [(kind, key) for (kind, of), items in self._grouped.items() if of == domain for key, _ in items]
 
     @functools.cached_property
@@ -140,7 +142,7 @@ class Picture:
         return self.requested(domain) if self._standing(domain) == state else None
 
     def _standing(self, domain: str) -> str | None:
-        """What is to be thought of the version asked for; None when a run has finished it, or there is none."""
+        """Return the state of the requested version; None if a run has finished it, or nothing is requested."""
         request = self.items.get(f"request/{domain}")
         if request is None:
             return None
@@ -161,7 +163,7 @@ class Picture:
 
 
 def since_removal(states: Sequence[Value]) -> Sequence[Value]:
-    """The way of a file, where it was taken out and came back that since then."""
+    """Return a file's history since its documents were last removed from the corpus."""
     removed = [place for place, line in enumerate(states) if line["state"] == REMOVED]
     return states[removed[-1] + 1 :] if removed else states
 
@@ -171,7 +173,7 @@ def entry_of(domain: str, value: Value) -> Entry:
 
 
 def _with_run(entry: Entry, runs: list[Run]) -> Entry:
-    """A file shares the way of the run that finished its version, or else of the last that tried."""
+    """Append the history of the run that finished the file's version, or else of the last run that tried."""
     tried = [run for run in runs if entry.version is not None and run.version >= entry.version]
     if not tried:
         return entry

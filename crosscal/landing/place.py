@@ -1,8 +1,8 @@
-"""The landing place, <landing>/<domain>/<file>, and which of its files are complete.
+"""The landing place, <landing>/<domain>/<file>, and detection of complete files.
 
-A file is complete once `<file>.done` stands beside it (empty, or {"sha256": …, "bytes": …}, which is checked when the
-file is read), or once nothing has touched it for `settle_seconds`. Names beginning with a dot, and *.part, *.tmp and
-*.done, are no documents. Whatever else cannot be taken is a `Refusal` with its reason; the sweep goes on.
+A file is complete once `<file>.done` exists beside it (empty, or {"sha256": …, "bytes": …}, which is checked when the
+file is read), or once it has not changed for `settle_seconds`. Names beginning with a dot, and *.part, *.tmp and
+*.done, are ignored. Anything else that cannot be ingested becomes a `Refusal` with its reason; the sweep continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def open_place(landing: str) -> Place:
-    """Raises `UsageError` for a place that cannot be opened."""
+    """Open a folder or fsspec URL as a landing place. Raises `UsageError` if it cannot be opened."""
     scheme, separator, path = landing.partition("://")
     if separator and scheme not in ("file", "local"):
         return RemotePlace(landing)
@@ -37,7 +37,7 @@ def open_place(landing: str) -> Place:
 
 
 def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
-    """Every complete file of every domain, and what cannot be taken, in the order of names."""
+    """Yield every complete file of every domain, and a `Refusal` for each that cannot be ingested, ordered by name."""
     place = open_place(landing) if isinstance(landing, str) else landing
     for item in place.items():
         if item.name.startswith("."):
@@ -71,7 +71,7 @@ def refusal(domain: str, name: str, reason: str, signature: str = "", do: str = 
 
 
 def _domain_problem(item: Item) -> tuple[str, str]:
-    """What is wrong with a domain's folder, and what to do; empty when nothing is."""
+    """Return (problem, remedy) of an entry that should be a domain's folder; empty strings if it is valid."""
     if not item.is_folder:
         return "not in a folder that names its domain", "Move it into one."
     try:
@@ -89,12 +89,12 @@ def _file_problem(item: Item) -> tuple[str, str]:
 
 
 def promise_of(place: Place, file: LandedFile) -> dict[str, Any]:
-    """`sha256` and `bytes` as the file's marker has them. Raises `ValueError` when it is not understood, `OSError`."""
+    """Return `sha256` and `bytes` if the file's marker has them. Raises `ValueError` for a bad marker, `OSError`."""
     return _promise(place.read(f"{file.domain}/{file.name}{MARKER}", MARKER_BYTES)) if file.marker_bytes else {}
 
 
 def _promise(content: bytes) -> dict[str, Any]:
-    """What a marker says of its file; an empty one says nothing. Raises `ValueError`."""
+    """Parse a marker; an empty one promises nothing. Raises `ValueError`."""
     if not content.strip():
         return {}
     try:

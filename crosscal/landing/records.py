@@ -1,4 +1,4 @@
-"""Lines of the histories that the ledger keeps."""
+"""State lines of the histories that the ledger keeps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ Value = dict[str, Any]
 
 
 def now() -> str:
-    """UTC, to the millisecond: 2026-11-22T21:55:01.123Z."""
+    """Return the current UTC time to the millisecond: 2026-11-22T21:55:01.123Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def state(name: str, **facts: Any) -> Value:
-    """One line of a history; facts that are None are left out."""
+    """Return one line of a history, without the facts that are None."""
     return {"state": name, "at": now(), **{fact: value for fact, value in facts.items() if value is not None}}

@@ -1,4 +1,4 @@
-"""Files that are not taken, whether they were read or not, with the reason and what to do: the newest of each name."""
+"""Refused files, whether they were read or not, with reason and remedy: the newest refusal of each name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from crosscal.landing.picture import Picture
 @dataclass(frozen=True)
 class Refused:
     domain: str
-    """Empty for what lies beside the domains' folders."""
+    """Empty for entries beside the domains' folders."""
     name: str
     reason: str
     do: str
-    """Empty in what earlier versions wrote."""
+    """How to resolve it; empty in records of earlier versions."""
     at: str
 
 
 def refused(picture: Picture, domain: str | None = None) -> list[Refused]:
-    """What stands refused, the newest first; not what another file of its name has meanwhile made up for."""
+    """Return the current refusals, newest first, without those that a later file of the same name has resolved."""
     newest: dict[tuple[str, str], tuple[str, Refused | None]] = {}
     for place, at, found in _told(picture, domain):
         if place not in newest or newest[place][0] <= at:
@@ -30,7 +30,7 @@ def refused(picture: Picture, domain: str | None = None) -> list[Refused]:
 
 
 def _told(picture: Picture, domain: str | None) -> Iterator[tuple[tuple[str, str], str, Refused | None]]:
-    """Domain and name, when, and the refusal; None where the file was ingested."""
+    """Yield (domain and name, time, refusal); the refusal is None for a file that is not refused."""
     for each in picture.refusals():
         if domain in (None, each["domain"]):
             place = each["domain"], each["name"]

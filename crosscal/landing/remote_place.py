@@ -31,7 +31,7 @@ class RemotePlace:
         self.url, self.root = url, str(root).rstrip("/")
 
     def items(self, folder: str = "") -> Iterator[Item]:
-        """Objects have no folders: a place in which nothing has landed yet is an empty one."""
+        """Empty if nothing has landed yet: objects have no folders. Raises `CorpusError` if listing fails."""
         at = f"{self.root}/{folder}".rstrip("/")
         try:
             found = self._list(at)

@@ -1,11 +1,11 @@
-"""Recompressions of a domain, one after the other, as the ledger has them.
+"""Recompression runs of a domain, one after another, as the ledger records them.
 
     claimed → recompressed → evaluated → published | kept | failed | abandoned | cancelled
     claimed → unchanged
 
-Creating the next number is the claim, and only one process can. It holds while its process gives signs of life in the
-store (`store.heartbeat`). A run whose process is gone is marked abandoned before the next number is made, so that a
-holder which was only slow finds its run closed and stops.
+Creating the next number is the claim; only one process can create it. The claim holds while its process sends
+heartbeats to the store (`store.heartbeat`). A run whose process is gone is marked abandoned before the next number is
+created, so that a holder which was only slow finds its run closed and stops.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 from typing import Any
 
 FINISHED = ("published", "kept", "unchanged")
-"""`unchanged`: the newest version makes the models of the last finished run, or has too little text for any."""
+"""`unchanged`: the newest version yields the models of the last finished run, or has too little text for any."""
 ENDED = (*FINISHED, "failed", "abandoned", "cancelled")
-"""`cancelled`: a person ended it; nobody starts it again by themselves."""
+"""`cancelled`: a user ended it; it is not started again automatically."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One claim of a domain and what came of it."""
+    """One claim of a domain and its outcome."""
 
     domain: str
     number: int
     version: int
-    """Of the corpus: what was claimed, or, once finished, what was used (the same or newer)."""
+    """Version of the corpus: the claimed one or, once finished, the one that was used (the same or newer)."""
     run_id: str
     holder: str | None
-    """Its process (see `store.processes`); None in what earlier versions wrote."""
+    """Name of its process (see `store.processes`); None in records of earlier versions."""
     states: tuple[dict[str, Any], ...]
     request: dict[str, Any]
-    """What it answers, as it stood when it was claimed; empty in what earlier versions wrote."""
+    """The request that it answers, as it was at the claim; empty in records of earlier versions."""
 
     @property
     def state(self) -> str:
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def silent_seconds(self) -> float:
-        """Since the last line of its history."""
+        """Seconds since the last line of its history."""
         last = datetime.datetime.fromisoformat(self.states[-1]["at"])
         return (datetime.datetime.now(datetime.UTC) - last).total_seconds()
 

@@ -1,4 +1,4 @@
-"""The ledger for people: where each domain stands, and the whole way of one."""
+"""The ledger for users: the state of each domain, and the full history of one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from crosscal.landing.runs import Run
 
 
 def overview(ledger: Ledger) -> list[dict[str, Any]]:
-    """A row for each domain: newest version, state, its last run."""
+    """Return a row for each domain: newest version, state, last run."""
     picture = ledger.look()
     return [_row(ledger, picture, domain) for domain in picture.domains()]
 
 
 def whole_way(ledger: Ledger, domain: str) -> dict[str, Any]:
-    """Everything about one domain: its row, its files with their histories, its runs, what was refused."""
+    """Return everything about one domain: its row, its files with their histories, its runs, its refused files."""
     picture = ledger.look()
     return {
         **_row(ledger, picture, domain),
@@ -30,7 +30,7 @@ def whole_way(ledger: Ledger, domain: str) -> dict[str, Any]:
 
 
 def check_known(ledger: Ledger, domain: str) -> None:
-    """Raises `UsageError`, with the names that there are, for a domain of which nothing has landed."""
+    """Raise `UsageError`, with the known names, for a domain of which nothing has landed."""
     known = ledger.domains()
     if domain not in known:
         where, do = ledger.store.location, nearest(domain, known)
@@ -38,7 +38,7 @@ def check_known(ledger: Ledger, domain: str) -> None:
 
 
 def why_nothing(picture: Picture, domain: str) -> str:
-    """A sentence for who finds nothing to do."""
+    """Return a sentence that explains why there is nothing to do for a domain."""
     last = picture.last_run(domain)
     begin = f"`crosscal run PLAN --domain {domain} --again`, or a new version, starts it"
     if (version := picture.given_up(domain)) is not None and last is not None:
@@ -55,7 +55,7 @@ def why_nothing(picture: Picture, domain: str) -> str:
 
 
 def reason_of(run: Run) -> str:
-    """Why a run ended as it did."""
+    """Return the reason of a run's last state, or else that state."""
     return run.states[-1].get("reason", run.state)
 
 
@@ -68,7 +68,7 @@ def _row(ledger: Ledger, picture: Picture, domain: str) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, picture: Picture, domain: str) -> str:
-    """`running`, `paused`, `waiting`, `given up`, `nothing usable`, or how the last run ended."""
+    """Return `running`, `paused`, `waiting`, `given up`, `nothing usable`, or the state of the last run."""
     last = picture.last_run(domain)
     if ledger.living(last) is not None:
         return "running"

@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder, read block by block, and compressed checkpoints of it."""
+"""Run any Hugging Face decoder block by block, and write compressed checkpoints of it."""
 
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.models.export import Ints, packed_tensors, quantization_config

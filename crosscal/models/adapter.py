@@ -1,13 +1,13 @@
-"""The low-rank parts of a variant, beside its checkpoint: a LoRA adapter as PEFT and vLLM load it.
+"""The low-rank parts of a variant, stored beside its checkpoint as a LoRA adapter that PEFT and vLLM load.
 
-adapter/block-00003.safetensors       of one block, while the model is being made; written before the block's own file
-adapter/adapter_model.safetensors     of all blocks, once the model is finished
-adapter/adapter_config.json           which linears, and that the factors are added as they are
+adapter/block-00003.safetensors       factors of one block until the model is finished; written before the block's file
+adapter/adapter_model.safetensors     factors of all blocks, once the model is finished
+adapter/adapter_config.json           the linears, and a scale of 1
 
     output = V x + scale · B A x,   lora_A = A = R [K, I],   lora_B = B = L [O, K],   scale = lora_alpha / r = 1
 
-Never merged into the matrix: that would undo its zeros or integers. Names are those of the modules of
-`AutoModelForCausalLM`: a matrix without a module of its own, one expert of a stack, cannot have a low-rank part.
+Low-rank parts are never merged into the matrix: its zeros or integers would be lost. Names are those of the modules of
+`AutoModelForCausalLM`. A matrix without its own module (one expert of a stack) cannot have a low-rank part.
 
 Shapes: O outputs, I inputs, K rank.
 """
@@ -38,19 +38,19 @@ from crosscal.statistics.finite import all_finite
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT calls the model that it wraps."""
+"""PEFT's name of the model that it wraps."""
 RIGHT_KI, LEFT_OK = ".lora_A.weight", ".lora_B.weight"
 FACTORS = ("low_rank_right_KI", "low_rank_left_OK")
-"""What a linear that adds them holds them as."""
+"""Names of the buffers of a linear that adds them."""
 
 
 def is_factor(key: str) -> bool:
-    """Whether a tensor's name is that of a factor."""
+    """Whether a tensor's name is that of a low-rank factor."""
     return key.endswith((RIGHT_KI, LEFT_OK))
 
 
 def factors(matrix: MatrixRef, left_OK: Tensor, right_KI: Tensor) -> dict[str, Tensor]:
-    """The tensors that stand for the low-rank part of a matrix, by its name in the block. Raises `ModelError`."""
+    """Return the named factors of a matrix's low-rank part L R. Raises `ModelError` for one expert of a stack."""
     if matrix.expert is not None:
         raise ModelError(
             "an adapter cannot name one expert of a stack, so its low-rank part could not be loaded",
@@ -62,25 +62,25 @@ def factors(matrix: MatrixRef, left_OK: Tensor, right_KI: Tensor) -> dict[str, T
 
 
 def stacked_experts(model: nn.Module) -> list[str]:
-    """Modules of a model whose matrices an adapter cannot name."""
+    """Return the names of modules with stacked experts, whose matrices an adapter cannot name."""
     return [name for name, module in model.named_modules() if experts.is_experts(module)]
 
 
 def with_low_rank(stored: Tensor, left_OK: Tensor, right_KI: Tensor, *, transposed: bool) -> Tensor:
-    """V + L R as one matrix in V's dtype and layout, for inputs of later blocks: it is only computed with."""
+    """Return V + L R in V's dtype and layout, only to compute with (e.g. the inputs of later blocks), never stored."""
     low_rank_OI = left_OK.float() @ right_KI.float()
     return (stored.float() + (low_rank_OI.mT if transposed else low_rank_OI)).to(stored.dtype)
 
 
 class AdapterWriter:
-    """The adapter of one variant, block by block."""
+    """Writes the adapter of one variant, block by block."""
 
     def __init__(self, folder: Path, source: ModelSource) -> None:
         self.folder, self.source = folder / ADAPTER, source
 
     def write_block(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a block's factors (names inside the block): to be called before the block's own file is written.
-        Without any, nothing is left of what was written of it earlier. Raises `NotFinite`."""
+        """Write a block's factors (names inside the block), before the block's own file is written. Earlier factors of
+        the block are overwritten, also by an empty mapping. Raises `NotFinite`."""
         prefix = f"{self.source.block_name(block)}."
         for key, value in tensors.items():
             if not all_finite(value):
@@ -89,16 +89,16 @@ class AdapterWriter:
             save_tensors({f"{PREFIX}{prefix}{key}": value for key, value in tensors.items()}, self._part(block))
 
     def adopt_block(self, block: int, file: Path | None) -> None:
-        """Take over a block's factors from an adapter's file that was written elsewhere; None: it has none."""
+        """Copy a block's factors from an adapter file that was written elsewhere; None: the block has no factors."""
         self.write_block(block, {} if file is None else self._of_block(file, block))
 
     def read_block(self, block: int) -> dict[str, Tensor]:
-        """A written block's factors: from its own file, or that of all blocks."""
+        """Read a written block's factors from its own file, or from that of all blocks."""
         file = next((file for file in (self._part(block), self.folder / WEIGHTS) if file.is_file()), None)
         return {} if file is None else self._of_block(file, block)
 
     def added(self, block: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A block's parameters with its low-rank parts."""
+        """Return a block's parameters with its low-rank parts added."""
         parts = self.read_block(block)
         module = self._skeleton.get_submodule(self.source.block_name(block))
         found = dict(stored)
@@ -109,9 +109,9 @@ class AdapterWriter:
         return found
 
     def finish(self) -> None:
-        """Put the blocks' factors into one file, and say how they are to be read.
+        """Merge the blocks' factors into one file and write the adapter's config.
 
-        May be interrupted and called again: files of blocks go when what replaces them is there.
+        Can be interrupted and called again: the blocks' files are deleted once the merged file and config exist.
         """
         if not self.folder.is_dir():
             return
@@ -140,14 +140,14 @@ class AdapterWriter:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of a finished model's adapter; none where it has none."""
+    """Return the files of a finished model's adapter, or an empty list if it has no adapter."""
     return [file for name in (ADAPTER_CONFIG, WEIGHTS) if (file := folder / ADAPTER / name).is_file()]
 
 
 def config_of(tensors: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Any]:
-    """What `adapter_config.json` says of factors. `transposed`: the linears are GPT-2's, which lie as [I, O].
+    """Return the content of `adapter_config.json`. `transposed`: linears are stored as [I, O] (Conv1D, GPT-2).
 
-    No base model is named: a path would hold only from one working directory, and the base is the folder around.
+    No base model is named: it is the parent folder, and a path would be valid from one working directory only.
     """
     ranks = {key.removesuffix(RIGHT_KI): len(value) for key, value in tensors.items() if key.endswith(RIGHT_KI)}
     ranks = {key.removeprefix(PREFIX): rank for key, rank in sorted(ranks.items())}
@@ -172,10 +172,10 @@ def config_of(tensors: Mapping[str, Tensor], *, transposed: bool) -> dict[str, A
 
 
 def attach(model: nn.Module, folder: Path) -> None:
-    """Make the linears of a loaded checkpoint add their low-rank parts, where the folder has an adapter.
+    """Make the linears of a loaded checkpoint add their low-rank parts, if the folder has an adapter.
 
-    Computed beside the matrix, as PEFT does: in bfloat16 a sum would round the low-rank part away. Raises `ModelError`
-    for an adapter that does not fit the model.
+    They are computed separately from the matrix, as in PEFT: in bfloat16 the sum V + L R would round the low-rank part
+    away. Raises `ModelError` for an adapter that does not fit the model.
     """
     if adapter_files(folder):
         _attach(model, folder, PREFIX)
@@ -183,7 +183,8 @@ def attach(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def attached_to_block(block: nn.Module, folder: Path, name: str) -> Iterator[None]:
-    """Inside, the linears of one block, which has its weights and in the whole model this name, add theirs."""
+    """Context: the linears of one block add their low-rank parts. `name`: of the block in the whole model. The block
+    must have its weights."""
     added = _attach(block, folder, f"{PREFIX}{name}.") if adapter_files(folder) else []
     try:
         yield
@@ -195,14 +196,14 @@ def attached_to_block(block: nn.Module, folder: Path, name: str) -> Iterator[Non
 
 
 def check_in_blocks(folder: Path, blocks: str) -> None:
-    """Raises `ModelError` for a low-rank part outside the blocks, which are items of the list of this name."""
+    """Raise `ModelError` for a low-rank part outside the blocks. `blocks`: name of their list in the model."""
     outside = [key for key in _read(folder / ADAPTER / WEIGHTS) if not key.startswith(f"{PREFIX}{blocks}.")]
     if outside:
         raise ModelError("low-rank parts outside the blocks", where=str(folder / ADAPTER), got=some_of(outside))
 
 
 def _attach(module: nn.Module, folder: Path, prefix: str) -> list[tuple[nn.Module, RemovableHandle]]:
-    """To the linears of a module whose factors have names that begin so."""
+    """Attach the factors whose names start with `prefix` to the linears of a module."""
     tensors, modules, added = _read(folder / ADAPTER / WEIGHTS, prefix), dict(module.named_modules()), []
     names = sorted({key.removeprefix(prefix).removesuffix(RIGHT_KI).removesuffix(LEFT_OK) for key in tensors})
     for name in names:

@@ -1,4 +1,4 @@
-"""Putting tensors into a module for a while."""
+"""Put tensors into a module temporarily."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crosscal.errors import ModelError
 
 @contextmanager
 def attached(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors into a module, such as one on the meta device; what it held before is back afterwards."""
+    """Put tensors into a module, such as one on the meta device; restore its previous ones afterwards."""
     empty = module.state_dict()
     unknown = sorted(tensors.keys() - empty.keys())
     if unknown:

@@ -1,11 +1,11 @@
-"""The decoder blocks of a model, and what the model hands to each of them.
+"""Find the decoder blocks of a model, and record the arguments with which the model calls each of them.
 
 Shapes: B windows of a batch, L tokens of a window, D hidden size.
 
-No table of model families: the model is run with its blocks replaced by stubs, which note the arguments they are
-called with (masks, position tables). Between stubs travels a tensor of NaN, and what else blocks return is poisoned
-likewise. A model that changes it on the way, or lets it into another argument, does something between its blocks that
-running them one by one would lose; it is refused. What it passes on as it is, is passed on (`calls.py`).
+There is no table of model families: the model runs with its blocks replaced by stubs, which record their arguments
+(masks, position tables). Stubs return hidden states of NaN, and poison for the blocks' further outputs. If the model
+changes these between blocks, or computes another argument from them, running blocks one by one would lose that
+computation: the model is rejected. Outputs that it passes on unchanged are passed on (`calls.py`).
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ from crosscal.models.calls import (
 )
 
 USUAL_DIMS = 3
-"""Of hidden states; others may have streams (Gemma 3n, DeepSeek-V4) before or behind the windows."""
+"""Usual number of dimensions of hidden states. Some models (Gemma 3n, DeepSeek-V4) add one for streams, before or
+after that of the windows."""
 BROKEN = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError,
     StrictDataclassError,
 )  # fmt: skip
-"""What models raise that cannot be run in this way."""
+"""Exceptions that a model's code raises if it cannot be run in this way."""
 
 
 class StopForward(Exception):
-    """Ends a forward pass at a stub: what was wanted is known."""
+    """Ends a forward pass early, once all required tensors are known."""
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost list of `num_hidden_layers` modules of the decoder, or its only list, and its name in the model."""
+    """Return (name in the model, list) of the decoder's outermost list of `num_hidden_layers` modules, or of its only
+    list. Raises `UnsupportedModel` if there is not exactly one."""
     blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found: list[tuple[str, nn.ModuleList]] = []
-    # `get_decoder` of some gives the head, which has the name `decoder`
+    # `get_decoder` of some models returns the head, whose name is `decoder`
     for decoder in (model.get_decoder(), getattr(model, model.base_model_prefix, model)):
         outermost = _outermost_lists(model, decoder)
         found = [each for each in outermost if len(each[1]) == blocks] or (outermost if len(outermost) == 1 else [])
@@ -72,10 +74,10 @@ def _outermost_lists(model: PreTrainedModel, decoder: nn.Module) -> list[tuple[s
 
 
 class BlockCalls:
-    """Learns, from the model itself, how its blocks are called for each batch."""
+    """Records from the model itself how its blocks are called for each batch, and calls them the same way."""
 
     def __init__(self, model: PreTrainedModel, further: tuple[Any, ...] | None) -> None:
-        """`further`: what `further_outputs` found of this model."""
+        """`further`: the result of `further_outputs` for this model."""
         self._model, self._blocks, self._further = model, find_blocks(model)[1], further
         self._calls: dict[Hashable, tuple[BlockCall, ...]] = {}
         self._of_shape: dict[torch.Size, tuple[BlockCall, ...]] = {}
@@ -84,8 +86,8 @@ class BlockCalls:
         """Whether some argument differed between batches of one shape."""
 
     def enter(self, tokens_BL: Tensor, batch: Hashable = None) -> Tensor:
-        """Run the model up to its first block: the hidden states that enter it, windows first. Notes every block's
-        arguments, under the name of this batch."""
+        """Run the model up to its first block and return the hidden states that enter it, windows first. Record every
+        block's arguments under the key `batch`."""
         hidden, calls = self._pass(tokens_BL)
         is_usual = hidden.ndim == USUAL_DIMS and len(hidden) == len(tokens_BL)
         if not is_usual and not self._of_shape:
@@ -97,13 +99,13 @@ class BlockCalls:
         return hidden.movedim(self._window_dim, 0)
 
     def run(self, batch: Hashable, block: int, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
-        """A block's output hidden states, windows first, and what it hands on besides."""
+        """Run a block; return its output hidden states, windows first, and what it hands on besides."""
         entering = hidden_BLD.movedim(0, self._window_dim)
         output, between = self.of(batch, block).run(self._blocks[block], entering, between)
         return output.movedim(self._window_dim, 0), between
 
     def _pass(self, tokens_BL: Tensor) -> tuple[Tensor, tuple[BlockCall, ...]]:
-        """What enters the first block, and how each is called."""
+        """Return the hidden states that enter the first block, and the call of each block."""
         calls: list[BlockCall] = []
         hidden: list[Tensor] = []
         travelling: tuple[Any, ...] = ()
@@ -134,7 +136,7 @@ class BlockCalls:
 
     @property
     def hand_on(self) -> bool:
-        """Whether some block may take from another one more than its hidden states."""
+        """Whether some block may read more from another one than its hidden states."""
         calls = [call for calls in self._of_shape.values() for call in calls]
         return any(isinstance(leaf, FromBefore | Shared) for call in calls for leaf in call.leaves)
 
@@ -142,21 +144,21 @@ class BlockCalls:
         return self._calls[batch][block]
 
     def wanted_of(self, batch: Hashable, block: int) -> frozenset[int]:
-        """Places of a block's further outputs that the next one takes."""
+        """Places of a block's further outputs that the next one reads."""
         calls = self._calls[batch]
         return calls[block + 1].wanted if block + 1 < len(calls) else frozenset()
 
     def as_output(self, hidden_BLD: Tensor) -> Any:
-        """Hidden states, windows first, in the form in which a block returns them."""
+        """Convert hidden states, windows first, to the form in which a block returns them."""
         output = hidden_BLD.movedim(0, self._window_dim)
         return output if self._further is None else (output, *self._further)
 
 
 def further_outputs(model: PreTrainedModel, first_block: nn.Module, tokens_BL: Tensor) -> tuple[Any, ...] | None:
-    """What blocks return after the hidden states, poisoned; None if they return hidden states alone.
+    """Return poison for the outputs of blocks after the hidden states; None if blocks return hidden states only.
 
-    `first_block` has its weights and is run once. Attention weights, say, are returned by some and used by no one.
-    """
+    `first_block` must have its weights; it is run once. Some blocks return outputs that are not used, e.g. attention
+    weights. Raises `UnsupportedModel` for outputs that are not tensors."""
     output: Any = None
 
     def on_call(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,10 +180,11 @@ def further_outputs(model: PreTrainedModel, first_block: nn.Module, tokens_BL: T
 
 
 def check_causal(run: Callable[[Tensor], Tensor], hidden_1LD: Tensor, name: str, tokens: int) -> None:
-    """Raises `UnsupportedModel` if what a block gives for the first half of a window depends on the second half.
+    """Raise `UnsupportedModel` if a block's output for the first half of a window depends on the second half.
 
-    `run` gives the block's output. More than roundoff, sqrt(eps) of the dtype relative to the output, at more than half
-    of the positions: a router may decide a tie otherwise at one of them. `tokens`: of the window.
+    `run` returns the block's output. The output depends on it if it changes by more than roundoff, sqrt(eps) of the
+    dtype relative to the output, at more than half of the positions: at a few, a router may break a tie differently.
+    `tokens`: length of the window.
     """
     dim = next((dim for dim, size in enumerate(hidden_1LD.shape[:-1]) if dim and size == tokens), None)
     if dim is None:
@@ -216,7 +219,7 @@ def forward(model: PreTrainedModel, tokens_BL: Tensor) -> None:
 
 
 def unsupported(error: Exception, what: str, where: str) -> Exception:
-    """What to raise for something that a model's own code raised; memory that ran out is no fault of the model."""
+    """Convert an error of the model's own code to `UnsupportedModel`; return an out-of-memory error unchanged."""
     if isinstance(error, torch.OutOfMemoryError):
         return error
     return UnsupportedModel(what, where=where, got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -224,7 +227,7 @@ def unsupported(error: Exception, what: str, where: str) -> Exception:
 
 @contextmanager
 def stubbed(blocks: nn.ModuleList, on_call: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Inside, calling block k calls `on_call(k, args, kwargs)`; every other attribute is the real block's."""
+    """Context: calling block k calls `on_call(k, args, kwargs)`; all other attributes are the real block's."""
     real = list(blocks)
     for index, block in enumerate(real):
         blocks[index] = _Stub(block, index, on_call)
@@ -246,7 +249,7 @@ class _Stub(nn.Module):
         super().__init__()
         self._call = lambda args, kwargs: on_call(index, args, kwargs)
         self.__dict__["_block"] = (
-            block  # not a submodule: hooks and moves must not reach the real block through its stub
+            block  # not a submodule, so that hooks and `to` do not reach the real block through its stub
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Building models with transformers while other threads of the process work.
+"""Build models with transformers while other threads of the process work.
 
-transformers changes the process while it builds or loads a model: torch's default dtype, `tie_weights` of every model
-class, functions of `torch.nn.init`, `torch.linspace`. Two such changes that interleave restore the wrong thing for
-good, and whoever builds a module meanwhile gets it in another dtype, or untied. So one thread at a time builds or loads
-here, and a skeleton, which is built most often, changes nothing that another thread could see: the device and the dtype
-of what it creates are set by function modes, which are each thread's own.
+transformers changes global state while it builds or loads a model: torch's default dtype, `tie_weights` of every model
+class, functions of `torch.nn.init`, `torch.linspace`. If two such changes interleave, the wrong state is restored
+permanently, and a module built in the meantime has the wrong dtype or untied weights. Therefore only one thread at a
+time builds or loads a model, and building a skeleton (the most frequent case) changes no state visible to other
+threads: thread-local function modes set the device and dtype of new tensors.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from transformers import (
 from crosscal.errors import UnsupportedModel
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held by whoever lets transformers build or load a model."""
+"""Lock to hold while transformers builds or loads a model."""
 
 _FACTORIES = {torch.empty, torch.ones, torch.zeros, torch.full, torch.eye, torch.linspace, torch.rand, torch.randn}
 _BY_VALUE = {torch.tensor, torch.as_tensor, torch.arange}
-"""Their dtype follows what they are given: integers stay integers."""
+"""Their dtype follows their arguments: integers stay integers."""
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.uniform_, Tensor.normal_, Tensor.zero_}
-"""Spent on a parameter without storage, they take half the time of building."""
+"""Skipped for parameters without storage, where they would take half the time of building a model."""
 
 
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of causal language models that a config stands for; loads its module.
+    """Return the causal language model class of a config, and import its module.
 
-    Of a multimodal config that has no such class the one that its `architectures` name: the language model inside is
-    what is walked, and the rest of it stays as it is. Raises `UnsupportedModel`.
+    For a multimodal config without such a class, return the class in its `architectures`: only the language model
+    inside is calibrated, and the rest is unchanged. Raises `UnsupportedModel`.
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -56,17 +56,17 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def loading_class(config: PretrainedConfig) -> Any:
-    """What `from_pretrained` of gives the same model with its weights."""
+    """Return the class whose `from_pretrained` loads the model of `causal_class` with its weights."""
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else causal_class(config)
 
 
 def build_skeleton(config: PretrainedConfig, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-    """A model with every parameter on the meta device; computed buffers (rotary tables) are real, as loading makes
-    them. `config` is edited."""
+    """Return a model with all parameters on the meta device; computed buffers (rotary tables) are real, as after
+    loading. Modifies `config`."""
     text_config = config.sub_configs.get("text_config")
     if text_config is not None and kind.config_class == text_config:
         config = config.get_text_config()
-    # eager: other implementations of stacked experts have no float64 kernels and no fixed order of sums
+    # eager: other implementations of stacked experts have no float64 kernels and no deterministic order of sums
     with ONE_AT_A_TIME, torch.device("meta"), _Unfilled(dtype):
         model = kind._from_config(config, dtype=None, experts_implementation="eager")
     config.dtype = dtype
@@ -78,7 +78,7 @@ def build_skeleton(config: PretrainedConfig, kind: type[PreTrainedModel], dtype:
 
 
 class _Unfilled(TorchFunctionMode):
-    """In this thread, new floating-point tensors have `dtype` where none is asked for, and those on the meta device are
+    """In this thread, new floating-point tensors have `dtype` if none is requested, and tensors on the meta device are
     not filled."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -97,7 +97,7 @@ class _Unfilled(TorchFunctionMode):
 
 @torch.no_grad()
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Give computed buffers their values in the way that `from_pretrained` does: by the family's own initialisation."""
+    """Compute buffers as `from_pretrained` does: with the model family's own `_init_weights`."""
     owners: dict[str, PreTrainedModel] = {
         name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)
     }
@@ -107,7 +107,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
             if (buffer := module._buffers[key]) is not None and buffer.is_meta:
                 unset = torch.nan if buffer.is_floating_point() else 0
                 module._buffers[key] = computed[f"{name}.{key}"] = torch.full_like(buffer, unset, device="cpu")
-    # A buffer may be filled by its own module or by one around it (Falcon-H1: the model, for all its blocks).
+    # A buffer may be filled by its own module or by an enclosing one (Falcon-H1: the model, for all its blocks).
     around = {path.rpartition(".")[0] for path in computed}
     for name, module in model.named_modules():
         if any(f"{path}.".startswith(f"{name}." if name else "") for path in around):
@@ -118,7 +118,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 
 def owner_of(name: str, owners: dict[str, PreTrainedModel]) -> PreTrainedModel:
-    """The innermost model that a module belongs to."""
+    """Return the innermost `PreTrainedModel` that contains a module."""
     path = max((path for path in owners if not path or f"{name}.".startswith(f"{path}.")), key=len)
     return owners[path]
 

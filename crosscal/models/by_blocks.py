@@ -1,7 +1,7 @@
-"""A model that has read some windows, with the weights of one block in memory at a time.
+"""Evaluate a model on given windows with the weights of only one block in memory at a time.
 
-All windows go through block k before block k + 1 is read. Then what lies outside the blocks is there, with the hidden
-states that the last block gave, and the model itself is called: its blocks are stubs that hand it these.
+All windows go through block k before block k + 1 is loaded. Then the tensors outside the blocks are loaded and the
+model itself is called: its blocks are stubs that return the last block's precomputed outputs.
 
 Shapes: S windows, B of a batch, L tokens of a window, D hidden size.
 """
@@ -41,12 +41,12 @@ def read_by_blocks(
     spill_to: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """Inside, the model: called with windows among these (name -> tokens_SL), or with how one begins, it gives what it
-    would with all its weights, up to roundoff. Called with other tokens it raises `ModelError`.
+    """Context: yield a model that can be called with any of `windows` (name -> tokens_SL) or a prefix of one. Up to
+    roundoff it returns what it would with all its weights. For other tokens it raises `ModelError`.
 
-    `source`: see `variant_source`; an adapter beside its weights is added. `batch_tokens`: of passes through blocks, as
-    of a walk; a caller may read other batches. `spill_to`: where hidden states lie, if not in memory. `progress` is
-    told the blocks read. Several threads may call the model.
+    `source`: see `variant_source`; an adapter beside its weights is applied. `batch_tokens`: of the forward passes
+    through blocks, as in `walk`; the model may be called with other batch sizes. `spill_to`: folder for the hidden
+    states, if not in memory. `progress(done, blocks)` is called after each block. The model is thread-safe.
 
     Raises `UnsupportedModel` for a model that cannot be walked, `ModelError` for unreadable weights and hidden states
     that are not finite.
@@ -67,7 +67,7 @@ def read_by_blocks(
 
 
 def _pass_on(run: Passes, index: int) -> None:
-    """Nothing is read ahead: a model that does not fit in memory may have blocks that take a good part of it."""
+    """Run one block, without prefetching the next one: each may take a large part of the memory."""
     source, numbers, block = run.source, run.numbers, run.blocks[index]
     with (
         attached(block, source.load_block(index, dtype=numbers.dtype, device=numbers.device)),
@@ -88,7 +88,7 @@ def _behind_blocks(run: Passes, windows: Mapping[str, Tensor]) -> Iterator[PreTr
 
 
 class _Given:
-    """What the last block gave, by the tokens that the model is called with; of each thread its own."""
+    """Looks up the last block's outputs by the tokens that the model is called with, separately for each thread."""
 
     def __init__(self, run: Passes, windows: Mapping[str, Tensor]) -> None:
         self._run, self._windows, self._present = run, windows, threading.local()
@@ -99,18 +99,18 @@ class _Given:
         }
 
     def note(self, _: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The tokens of a call, which blocks are not told."""
+        """Keep the tokens of a call, which blocks do not receive."""
         self._present.tokens_BL = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
 
     def output(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Of any block that of the last one: in between the model does nothing, or it could not be walked."""
+        """Return the last block's output for any block: a model that computes between blocks cannot be walked."""
         if block == 0:
             hidden_BLD = torch.cat([self._hidden(tokens_L) for tokens_L in self._present.tokens_BL.cpu()])
             self._present.output = self._run.calls.as_output(hidden_BLD)
         return self._present.output
 
     def _hidden(self, tokens_L: Tensor) -> Tensor:
-        """hidden_1LD of a window, or of how one begins: a causal model gives it whatever follows."""
+        """Return hidden_1LD of a window or a prefix of one: in a causal model, it does not depend on later tokens."""
         name, number = self._places.get(_key(tokens_L)) or self._beginning(tokens_L)
         hidden_1LD, length = self._run.stream.hidden[name][number : number + 1], self._run.tokens[name]
         if len(tokens_L) < length:

@@ -1,10 +1,10 @@
-"""What a model hands to a block besides its hidden states, and what blocks hand on to later ones.
+"""The arguments of a block besides its hidden states, and what blocks hand on to later ones.
 
 Shapes: B windows of a batch, L tokens of a window, D hidden size.
 
-Arguments are nested tuples, lists and dicts of leaves: tensors, numbers, words. Two kinds of leaves change from block
-to block and are put in for each run: a further output of the block before (`FromBefore`), and a dict that is empty
-before the first block, in which blocks leave tensors for others (`Shared`).
+Arguments are nested tuples, lists and dicts of leaves: tensors, numbers, strings. Two kinds of leaves change from block
+to block and are filled in for each run: a further output of the previous block (`FromBefore`), and a dict that is empty
+before the first block, in which blocks store tensors for others (`Shared`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class FromBefore:
-    """Stands for what the block before returned at this place behind its hidden states."""
+    """Placeholder for the previous block's output number `place` after its hidden states."""
 
     place: int
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Stands for the dict of this number that all blocks are given."""
+    """Placeholder for the dict of this number that all blocks receive."""
 
     number: int
     empty: MutableMapping[Any, Any]
@@ -40,13 +40,13 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Between:
-    """What the blocks so far have handed on, of one batch."""
+    """What the blocks so far have handed on, for one batch, besides hidden states."""
 
     outputs: tuple[Any, ...] = ()
     shared: dict[int, MutableMapping[Any, Any]] = field(default_factory=dict)
 
     def first(self) -> Between:
-        """That of the batch's first window."""
+        """Return the part of the batch's first window."""
 
         def cut(leaf: Any) -> Any:
             return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
@@ -67,7 +67,7 @@ class BlockCall:
     returns_tuple: bool
 
     def run(self, block: nn.Module, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
-        """The block's output hidden states, and what it hands on besides. `between` is not changed."""
+        """Return the block's output hidden states and what it hands on besides. `between` is not changed."""
         shared = {number: copy.copy(held) for number, held in between.shared.items()}
 
         def given(leaf: Any) -> Any:
@@ -84,7 +84,7 @@ class BlockCall:
 
     @property
     def wanted(self) -> frozenset[int]:
-        """Places of the further outputs that it takes from the block before."""
+        """Places of the previous block's further outputs that it reads."""
         return frozenset(leaf.place for leaf in self.leaves if isinstance(leaf, FromBefore))
 
     @property
@@ -92,7 +92,7 @@ class BlockCall:
         return [*leaves(self.positional), *leaves(self.named)]
 
     def sharing(self, other: BlockCall) -> BlockCall:
-        """This call, with the tensors of the other where they are equal: held once."""
+        """Return this call with the other's tensors in place of equal ones, to hold them in memory once."""
         mine, its = self.leaves, other.leaves
         if len(mine) != len(its):
             return self
@@ -106,13 +106,13 @@ class BlockCall:
         return BlockCall(mapped(self.positional, one), mapped(self.named, one), self.returns_tuple)
 
     def has_tensors_of(self, other: BlockCall) -> bool:
-        """Whether every tensor is the other's."""
+        """Whether every tensor is the same object as the other's."""
         pairs = zip(self.leaves, other.leaves, strict=False)
         return all(mine is its for mine, its in pairs if isinstance(mine, Tensor))
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tuple_returned: bool) -> tuple[Tensor, BlockCall]:
-    """The hidden states of a call, and the rest of it."""
+    """Split the arguments of a call into the hidden states and the others."""
     if args:
         return args[0], BlockCall(args[1:], dict(kwargs), tuple_returned)
     named = dict(kwargs)
@@ -120,10 +120,10 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tuple_returne
 
 
 def understood(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[Any], name: str) -> BlockCall:
-    """The call with what changes from block to block marked.
+    """Return the call with placeholders for the leaves that change from block to block.
 
-    `outputs_before`: poison that the block before returned; `shared`: the dicts seen in this pass, to which it adds.
-    Raises `UnsupportedModel` for an argument that a block decides in any other way.
+    `outputs_before`: poison from the previous block's stub; `shared`: dicts seen in this pass; new ones are added.
+    Raises `UnsupportedModel` for an argument that depends on a block in any other way, or may do so.
     """
     before = {id(leaf): place for place, leaf in enumerate(leaves(outputs_before)) if isinstance(leaf, Tensor)}
 
@@ -147,7 +147,7 @@ def understood(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[An
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """A tensor like this that shows wherever it has gone: NaN, or the least of integers."""
+    """Return a tensor of the same shape whose use can be detected: all NaN, or all the smallest integer."""
     if tensor.is_floating_point() or tensor.is_complex():
         return torch.full_like(tensor, torch.nan)
     return torch.full_like(tensor, False if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
@@ -160,7 +160,7 @@ def is_poisoned(tensor: Tensor) -> bool:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nesting with every leaf changed, in the order of `leaves`."""
+    """Apply `change` to every leaf, in the order of `leaves`, and keep the nesting."""
     if isinstance(value, tuple | list):
         return type(value)(mapped(part, change) for part in value)
     if isinstance(value, dict) and value:
@@ -169,7 +169,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The leaves of nested tuples, lists and dicts; an empty dict is one."""
+    """Yield the leaves of nested tuples, lists and dicts; an empty dict is a leaf."""
     if isinstance(value, tuple | list):
         for part in value:
             yield from leaves(part)

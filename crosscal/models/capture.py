@@ -1,4 +1,4 @@
-"""The inputs of a block's sites while a pass runs: handed to whoever takes them.
+"""Capture the inputs of a block's sites during a forward pass and pass them to a callback.
 
 Shapes: T tokens, H hidden size, F inner size of an expert.
 """
@@ -18,7 +18,7 @@ from crosscal.models.products import Product, Products
 from crosscal.models.sites import Site, input_of, pre_hooks
 
 Take = Callable[[str, Tensor], None]
-"""Called with a site and its input."""
+"""Called with a site's name and its input."""
 
 
 class Taking(Protocol):
@@ -26,7 +26,7 @@ class Taking(Protocol):
 
 
 class _Pass(threading.local):
-    """What takes the inputs of the present thread's pass, and which sites it has reached."""
+    """State of the current thread's forward pass: the callback, and the sites reached so far."""
 
     take: Take
     stops: bool
@@ -35,12 +35,12 @@ class _Pass(threading.local):
 
 @contextmanager
 def capture(block: nn.Module, sites: Sequence[Site]) -> Iterator[Taking]:
-    """Inside, a forward pass of the block within `with taking(take)` has `take` called with the input of each site.
+    """Context: a forward pass of the block within `with taking(take)` calls `take` with the input of each site.
 
-    A stacked expert gets the rows of the tokens routed to it; its inner activations are computed once more for that.
-    `stop_after_last`: the pass ends with `StopForward` once every site has had its input, before the last of them
-    computes anything. A pass in which one has none (a starved expert) runs to its end. `find_sites` has seen that no
-    site is reached twice.
+    The inputs of a stacked expert are the rows of the tokens routed to it; its inner activations are recomputed for
+    this. `stop_after_last`: the pass ends with `StopForward` once every linear and stack was called, before the last of
+    them computes. It runs to its end if one is not called (a starved expert), or if the block has matrices that are
+    multiplied by directly. `find_matrices` ensures that no site is reached twice.
     """
     called = [site for site in sites if site.matrices[0].is_called]
     linear_sites = {site.name: site for site in called if site.matrices[0].expert is None}

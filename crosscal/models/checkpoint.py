@@ -1,13 +1,13 @@
-"""Writes a compressed variant of a model as a checkpoint that transformers loads.
+"""Write a compressed variant of a model as a checkpoint that transformers loads.
 
-block-00003.safetensors     a block, its unchanged tensors included; each may come from another machine
-adapter/                    low-rank parts that are added to linears (`adapter.py`), where there are any
-outside-00000.safetensors   embeddings, norm, head, and what the model has no place for: byte for byte the source's
-config.json, tokenizer …    the source's
+block-00003.safetensors     one block, including its unchanged tensors; blocks may be written on different machines
+adapter/                    low-rank parts that are added to linears (`adapter.py`), if there are any
+outside-00000.safetensors   embeddings, norm, head, and tensors that the model does not contain: unchanged bytes
+config.json, tokenizer …    copied from the source; only config.json is adapted
 model.safetensors.index.json   written last: a folder without it is not a model
 
-Tensors have the names that they have in the source's checkpoint, whatever class of transformers reads them: names(out)
-= names(in), but for a packed linear, whose weight gives way to its packed parts, and the experts beside such linears.
+Tensors keep their names in the source's checkpoint, regardless of the transformers class that loads them, with two
+exceptions: packed parts replace the weight of a packed linear, and dense experts beside packed linears are renamed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from crosscal.statistics.finite import all_finite
 
 SHARD_BYTES = 2**30
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files beside the weights that a variant takes over: tokenizer, generation defaults, terms of use."""
+"""Files that are copied along with the weights: tokenizer, generation defaults, terms of use."""
 
 
 class VariantWriter:
-    """One variant in one folder. Blocks may be written in any order, by several processes, and over several tries."""
+    """Writes one variant to a folder. Blocks may be written in any order, by several processes, in several attempts."""
 
     def __init__(self, folder: Path, source: ModelSource) -> None:
         self.folder, self.source = folder, source
@@ -46,7 +46,7 @@ class VariantWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def has_block(self, block: int) -> bool:
-        """Whether the block's file is there; files appear complete."""
+        """Whether the block's file exists. Files are written atomically."""
         return self._block_file(block).is_file()
 
     def write_block(
@@ -57,12 +57,12 @@ class VariantWriter:
         packed: Mapping[MatrixRef, Ints] | None = None,
         dense: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a block with some tensors changed (names inside the block); the others are copied from `dense`, the
-        block as the source stores it, which is read if it is not at hand.
+        """Write a block with some tensors changed (names inside the block). The others are copied from `dense`, the
+        block as the source stores it; None: load it.
 
-        A changed parameter is stored in the dtype the source stores it in. `packed` are matrices whose integers are
-        stored in their place, of a stack of experts all or none (see `Packing`). Factors of a low-rank part
-        (`adapter.factors`) are written first. Raises `NotFinite` and `ModelError` naming the tensor.
+        A changed parameter is stored in the dtype that it has in the source. `packed`: matrices whose integers are
+        stored instead of weights; of a stack of experts all or none (see `Packing`). Factors of low-rank parts
+        (`adapter.factors`) are part of `changed` and written first. Raises `NotFinite` and `ModelError`.
         """
         name, packed = self.source.block_name(block), packed or {}
         factors = {key: value for key, value in changed.items() if adapter.is_factor(key)}
@@ -82,7 +82,7 @@ class VariantWriter:
         save_tensors(self._named(block, tensors, packed), self._block_file(block))
 
     def _named(self, block: int, dense: Mapping[str, Tensor], packed: Mapping[MatrixRef, Ints]) -> dict[str, Tensor]:
-        """A block's tensors under the names of the source's checkpoint."""
+        """Return a block's tensors, some of them packed, under the names of the source's checkpoint."""
         weights, prefix = self.source.weights, f"{self.source.block_name(block)}."
         by_expert = {(matrix.parameter, matrix.expert): ints for matrix, ints in packed.items()}
         parameters = dict.fromkeys(matrix.parameter for matrix in packed)
@@ -102,24 +102,23 @@ class VariantWriter:
         return named | weights.in_checkpoint(kept)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The stacks of experts that stay dense beside packed linears, as the loading class names them, and the rest.
+        """Split off the stacks of experts that stay dense beside packed linears, named as in the loading class.
 
-        In a quantized checkpoint transformers takes all experts in the hub's spelling, one tensor for each, to be
-        packed."""
+        In a quantized checkpoint transformers assumes that experts stored one by one, as on the hub, are packed."""
         of_stacks = {key: value for key, value in tensors.items() if self.source.weights.is_converted(key)}
         rest = {key: value for key, value in tensors.items() if key not in of_stacks}
         return {self.source.name_when_loaded(key): value for key, value in of_stacks.items()}, rest
 
     def adopt_block(self, block: int, shard: Path, adapter_file: Path | None = None) -> None:
-        """Take over a block's file that was written elsewhere, and its factors from the adapter's file there."""
+        """Copy a block's file that was written elsewhere, and its factors from the adapter file there."""
         file = self._block_file(block)
         self._adapter.adopt_block(block, adapter_file)
         with whole_file(file) as aside:
             shutil.copyfile(shard, aside)
 
     def read_block(self, block: int, *, bits: int | None = None) -> dict[str, Tensor]:
-        """A written block's tensors by their names inside it; linears packed with `bits` as the weights they mean, and
-        low-rank parts added."""
+        """Read a written block: name inside the block -> tensor. Linears packed with `bits` are unpacked, and low-rank
+        parts are added. Raises `ModelError` for a packed block without `bits`."""
         file, prefix = self._block_file(block), f"{self.source.block_name(block)}."
         files = dict.fromkeys(tensor_names(file), file)
         linears = [key.removesuffix("_packed") for key in files if key.endswith(".weight_packed")]
@@ -133,10 +132,10 @@ class VariantWriter:
         return self._adapter.added(block, {key.removeprefix(prefix): value for key, value in dense.items()})
 
     def finish(self, quantization: Mapping[str, Any] | None = None) -> None:
-        """Write what lies outside the blocks, then publish the variant by writing its index.
+        """Write all tensors outside the blocks, then complete the variant by writing its index.
 
-        `quantization`: what `export.quantization_config` gives; its `ignore` list is completed with every linear that
-        was written dense. Where all were, the config says nothing of it.
+        `quantization`: result of `export.quantization_config`; every linear that was written dense is added to its
+        `ignore` list. If all were, `config.json` contains no quantization. Raises `ModelError` if blocks are missing.
         """
         unwritten = [block for block in range(self.source.blocks) if not self.has_block(block)]
         if unwritten:
@@ -158,8 +157,9 @@ class VariantWriter:
         _write_json(self.folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
     def _stack_experts(self) -> None:
-        """Where some blocks have packed linears, write the experts of those that have none as the others' (`_stacked`):
-        when a block is written, nothing is known of the others."""
+        """If only some blocks have packed linears, rewrite the experts of the other blocks as `_stacked` names them.
+
+        This is done last: while a block is written, it is unknown whether others will be packed."""
         files = {block: self._block_file(block) for block in range(self.source.blocks)}
         names = {block: tensor_names(file) for block, file in files.items()}
         is_packed = {block for block, keys in names.items() if any(key.endswith(".weight_packed") for key in keys)}
@@ -173,8 +173,8 @@ class VariantWriter:
 
     def _write_config(self, quantization: Mapping[str, Any] | None, weight_map: Mapping[str, str]) -> None:
         config = json.loads((self.source.path / "config.json").read_text(encoding="utf-8"))
-        config.pop("auto_map", None)  # it would point at code that is not copied
-        config.pop("quantization_config", None)  # of a source whose weights were decoded
+        config.pop("auto_map", None)  # it refers to code that is not copied
+        config.pop("quantization_config", None)  # that of a source whose weights were decoded
         packed = [key.removesuffix("_packed") for key in weight_map if key.endswith(".weight_packed")]
         if quantization is not None and packed:
             ignore = {*quantization.get("ignore", ()), *self.source.linears_besides(packed)}
@@ -195,7 +195,7 @@ def _unpack(bits: int) -> Callable[..., Tensor]:
 
 
 def _shards(weights: Weights, keys: list[str]) -> Iterator[list[str]]:
-    """Groups of tensors of at most `SHARD_BYTES`, or of one larger tensor."""
+    """Yield groups of tensors of at most `SHARD_BYTES` together, or of one larger tensor."""
     shard: list[str] = []
     held_bytes = 0
     for key in keys:

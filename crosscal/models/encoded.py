@@ -1,8 +1,8 @@
-"""Checkpoints whose matrices are stored in 8 or 4 bits with scales: decoded while they are read, a tensor at a time.
+"""Checkpoints whose matrices are stored in 8 or 4 bits with scales: each tensor is decoded while it is read.
 
-What they mean is computed by transformers' own code. What is written is dense in the config's dtype, or packed by a
-recipe: the encoding of the source is gone. Linears that a recipe packed are decoded likewise where a compressed model
-is measured block by block; to calibrate such a model is refused.
+transformers' own code decodes fp8 and mxfp4. Variants do not keep the source's encoding: they are written dense in the
+config's dtype, or packed by a recipe. Linears packed by a recipe are decoded the same way when a compressed model is
+measured block by block; calibrating such a model is rejected.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FP8, MXFP4 = "fp8", "mxfp4"
 ENCODINGS = {FP8: "8-bit floats with a scale for each tile", MXFP4: "4-bit floats with a scale for 32 of them"}
 SCALE = "_scale_inv"
 UNUSED = (".activation_scale", ".input_scale")
-"""Of inputs that an engine rounds while it computes: no part of the weights."""
+"""Scales with which an inference engine quantizes activations: not part of the weights."""
 
 
 def encoding_of(quantization: Mapping[str, Any] | None) -> str | None:
-    """Of a config's `quantization_config`: the encoding, if it is one that can be decoded."""
+    """Return the encoding in a config's `quantization_config`, or None if it is not one of `ENCODINGS`."""
     method = (quantization or {}).get("quant_method")
     return method if method in ENCODINGS else None
 
@@ -38,7 +38,7 @@ def encoding_of(quantization: Mapping[str, Any] | None) -> str | None:
 def encoded_tensors(
     files: Mapping[str, Path], quantization: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Encoded]:
-    """The tensors of a checkpoint that are to be decoded, by the names they would have if they were not encoded."""
+    """Return the encoded tensors of a checkpoint, by the names that they would have in a dense one."""
     if (bits := packed_bits(quantization)) is not None:
         linears = [key.removesuffix(f".{PACKED[0]}") for key in files if key.endswith(f".{PACKED[0]}")]
         unpack = partial(_from_packed, bits=bits, dtype=dtype)
@@ -53,7 +53,7 @@ def encoded_tensors(
 
 
 def packed_bits(quantization: Mapping[str, Any] | None) -> int | None:
-    """Of a config's `quantization_config`: the bits of linears packed as `export.py` packs them; None for all else."""
+    """Return the bits in a config's `quantization_config` if its linears are packed as in `export.py`, else None."""
     said = quantization or {}
     groups = list((said.get("config_groups") or {}).values())
     if (said.get("quant_method"), said.get("format"), len(groups)) != ("compressed-tensors", "pack-quantized", 1):
@@ -70,7 +70,7 @@ def without_unused(files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _from_packed(packed: Tensor, scale_OG: Tensor, shape: Tensor, *, bits: int, dtype: torch.dtype) -> Tensor:
-    """As loading it whole gives it, rounded as a model in the checkpoint's dtype holds it."""
+    """Unpack a weight and round it to the checkpoint's dtype, as loading the whole model does."""
     return unpacked_weight_OI(packed, scale_OG, shape, bits).to(dtype)
 
 
@@ -79,8 +79,8 @@ def _from_mxfp4(blocks: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor
 
 
 def _from_fp8(weight: Tensor, scales: Tensor, *, tile: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """Each number times the scale of its tile. Shapes: [..., R, C], and [..., R / tile, C / tile] rounded up: the last
-    tile of the rows or columns may be cut off, which transformers' code takes for smaller tiles."""
+    """Multiply each number by the scale of its tile. Shapes: [..., R, C], and [..., R / tile, C / tile] rounded up. The
+    last tile of rows or columns may be incomplete; it is padded, or transformers' code would infer smaller tiles."""
     size, tiles = weight.shape[-2:], scales.shape[-2:]
     padding = [0, 0]
     if tile is not None and tuple(tiles) == tuple(-(-n // side) for n, side in zip(size, tile, strict=True)):

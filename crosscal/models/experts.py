@@ -1,9 +1,9 @@
-"""Fused mixture-of-experts modules: all experts of a layer stacked in two three-dimensional parameters.
+"""Fused mixture-of-experts modules: two three-dimensional parameters hold all experts of a layer, stacked.
 
 Shapes: T tokens, H hidden size, F inner size of an expert, E experts, K experts chosen per token.
 
-transformers marks every such module with how it lays out its weights (`is_transposed`, `has_bias`, `has_gate`); an
-expert's two inputs are recomputed from that, for the tokens the router sent to it and no others.
+transformers marks every such module with the layout of its weights (`is_transposed`, `has_bias`, `has_gate`). From
+these marks an expert's two inputs are recomputed, only for the tokens that the router sent to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether this module stacks its experts in the way transformers describes."""
+    """Whether this module stacks its experts and carries transformers' layout marks."""
     names = {name for name, _ in module.named_parameters(recurse=False)}
     return all(hasattr(module, mark) for mark in _MARKS) and {up_name(module), "down_proj"} <= names
 
@@ -36,7 +36,7 @@ def count(module: nn.Module) -> int:
 def routed_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, input_TH of its up projection, input_TF of its down projection), for experts with any token."""
+    """Yield (expert, input_TH of its up projection, input_TF of its down projection) for experts with any token."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     hidden, chosen = list(bound.arguments.values())[1:3]
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])

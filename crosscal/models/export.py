@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from crosscal.errors import ModelError
 
 VERSION = importlib.metadata.version("compressed-tensors")
-"""Integers of 3, 5, 6 and 7 bits were packed otherwise by earlier versions."""
+"""Earlier versions pack integers of 3, 5, 6 and 7 bits differently."""
 PACKED = ("weight_packed", "weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True, eq=False)
 class Ints:
-    """A quantized matrix, to be written packed: ints_OI · scale_OG, in the scale's dtype."""
+    """A quantized matrix to be stored packed; its weights are ints_OI · scale_OG, in the scale's dtype."""
 
     ints_OI: Tensor
     scale_OG: Tensor
@@ -33,7 +33,9 @@ class Ints:
 
 
 def packed_tensors(name: str, ints_OI: Tensor, scale_OG: Tensor, bits: int) -> dict[str, Tensor]:
-    """The tensors that stand for linear `name`. Loading gives exactly `ints_OI * scale_OG`, in the scale's dtype."""
+    """Return the packed tensors of linear `name`, which load as exactly `ints_OI * scale_OG`, in the scale's dtype.
+
+    Raises `ModelError` for integers outside the range of `bits`."""
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if int(ints_OI.min()) < lowest or int(ints_OI.max()) > highest:
         raise ModelError(f"integers of {bits} bits lie between {lowest} and {highest}", where=name, got=_range(ints_OI))
@@ -45,14 +47,14 @@ def packed_tensors(name: str, ints_OI: Tensor, scale_OG: Tensor, bits: int) -> d
 
 
 def unpacked_weight_OI(packed: Tensor, scale_OG: Tensor, shape: Tensor, bits: int) -> Tensor:
-    """The weights that packed tensors stand for."""
+    """Return the dense weights of packed tensors, in the scale's dtype."""
     outputs, inputs = shape.tolist()
     ints_OI = unpack_from_int32(packed, bits, torch.Size((outputs, inputs)))
     return (ints_OI.view(outputs, scale_OG.shape[1], -1).to(scale_OG.dtype) * scale_OG[..., None]).view(outputs, inputs)
 
 
 def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]) -> dict[str, Any]:
-    """What `config.json` says of the format. `ignore`: every linear that stays dense (see `dense_linears`)."""
+    """Return `quantization_config` of `config.json`. `ignore`: every linear that stays dense (see `dense_linears`)."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -72,14 +74,14 @@ def quantization_config(bits: int, group_size: int | None, ignore: Iterable[str]
 
 
 def dense_linears(model: nn.Module, packed: Iterable[str]) -> list[str]:
-    """Names of the model's modules with a matrix that a reader might take for a packed linear's: every `nn.Linear` and
-    every router that is not among the `packed` ones."""
+    """Return the names of unpacked modules that a loader might mistake for packed linears: every `nn.Linear` and every
+    router that is not in `packed`."""
     quantized = set(packed)
     return [name for name, module in model.named_modules() if name not in quantized and _is_like_linear(module)]
 
 
 def _is_like_linear(module: nn.Module) -> bool:
-    """Routers are modules of their own in transformers, and linears elsewhere."""
+    """Routers are special modules with a `weight` in transformers, and linears elsewhere."""
     weight = module._parameters.get("weight")
     return isinstance(module, nn.Linear) or (
         weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)

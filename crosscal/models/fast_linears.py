@@ -1,7 +1,7 @@
-"""Linears through oneDNN on a CPU, with weights laid out for it once a block.
+"""Run linears with oneDNN on a CPU, with weights reordered for it once per block.
 
-torch multiplies float32 with MKL, which keeps to narrower instructions on processors of other makers: on an AMD EPYC
-oneDNN's product is 8 to 15 % faster, a whole reading 7 %. The results differ in roundoff.
+torch multiplies float32 with MKL, which uses narrower instructions on non-Intel processors: on an AMD EPYC oneDNN's
+product is 8 to 15 % faster, and a whole calibration pass 7 %. The results differ in roundoff.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 @contextmanager
 def fast_linears(block: nn.Module, *, tokens: int) -> Iterator[None]:
-    """Inside, the float32 linears of a block that lies on a CPU are computed by oneDNN, for about so many tokens at a
-    time. What changes their weights meanwhile is not seen."""
+    """Context: oneDNN computes the float32 linears of a block on a CPU. `tokens`: the expected batch size, for which
+    the weights are reordered. Changes of the weights inside the context have no effect."""
     linears = [module for module in block.modules() if type(module) is nn.Linear and _is_fit(module.weight)]
     for linear in linears:
-        setattr(linear, "forward", _by_onednn(linear, tokens))  # noqa: B010  (its signature is plainer)
+        setattr(linear, "forward", _by_onednn(linear, tokens))  # noqa: B010  (a plain assignment would not type-check)
     try:
         yield
     finally:
         for linear in linears:
-            del linear.forward  # the class's own is seen again
+            del linear.forward  # uncovers the class's own method
 
 
 def _is_fit(weight: Tensor) -> bool:

@@ -1,13 +1,13 @@
-"""Every matrix of a decoder block, found by watching it run.
+"""Find every matrix of a decoder block by observing a forward pass.
 
 Shapes: O outputs, I inputs of a matrix, E experts.
 
-Linears that are handed the same tensor object share a site (q, k, v; gate, up). Experts that transformers stacks are
-taken apart by its own marks, and what else is multiplied without a linear by its products (`products.py`). Every matrix
-of the block is accounted for: solved, or named with the reason why it stays as it is. Routers of mixtures of experts
-do: they are tiny, and a changed choice of expert is not an error that a Hessian of their inputs measures. What a router
-is follows from the flow of the data (`flow.py`), not from names or sizes. A matrix that cannot be calibrated is left
-dense only if it is asked for by name, never silently.
+Linears that read the same tensor object share a site (q, k, v; gate, up). Stacked experts are split by transformers'
+own marks (`experts.py`), and other matrices that are used without a linear are found by their products (`products.py`).
+Every matrix of the block is accounted for: either it is in a site, or it is listed with the reason why it stays dense.
+Routers of mixtures of experts stay dense: they are tiny, and the Hessian of their inputs does not measure the error of
+choosing another expert. Routers are identified by data flow (`flow.py`), not by names or sizes. A matrix that cannot be
+calibrated is left dense only if the user names it, never silently.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from crosscal.models.products import NEVER, TWICE, Layout, Product, Products, la
 from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Site, input_of, is_linear, outputs, pre_hooks
 
 LARGE = 16
-"""A parameter is a matrix to account for when two of its dimensions exceed this: depthwise convolutions and the state
-matrices of recurrent layers stay below, and have nothing to prune."""
+"""A parameter counts as a matrix if two of its dimensions exceed this. Depthwise convolutions and the state matrices of
+recurrent layers stay below; there is nothing to prune in them."""
 ROUTER = "a router: it only chooses what others read"
 GATE = "a gate of one output"
 SMALL = f"no two dimensions above {LARGE}"
@@ -40,14 +40,14 @@ UNROUTED = "what routes tokens to these experts cannot be told"
 
 
 def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:
-    """The sites alone of what `find_matrices` finds. Raises `UnsupportedModel` for a matrix that has none."""
+    """Return the sites of `find_matrices`. Raises `UnsupportedModel` if a matrix cannot be calibrated."""
     found = find_matrices(block, run)
     found.check("")
     return found.sites
 
 
 def find_matrices(block: nn.Module, run: Callable[[], object]) -> Matrices:
-    """Every matrix of a block, seen while `run()` runs it in this thread."""
+    """Return every matrix of a block. `run()` runs the block in this thread; it is called once or twice."""
     seen = _Seen(block)
     with pre_hooks(seen.linears | seen.stacks, seen.note), seen.flow:
         run()
@@ -63,7 +63,7 @@ def find_matrices(block: nn.Module, run: Callable[[], object]) -> Matrices:
 
 
 def without_tied(found: Matrices, tied: Collection[str]) -> Matrices:
-    """What can be solved: a parameter that also stands elsewhere in the model cannot get a value of its own."""
+    """Move matrices whose parameter is in `tied` from the sites to `left_dense`: they cannot change on their own."""
     sites: list[Site] = []
     left = list(found.left_dense)
     for site in found.sites:
@@ -76,19 +76,19 @@ def without_tied(found: Matrices, tied: Collection[str]) -> Matrices:
 
 @dataclass(eq=False)
 class _Seen:
-    """What one run of a block shows."""
+    """Observations from one forward pass of a block."""
 
     block: nn.Module
     routers: set[str] = field(default_factory=set)
     """Names of parameters."""
     inputs: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    """Linear -> what it reads and its version; held, so that no tensor's identity is used again."""
+    """Linear -> its input and the input's version. The tensor is kept alive, so that no `id` is reused."""
     reached: set[str] = field(default_factory=set)
-    """Stacks of experts."""
+    """Stacks of experts that ran."""
     why_not: dict[str, str] = field(default_factory=dict)
     """Parameter -> why it cannot be calibrated."""
     raw: dict[str, Layout] = field(default_factory=dict)
-    """Parameters that are multiplied without a linear."""
+    """Parameters that are multiplied by without a linear."""
 
     def __post_init__(self) -> None:
         self.flow = DataFlow(self.block)
@@ -114,7 +114,7 @@ class _Seen:
         elif is_linear and _multiplies(module, args, kwargs):
             self.inputs[name] = (read, read._version)
         elif is_linear:
-            return  # what it does with its weight its products show
+            return  # its products show how its weight is used
         else:
             self.reached.add(name)
             if not choosing:
@@ -122,7 +122,7 @@ class _Seen:
 
     @property
     def unexplained(self) -> dict[str, Tensor]:
-        """Large parameters that no linear and no stack of experts has been seen to use."""
+        """Large parameters not yet explained by a linear or a stack of experts that ran."""
         known = {*self.routers, *self.why_not, *(f"{name}.weight" for name in self.inputs)}
         known |= {path for name in self.reached for path, _ in _stacked(name, self.stacks[name])}
         owners = tuple(f"{name}." for name in self.stacks)
@@ -169,8 +169,8 @@ class _Seen:
 
 
 def _multiplies(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a linear multiplies its input by its weight, and does nothing else: a class derived from `nn.Linear` may
-    do so in groups (DeepSeek-V4)."""
+    """Whether a linear computes x Wᵀ + b, up to sqrt(eps): a subclass of `nn.Linear` may multiply in groups
+    (DeepSeek-V4)."""
     own = type(linear).forward
     if own in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -188,7 +188,7 @@ def _is_large(tensor: Tensor) -> bool:
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """A call's arguments in the order of the module's signature."""
+    """Return a call's arguments in the order of the module's signature."""
     return list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())[1:]
 
 
@@ -199,7 +199,7 @@ def _linear_site(names: Collection[str], linears: Mapping[str, nn.Module]) -> Si
 
 
 def _stacked(name: str, module: nn.Module) -> list[tuple[str, str]]:
-    """(name in the block, name in the module) of a stack's two parameters."""
+    """Return (name in the block, name in the module) of a stack's two parameters."""
     return [(f"{name}.{part}".removeprefix("."), part) for part in (experts.up_name(module), "down_proj")]
 
 

@@ -1,10 +1,10 @@
-"""Which of a block's parameters a tensor was computed from, seen while the block runs: what a router is follows.
+"""Track which of a block's parameters each tensor was computed from while the block runs, to identify routers.
 
-Two sets stand at each tensor that a parameter had a part in. `by_value`: parameters whose values entered it through
-floating-point tensors only. `at_all`: also those whose part was a choice, made through integers or truth values (the
-indices of a top-k, a mask). What is in `at_all` of a matrix's input and not in `by_value` only decides what the matrix
-reads: it is a router. One that also weighs what experts read (Llama 4) is known by `picked`: matrices from whose own
-outputs indices were taken.
+Each tensor that depends on a parameter carries two sets. `by_value`: parameters whose values entered it through
+floating-point tensors only. `at_all`: also those that influenced it through a choice, made with integers or booleans
+(the indices of a top-k, a mask). A parameter in `at_all` of a matrix's input but not in `by_value` only decides what
+the matrix reads: it is a router. A router that also weights the inputs of experts (Llama 4) is identified by `picked`:
+matrices from whose own outputs indices were computed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_MARK = "_crosscal_origin"  # on the tensor itself: it is gone with the tensor
+_MARK = "_crosscal_origin"  # an attribute of the tensor, so that it lives as long as the tensor
 _SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Names of parameters."""
+    """The parameters that a tensor depends on, as sets of names."""
 
     by_value: frozenset[str] = frozenset()
     at_all: frozenset[str] = frozenset()
     nearest: frozenset[str] = frozenset()
-    """Of matrices: the last ones on the way."""
+    """Matrices multiplied by last on the way to the tensor."""
     picked: frozenset[str] = frozenset()
-    """Those that were nearest where indices were taken."""
+    """Matrices that were `nearest` where indices were computed."""
 
     def __or__(self, other: Origin) -> Origin:
         return Origin(*(mine | its for mine, its in zip(self._sets, other._sets, strict=True)))
@@ -54,7 +54,7 @@ NOTHING = Origin()
 
 
 class DataFlow(TorchFunctionMode):
-    """Inside, `origin(tensor)` tells where a tensor comes from. In this thread alone."""
+    """Context: `origin(tensor)` returns the parameters that a tensor depends on. For the current thread only."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class DataFlow(TorchFunctionMode):
         self._on_routers: Callable[[frozenset[str]], object] = len
 
     def origin(self, value: Any) -> Origin:
-        """Of a tensor, or of all tensors in nested tuples, lists and dicts."""
+        """Return the origin of a tensor, or the union over all tensors in nested tuples, lists and dicts."""
         found = NOTHING
         for tensor in _tensors(value):
             mine = self._parameters.get(id(tensor)) or getattr(tensor, _MARK, NOTHING)
@@ -76,14 +76,14 @@ class DataFlow(TorchFunctionMode):
         return found
 
     def choosing(self, given: Any, read: Any) -> frozenset[str]:
-        """Parameters that only decide what a matrix reads, of all that it is given."""
+        """Return the parameters that influence the arguments `given` but not the values of the input `read`."""
         return self.origin(given).at_all - self.origin(read).by_value
 
     @contextmanager
     def watching(
         self, parameters: Mapping[str, Tensor], on_routers: Callable[[frozenset[str]], object]
     ) -> Iterator[None]:
-        """Inside, what decides which rows these parameters are multiplied with is handed to `on_routers`."""
+        """Context: pass the parameters that decide which rows are multiplied by `parameters` to `on_routers`."""
         self._watched = {tensor.untyped_storage().data_ptr(): name for name, tensor in parameters.items()}
         self._experts = {name: tensor.shape[0] for name, tensor in parameters.items() if tensor.ndim > 2}
         self._on_routers = on_routers
@@ -98,7 +98,7 @@ class DataFlow(TorchFunctionMode):
         places = {tensor: self._watched.get(tensor.untyped_storage().data_ptr()) for tensor in _tensors(given)}
         held = {name for name in places.values() if name is not None}
         read = [tensor for tensor, name in places.items() if name is None and tensor.is_floating_point()]
-        if not held or not read:  # no product: taking one of a stack by its number, say
+        if not held or not read:  # not a product: e.g. indexing a stack
             return
         weighing = {
             name
@@ -118,7 +118,7 @@ class DataFlow(TorchFunctionMode):
             return result
         if own := {name for tensor in _tensors((args, kwargs)) for name in self._own(tensor)}:
             origin = dataclasses.replace(origin, nearest=frozenset(own))
-        # `x += y`, `x[i] = y`, `out=x`: the result is also, or only, in an argument
+        # `x += y`, `x[i] = y`, `out=x`: the result is also, or only, written to an argument
         is_in_place = (
             name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         )

@@ -1,12 +1,13 @@
-"""A second walk, there and back: gradients of the loss by every weight of the blocks, squared window by window.
+"""A forward and backward walk: gradients of the loss with respect to the blocks' weights, squared per window.
 
 Shapes: S windows of a slice, L tokens of a window, D hidden size, R predictions, V vocabulary.
 
-There: all windows through block k before block k + 1, each block's inputs kept. At the head the loss of each window is
-taken, and its gradient by what the last block gave. Back, block by block: from the kept inputs the block is run once
-more, one window at a time, so that autograd's gradients are those of one window; they are squared and added, and the
-gradient by the block's inputs is handed to the block before. In memory are the weights of one block and of the next one
-being read, the sums of one block, and the inputs of all blocks, or those in files.
+Forward: all windows go through block k before block k + 1, and each block's inputs are kept. At the head, the loss of
+each window and its gradient with respect to the last block's outputs are computed. Backward, block by block: the block
+is recomputed from the kept inputs, one window at a time, so that autograd's gradients are those of one window. They are
+squared and summed, and the gradient with respect to the block's inputs is passed to the previous block. Memory holds
+the weights of one block and of the next one (prefetched), the sums of one block, and the inputs of all blocks unless
+they are in files.
 
 The loss of a window is its mean next-token cross-entropy, as transformers defines it.
 """
@@ -38,12 +39,12 @@ from crosscal.models.walk import CACHED_TOKENS, Allocate, WalkReport, allocator,
 from crosscal.statistics.finite import all_finite
 
 MOST_WINDOWS = 16
-"""At once on a CPU: each holds the activations of a block and the gradients of its weights."""
+"""Windows in parallel on a CPU: each holds the activations of a block and the gradients of its weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockGradients:
-    """What the loss says of one block's parameters."""
+    """Sums of squared loss gradients of one block's parameters."""
 
     block: int
     squares: Mapping[str, Mapping[str, Tensor]]
@@ -63,12 +64,14 @@ def walk_back(
     spill_to: Path | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> WalkReport:
-    """Gradients of the dense model's loss over `slices` (name -> tokens_SL); `on_block` is called for each block that
-    `wanted(k)` names some slice of, from the last to the first, with those slices' sums over `parameters(k)`.
+    """Sum squared gradients of the dense model's loss over `slices` (name -> tokens_SL).
 
+    `on_block` is called from the last block to the first, for each block k whose `wanted(k)` names a slice, with the
+    sums of those slices for the parameters `parameters(k)` (names inside the block).
     `dtype` as in `walk`, of activations and their gradients; squares are summed in float32, or float64 in a float64
-    walk. On a CPU the sums have the same bits whatever torch's number of threads.
-    Raises what `walk` raises, and `ModelError` for gradients that are not finite.
+    walk. On a CPU the sums are bitwise independent of torch's number of threads.
+    Raises what `walk` raises, `ModelError` for non-finite gradients and windows of one token, and `UnsupportedModel` if
+    blocks read more than hidden states.
     """
     started, device = time.monotonic(), torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else source.dtype)
@@ -109,7 +112,7 @@ def walk_back(
 
 
 def _weights(run: Passes, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(block, its weights) in an order, the next block's being read meanwhile."""
+    """Yield (block, its weights) in the given order, prefetching the next block's."""
     numbers, asked = run.numbers, list(order)
     with ThreadPoolExecutor(max_workers=1) as reader:
         read = partial(reader.submit, run.source.load_block, dtype=numbers.dtype, device=numbers.device)
@@ -122,8 +125,8 @@ def _weights(run: Passes, order: Iterable[int]) -> Iterator[tuple[int, dict[str,
 
 
 def _forward(run: Passes, first: int, allocate: Allocate, told: Callable[[str], None]) -> list[dict[str, Tensor]]:
-    """The inputs of the blocks from `first` on, slice -> hidden_SLD; the run's hidden states are then what the last
-    block gives."""
+    """Return the inputs of each block from `first` on, slice -> hidden_SLD. Afterwards the run's hidden states are the
+    last block's outputs."""
     kept: list[dict[str, Tensor]] = []
     for index, weights in _weights(run, range(run.source.blocks)):
         if index >= first:
@@ -137,9 +140,9 @@ def _forward(run: Passes, first: int, allocate: Allocate, told: Callable[[str], 
 
 
 def _head(run: Passes, slices: Mapping[str, Tensor]) -> None:
-    """Put the gradients of each window's loss by the last block's outputs in place of these outputs.
+    """Replace the last block's outputs by the gradients of each window's loss with respect to them.
 
-    The model itself is called with its blocks stubbed, so that whatever its family does behind them is done.
+    The model itself is called with its blocks stubbed, so that all computations after the blocks are included.
     """
     source, numbers = run.source, run.numbers
     model = source.skeleton(numbers.dtype)
@@ -165,7 +168,8 @@ def _head(run: Passes, slices: Mapping[str, Tensor]) -> None:
 def _one_block_back(
     run: Passes, index: int, inputs: Mapping[str, Tensor], parameters: Collection[str], wanted: Collection[str]
 ) -> BlockGradients:
-    """The sums of one block; the run's hidden states, gradients by its outputs, become those by its inputs."""
+    """Return the sums of one block, and replace the run's hidden states (gradients with respect to the block's outputs)
+    by those with respect to its inputs."""
     numbers, block = run.numbers, run.blocks[index]
     leaves = {name: block.get_parameter(name).requires_grad_() for name in parameters if wanted}
     sums = {name: _zeros(leaves, numbers.sums_dtype) for name in inputs if name in wanted}
@@ -179,7 +183,7 @@ def _one_block_back(
             # A copy: a block may add to its input in place.
             output_1LD = run.calls.run((name, None), index, hidden_1LD.clone(), Between())[0]
             output_gradient_1LD = run.stream.hidden[name][here].to(numbers.device)
-            # A parameter that no token of the window came by (an expert) has no gradient.
+            # A parameter that no token of the window reached (an expert) has no gradient.
             found = torch.autograd.grad(output_1LD, [hidden_1LD, *asked], output_gradient_1LD, allow_unused=True)
         run.stream.hidden[name][here] = found[0].to(run.stream.hidden[name])
         if asked:

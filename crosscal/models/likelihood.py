@@ -1,4 +1,4 @@
-"""How likely a model finds the text that it has just read: what is left of a forward pass after the last block's sites.
+"""Negative log-likelihood of calibration windows, from the hidden states after the last block of a walk.
 
 Shapes: B windows of a batch, L tokens of a window, D hidden size, V vocabulary.
 """
@@ -19,14 +19,14 @@ from crosscal.models.building import place_buffers
 from crosscal.models.passes import MOST_BATCHES, Passes, batches
 
 SCORED_TOKENS = 2048
-"""Of a slice at most, and one batch at least."""
+"""At most this many tokens per slice, but at least one batch."""
 SCORED_LENGTH = 256
-"""Of a window, from its beginning: the logits of more would be the largest thing in memory."""
+"""Tokens of a window, from its beginning. The logits of more would be the largest tensor in memory."""
 
 
 def last_outputs(run: Passes, index: int) -> dict[str, Tensor]:
-    """What the last block, whose inputs the hidden states are, gives for the first batches of each slice: slice →
-    hidden_BLD. To be called while it has its weights."""
+    """Run the last block on the first batches of each slice: slice -> hidden_BLD. Call this while the block has its
+    weights and the run's hidden states are its inputs."""
     return {
         name: run.outputs(index, name, scored)
         for name, hidden_SLD in run.stream.hidden.items()
@@ -35,10 +35,10 @@ def last_outputs(run: Passes, index: int) -> dict[str, Tensor]:
 
 
 def window_nll(run: Passes, outputs: Mapping[str, Tensor], slices: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Mean negative log-likelihood a predicted token, in nats, of the first tokens of these windows; nothing for a
-    model whose head cannot be run by itself.
+    """Return slice -> mean negative log-likelihood per predicted token, in nats, over the first `SCORED_LENGTH` tokens
+    of each window in `outputs`. Empty if the model fails when only its head is run.
 
-    The model itself is called with its blocks stubbed, so that whatever its family does behind them is done.
+    The model itself is called with its blocks stubbed, so that all computations after the blocks are included.
     """
     numbers, present = run.numbers, threading.local()
     model = run.source.skeleton(numbers.dtype)

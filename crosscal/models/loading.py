@@ -1,7 +1,7 @@
-"""Loads a checkpoint, dense or packed, as any user of transformers does, and unpacks it.
+"""Load a checkpoint, dense or packed, with transformers' `from_pretrained`, and unpack it.
 
-What is measured has been loaded in the plain way, so that a checkpoint which transformers cannot load never counts as
-a model.
+Measurements use models loaded in this standard way, so that a checkpoint which transformers cannot load is never
+measured.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ T = TypeVar("T")
 def load_variant(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a checkpoint with dense weights, packed ones unpacked; low-rank parts are added to what linears give.
+    """Load a checkpoint and unpack packed weights to dense ones; linears add low-rank parts to their outputs.
 
-    Raises `ModelError` for whatever stops transformers, and unless every tensor was found: it fills one that it does
-    not find with random numbers and a warning.
+    Raises `ModelError` if transformers fails, or if any tensor is missing: transformers would only warn and initialise
+    it randomly.
     """
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
@@ -68,7 +68,7 @@ def load_variant(
 
 
 def _decoded(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model whose checkpoint is encoded (`encoded.py`), with the weights that calibration reads."""
+    """Load a model whose checkpoint is encoded (`encoded.py`), with the same decoded weights as in calibration."""
     source = ModelSource.open(folder)
     model = source.skeleton(dtype or source.dtype)
     tensors = source.weights.load(lambda name: True, dtype=dtype, device=device)
@@ -80,7 +80,7 @@ def _decoded(folder: Path, device: torch.device | str, dtype: torch.dtype | None
 
 
 def _unpack(model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:
-    """Make plain linears of packed ones, with the weights that a model in the checkpoint's dtype computes with."""
+    """Replace packed linears by plain ones, with weights rounded to the checkpoint's dtype."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
@@ -95,15 +95,15 @@ def _unpack(model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:
 
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Unpacked stacks of experts come in the checkpoint's dtype, whatever was asked for."""
+    """Widen narrower parameters to `dtype`: unpacked stacks of experts ignore it and have the checkpoint's."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
             parameter.data = parameter.data.to(dtype)
 
 
 def without_bars() -> None:
-    """Have compressed-tensors draw no bar for every model that is loaded, as `disable_progress_bar` does for
-    transformers; it has no switch for that."""
+    """Disable the progress bars of compressed-tensors, as `disable_progress_bar` does for transformers. There is no
+    option for this, so its `tqdm` is replaced."""
     for module in (apply, model_compressor):
         vars(module)["tqdm"] = _bare
 

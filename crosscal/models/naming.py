@@ -1,8 +1,8 @@
-"""What transformers makes of the names in a checkpoint when a class of models loads it.
+"""Map a checkpoint's tensor names to those of the model class that loads it.
 
-Its own rules decide: renamings of older or other spellings, and conversions, which make one tensor of a module from
-several of the checkpoint. (Some of what is imported for that is not public in transformers; a release that moves it
-fails at import, not in silence.)
+transformers' own rules are applied: renamings of older or different spellings, and conversions, which build one tensor
+of a module from several of the checkpoint. (Some of the imports are not part of transformers' public API; a release
+that moves them causes an import error rather than a silent failure.)
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from crosscal.models.export import PACKED, quantization_config
 
 
 class Naming:
-    """Where each tensor of a checkpoint arrives in `model`, a skeleton."""
+    """Maps checkpoint tensor names to tensor names of `model`, a skeleton."""
 
     def __init__(self, model: PreTrainedModel, *, packed: bool = False) -> None:
-        """`packed`: by the rules for quantized checkpoints, whose linears have packed parts in place of a weight."""
+        """`packed`: use the rules for quantized checkpoints, whose linears hold packed parts instead of a weight."""
         self.prefix = model.base_model_prefix
         self.expected = dict(model.state_dict())
         quantizer = None
@@ -34,8 +34,8 @@ class Naming:
         self.converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
 
     def place(self, key: str) -> tuple[str, str | None]:
-        """(the model's name, the pattern of the conversion on the way there) of a checkpoint's tensor."""
+        """Return (name in the model, pattern of the conversion applied or None) for a checkpoint's tensor."""
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.expected)
         if name not in self.expected and key in self.expected:
-            return key, None  # a rule meant for an older spelling matched a name that is already right
+            return key, None  # a rule for an older spelling matched a name that is already correct
         return name, pattern

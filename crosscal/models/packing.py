@@ -1,8 +1,8 @@
-"""Which matrices of a model can be written packed, and under which names: found before anything is solved.
+"""Determine which matrices of a model can be stored packed, and under which names, before anything is solved.
 
-What decides is not the format alone but whether transformers loads what is written. Asked on the skeleton, of its own
-code: by which rules it renames the tensors of a quantized checkpoint, how it takes a stack of experts apart into the
-linears of the hub, and which weights it touches when it initialises a model, which fails where they are packed.
+The criterion is not only the format but whether transformers can load the result. Its own code is run on the skeleton
+to find out how it renames the tensors of a quantized checkpoint, how it splits a stack of experts into the linears of
+the hub checkpoint, and which weights it accesses when it initialises a model, which fails if they are packed.
 
 Shapes: E experts, O outputs (rows), I inputs.
 """
@@ -35,7 +35,7 @@ RENAMED = "transformers does not find the packed tensors of this linear under an
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A linear as a packed checkpoint names it, and what it holds: some rows of a matrix."""
+    """A linear of a packed checkpoint: its name there, and the rows of a matrix that it holds."""
 
     name: str
     """E.g. `model.layers.0.mlp.experts.3.up_proj`."""
@@ -43,18 +43,18 @@ class PackedLinear:
     first_row: int
     rows: int
     step: int = 1
-    """2 where gate and up stand in turns."""
+    """2 if the rows of gate and up alternate."""
 
     def of(self, matrix_OX: Tensor) -> Tensor:
-        """Its rows of the matrix, or of what belongs to the rows, such as scales."""
+        """Return its rows of the matrix, or of another tensor with the same rows, such as the scales."""
         return matrix_OX[self.first_row :: self.step][: self.rows]
 
 
 class Packing:
-    """Answers for the parameters of a model's blocks, by their full names in the model that is calibrated.
+    """Packability of the parameters of a model's blocks, by their full names in the calibrated model.
 
-    `weights`: the checkpoint as that model holds it, and `loaded_as` as the class that the config names does.
-    `initialised`: names of the linears, in either, whose weights `touched_when_initialised` found.
+    `weights`: the checkpoint as named by that model; `loaded_as`: as named by the class in the config's
+    `architectures`. `initialised`: names of linears, in either, that `touched_when_initialised` returned.
     """
 
     def __init__(self, weights: Weights, loaded_as: Weights, initialised: set[str]) -> None:
@@ -66,12 +66,12 @@ class Packing:
         self._linears: dict[str, tuple[PackedLinear, ...] | str] = {}
 
     def why_dense(self, parameter: str) -> str:
-        """Why a parameter is not written packed; empty where it is."""
+        """Return the reason why a parameter is not stored packed, or an empty string if it is."""
         found = self._found(parameter)
         return found if isinstance(found, str) else ""
 
     def linears(self, parameter: str) -> tuple[PackedLinear, ...]:
-        """What a packed checkpoint holds in place of a parameter. Raises `ModelError` where it can hold nothing."""
+        """Return the packed linears that store a parameter. Raises `ModelError` if it cannot be packed."""
         found = self._found(parameter)
         if isinstance(found, str):
             raise ModelError("this matrix cannot be written packed", where=parameter, got=found)
@@ -102,8 +102,8 @@ class Packing:
         return (PackedLinear(spelled, None, 0, module.out_features),) if spelled else RENAMED
 
     def _of_stack(self, parameter: str, *, transposed: bool) -> Iterator[PackedLinear]:
-        """Sent through transformers' own inverse are not the weights but the numbers of their rows: what comes out
-        says which rows of which expert each linear of the hub holds. Nothing, where any of them cannot be packed."""
+        """Apply transformers' own inverse conversion to row numbers instead of weights: the result shows which rows of
+        which expert each linear of the hub checkpoint holds. Yields nothing if any of them cannot be packed."""
         stack = self._weights.model.get_parameter(parameter)
         outputs = stack.shape[2 if transposed else 1]
         numbers_EO2 = torch.arange(stack.shape[0] * outputs * 2, dtype=torch.int32).view(stack.shape[0], outputs, 2)
@@ -116,7 +116,7 @@ class Packing:
 
 
 def _rows(key: str, part: Tensor, outputs: int) -> PackedLinear | None:
-    """What a tensor of row numbers stands for; None where it is no matrix of whole rows of one expert."""
+    """Decode a tensor of row numbers; None if it is not a matrix of whole, evenly spaced rows of one expert."""
     if part.ndim != 2 or part.shape[1] != 2 or not key.endswith(".weight"):
         return None
     row_O = part[:, 0].long() // 2
@@ -129,7 +129,7 @@ def _rows(key: str, part: Tensor, outputs: int) -> PackedLinear | None:
 
 
 class _Rules:
-    """Where the parts of packed linears arrive, when one class of models loads a quantized checkpoint."""
+    """Maps the packed parts of linears to modules, as one model class loads a quantized checkpoint."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._naming = weights, Naming(weights.model, packed=True)
@@ -138,24 +138,24 @@ class _Rules:
         return self._weights.target_of(f"{linear}.weight").removesuffix(".weight")
 
     def hold_linear(self, spelled: str) -> bool:
-        """Whether the packed parts of this linear of the checkpoint arrive at one module, as they are."""
+        """Whether the packed parts of this linear of the checkpoint map to one module without a conversion."""
         places = [self._naming.place(f"{spelled}.{part}") for part in PACKED]
         module = places[0][0].rpartition(".")[0]
         return f"{module}.weight" in self._naming.expected and places == [(f"{module}.{p}", None) for p in PACKED]
 
     def hold_expert(self, spelled: str) -> bool:
-        """Whether the packed parts of this expert's linear arrive at one stack, by way of a conversion."""
+        """Whether the packed parts of this expert's linear map to one stack, through a conversion."""
         places = [self._naming.place(f"{spelled}.{part}") for part in PACKED]
         stacks = {name for name, _ in places}
         return len(stacks) == 1 and stacks.pop() in self._naming.expected and all(pattern for _, pattern in places)
 
 
 def touched_when_initialised(model: PreTrainedModel) -> set[str]:
-    """Names of the linears whose `weight` transformers needs to initialise a model. Takes `model`, on the meta device,
-    apart: nothing else can be done with it afterwards.
+    """Return the names of linears whose `weight` transformers accesses when it initialises a model. Destructive:
+    `model`, on the meta device, is unusable afterwards.
 
-    `from_pretrained` initialises every module, loaded or not, and counts on flags of tensors to leave what was loaded
-    alone; a packed linear has no `weight` to bear one.
+    `from_pretrained` initialises every module, loaded or not, and relies on flags on the tensors to skip loaded ones.
+    A packed linear has no `weight` that could carry the flag.
     """
     linears = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     weights = {linear: linear._parameters.pop("weight") for linear in linears}
@@ -170,12 +170,12 @@ def touched_when_initialised(model: PreTrainedModel) -> set[str]:
 
 
 def _missed(owner: PreTrainedModel, module: nn.Module) -> nn.Linear | None:
-    """The linear whose missing weight stops the initialisation of a module."""
+    """Return the linear whose missing weight makes the initialisation of a module fail, or None."""
     try:
         owner._init_weights(module)
     except AttributeError as error:
         if error.name == "weight" and isinstance(error.obj, nn.Linear) and "weight" not in error.obj._parameters:
             return error.obj
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
-        return None  # for another reason than what is missing: a model without storage, which loading has not
+        return None  # not because of a missing weight: these tensors have no storage, unlike when loading
     return None

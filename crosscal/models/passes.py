@@ -1,6 +1,6 @@
-"""Passes of one block over all hidden states: several batches side by side on a CPU, one after another on a GPU; while
-they run, the inputs of the block's sites are fed to moment accumulators. Where a dense stream of hidden states stands
-beside the compressed one, a batch of either goes through the block, and a site's inputs are fed in pairs.
+"""Forward passes of one block over all hidden states: several batches in parallel on a CPU, one after another on a GPU.
+Meanwhile the inputs of the block's sites are added to moment accumulators. With a dense stream of hidden states beside
+the compressed one, each batch of both streams runs through the block, and a site's inputs are added in pairs.
 
 Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 """
@@ -32,12 +32,14 @@ from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from crosscal.statistics.statistic import OF_TWO_STREAMS, Statistic
 
 MOST_BATCHES = 16
-"""At once, each with one core and its own activations: more would wait for one another's sums. Of a Llama's block the
-widest sum takes a fifth of the arithmetic, and from 4096 inputs on a batch adds to it in four strips."""
+"""Batches in parallel, each with one core and its own activations. More would wait on the ordered accumulation: in a
+Llama block the widest sum takes a fifth of the arithmetic, and from 4096 inputs on a batch adds it in four strips."""
 
 
 @dataclass(frozen=True)
 class Numbers:
+    """Device, dtype and batch size of a walk's forward passes."""
+
     device: torch.device
     dtype: torch.dtype
     batch_tokens: int
@@ -49,12 +51,12 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """What has come out of the blocks so far; overwritten in place."""
+    """The outputs of the latest block, which are the inputs of the next one; overwritten in place."""
 
     hidden: Mapping[str, Tensor]
     """Slice -> hidden_SLD."""
     between: dict[tuple[str, int], Between] = field(default_factory=dict)
-    """(slice, first window) of a batch -> what blocks hand on besides."""
+    """(slice, first window) of a batch -> what blocks hand on besides hidden states."""
 
     def between_of(self, name: str, batch: slice) -> Between:
         return self.between.get((name, batch.start), Between())
@@ -62,7 +64,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """What stays the same from block to block, and the hidden states, which do not."""
+    """Runs the blocks of one walk, one at a time, over the hidden states of all slices."""
 
     source: ModelSource
     blocks: nn.ModuleList
@@ -72,10 +74,11 @@ class Passes:
     tokens: Mapping[str, int]
     """Slice -> L."""
     dense: Stream | None = None
-    """The same of the dense model, where inputs are wanted in pairs."""
+    """The dense model's hidden states, if inputs are paired."""
 
     def find_matrices(self, index: int) -> Matrices:
-        """Raises `UnsupportedModel` for a matrix that cannot be calibrated and for a block that is not causal."""
+        """Find the matrices of a block by running one window. Raises `UnsupportedModel` if the block is not causal or
+        cannot be run on its own."""
         name, hidden_SLD = next(iter(self.stream.hidden.items()))
         first_1LD, between = hidden_SLD[:1], self.stream.between_of(name, slice(0, 1)).first()
 
@@ -95,13 +98,13 @@ class Passes:
         return dataclasses.replace(found, sites=with_producers(block, found.sites, run, tied))
 
     def pass_on(self, index: int, stream: Stream | None = None) -> None:
-        """Run a block over all slices, or over those of another stream; its outputs replace its inputs. Raises
-        `ModelError` when one is not finite."""
+        """Run a block over all slices of a stream (default: `self.stream`); its outputs replace its inputs. Raises
+        `ModelError` if an output is not finite."""
         passed = stream or self.stream
         self._over_batches(index, lambda name, number, batch: [self._pass_batch(index, passed, name, batch)])
 
     def outputs(self, index: int, name: str, some: Sequence[slice]) -> Tensor:
-        """What a block gives for some batches of a slice, which stays as it is: hidden_BLD."""
+        """Return a block's outputs hidden_BLD for some batches of a slice, without changing the slice."""
         with BLAS.one_thread():
             runs = [partial(self._run_batch, index, self.stream, name, batch) for batch in some]
             found = side_by_side(runs, self.numbers.device, most=MOST_BATCHES, threads_each=1)
@@ -116,11 +119,11 @@ class Passes:
         keep_outputs: bool,
         keep_dense: bool = False,
     ) -> dict[str, dict[str, InputMoments]]:
-        """Slice -> site -> moments of one block; its outputs replace its inputs, or are not even computed. So do those
-        of the dense stream with `keep_dense`.
+        """Return slice -> site -> moments of one block. Its outputs replace its inputs with `keep_outputs` (those of
+        the dense stream with `keep_dense`); otherwise each pass stops once all inputs are known.
 
-        Raises `ModelError` for inputs or outputs that are not finite, `UnsupportedModel` where a site's inputs in the
-        two streams are not of the same tokens.
+        Raises `ModelError` for non-finite inputs or outputs, `UnsupportedModel` if a site's inputs in the two streams
+        do not belong to the same tokens.
         """
         accumulators = {name: self._accumulators(sites, statistics) for name in self.stream.hidden}
         sums = {name: Sums(of_slice) for name, of_slice in accumulators.items()}
@@ -152,8 +155,8 @@ class Passes:
         return moments
 
     def _note(self, dense: dict[str, Tensor], index: int, site: str, input_TI: Tensor, *, tokens: int) -> None:
-        """Keep a site's dense input until the compressed one meets it: a copy, since what runs behind a site may change
-        its input in place."""
+        """Keep a copy of a site's dense input until the compressed one is available: later operations may change the
+        input in place."""
         if input_TI.shape[:-1].numel() != tokens:
             raise not_paired(f"{self.source.block_name(index)}.{site}")
         dense[site] = input_TI.clone()
@@ -165,20 +168,21 @@ class Passes:
         }
 
     def _over_batches(self, index: int, run: Callable[[str, int, slice], list[Tensor]]) -> None:
-        """Run the batches of all slices; `run` says of a batch whether its outputs are finite. Raises `ModelError`."""
+        """Run the batches of all slices; `run(slice, number, batch)` returns whether the batch's outputs are finite.
+        Raises `ModelError` if one is not."""
         names_and_runs = [
             (name, partial(run, name, number, batch))
             for name, hidden_SLD in self.stream.hidden.items()
             for number, batch in enumerate(batches(len(hidden_SLD), self.tokens[name], self.numbers.batch_tokens))
         ]
-        # BLAS has threads of its own, which would wait for work at full speed on the other lanes' cores.
+        # BLAS has its own threads, which would busy-wait on the cores of the other worker threads.
         with fast_linears(self.blocks[index], tokens=self.numbers.batch_tokens), BLAS.one_thread():
             runs = [each for _, each in names_and_runs]
             answers = side_by_side(runs, self.numbers.device, most=MOST_BATCHES, threads_each=1)
         self._check_outputs(index, [(name, finite) for (name, _), finite in zip(names_and_runs, answers, strict=True)])
 
     def _pass_or_stop(self, index: int, stream: Stream, name: str, batch: slice, *, keep: bool) -> list[Tensor]:
-        """Whether the outputs are finite, where they are kept."""
+        """Run a batch. Return whether the outputs are finite, or nothing if they are not kept."""
         if keep:
             return [self._pass_batch(index, stream, name, batch)]
         with suppress(StopForward):
@@ -186,7 +190,7 @@ class Passes:
         return []
 
     def _pass_batch(self, index: int, stream: Stream, name: str, batch: slice) -> Tensor:
-        """Whether the outputs are finite: a tensor, so that a GPU is not waited for."""
+        """Run a batch and keep its outputs. Return whether they are finite, as a tensor to avoid a GPU sync."""
         output_BLD, between = self._run_batch(index, stream, name, batch)
         hidden_SLD, key = stream.hidden[name], (name, batch.start)
         hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
@@ -226,7 +230,7 @@ class Passes:
 
 
 def not_paired(where: str) -> UnsupportedModel:
-    """Experts above all: which tokens come by depends on the stream."""
+    """The error for a site, usually of an expert, that receives different tokens in the two streams."""
     return UnsupportedModel(
         "tokens are routed to this matrix, other ones behind compressed blocks than in the dense model, so that its "
         "inputs have no pairs",
@@ -238,31 +242,31 @@ def not_paired(where: str) -> UnsupportedModel:
 def _is_finite(output_BLD: Tensor) -> Tensor:
     if output_BLD.is_cuda:
         return output_BLD.isfinite().all()
-    # On a CPU a sum, which keeps NaN and infinity, is thirty times as fast; one that overflows by itself decides
-    # nothing.
+    # On a CPU a sum, which propagates NaN and infinity, is thirty times as fast. If it is not finite, it may also have
+    # overflowed, so every value is checked.
     finite = output_BLD.sum().isfinite()
     return finite if finite else output_BLD.isfinite().all()
 
 
 def batches(count: int, length: int, batch_tokens: int) -> Iterator[slice]:
-    """Ranges of `count` windows with about `batch_tokens` tokens, and at least one window."""
+    """Yield ranges of `count` windows, each with at most `batch_tokens` tokens but at least one window."""
     windows = max(1, batch_tokens // length)
     return (slice(start, min(start + windows, count)) for start in range(0, count, windows))
 
 
 class Sums:
-    """The sums of one slice's sites, to which batches add in their order, whichever lane runs them."""
+    """The sums of one slice's sites. Batches add to them in order, regardless of which worker thread runs them."""
 
     def __init__(self, accumulators: Mapping[str, MomentsAccumulator]) -> None:
         self._accumulators, self._turns = accumulators, Turns()
 
     def add(self, number: int, site: str, input_TI: Tensor, dense_TI: Tensor | None = None) -> None:
-        """`dense_TI`: the input of the same tokens in the dense model, where sums are over pairs."""
+        """`dense_TI`: the input of the same tokens in the dense model, if sums are over pairs."""
         accumulator = self._accumulators[site]
         for strip in accumulator.strips:
             with self._turns.turn((site, strip.start), number):
                 accumulator.add_strip(input_TI, strip, dense_TI)
 
     def batch(self, number: int) -> AbstractContextManager[None]:
-        """A batch adds inside; those that come later do not wait for it any more afterwards."""
+        """Context in which a batch adds its inputs; after it, later batches no longer wait for this one."""
         return self._turns.job(number)

@@ -1,13 +1,13 @@
-"""Which norm makes the input of a site, and can be divided by scales that the site's weights are multiplied by.
+"""Find the norm that produces a site's input, into which the inverse of scales on the site's weights can be folded.
 
 Shapes: I inputs of a site.
 
-Found by watching one run: the norm whose output is the very tensor that the site's matrices read. Verified by running
-the block twice more: a random s, dividing the norm and multiplying the matrices, must leave the block's output as it
-was. It does not where anything else depends on the norm (a router, a residual branch), or where the norm computes
-something else than supposed. All numbers involved are powers of two and the norms' own parameters are out of the way,
-so that a right fold changes no bit in any dtype. Matrices that make other matrices' inputs (v and o, up and down) are
-no producers here.
+Candidates come from one forward pass: the norm whose output is the same tensor that the site's matrices read. Two more
+forward passes verify each: dividing the norm and multiplying the matrices by a random s must leave the block's output
+unchanged. It changes if anything else depends on the norm (a router, a residual branch), or if the norm computes
+something other than assumed. All scales are powers of two, and the norms' own gains are replaced by 1 and their biases
+by powers of two, so that a correct fold changes no bit in any dtype. Matrices that produce the inputs of other matrices
+(v and o, up and down) are not considered.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from crosscal.models.attaching import attached
 from crosscal.models.sites import Producer, Site, input_of, is_linear, pre_hooks, replaced_parameters
 
 OFFSETS = (0.0, 1.0)
-"""Gains are stored as they are, or less one (Gemma)."""
+"""What a norm adds to its stored gain: nothing, or 1 (Gemma)."""
 TOLERANCE = 1e-6
-"""Of the output's norm; a right fold has 0 but for sums of no fixed order."""
+"""Relative to the output's norm. A correct fold gives exactly 0, unless the order of some sum is not fixed."""
 NO_NORM = "no norm makes its input"
 EXPERT = "an expert shares its input with the router and other experts"
 TIED = "{} is tied to another parameter of the model"
@@ -36,15 +36,17 @@ OTHERS = "something else depends on {}"
 def with_producers(
     block: nn.Module, sites: Sequence[Site], run: Callable[[], Tensor], tied: Collection[str] = ()
 ) -> tuple[Site, ...]:
-    """The sites, each with its producer or the reason why it has none. `run()` gives the block's output, the same at
-    each call, and `tied` names the block's parameters that also stand elsewhere in the model."""
+    """Return the sites, each with its producer or the reason why it has none.
+
+    `run()` returns the block's output and is deterministic. `tied`: the block's parameters that are tied to another
+    parameter of the model."""
     makers = _makers(block, sites, run)
     reasons = {site.name: EXPERT if site.matrices[0].expert is not None else NO_NORM for site in sites}
     candidates: dict[Site, Producer] = {}
     for site in (site for site in sites if site.name in makers):
         name = makers[site.name]
         if len(block.get_submodule(name).get_parameter("weight")) != site.inputs:
-            continue  # what the matrices read is a view that cuts the norm's output otherwise
+            continue  # the matrices read a view of the norm's output with another last dimension
         parameters = tuple(f"{name}.{part}" for part, _ in block.get_submodule(name).named_parameters(recurse=False))
         lost = [parameter for parameter in parameters if parameter in tied]
         reasons[site.name] = TIED.format(lost[0]) if lost else OTHERS.format(name)
@@ -60,8 +62,8 @@ def with_producers(
 
 
 def _makers(block: nn.Module, sites: Sequence[Site], run: Callable[[], object]) -> dict[str, str]:
-    """Site -> the norm whose output, or a view of it, its matrices are handed, unchanged since."""
-    made: dict[int, tuple[str, int, Tensor]] = {}  # holds the outputs, so that no tensor's identity is used again
+    """Site -> the norm whose output, or a view of it, its matrices read, with no in-place change in between."""
+    made: dict[int, tuple[str, int, Tensor]] = {}  # keeps the outputs alive, so that no `id` is reused
     makers: dict[str, str] = {}
 
     def note_input(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,12 +87,12 @@ def _makers(block: nn.Module, sites: Sequence[Site], run: Callable[[], object]) 
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """What a view is a view of."""
+    """Return the base tensor of a view, or the tensor itself."""
     return tensor if tensor._base is None else tensor._base
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A gain and at most a bias, of one dimension: a matrix of one row is none."""
+    """Whether a module's own parameters are a one-dimensional gain and at most a bias, and it is not a linear."""
     own = dict(module.named_parameters(recurse=False))
     names = list(own)
     return (
@@ -99,7 +101,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _verified(block: nn.Module, candidates: Mapping[Site, Producer], run: Callable[[], Tensor]) -> dict[Site, Producer]:
-    """Those that hold: all at once if they do, or else one by one."""
+    """Return the candidates that pass: tested all at once, and one by one if that fails."""
     if not candidates:
         return {}
     for offset in OFFSETS:
@@ -112,7 +114,7 @@ def _verified(block: nn.Module, candidates: Mapping[Site, Producer], run: Callab
 
 
 def _holds(block: nn.Module, folds: Mapping[Site, Producer], run: Callable[[], Tensor]) -> bool:
-    """Whether the block computes the same with random scales folded."""
+    """Whether the block's output is unchanged when random scales are folded."""
     chance = torch.Generator().manual_seed(0)
     parameters = dict(block.named_parameters())
     plain: dict[str, Tensor] = {}
@@ -133,6 +135,6 @@ def _holds(block: nn.Module, folds: Mapping[Site, Producer], run: Callable[[], T
 
 
 def _powers_of_two(like: Tensor, chance: torch.Generator) -> Tensor:
-    """Of 1/4, 1/2, 2 and 4: never 1."""
+    """Random values out of 1/4, 1/2, 2 and 4: never 1."""
     exponents = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, like.shape, generator=chance)]
     return exponents.exp2().to(like)

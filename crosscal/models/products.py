@@ -1,10 +1,10 @@
-"""Matrices that a block multiplies by without calling a linear: stacks of experts, weights used by name.
+"""Find matrices that a block multiplies by without calling a linear: stacks of experts, weights used directly.
 
 Shapes: T tokens, O outputs, I inputs of a matrix, E matrices that one parameter holds.
 
-No table of model families: what is watched is the products themselves, as torch computes them in the end. An operand
-that lies in a parameter of the block is a matrix; the other operand is its input. Where it lies there says which of the
-stacked ones it is, and its strides which way round it is stored.
+There is no table of model families: the matrix products are intercepted as torch dispatches them. An operand that is a
+slice of a parameter of the block is a matrix; the other operand is its input. The slice's offset in the parameter gives
+its position in the stack, and its strides give the storage order ([O, I] or [I, O]).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _FACTORS = {"mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}
-"""Product -> where its two operands stand among its arguments."""
+"""Operation -> positions of the product's two operands among its arguments."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Layout:
 
     rows: int
     columns: int
-    """Of each, as it is stored."""
+    """Rows and columns of each matrix as stored."""
     transposed: bool
-    """Each is stored as [I, O]."""
+    """Each matrix is stored as [I, O]."""
 
     def count(self, parameter: Tensor) -> int:
         return parameter.numel() // (self.rows * self.columns)
@@ -40,13 +40,13 @@ class Product:
 
     parameter: str
     place: int
-    """Among the matrices of the parameter."""
+    """Index among the matrices of the parameter."""
     layout: Layout
     input_TI: Tensor
 
 
 class Products(TorchDispatchMode):
-    """Inside, in this thread, `note` is called for every product with a matrix that lies in one of these parameters."""
+    """Context: in this thread, call `note` for every product with a matrix that is a slice of these parameters."""
 
     def __init__(self, parameters: Mapping[str, Tensor], note: Callable[[Product], None]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Products(TorchDispatchMode):
 
 
 def _layout(matrix: Tensor, *, is_left: bool) -> Layout | None:
-    """Of an operand [I, O], or [O, I] on the left; None where it is no dense slice."""
+    """Layout of an operand: [I, O] on the right, [O, I] on the left. None if it is not a dense slice."""
     *_, rows, columns = matrix.shape
     if matrix.stride()[-2:] == (columns, 1):
         return Layout(rows, columns, transposed=not is_left)
@@ -97,7 +97,9 @@ SLICES = "this parameter is multiplied in pieces that do not make it up"
 def layouts(
     parameters: Mapping[str, Tensor], products: Iterable[tuple[str, int, Layout]]
 ) -> tuple[dict[str, Layout], dict[str, str]]:
-    """How each parameter holds its matrices, as the products of one run show it, and of others why that is not told."""
+    """Return each parameter's layout, from the products of one forward pass, and for the others why there is none.
+
+    `products`: (parameter, place, layout) of each."""
     seen: dict[str, list[tuple[int, Layout]]] = {}
     for parameter, place, layout in products:
         seen.setdefault(parameter, []).append((place, layout))
@@ -118,7 +120,7 @@ def layouts(
 
 
 def _makes_up(layout: Layout, parameter: Tensor) -> bool:
-    """Whether the parameter is a stack of such matrices: along its first dimension, or its rows."""
+    """Whether the parameter is a stack of such matrices, along its first dimension or along its rows."""
     if parameter.ndim not in (2, 3) or parameter.shape[-1] != layout.columns:
         return False
     return layout.rows == parameter.shape[1] if parameter.ndim == 3 else parameter.shape[0] % layout.rows == 0

@@ -1,4 +1,4 @@
-"""The matrices of a decoder block, and its input sites: which of them read the same tensor.
+"""The matrices of a decoder block and its input sites. A site groups the matrices that read the same tensor.
 
 Shapes: O outputs, I inputs of a matrix, E experts.
 """
@@ -25,25 +25,25 @@ from crosscal.models.blocks import find_blocks
 
 @dataclass(frozen=True)
 class MatrixRef:
-    """One compressible matrix of a block: where it is and how it lies there."""
+    """One compressible matrix of a block: its parameter and its layout there."""
 
     name: str
     """E.g. `self_attn.q_proj`, or `mlp.experts.3.down_proj` for one expert of a stack."""
     parameter: str
     """Name of the parameter inside the block, e.g. `self_attn.q_proj.weight`, `mlp.experts.down_proj`."""
     expert: int | None = None
-    """Its place in a stack of experts."""
+    """Index in a stack of experts."""
     transposed: bool = False
     """Stored as [I, O]."""
     parts: int | None = None
-    """A two-dimensional parameter holds so many experts, one below the other."""
+    """Number of experts that a two-dimensional parameter holds, concatenated along its rows."""
     is_called: bool = True
-    """It belongs to a linear, or a stack of experts, that the block calls: not multiplied by elsewhere."""
+    """It belongs to a linear or a stack of experts that the block calls, rather than being multiplied by directly."""
 
     NOT_CALLED: ClassVar[str] = "it is multiplied by without a linear, which alone can be packed"
 
     def weight_OI(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """A view of the matrix, outputs first."""
+        """Return a view of the matrix as [O, I]."""
         stored = parameters[self.parameter]
         stored = stored if self.parts is None else stored.unflatten(0, (self.parts, -1))
         stored = stored if self.expert is None else stored[self.expert]
@@ -51,7 +51,7 @@ class MatrixRef:
 
     @property
     def bias(self) -> str:
-        """Name of the bias beside it, if there is one: a stack of experts has them elsewhere, and they are left."""
+        """Name of the linear's bias, if it has one. Empty for an expert of a stack, whose bias is not changed."""
         return "" if self.expert is not None else f"{self.name}.bias"
 
     def bias_O(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
@@ -60,25 +60,26 @@ class MatrixRef:
 
 @dataclass(frozen=True)
 class Producer:
-    """The norm that makes a site's input, x = z · (offset + gain) + bias, and that nothing else reads."""
+    """The norm that computes a site's input, x = z · (offset + gain) + bias, which only this site reads."""
 
     name: str
     """E.g. `input_layernorm`."""
     parameters: tuple[str, ...]
-    """Names of its gain and, if it has one, its bias inside the block."""
+    """Names inside the block of its gain and, if it has one, its bias."""
     offset: float = 0.0
     """What the module adds to the gain it stores: 1 in Gemma's norms."""
 
     def divided(self, parameters: Mapping[str, Tensor], scale_I: Tensor) -> dict[str, Tensor]:
-        """Its parameters when its output is to come divided by s, in their own dtype."""
+        """Return its parameters, in their own dtype, changed so that its output is divided by s."""
         gain, *bias = self.parameters
         new_gain_I = (parameters[gain].to(scale_I) + self.offset) / scale_I - self.offset
         of_bias = {name: parameters[name].to(scale_I) / scale_I for name in bias}
         return {name: new.to(parameters[name]) for name, new in ({gain: new_gain_I} | of_bias).items()}
 
     def storable_I(self, parameters: Mapping[str, Tensor], scale_I: Tensor) -> Tensor:
-        """The s nearest to this one that the gain, as it is stored, can be divided by exactly: what its rounding takes
-        away, the weights can make up for. 1 where the gain would be lost."""
+        """Return the s that dividing by `scale_I` really applies once the new gain is rounded to its stored dtype.
+
+        Weights multiplied by it compensate for the rounding. 1 where the quotient is not finite and positive."""
         gain = self.parameters[0]
         before_I, after_I = (
             held[gain].to(scale_I) + self.offset for held in (parameters, self.divided(parameters, scale_I))
@@ -89,23 +90,23 @@ class Producer:
 
 @dataclass(frozen=True)
 class Site:
-    """Matrices that read one tensor, and so share one Hessian. Named after the first of them."""
+    """Matrices that read the same tensor and therefore share one Hessian. Named after the first of them."""
 
     name: str
     matrices: tuple[MatrixRef, ...]
     inputs: int
     producer: Producer | None = None
-    """What can be divided by scales that the matrices are multiplied by; None: see `no_producer`."""
+    """The norm to divide by scales that the matrices are multiplied by; None: see `no_producer`."""
     no_producer: str = ""
-    """Why scales of this input cannot be moved anywhere."""
+    """Why scales of this input cannot be folded into a norm."""
 
     @property
     def is_called(self) -> bool:
-        """Whether its matrices belong to linears that the block calls."""
+        """Whether its matrices belong to linears that the block calls, not to stacked experts."""
         return self.matrices[0].is_called and self.matrices[0].expert is None
 
     def without(self, block: str, leave_dense: Collection[str]) -> Site:
-        """The site without the matrices that a pattern names; as these read the same input, it cannot be scaled."""
+        """Return the site without the matrices that a pattern matches; if any, its input cannot be scaled any more."""
         kept = tuple(matrix for matrix in self.matrices if not is_left(f"{block}.{matrix.name}", leave_dense))
         if len(kept) == len(self.matrices):
             return self
@@ -114,32 +115,32 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftDense:
-    """A parameter of two dimensions or more that no method changes, and why."""
+    """A parameter of two or more dimensions that no method changes, and the reason."""
 
     name: str
     """E.g. `mlp.gate`."""
     parameter: str
     reason: str
     must_be_asked: bool = False
-    """It could not be calibrated: only a plan that names it may go on."""
+    """It cannot be calibrated: `check_all` raises unless a pattern of the plan's `leave_dense` matches it."""
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Every matrix of a block: in the order they are reached, and those that stay as they are."""
+    """Every matrix of a block: its sites, and the parameters that stay dense."""
 
     sites: tuple[Site, ...]
     left_dense: tuple[LeftDense, ...]
 
     def check(self, block: str, leave_dense: Collection[str] = ()) -> None:
-        """As `check_all`, of one block with this name, e.g. `model.layers.3`."""
+        """`check_all` for one block of this name, e.g. `model.layers.3`."""
         check_all({block: self}, leave_dense)
 
 
 def check_all(found: Mapping[str, Matrices], leave_dense: Collection[str] = ()) -> None:
-    """Raises `UnsupportedModel` if some matrix cannot be calibrated that no pattern of `leave_dense` matches.
+    """Raise `UnsupportedModel` if a matrix cannot be calibrated and no pattern of `leave_dense` matches it.
 
-    `found`: by the blocks' names. All such matrices are named at once.
+    `found`: block name -> its matrices. One error names all such matrices.
     """
     missing = [
         (f"{block}.{one.name}".removeprefix("."), one)
@@ -159,12 +160,12 @@ def check_all(found: Mapping[str, Matrices], leave_dense: Collection[str] = ()) 
 
 
 def is_left(layer: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern (`*.encoder_attn.*`) matches a matrix's full name."""
+    """Whether any pattern (e.g. `*.encoder_attn.*`) matches a matrix's full name."""
     return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[MatrixRef, Tensor]) -> dict[str, Tensor]:
-    """The block's parameters that change when these matrices do, whole and as they are stored."""
+    """Return the block's parameters that contain these matrices, whole, in stored layout, with the new weights."""
     changed: dict[str, Tensor] = {}
     for matrix, weight_OI in weights_OI.items():
         if matrix.parameter not in changed:
@@ -174,7 +175,7 @@ def replaced_parameters(parameters: Mapping[str, Tensor], weights_OI: Mapping[Ma
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one argument of a linear, however it was passed."""
+    """Return the one argument of a linear, passed by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -183,7 +184,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def without_bias(model: PreTrainedModel) -> list[str]:
-    """Linears of the blocks, and stacks of experts, that have no bias of their own; each name once for all blocks."""
+    """Names inside a block, over all blocks without duplicates: linears without a bias, and stacks of experts."""
     modules = [(name, module) for block in find_blocks(model)[1] for name, module in block.named_modules()]
     lacking = (name for name, module in modules if is_linear(module) and getattr(module, "bias", None) is None)
     return list(dict.fromkeys([*lacking, *(name for name, module in modules if experts.is_experts(module))]))
@@ -197,7 +198,7 @@ def outputs(linear: nn.Module) -> int:
 def pre_hooks(
     modules: Mapping[str, nn.Module], note: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
-    """Inside, `note(name, module, args, kwargs)` is called before each of these modules runs."""
+    """Context: call `note(name, module, args, kwargs)` before each of these modules runs."""
     with ExitStack() as stack:
         for name, module in modules.items():
 

@@ -1,4 +1,4 @@
-"""A model to calibrate: a local directory or a hub id, its config, digest and weights, read a block at a time."""
+"""The model to calibrate, from a local directory or a hub id: its config, digest and weights, read block by block."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions")
 _COMPUTED = re.compile(r"\.(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
-"""Tables that older versions of transformers stored and that models compute."""
+"""Buffers that older versions of transformers stored and that models now compute."""
 
 
 T = TypeVar("T")
 
 
 class _shared_property(cached_property[T]):
-    """Computed once, also when several threads ask at once (which `cached_property` alone does not promise)."""
+    """Computed once even with concurrent access from several threads, which `cached_property` does not guarantee."""
 
     @overload
     def __get__(self, instance: None, owner: type[Any] | None = None) -> _shared_property[T]: ...
@@ -55,9 +55,9 @@ class _shared_property(cached_property[T]):
 
 
 class ModelSource:
-    """A checkpoint of safetensors and the architecture its config names. Nothing of it is executed or unpickled.
+    """A safetensors checkpoint and the architecture that its config names. None of it is executed or unpickled.
 
-    Threads may share one: what is computed of it is computed once and only read afterwards.
+    Thread-safe: derived values are computed once and only read afterwards.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig, revision: str | None = None) -> None:
@@ -67,7 +67,7 @@ class ModelSource:
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, revision: str | None = None) -> ModelSource:
-        """Find the model's files, fetching them from the hub if need be. Raises `ModelError`."""
+        """Open a local directory, or download the model from the hub if necessary. Raises `ModelError`."""
         path = _local_directory(str(path_or_hub_id), revision)
         if not (path / "config.json").is_file():
             raise ModelError("this is not a model directory", where=str(path), got="no config.json")
@@ -90,7 +90,7 @@ class ModelSource:
 
     @_shared_property
     def digest(self) -> str:
-        """sha256 over config.json and the content of every weight file; names of folders and files do not enter."""
+        """sha256 over config.json and the content of every weight file, independent of file and folder names."""
         files = [self.path / "config.json", *sorted(set(self.weights.stored_in.values()))]
         digests = []
         for file in files:
@@ -100,7 +100,7 @@ class ModelSource:
 
     @_shared_property
     def dtype(self) -> torch.dtype:
-        """The dtype the checkpoint is stored in: the config's, or else that of its first floating-point tensor."""
+        """The dtype the checkpoint is stored in: that of the config, or else of the first floating-point tensor."""
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         tensors = (next(iter(self.weights.stored([key]).values())) for key in self.weights.files)
@@ -108,7 +108,7 @@ class ModelSource:
 
     @_shared_property
     def weights(self) -> Weights:
-        """The checkpoint's tensors; `weights.model` is shared, for names and shapes alone."""
+        """The checkpoint's tensors. `weights.model` is a shared skeleton: use it for names and shapes only."""
         files, encoded = files_by_tensor(self.path), {}
         if self._quantization is not None:
             files = without_unused(files)
@@ -117,20 +117,20 @@ class ModelSource:
 
     @_shared_property
     def parameters(self) -> int:
-        """Of the whole model, one that stands in two places counted once."""
+        """Number of parameters of the whole model, tied ones counted once."""
         model = self.weights.model
         return sum(p.numel() for name, p in model.named_parameters() if name not in model.all_tied_weights_keys)
 
     @property
     def encoding(self) -> str | None:
-        """What the matrices are stored as, where they are decoded while they are read."""
+        """Description of the matrices' encoding if they are decoded while being read, otherwise None."""
         encoding = encoding_of(self._quantization)
         return encoding and f"{encoding}, {ENCODINGS[encoding]}"
 
     @_shared_property
     def loaded_as(self) -> Weights:
-        """The checkpoint as the class that its config names holds it: of a multimodal wrapper, not the language model
-        inside that is calibrated."""
+        """The checkpoint's tensors as named by the class in the config's `architectures`: for a multimodal model the
+        wrapper, not the calibrated language model inside it."""
         names = self.config.architectures or ()
         kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
         if kind is None or kind is causal_class(self.config):
@@ -138,12 +138,12 @@ class ModelSource:
         return Weights(self.weights.stored_in, self._built(kind, torch.float32), self.weights.encoded)
 
     def name_when_loaded(self, name: str) -> str:
-        """What the class that the config names calls a tensor of the calibrated model."""
+        """Return the name that the class in the config's `architectures` gives to a tensor of the calibrated model."""
         return self.loaded_as.target_of(min(self.weights.keys_of(lambda target: target == name)))
 
     def linears_besides(self, packed: Collection[str]) -> set[str]:
-        """Every linear and router that is not among the `packed` ones (checkpoint names of their weights), under all
-        names that readers may know it by: those of both classes and the checkpoint's."""
+        """Return every linear and router that is not in `packed` (checkpoint names of weights), under all names that a
+        loader may use: those of both classes (`weights`, `loaded_as`) and of the checkpoint."""
         found: set[str] = set()
         for weights in dict.fromkeys((self.weights, self.loaded_as)):
             names = dense_linears(weights.model, [weights.target_of(key).removesuffix(".weight") for key in packed])
@@ -152,27 +152,27 @@ class ModelSource:
 
     @_shared_property
     def packing(self) -> Packing:
-        """Which matrices can be written packed."""
+        """Determines which matrices can be stored packed."""
         kinds = {type(weights.model) for weights in (self.weights, self.loaded_as)}
         touched = [touched_when_initialised(self._built(kind, torch.float32)) for kind in kinds]
         return Packing(self.weights, self.loaded_as, set().union(*touched))
 
     @property
     def uncalibrated(self) -> list[str]:
-        """Parts of the checkpoint that the calibrated model has no place for (vision tower, `mtp.*`, further layers);
-        they are copied as they are. E.g. `mtp (15 tensors)`."""
+        """Parts of the checkpoint that the calibrated model does not contain (vision tower, `mtp.*`, further layers),
+        e.g. `mtp (15 tensors)`. They are copied unchanged."""
         placed = self.weights.keys_of(lambda name: True)
         counts = Counter(_part_of(key) for key in self.weights.files if key not in placed and not _COMPUTED.search(key))
         return [f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in sorted(counts.items())]
 
     @_shared_property
     def blocks(self) -> int:
-        """How many decoder blocks the model has."""
+        """Number of decoder blocks."""
         return len(find_blocks(self.weights.model)[1])
 
     @property
     def max_positions(self) -> int | None:
-        """The longest window the config allows, where it says so."""
+        """The longest window that the config allows, or None if it states no limit."""
         config = self.config.get_text_config()
         said = [getattr(config, name, None) for name in _POSITIONS]
         return next((positions for positions in said if isinstance(positions, int) and positions > 0), None)
@@ -186,7 +186,7 @@ class ModelSource:
             ) from error
 
     def skeleton(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model with every parameter on the meta device; computed buffers (rotary tables) are real."""
+        """Return the model with all parameters on the meta device; computed buffers (rotary tables) are real."""
         return self._built(causal_class(self.config), dtype)
 
     def _built(self, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
@@ -204,13 +204,13 @@ class ModelSource:
     def load_block(
         self, block: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """One block's tensors by their names inside the block, in `dtype` or as stored."""
+        """Load one block's tensors: name inside the block -> tensor, in `dtype` or as stored."""
         prefix = f"{self.block_name(block)}."
         tensors = self.weights.load(lambda name: name.startswith(prefix), dtype=dtype, device=device)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def tied_in_block(self, block: int) -> set[str]:
-        """Names inside the block of parameters that also stand elsewhere in the model, or twice in the block."""
+        """Names inside the block of parameters that are tied to another one, in the block or elsewhere in the model."""
         named = list(self.weights.model.named_parameters(remove_duplicate=False))
         counts, prefix = Counter(id(parameter) for _, parameter in named), f"{self.block_name(block)}."
         return {name.removeprefix(prefix) for name, p in named if name.startswith(prefix) and counts[id(p)] > 1}
@@ -218,9 +218,9 @@ class ModelSource:
     def load_outside(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", with_head: bool = False
     ) -> dict[str, Tensor]:
-        """What runs before the blocks (embeddings) and after them (norm), by default without the output head.
+        """Load what runs before the blocks (embeddings) and after them (norm), by default without the output head.
 
-        Tensors outside the blocks that the model has no place for, such as another head, are left alone.
+        Tensors outside the blocks that the model does not contain, such as another head, are skipped.
         """
         model = self.weights.model
         head = model.get_output_embeddings()
@@ -284,7 +284,7 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 
 def _take_encoding(config: PretrainedConfig) -> dict[str, Any] | None:
-    """What a config says of encoded weights; afterwards it is that of the decoded model."""
+    """Remove and return the config's `quantization_config`, so that it describes the decoded model."""
     quantization = vars(config).pop("quantization_config", None)
     if quantization is None:
         return None
@@ -294,6 +294,6 @@ def _take_encoding(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, StrictDataclassError):  # the first of its lines only says that a check failed
+    if isinstance(error, StrictDataclassError):  # its first line only states that a check failed
         return " ".join(str(error).split())
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Files of tensors: read one tensor at a time, written whole or not at all. What files and folders are called."""
+"""Safetensors files, read one tensor at a time and written atomically; names of files and folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DECODED_BYTES = 4
-"""A byte that is stored may stand for two numbers of two bytes."""
+"""Largest decoded size of one stored byte: two numbers of two bytes."""
 UNENCODED = "Give a checkpoint in bfloat16, or one whose config names its fp8 format (`weight_scale_inv`)."
 AGAIN = "Download or save the model again."
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -28,14 +28,14 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor that is stored as several others, from which it is computed when it is read."""
+    """A tensor that is stored as several parts and decoded from them when it is read."""
 
     parts: tuple[str, ...]
     decode: Callable[..., Tensor]
 
 
 class Reader:
-    """Reads tensors of several files, each opened once; encoded ones decoded."""
+    """Reads tensors from several files, opening each file once, and decodes encoded ones. Raises `ModelError`."""
 
     def __init__(self, files: Mapping[str, Path], encoded: Mapping[str, Encoded], stack: ExitStack) -> None:
         self._files, self._encoded, self._stack, self._open = files, encoded, stack, {}
@@ -65,7 +65,7 @@ class Reader:
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
-        # pread, not mmap: pages of a mapped file would count as memory in use.
+        # pread, not mmap: pages of a mapped file would count as used memory.
         handle = safe_open(str(file), framework="pt", device="cpu", backend="pread")
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, error) from error
@@ -78,7 +78,7 @@ def _unreadable(file: Path, error: Exception) -> ModelError:
 
 
 def files_by_tensor(folder: Path) -> dict[str, Path]:
-    """Checkpoint name -> the file that holds it. Raises `ModelError` when a file is missing or damaged."""
+    """Return checkpoint name -> the file that holds it. Raises `ModelError` if a file is missing or damaged."""
     index = folder / INDEX
     names = sorted(set(_weight_map(index).values())) if index.is_file() else [SINGLE]
     files: dict[str, Path] = {}
@@ -101,13 +101,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """The checkpoint names in one file."""
+    """Return the names of the tensors in one file."""
     with _opened(file) as opened:
         return list(opened.keys())
 
 
 def bytes_of(files: Mapping[str, Path], encoded: Mapping[str, Encoded], key: str) -> int:
-    """Of a tensor as it is stored, or at most when it is decoded."""
+    """Return the bytes of a tensor as stored or, if it is encoded, an upper bound of its decoded size."""
     is_encoded = key in encoded
     stored = encoded[key].parts[0] if is_encoded else key
     with _opened(files[stored]) as file:
@@ -117,16 +117,17 @@ def bytes_of(files: Mapping[str, Path], encoded: Mapping[str, Encoded], key: str
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write one safetensors file atomically."""
     with whole_file(file) as aside:
         save_file({key: _own(tensor) for key, tensor in tensors.items()}, aside, metadata={"format": "pt"})
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A tensor that is all of its storage, as the file format asks."""
+    """Return the tensor, cloned if it is not all of its storage, as the file format requires."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def some_of(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Format the first four names and the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

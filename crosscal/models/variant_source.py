@@ -1,8 +1,8 @@
-"""A dense model or a compressed variant, opened to be measured a block at a time.
+"""Open a dense model or a compressed variant for measuring it one block at a time.
 
-What can be read so: dense weights; 8- and 4-bit floats with scales (`encoded.py`); linears packed as `export.py` packs
-them, each unpacked when its block is read; low-rank parts, which the walk adds beside the matrices. Any other
-quantization is refused: its blocks could only be read by the code that loads the whole model.
+Supported: dense weights; 8- and 4-bit floats with scales (`encoded.py`); linears packed as in `export.py`, unpacked
+when their block is read; low-rank parts, which `by_blocks.py` adds to the outputs of the linears. Any other
+quantization is rejected: only code that loads the whole model could read its blocks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from crosscal.models.tensor_files import INDEX, SINGLE
 
 
 def open_variant(folder: Path) -> ModelSource:
-    """Raises `ModelError` for a folder that is no complete model, whose tensors are not those of its config, or that
-    cannot be read block by block."""
+    """Open a model folder. Raises `ModelError` if it is not a complete model, if tensors of its config are missing, or
+    if it cannot be read block by block."""
     if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
     try:
@@ -39,7 +39,7 @@ def open_variant(folder: Path) -> ModelSource:
             do="Measure it where it fits in memory.",
         )
     if packed_bits(quantization) is not None and not isinstance(config.dtype, torch.dtype):
-        config.dtype = torch.float32  # as `load_variant`, which rounds to no dtype then
+        config.dtype = torch.float32  # like `load_variant`, which does not round the weights in this case
     source = ModelSource(folder, config)
     source.weights.check_names()
     if adapter_files(folder):

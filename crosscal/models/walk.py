@@ -1,10 +1,11 @@
-"""One pass over a model, block by block: what every site's inputs add up to, for several slices of data at once.
+"""The walk: a calibration pass over a model, block by block, that sums the input moments of every site for several
+slices of data at once.
 
 Shapes: S windows of a slice, B of a batch, L tokens of a window, D hidden size.
 
-All batches of all slices go through block k before block k + 1. In memory are the weights of one block and, being read
-ahead, of the next; the Hessians of one block; and the hidden states of all tokens, overwritten in place. A sequential
-walk that is to pair the inputs of compressed blocks with those of the dense model holds these states twice.
+All batches of all slices go through block k before block k + 1. Memory holds the weights of one block and of the next
+one (prefetched), the Hessians of one block, and the hidden states of all tokens, overwritten in place. A sequential
+walk that pairs the inputs of compressed blocks with those of the dense model holds the hidden states twice.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from crosscal.statistics.statistic import EVERY, Statistic, streams_of
 
 Upstream = Literal["dense", "sequential"]
 CACHED_TOKENS = 512
-"""Of a batch on a CPU: what passes between the layers of a block stays in its caches, and products are large enough for
-full speed. 4096 tokens take 10 % more time (hidden size 512)."""
+"""Tokens of a batch on a CPU: activations between the layers of a block stay in its caches, and products are large
+enough for full speed. Batches of 4096 tokens take 10 % more time (hidden size 512)."""
 
 SURVEY_TOKENS = 256
 SEQUENTIAL = "Set `upstream: sequential`: inputs of the dense model are its own counterparts."
@@ -46,29 +47,29 @@ SEQUENTIAL = "Set `upstream: sequential`: inputs of the dense model are its own 
 
 @dataclass(frozen=True, eq=False)
 class BlockMoments:
-    """What one block's sites saw."""
+    """The input moments of one block's sites, as passed to `on_block`."""
 
     block: int
     name: str
     """E.g. `model.layers.3`."""
     sites: tuple[Site, ...]
     left_dense: tuple[LeftDense, ...]
-    """What no method changes, and why. Empty, as `sites`, for a block that was not wanted."""
+    """Parameters that no method changes, and why. Like `sites`, empty for a block that was not wanted."""
     moments: Mapping[str, Mapping[str, InputMoments]]
-    """Slice -> site -> moments. An expert that no token of a slice was sent to has moments of 0 tokens. Empty for a
+    """Slice -> site -> moments. An expert to which no token of a slice was routed has moments of 0 tokens. Empty for a
     block that was not wanted."""
     parameters: Mapping[str, Tensor]
-    """The block's dense parameters by their names inside it, on the walk's device, in its dtype. Not to be changed."""
+    """Name inside the block -> dense parameter, on the walk's device, in its dtype. Do not change or keep them."""
 
 
 @dataclass(frozen=True)
 class WalkReport:
     tokens: int
-    """Of all slices; each was run once (`dense`) or twice (`sequential`, three times in pairs) through every block."""
+    """Of all slices. Each goes through every block once (`dense`), twice (`sequential`) or three times (pairs)."""
     blocks: int
     seconds: float
     nll: Mapping[str, list[float]] = field(default_factory=dict)
-    """Slice → of its first windows the mean negative log-likelihood a token, where that was asked for."""
+    """Slice -> mean negative log-likelihood per token of each of its first windows; only with `with_nll`."""
 
 
 OnBlock = Callable[[BlockMoments], Mapping[str, Tensor] | None]
@@ -89,24 +90,26 @@ def walk(
     spill_to: Path | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> WalkReport:
-    """Calibrate a model on `slices` (name -> tokens_SL, windows without padding); `on_block` is called for each block.
+    """Sum input moments over `slices` (name -> tokens_SL, windows without padding) and call `on_block` for each block.
 
     `upstream="dense"`: each block's input is the dense model's. One forward pass per block; `on_block` returns None.
-    `upstream="sequential"`: `on_block` returns the block's changed parameters by name (None: unchanged) and the block
-    is run again with them, so that the next block sees what the compressed model would give it.
-    On a CPU the moments of a dense walk have the same bits whatever torch's number of threads: a batch is computed by
-    one thread, and batches add in their order. Of a sequential walk they have as far as what `on_block` returns does.
-    `wanted(k)` false: block k is only run forward; a sequential walk then still calls `on_block`, with no moments, to
-    learn which parameters were chosen before. Nothing is computed after the last wanted block.
-    `statistics`: without `gram` among them Σ x xᵀ is not summed; the small sums always are. Those of two streams take a
-    sequential walk, and a dense stream of hidden states that goes through the dense weights alone.
-    `with_nll`: a dense walk that comes to the last block also says how likely the model finds the first windows.
-    `dtype`: that of weights and activations; by default float32 on a CPU and the checkpoint's own elsewhere.
-    `batch_tokens`: at most so many at once, and at least one window; on a CPU fewer, as its caches like it.
+    `upstream="sequential"`: `on_block` returns the block's changed parameters (name inside the block -> tensor of the
+    stored shape, any float dtype; None: unchanged). The block is run again with them, rounded to the checkpoint's
+    dtype, so that the next block's input is that of the compressed model.
+    On a CPU the moments of a dense walk are bitwise independent of torch's number of threads: one thread computes a
+    batch, and batches are added in order. Those of a sequential walk are too if the results of `on_block` are.
+    `wanted(k)` false: block k only runs forward. A sequential walk still calls `on_block`, with no moments, to get the
+    parameters that were solved earlier. Nothing is computed after the last wanted block.
+    `statistics`: Σ x xᵀ is summed only if `gram` is included; the vectors always are. Statistics of two streams require
+    a sequential walk, and add a second stream of hidden states that goes through the dense weights only.
+    `with_nll`: a dense walk that reaches the last block also computes `WalkReport.nll`.
+    `dtype`: of weights and activations; by default float32 on a CPU and the checkpoint's dtype elsewhere.
+    `batch_tokens`: at most this many tokens per batch, but at least one window; on a CPU at most `CACHED_TOKENS`.
+    `spill_to`: folder for memory-mapped temporary files that hold the hidden states; None: on `device`.
 
-    Raises `UnsupportedModel` for a model that cannot be walked, or whose inputs cannot be paired, `UsageError` for
-    pairs with a dense upstream, `ModelError` for unreadable weights, unusable windows and hidden states that are not
-    finite.
+    Raises `UnsupportedModel` for a model that cannot be walked or whose inputs cannot be paired, `UsageError` for
+    pairs with a dense upstream, `ModelError` for unreadable weights, unusable windows and non-finite inputs or hidden
+    states.
     """
     started = time.monotonic()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else source.dtype)
@@ -145,9 +148,10 @@ def walk(
 
 
 def survey(source: ModelSource) -> list[Matrices]:
-    """The matrices of every block, before anything is calibrated: of blocks that are built alike one is read and run,
-    on one window of made-up tokens; all are where blocks hand on more than hidden states. Raises what `walk` would
-    raise for them."""
+    """Find the matrices of every block before calibration, on one window of random tokens.
+
+    Of blocks with the same structure only one is loaded and run, unless blocks hand on more than hidden states. Raises
+    the errors that `walk` would raise for the matrices."""
     length = min(SURVEY_TOKENS, max(2, (source.max_positions or 2 * SURVEY_TOKENS) // 2))
     chance = torch.Generator().manual_seed(0)
     tokens_1L = torch.randint(source.config.get_text_config().vocab_size, (1, length), generator=chance)
@@ -162,7 +166,7 @@ def survey(source: ModelSource) -> list[Matrices]:
                 continue
             with attached(block, source.load_block(index, dtype=numbers.dtype)):
                 found.append(of_kind[kind] if kind in of_kind else run.find_matrices(index))
-                if run.calls.hand_on:  # a later block needs what this one leaves
+                if run.calls.hand_on:  # a later block needs this one's further outputs
                     run.pass_on(index)
             if not any(left.must_be_asked for left in found[-1].left_dense):  # another may use what this one does not
                 of_kind[kind] = found[-1]
@@ -194,7 +198,7 @@ def _one_block(
         changed = on_block(BlockMoments(index, name, found.sites, found.left_dense, moments, parameters))
         assert not (dense and changed), "a dense walk hands on the dense model's outputs"
     if not dense and not is_last:
-        # Rounded as the checkpoint will store it: the next block sees what the compressed model gives.
+        # Rounded as the checkpoint will store it, so that the next block's input is that of the compressed model.
         stored = {key: value.to(run.source.dtype) for key, value in (changed or {}).items()}
         with attached(block, {key: value.to(run.numbers.device, run.numbers.dtype) for key, value in stored.items()}):
             run.pass_on(index)
@@ -209,8 +213,8 @@ def enter(
     *,
     in_pairs: bool = False,
 ) -> Passes:
-    """Run what comes before the blocks: the hidden states of every token, and how the model calls each block.
-    `in_pairs`: twice the states, one stream to stay dense."""
+    """Run what precedes the blocks, and record how the model calls each block. The result holds the hidden states of
+    every token that enter the first block; with `in_pairs` twice, in a second, dense stream."""
     model = source.skeleton(numbers.dtype)
     place_buffers(model, numbers.device)
     blocks = find_blocks(model)[1]
@@ -226,12 +230,12 @@ def enter(
 
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
-"""A place for hidden states of a shape and dtype, nothing in it yet."""
+"""Allocates an uninitialised tensor of a shape and dtype for hidden states."""
 
 
 @contextmanager
 def allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]:
-    """On `device`, or in temporary files under `spill_to` that are mapped into memory and gone afterwards."""
+    """Allocate on `device`, or in memory-mapped temporary files under `spill_to`, which are deleted afterwards."""
     if spill_to is None:
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
@@ -243,7 +247,7 @@ def allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]
 
 
 def _hidden_of(name: str, tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate: Allocate) -> Tensor:
-    """What enters the first block, [S, L, D]; a walk overwrites it in place, block after block."""
+    """Return the hidden states that enter the first block, [S, L, D]; a walk overwrites them in place."""
     first_1LD = calls.enter(tokens_SL[:1].to(numbers.device), (name, None))
     hidden_SLD = allocate(torch.Size((len(tokens_SL), *first_1LD.shape[1:])), first_1LD.dtype)
     for batch in batches(len(tokens_SL), tokens_SL.shape[1], numbers.batch_tokens):
@@ -252,7 +256,7 @@ def _hidden_of(name: str, tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers
 
 
 def check_windows(source: ModelSource, slices: Mapping[str, Tensor]) -> None:
-    """Raises `ModelError` for windows that this model cannot read."""
+    """Raise `ModelError` for windows that this model cannot process."""
     vocabulary, longest = source.config.get_text_config().vocab_size, source.max_positions
     if not slices:
         raise ModelError("there is nothing to calibrate on", got="no slices")

@@ -1,8 +1,8 @@
-"""Reads a few of a checkpoint's tensors, under the names of the modules that transformers builds from them.
+"""Read selected tensors of a checkpoint, under the names of the modules that transformers builds from them.
 
-A checkpoint may name or cut its tensors differently from the modules: one tensor per expert where the module holds
-all experts stacked, an older spelling of a layer. transformers' own conversion rules are applied, to the tensors that
-are asked for and no others, so that a block can be read without the rest of the model (see `naming.py`).
+A checkpoint may name or split its tensors differently from the modules: one tensor per expert where the module holds
+all experts stacked, or an older name of a layer. transformers' own conversion rules are applied only to the requested
+tensors, so that a block can be read without the rest of the model (see `naming.py`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from crosscal.models.naming import Naming
 from crosscal.models.tensor_files import AGAIN, Encoded, Reader, bytes_of, some_of
 
 Wanted = Callable[[str], bool]
-"""Says of a module's tensor name whether it is asked for."""
+"""Predicate on a tensor's name in the model: whether it is requested."""
 
 
 class Weights:
-    """Tensors in safetensors files (`files`: checkpoint name -> file), as `model`, on the meta device, names them.
+    """Tensors in safetensors files (`files`: checkpoint name -> file), under the names of `model`, on the meta device.
 
-    `encoded`: names of tensors that are not stored as they are; their parts are no tensors of the checkpoint then.
+    `encoded`: checkpoint name -> tensor that is stored as parts; the parts then do not count as tensors of their own.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Weights:
     def load(
         self, wanted: Wanted, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """Every wanted tensor, in `dtype` or as stored. Raises `ModelError` for missing, stray or unreadable ones."""
+        """Load every wanted tensor by its name in the model, in `dtype` or as stored. Raises `ModelError` for tensors
+        that are missing, unexpected, of the wrong shape or unreadable."""
         strays = [name for name in self.strays if wanted(name)]
         if strays:
             raise ModelError("the checkpoint holds tensors that the model has no place for", got=some_of(strays))
@@ -72,7 +73,7 @@ class Weights:
         return loaded
 
     def check_names(self) -> None:
-        """Raises `ModelError` for tensors of the model that no file holds; none is read."""
+        """Raise `ModelError` if a tensor of the model is in no file, without reading any tensor."""
         held = {*self._sources, *self._tied}
         for target, sources in self._sources.items():
             rule = self._rule(sources[0][1])
@@ -82,20 +83,20 @@ class Weights:
         self._check_missing(held, lambda name: True)
 
     def stored(self, keys: list[str]) -> dict[str, Tensor]:
-        """Tensors exactly as the checkpoint names and stores them."""
+        """Read tensors under their checkpoint names, without renaming or conversion (encoded ones are decoded)."""
         with ExitStack() as stack:
             reader = Reader(self.stored_in, self.encoded, stack)
             return {key: reader(key) for key in keys}
 
     def keys_of(self, wanted: Wanted) -> set[str]:
-        """The checkpoint's names of everything that is wanted and that the model has a place for."""
+        """Return the checkpoint names of all wanted tensors of the model."""
         return {key for target, sources in self._sources.items() if wanted(target) for key, _ in sources}
 
     def in_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model under the names, and cut as, the checkpoint has them: the inverse of `load`.
+        """Rename and split tensors of the model as in the checkpoint: the inverse of `load`.
 
-        Everything that is converted together must be there together, for instance a whole block. Raises `ModelError`
-        where transformers' own inverse does not lead back to the checkpoint's names.
+        `tensors` must contain everything that is converted together, for instance a whole block. Raises `ModelError`
+        if transformers' own inverse conversion does not give the checkpoint's names.
         """
         plain = {target for target in tensors if self._sources.get(target) and not self.is_converted(target)}
         found = {key: tensors[target] for target in plain for key, _ in self._sources[target]}
@@ -107,7 +108,7 @@ class Weights:
         for (target, pattern), names in places.items():
             keys = [key for key, its_pattern in self._sources.get(target, ()) if its_pattern == pattern]
             if not keys and target in self._tied:
-                continue  # written where the checkpoint has it
+                continue  # written under the name that the checkpoint has
             if not keys or len(keys) != len(names):
                 raise ModelError(
                     "this tensor cannot be written as the checkpoint stores it", where=target, got=f"{len(keys)} names"
@@ -116,18 +117,18 @@ class Weights:
         return found
 
     def target_of(self, key: str) -> str:
-        """The model's name of a checkpoint's tensor that is not converted."""
+        """Return the name in the model of a checkpoint's tensor."""
         return self._naming.place(key)[0]
 
     def linear_of(self, target: str) -> str:
-        """What the checkpoint calls a linear: of `x.weight`, x in its spelling, or in the model's own where it stores
-        that tensor in some other way."""
+        """Return the checkpoint's name of the linear with weight `target`, or the model's name if the checkpoint does
+        not store that weight as one unconverted tensor."""
         sources = self._sources.get(target, [])
         is_plain = len(sources) == 1 and sources[0][1] is None and sources[0][0].endswith(".weight")
         return (sources[0][0] if is_plain else target).removesuffix(".weight")
 
     def stacked_keys(self) -> set[str]:
-        """The checkpoint's names of linears that the model holds in stacks: those of experts."""
+        """Return the checkpoint names of the weights that the model holds in stacks: those of experts."""
         stacks = (target for target in self._sources if self._expected[target].ndim == 3)
         return {key for stack in stacks for key, pattern in self._sources[stack] if pattern and key.endswith(".weight")}
 
@@ -135,7 +136,7 @@ class Weights:
         return target in self._sources and self._sources[target][0][1] is not None
 
     def taken_apart(self, stack: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What becomes of a stack of experts under the names of a checkpoint that stores them one by one."""
+        """Split a stack of experts into the tensors of a checkpoint that stores experts one by one: name -> tensor."""
         (key, pattern), *_ = self._sources[stack]
         if pattern is not None:
             return self.in_checkpoint({stack: tensor})
@@ -144,11 +145,12 @@ class Weights:
         return {theirs + name.removeprefix(own) if name.startswith(own) else name: t for name, t in reverted.items()}
 
     def bytes_of(self, key: str) -> int:
-        """As it is stored, or at most when it is decoded."""
+        """Return the bytes of a tensor as stored or, if it is encoded, an upper bound of its decoded size."""
         return bytes_of(self.stored_in, self.encoded, key)
 
     def _match_names(self) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, str]]:
-        """Module name -> (checkpoint name, conversion pattern), in order; of strays: module name -> checkpoint name."""
+        """Return model name -> [(checkpoint name, conversion pattern)] in order, and name -> checkpoint name of tensors
+        that the model does not contain."""
         sources: dict[str, list[tuple[str, str | None]]] = {}
         strays: dict[str, str] = {}
         for key in sorted(self.files, key=dot_natural_key):
@@ -161,11 +163,11 @@ class Weights:
             if source in self._expected and source not in sources and tied in sources:
                 sources[source] = sources[tied]
         info = _loading_info(unexpected=set(strays))
-        self.model._adjust_missing_and_unexpected_keys(info)  # old rotary tables and masks, which loading leaves out
+        self.model._adjust_missing_and_unexpected_keys(info)  # drops old rotary tables and masks, as loading does
         return sources, {name: strays[name] for name in strays if name in info.unexpected_keys}
 
     def _stored_once(self) -> dict[str, str]:
-        """Module name that the checkpoint lacks -> the name of the same parameter that it has."""
+        """Return model name that the checkpoint lacks -> name of a tied parameter that it contains."""
         groups: dict[str, list[str]] = {}
         for name, other in self.model.all_tied_weights_keys.items():
             group = groups.setdefault(other, groups.get(name, [other]))
@@ -180,7 +182,7 @@ class Weights:
         rule = deepcopy(self._rule(tensors[0][1]))
         assert rule is not None
         for key, pattern, tensor in tensors:
-            rule.add_tensor(target, key, str(pattern), cast(Any, tensor))  # a tensor may stand for its future
+            rule.add_tensor(target, key, str(pattern), cast(Any, tensor))  # accepts a tensor in place of a future
         info = _loading_info()
         try:
             made = rule.convert(target, model=self.model, config=self.model.config, loading_info=info)
@@ -197,7 +199,7 @@ class Weights:
     def _dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         if dtype is None:
             return None
-        kept = self.model._get_dtype_plan(dtype)  # modules that a family insists on computing in float32
+        kept = self.model._get_dtype_plan(dtype)  # modules that must compute in float32
         return next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), dtype)
 
     def _check_complete(self, loaded: Mapping[str, Tensor], wanted: Wanted) -> None:

@@ -1,7 +1,7 @@
-"""The whole run in one typed file: what to read, how to calibrate, what to solve, what to measure, what to publish.
+"""The typed plan of a run: corpora, calibration, compression, evaluation, execution and publication.
 
-A plan is read from YAML and checked once, here; every default is written back by `dump_plan`. Relative paths are
-relative to the plan file. `$domain` stands for a domain that is named when the plan is read.
+`load_plan` reads YAML and validates it once; `dump_plan` writes the plan with every default. Relative paths are
+relative to the plan file. `$domain` stands for a domain that is named when the plan is loaded.
 """
 
 from crosscal.plan.domain import WORD

@@ -1,4 +1,4 @@
-"""A plan for whichever domain lands: the word `$domain`, in keys and in strings, stands for the domain's name."""
+"""Plan templates for landed domains: `$domain`, in keys and in strings, stands for the domain's name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def with_domain(data: dict[str, Any], domain: str | None, where: str) -> dict[str, Any]:
-    """The plan's mapping with the domain filled in; without the word it stays as it is and takes no domain.
+    """Return the plan's mapping with the domain filled in. A plan without `$domain` accepts no domain.
 
-    The name is checked before it goes anywhere: it may come from an event. Raises `PlanError`.
+    The name is validated before it is used: it may come from an event. Raises `PlanError`.
     """
     is_template = _mentions(data)
     if domain is None:

@@ -1,4 +1,4 @@
-"""Plans as files: read, overridden, checked, written back."""
+"""Plan files: read, override, validate, write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = 
 
 
 def read_plan(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping of a plan's file, with overrides, as it is written: nothing is checked. Raises `PlanError`."""
+    """Return the mapping of a plan file with overrides applied, without validating it. Raises `PlanError`."""
     try:
         content = plan_file(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +65,7 @@ def read_plan(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def parse_plan(data: dict[str, Any], where: str = "plan", base: Path | None = None) -> CompressionPlan:
-    """Check a mapping; relative paths are resolved against `base`."""
+    """Validate a mapping and resolve relative paths against `base`. Raises `PlanError`."""
     try:
         plan = CompressionPlan.model_validate(data)
     except ValidationError as error:
@@ -74,7 +74,7 @@ def parse_plan(data: dict[str, Any], where: str = "plan", base: Path | None = No
 
 
 def dump_plan(plan: CompressionPlan) -> str:
-    """The plan with every default written out, as YAML that `load_plan` reads back to an equal plan."""
+    """Return the plan with every default as YAML, which `load_plan` reads back to an equal plan."""
     return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=120)
 
 
@@ -102,7 +102,7 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
     def absolute(path: str) -> str:
         if "://" in path:
             return path
-        here = base / Path(path).expanduser()  # an absolute path stays what it is
+        here = base / Path(path).expanduser()  # an absolute path stays unchanged
         if here.exists():
             return str(here.resolve())
         return path if _HUB_ID.fullmatch(path) and not format_of(path) else str(here)
@@ -122,7 +122,7 @@ def _resolve(plan: CompressionPlan, base: Path) -> CompressionPlan:
 
 
 def _fields(location: Sequence[Any]) -> list[str]:
-    """Field names of the section a location points into, for suggestions."""
+    """Return the field names of the section that a location points into, for suggestions."""
     sections: dict[str, type[BaseModel]] = {
         "calibration": Calibration,
         "compress": Compress,
@@ -144,7 +144,7 @@ def _fields(location: Sequence[Any]) -> list[str]:
 
 
 def _without_tag(location: Sequence[Any]) -> list[Any]:
-    """Which kind an entry was taken for is no part of its place."""
+    """Drop pydantic's union tags from an error location: a plan does not contain them."""
     if tuple(location[:2]) == TASKS:
         return [*location[:3], *location[4:]]
     return [part for part in location if part not in ("documents", *KINDS)]

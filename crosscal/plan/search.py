@@ -1,4 +1,4 @@
-"""How a plan asks for a mixture: weights, or `auto` in their place where they are to be found.
+"""Mixture syntax of a plan: weights, or `auto` to have them found by a search.
 
 alpha: [0, 0.5, auto]
 alpha: {auto: {general_within: 0.02}}
@@ -20,13 +20,13 @@ AUTO = "auto"
 
 
 class Rule(BaseModel):
-    """What the weight that is found has to keep."""
+    """Constraint on the weight that is found."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     general_within: float = Field(gt=0, le=1)
-    """How much above general-only calibration's the perplexity on the general corpus may be, as a fraction, on
-    validation windows; of what keeps that, the lowest perplexity on the domain is taken."""
+    """Allowed excess of perplexity on the general corpus over general-only calibration, as a fraction, on validation
+    windows; of the weights within it, that of the lowest perplexity on the domain is taken."""
 
 
 class RuledAlpha(BaseModel):
@@ -39,7 +39,7 @@ class WeighedMixture(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     auto: dict[Name, Annotated[float, Field(gt=0)]] = Field(min_length=2)
-    """Corpus -> exponent of its loss in the geometric mean that is made small: 2 counts twice."""
+    """Corpus -> exponent of its loss in the geometric mean that is minimised: 2 counts twice."""
 
 
 def _kind_of_alpha(value: Any) -> str:
@@ -64,16 +64,16 @@ Weights = Annotated[
     Discriminator(_kind_of_mixture),
 ]
 KINDS = ("number", "rule", "weights", "exponents")
-"""What pydantic puts into the place of an error, and no plan says. (`auto` is a word of plans.)"""
+"""Union tags that pydantic adds to error locations and that no plan contains. (`auto` is plan syntax.)"""
 
 
 def as_mixtures(value: Any) -> Any:
-    """One mixture as a list of it."""
+    """Return a single mixture as a list of one, anything else unchanged."""
     return [value] if isinstance(value, dict | str) else value
 
 
 def corpora_named(entry: Mapping[str, Any]) -> Iterator[str]:
-    """By an entry of `compress` and its steps."""
+    """Yield the corpora that an entry of `compress` and its steps name."""
     for part in (entry, *(entry.get("steps") or [])):
         yield from as_axis(part.get("domain") or [])
         for weights in as_mixtures(part.get("mixture") or []):

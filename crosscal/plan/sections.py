@@ -1,5 +1,5 @@
-"""The sections of a plan and what they may hold. Any list in an entry of `compress` (or in `calibration.seed`) is an
-axis of a sweep; `crosscal.variants` expands them.
+"""The sections of a plan. Any list in an entry of `compress` (or in `calibration.seed`) is an axis of a sweep, which
+`crosscal.variants` expands.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Documents(_Section):
 
     source: Literal["documents"] = "documents"
     path: str | list[str] | None = None
-    """Where the documents are; left out, the corpus of this name in the store is used."""
+    """Location of the documents; by default the corpus of this name in the store is used."""
     text: str = "text"
-    """Column that holds the text or the turns of a conversation; left out, the form is found from the columns: `text`,
-    `messages`, `conversations`, instruction and output, prompt and response (see `crosscal.corpora.forms`)."""
+    """Column that holds the text or the turns of a conversation; by default the form is detected from the columns:
+    `text`, `messages`, `conversations`, instruction and output, prompt and response (see `crosscal.corpora.forms`)."""
     chat: Literal["template", "text"] = "template"
-    """How conversations are read: rendered by the model's own chat template, or their turns as plain text."""
+    """Rendering of conversations: by the model's own chat template, or their turns as plain text."""
     revision: str | None = None
     """Revision of a hub dataset."""
     split: Literal["train", "validation", "test"] | None = None
     """Put all documents into this split instead of splitting by document."""
     select: Select | None = None
-    """Use only some of them: chosen towards a sample, near-duplicates dropped."""
+    """Use a subset of the documents: similar to a sample, without near-duplicates."""
 
     @property
     def described(self) -> str:
-        """Where the text comes from, for reports."""
+        """Origin of the text, for reports."""
         if self.select is None or self.select.method is None:
             return "documents" if self.select is None else "documents, near-duplicates dropped"
         return f"documents chosen by {self.select.method} towards {self.select.towards}"
@@ -64,25 +64,26 @@ CorpusSource = Annotated[
 
 
 class Calibration(_Section):
+    """The windows that statistics are computed from."""
+
     windows: int = Field(128, ge=1)
     length: int = Field(2048, ge=8)
-    """Tokens a window."""
+    """Tokens per window."""
     seed: int | list[int] = 0
-    """Which windows are drawn; a list repeats the whole sweep for each."""
+    """Seed of the draw of windows; a list repeats the whole sweep for each seed."""
     held_out_windows: int = Field(16, ge=1)
-    """Windows from the validation split, for the held-out layer error."""
+    """Windows from the validation split, for the held-out layer loss."""
     parts_kept_apart: int = Field(4, ge=1, le=16)
-    """Of a corpus that grows, the newest so many sets of windows keep their moments each by itself; those of older ones
-    are kept as one sum."""
+    """Number of newest calibration sets of a growing corpus whose moments are stored separately; those of older sets
+    are stored as one sum."""
     begin_token: bool | None = None
-    """Whether every window, of test text as well, begins with beginning-of-text; left out, it does where the tokenizer
-    puts that in front of a text by default."""
+    """Whether every window, of test text as well, begins with beginning-of-text; by default as the tokenizer does."""
     plain_text: bool = False
-    """Read text that spells a special token (`</s>`) as the letters it consists of, in test windows as well."""
+    """Encode text that spells a special token (`</s>`) as ordinary characters, in test windows as well."""
     batch_tokens: int = Field(4096, ge=1)
-    """Tokens a forward pass."""
+    """Tokens per forward pass."""
     sufficiency: bool = False
-    """Say of every corpus whether there is enough of it, as `crosscal enough` does: half a reading at most."""
+    """Report if each corpus has enough text, as `crosscal enough` does. Costs at most half a calibration pass."""
 
 
 class Compress(_Section):
@@ -98,23 +99,23 @@ class Compress(_Section):
     """Methods in order, with their settings; a step may have a `domain`, `alpha` or `mixture` of its own."""
     domain: Annotated[list[Name] | None, BeforeValidator(lambda v: v if v is None else as_axis(v))] = None
     alpha: Annotated[list[Alpha], BeforeValidator(as_axis)] = [0.5]
-    """Weight of the domain; 1 - alpha is the general corpus's. A tenth costs general text next to nothing. `auto` finds
-    the weight that balances the two by layer losses on held-out text; {auto: {general_within: 0.02}} the best for the
-    domain at no more than 2 % of general perplexity."""
+    """Weight of the domain; 1 - alpha is that of the general corpus. A tenth costs general text almost nothing. `auto`
+    finds the weight that balances the two by layer losses on held-out text; {auto: {general_within: 0.02}} finds the
+    best one for the domain that raises general perplexity by at most 2 %."""
     mixture: Annotated[list[Weights] | None, BeforeValidator(as_mixtures)] = None
     """Weights over any corpora, instead of `domain` and `alpha`; `auto` balances all corpora of the plan,
     {auto: {general: 1, legal: 2}} those named, legal counting twice."""
     upstream: Annotated[list[Literal["dense", "sequential"]], BeforeValidator(as_axis)] = ["dense"]
-    """Inputs of the dense model (cached), or recomputed after each compressed block as the published loops do."""
+    """Layer inputs: the dense model's (cached), or recomputed after each compressed block as the published loops do."""
     trace_normalised: bool = False
-    """Scale the Hessians of a site to one trace before mixing."""
+    """Scale the Hessians of all corpora to the same trace, per site, before mixing."""
     fallback: Literal["keep-dense"] | None = None
-    """What to do with a matrix whose statistics cannot be solved; left out, the run stops with the reason."""
+    """Treatment of a matrix whose statistics cannot be solved; by default the run stops with the reason."""
 
     @model_validator(mode="before")
     @classmethod
     def _settings_are_axes(cls, data: Any) -> Any:
-        """Settings become lists of checked values with their defaults; steps likewise, one after another."""
+        """Turn settings into lists of validated values, with defaults; likewise those of each step."""
         if not isinstance(data, dict):
             return data
         if (data.get("method") is None) == (data.get("steps") is None):
@@ -146,42 +147,46 @@ def _checked_step(number: int, step: Any) -> dict[str, Any]:
 
 
 class Evaluate(_Section):
+    """What is measured of every model."""
+
     perplexity: list[Name] | None = None
-    """Corpora whose test and validation text is measured; left out, all with documents."""
+    """Corpora whose test and validation text is measured; by default all corpora of documents."""
     tasks: list[Task] = []
-    """Names of lm-eval's, files of questions, or mappings that say more (see `crosscal.plan.tasks`)."""
+    """Names of lm-eval tasks, files of questions, or mappings with details (see `crosscal.plan.tasks`)."""
     windows: int = Field(64, ge=2)
-    """Of each corpus's test text: what reports show."""
+    """Test windows per corpus: reports show these."""
     validation_windows: int = Field(32, ge=2)
-    """Of each corpus's validation text, where it has some: what choices are made by."""
+    """Validation windows per corpus, if it has validation text: choices are based on these."""
     length: int | None = Field(None, ge=8)
-    """Tokens a window; left out, that of the calibration."""
+    """Tokens per window; by default that of the calibration."""
     batch_tokens: int = Field(4096, ge=1)
     limit: int | None = Field(None, ge=1)
-    """Questions per task; left out, all."""
+    """Questions per task; by default all."""
     allow_leaks: bool | list[str] = False
-    """Go on although texts of an evaluation set stand in the calibration text: all, or these corpora and tasks."""
+    """Continue although calibration text contains texts of an evaluation set: of any, or of these corpora and tasks."""
     screen: bool = False
-    """Do not evaluate variants of which another of their level loses clearly less on held-out text of every corpus; the
-    report lists them with the reason."""
+    """Skip variants if another of their level loses clearly less on held-out text of every corpus; the report lists
+    them with the reason."""
     race: bool = False
-    """Measure all variants on a few validation windows, and on more, on test windows and by tasks those alone that are
-    not clearly worse than another of their level on every corpus; the report lists the others with the reason."""
+    """Measure all variants on a few validation windows; drop those clearly worse than another of their level on every
+    corpus (the report lists them with the reason), and measure the rest on more windows, test windows and tasks."""
 
 
 class Execution(_Section):
+    """Where and how the run computes."""
+
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU where there is one."""
+    """`cpu`, `cuda`, `cuda:1`; `auto` uses a GPU if there is one."""
     keep_models: bool = True
-    """Keep `models/<variant>` after its evaluation; false keeps the numbers alone."""
+    """Keep `models/<variant>` after its evaluation; false keeps only the measurements."""
     runner: Literal["threads", "dask"] = "threads"
-    """`dask`: windows are read and blocks are solved by the workers of a Dask cluster, which share the store."""
+    """`dask`: workers of a Dask cluster, which share the store, run the calibration passes and solve the blocks."""
     address: Annotated[str, Field(pattern=r"^(tcp|tls)://[^/\s]+$")] | None = None
-    """The scheduler of a running cluster, tcp://host:port; left out, workers are started on this machine."""
+    """The scheduler of a running cluster, tcp://host:port; by default workers are started on this machine."""
     workers: int | None = Field(None, ge=1)
-    """How many to start on this machine; left out, two."""
+    """Number of workers to start on this machine; by default two."""
     part_tokens: int = Field(65536, ge=1)
-    """Most calibration tokens that a worker reads at a time. The sums depend on it in their last digits."""
+    """Maximum number of calibration tokens per worker task. The sums depend on it in their last digits."""
 
     @model_validator(mode="after")
     def _is_one_cluster(self) -> Execution:
@@ -191,27 +196,26 @@ class Execution(_Section):
 
 
 class Publish(_Section):
-    """When a landed domain's new model takes the place of its published one (see `crosscal.publication.policy`).
+    """When a landed domain's new model replaces its published one (see `crosscal.publication.policy`).
 
-    All is judged on validation text, and has to be shown there: an estimate within its error of a bound is refused.
+    Decided on validation text, and every bound must be shown to hold: an estimate within its error of it is refused.
     """
 
     domain: Name
-    """The corpus that the models are to be good at."""
+    """The corpus that the models are compressed for."""
     variant: str = BEST
-    """The candidate, by name. `best`: of those that keep the guard the best on the domain, and of those that cannot be
-    told from it the cheapest in general text."""
+    """The candidate, by name. `best`: of the variants that keep the guard and are not distinguishable from the best of
+    them on the domain, the one with the lowest general perplexity."""
     tolerance: float = Field(0.0, ge=0)
-    """How much worse on the domain than the published model the new one may be, as a fraction of perplexity; 0: it has
-    to be better."""
+    """Allowed excess over the published model's domain perplexity, as a fraction; 0: the new model must be better."""
     min_gain: float = Field(0.0, ge=0, lt=1)
-    """By what fraction of perplexity it has to be better at least; 0: it only has to be told from the published one."""
+    """Minimum improvement over the published model, as a fraction of perplexity; 0: any distinguishable improvement."""
     guard: dict[Name, Annotated[float, Field(ge=0)]] = {}
-    """Corpus → how much worse on it the new model may be, than the dense one and than the published one."""
+    """Corpus → how much worse on it the new model may be than the dense and the published one, as a fraction."""
 
     @property
     def corpora(self) -> list[str]:
-        """Those whose validation text decides."""
+        """The corpora whose validation text decides."""
         return list(dict.fromkeys([self.domain, *self.guard]))
 
     @model_validator(mode="after")
@@ -222,7 +226,7 @@ class Publish(_Section):
 
 
 class CompressionPlan(_Section):
-    """A complete run; see `plans/` for one per use."""
+    """A complete run; `plans/` has an example for each use."""
 
     model: str
     revision: str | None = None
@@ -232,11 +236,11 @@ class CompressionPlan(_Section):
     evaluate: Evaluate = Evaluate()  # pyright: ignore[reportCallIssue]
     execution: Execution = Execution()  # pyright: ignore[reportCallIssue]
     leave_dense: list[str] = []
-    """Matrices that stay as they are, by patterns over their names: `*.mixer.dt_proj`, `model.layers.0.*`."""
+    """Name patterns of matrices that stay dense: `*.mixer.dt_proj`, `model.layers.0.*`."""
     publish: Publish | None = None
-    """Left out, a landed domain's models are measured and kept in their run directory."""
+    """By default a landed domain's models are measured and kept in their run directory."""
     study: Study | None = None
-    """For `crosscal study`: how sure the differences between the variants are. A study keeps numbers, not models."""
+    """For `crosscal study`: are differences between variants significant? A study keeps measurements, not models."""
 
     @property
     def seeds(self) -> list[int]:

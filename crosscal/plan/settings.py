@@ -1,4 +1,4 @@
-"""The settings of methods in a plan: a method's dataclass fields are the plan's fields, each an axis of a sweep."""
+"""Method settings in a plan: the fields of a method's dataclass are plan fields, each an axis of a sweep."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pydantic_core import PydanticCustomError
 from crosscal.compressors import COMPRESSORS, Sparsity
 
 OF_A_MIXTURE = ("domain", "alpha", "mixture")
-"""What a step of a recipe may say besides its settings: that it sees another mixture than the recipe."""
+"""Fields of a recipe's step, besides its settings, that give it a mixture of its own."""
 Settings = tuple[tuple[str, Any], ...]
 
 
 def checked_axes(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Every setting as the list of its values, of the type that a method's field has; defaults are filled in.
+    """Return every setting as a list of values, validated by the type of the method's field, with defaults added.
 
-    Raises `PydanticCustomError` naming the setting: one that no method has, or a value of another type. Methods that do
-    not exist are passed over: `crosscal.variants` refuses them.
+    Raises `PydanticCustomError` naming the setting: one that no method has, or a value of another type. Unknown methods
+    are skipped here: `crosscal.variants` refuses them.
     """
     known = [method for method in methods if method in COMPRESSORS]
     if not known:
@@ -45,14 +45,14 @@ def checked_axes(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, 
 
 
 def combinations(method: str, axes: Mapping[str, list[Any]]) -> Iterator[Settings]:
-    """The product of those axes that a method has, in the order of its fields."""
+    """Yield the product of those axes that a method has, in the order of its fields."""
     fields = [name for name in _fields(method) if name in axes]
     for values in itertools.product(*(axes[name] for name in fields)):
         yield tuple(zip(fields, values, strict=True))
 
 
 def described_methods() -> list[dict[str, Any]]:
-    """Every method: its name, what it does (its file's first sentence), kind, needs, settings and arXiv numbers."""
+    """Describe every method: name, effect (first sentence of its module), kind, needs, settings and arXiv numbers."""
     return [_described(name, method) for name, method in COMPRESSORS.items()]
 
 
@@ -77,7 +77,7 @@ def _described(name: str, method: Any) -> dict[str, Any]:
 
 
 def needed(method: str) -> list[str]:
-    """Settings without a default."""
+    """Return the settings without a default."""
     return [name for name, field in _fields(method).items() if field.default is dataclasses.MISSING]
 
 
@@ -86,12 +86,12 @@ def default_of(method: str, name: str) -> Any:
 
 
 def example_of(method: str, name: str) -> str:
-    """A value that a setting may have."""
+    """Return an example value of a setting."""
     return {Sparsity: "0.5", int: "4"}.get(typing.get_type_hints(COMPRESSORS[method])[name], "…")
 
 
 def as_axis(value: Any) -> list[Any]:
-    """A value as a list of one; a list as it is."""
+    """Return a list unchanged, any other value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -115,7 +115,7 @@ def _checked(method: str, name: str, value: Any) -> Any:
 
 
 def _common_defaults(methods: list[str]) -> dict[str, Any]:
-    """Defaults on which all methods agree that have the setting; others stay each method's own."""
+    """Return the defaults that all methods with the setting share; other defaults stay each method's own."""
     found: dict[str, list[Any]] = {}
     for method in methods:
         for name, field in _fields(method).items():

@@ -1,4 +1,4 @@
-"""Where a plan's text comes from besides documents as they are: a choice among them, the model itself, chance."""
+"""Sources of a plan's text other than plain documents: selected documents, self-generated text, random tokens."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class _Section(BaseModel):
 
 
 class Select(_Section):
-    """A choice among the training documents of a corpus (see `crosscal.selection`)."""
+    """Selection among the training documents of a corpus (see `crosscal.selection`)."""
 
     method: Literal["dsir", "zip-fit"] | None = None
-    """dsir (arXiv 2302.03169) or zip-fit (2410.18194); left out, near-duplicates are dropped and nothing is scored."""
+    """dsir (arXiv 2302.03169) or zip-fit (2410.18194); by default near-duplicates are dropped and nothing is scored."""
     towards: str | None = None
-    """What chosen documents are to be like: a corpus of this plan, or a file, folder, glob or hub dataset id with a
-    column `text`. Its validation and test documents become those of the chosen corpus."""
+    """The sample that chosen documents should resemble: a corpus of this plan, or a file, folder, glob or hub dataset
+    id with a column `text`. Its validation and test documents become those of the chosen corpus."""
     documents: Annotated[int, Field(ge=1)] | None = None
-    """How many to choose; without a method a seeded random choice, left out all."""
+    """Number of documents to choose; without a method a seeded random choice, by default all."""
     seed: int = Field(0, ge=0)
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = 0.8
-    """Jaccard similarity of word 5-grams from which on two documents count as one; null: only equal ones do."""
+    """Jaccard similarity of word 5-grams from which two documents are duplicates; null: only equal ones are."""
     targets: int = Field(64, ge=1)
-    """zip-fit compares with so many documents of the sample."""
+    """Number of documents of the sample that zip-fit compares with."""
     least_words: int = Field(100, ge=1)
-    """dsir does not choose shorter documents."""
+    """Minimum words of a document that dsir chooses."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Select:
@@ -43,13 +43,13 @@ class Select(_Section):
         return self
 
     def check(self, where: str, corpora: Sequence[str], plain: Sequence[str]) -> None:
-        """A sample is one of the plan's corpora as they are, or a path, which is looked at when it is read."""
+        """Raise `ValueError` if `towards` is a corpus that is no plain one; a path is checked when it is read."""
         if self.towards in corpora and self.towards not in plain:
             raise ValueError(f"{where}.towards: {self.towards!r} is no corpus of documents as they are")
 
 
 def select_of(given: dict[str, Any]) -> Select:
-    """The same outside a plan. Raises `UsageError`."""
+    """Validate a selection given outside a plan. Raises `UsageError`."""
     try:
         return Select.model_validate(given)
     except ValidationError as error:
@@ -64,15 +64,15 @@ class SelfGenerated(_Section):
     t_init: float = Field(1.0, ge=0)
     t_final: float = Field(1.0, ge=0)
     steps: int = Field(10, ge=1)
-    """Tokens over which the temperature goes from t_init to t_final."""
+    """Tokens over which the temperature changes from t_init to t_final."""
     first_tokens: list[str] | None = None
-    """Words a text may begin with; left out, English stop words; [] allows every token."""
+    """Words that a text may begin with; by default English stop words; [] allows every token."""
     seeds: Name | None = None
-    """A corpus of documents: every text continues the beginning of one of them (arXiv 2410.17711)."""
+    """A corpus of documents; every text continues the beginning of one of them (arXiv 2410.17711)."""
     prefix_tokens: int = Field(64, ge=1)
-    """How much of a document is continued."""
+    """Length of the beginning of a document that is continued."""
     drop: float = Field(0.2, ge=0, lt=1)
-    """With `seeds`: the share of texts, those of the highest perplexity, that is not used."""
+    """With `seeds`: the fraction of texts that is dropped, those of the highest perplexity."""
 
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> SelfGenerated:
@@ -85,7 +85,7 @@ class SelfGenerated(_Section):
         return "self" if self.seeds is None else f"written by the model itself, continuing documents of {self.seeds}"
 
     def check(self, where: str, documents: Sequence[str], length: int) -> None:
-        """Seeds are a corpus of documents, and longer texts than their prefixes fit in a window's length."""
+        """Raise `ValueError` unless `seeds` is a corpus of documents whose prefixes are shorter than a window."""
         if self.seeds is not None and self.seeds not in documents:
             raise ValueError(
                 f"{where}.seeds: {self.seeds!r} is no corpus of documents; those are: {', '.join(documents)}"
@@ -96,7 +96,7 @@ class SelfGenerated(_Section):
 
 
 class RandomTokens(_Section):
-    """Uniformly random tokens: the floor that any calibration must beat."""
+    """Uniformly random tokens: the baseline that any calibration text must beat."""
 
     source: Literal["random"] = "random"
     described: ClassVar = "random"

@@ -1,4 +1,4 @@
-"""The section `study` of a plan: the sweep for several draws of the calibration windows, and what to compare."""
+"""The section `study` of a plan: the sweep for several draws of the calibration windows, and its baselines."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Study(BaseModel):
-    """For `crosscal study`: how sure the differences between the plan's variants are."""
+    """Settings of `crosscal study`, which tests whether the differences between the plan's variants are significant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     draws: int | None = Field(None, ge=1, le=100)
-    """How many, by the seeds from `calibration.seed` on; left out, those that `calibration.seed` lists."""
+    """Number of draws, with consecutive seeds from `calibration.seed` on; by default the seeds that it lists."""
     baseline: Annotated[list[str], BeforeValidator(lambda v: v if isinstance(v, list) else [v])] = ["general", "domain"]
-    """What a variant is compared with: the same but for the corpus (a corpus's name: that corpus alone; `domain`: its
-    own domain alone) or but for the method (a method's name); or `dense`; or a variant, by its name."""
+    """What each variant is compared with: the same variant calibrated on one corpus alone (the corpus's name; `domain`:
+    its own domain), or with another method (its name); or `dense`; or a variant, by its name."""
     models_at_once: int = Field(16, ge=1)
-    """Models on the disk at a time: so many are made and measured, then discarded."""
+    """Maximum number of models on disk: this many are made, measured and discarded at a time."""
 
     def check(self, *, draws: int, keep_models: bool) -> None:
-        """Raises `ValueError` for a plan of so many seeds that this is no study of."""
+        """Raise `ValueError` if models are kept, or if `study.draws` contradicts the number of seeds (`draws`)."""
         if keep_models:
             do = "make the model that it finds with `--set study=null`"
             raise ValueError(f"execution.keep_models: a study keeps numbers, no models; {do}")
@@ -30,7 +30,7 @@ class Study(BaseModel):
 
 
 def keeping_numbers(data: Any) -> Any:
-    """A plan's mapping; with a study in it, `execution.keep_models` is false where nothing is said."""
+    """Return the plan's mapping; if it has a study, `execution.keep_models` defaults to false."""
     if not isinstance(data, dict) or data.get("study") is None:
         return data
     execution = data.get("execution") or {}

@@ -1,6 +1,6 @@
-"""Which model is the published one of a domain: models as artifacts, a pointer with history, a policy that moves it.
+"""The published model of each domain: models as artifacts, a pointer with history, a policy that moves it.
 
-`policy` is imported by itself: it compares models, which `crosscal publish` need not load anything for.
+`policy` is imported separately: it compares models, and `crosscal publish` need not load what that takes.
 """
 
 from crosscal.publication.models import model_folder, publish_model

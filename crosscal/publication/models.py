@@ -1,4 +1,4 @@
-"""Models as artifacts of the store, kind `models`: a loadable folder's files, with its adapter's, named by content."""
+"""Models as artifacts of kind `models`: the files of a loadable folder and its adapter; the key is their digest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED = ("*", "adapter/*")
 
 
 def publish_model(store: Store, folder: Path, provenance: Mapping[str, Any]) -> str:
-    """Keep a copy of a model folder as it is; returns its key. Raises `ModelError` when it changes meanwhile."""
+    """Store a copy of a model folder and return its key. Raises `ModelError` if it is none or changes."""
     found = (file for pattern in PUBLISHED for file in folder.glob(pattern) if file.is_file())
     names = sorted(file.relative_to(folder).as_posix() for file in found if not file.name.endswith(UNFINISHED))
     if "config.json" not in names:
@@ -42,9 +42,9 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def model_folder(store: Store, key: str, aside: Path) -> Path:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads, every digest checked.
+    """Return a folder that `AutoModelForCausalLM.from_pretrained` loads, every digest checked.
 
-    A local store has one; of a remote one it is put together in `aside`, from the local cache.
+    A local store contains one. For a remote store it is assembled in `aside`, from the local cache.
     """
     artifact = store.get(MODELS, key)
     paths = {name: store.path(artifact, name) for name in artifact.files}
@@ -57,24 +57,24 @@ def model_folder(store: Store, key: str, aside: Path) -> Path:
 
 
 def check_model(store: Store, key: str) -> None:
-    """Read every file of a model. Raises `StoreError` when it is gone or damaged."""
+    """Read every file of a model. Raises `StoreError` if the model or a file is missing or damaged."""
     artifact = store.get(MODELS, key)
     for name in artifact.files:
         store.path(artifact, name)
 
 
 def local_folder(store: Store, key: str) -> Path | None:
-    """Where a model lies on this machine; None for a remote store. Nothing is checked or fetched."""
+    """Return the folder of a model on this machine; None for a remote store. Its files are not checked or fetched."""
     store.get(MODELS, key)
     return store.home.root / "objects" / MODELS / key if isinstance(store.home, LocalHome) else None
 
 
 def copy_model(store: Store, key: str, to: Path) -> Path:
-    """Fetch a model out of the store. Raises `UsageError` when the folder is there and not empty."""
+    """Copy a model out of the store. Raises `UsageError` if `to` exists and is not an empty folder."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError("the folder is not empty", where=str(to), do="Name a new one.")
     artifact = store.get(MODELS, key)
     to.mkdir(parents=True, exist_ok=True)
-    for name in sorted(artifact.files, key=lambda name: name == "config.json"):  # last: without it, it is no model
+    for name in sorted(artifact.files, key=lambda name: name == "config.json"):  # last: no model without it
         _copy(store.path(artifact, name), to / name)
     return to

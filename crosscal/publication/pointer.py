@@ -1,4 +1,4 @@
-"""The published model of a domain: ref `published/<domain>`, each version a move of the pointer, never rewritten."""
+"""The published model of a domain: ref `published/<domain>`. Each version is one move of the pointer, immutable."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from crosscal.store import Store
 
 @dataclass(frozen=True)
 class Pointer:
-    """Where the pointer stood after one move."""
+    """The pointer after one move."""
 
     domain: str
     number: int
     facts: dict[str, Any]
     """`model` (key), `variant`, `corpus_version`, `perplexity` of both models, `run_id`, `run_dir`, `plan`, `at`; and
-    `restored`, the number of an earlier move, when it was rolled back to that."""
+    `restored`, the number of an earlier move, if the pointer was rolled back to that move."""
 
     @property
     def model(self) -> str:
@@ -29,7 +29,7 @@ class Pointer:
 
     @property
     def origin(self) -> int:
-        """The move by which this model was first published."""
+        """Number of the move that published this model, before any rollback to it."""
         return self.facts.get("restored", self.number)
 
 
@@ -47,23 +47,23 @@ class Published:
         return None if facts is None else Pointer(domain, number, facts)
 
     def history(self, domain: str) -> list[Pointer]:
-        """Every move, the oldest first."""
+        """Return every move, oldest first."""
         return [self._move(domain, number) for number in self.refs.versions(_name(domain))]
 
     def move(self, domain: str, from_: Pointer | None, facts: dict[str, Any]) -> Pointer:
-        """Point to another model. Raises `StoreConflict` when the pointer moved since `from_` was read."""
+        """Point to another model. Raises `StoreConflict` if the pointer moved since `from_` was read."""
         number = self.refs.append(_name(domain), from_.number if from_ else 0, facts)
         return Pointer(domain, number, facts)
 
     def before(self, domain: str) -> Pointer:
-        """The move that first published the model before the present one. Raises `UsageError` when there is none."""
+        """Return the move before the one that published the current model. Raises `UsageError` if there is none."""
         current = self._any(domain)
         if current.origin == 1:
             raise UsageError("no model was published before this one", where=domain, got=f"move {current.number}")
         return self._move(domain, current.origin - 1)
 
     def earlier(self, domain: str, number: int) -> Pointer:
-        """Any move, also one that was rolled back. Raises `UsageError`, as when its model is the present one."""
+        """Return any move, even if rolled back. Raises `UsageError` if there is none, or it is to the current model."""
         current = self._any(domain)
         if not 1 <= number <= current.number:
             do = f"`crosscal publish {domain}` lists them: 1 to {current.number}."
@@ -74,17 +74,17 @@ class Published:
         return target
 
     def restore(self, target: Pointer, at: str) -> Pointer:
-        """Point to the model of an earlier move again; what a person does, and may take back in the same way."""
+        """Point to the model of an earlier move again: a user's action, which can be undone in the same way."""
         current = self._any(target.domain)
         facts = {**target.facts, "restored": target.origin, "rolled_back_from": current.number, "at": at}
         return self.move(target.domain, current, facts)
 
     def roll_back(self, domain: str, at: str) -> Pointer:
-        """Point to the model before the present one again. Raises `UsageError` when there is none."""
+        """Point to the previous model again. Raises `UsageError` if there is none."""
         return self.restore(self.before(domain), at)
 
     def remove(self, domain: str) -> None:
-        """Forget the pointer and its history; the models it named are then the store's to keep or to remove."""
+        """Remove the pointer and its history. The models it named are then no longer protected from `Store.sweep`."""
         self.refs.remove(_name(domain))
 
     def _any(self, domain: str) -> Pointer:

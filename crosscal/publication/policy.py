@@ -1,15 +1,16 @@
-"""Which of a run's models takes the place of the published one of its domain, if any.
+"""Decide which of a run's models, if any, replaces the published model of its domain.
 
-All is judged on validation windows, by paired differences and one rule (`crosscal.evaluation.comparison`), k being the
-number of candidates. A candidate may take the place if it is shown to be
+Every comparison uses validation windows, paired differences and one rule (`crosscal.evaluation.comparison`), with k the
+number of candidates. A candidate may replace the published model if it is shown to be
 
     at most the guard worse than the dense model, and than the published one,     on every guarded corpus, and
     better than the published one, by `min_gain` or more,                         on the domain;
 
-with a `tolerance` it only has to be shown to be at most that much worse there. A model that cannot be told from the
-published one therefore moves nothing. The first model of a domain has only the dense model to be compared with; dense
-itself violates nothing, and neither does a candidate that equals it. Of the candidates that may, the one is published
-that `crosscal.evaluation.choice` takes: the cheapest in general text of those not told from the best on the domain.
+with a `tolerance` it only has to be shown to be at most that much worse there. A model that is not distinguishable from
+the published one therefore never replaces it. The first model of a domain is compared only with the dense model; dense
+itself violates no condition, and neither does a candidate equal to it. Of the candidates that meet the conditions,
+`crosscal.evaluation.choice` selects the one to publish: the one with the lowest perplexity on general text among those
+not distinguishable from the best on the domain.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ NAMES = {DENSE: "dense", PUBLISHED: "the published model"}
 
 @dataclass(frozen=True)
 class Rule:
+    """Bounds on changes of perplexity, under which a candidate replaces the published model of a domain."""
+
     domain: str
     tolerance: float = 0.0
-    """As a fraction of the published model's perplexity on the domain."""
+    """Allowed loss on the domain, as a fraction of the published model's perplexity."""
     guard: dict[str, float] = field(default_factory=dict)
-    """Corpus → the same for that corpus, of the dense and the published model's."""
+    """Corpus → allowed loss on it, as a fraction of the dense and of the published model's perplexity."""
     min_gain: float = 0.0
-    """The least gain on the domain, as a fraction of the published model's perplexity. Not beside a tolerance."""
+    """Least gain on the domain, as a fraction of the published model's perplexity. Not together with a tolerance."""
     general: str = "general"
-    """The corpus that decides among candidates that cannot be told apart on the domain, where it is measured."""
+    """The corpus that decides among candidates not distinguishable on the domain, if it is measured."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class Decision:
     is_published: bool
     reason: str
     variant: str | None = None
-    """Which is published, would have been, or came nearest; None where none was measured."""
+    """The variant that is published, would have been, or came nearest; None if none was measured."""
     changes: dict[str, dict[str, Difference]] = field(default_factory=dict)
-    """Of this variant: corpus → the model it is compared with → difference of log perplexity on validation windows."""
+    """For this variant: corpus → the model compared with → difference of log perplexity on validation windows."""
 
 
 @dataclass(frozen=True)
 class _Condition:
-    """That a candidate is shown to be at most `most` worse than another model on a corpus."""
+    """The condition that a candidate is shown to be at most `most` worse than another model on a corpus."""
 
     corpus: str
     other: str
@@ -69,7 +72,7 @@ class _Condition:
 
     @property
     def holds(self) -> bool:
-        """A tie keeps a bound and is no gain."""
+        """Equality satisfies a bound on losses, but is not a gain."""
         return self.excess < 0 or (self.excess == 0 and (self.is_guard or self.most > 0))
 
     def text(self) -> str:
@@ -90,7 +93,7 @@ class _Condition:
 
 
 def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, published: Windows | None) -> Decision:
-    """`published` is None where there is none to compare with."""
+    """Decide which candidate to publish, if any. `published` is None if there is no model to compare with."""
     asked = list(dict.fromkeys([rule.domain, *rule.guard]))
     if lacking := [name for name in asked if len(dense.get(name, ())) < 2]:
         why = "fewer than two validation windows, and test windows decide nothing"
@@ -98,7 +101,7 @@ def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, publis
     looked_at = {name: each for name, each in candidates.items() if all(each.get(corpus) for corpus in asked)}
     if not looked_at:
         return Decision(False, f"no candidate was measured on validation windows of {', '.join(asked)}")
-    measured = {  # the others left a race, which read the same windows: they count among the comparisons
+    measured = {  # the others were eliminated in a race on the same windows: they count among the comparisons
         name: each for name, each in looked_at.items() if all(len(each[c]) == len(dense[c]) for c in asked)
     }
     if not measured:
@@ -136,7 +139,7 @@ def _conditions(
 
 
 def _chosen(rule: Rule, candidates: Mapping[str, Windows]) -> tuple[str, str]:
-    """The candidate to take, and why it is that one."""
+    """Return the candidate to publish, and the reason for choosing it."""
     names = list(candidates)
     has_general = all(candidates[name].get(rule.general) for name in names)
 

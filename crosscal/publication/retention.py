@@ -1,7 +1,7 @@
-"""What a service need not keep for ever: old run directories, and models that were published long ago.
+"""Removal of what a service need not keep for ever: old run directories, and models that were published long ago.
 
-Never removed are the published model of a domain, its run directory, those of the moves of the pointer that are kept,
-and whatever is no run directory of ours.
+Never removed are the published model of a domain and its run directory, those of the pointer moves that are kept, and
+anything that is not a run directory of crosscal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from crosscal.store import Store
 
 
 def kept_moves(store: Store, keep: int | None) -> tuple[list[Pointer], list[Pointer]]:
-    """Of every domain the last `keep` moves of its pointer (None: all), and those before them."""
+    """Return the last `keep` pointer moves of every domain (at least one; None: all), and the moves before them."""
     published, kept, older = Published(store), list[Pointer](), list[Pointer]()
     for domain in published.domains():
         moves = published.history(domain)
@@ -27,7 +27,7 @@ def kept_moves(store: Store, keep: int | None) -> tuple[list[Pointer], list[Poin
 
 
 def drop_models(store: Store, keep: int) -> Iterator[tuple[str, str]]:
-    """Remove from the store the models that no kept move names; yields place and reason. The history stays whole."""
+    """Remove models that no kept move names from the store; yield (place, reason). The pointer's history is kept."""
     kept, older = kept_moves(store, keep)
     wanted = {move.model for move in kept}
     for key in dict.fromkeys(move.model for move in older if move.model not in wanted):
@@ -37,7 +37,7 @@ def drop_models(store: Store, keep: int) -> Iterator[tuple[str, str]]:
 
 
 def remove_old_runs(store: Store, runs: Path, days: float, keep: int | None) -> Iterator[tuple[str, str]]:
-    """Remove run directories in which nothing was written for so many days; yields path and reason."""
+    """Remove run directories in which nothing was written for `days` days; yield (path, reason)."""
     named = {Path(str(move.facts.get("run_dir"))).resolve() for move in kept_moves(store, keep)[0]}
     for folder in old_runs(runs, named, days):
         remove_run(folder)

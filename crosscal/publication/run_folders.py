@@ -1,7 +1,7 @@
-"""Run directories on disk: which folders are some, what they take, and which of them nobody needs any more.
+"""Run directories on disk: detection, size, and which of them are no longer needed.
 
-A folder is a run directory of ours when it holds the two files that every run writes first. Whatever else lies in the
-folder of runs is never touched, nor is a link.
+A folder is a run directory of crosscal if it contains the two files that every run writes first. Nothing else in the
+folder of runs is ever touched, nor is a link.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def bytes_of(folder: Path) -> int:
 
 
 def old_runs(runs: Path, named: Set[Path], days: float) -> Iterator[Path]:
-    """Run directories in which nothing was written for so many days, but those named: a run that goes on writes."""
+    """Yield run directories, except `named`, in which nothing was written for `days` days. An active run writes."""
     before = time.time() - days * DAY_SECONDS
     for folder in sorted(runs.iterdir()) if runs.is_dir() else ():
         if is_run_folder(folder) and folder.resolve() not in named and last_written(folder) < before:
@@ -40,20 +40,20 @@ def old_runs(runs: Path, named: Set[Path], days: float) -> Iterator[Path]:
 
 
 def last_written(folder: Path) -> float:
-    """Seconds since 1970."""
+    """Return the newest modification time of anything in the folder, in seconds since 1970; 0 if it is empty."""
     return max((at for at, _ in _files(folder)), default=0.0)
 
 
 def remove_run(folder: Path) -> None:
-    """At once, as far as anybody sees: what is half removed has another name, and is no run directory."""
+    """Remove a run directory. It is renamed first, so that a half-removed one is never seen under its name."""
     aside = folder.with_name(f".{folder.name}.removed")
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int]]:
-    """When each was written, and its bytes. Links are not followed."""
+    """Yield (modification time, bytes) of everything in a folder. Links are not followed."""
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # it went meanwhile
+        with suppress(FileNotFoundError):  # removed meanwhile
             found = path.lstat()
             yield found.st_mtime, found.st_size if stat.S_ISREG(found.st_mode) else 0

@@ -1,4 +1,4 @@
-"""Rows of a run, and what people see of them: a table in the terminal, one page with everything."""
+"""Rows of a run and their presentation: a table in the terminal and a single HTML page."""
 
 from crosscal.report.html import write_report
 from crosscal.report.rows import LayerRow, ResultRow, WindowRow, read_rows, write_rows

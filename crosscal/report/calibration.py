@@ -1,4 +1,4 @@
-"""What a run's record says of its calibration text: in numbers, what is wrong with it, and whether there is enough."""
+"""Calibration text as a run's record describes it: quality measures, warnings, and whether there is enough."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_NUMBER = "–"
 
 
 def quality_table(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a row a corpus; nothing for records of earlier versions."""
+    """Return headers and one row per corpus; no rows for records of earlier versions."""
     corpora: Mapping[str, Any] = run.get("calibration_quality") or {}
     shown = [name for name in MEASURES if any(measured.get(name) is not None for measured in corpora.values())]
     rows = [[corpus, *(_cell(name, measured.get(name)) for name in shown)] for corpus, measured in corpora.items()]
@@ -29,14 +29,15 @@ def quality_table(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def warnings(run: Mapping[str, Any]) -> list[str]:
-    """Of text that is hardly worth calibrating on, and of leaks that the plan allows."""
+    """Return warnings: text that is hardly worth calibrating on, leaks that the plan allows, and experts with too few
+    tokens."""
     corpora: Mapping[str, Any] = run.get("calibration_quality") or {}
     found = [f"{corpus}: {why}." for corpus, measured in corpora.items() for why in measured.get("faults") or []]
     return [*found, *_leaks(run.get("overlap") or {}), *_starved(run.get("starved_experts") or {})]
 
 
 def verdicts(run: Mapping[str, Any]) -> list[str]:
-    """A sentence a corpus: whether there is enough of it."""
+    """Return one sentence per corpus on whether there is enough of it."""
     return [verdict_sentence(curve) for curve in run.get("sufficiency") or []]
 
 
@@ -49,7 +50,7 @@ def verdict_sentence(curve: Mapping[str, Any]) -> str:
 
 
 def site_rows(run: Mapping[str, Any]) -> list[list[str]]:
-    """Corpus, site, inputs, tokens, effective rank and condition number of the sites that were looked at."""
+    """Return corpus, site, inputs, tokens, effective rank and condition number of the inspected sites."""
     return [
         [curve["corpus"], site["name"], *(_cell(name, site[name]) for name in SITE_FACTS)]
         for curve in run.get("sufficiency") or []
@@ -58,7 +59,7 @@ def site_rows(run: Mapping[str, Any]) -> list[list[str]]:
 
 
 def overlap_sentence(run: Mapping[str, Any]) -> str:
-    """How much of the evaluation text stands in calibration text; empty where it was not compared."""
+    """Return the share of evaluation text that occurs in calibration text; empty if it was not compared."""
     found = run.get("overlap") or {}
     sets = [each for each in found.get("sets") or [] if each["texts"] > each["too_short"]]
     if not sets:

@@ -1,4 +1,4 @@
-"""What a study compares: which variant is another's baseline, and what was measured of both, draw by draw."""
+"""Comparisons of a study: the baseline of each variant, and the measurements of both, draw by draw."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from crosscal.report.rows import ResultRow
 from crosscal.report.run_files import RunFiles
 
 DOMAIN = "domain"
-"""The baseline that is a variant's own domain alone."""
+"""Baseline rule: a variant's own domain alone."""
 AUTO = "auto"
-"""What stands in the name of a variant whose mixture is found."""
+"""Part of the name of a variant whose mixture is searched."""
 
 
 def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:
-    """The baseline of a variant by a rule of the plan's `study.baseline`; None where it has none, or is it itself.
+    """Return the baseline of a variant by a rule of the plan's `study.baseline`; None if it has none, or is it itself.
 
-    A corpus, or `domain`: the same recipe, level and upstream on that corpus alone. A method: the same level, mixture
-    and upstream. One of the two that leaves over 1 % more of its parameters dense is no baseline.
+    `dense` or a variant's name: that variant. A corpus, or `domain`: the same recipe, level and upstream on that corpus
+    alone. A method: the same level, mixture and upstream. A compressed baseline is rejected if its share of parameters
+    left dense differs by more than 1 %.
     """
     found = next((other for other in groups if _is_counterpart(group, rule, other)), None)
     if found is None or found is group or group.is_dense:
@@ -45,17 +46,17 @@ def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
 
 
 def is_found(group: Group) -> bool:
-    """Whether its mixture was left to be found: another one in every draw, perhaps one corpus alone."""
+    """Return whether the mixture was searched; it differs between draws and may be one corpus alone."""
     return AUTO in group.name.split("-")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of a run by what they are of."""
+    """The rows of a run, by variant and column."""
 
     rows: Mapping[tuple[str, Column], ResultRow]
     items: Mapping[tuple[str, Column], Sequence[float]]
-    """What each window or question had: log perplexity; 1 for a right answer."""
+    """The value of each window or question: log perplexity; 1 for a correct answer."""
 
     @classmethod
     def of(cls, files: RunFiles) -> Measured:
@@ -65,7 +66,7 @@ class Measured:
         return cls(rows, {**windows, **questions})
 
     def draws(self, group: Group, column: Column) -> dict[int | None, Measurement]:
-        """Draw → what was measured. A model that needs no calibration text is one model for every draw: None."""
+        """Return draw → measurement; the key is None for a model that needs no calibration text."""
         found = [self.rows.get((variant, column)) for variant in group.variants]
         return {
             row.seed if group.mixture else None: self._measurement(row)
@@ -83,30 +84,30 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one model: a log perplexity, an accuracy, or another number as it is."""
+    """A model's log perplexity, accuracy, or other number as it is."""
 
     value: float
     stderr: float | None
     over: str
     """What the error is over: windows or questions."""
     items: Sequence[float]
-    """What each of these had; none where that was not kept."""
+    """The value of each of these; empty if they were not kept."""
 
 
 def by_itself(group: Group, column: Column, measured: Measured) -> Sure | None:
-    """A variant over its draws; of a perplexity its logarithm."""
+    """Return a variant's own value over its draws; for perplexities the logarithm."""
     return _sure([(one,) for one in measured.draws(group, column).values()])
 
 
 def difference(first: Group, second: Group, column: Column, measured: Measured) -> Sure | None:
-    """first − second, draw by draw and window by window; None where no draw has both."""
+    """Return first − second, draw by draw and window by window; None if no draw has both."""
     return _sure(list(_pairs(measured.draws(first, column), measured.draws(second, column))))
 
 
 def _pairs(
     first: Mapping[int | None, Measurement], second: Mapping[int | None, Measurement]
 ) -> Iterator[tuple[Measurement, Measurement]]:
-    """Of the same draw; what is one model for every draw stands beside each of the other's."""
+    """Pairs of the same draw; a model that is the same for every draw is paired with each of the other's."""
     draws = dict.fromkeys([*first, *second])
     for draw in [draw for draw in draws if draw is not None] or draws:
         one, other = first.get(draw, first.get(None)), second.get(draw, second.get(None))
@@ -115,7 +116,7 @@ def _pairs(
 
 
 def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
-    """Of one measurement a draw, or of the first minus the second."""
+    """The result for one measurement per draw, or for the first minus the second."""
     if not found:
         return None
     lengths = {len(one.items) for both in found for one in both}
@@ -126,8 +127,8 @@ def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
 
 
 def _unpaired_stderr(found: Sequence[tuple[Measurement, ...]]) -> float | None:
-    """Mean over draws of the errors over windows or questions, as if each variant had others, where what each had is
-    not known: an upper bound."""
+    """Mean over draws of the errors over windows or questions, combined as if the variants' items were independent: an
+    upper bound, used if per-item values are not known."""
     errors = [[one.stderr for one in both] for both in found]
     if any(error is None for both in errors for error in both):
         return None

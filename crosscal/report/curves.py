@@ -1,4 +1,4 @@
-"""Perplexity over how much is compressed: a line for each method and mixture, as SVG text."""
+"""Perplexity over the amount of compression: one line per method and mixture, as SVG text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from crosscal.report.table import mixture_text
 MOST_FLAVOURS = 6
 MOST_ALPHAS = 6
 MOST_OTHERS = 4
-"""Mixtures of something else than general text and the domain."""
+"""Mixtures other than those of general text and the domain."""
 
 
 def curves(groups: Sequence[Group], domain: str | None, corpora: Sequence[str], axis_name: str) -> str | None:
-    """Perplexity of each corpus over `axis_name`, such as "sparsity" or "bits", a line for each method and mixture."""
+    """Plot each corpus's perplexity over `axis_name`, such as "sparsity" or "bits"; one line per method and mixture."""
     found = [group for group in in_curves(groups, domain) if group.amount(axis_name)]
     amounts = sorted({_value(group, axis_name) for group in found})
     if len(amounts) < 2:
@@ -47,7 +47,7 @@ def curves(groups: Sequence[Group], domain: str | None, corpora: Sequence[str], 
 def _curve(
     axis: Any, line: Sequence[Group], corpus: str, axis_name: str, look: Mapping[str, str], marks: Mapping[str, str]
 ) -> None:
-    """Fractions joined by a line; n:m patterns stand alone and hollow, for they constrain more than a fraction does."""
+    """Join fractions by a line; n:m patterns are separate hollow markers, as they constrain more than a fraction."""
     for patterned in (False, True):
         measured = [
             (_value(group, axis_name), number.value, math.nan if number.error is None else number.error, group.name)
@@ -64,13 +64,13 @@ def _curve(
 
 
 def in_curves(groups: Sequence[Group], domain: str | None) -> list[Group]:
-    """The compressed groups that had no text of another domain: general text, `domain`, and text without a test."""
+    """Return the compressed groups calibrated on no other domain, but on general text, `domain` or untested corpora."""
     others = set(domains_of(groups)) - {domain}
     return [group for group in groups if not group.is_dense and not group.domains & others]
 
 
 def alphas_of(groups: Sequence[Group], domain: str | None) -> list[float]:
-    """The weights of the domain in its mixtures with general text alone."""
+    """Return the weights of the domain in its mixtures with general text alone."""
     return sorted({group.alpha for group in groups if group.alpha is not None and _is_plain(group, domain)})
 
 
@@ -83,7 +83,7 @@ def first_flavours(groups: Sequence[Group]) -> list[str]:
 
 
 def lines_of(groups: Sequence[Group], key: Callable[[Group], tuple[str, Any]]) -> dict[tuple[str, Any], list[Group]]:
-    """The compressed groups that one line joins, by flavour and what else is the same along it."""
+    """Return the compressed groups that one line joins, by flavour and what else is constant along it."""
     lines: dict[tuple[str, Any], list[Group]] = defaultdict(list)
     for group in groups:
         if not group.is_dense:
@@ -102,7 +102,7 @@ def _label(group: Group, domain: str | None) -> str:
 
 
 def _mixture_colours(groups: Sequence[Group], domain: str | None) -> dict[str, str]:
-    """Label -> colour: at most MOST_ALPHAS alphas, the smallest and the largest among them, then other mixtures."""
+    """Label -> colour: at most MOST_ALPHAS alphas, including the smallest and largest, then other mixtures."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     ramp = LinearSegmentedColormap.from_list("alpha", [COLOURS[0], COLOURS[2], COLOURS[1]])
@@ -122,7 +122,7 @@ def _value(group: Group, axis_name: str) -> float:
 
 
 def _others(group: Group, axis_name: str) -> str:
-    """What else was done, and how much of it: along one line it is the same."""
+    """The amounts on other axes, which are the same along one line."""
     return ", ".join(amount["text"] for amount in group.amounts if amount["axis"] != axis_name)
 
 

@@ -1,6 +1,6 @@
-"""What of a run is shown where its report cannot be opened: the table, the trade-off and the files, small and bounded.
+"""Summaries of a run for places where its report cannot be opened: the table, the trade-off and the files.
 
-Cells and pages are plain values (strings, Markdown); who shows them is not known here.
+All are bounded in size. Cells and pages are plain values (strings, Markdown), independent of what displays them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_ROWS = 100
 MOST_COLUMNS = 12
 MOST_TABLE_BYTES = 32 * 1024
 MOST_PICTURE_BYTES = 192 * 1024
-"""Of one picture; the demo's have 133 kB."""
+"""Of one picture; those of the demo have 133 kB."""
 MOST_PICTURES = 3
 MOST_NOTES = 20
 MOST_WORDS = 300
@@ -39,23 +39,23 @@ MOST_WORDS = 300
 class Table:
     rows: list[dict[str, str]]
     about: str
-    """What the numbers are, and what was left out."""
+    """What the numbers are, and what was omitted."""
 
 
 def measured(run_dir: Path) -> tuple[list[Group], list[Column], frozenset[str]]:
-    """The groups and columns of a run directory, and the variants whose models were kept."""
+    """Return the groups and columns of a run directory, and the variants whose models were kept."""
     files = read_run(run_dir)
     return files.groups, columns_of(files.results), files.models
 
 
 def decided_among(run_dir: Path) -> tuple[list[Group], list[Column]]:
-    """The groups of a run directory, and the columns by which one is chosen."""
+    """Return the groups of a run directory, and the columns by which one is chosen."""
     files = read_run(run_dir)
     return files.groups, choosing_columns(files.results)
 
 
 def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
-    """A row for each variant: dense, then each level by alpha, those to take marked; perplexities with their change."""
+    """Return a row per variant: dense, then each level by alpha, recommended ones marked; perplexities with change."""
     wanted, some_dense = main_columns(columns), any(group.left_dense.matrices for group in groups)
     shown, dense = wanted[:MOST_COLUMNS], next((group for group in groups if group.is_dense), None)
     take = _to_take(groups)
@@ -82,9 +82,9 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
 def trade_off_page(
     groups: Sequence[Group], kept: Collection[str] = (), folder: str = "models", *, published: str = ""
 ) -> str | None:
-    """Markdown with the chart and the variants to take for each domain; None where there is nothing to weigh.
+    """Return Markdown with the chart and the recommended variants of each domain; None if there is nothing to compare.
 
-    `kept`: the variants whose models were kept, in `folder`. `published`: the domain of which the plan publishes one.
+    `kept`: the variants whose models were kept, in `folder`. `published`: the domain for which the plan publishes one.
     """
     domains = domains_of(groups)
     parts = [part for domain in domains[:MOST_PICTURES] for part in _weighed(groups, domain, kept, folder)]
@@ -96,7 +96,7 @@ def trade_off_page(
 
 
 def files_page(run_dir: Path, record: dict[str, Any]) -> str:
-    """Markdown that says where report and models stand: paths, for a browser follows no link from a page to a file."""
+    """Return Markdown with the paths of report and models; not links, as browsers follow none from a page to a file."""
     places = {"report": "report.html", "models": "models/", "numbers": "results.jsonl", "plan": "plan.yaml"}
     kept = {what: run_dir / name for what, name in places.items() if (run_dir / name).exists()}
     lines = [f"- {what}: {_code(str(path))}" for what, path in kept.items()]
@@ -111,13 +111,13 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
 def decision_page(
     domain: str, version: int, decided: Mapping[str, Any], groups: Sequence[Group] = (), columns: Sequence[Column] = ()
 ) -> str:
-    """Markdown that says why a landed domain's model was published, or kept and not published.
+    """Return Markdown that explains why a landed domain's model was published, or kept and not published.
 
-    `groups` and `columns`: as in `decided_among`.
+    `groups` and `columns`: as from `decided_among`.
 
-    `decided`: outcome, reason, run_dir; variant and model (its key in the store), unless none was measured; changes, by
-    which was decided; perplexity on test windows, of candidate and published; left_dense, where matrices of the variant
-    stay dense.
+    `decided`: outcome, reason, run_dir; variant and model (its key in the store), unless none was measured; changes,
+    the basis of the decision; perplexity on test windows, of candidate and published; left_dense, if matrices of the
+    variant stay dense.
     """
     numbers, changes = decided["perplexity"], decided.get("changes") or {}
     candidate, published = numbers["candidate"], numbers["published"] or {}
@@ -140,7 +140,7 @@ def decision_page(
 
 
 def _candidates(decided: Mapping[str, Any], groups: Sequence[Group], columns: Sequence[Column]) -> Iterator[str]:
-    """What it was decided among: dense, then by alpha, the one that the decision is about marked."""
+    """The candidates of the decision: dense, then by alpha; the one that was decided on is marked."""
     shown = columns[:MOST_COLUMNS]
     if not shown:
         return
@@ -156,10 +156,10 @@ def _candidates(decided: Mapping[str, Any], groups: Sequence[Group], columns: Se
 
 
 def picture(svg: str) -> str | None:
-    """A chart as Markdown, on white so that it reads on dark pages too; None when it is too large."""
+    """Return a chart as Markdown, on white so that it is readable on dark pages too; None if it is too large."""
     start, end, rest = svg.partition(">")
     white = '<rect width="100%" height="100%" fill="white"/>'
-    drawn = re.sub(r"font-family: [^;]*;", "font-family: sans-serif;", re.sub(r">\s+<", "><", rest))  # a third less
+    drawn = re.sub(r"font-family: [^;]*;", "font-family: sans-serif;", re.sub(r">\s+<", "><", rest))  # a third smaller
     data = (start + end + white + drawn).replace("currentColor", "#1a1b1c").encode()
     text = f"![general against domain perplexity](data:image/svg+xml;base64,{base64.b64encode(data).decode()})"
     return text if len(text) <= MOST_PICTURE_BYTES else None
@@ -188,7 +188,7 @@ def _best_row(best: Best) -> str:
 
 
 def _plain(text: str) -> str:
-    """Bounded, and nothing in it taken for HTML."""
+    """Bounded in length, and with HTML escaped."""
     return text[: 4 * MOST_WORDS].replace("<", "&lt;")
 
 
@@ -201,7 +201,7 @@ def _plain_number(value: float | None) -> str:
 
 
 def _to_take(groups: Sequence[Group]) -> dict[str, str]:
-    """Name of a group → the domains for which it is the one to take at its level."""
+    """Name of a group → the domains for which it is recommended at its level."""
     found: dict[str, list[str]] = defaultdict(list)
     for domain in domains_of(groups):
         for best in best_variants(groups, domain):
@@ -210,7 +210,7 @@ def _to_take(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def _in_order(groups: Sequence[Group]) -> list[Group]:
-    """The dense model, then each level and method in the plan's order, and in it each domain's mixtures by alpha."""
+    """The dense model, then each level and method in the plan's order; in each, every domain's mixtures by alpha."""
     kinds = list(dict.fromkeys((group.level, group.flavour) for group in groups))
     domains = [frozenset[str](), *dict.fromkeys(group.domains for group in groups)]
     return sorted(
@@ -242,5 +242,5 @@ def _cell(group: Group, dense: Group | None, column: Column) -> str:
 
 
 def _code(text: str) -> str:
-    """As code, so that nothing in it is taken for markup."""
+    """Format as code, so that nothing in it is interpreted as markup."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"

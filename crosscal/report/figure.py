@@ -1,4 +1,4 @@
-"""What all charts of the report share: style, colours, and SVG text that is the same for the same numbers."""
+"""Common to all charts of the report: style, colours, and SVG text that is the same for the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 INK = "#0a0b0c"
-"""Stands for the page's own text colour, so that a chart reads on a light and on a dark page."""
+"""Placeholder for the page's own text colour, so that a chart is readable on a light and on a dark page."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a6fdf", "#7f7f7f")
 """Okabe and Ito's palette for all kinds of colour vision, its yellow and black replaced."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
@@ -32,7 +32,7 @@ _STYLE = {
     "lines.markersize": 5.5,
     "errorbar.capsize": 2,
     "text.parse_math": False,  # names may hold a dollar sign
-    "svg.fonttype": "none",  # text stays text: small, selectable, found by a search
+    "svg.fonttype": "none",  # text stays text: small, selectable, searchable
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK
     ),
@@ -44,19 +44,19 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """The report's style while a chart is made; matplotlib's own settings are untouched afterwards. For one thread at a
-    time: those settings, and filters of warnings, are the whole process's."""
+    """Apply the report's style while a chart is made, and restore matplotlib's settings afterwards. One thread at a
+    time, because these settings and warning filters are process-wide."""
     from matplotlib import rc_context
 
     style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": f"crosscal {name}"}
     with _ONE_AT_A_TIME, rc_context(style), warnings.catch_warnings():
-        # Text is laid out with DejaVu's metrics and shown in the reader's fonts, which have the glyphs DejaVu lacks.
+        # Layout uses DejaVu's metrics; the browser's fonts have the glyphs that DejaVu lacks.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         yield
 
 
 def panels(count: int, *, columns: int, width: float = 10.5, height: float = 3.3) -> tuple[Any, list[Any]]:
-    """A figure of `count` equal panels, left to right and then down; `height` inches for each row."""
+    """Return a figure of `count` equal panels, left to right and then down; `height` inches for each row."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -70,23 +70,23 @@ def panels(count: int, *, columns: int, width: float = 10.5, height: float = 3.3
 
 
 def legend_below(figure: Any, handles: Sequence[Any], columns: int = 5) -> None:
-    """One legend for all panels."""
+    """Add one legend for all panels."""
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
 def svg_of(figure: Any) -> str:
-    """The figure as an <svg> element without date, program name or prologue: equal numbers give equal bytes."""
+    """Return the figure as an <svg> element without date, program name or prologue: equal numbers give equal bytes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     stream = io.StringIO()
-    # Not `savefig`, which lays everything out once more than it draws: the same bytes in four fifths of the time.
+    # Not `savefig`, which computes the layout one more time: the same bytes in four fifths of the time.
     FigureCanvasSVG(figure).print_svg(stream, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = stream.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
 def plain_log_scale(*axes: Any) -> None:
-    """A logarithmic scale with a few round numbers on it, written out."""
+    """Set a logarithmic scale with a few round numbers on it, written out."""
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     for axis in axes:

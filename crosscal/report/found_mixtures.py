@@ -1,4 +1,4 @@
-"""Mixtures that were found: each that was tried with what it lost, which was taken and why, and a chart."""
+"""Mixture searches in the report: every candidate with its losses, the chosen one and why, and a chart."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MARK = "★"
 
 @dataclass(frozen=True)
 class FoundMixture:
-    """One choice as the page shows it."""
+    """One mixture search as the page shows it."""
 
     sentence: str
     headers: list[str]
-    """The first so many are weights, one a corpus."""
+    """The first ones are weights, one per corpus."""
     rows: list[list[str]]
     chart: str | None
 
 
 def found_mixtures(run: Mapping[str, Any], groups: Sequence[Group]) -> list[FoundMixture]:
-    """Of every choice that the run's record holds; charts of the first few that are between two corpora."""
+    """Return every search in the run's record; those of the first MOST_CHARTS between two corpora have a chart."""
     found = []
     for number, choice in enumerate(run.get("choices") or []):
         chart = found_chart(choice, groups) if number < MOST_CHARTS and len(choice["exponents"]) == 2 else None
@@ -37,7 +37,7 @@ def found_mixtures(run: Mapping[str, Any], groups: Sequence[Group]) -> list[Foun
 
 
 def sentence_of(choice: Mapping[str, Any]) -> str:
-    """What was taken and why."""
+    """State the chosen mixture and the reason."""
     return f"{choice['variant']} is {mixture_text(choice['weights'])}: {choice['reason']}."
 
 

@@ -1,8 +1,8 @@
-"""The chart of a mixture found between two corpora: what was lost on both, and the perplexities that this foretells.
+"""Chart of a mixture search between two corpora: the losses on both, and the perplexities predicted from them.
 
-The estimate takes log perplexity as linear in the mean held-out loss of the same corpus, through the dense model, of
-loss 0, and the model of the chosen mixture: so it needs no model of any other. Measured points beside it show how far
-that holds.
+The prediction takes log perplexity as linear in the mean held-out loss on the same corpus, through the dense model,
+with loss 0, and the model of the chosen mixture; it therefore needs no other model. Measured points next to it show how
+well this holds.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from crosscal.report.figure import COLOURS, INK, drawing, legend_below, panels, 
 from crosscal.report.groups import GENERAL, Group
 
 Point = tuple[float, float]
-"""On the corpus that is drawn across, and on the other."""
+"""(value on the corpus of the x axis, value on the other)."""
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """Perplexity = exp(base + rate * loss), corpus by corpus."""
+    """Perplexity = exp(base + rate * loss), per corpus."""
 
     split: str
     base: Point
@@ -34,12 +34,12 @@ class _Estimate:
 
 
 def is_taken(tried: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
-    """Whether a mixture that was tried is the one that was taken."""
+    """Return whether a candidate mixture is the chosen one."""
     return all(math.isclose(w, choice["weights"].get(name, 0.0), abs_tol=1e-9) for name, w in tried["weights"].items())
 
 
 def found_chart(choice: Mapping[str, Any], groups: Sequence[Group]) -> str:
-    """Of a choice between two corpora; of the run's groups those on mixtures of the two are the measured points."""
+    """Plot a search between two corpora; the run's groups on mixtures of the two are the measured points."""
     across, up = sorted(choice["exponents"], key=lambda name: name != GENERAL)
     losses = [(one["losses"][across], one["losses"][up]) for one in choice["tried"]]
     words = [f"{one['weights'][up]:.3g}" for one in choice["tried"]]
@@ -71,7 +71,7 @@ def _tried(axis: Any, points: Sequence[Point], words: Sequence[str], taken: int,
 
 
 def _level(axis: Any, points: Sequence[Point], taken: Point, exponent: float) -> None:
-    """Where the geometric mean is that of the mixture taken: nothing that was solved lies below, if that was asked."""
+    """Contour of the chosen mixture's geometric mean: candidates below it have a smaller mean."""
     low, high = min(x for x, _ in points), max(x for x, _ in points)
     if low <= 0 or high <= low:
         return
@@ -84,7 +84,7 @@ def _level(axis: Any, points: Sequence[Point], taken: Point, exponent: float) ->
 
 
 def _estimate(groups: Sequence[Group], own: Group, losses: Point, across: str, up: str) -> _Estimate | None:
-    """By validation text where it was measured; None where the dense model or the chosen one has no perplexity."""
+    """On validation text if measured, else on test text; None if the dense or the chosen model has no perplexity."""
     dense = next((group for group in groups if group.is_dense), None)
     for split in (VALIDATION, TEST):
         before = [number.value for c in (across, up) if dense and (number := dense.perplexity(c, split))]

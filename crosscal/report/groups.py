@@ -1,4 +1,4 @@
-"""Variants that differ only by seed, seen as one: what the table and the plots draw."""
+"""Groups of variants that differ only by seed: the units of tables and plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crosscal.report.numbers import Number
 from crosscal.report.rows import LayerRow, ResultRow, WindowRow
 
 GENERAL = "general"
-"""The corpus that domains are weighed against."""
+"""The corpus that domains are compared with."""
 DENSE = "dense"
 Column = tuple[str, str, str]
 """(corpus or task, split, metric)."""
@@ -24,12 +24,12 @@ Column = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Loss:
-    """A mean of relative losses over matrices; those left dense and those without the number are not among them."""
+    """Mean of relative losses over matrices, without those left dense and those without the number."""
 
     mean: float
     matrices: int
     of_solved: int
-    """Matrices solved, with the number or without."""
+    """Number of solved matrices, with or without the number."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Group:
     """One method at one setting, upstream and mixture, over all its seeds."""
 
     name: str
-    """The variant's, without the seed where there are several."""
+    """The variant's name, without the seed if there are several."""
     variants: tuple[str, ...]
     method: str
     flavour: str
-    """The method, with what else tells its groups apart beside level and mixture: "gptq", "gptq, sequential"."""
+    """The method, with what else distinguishes its groups besides level and mixture: "gptq", "gptq, sequential"."""
     setting: dict[str, Any]
     amounts: list[dict[str, Any]]
-    """How much was compressed, by axis (see `ResultRow.amounts`)."""
+    """Amounts of compression, by axis (see `ResultRow.amounts`)."""
     upstream: str
     mixture: dict[str, float]
     numbers: dict[Column, Number]
@@ -53,7 +53,7 @@ class Group:
     heldout_relative_loss: Loss | None
     left_dense: LeftDense
     window_nll: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
-    """(corpus, split) -> variant -> negative log-likelihood of each window; empty where none was kept."""
+    """(corpus, split) -> variant -> negative log-likelihood of each window; empty if none was kept."""
 
     @property
     def is_dense(self) -> bool:
@@ -61,17 +61,16 @@ class Group:
 
     @property
     def level(self) -> str:
-        """How much was compressed, in words, or all settings where no amount was said; groups of one level may be
-        compared."""
+        """Amount of compression in words, or all settings if no amount is given; groups of one level are comparable."""
         return level_of([amount["text"] for amount in self.amounts], self.setting)
 
     def amount(self, axis: str) -> dict[str, Any] | None:
-        """What was done last on this axis."""
+        """Return the last amount on this axis."""
         return next((amount for amount in reversed(self.amounts) if amount["axis"] == axis), None)
 
     @property
     def alpha(self) -> float | None:
-        """Weight of everything that is not the general corpus; None where no data was used."""
+        """Total weight of all corpora but the general one; None if no data was used."""
         return round(1.0 - self.mixture.get(GENERAL, 0.0), 9) if self.mixture else None
 
     @property
@@ -86,10 +85,10 @@ class Group:
 def groups_of(
     results: Sequence[ResultRow], layers: Sequence[LayerRow], windows: Iterable[WindowRow] = ()
 ) -> list[Group]:
-    """One group for the rows that differ by seed alone, in the order of their first appearance."""
+    """Return one group for the rows that differ by seed alone, in the order of their first appearance."""
     by_key: dict[str, list[ResultRow]] = defaultdict(list)
     for row in results:
-        mixture = row.found_by or row.mixture  # what is found differs from draw to draw
+        mixture = row.found_by or row.mixture  # a searched mixture differs between draws
         same = [_stem(row), row.model, row.method, row.setting, row.upstream, mixture]
         by_key[json.dumps(same, sort_keys=True)].append(row)
     layers_of: dict[str, list[LayerRow]] = defaultdict(list)
@@ -104,14 +103,14 @@ def groups_of(
 
 
 def columns_of(results: Sequence[ResultRow]) -> list[Column]:
-    """Every (corpus or task, split, metric) with a number but `choosing_columns`: perplexities first, then tasks, in
-    order of appearance."""
+    """Return every (corpus or task, split, metric) with a number, except `choosing_columns`: perplexities first, then
+    tasks, in order of appearance."""
     reported = (column for column in _measured(results) if column[1:] != (VALIDATION, PERPLEXITY))
     return sorted(reported, key=lambda column: column[2] != PERPLEXITY)
 
 
 def choosing_columns(results: Sequence[ResultRow]) -> list[Column]:
-    """The perplexities on validation windows, which choose and are not reported."""
+    """Return the perplexities on validation windows, which are used to choose and not reported."""
     return [column for column in _measured(results) if column[1:] == (VALIDATION, PERPLEXITY)]
 
 
@@ -120,7 +119,7 @@ def _measured(results: Sequence[ResultRow]) -> dict[Column, None]:
 
 
 def main_columns(columns: Sequence[Column]) -> list[Column]:
-    """Without the second way to score the same questions or summaries."""
+    """Return the test columns without the second way to score the same questions or summaries."""
     return [
         (name, split, metric)
         for name, split, metric in columns
@@ -136,12 +135,12 @@ def _stem(row: ResultRow) -> str:
 
 
 def level_of(texts: Sequence[str], setting: Mapping[str, Any]) -> str:
-    """ "50 % sparsity, 4 bits g128"; all settings where no step said an amount."""
+    """ "50 % sparsity, 4 bits g128"; all settings if no step gives an amount."""
     return ", ".join(texts) or ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
 def axes_of(groups: Iterable[Group]) -> list[str]:
-    """What amounts there are of, in the order of their first appearance."""
+    """Return the axes that have amounts, in the order of their first appearance."""
     return list(dict.fromkeys(amount["axis"] for group in groups for amount in group.amounts))
 
 

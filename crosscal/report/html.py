@@ -1,4 +1,4 @@
-"""One self-contained page for a run: no script, nothing loaded from anywhere, the same bytes for the same files."""
+"""The HTML report of a run: one page without scripts or external resources, the same bytes for the same files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MOST_LAYER_VARIANTS = 4
 MOST_LEFT_DENSE = 200
-"""Listed one by one; the page says how many there are beyond."""
+"""Listed one by one; the page states how many more there are."""
 MOST_SAMPLES = 8
 SOURCES = {"documents": "from its documents", "self": "written by the model itself", "random": "random tokens"}
 
@@ -48,20 +48,20 @@ class DomainSection:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Read a run directory and write its `report.html` whole; returns its path."""
+    """Read a run directory, write its `report.html` atomically, and return the path."""
     path = run_dir / "report.html"
     write_whole(path, render(read_run(run_dir)))
     return path
 
 
 def render(files: RunFiles) -> str:
-    """The page as text."""
+    """Return the page as text."""
     return _template().render(**_context(files))
 
 
 @cache
 def _template() -> Template:
-    """Compiled once a process."""
+    """Compiled once per process."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -152,8 +152,8 @@ def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
 
 
 def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> tuple[list[str], set[str]]:
-    """Variants with solved matrices: of each domain the one taken where the domain loses most, then the first ones, up
-    to the limit; and which of all variants were taken there."""
+    """Variants with solved matrices: per domain the recommended one with the highest domain perplexity, then the first
+    ones, up to the limit; and which of all variants were recommended there."""
     best = [
         max(section.best, key=lambda found: found.chosen_by[0].value if found.chosen_by[0] else 0.0).group
         for section in sections
@@ -175,14 +175,14 @@ def _one_of_each(samples: Sequence[CalibrationText]) -> list[CalibrationText]:
 
 
 def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[Group]:
-    """The dense model, the groups taken for some domain, then the others."""
+    """The dense model, the groups recommended for some domain, then the others."""
     taken = {best.group.name for section in sections for best in section.best}
     return sorted(groups, key=lambda group: (not group.is_dense, group.name not in taken))
 
 
 def _worst_layers(layers: Sequence[LayerRow]) -> list[LayerRow]:
-    """The ten solved matrices of the largest loss: held-out where any has one, on the calibration data otherwise; none
-    where no loss was measured."""
+    """The ten solved matrices with the largest loss: held-out if any has one, else on the calibration data; none if no
+    loss was measured."""
     solved = [row for row in layers if not row.stays_dense]
     measured = [row for row in solved if row.heldout_relative_loss is not None]
     if measured:

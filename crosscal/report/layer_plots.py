@@ -1,4 +1,4 @@
-"""Which layers lose how much: the error of each solved matrix on calibration data and on held-out data."""
+"""Losses by layer: the error of each solved matrix on calibration data and on held-out data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from crosscal.report.rows import LayerRow
 
 
 def layer_losses(layers: Sequence[LayerRow], variants: Sequence[str], marks: Mapping[str, str]) -> str | None:
-    """For each variant: the mean relative loss by block, calibration and held-out, and each matrix's loss as a map.
+    """Plot for each variant the mean relative loss by block, calibration and held-out, and a map of each matrix's loss.
 
-    Matrices left dense are in no mean and blank on the map; `marks` says how many a variant has. None where the
+    Matrices left dense are in no mean and blank on the map; `marks` gives their number per variant. None if the
     variants have no solved matrix with a loss in a block.
     """
     chosen = {
@@ -34,7 +34,7 @@ def layer_losses(layers: Sequence[LayerRow], variants: Sequence[str], marks: Map
 
 
 def matrix_kind(row: LayerRow) -> str:
-    """The matrix's name within its block: "self_attn.q_proj" for "model.layers.3.self_attn.q_proj"."""
+    """Return the matrix's name within its block: "self_attn.q_proj" for "model.layers.3.self_attn.q_proj"."""
     _, _, inside = row.layer.partition(f".{row.block}.")
     return inside or row.layer
 
@@ -44,7 +44,7 @@ def _is_measured(row: LayerRow) -> bool:
 
 
 def _by_block(axis: Any, rows: Sequence[LayerRow], title: str) -> None:
-    """Both lines over the same matrices: those with a held-out loss, or all solved ones where none has."""
+    """Both lines cover the same matrices: those with a held-out loss, or all solved ones if none has."""
     solved = [row for row in rows if not row.stays_dense]
     both = [row for row in solved if row.heldout_relative_loss is not None]
     for label, colour, style, losses in (
@@ -82,6 +82,6 @@ def _map(figure: Any, axis: Any, rows: Sequence[LayerRow]) -> None:
 
 
 def _shown_loss(row: LayerRow, *, heldout: bool) -> float:
-    """Of one kind on the whole map; NaN, a blank, for a matrix left dense or without the number."""
+    """The same kind of loss on the whole map; NaN, a blank, for a matrix left dense or without the number."""
     loss = row.heldout_relative_loss if heldout else row.relative_loss
     return math.nan if loss is None or row.stays_dense else loss

@@ -1,7 +1,7 @@
-"""Matrices that stay as they came, by a fallback or by design: counted beside every number of their variant.
+"""Matrices left dense, by a fallback or by design: their number accompanies every number of their variant.
 
-Such a matrix loses nothing because nothing was done to it. Its zero is no result: it enters no mean, and a variant that
-leaves more of the model dense than others is not compared with them.
+Such a matrix loses nothing because nothing was done to it. Its zero is not a result: it enters no mean, and a variant
+that leaves more of the model dense than others is not compared with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from crosscal.report.numbers import percent_text
 from crosscal.report.rows import LayerRow
 
 SLACK = 0.01
-"""Of the parameters: how much more than the least at its level may stay dense in a variant that is compared."""
+"""Share of the parameters that a compared variant may leave dense beyond the least at its level."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class LeftDense:
     matrices: int
     of_matrices: int
     parameters: int | None
-    """None where rows of an older version do not say how large their matrices are."""
+    """None if rows of an older version do not give the size of their matrices."""
     of_parameters: int | None
 
     @property
     def share(self) -> float:
-        """Of the parameters of all listed matrices; of their number where sizes are not known."""
+        """Share of the parameters of all listed matrices; of their number if sizes are not known."""
         if self.parameters is not None and self.of_parameters:
             return self.parameters / self.of_parameters
         return self.matrices / self.of_matrices if self.of_matrices else 0.0
@@ -60,11 +60,11 @@ class LeftDense:
 
 
 NOTHING = LeftDense(0, 0, None, None)
-"""Where no layer row is known."""
+"""For variants without layer rows."""
 
 
 def left_dense_of(layers: Sequence[LayerRow]) -> LeftDense:
-    """Counts over the layer rows of one variant, or of its seeds."""
+    """Count over the layer rows of one variant, or of its seeds."""
     dense = [row for row in layers if row.stays_dense]
     parameters, of_parameters = (
         None if any(row.parameters is None for row in layers) else sum(row.parameters or 0 for row in rows)
@@ -88,10 +88,10 @@ G = TypeVar("G", bound=_Compressed)
 
 
 def compared(groups: Sequence[G]) -> dict[str, list[G]]:
-    """Level -> the compressed groups whose numbers may be compared, in the order of their first appearance.
+    """Return level -> the compressed groups whose numbers are comparable, in the order of their first appearance.
 
-    A group of which more than SLACK above the least of its level stays dense is compressed less than the level says,
-    and one of which everything stays dense is not compressed at all.
+    A group that leaves over SLACK more dense than the least of its level is compressed less than the level states, and
+    one that leaves everything dense is not compressed at all.
     """
     levels: dict[str, list[G]] = defaultdict(list)
     for group in groups:
@@ -105,17 +105,15 @@ def compared(groups: Sequence[G]) -> dict[str, list[G]]:
 
 
 def marks_of(groups: Sequence[_Compressed]) -> Mapping[str, str]:
-    """Name -> what stands beside a drawn point, for groups with matrices left dense; none where all have as many.
-
-    What all variants have in common is said once, by `common_text`.
-    """
+    """Return name -> label of a point, for groups with matrices left dense; empty if all groups have the same counts,
+    which `common_text` then states once."""
     if len({group.left_dense for group in groups if not group.is_dense}) < 2:
         return {}
     return {group.name: f"{group.left_dense.short} dense" for group in groups if group.left_dense.matrices}
 
 
 def common_text(groups: Sequence[_Compressed]) -> str:
-    """A sentence on what charts do not say at each point; empty where every matrix was solved."""
+    """Return a sentence on what charts do not show at each point; empty if every matrix was solved."""
     kinds = {group.left_dense for group in groups if not group.is_dense}
     if not any(kind.matrices for kind in kinds):
         return ""

@@ -1,4 +1,4 @@
-"""Numbers as text: a value has the decimals that its error has, and four digits where there is none."""
+"""Numbers as text: a value has the decimals of its error, or four digits if it has none."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass
 
 DIGITS = 4
-"""Of a value without an error."""
+"""Significant digits of a value without an error."""
 ERROR_DIGITS = 2
 LARGE = 1e6
-"""From here on a power of ten is written apart."""
+"""From here on, the power of ten is written separately."""
 ROUNDOFF = 1e-12
-"""Errors below this fraction of their value are what the order of a sum leaves."""
+"""Errors below this fraction of their value are roundoff from the order of a sum."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A mean and its uncertainty: the deviation over seeds where there are several, else the standard error."""
+    """A mean and its uncertainty: the deviation over seeds if there are several, else the standard error."""
 
     value: float
     error: float | None
@@ -24,7 +24,7 @@ class Number:
 
 
 def number_text(number: Number | None, metric: str) -> str:
-    """As in "86.4 ± 2.6", in percent for accuracies, with n where several seeds stand behind it."""
+    """Format as "86.4 ± 2.6", in percent for accuracies, with n if there are several seeds."""
     if number is None:
         return "–"
     scale, unit = (100.0, " %") if is_fraction(metric) else (1.0, "")
@@ -36,14 +36,14 @@ def number_text(number: Number | None, metric: str) -> str:
 
 
 def short_text(number: Number | None, metric: str) -> str:
-    """The value alone, in percent (without the sign) for accuracies."""
+    """Format the value alone, in percent (without the sign) for accuracies."""
     if number is None:
         return "–"
     return f"{100 * number.value:.1f}" if is_fraction(metric) else plain_text(number.value)
 
 
 def with_error(value: float, error: float) -> str:
-    """Both to the same decimal place, the error's second digit: "2.000 ± 0.018", "104 ± 12"."""
+    """Format both to the same decimal place, the error's second digit: "2.000 ± 0.018", "104 ± 12"."""
     power = _exponent(max(abs(value), error), ERROR_DIGITS)
     if 10.0**power >= LARGE:
         return f"({with_error(value / 10.0**power, error / 10.0**power)})e+{power}"
@@ -55,7 +55,7 @@ def with_error(value: float, error: float) -> str:
 
 
 def plain_text(value: float, digits: int = DIGITS) -> str:
-    """`digits` significant digits, trailing zeros kept: "2.240", "104.2", "12346", "1.235e+07"."""
+    """Format with `digits` significant digits, trailing zeros kept: "2.240", "104.2", "12346", "1.235e+07"."""
     power = _exponent(value, digits)
     if value == 0 or -DIGITS <= power < math.log10(LARGE):
         return f"{value:.{max(0, digits - 1 - power)}f}"
@@ -63,14 +63,14 @@ def plain_text(value: float, digits: int = DIGITS) -> str:
 
 
 def percent_text(fraction: float) -> str:
-    """As in "7.14 %"; 0 % and 100 % are none and all, never nearly so."""
+    """Format as "7.14 %"; 0 % and 100 % are exact, never rounded."""
     if 0.9995 <= fraction < 1:
         return "> 99.9 %"
     return f"{100 * fraction:.3g} %" if fraction == 0 or fraction >= 1e-5 else "< 0.001 %"
 
 
 def is_fraction(metric: str) -> bool:
-    """Accuracies are shown in percent."""
+    """Return whether a metric is an accuracy, which is shown in percent."""
     return metric.startswith("acc")
 
 

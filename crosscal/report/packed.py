@@ -1,7 +1,7 @@
-"""How much of a quantized model is stored as it came or as dense numbers, and what it takes on the disk.
+"""Share of a quantized model that is stored dense instead of packed, and the model's size on disk.
 
-Rows say `bits: 4` of a matrix that was rounded; whether the file holds integers or the numbers that they stand for is
-another matter, and the size of the model hangs on it.
+`bits: 4` in a row states that a matrix was rounded, not whether the file holds integers or their dequantized values;
+the size of the model depends on the latter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_VARIANTS = 8
 
 
 def dense_text(layers: Sequence[LayerRow], dtype: str) -> str:
-    """What stays dense of a variant's listed matrices and why, as a share of their parameters; empty where all are
+    """Return what stays dense of a variant's listed matrices and why, as a share of their parameters; empty if all are
     packed, and for variants without a rounded matrix."""
     if not any(row.bits is not None or row.mean_bits is not None for row in layers):
         return ""
@@ -29,7 +29,7 @@ def dense_text(layers: Sequence[LayerRow], dtype: str) -> str:
 
 
 def share_text(reasons: Mapping[str, int], of_parameters: int, dtype: str) -> str:
-    """`reasons`: why some parameters are not packed -> how many they are."""
+    """Format the share of parameters that are not packed. `reasons`: reason -> number of parameters."""
     if not (dense := sum(reasons.values())):
         return ""
     largest = sorted(reasons.items(), key=lambda item: -item[1])
@@ -39,7 +39,7 @@ def share_text(reasons: Mapping[str, int], of_parameters: int, dtype: str) -> st
 
 
 def dense_notes(texts: Mapping[str, str], sizes_bytes: Mapping[str, int]) -> list[str]:
-    """A sentence for all variants of which the same is true. `texts`: variant -> what `dense_text` says of it."""
+    """Return one sentence for all variants with the same text. `texts`: variant -> result of `dense_text`."""
     alike: dict[str, list[str]] = defaultdict(list)
     for variant, text in texts.items():
         if text:

@@ -1,4 +1,4 @@
-"""The charts of the report: groups of variants in, SVG text out (None where there is nothing to draw)."""
+"""The charts of the report: groups of variants in, SVG text out (None if there is nothing to draw)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_ROWS = 24
 
 
 def trade_off(groups: Sequence[Group], domain: str) -> str | None:
-    """General against domain perplexity: all levels together, then each level by itself with alpha at its points.
+    """Plot general against domain perplexity: all levels together, then each level separately with alpha at its points.
 
     Every variant with both numbers is drawn; lines join general text, the domain and their mixtures.
     """
@@ -89,19 +89,19 @@ def _annotate(axis: Any, point: tuple[float, float], text: str) -> None:
 
 
 def _line_key(group: Group, domain: str) -> str:
-    """Empty for general text, the domain and their mixtures, which one line joins; any other mixture stands alone."""
+    """Empty for general text, the domain and their mixtures, which one line joins; any other mixture is on its own."""
     return "" if group.domains <= {domain} else mixture_text(group.mixture)
 
 
 def _mixture_word(group: Group, domain: str) -> str:
-    """What stands at a point: alpha on a line of mixtures, the mixture itself elsewhere; nothing without data."""
+    """Label of a point: alpha on a line of mixtures, the mixture itself elsewhere; empty without data."""
     if group.alpha is None:
         return ""
     return f"{group.alpha:g}" if group.domains <= {domain} else mixture_text(group.mixture)
 
 
 def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None:
-    """Accuracy of the first MOST_ROWS groups on each task, one panel a task."""
+    """Plot the accuracy of the first MOST_ROWS groups, one panel per task."""
     columns, marks = [column for column in columns if column[2] == "acc"], marks_of(groups)
     shown = [group for group in groups if any(column in group.numbers for column in columns)][:MOST_ROWS]
     if not shown:
@@ -125,7 +125,7 @@ def _labelled(group: Group, marks: Mapping[str, str]) -> str:
 
 
 def left_out(groups: Sequence[Group], domain: str) -> str:
-    """What the charts of one domain do not show, as a sentence; empty where they show everything."""
+    """Return a sentence on what the charts of one domain omit; empty if they show everything."""
     mixed = weighed(groups, domain)
     drawn = in_curves(groups, domain)
     counts = (
@@ -144,12 +144,12 @@ def left_out(groups: Sequence[Group], domain: str) -> str:
 
 
 def weighed(groups: Sequence[Group], domain: str) -> list[Group]:
-    """The compressed groups that have both perplexities, whatever they were calibrated on."""
+    """Return the compressed groups that have both perplexities, whatever they were calibrated on."""
     return [group for group in groups if not group.is_dense and _has_both(group, domain)]
 
 
 def _by_level(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """The groups of each level that leaves a choice."""
+    """The groups of each level that has at least two."""
     found: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         found[group.level].append(group)
@@ -168,8 +168,8 @@ def _point(group: Group, domain: str) -> tuple[float, float]:
 
 
 def _sd(group: Group, corpus: str) -> float:
-    """Standard deviation over seeds. One seed has none to show (NaN): variants share their windows, so the standard
-    error over windows says little about their differences."""
+    """Standard deviation over seeds. One seed has none (NaN): variants share their windows, so the standard error over
+    windows says little about their differences."""
     number = group.perplexity(corpus)
     return math.nan if number is None or number.error is None or number.seeds < 2 else number.error
 

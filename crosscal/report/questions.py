@@ -1,4 +1,4 @@
-"""What changed from one model's answers to another's, question by question: McNemar's exact test."""
+"""Changes between two models' answers, question by question: McNemar's exact test."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from crosscal.report.rows import QuestionRow
 
 MOST_ROWS = 100
 METRICS = ("acc", "exact_match")
-"""By which answers are right, where a task has several metrics: the first that it has of these, or of its own."""
+"""Metrics that decide whether an answer is correct, in order of preference; without them, a task's first metric."""
 Answers = Mapping[str, Mapping[str, Sequence[bool]]]
-"""Task -> variant -> whether each question was answered right."""
+"""Task -> variant -> whether each question was answered correctly."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Rows that say how a second model's answers differ from a first one's, a column for each task."""
+    """Rows that show how a second model's answers differ from a first one's, one column per task."""
 
     title: str
     tasks: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    """(which models, in words; a cell for each task, as in "−4.2 points, 12 lost / 7 won, p = .36")."""
+    """(the models, in words; one cell per task, as in "−4.2 points, 12 lost / 7 won, p = .36")."""
     left_out: int = 0
 
 
 def answers_of(rows: Iterable[QuestionRow]) -> Answers:
-    """Of test questions, by one metric of each task: what chooses is not shown."""
+    """Return the answers to test questions, by one metric per task; validation questions are not shown."""
     found: dict[str, dict[str, dict[str, Sequence[bool]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.split == TEST:
@@ -41,8 +41,9 @@ def answers_of(rows: Iterable[QuestionRow]) -> Answers:
 
 
 def answer_changes(groups: Sequence[Group], best: Sequence[Best], answers: Answers) -> list[Changes]:
-    """Every variant against the dense model, what to take against the same calibrated on general text alone, and every
-    model with contexts against itself without: those of them that there is something for, in the groups' order."""
+    """Return the tables that are not empty: every variant against the dense model; recommended variants against the
+    same calibrated on general text alone; every model with contexts against itself without. Rows are in the groups'
+    order."""
     dense = next((group.variants[0] for group in groups if group.is_dense), None)
     compressed = [variant for group in groups if not group.is_dense for variant in group.variants]
     against_dense = [(variant, dense, variant) for variant in compressed if dense]
@@ -60,7 +61,7 @@ def answer_changes(groups: Sequence[Group], best: Sequence[Best], answers: Answe
 
 
 def _pairs(best: Best) -> list[tuple[str, str]]:
-    """(general-only, taken), seed by seed."""
+    """(general-only, recommended) variants, seed by seed."""
     before = best.general_only
     if before is None or before is best.group or len(before.variants) != len(best.group.variants):
         return []
@@ -78,7 +79,7 @@ def _table(title: str, pairs: Sequence[tuple[str, str, str]], answers: Answers) 
 
 
 def _of_contexts(variants: Sequence[str], answers: Answers) -> Changes:
-    """What the context adds, where one task was asked in both versions."""
+    """The effect of the context, if one task was asked in both versions."""
     asked = {task: task.removesuffix(version_name("", CLOSED)) for task in answers}
     both = {
         stem: (answers[task], answers[version_name(stem, IN_CONTEXT)])

@@ -1,6 +1,6 @@
-"""What a study concludes: every variant over its draws, and how it differs from what it is compared with.
+"""Conclusions of a study: every variant over its draws, and its differences from its baselines.
 
-Numbers are those of test text. What validation text decides, and alone, is which mixture of a recipe counts as chosen.
+Comparisons are on test text. Validation text decides only which mixture of a recipe counts as chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crosscal.report.table import LOWER_IS_BETTER
 BETTER, WORSE, ALIKE = "better", "worse", "not distinguishable"
 LEVEL = 0.05
 STANDARD_ERRORS = 2.0
-"""Over windows, that a difference has to exceed besides."""
+"""Standard errors over windows that a difference must exceed as well."""
 RULE = (
     "A difference counts if its p-value, by Student's t over draws and adjusted by Holm for all comparisons with the "
     f"same baseline on the same text, is below {LEVEL:g}, and if it exceeds {STANDARD_ERRORS:g} standard errors over "
@@ -36,7 +36,7 @@ CHOICE = (
 
 
 def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
-    """Every variant by itself, also on the validation text that chose; then every comparison on test text."""
+    """Return every variant's own values, also on the validation text that chose; then every comparison on test text."""
     groups, measured = files.groups, Measured.of(files)
     tested = [column for column in columns_of(files.results) if column[1] != VALIDATION]
     chose = [(corpus, VALIDATION, metric) for corpus, _, metric in tested if metric == PERPLEXITY]
@@ -49,7 +49,7 @@ def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
 
 
 def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
-    """Names of the groups that validation text chooses; none without validation text, for test text chooses nothing."""
+    """Return the groups that validation text chooses, by name; none without it, because test text chooses nothing."""
     found: dict[tuple[Any, ...], list[tuple[float, str]]] = defaultdict(list)
     for group in groups:
         scores = {domain: _score(group, domain) for domain in _domains_weighed(group, groups)}
@@ -61,8 +61,8 @@ def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
 
 
 def _domains_weighed(group: Group, groups: Sequence[Group]) -> Collection[str]:
-    """The domains that a group is a candidate for: its own, or for general text alone every one; none for a mixture
-    that was found, which was chosen before."""
+    """The domains that a group is a candidate for: its own, or every domain for general text alone; none for a searched
+    mixture, which was chosen before."""
     if is_found(group):
         return ()
     if group.mixture == {GENERAL: 1.0}:
@@ -124,7 +124,7 @@ def _row(group: Group, column: Column, found: Sure, chosen: Collection[str]) -> 
 
 
 def _adjusted(rows: Sequence[StudyRow]) -> list[StudyRow]:
-    """The comparisons of one rule in one column, looked at together."""
+    """Adjust the p-values of the comparisons of one rule in one column together."""
     tested = [row for row in rows if row.p is not None]
     adjusted = dict(zip(map(id, tested), holm([row.p or 0.0 for row in tested]), strict=True))
     return [

@@ -1,4 +1,4 @@
-"""The section of the report on how sure a study's differences are."""
+"""The section of the report on the uncertainty of a study's differences."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StudySection:
 
 
 def study_section(rows: Sequence[StudyRow], groups: Sequence[Group]) -> StudySection | None:
-    """None for a run that is no study."""
+    """Return the section; None for a run that is not a study."""
     if not rows:
         return None
     tables = [

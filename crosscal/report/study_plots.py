@@ -1,4 +1,4 @@
-"""How a study's differences change with the mixture, as SVG text."""
+"""A study's differences over the mixture, as SVG text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LINES = {"domain": "-", "general": "--"}
 
 
 def changes_by_alpha(groups: Sequence[Group], rows: Sequence[StudyRow], domain: str) -> str | None:
-    """Change of perplexity against general text alone over alpha, a panel a level: domain text and general text, with
-    95 % intervals. None where no mixture was compared with general text alone."""
+    """Plot the change of perplexity against general text alone over alpha, one panel per level: domain text and general
+    text, with 95 % intervals. None if no mixture was compared with general text alone."""
     changes = {
         (row.variant, row.corpus_or_task): row
         for row in rows
@@ -51,7 +51,7 @@ def _line(
     changes: Mapping[tuple[str, str], StudyRow],
     look: Mapping[str, str],
 ) -> None:
-    """From general text alone, which is what changes are against, on."""
+    """Starts at general text alone, the baseline of the changes."""
     points = [(0.0, 0.0, 0.0, 0.0)]
     for group in line:
         row = changes.get((group.name, corpus))

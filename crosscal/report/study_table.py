@@ -1,4 +1,4 @@
-"""A study's differences as text: tables in the terminal, sentences on what validation text chose, the page's cells."""
+"""A study's differences as text: tables in the terminal, sentences on the chosen mixtures, the page's cells."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLD = "*"
 
 @dataclass(frozen=True)
 class DifferenceTable:
-    """A table for each baseline: changes in percent (of accuracies in points), ± half the 95 % interval."""
+    """A table per baseline: changes in percent (accuracies in points), ± half the 95 % interval."""
 
     rows: Sequence[StudyRow]
 
@@ -62,27 +62,27 @@ def rules_of(rows: Sequence[StudyRow]) -> list[str]:
 
 
 def rule_text(rule: str) -> str:
-    """What a baseline of the plan means."""
+    """Describe a baseline rule of the plan."""
     if rule == DENSE:
         return "the dense model"
     return "the same on its own domain alone" if rule == DOMAIN else f"the same with {rule} alone"
 
 
 def short_change(row: StudyRow) -> str:
-    """As in "-17.7 ±2.4*"."""
+    """Format as "-17.7 ±2.4*"."""
     half = "" if row.interval is None else f" ±{(change(row, row.interval[1]) - change(row, row.interval[0])) / 2:.1f}"
     return f"{change(row, row.value):+.1f}{half}" + (TOLD if row.verdict not in (None, ALIKE) else " ")
 
 
 def change(row: StudyRow, difference: float) -> float:
-    """Percent of the baseline's perplexity; of accuracies points; of other metrics their difference."""
+    """Return percent of the baseline's perplexity; points for accuracies; the plain difference for other metrics."""
     if row.metric == PERPLEXITY:
         return 100 * math.expm1(difference)
     return 100 * difference if is_fraction(row.metric) else difference
 
 
 def change_text(row: StudyRow) -> str:
-    """As in "-17.7 %" or "+2.1 points"."""
+    """Format as "-17.7 %" or "+2.1 points"."""
     return f"{change(row, row.value):+.1f} {_unit(row)}".rstrip()
 
 
@@ -99,7 +99,7 @@ def p_text(p: float | None) -> str:
 
 
 def sentences(rows: Sequence[StudyRow]) -> list[str]:
-    """Of every mixture that validation text chose, how it differs on test text from each of its baselines."""
+    """Return, for every mixture that validation text chose, its differences from its baselines on test text."""
     chosen = [row for row in rows if row.chosen and row.rule]
     pairs = dict.fromkeys((row.variant, row.rule, row.baseline) for row in chosen)
     return [

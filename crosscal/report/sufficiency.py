@@ -1,11 +1,11 @@
-"""Is there enough calibration text? What losses on calibration and on held-out windows say of more of it.
+"""Estimate from losses on calibration and on held-out windows whether there is enough calibration text.
 
-An answer fits its own n windows better than it should by as much as it fits others worse, about c/n either way (the
-optimism of a fit: Efron 1986, JASA 81), so that twice as many would bring c/2n, a quarter of the gap between both
-losses. Compared with what twice as many did bring, that is nearer than what the last doubling brought, in which one
-unusual document shows (`benchmarks/sufficiency.py`). But a part of the gap that is none of the data's fault, because
-the held-out text is of another kind, stays however much there is; so where shorter prefixes were solved on as well
-(`crosscal enough`), no more is expected than a doubling brought on average so far.
+A solution fits its own n windows better than it should by as much as it fits others worse, about c/n each (the optimism
+of a fit: Efron 1986, JASA 81). Twice as many windows would therefore gain c/2n, a quarter of the gap between both
+losses. This estimate is closer to the measured gain of a doubling than the gain of the last doubling is, which a single
+unusual document affects (`benchmarks/sufficiency.py`). But the part of the gap that comes from held-out text of another
+kind does not shrink with more data; so if shorter prefixes were solved as well (`crosscal enough`), the estimate is
+limited to the average gain per doubling so far.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from crosscal.report.rows import LayerRow, ResultRow
 from crosscal.report.table import mixture_text
 
 GAIN_LIMIT = 0.02
-"""Of held-out loss, that doubling the data would bring: less is not worth it. On the test bed a per cent of loss is
-about .2 % of perplexity at 70 % sparsity."""
+"""Relative reduction of held-out loss below which doubling the data is not worthwhile. On the test bed a per cent of
+loss is about .2 % of perplexity at 70 % sparsity."""
 ENOUGH, ADD, UNKNOWN = "enough", "add data", "cannot be told"
 MOST_MIXTURES = 4
 
 
 @dataclass(frozen=True)
 class Point:
-    """What solving on a prefix of the windows gave."""
+    """Losses of solving on a prefix of the windows."""
 
     windows: int
     tokens: int
@@ -37,8 +37,8 @@ class Point:
 
 
 def expected_gain(points: Sequence[Point]) -> float | None:
-    """Of held-out loss, that one more doubling would bring, as a fraction of it: a quarter of the gap, and at most what
-    the doublings so far brought on average. None with fewer than two prefixes."""
+    """Return the relative reduction of held-out loss expected from one more doubling: a quarter of the gap, and at most
+    the average per doubling so far. None with fewer than two prefixes."""
     if len(points) < 2:
         return None
     first, last = points[0], points[-1]
@@ -47,15 +47,15 @@ def expected_gain(points: Sequence[Point]) -> float | None:
 
 
 def verdict(expected: float | None) -> str:
-    """`enough` if a doubling would bring less than `GAIN_LIMIT`."""
+    """Return `enough` if a doubling would gain less than `GAIN_LIMIT`."""
     if expected is None or math.isnan(expected):
         return UNKNOWN
     return ENOUGH if expected < GAIN_LIMIT else ADD
 
 
 def gap_sentences(results: Sequence[ResultRow], layers: Sequence[LayerRow]) -> list[str]:
-    """What a run's own losses say, a sentence a mixture, of corpora alone where there are any: at no cost, of the
-    variant that more text would help most."""
+    """Return a sentence per mixture (single corpora only, if there are any) from a run's own losses, at no cost: for
+    the variant that more text would help most."""
     mixtures = {row.variant: row.mixture for row in results if row.mixture}
     gaps: dict[str, tuple[float, str]] = {}
     alone = [name for name, weights in mixtures.items() if len(weights) == 1]

@@ -1,4 +1,4 @@
-"""The summary table: a row for each variant, its seeds together; plain text cells, for a terminal and for the page."""
+"""The summary table: one row per variant, its seeds together; plain text cells, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ LEFT_DENSE = "left dense (of parameters)"
 class Cell:
     text: str
     best: bool = False
-    """Best of its column among the variants of the same level."""
+    """Whether it is the best of its column among the variants of the same level."""
 
 
 @dataclass(frozen=True)
 class SummaryTable:
     headers: tuple[str, ...]
-    """The first TEXT_COLUMNS are words, the others numbers."""
+    """The first TEXT_COLUMNS are text, the others numbers."""
     rows: tuple[tuple[Cell, ...], ...]
     errors: str
-    """What the ± stands for."""
+    """What the ± means."""
 
 
 def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> SummaryTable:
-    """Variant, method, level, mixture, a column for each measured number, and the mean relative loss of matrices.
+    """Return variant, method, level, mixture, a column for each measured number, and the mean relative loss of
+    matrices.
 
-    A column says what stays dense, where that is anything.
+    If any matrix stays dense, one column gives their number and share.
     """
     dense = any(group.left_dense.matrices for group in groups)
     losses = any(group.relative_loss is not None for group in groups)
@@ -57,7 +58,7 @@ def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> Summary
 
 
 def mixture_text(mixture: dict[str, float]) -> str:
-    """As in "0.5 general + 0.5 biomedical"; a single corpus goes by its name alone."""
+    """Format as "0.5 general + 0.5 biomedical"; a single corpus is its name alone."""
     weighed = {corpus: weight for corpus, weight in mixture.items() if weight > 0}
     if len(weighed) == 1:
         return next(iter(weighed))
@@ -72,7 +73,7 @@ def _column_header(column: Column) -> str:
 
 
 def best_cells(groups: Sequence[Group], columns: Sequence[Column]) -> set[tuple[str, Column]]:
-    """(name, column) of the best values of each level, where it has several variants that may be compared."""
+    """Return (name, column) of the best values of each level that has several comparable variants."""
     found: set[tuple[str, Column]] = set()
     for level in compared(groups).values():
         for column in columns:
@@ -83,7 +84,7 @@ def best_cells(groups: Sequence[Group], columns: Sequence[Column]) -> set[tuple[
 
 
 def _loss_text(loss: Loss | None) -> str:
-    """In percent, with the number of matrices behind the mean where that is not every solved one."""
+    """In percent, with the number of matrices in the mean if that is not every solved one."""
     if loss is None:
         return "–"
     behind = "" if loss.matrices == loss.of_solved else f" ({loss.matrices} of {loss.of_solved})"

@@ -1,6 +1,6 @@
 """The summary in a terminal: names and numbers only; errors, settings and layer losses are on the page.
 
-No number is ever cut: where the columns do not fit side by side, names are folded, and then the table goes on below.
+Numbers are never truncated: if the columns do not fit side by side, names are wrapped, and then the table is split.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 _SHORT = {"perplexity": "ppl", "acc": "acc %"}
 WORD = 7
-"""Letters of a word in a header: a name, three perplexities and three accuracies fit in 80 columns."""
+"""Maximum letters of a word in a header: a name, three perplexities and three accuracies fit in 80 columns."""
 READABLE_NAME, LEAST_NAME = 24, 10
-"""Letters a name has at least before it is folded: rather several tables; and rather less than a number cut."""
+"""Minimum letters of a name: below the first, the table is split instead; the second holds in any case."""
 GAP = 2
-"""Between columns: the cell's padding and the box's divider."""
+"""Width between columns: the cell's padding and the box's divider."""
 
 
 @dataclass(frozen=True)
 class TerminalTable:
     """A row for each variant, a column for each perplexity and accuracy (in percent); the best of a level in bold.
 
-    Beside the name stands how many matrices stay dense, and their share of the parameters, where any do.
+    If matrices stay dense, a column after the name gives their number and their share of the parameters.
     """
 
     groups: Sequence[Group]
@@ -53,7 +53,7 @@ class TerminalTable:
     def _parts(
         self, fixed: Sequence[_Measured], measures: Sequence[_Measured], room: int
     ) -> tuple[int, list[list[_Measured]]]:
-        """Width of the names and the measures of each table: one table if names need not be folded beyond reading."""
+        """Width of the names and the measures of each table: one table if that leaves the names readable."""
         name = max([len("variant"), *(_width(group.name) for group in self.groups)])
         left = room - sum(GAP + each.width for each in fixed)
         beside = [GAP + each.width for each in measures]
@@ -79,7 +79,7 @@ class TerminalTable:
         for each in shown:
             table.add_column(Text("\n".join(each.header)), justify="right", no_wrap=True, min_width=each.width)
         for number, group in enumerate(self.groups):
-            cells = [Text(group.name)]  # as Text, because a name in square brackets would be taken for markup
+            cells = [Text(group.name)]  # as Text: Rich would take square brackets in a name for markup
             for each in shown:
                 is_best = each.column is not None and (group.name, each.column) in best
                 cells.append(Text(each.cells[number], style="bold" if is_best else ""))
@@ -99,7 +99,7 @@ class _Measured:
 
 
 def _headers(columns: Sequence[Column]) -> list[tuple[str, ...]]:
-    """The words of a name below each other, long ones cut short where that leaves the columns apart."""
+    """The words of a name below each other, long ones truncated where the columns remain distinct."""
     cut = [_header(column, cut=True) for column in columns]
     return [
         header if cut.count(header) == 1 else _header(column, cut=False)

@@ -1,1 +1,1 @@
-"""Which mixture to take, from what solutions lose on each corpus. Pure: what to try next, given what was tried."""
+"""Search for mixture weights by the losses of solutions on each corpus. Pure: next weights from those tried so far."""

@@ -1,8 +1,8 @@
-"""The weight between two corpora whose solution has the smallest geometric mean of the two losses.
+"""Line search for the weight of two corpora whose solution has the smallest geometric mean of the two losses.
 
-Five weights a quarter apart, then the middles on either side of the best: seven solves at most, in two rounds of which
-each reads a corpus's statistics once. Around its minimum the mean is so flat that weights finer than an eighth move it
-by less than a thousandth (benchmarks/alpha.py). Which is taken: `crosscal.search.simplex.best_weights`.
+Five weights a quarter apart, then the midpoints on either side of the best: at most seven solves, in two rounds that
+each read a corpus's statistics once. The mean is so flat around its minimum that a grid finer than an eighth changes it
+by less than a thousandth (benchmarks/alpha.py). `crosscal.search.simplex.best_weights` makes the final choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tried = Mapping[float, Sequence[float]]
 
 
 def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[float]:
-    """What to solve next; nothing once the search is over."""
+    """Return the weights to solve next; none once the search is finished."""
     if first := [weight for weight in FIRST if weight not in tried]:
         return first
     best, known = best_weight(tried, exponents), sorted(tried)
@@ -30,5 +30,5 @@ def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[float]:
 
 
 def best_weight(tried: Tried, exponents: Sequence[float]) -> float:
-    """Of those tried; the smallest weight where several are alike."""
+    """Return the tried weight with the smallest geometric mean; the smallest weight among equals."""
     return min(sorted(tried), key=lambda weight: geometric_mean(tried[weight], exponents))

@@ -1,14 +1,14 @@
-"""The weight of a domain that is best for it and keeps general perplexity within a bound, at few models evaluated.
+"""Search for the domain weight with the lowest domain perplexity at a bounded general perplexity, in few evaluations.
 
-Log perplexity is taken for a function of the mean relative loss E on the same corpus. Where it begins is known from
-general-only calibration, and its slope is estimated from there to the dense model, of loss 0. That is steeper than the
-slope between mixtures (measured: twice as steep on one model, on another the perplexity first falls), so the first
-weight is a safe one, and what is measured there corrects the slope for the next: a secant from general-only, or half
-of the way that is left where less than half of the bound was used; or, between one that keeps the rule and one that
-breaks it, the straight line between the two, which lies above a curve that bends upwards. As long as only general-only
-keeps it, that line is drawn over the weight as well, and the smaller answer taken: measured, E may not rise at all up
-to a weight where perplexity has risen by 4 %. What is taken in the end was measured to keep the rule, if need be
-general-only itself.
+Log perplexity is modelled as a function of the mean relative loss E on the same corpus. It is measured at general-only
+calibration, and its slope is estimated from there to the dense model, of loss 0. That is steeper than the slope between
+mixtures (measured: twice as steep on one model; on another the perplexity first falls), so the first weight is safe,
+and its evaluation corrects the slope for the next. While all weights keep the bound, the next follows from the secant
+from general-only calibration, or is half of the remaining way if less than half of the bound was used. Between a weight
+that keeps the bound and one that breaks it, log perplexity is interpolated linearly, which lies above a convex curve.
+While only general-only calibration keeps the bound, it is also interpolated over the weight, and the smaller result is
+used: measured, E may not rise at all up to a weight where perplexity has risen by 4 %. The final weight was evaluated
+and keeps the bound; it may be general-only calibration.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 MOST_EVALUATED = 3
-"""Besides the dense model and general-only calibration."""
+"""Maximum number of evaluated weights, besides the dense model and general-only calibration."""
 FLATTEST = 4.0
-"""A measured slope counts as no flatter than a fourth of the estimate: else one flat stretch would ask for all."""
+"""A measured slope is taken as at least a fourth of the estimate; else one flat stretch would allow any weight."""
 LEAST_SLOPE = 1e-12
-"""Where general-only calibration is no worse than the dense model."""
+"""Lower bound of the estimate, for general-only calibration that is no worse than the dense model."""
 NEAR = 0.02
-"""Weights that differ by less are not evaluated again."""
+"""Weights that differ by less from an evaluated one are not evaluated."""
 LEAST_GAIN = 0.001
-"""Of log perplexity on the domain: what gains less is not worth an evaluation."""
+"""Predicted gain of log perplexity on the domain below which a weight is not evaluated."""
 
 Pair = Sequence[float]
 """(general, domain)."""
@@ -36,10 +36,10 @@ Pair = Sequence[float]
 def next_weight(
     losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], within: float
 ) -> float | None:
-    """What to evaluate next; None once nothing is to be gained.
+    """Return the weight to evaluate next; None once the search is finished.
 
-    `losses`: weight -> mean relative losses, 0 and 1 among them; `dense`: perplexities; `evaluated`: weight ->
-    perplexities, all on validation windows.
+    `losses`: weight -> mean relative losses, with weights 0 and 1; `dense`: perplexities; `evaluated`: weight ->
+    perplexities, all on validation windows; `within`: allowed relative rise of general perplexity over general-only.
     """
     if 0.0 not in evaluated:
         return 0.0
@@ -54,28 +54,28 @@ def next_weight(
 
 
 def chosen_weight(evaluated: Mapping[float, Pair], within: float) -> float:
-    """Of those evaluated that keep the rule, that of the lowest perplexity on the domain; 0 always keeps it."""
+    """Return the evaluated weight of the lowest domain perplexity among those that keep the bound; 0 always does."""
     most = evaluated[0.0][0] * (1.0 + within)
     kept = [weight for weight in sorted(evaluated) if weight == 0.0 or evaluated[weight][0] <= most]
     return min(kept, key=lambda weight: evaluated[weight][1])
 
 
 def losses_at(losses: Mapping[float, Pair], weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """[weights, (general, domain)] between weights that were solved: cubic, monotone where they are."""
-    from scipy.interpolate import PchipInterpolator  # half a second
+    """Return losses [weights, (general, domain)], interpolated between solved weights by monotone cubics (PCHIP)."""
+    from scipy.interpolate import PchipInterpolator  # the import takes half a second
 
     known = sorted(losses)
     return PchipInterpolator(known, [tuple(losses[each]) for each in known])(weights)
 
 
 def slope(loss: float, dense: float, compressed: float) -> float:
-    """Of log perplexity over loss, from the dense model to a compressed one."""
+    """Return the slope of log perplexity over loss, from the dense model to a compressed one."""
     return math.log(compressed / dense) / loss
 
 
 def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], room: float) -> float:
-    """The largest weight whose loss on general text leaves log perplexity within `room` above general-only's, by what
-    is known of the slope; no larger than where the domain's loss is smallest."""
+    """Return the largest weight whose predicted general log perplexity is at most `room` above general-only
+    calibration; at most the weight of the smallest domain loss."""
     start = losses[0.0][0]
     above = {weight: math.log(pair[0] / evaluated[0.0][0]) for weight, pair in evaluated.items()}
     kept = max(weight for weight in evaluated if above[weight] <= room)
@@ -94,7 +94,7 @@ def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[floa
     allowed = weights[(curves[:, 0] <= most) & (weights <= end)]
     wanted = float(allowed.max(initial=0.0))
     if broken is not None:
-        wanted = max(kept, min(wanted, broken - 2 * NEAR))  # beside one that breaks it by little is one that keeps it
+        wanted = max(kept, min(wanted, broken - 2 * NEAR))  # slightly below, a weight may keep the bound
         if kept == 0.0:
             wanted = min(wanted, broken * room / above[broken] - NEAR / 4)
     elif kept > 0 and above[kept] <= room / 2:
@@ -105,7 +105,7 @@ def _estimate(losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[floa
 def _gain(
     losses: Mapping[float, Pair], dense: Pair, evaluated: Mapping[float, Pair], taken: float, wanted: float
 ) -> float:
-    """By how much log perplexity on the domain may be lower at a weight than at the one taken so far."""
+    """Predicted decrease of log perplexity on the domain from the weight `taken` to `wanted`."""
     of_domain = slope(losses[0.0][1], dense[1], evaluated[0.0][1])
     at_taken, at_wanted = losses_at(losses, [taken, wanted])[:, 1]
     return of_domain * float(at_taken - at_wanted)

@@ -1,4 +1,4 @@
-"""Which models of a sweep need no evaluation, by what they lose on held-out text of every corpus."""
+"""Rule out models of a sweep without evaluation, by their losses on held-out text of every corpus."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 
 MARGIN = 0.05
-"""How much less, as a fraction, another has to lose on each corpus: losses order models nearly as perplexities do (rank
-correlation .94 to .98 over 62 models), not exactly."""
+"""Fraction by which another model's loss must be lower on each corpus: losses order models nearly as perplexities do
+(rank correlation .94 to .98 over 62 models), not exactly."""
 
 
 def ruled_out(losses: Mapping[str, Mapping[str, float]], margin: float = MARGIN) -> dict[str, str]:
-    """Model -> another that loses at least `margin` less on every corpus; only models of the same corpora are compared.
+    """Return model -> another whose loss is lower by at least `margin` on every corpus; same corpora only.
 
-    The other is never ruled out itself: it is, of all that qualify, the one of the smallest product of losses.
+    Of all that qualify, the other is the one with the smallest product of losses; it is never ruled out itself.
     """
     found: dict[str, str] = {}
     for name, own in losses.items():

@@ -1,4 +1,4 @@
-"""Documents chosen from a large pool: like a small sample of a domain, and no two of them nearly alike."""
+"""Data selection: choose documents from a large pool that resemble a small domain sample, without near-duplicates."""
 
 from crosscal.selection.choosing import Selection, select
 from crosscal.selection.settings import SelectionSettings

@@ -1,7 +1,7 @@
-"""Choosing documents from a pool: scored, ordered, told apart, and kept as a corpus of their own.
+"""Selection of documents from a pool: score, order, deduplicate, and store them as a corpus of their own.
 
-Only training documents are chosen, and only training documents of the sample say what is wanted. Validation and test
-documents are read for one purpose: what equals one of them, or nearly does, is not chosen.
+Only training documents are chosen, and only training documents of the sample define the target. Validation and test
+documents are read for one purpose: documents equal or nearly equal to one of them are not chosen.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from crosscal.store import Store, digest_of
 KIND = "selections"
 RULE = 1
 USED_BY = {DSIR: {"least_words"}, ZIP_FIT: {"targets"}}
-"""Settings that only one method has."""
+"""Settings that only one method uses."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Documents that were chosen, as a corpus, and what became of the others."""
+    """The chosen documents as a corpus, and counts of chosen and rejected documents."""
 
     corpus: Corpus
     key: str
-    """Of the artifact with their digests and scores."""
+    """Key of the artifact with their digests and scores."""
     counts: dict[str, int]
-    """`pool`: training documents there were; `sample`; `too_short`; of those looked at in the order of their scores
-    `held_out` and `near_duplicates`; `chosen`."""
+    """`pool` and `sample`: their numbers of training documents; `too_short`; `held_out` and `near_duplicates`: rejected
+    among the documents examined in order of their scores; `chosen`."""
 
 
 def select(
@@ -56,14 +56,14 @@ def select(
     held_out: Sequence[Corpus] = (),
     report: Report = silent,
 ) -> Selection:
-    """Choose from the training documents of `pool` those that are most like the training documents of `sample`.
+    """Choose the training documents of `pool` that are most similar to the training documents of `sample`.
 
-    They become the training documents of the corpus `name`; its validation and test documents are the sample's, or
-    without a sample the pool's: what a chosen corpus is to be good for is the domain, not what it was chosen from.
-    Nothing is chosen that equals, or nearly does, a validation or test document of pool, sample or `held_out`. The same
-    corpora and settings give the same selection, which is kept under a key of them all.
+    They become the training documents of the corpus `name`. Its validation and test documents are the sample's (without
+    a sample, the pool's), because a chosen corpus is evaluated on the domain, not on the pool. No document is chosen
+    that is equal or nearly equal to a validation or test document of pool, sample or `held_out`. The same corpora and
+    settings give the same selection, which is stored under a key derived from them.
 
-    Raises `CorpusError` when there is nothing to choose from or towards.
+    Raises `CorpusError` if pool or sample has no training documents, or no document is left to choose.
     """
     evaluated = [pool, *([sample] if sample else []), *held_out]
     said = _determining(pool, sample, evaluated, settings)
@@ -76,10 +76,10 @@ def select(
 
 
 def noise(seed: int, digest: bytes) -> float:
-    """A draw of the standard Gumbel distribution that belongs to a document: -log(-log(u)), u from SHA-256.
+    """Return a document's draw from the standard Gumbel distribution: -log(-log(u)), u from SHA-256.
 
-    It depends neither on the order in which documents landed nor on which others there are, so that a pool that grows
-    changes no more of a choice than it must.
+    It depends neither on the landing order nor on other documents, so that a growing pool changes a selection as little
+    as possible.
     """
     number = int.from_bytes(hashlib.sha256(f"{seed} ".encode() + digest).digest()[:8], "big")
     return -float(np.log(-np.log((number // 2**11 + 0.5) / 2**53)))
@@ -138,7 +138,7 @@ def _scores(
     settings: SelectionSettings,
     report: Report,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, whether long enough) of the pool's training documents, [N] each."""
+    """Return (scores, flags of documents that are long enough) of the pool's training documents, [N] each."""
     for corpus, texts in ((pool, candidates), (sample, wanted_like)):
         if corpus is not None and not texts:
             do = "Its validation and test documents are not read for that; add others."
@@ -160,10 +160,10 @@ def _noises(texts: Texts, settings: SelectionSettings) -> np.ndarray:
 def ordered(
     score_N: np.ndarray, is_long_N: np.ndarray, noise_N: np.ndarray, settings: SelectionSettings
 ) -> Iterator[int]:
-    """Positions, the first to be chosen first.
+    """Yield the positions of documents that are long enough, in order of choice.
 
-    DSIR: by score + Gumbel noise, which draws without replacement with probabilities in proportion to exp(score)
-    (Gumbel top-k). ZIP-FIT: by score; ties, and all where nothing is scored, by the noise.
+    DSIR: by score + Gumbel noise, i.e. sampling without replacement with probabilities proportional to exp(score)
+    (Gumbel top-k). ZIP-FIT: by score. Ties, and all documents if there are no scores, are ordered by the noise.
     """
     first_N = score_N + noise_N if settings.method == DSIR else score_N
     return (int(position) for position in np.lexsort((-noise_N, -first_N)) if is_long_N[position])

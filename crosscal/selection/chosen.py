@@ -1,4 +1,4 @@
-"""What was chosen, as it is kept: digests and scores in an artifact, and the documents as a corpus."""
+"""Storage of a selection: digests and scores in an artifact, the documents as a corpus."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crosscal.store.arrays import array_of, arrow_file
 from crosscal.store.refs import again_on_conflict
 
 Rows = list[tuple[bytes, Texts, int]]
-"""(digest, where it is, position) of documents, by digest."""
+"""(digest, texts that contain it, position there) of documents, ordered by digest."""
 
 
 def publish_chosen(
@@ -36,9 +36,9 @@ def publish_chosen(
     evaluated_on: Corpus,
     counts: dict[str, int],
 ) -> None:
-    """Keep the documents as a shard, then the selection that names it: the first to be chosen first.
+    """Store the documents as a shard, then the selection that refers to it.
 
-    `chosen.arrow` has a row for each, `digest` and `score` (null where nothing was scored).
+    `chosen.arrow` has one row per document in order of choice: `digest` and `score` (null if nothing was scored).
     """
     held_out = {split: Texts(store, parts_of([evaluated_on], split)) for split in ("validation", "test")}
     members = {"train": _rows(pool, chosen)}
@@ -54,14 +54,14 @@ def publish_chosen(
 
 
 def read_chosen(store: Store, kind: str, key: str) -> list[tuple[bytes, float | None]]:
-    """(digest, score) of every chosen document, the first to be chosen first."""
+    """Return (digest, score) of every chosen document, in order of choice."""
     with pa.memory_map(str(store.path(store.get(kind, key), "chosen.arrow"))) as source:
         table = pa.ipc.open_file(source).read_all()
     return list(zip(table.column("digest").to_pylist(), table.column("score").to_pylist(), strict=True))
 
 
 def keep_version(store: Store, name: str, shard: Shard) -> Corpus:
-    """The corpus `name`, whose newest version is this shard."""
+    """Make this shard the newest version of the corpus `name`, unless it is already; return the corpus."""
     return again_on_conflict(lambda: _keep_version(store, name, shard))
 
 
@@ -78,7 +78,7 @@ def _rows(texts: Texts, positions: Sequence[int]) -> Rows:
 
 
 def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
-    """As ingest makes shards, row for row as they stand in the shards they come from."""
+    """Store a shard like those of ingest; its rows are copied unchanged from the shards they come from."""
     digests = {split: [digest.hex() for digest, _, _ in rows] for split, rows in members.items()}
     documents = {split: len(rows) for split, rows in members.items()}
     characters, conversations = {}, {}
@@ -95,12 +95,12 @@ def _publish_shard(store: Store, members: dict[str, Rows]) -> Shard:
 
 
 def _measured(document: str | Conversation) -> tuple[int, bool]:
-    """(characters, whether it is a conversation)."""
+    """Return (number of characters, is a conversation)."""
     return (len(document), False) if isinstance(document, str) else (document.characters, True)
 
 
 def _write(path: Path, rows: Rows) -> None:
-    """Every column of any of the files that the rows come from; no more than a batch is held."""
+    """Write the rows with the union of the columns of their files; at most one batch is in memory."""
     files = {texts.place(position)[0] for _, texts, position in rows}
     schema = pa.unify_schemas([_schema(file) for file in sorted(files)])
     writing = _one_by_one(rows)
@@ -116,7 +116,7 @@ def _schema(file: Path) -> pa.Schema:
 
 
 def _one_by_one(rows: Rows) -> Iterator[pa.Table]:
-    """A table of one row for each document, with all its columns."""
+    """Yield a one-row table with all columns for each document."""
     for _, texts, position in rows:
         file, row = texts.place(position)
         number, place = divmod(row, BATCH_DOCUMENTS)

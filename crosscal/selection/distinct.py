@@ -1,4 +1,4 @@
-"""The first documents of an order that are neither held out anywhere nor nearly the same as an earlier one."""
+"""Deduplication: the first documents of an order that are near-duplicates neither of held-out nor of chosen ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LEAST_AT_ONCE, MOST_AT_ONCE = 256, 16_384
 
 @dataclass
 class Walk:
-    """What became of the documents that were looked at, in their order."""
+    """Result of examining documents in order: the chosen positions and counts of rejected documents."""
 
     wanted: int
     chosen: list[int]
     held_out: int = 0
-    """Left out: equal or nearly equal to a validation or test document."""
+    """Number rejected because they are equal or nearly equal to a validation or test document."""
     near_duplicates: int = 0
-    """Left out: nearly equal to one that was chosen before."""
+    """Number rejected because they are nearly equal to a document chosen before."""
 
     @property
     def is_done(self) -> bool:
@@ -31,7 +31,7 @@ class Walk:
 
 
 def equal_apart(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts) -> Walk:
-    """Without near-duplicates: a pool holds equal documents once."""
+    """Reject only documents equal to a held-out one; a pool contains no equal documents itself."""
     walk, excluded = Walk(wanted, []), set(held_out.digests())
     for position in order:
         if pool.digest(position) in excluded:
@@ -44,11 +44,11 @@ def equal_apart(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts)
 
 
 def distinct(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts, threshold: float, report: Report) -> Walk:
-    """The first `wanted` positions of `order` that remain.
+    """Choose the first `wanted` positions of `order` that are not near-duplicates of held-out or chosen documents.
 
-    The order is looked at in stretches, so that the documents that are still wanted are indexed and not all that are
-    held out: those pass by, and say which of the stretch are like them. In memory there are about 12 KiB for a document
-    that is chosen or in the stretch, and 0.5 KiB for one that is held out.
+    The order is processed in chunks. Only the chunk and the chosen documents are indexed; held-out documents are
+    queried against the index of the chunk. Memory: about 12 KiB per document that is chosen or in the chunk, and
+    0.5 KiB per held-out document.
     """
     walk, remaining = Walk(wanted, []), iter(order)
     chosen = NearDuplicates(threshold, pool.text)

@@ -1,7 +1,7 @@
-"""Data selection by importance resampling: documents as likely under a domain's words as under the pool's.
+"""Data selection by importance resampling (DSIR): documents weighted by the likelihood ratio of domain and pool.
 
 Xie, Santurkar, Ma, Liang: "Data selection for language models via importance resampling", NeurIPS 2023,
-https://arxiv.org/abs/2302.03169, section 3; buckets, smoothing and the least length as in the published code.
+https://arxiv.org/abs/2302.03169, section 3; buckets, smoothing and minimum length as in the published code.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _WORDS = re.compile(r"\w+|[^\w\s]+")
 
 
 class HashedGrams:
-    """Words and pairs of words, lower-cased, as numbers of buckets: SHA-256 of the n-gram mod 10,000.
+    """Maps lower-cased words and pairs of words to buckets: SHA-256 of the n-gram mod 10,000.
 
-    A word is a run of letters and digits, or of other signs. A pair is its words with a space between.
+    A word is a run of letters and digits, or of other characters. A pair is two words separated by a space.
     """
 
     def __init__(self) -> None:
         self._bucket = functools.lru_cache(MEMO_GRAMS)(_bucket)
 
     def __call__(self, text: str) -> np.ndarray:
-        """The buckets of all n-grams of a text, words first, uint16 [F]: F = 2 · words - 1, or 0."""
+        """Return the buckets of all n-grams of a text, words first, uint16 [F]: F = 2 · words - 1, or 0."""
         words = _WORDS.findall(text.lower())
         pairs = (f"{first} {second}" for first, second in itertools.pairwise(words))
         return np.array([*map(self._bucket, words), *map(self._bucket, pairs)], dtype=np.uint16)
 
 
 def dsir_scores(pool: Texts, sample: Texts, report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """(log importance weights, numbers of words) of the pool's documents: float64 [N], int64 [N].
+    """Return (log importance weights, numbers of words) of the pool's documents: float64 [N], int64 [N].
 
     log w = Σ_f log(p_sample(f) + 1e-8) - log(p_pool(f) + 1e-8), f over the document's n-grams, p their frequencies in
-    all of the sample and all of the pool (the published code stops counting the pool at 10⁹ n-grams). Every document
-    is read and hashed once; its features wait on the disk, two bytes each, until the pool's frequencies are known.
+    all of the sample and all of the pool (the published code stops counting the pool at 10⁹ n-grams). Every document is
+    read and hashed once; its features are stored on disk, two bytes each, until the pool's frequencies are known.
     """
     grams = HashedGrams()
     sample_V = np.zeros(BUCKETS, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Chosen documents as a file."""
+"""Export of chosen documents to a file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def choose_to_file(
     text: str = "text",
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Ingest both sources, choose, and write; what became of the documents, as JSON.
+    """Ingest both sources, choose documents and write them to `out`; return the counts as a JSON object.
 
-    A row is a document, the first to be chosen first: `text`, or `messages` of a conversation, `digest` (that of the
-    document in a corpus, hex) and `score`, null where nothing is scored. Raises `UsageError` for a file that would not
-    be read again as what it is.
+    Each row is a document, in order of choice: `text`, or the `messages` of a conversation; `digest` (that of the
+    document in a corpus, hex) and `score`, null if nothing is scored. Raises `UsageError` if `out` is not a `.jsonl`
+    file, because crosscal would not read it back as JSON lines.
     """
     if out.suffix != ".jsonl":
         raise UsageError("chosen documents are written as JSON lines", where=str(out), do="Name a file .jsonl.")

@@ -1,4 +1,4 @@
-"""Documents that are nearly the same: MinHash finds candidates, their word 5-grams decide.
+"""Near-duplicate documents: MinHash finds candidates, the Jaccard similarity of their word 5-grams decides.
 
 Broder: "On the resemblance and containment of documents", 1997; the sketches and the index are datasketch's.
 """
@@ -20,7 +20,7 @@ Sketch = LeanMinHash
 
 
 def shingles(text: str) -> frozenset[str]:
-    """All runs of five words, lower-cased; of a shorter text all its words together."""
+    """Return all runs of five words, lower-cased; for a shorter text, all its words as one."""
     words = _WORDS.findall(text.lower())
     if not words:
         return frozenset([text])
@@ -34,23 +34,23 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def sketches(texts: Sequence[str]) -> list[Sketch]:
-    """A MinHash of 128 numbers for each text, the same in every process and on every machine."""
+    """Return a MinHash of 128 numbers for each text, the same in every process and on every machine."""
     sets = [[shingle.encode() for shingle in shingles(text)] for text in texts]
     return [LeanMinHash(one) for one in MinHash.generator(sets, num_perm=HASHES, scheme=_SCHEME)]
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """(bands, hashes in one): as many hashes in a band as leave a pair at the threshold a 99 % chance to be found.
+    """Return (bands, hashes per band): the most hashes per band that find a pair at the threshold with at least 99 %.
 
-    Two documents of similarity s share a whole band with probability 1 - (1 - s^r)^b. False candidates cost time and
-    nothing else, as the shingles decide.
+    Two documents of similarity s share a whole band with probability 1 - (1 - s^r)^b. False candidates only cost time,
+    because the shingles decide.
     """
     rows = [r for r in range(1, HASHES // 2 + 1) if 1 - (1 - threshold**r) ** (HASHES // r) >= RECALL]
     return HASHES // max(rows, default=1), max(rows, default=1)
 
 
 class NearDuplicates:
-    """Documents by number, to be asked which of them are nearly the same as another."""
+    """Index of numbered documents, queried for near-duplicates of a document."""
 
     def __init__(self, threshold: float, text_of: Callable[[int], str]) -> None:
         self._index = MinHashLSH(threshold, HASHES, params=bands(threshold))
@@ -60,7 +60,7 @@ class NearDuplicates:
         self._index.insert(number, sketch)
 
     def of(self, sketch: Sketch, text: str | Callable[[], str]) -> list[int]:
-        """The numbers of all with a Jaccard similarity of at least the threshold, ascending."""
+        """Return the numbers of all candidates with a Jaccard similarity of at least the threshold, ascending."""
         candidates = sorted(cast("list[int]", self._index.query(sketch)))
         if not candidates:
             return []

@@ -1,4 +1,4 @@
-"""How documents are chosen."""
+"""Settings of data selection."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ DSIR, ZIP_FIT = "dsir", "zip-fit"
 @dataclass(frozen=True)
 class SelectionSettings:
     method: str | None = None
-    """`dsir`, `zip-fit`, or None: a seeded random order, towards nothing."""
+    """`dsir`, `zip-fit`, or None: a seeded random order, without scores."""
 
     documents: int | None = None
-    """How many to choose; None: all that are not left out for another reason."""
+    """How many to choose; None: all that are not rejected for another reason."""
 
     seed: int = 0
 
     near_duplicates: float | None = 0.8
-    """Jaccard similarity of two documents' word 5-grams from which on they count as one; None: only equal ones do."""
+    """Jaccard similarity of word 5-grams from which on two documents are duplicates; None: only equal ones are."""
 
     targets: int = 64
-    """`zip-fit` compares with so many documents of the sample, drawn by the seed."""
+    """`zip-fit`: maximum number of documents of the sample to compare with, drawn by the seed."""
 
     least_words: int = 100
-    """`dsir` does not choose shorter documents (the default of the published code), counted as it counts words."""
+    """`dsir`: minimum number of words of a chosen document (the published code's default), as DSIR counts words."""

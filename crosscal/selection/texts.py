@@ -1,4 +1,4 @@
-"""The documents of some splits as one sequence of texts, read in batches or one by one."""
+"""The documents of several shards and splits as one sequence of texts, read in batches or individually."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Part = tuple[Shard, str]
 
 
 class Texts:
-    """No more than a batch of documents is in memory; no file of another split is opened."""
+    """Sequence of the texts of some parts. At most one batch is in memory, and no file of another split is opened."""
 
     def __init__(self, store: Store, parts: Sequence[Part]) -> None:
         parts = [(shard, split) for shard, split in parts if shard.documents.get(split)]
@@ -29,7 +29,7 @@ class Texts:
         self._starts = list(itertools.accumulate(counts, initial=0))
         files = zip(self._files, counts, strict=True)
         self.batches = [(file, number) for file, count in files for number in range(-(-count // BATCH_DOCUMENTS))]
-        """(file, number in it) of every batch, in the order of the documents."""
+        """(file, batch number in the file) of every batch, in the order of the documents."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -57,7 +57,7 @@ class Texts:
             yield from read_digests(file)
 
     def place(self, position: int) -> tuple[Path, int]:
-        """File and row of a document."""
+        """Return the file and row of a document."""
         number = bisect.bisect_right(self._starts, position) - 1
         return self._files[number], position - self._starts[number]
 
@@ -67,13 +67,13 @@ class Texts:
 
 
 def parts_of(corpora: Sequence[Corpus], *splits: str) -> list[Part]:
-    """Every shard of these corpora once, for each of the splits."""
+    """Return (shard, split) for each distinct shard of these corpora and each of the splits."""
     shards = {shard.key: shard for corpus in corpora for shard in corpus.shards}
     return [(shard, split) for shard in shards.values() for split in splits]
 
 
 def _text(document: str | Conversation) -> str:
-    """What a conversation says is a text like any other: who says it is not looked at."""
+    """Return the document's text; for a conversation, the plain text of its turns without roles."""
     return document if isinstance(document, str) else document.plain
 
 
@@ -84,7 +84,7 @@ def _documents(file: Path, batch: int) -> list[str | Conversation]:
 
 
 def _column(file: Path, batch: int, name: str) -> list[Any]:
-    """Empty where the file has no such column."""
+    """Return one column of a batch; empty if the file has no such column."""
     with pa.memory_map(str(file)) as source:
         place = pa.ipc.open_file(source).schema.get_field_index(name)
         if place < 0:

@@ -1,9 +1,9 @@
 """ZIP-FIT: documents that compress well together with those of a sample.
 
 Obbad et al.: "ZIP-FIT: embedding-free data selection via compression-based alignment",
-https://arxiv.org/abs/2410.18194, algorithm 1. The compressor is the paper's, gzip: it is in the standard library, lets
-other threads run, and can be asked for many texts behind one (`crosscal.files.sizes`), which lz4, the default of the
-published code, cannot.
+https://arxiv.org/abs/2410.18194, algorithm 1. The compressor is the paper's, gzip: it is in the standard library,
+releases the GIL, and can compress many continuations of one text without compressing that text again
+(`crosscal.files.sizes`). lz4, the default of the published code, cannot.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from crosscal.progress import Report
 from crosscal.selection.texts import Texts
 
 MOST_BYTES = 2**12
-"""Of a document, its beginning. The paper's texts are short and compared whole; of long ones the distance is mostly how
-much they differ in length, and gzip looks back no further than 2¹⁵ bytes (`benchmarks/choosing.py`)."""
+"""Length of the beginning of a document that is compared. The paper's texts are short and compared whole; for long ones
+the distance mostly measures the difference in length, and gzip's window is 2¹⁵ bytes (`benchmarks/choosing.py`)."""
 
 
 def zip_fit_scores(pool: Texts, targets: Sequence[str], report: Report) -> np.ndarray:
-    """The alignment of each of the pool's documents: float64 [N].
+    """Return the alignment of each of the pool's documents with the targets: float64 [N].
 
-    Mean over the targets t of 1 - NCD(d, t), NCD(d, t) = (C(d t) - min(C(d), C(t))) / max(C(d), C(t)), C the length
-    in bytes that gzip makes of a text. N · T compressions, batches of documents side by side.
+    It is the mean over the targets t of 1 - NCD(d, t), NCD(d, t) = (C(d t) - min(C(d), C(t))) / max(C(d), C(t)), where
+    C is the gzip-compressed length in bytes. This takes N · T compressions; batches of documents run in parallel.
     """
     beginnings = [_beginning(text) for text in targets]
     size_T = np.array([compressed_bytes_with(target, [b""])[0] for target in beginnings])

@@ -1,4 +1,4 @@
-"""The steps of a run, one file each, without an orchestrator: what `tasks/` wraps and `flows/` puts in order.
+"""The steps of a run, one module each, without an orchestrator: `tasks/` wraps them, `flows/` orders them.
 
-Steps hand each other small JSON references (names, digests, paths), never tensors; what is large stands in the store.
+Steps exchange small JSON references (names, digests, paths), never tensors; large data is in the store.
 """

@@ -1,8 +1,8 @@
-"""The barrier in front of the solves: what allocators see of every layer of the model, and what they decide.
+"""Allocation, a barrier before the solves: summarise every layer of the model, then set each layer's sparsity.
 
-One artifact per (model, allocator, sets of its mixture, block), a number and a size for every layer, and one of all
-blocks together: kilobytes, from the dense model's moments, also for a variant whose own inputs come through its
-compressed blocks. Whoever misses one makes it; what is decided is a pure function of them.
+One artifact per (model, allocator, calibration sets of its mixture, block) holds a number and a size for every layer;
+one more merges all blocks. They take kilobytes and come from the dense model's moments, also for a variant with
+sequential inputs. A missing artifact is computed on demand. The allocation is a pure function of the summaries.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from crosscal.statistics.finite import all_finite
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-FORMAT = 1  # a change of what is summarised makes new keys; of how, the allocator's version
+FORMAT = 1  # bump when other quantities are summarised; the allocator's version covers how
 KIND = "summaries"
 FILE = "summary.json"
 
 Summary = Mapping[str, tuple[float, int]]
-"""Layer → (its number, its weights)."""
+"""Layer → (the allocator's number for it, its number of weights)."""
 
 
 def allocated(shop: Workshop, variants: Sequence[Variant]) -> Workshop:
-    """The workshop with what the allocators of these variants decide, for `Workshop.problem`."""
+    """Return the workshop with the sparsities that these variants' allocators set, for `Workshop.problem`."""
     summaries: dict[str, Summary] = {}
     sparsities: dict[str, SparsitiesOf] = {}
     for variant in variants:
@@ -49,7 +49,7 @@ def allocated(shop: Workshop, variants: Sequence[Variant]) -> Workshop:
 
 
 def unsummarised(shop: Workshop, variants: Sequence[Variant]) -> list[int]:
-    """Blocks of which some variant's allocator has not been told."""
+    """Return the blocks whose summary for some variant's allocator is missing."""
     by_key = {_key(shop, variant): variant for variant in variants if variant.allocator is not None}
     wanted = [variant for key, variant in by_key.items() if _read(shop, key) is None]
     blocks = range(shop.source.blocks)
@@ -57,7 +57,7 @@ def unsummarised(shop: Workshop, variants: Sequence[Variant]) -> list[int]:
 
 
 def summarise_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
-    """See that the store has what these variants' allocators see of a block; returns how many were made."""
+    """Compute and store the missing summaries of a block for these variants' allocators; return how many."""
     store = shop.cached.store
     by_key = {_key(shop, variant, block): variant for variant in variants if variant.allocator is not None}
     missing = {key: variant for key, variant in by_key.items() if store.find(KIND, key) is None}
@@ -74,10 +74,10 @@ def summarise_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> 
 
 
 def _states(problem: BlockProblem, variants: Collection[Variant]) -> dict[Group, list[State]]:
-    """Each group's sites with the statistics that its allocators need; every set of a site is read once.
+    """Return each group's sites with the statistics that its allocators need; every set of a site is read once.
 
-    Left out is a site whose statistics cannot be read (an expert without tokens), or whose weights are not finite: its
-    solve raises the same, unless the plan allows for it.
+    Sites without usable statistics (an expert without tokens) or with weights that are not finite are left out: their
+    solve raises the same error, unless the plan names a fallback.
     """
     needs: dict[Group, frozenset[Statistic]] = {}
     for variant in variants:
@@ -104,19 +104,19 @@ def _states(problem: BlockProblem, variants: Collection[Variant]) -> dict[Group,
 
 
 def _group(known: Workshop | BlockProblem, variant: Variant) -> Group:
-    """Whose Hessian the variant's allocator sees."""
+    """Return the group whose Hessian the variant's allocator uses."""
     assert variant.allocator is not None
     mixture = variant.allocator.mixture or variant.mixture or known.reference
     return Group(mixture, variant.seed, variant.trace_normalised)
 
 
 def _key(shop: Workshop, variant: Variant, block: int | None = None) -> str:
-    """Everything that an allocator's summary of a block, or of all, depends on."""
+    """Digest of everything that an allocator's summary of one block, or of all blocks, depends on."""
     assert variant.allocator is not None
     group = _group(shop, variant)
     samples = {corpus: shop.samples[corpus, group.seed] for corpus in group.mixture.corpora}
     sets = over_sums(group.mixture, samples).weights
-    allocator = variant.allocator.key[:-1]  # the mixture is told by the sets behind it
+    allocator = variant.allocator.key[:-1]  # without its mixture, which `sets` identifies
     normalised = group.trace_normalised and "corpora"
     return digest_of([FORMAT, shop.cached.model, shop.cached.dtype, allocator, sets, normalised, block])
 

@@ -1,9 +1,9 @@
-"""A block to be solved: its weights, which variants share what, and the statistics and energies of its sites.
+"""A block to solve: its weights, the grouping of variants by Hessian, and its sites' statistics and output energies.
 
-Each set of a site is read once, added to its corpus's sum and let go. So what is held does not grow with the sets
-(shards) that a corpus consists of: a matrix for each corpus, seed and split that some group mixes, and the one being
-read. Mixtures of corpora are made from the sums, one for each group being solved; corpora, not sets, are brought to one
-trace where a variant asks for that.
+Each calibration set of a site is read once, added to its corpus's sum and freed. Memory therefore does not grow with
+the number of sets (shards) of a corpus: it holds one matrix per corpus, seed and split that some group mixes, and the
+one being read. Mixtures are computed from these sums, one per group being solved. Trace normalisation, where a variant
+asks for it, scales corpora, not sets.
 
 Shapes: O outputs, I inputs.
 """
@@ -32,10 +32,10 @@ from crosscal.variants import Variant
 
 ENERGIES = "energies"
 ENERGIES_FILE = "energies.json"
-ENERGIES_FORMAT = 1  # a change of what is computed makes new keys
+ENERGIES_FORMAT = 1  # bump when something else is computed
 
 MEASURED = frozenset({Statistic.GRAM, Statistic.SUM}) | OF_TWO_STREAMS
-"""What losses are measured with."""
+"""The statistics that losses are computed from."""
 Place = tuple[str, int, bool]
 """(corpus, seed, whether held out)."""
 
@@ -52,21 +52,21 @@ class BlockProblem:
     """As the checkpoint stores them."""
     cached: Cached
     samples: Mapping[tuple[str, int], Sample]
-    """(corpus, seed) -> what stands for it."""
+    """(corpus, seed) -> its windows."""
     reference: Mixture
-    """Where the loss of methods that need no data is measured."""
+    """The mixture on which the loss of methods that need no data is measured."""
     device: str
     sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
-    """What was allotted, by the names of the variants with an allocator."""
+    """Variant name -> allotted sparsities; variants with an allocator only."""
     gradients: Gradients | None = None
-    """Where some step needs them."""
+    """None if no step needs them."""
     measured_on: tuple[str, ...] = ()
-    """Corpora on whose own held-out text solutions are measured, whatever they were solved on."""
+    """Corpora on whose own held-out text solutions are measured, whatever mixture they were solved on."""
     why_dense: Callable[[str], str] = lambda parameter: ""
-    """Of a parameter by its full name: why integers in its place cannot be written packed; empty where they can."""
+    """Full parameter name -> why its integers cannot be stored packed; empty if they can."""
 
     def recipe(self, variant: Variant, site: Site) -> Recipe:
-        """The variant's steps, with what was allotted to the matrices of a site."""
+        """Return the variant's steps, with the sparsities allotted to the matrices of a site."""
         if variant.allocator is None:
             return variant.steps
         layers = [f"{self.name}.{matrix.name}" for matrix in site.matrices]
@@ -74,29 +74,30 @@ class BlockProblem:
 
     @property
     def always_mixed(self) -> frozenset[Statistic]:
-        """H, which losses are measured with. Where no step of the run needs it there is none, and no loss: then its
-        diagonal, for dead inputs."""
+        """The statistic mixed for every group: H, to measure losses. If no step of the run needs H, it is not summed
+        and no loss is measured; then its diagonal, to find dead inputs."""
         return frozenset({Statistic.GRAM if self.cached.measures_losses else Statistic.SQUARE_SUM})
 
     def stored_dtype(self, matrix: MatrixRef) -> torch.dtype:
-        """The dtype that the checkpoint stores a matrix in."""
+        """Return the dtype in which the checkpoint stores a matrix."""
         return self.parameters[matrix.parameter].dtype
 
 
 @dataclass(frozen=True)
 class Group:
-    """Variants that share a Hessian."""
+    """What determines a Hessian; variants of one group share it."""
 
     mixture: Mixture
     seed: int
     trace_normalised: bool
 
     def on(self, mixture: Mixture) -> Group:
-        """The same with another mixture, which a step has for itself."""
+        """Return the group with another mixture, for a step that has its own."""
         return dataclasses.replace(self, mixture=mixture)
 
 
 def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, list[Variant]]:
+    """Return the variants by the Hessian that they share."""
     groups: dict[Group, list[Variant]] = {}
     for variant in variants:
         mixture = variant.mixture or problem.reference
@@ -106,16 +107,16 @@ def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, l
 
 
 def statistics_needed(asked: Iterable[Variant]) -> frozenset[Statistic]:
-    """What a run over these variants sums: the small sums in any case, Σ x xᵀ only if some step declares it, or a
-    mixture is to be found. Without it no loss can be measured, of any variant. Sums of two streams are summed for the
-    variants that declare them alone."""
+    """Return the statistics that a run over these variants sums: always the small sums; Σ x xᵀ only if some step
+    declares it or a variant's mixture is found by a search. Without Σ x xᵀ no loss of any variant can be measured.
+    Sums of two streams are included only if a step declares them."""
     needs = [_with_measure(step.step.needs) for variant in asked for step in variant.recipe]
     compared = [frozenset({Statistic.GRAM}) for variant in asked if variant.search or variant.found_by]
     return frozenset(VECTORS).union(*map(of_inputs, needs), *compared)
 
 
 def gradients_needed(asked: Iterable[Variant], reference: Mixture) -> set[tuple[str, int]]:
-    """The (corpus, seed) pairs over which some step of these variants needs the loss's gradients."""
+    """Return the (corpus, seed) pairs over which some step of these variants needs gradients of the loss."""
     seen = [
         (step.mixture or variant.mixture or reference, variant.seed)
         for variant in asked
@@ -126,20 +127,20 @@ def gradients_needed(asked: Iterable[Variant], reference: Mixture) -> set[tuple[
 
 
 def of_inputs(needs: frozenset[Need]) -> frozenset[Statistic]:
-    """Those of the needs that are sums over a site's inputs."""
+    """Return those needs that are sums over a site's inputs."""
     return frozenset(which for which in needs if isinstance(which, Statistic))
 
 
 def _with_measure(needs: frozenset[Need]) -> frozenset[Need]:
-    """A step that aims at the dense model's outputs is measured against them, which takes both sums of two streams."""
+    """Add both sums of two streams if a step targets the dense model's outputs: its loss is measured against them."""
     return needs | OF_TWO_STREAMS if streams_of(of_inputs(needs)) > 1 else needs
 
 
 def needed(
     groups: Mapping[Group, Sequence[Variant]], always: frozenset[Statistic] = frozenset({Statistic.GRAM})
 ) -> dict[Group, frozenset[Need]]:
-    """What the recipes of each group declare, and of the mixtures that some of their steps have for themselves; besides
-    what is `always` mixed, and the mean input where a step changes biases. Allocators are done by then."""
+    """Return the statistics that each group's recipes declare, plus those `always` mixed and, if a step changes biases,
+    the mean input. A step with its own mixture adds a group. Allocators are left out: they have already run."""
     found: dict[Group, frozenset[Need]] = {}
     for group, members in groups.items():
         found[group] = found.get(group, always)
@@ -151,7 +152,7 @@ def needed(
 
 
 class SiteStatistics:
-    """Of one site for several groups, whichever lane asks first; let go after the last user."""
+    """Statistics of one site for several groups; thread-safe, read on first use and freed after the last user."""
 
     def __init__(
         self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Need]], *, users: int
@@ -168,9 +169,9 @@ class SiteStatistics:
         self._grad_squares: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
-        """A group's statistics, on the device, and the tokens behind them; of held-out windows what losses take.
+        """Return a group's statistics, on the device, and their number of tokens; for held-out windows only `MEASURED`.
 
-        Raises `EmptyStatistics`, `NotFinite`, and what reading the store raises.
+        Raises `EmptyStatistics`, `NotFinite`, and the errors of reading the store.
         """
         with self._lock:
             if self._sums is None:
@@ -191,7 +192,7 @@ class SiteStatistics:
         return Statistics(on_device, self._where, moved), sum(each.tokens for each in sums.values())
 
     def _gradients(self, group: Group) -> dict[str, dict[str, Tensor]]:
-        """Matrix -> corpus -> E[g²], where the group needs it; read once for all groups."""
+        """Return matrix -> corpus -> E[g²] if the group needs it; each corpus is read once for all groups."""
         if Gradient.SQUARE not in self._needed[group]:
             return {}
         assert self._problem.gradients is not None, "who needs gradients has them collected first"
@@ -205,14 +206,14 @@ class SiteStatistics:
         return {name: {corpus: means[name] for corpus, means in of_corpora.items()} for name in names}
 
     def group_is_done(self) -> None:
-        """To be called once by each user; after the last nothing is held."""
+        """Free the sums after the last user. Each user calls this once."""
         with self._lock:
             self._left -= 1
             if not self._left:
                 self._sums, self._grad_squares = None, {}
 
     def _summed(self) -> dict[Place, MeanSum]:
-        """Every set once, in an order that does not depend on which groups are solved: sums keep their bits."""
+        """Read every set once, in an order independent of which groups are solved: sums stay bit-identical."""
         of_corpora: dict[tuple[str, int], frozenset[Statistic]] = {}
         for group, needs in self._needed.items():
             for corpus in group.mixture.corpora:
@@ -236,16 +237,16 @@ class SiteStatistics:
 
 
 class Energies:
-    """What losses are relative to, tr(W H Wᵀ), of one block's matrices under one mixture, by the matrices' names:
-    (calibration, held-out or None).
+    """Output energies tr(W H Wᵀ), the denominators of relative losses, of one block's matrices under one mixture:
+    matrix name -> (on calibration windows, on held-out windows or None).
 
-    No setting of a method enters it, so it is computed once per mixture and kept beside the moments it comes from: two
-    of the three products that the losses of one more variant would take. Inputs that come through a variant's own
-    compressed blocks belong to that variant alone, and are not kept.
+    They depend on no setting of a method. They are computed once per mixture and stored beside the moments, which saves
+    two of the three products that the losses of one more variant take. With sequential inputs they belong to one
+    variant alone and are not stored.
     """
 
     def __init__(self, cached: Cached, block: int, mixture: Any) -> None:
-        """`mixture`: what determines the Hessians, besides model and block: sets, weights and their normalisation."""
+        """`mixture`: what determines the Hessians besides model and block: sets, weights and their normalisation."""
         self._cached, self._block = cached, block
         self._key = digest_of([ENERGIES_FORMAT, cached.model, cached.dtype, block, mixture])
         self._artifact = cached.store.find(ENERGIES, self._key) if cached.upstream == DENSE else None
@@ -261,7 +262,7 @@ class Energies:
         self._known.setdefault(matrix, (calibration, held_out))
 
     def keep(self, matrices: int) -> None:
-        """Store them, once they are those of all so many matrices."""
+        """Store the energies if they are complete: of as many matrices as `matrices`."""
         if self._cached.upstream == DENSE and self._artifact is None and len(self._known) == matrices:
             provenance = {"model": self._cached.model, "block": self._block, "dtype": self._cached.dtype}
             with self._cached.store.publish(ENERGIES, self._key, provenance) as folder:

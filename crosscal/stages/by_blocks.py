@@ -1,4 +1,4 @@
-"""Measuring a model that does not fit in memory: on texts, with the weights of one block at a time."""
+"""Evaluate a model that does not fit in memory: on texts only, with the weights of one block at a time."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def texts_read(
     name: str,
     report: Report,
 ) -> Iterator[PreTrainedModel]:
-    """Inside, a model that has read these texts' windows and can be asked about no others; hidden states of all of them
-    are in memory, or on disk where they would take more than half of what is free. See `read_by_blocks`."""
+    """Yield a model that has run these texts' windows and can be called with no others (see `read_by_blocks`). Their
+    hidden states are in memory, or on disk if they would take more than half of the free memory."""
     source = open_variant(folder)
     windows = {f"{number}: {text.corpus} ({text.split})": text.tokens_SL for number, text in enumerate(texts, 1)}
     _log.info("%s does not fit in memory: measured with the weights of one block at a time", name)
@@ -48,11 +48,11 @@ def texts_read(
 def evaluating_by_blocks_bytes(
     shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, all_tokens: int, free_bytes: int
 ) -> int:
-    """Memory of measuring a model so: hidden states of `all_tokens`, unless they lie on disk, and
-    the largest of three moments.
+    """Return the bytes of memory of such an evaluation: the hidden states of `all_tokens`, unless they are on disk, and
+    the largest of three phases.
 
-    At first what lies outside the blocks and one block; then a block, twice, as oneDNN lays its weights out anew; at
-    last what lies outside, with logits.
+    First the parameters outside the blocks and one block; then one block twice, as oneDNN copies its weights into its
+    own layout, and a batch's activations; last the parameters outside the blocks and the logits.
     """
     block, widest = max(s.parameters for s in shapes), max(inputs for s in shapes for _, inputs in s.sites)
     outside = sizes.parameters - sum(shape.parameters for shape in shapes)

@@ -1,7 +1,7 @@
-"""What a variant would lose on each corpus with some other mixture: solved, measured, and not kept as a model.
+"""Losses of a variant on each corpus with a candidate mixture: solved and measured, but not kept as a model.
 
-One artifact per (candidate, block): every matrix's held-out loss on each corpus. The key is that of the candidate's own
-solution, with the corpora that it is measured on, so that whoever asks again, in whatever run, reads a few kilobytes.
+One artifact per (candidate, block) holds every matrix's held-out loss on each corpus. Its key is that of the
+candidate's solution plus the corpora it is measured on. Any later run that needs the losses reads a few kilobytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosscal.stages.solved_blocks import solution_key
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-FORMAT = 1  # a change of what is measured makes new keys
+FORMAT = 1  # bump when something else is measured
 KIND = "losses"
 FILE = "losses.json"
 
@@ -31,14 +31,14 @@ Losses = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant on some mixture, and the corpora whose losses are asked for."""
+    """A variant with a candidate mixture, and the corpora on which its losses are measured."""
 
     variant: Variant
     corpora: tuple[str, ...]
 
 
 def measure_block(shop: Workshop, block: int, candidates: Sequence[Candidate]) -> int:
-    """See that the store has what these candidates lose in a block; returns how many were solved."""
+    """Solve and measure the candidates whose losses in a block the store lacks; return how many were solved."""
     store = shop.cached.store
     missing = [one for one in candidates if store.find(KIND, _key(shop, one, block)) is None]
     if missing:
@@ -52,7 +52,7 @@ def measure_block(shop: Workshop, block: int, candidates: Sequence[Candidate]) -
 
 
 def keep_losses(shop: Workshop, block: int, candidate: Candidate, rows: Iterable[LayerRow]) -> None:
-    """Put into the store what a candidate loses in a block."""
+    """Store a candidate's losses in a block."""
     solved = [row for row in rows if not row.stays_dense]
     losses = {row.layer: _only(candidate.corpora, row.corpus_losses or {}) for row in solved}
     provenance = {"model": shop.cached.model, "variant": candidate.variant.name, "block": block}
@@ -61,13 +61,13 @@ def keep_losses(shop: Workshop, block: int, candidate: Candidate, rows: Iterable
 
 
 def unmeasured(shop: Workshop, candidates: Sequence[Candidate]) -> list[int]:
-    """Blocks in which some candidate's losses are not known."""
+    """Return the blocks in which some candidate's losses are not stored."""
     find, blocks = shop.cached.store.find, range(shop.source.blocks)
     return [block for block in blocks if any(find(KIND, _key(shop, one, block)) is None for one in candidates)]
 
 
 def losses_of(shop: Workshop, candidate: Candidate) -> Losses | None:
-    """Over the matrices of all blocks, each counting once; None where some block was not measured."""
+    """Return unweighted means over the matrices of all blocks; None if some block was not measured."""
     of_corpora: dict[str, list[float]] = {corpus: [] for corpus in candidate.corpora}
     for block in range(shop.source.blocks):
         artifact = shop.cached.store.find(KIND, _key(shop, candidate, block))

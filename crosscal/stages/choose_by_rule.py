@@ -1,7 +1,7 @@
-"""Finding the weight of a domain under a rule on general perplexity: which candidate to evaluate next, which is taken.
+"""Search for a domain's weight under a bound on general perplexity: the next candidate to evaluate, the final choice.
 
-Only validation windows are read. Perplexities are those that the store keeps of a candidate's weights, so that this is
-replayed like the search by losses.
+Only validation windows are used. Perplexities are read from the store, by the digest of a candidate's weights, so this
+search is replayed like the search by losses.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from crosscal.stages.made_variants import made_before
 from crosscal.variants import Variant
 
 Perplexities = Mapping[str, float]
-"""Corpus -> on its validation windows."""
+"""Corpus -> perplexity on its validation windows."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """What is known, by the weight of the domain; pairs are (general, domain)."""
+    """Known losses and perplexities by the weight of the domain, as pairs (general, domain); the weight to try next."""
 
     losses: dict[float, tuple[float, ...]]
     evaluated: dict[float, tuple[float, ...]]
@@ -34,19 +34,19 @@ class _State:
 
 
 def perplexities_of(measured: list[Measurement]) -> dict[str, float]:
-    """Those of validation windows."""
+    """Return corpus -> perplexity on validation windows."""
     found = [one for one in measured if (one.metric, one.split) == (PERPLEXITY, VALIDATION)]
     return {one.corpus_or_task: one.value for one in found if one.value is not None}
 
 
 def model_wanted(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Weights | None:
-    """The mixture whose model is to be evaluated next; None once the rule is settled."""
+    """Return the mixture whose model to evaluate next; None once the search is over."""
     wanted = _replayed(shop, variant, exam, dense).wanted
     return None if wanted is None else _weights(search_of(variant), wanted)
 
 
 def ruled_choice(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Choice:
-    """The best for the domain of the models that were evaluated and keep the rule."""
+    """Return the best mixture for the domain among the evaluated models that keep the rule."""
     search, state = search_of(variant), _replayed(shop, variant, exam, dense)
     assert state.wanted is None, "its candidates are evaluated first"
     assert search.general_within is not None
@@ -95,5 +95,5 @@ def _weights(search: Search, domain: float) -> Weights:
 
 
 def _in_order(search: Search, pair: tuple[float, ...]) -> tuple[float, ...]:
-    """From the order of the search's corpora to (general, domain), and back."""
+    """Convert from the order of the search's corpora to (general, domain), or back."""
     return pair if _at(search) == 1 else pair[::-1]

@@ -1,7 +1,7 @@
-"""Finding the mixture of a variant that leaves it open: what to solve next, and what is taken in the end.
+"""Search for the mixture of a variant that leaves it open: what to solve next, and the final choice.
 
-A search is replayed from the store, where every candidate's losses stand under a key of all that they depend on. So
-whatever was killed goes on where it was, and a search that is over costs a few small reads.
+A search is replayed from the store, which keeps every candidate's losses under a key of all that they depend on. An
+interrupted search therefore resumes where it stopped, and a finished one costs a few small reads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Losses = dict[Weights, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Tried:
-    """One mixture of a search, and what its solution loses."""
+    """One mixture of a search, and the losses of its solution."""
 
     weights: dict[str, float]
     losses: dict[str, float]
@@ -34,19 +34,19 @@ class Tried:
     objective: float
     """The geometric mean of the losses."""
     perplexity: dict[str, float] = field(default_factory=dict)
-    """Corpus -> on validation windows; empty where no model was made of it."""
+    """Corpus -> perplexity on validation windows; empty if no model was evaluated."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search came to."""
+    """The result of a search."""
 
     variant: str
     found_by: str
     exponents: dict[str, float]
     weights: dict[str, float]
     tried: list[Tried]
-    """In the order of the last corpus's weight: on a line from the first corpus to the second."""
+    """Sorted by the last corpus's weight: for two corpora, from all of the first to all of the second."""
     reason: str
 
     def as_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Choice:
 
 
 def candidate(variant: Variant, weights: Weights) -> Candidate:
-    """The variant on a mixture that its search tries."""
+    """Return the variant with a mixture that its search tries."""
     search = search_of(variant)
     name = f"{variant.name}.{'-'.join(f'{weight:.4g}' for weight in weights)}"
     mixture = mixture_of(search, weights)
@@ -62,12 +62,12 @@ def candidate(variant: Variant, weights: Weights) -> Candidate:
 
 
 def candidates_wanted(shop: Workshop, variants: Sequence[Variant]) -> list[tuple[Variant, Weights]]:
-    """What is to be solved next for variants whose mixture is open; nothing once all searches are over."""
+    """Return what to solve next for variants whose mixture is open; empty once all searches are over."""
     return [(variant, weights) for variant in variants for weights in replayed(shop, variant)[1]]
 
 
 def choice(shop: Workshop, variant: Variant) -> Choice:
-    """The mixture of the smallest geometric mean, or one alike, once the search is over."""
+    """Return the mixture of the smallest geometric mean of losses, or one alike, once the search is over."""
     search, (tried, wanted) = search_of(variant), replayed(shop, variant)
     assert not wanted, "its candidates are solved first"
     best = best_weights(tried, exponents_of(search))
@@ -96,7 +96,7 @@ def choice_of(
 
 
 def replayed(shop: Workshop, variant: Variant) -> tuple[Losses, list[Weights]]:
-    """(what was tried, what is to be tried next and is not known)."""
+    """Return (the losses tried so far, the mixtures to solve next)."""
     search, tried = search_of(variant), dict[Weights, tuple[float, ...]]()
     while wanted := _weights_to_try(search, tried):
         known = {weights: losses_of(shop, candidate(variant, weights)) for weights in wanted}

@@ -1,7 +1,7 @@
-"""Making the models of a run: solve blocks from the cache, write one shard per block and variant, then the index.
+"""Make the models of a run: solve blocks from cached moments, write one shard per block and variant, then the index.
 
-A run folder being made:   models/<variant>/block-00003.safetensors     the shard; existing means complete
-                           layers/<variant>/block-00003.jsonl           its layer rows, written before the shard
+In the run folder:   models/<variant>/block-00003.safetensors     the shard; complete if it exists
+                     layers/<variant>/block-00003.jsonl           its layer rows, written before the shard
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from crosscal.statistics import Mixture, streams_of
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-WRITERS = 4  # of one disk, each holding what it writes
-FORMAT = 2  # of sequential solutions; a change of what solvers compute makes new keys
+WRITERS = 4  # threads writing to one disk, each with a block in memory
+FORMAT = 2  # of sequential solutions; bump when solvers compute something else
 
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """What every step of making a run's models needs."""
+    """What every step of a run shares: its folder, the model, its cached moments, the samples and the device."""
 
     folder: Path
     """The run directory."""
@@ -55,9 +55,9 @@ class Workshop:
     reference: Mixture
     device: str
     sparsities: Mapping[str, SparsitiesOf] = field(default_factory=dict)
-    """Of the variants with an allocator, by name (see `crosscal.stages.allocate`)."""
+    """Variant name -> allotted sparsities; variants with an allocator only (see `crosscal.stages.allocate`)."""
     gradients: Gradients | None = None
-    """Where some step needs them: the dense model's, also for a variant with sequential inputs."""
+    """Those of the dense model, also for a variant with sequential inputs; None if no step needs them."""
     measured_on: tuple[str, ...] = ()
     """Corpora on whose own held-out text every solution with dense inputs is measured."""
 
@@ -68,12 +68,13 @@ class Workshop:
         return self.folder / "layers" / variant.name / f"block-{block:05d}.jsonl"
 
     def write_rows(self, variant: Variant, block: int, rows: Sequence[LayerRow]) -> None:
-        """To be called before the shard is written: the shard's existence says that both are there."""
+        """Write the layer rows. Call before writing the shard: an existing shard implies existing rows."""
         file = self.rows_file(variant, block)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, rows)
 
     def problem(self, block: int, cached: Cached) -> BlockProblem:
+        """Return a block as a problem to solve. Raises `MissingArtifact` if it has not been calibrated."""
         matrices = cached.matrices(block)
         if matrices is None:
             raise MissingArtifact("the block has not been calibrated", where=self.source.block_name(block))
@@ -95,7 +96,7 @@ class Workshop:
 
 
 def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
-    """Solve one block for all variants with dense inputs that have no shard of it yet; returns how many were solved."""
+    """Solve one block for all variants with dense inputs that lack its shard; return how many were solved."""
     missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
     if missing:
         problem = shop.problem(block, shop.cached)
@@ -106,7 +107,7 @@ def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> i
 
 
 def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
-    """How many blocks may be solved side by side (see `preflight.blocks_at_once`)."""
+    """Return how many blocks to solve in parallel (see `preflight.blocks_at_once`)."""
     shapes = preflight.block_shapes(shop.source, shop.cached)
     return preflight.blocks_at_once(
         shapes,
@@ -118,10 +119,10 @@ def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
 
 
 def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
-    """Solve a variant block by block, each block's inputs coming through the compressed blocks before it.
+    """Solve a variant block by block; each block's inputs pass through the compressed blocks before it.
 
-    This is the loop of the published SparseGPT and GPTQ code. Its moments belong to this variant on these windows
-    alone; they are kept, so that solving it again reads nothing.
+    This is the loop of the published SparseGPT and GPTQ code. The moments belong to this variant on these windows
+    alone. They are stored, so that solving it again needs no calibration pass.
     """
     mixtures = variant.mixtures(shop.reference)
     samples = {
@@ -168,7 +169,7 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
 
 
 def publish_variants(shop: Workshop, variants: Sequence[Variant], report: Report = silent) -> list[Path]:
-    """Make models of variants whose blocks are all there; returns their folders."""
+    """Complete the models of variants whose blocks are all written; return their folders."""
     folders: list[Path] = []
     report("writing models", 0, len(variants))
     jobs = [partial(publish_variant, shop, variant) for variant in variants]
@@ -179,25 +180,25 @@ def publish_variants(shop: Workshop, variants: Sequence[Variant], report: Report
 
 
 def publish_variant(shop: Workshop, variant: Variant) -> Path:
-    """Write what lies outside the blocks and the index: from now on the folder is a model."""
+    """Write the tensors outside the blocks, then the index, which makes the folder a model."""
     writer = shop.writer(variant)
     writer.finish(quantization_config(*variant.grid, []) if variant.grid else None)
     return writer.folder
 
 
 def layer_rows(shop: Workshop, variants: Sequence[Variant]) -> list[LayerRow]:
-    """Every layer of every variant, in the plan's order."""
+    """Return the rows of every layer of every variant, in the plan's order."""
     files = [shop.rows_file(variant, block) for variant in variants for block in range(shop.source.blocks)]
     return [row for file in files for row in read_rows(file, LayerRow)]
 
 
 def discard_model(shop: Workshop, variant: Variant) -> None:
-    """Remove a model whose numbers are all that was wanted."""
+    """Remove a model of which only the measurements are wanted."""
     shutil.rmtree(shop.folder / "models" / variant.name, ignore_errors=True)
 
 
 def _sequential(variant: Variant, over: Sequence[Mixture]) -> str:
-    """What determines a variant's compressed blocks: names of corpora do not, the windows behind them do."""
+    """Identify a variant's compressed blocks: by the windows of its corpora, not by their names."""
     return f"sequential-{digest_of([FORMAT, variant.key, [sets.weights for sets in over]])}"
 
 

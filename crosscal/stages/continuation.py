@@ -1,4 +1,4 @@
-"""Questions on what comes next in a corpus, made once and kept: the same for every model and run."""
+"""Questions that ask how a corpus's text continues, made once and stored: the same for every model and run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "questions.jsonl"
 
 
 def continuation(store: Store, corpus: Corpus, split: str, settings: Settings) -> list[Question]:
-    """Of the documents of one split of a corpus, and of no others. Raises `EvaluationError` naming the corpus."""
+    """Return questions made from the documents of one split of a corpus. Raises `EvaluationError` naming the corpus."""
     key = question_key(corpus.digest, split, dataclasses.asdict(settings))
     artifact = store.find("questions", key)
     if artifact is not None:
@@ -36,7 +36,7 @@ def continuation(store: Store, corpus: Corpus, split: str, settings: Settings) -
 
 
 def question_key(corpus: str, split: str, settings: dict[str, Any]) -> str:
-    """`corpus`: its digest."""
+    """Return the questions' key in the store; `corpus` is the corpus's digest."""
     return digest_of([FORMAT, corpus, split, settings])
 
 

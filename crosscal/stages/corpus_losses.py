@@ -1,8 +1,8 @@
-"""What solved matrices lose on each corpus's own held-out text, whatever mixture of corpora they were solved on.
+"""Losses of solved matrices on each corpus's own held-out text, whatever mixture of corpora they were solved on.
 
     relative loss on corpus k = tr(D H_k Dᵀ) / tr(W H_k Wᵀ),   D = W - V, H_k = E[x xᵀ] over held-out windows of k
 
-These numbers compare mixtures with each other: the loss on a solution's own mixture has another measure for each.
+They are comparable between mixtures. The loss on a solution's own mixture is not: its Hessian differs per mixture.
 
 Shapes: O outputs, I inputs.
 """
@@ -19,25 +19,25 @@ from crosscal.stages.block_problem import Group, SiteStatistics
 from crosscal.statistics import Mixture
 
 Measure = Callable[[LayerProblem, LayerSolution], dict[str, float]]
-"""A matrix and its solution -> corpus -> relative loss."""
+"""(matrix, its solution) -> corpus -> relative loss."""
 LOSSES_TAKE = frozenset({Statistic.GRAM, Statistic.SUM})
 
 
 def of_corpora(corpora: Sequence[str], groups: Mapping[Group, frozenset[Need]]) -> dict[Group, frozenset[Need]]:
-    """What the corpora's own losses take besides what the groups of one solve need: H, and the mean input where some
-    step changes biases."""
+    """Return what losses on each corpus alone need, in addition to the `groups` of one solve: H, and the mean input if
+    some step changes biases."""
     measured = (frozenset[Need]().union(*groups.values()) | {Statistic.GRAM}) & LOSSES_TAKE
     seeds = dict.fromkeys(group.seed for group in groups)
     return {alone(corpus, seed): measured for seed in seeds for corpus in corpora}
 
 
 def alone(corpus: str, seed: int) -> Group:
-    """One corpus for itself."""
+    """Return the group of one corpus alone."""
     return Group(Mixture.of({corpus: 1.0}), seed, trace_normalised=False)
 
 
 class CorpusLosses:
-    """Losses of one site's matrices on some corpora; energies are computed once, whichever lane asks first."""
+    """Losses of one site's matrices on some corpora; thread-safe, with cached output energies tr(W H Wᵀ)."""
 
     def __init__(self, statistics: SiteStatistics, corpora: Iterable[str]) -> None:
         self._statistics, self._corpora = statistics, tuple(corpora)
@@ -45,7 +45,7 @@ class CorpusLosses:
         self._energies: dict[tuple[Group, str], float] = {}
 
     def of_draw(self, seed: int) -> Measure:
-        """What measures solutions on the held-out windows of one draw."""
+        """Return a function that measures solutions on the held-out windows of one seed."""
         held_out = dict(self._held_out(seed))
         return lambda layer, solution: {
             group.mixture.corpora[0]: loss
@@ -54,7 +54,7 @@ class CorpusLosses:
         }
 
     def _held_out(self, seed: int) -> Iterator[tuple[Group, Statistics]]:
-        """Of every corpus of which some held-out token came by: an expert may have none."""
+        """Yield the statistics of every corpus with held-out tokens at this site: an expert may have none."""
         for corpus in self._corpora:
             group = alone(corpus, seed)
             try:
@@ -63,13 +63,13 @@ class CorpusLosses:
                 continue
 
     def _loss(self, group: Group, statistics: Statistics, layer: LayerProblem, solution: LayerSolution) -> float | None:
-        """None where the dense matrix makes nothing of the inputs: a ratio to nothing is no loss."""
+        """Return the relative loss; None if the dense matrix's output energy is zero, as the ratio is undefined."""
         energy = self._energy(group, statistics, layer)
         if energy <= 0:
             return None
         difference_OI, mean_I = layer.weight_OI - solution.weight_OI, statistics.get(Statistic.SUM)
         loss = output_loss(difference_OI, statistics.hessian_II, solution.bias_change_O, mean_I)
-        return max(0.0, loss) / energy  # below 0 by roundoff alone
+        return max(0.0, loss) / energy  # negative only by roundoff
 
     def _energy(self, group: Group, statistics: Statistics, layer: LayerProblem) -> float:
         with self._lock:

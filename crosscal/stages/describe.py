@@ -1,4 +1,4 @@
-"""What the calibration windows of a run look like: some of their text, and its quality in numbers."""
+"""Describe the calibration windows of a run: sample text and quality measures."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHOWN_CHARACTERS = 600
 def readable_samples(
     store: Store, source: ModelSource, samples: Sequence[Sample], kinds: Mapping[str, str], per_corpus: int = 2
 ) -> list[dict[str, str]]:
-    """The beginning of the first windows of every corpus, as `samples.json` of a run holds them.
+    """Return the beginning of the first windows of every corpus, as in a run's `samples.json`.
 
-    `kinds`: corpus -> where its text comes from, `documents`, `self` or `random`.
+    `kinds`: corpus -> the source of its text: `documents`, `self` or `random`.
     """
     tokenizer, shown = source.tokenizer(), []
     for sample in first_draws(samples):
@@ -43,10 +43,10 @@ def sample_quality(
     kinds: Mapping[str, str] | None = None,
     begin: bool | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Corpus -> the measures of `TextQuality` over its calibration windows, of a corpus that has grown for long the
-    newest (those kept apart); None where one is undefined. `faults` says what is wrong with them in sentences; not of
-    tokens that are meant to be random.
+    """Return corpus -> the measures of `TextQuality` over its calibration windows; None for an undefined one.
 
+    Of a corpus with folded sets only the newest, those kept apart, are measured. `faults` lists their problems as
+    sentences, but not for a corpus of random tokens.
     `begin`: whether windows begin with beginning-of-text (see `crosscal.calibration.tokens`).
     """
     found: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def sample_quality(
 
 
 def quality_of(tokens_SL: torch.Tensor, source: ModelSource, begin: bool | None, *, is_text: bool) -> dict[str, Any]:
-    """The measures of some windows and, of what is meant to be text, its faults."""
+    """Return the measures of some windows and, if they are meant to be text, their faults."""
     tokenizer = source.tokenizer()
     marks = {"begin": begin_token(tokenizer, begin), "end": end_token(tokenizer)}
     quality = text_quality(tokens_SL, source.config.get_text_config().vocab_size, **marks)
@@ -70,8 +70,8 @@ def quality_of(tokens_SL: torch.Tensor, source: ModelSource, begin: bool | None,
 def with_perplexities(
     quality: Mapping[str, dict[str, Any]], cached: Cached, samples: Sequence[Sample], vocabulary: int
 ) -> dict[str, dict[str, Any]]:
-    """The same with `perplexity` and `held_out_perplexity` under the dense model, of the first of the newest windows,
-    where reading them left it (None otherwise). To be no better than guessing is a fault of what is meant as text."""
+    """Return the same with the dense model's `perplexity` and `held_out_perplexity` on the first windows of the newest
+    set; None if no calibration pass stored it. For text, a perplexity no better than guessing is a fault."""
     found = {corpus: dict(measured) for corpus, measured in quality.items()}
     for sample in first_draws(samples):
         one = found[sample.corpus]
@@ -86,8 +86,8 @@ def with_perplexities(
 
 
 def starved_experts(cached: Cached, blocks: int, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
-    """Corpus → how many inputs of experts had fewer tokens than they are wide, so that their Hessians lack rank, and
-    the one that had fewest; corpora without any are left out."""
+    """Return corpus → how many experts' input sites had fewer tokens than inputs, so that their Hessians are singular,
+    and the one with the fewest tokens; corpora without any are left out."""
     found: dict[str, dict[str, Any]] = {}
     for sample in first_draws(samples):
         seen: list[tuple[int, int, str]] = []
@@ -103,7 +103,7 @@ def starved_experts(cached: Cached, blocks: int, samples: Sequence[Sample]) -> d
 
 
 def first_draws(samples: Iterable[Sample]) -> list[Sample]:
-    """One sample a corpus: other seeds draw from the same text."""
+    """Return the first sample of each corpus: other seeds draw from the same text."""
     first: dict[str, Sample] = {}
     for sample in samples:
         first.setdefault(sample.corpus, sample)

@@ -1,4 +1,4 @@
-"""Measuring one model, dense or compressed, once: what was measured on the same weights and windows is found again."""
+"""Measure one model, dense or compressed, once: stored measurements of the same weights and windows are reused."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
-FORMAT = 3  # of stored measurements: since 3 each text's and each task's by themselves, with what each question had
+FORMAT = 3  # of stored measurements; since 3 one artifact per text and task, with each question's result
 KIND, PLACE = "evaluations", "measurements.json"
 QUESTION_TOKENS = 2048
-"""For models without a longest window."""
+"""Maximum length for models that state none."""
 Subject = HeldOutText | LocalTask | NamedTask | SummaryTask
-"""What is measured, and kept, by itself."""
+"""What is measured and stored separately."""
 Told = Callable[[Subject], Progress]
-"""What is told how far a subject is."""
+"""Subject -> the callback for its progress."""
 
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What every model of a run is measured on."""
+    """What every model of a run is measured on, and how."""
 
     store: Store
     texts: tuple[HeldOutText, ...]
     notes: tuple[str, ...]
-    """What is not measured, and why, in sentences."""
+    """Sentences that state what is not measured, and why."""
     begin: bool | None
-    """Whether texts begin with beginning-of-text; None: as the tokenizer's do."""
+    """Whether texts begin with beginning-of-text; None: the tokenizer's default."""
     max_length: int
-    """Tokens a question may have with its answer."""
+    """Maximum tokens of a question with its answer."""
     tokenizer_digest: str
     tokenizer: PreTrainedTokenizerBase
     suite: QuestionSuite
@@ -63,20 +63,20 @@ class Examination:
     device: str
     dtype: torch.dtype
     by_blocks: bool = False
-    """Models do not fit in memory: with the weights of one block at a time, wherever only texts are missing."""
+    """Models do not fit in memory: if only texts are missing, hold the weights of one block at a time."""
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
-        """All that can be measured, in the order of the rows."""
+        """All texts and tasks that can be measured, in the order of the rows."""
         return (*self.texts, *self.suite.local, *self.suite.named, *self.suite.summaries)
 
     def find(self, weights: str) -> list[Measurement] | None:
-        """What was measured on these weights before; None if anything is missing."""
+        """Return the stored measurements of these weights; None if any is missing."""
         found = [self.stored(weights, subject) for subject in self.subjects]
         return None if any(one is None for one in found) else self.in_all(one for one in found if one is not None)
 
     def in_all(self, measured: Iterable[list[Measurement]]) -> list[Measurement]:
-        """With a row for each task that cannot be had."""
+        """Flatten, and add a row for each unreachable task."""
         return [one for each in measured for one in each] + self.suite.unreachable
 
     def stored(self, weights: str, subject: Subject) -> list[Measurement] | None:
@@ -89,8 +89,8 @@ class Examination:
     def measured(
         self, weights: str, model: Any, missing: Sequence[Subject], told: Told, spent: float = 0.0
     ) -> Iterator[list[Measurement]]:
-        """What is missing of a model that is on the device, one after another, each kept as soon as it is there.
-        `spent`: seconds that the texts took before, shared out by their tokens."""
+        """Measure the `missing` subjects of a model that is on the device; store and yield each as soon as it is done.
+        `spent`: seconds already spent on the texts, distributed over them by tokens."""
         apart = [subject for subject in missing if not isinstance(subject, NamedTask | SummaryTask)]
         read = [self._readable[subject] for subject in apart]
         progress = [told(subject) for subject in apart]
@@ -111,18 +111,18 @@ class Examination:
                 yield self.keep(weights, task, found)
 
     def key(self, weights: str, subject: Subject) -> str:
-        """Digest of the weights and of all that the numbers depend on; not of what a plan calls it."""
+        """Digest of the weights and of all that the numbers depend on; a plan's names are left out."""
         return digest_of([FORMAT, weights, str(self.dtype), self._identities[subject]])
 
     def keep(self, weights: str, subject: Subject, measured: Sequence[Measurement]) -> list[Measurement]:
-        """What was measured of a subject, now in the store."""
+        """Store the measurements of a subject; return them under this plan's names."""
         with self.store.publish(KIND, self.key(weights, subject), {"weights": weights}) as staged:
             (staged / PLACE).write_bytes(canonical_json([dataclasses.asdict(value) for value in measured]))
         return [self._named(one, subject) for one in measured]
 
     def _named(self, found: Measurement, subject: Subject) -> Measurement:
-        """As this plan calls it, with what the text began with: questions are always encoded as the tokenizer does by
-        default."""
+        """Use this plan's names and record whether the text began with beginning-of-text; questions are always encoded
+        with the tokenizer's default."""
         if isinstance(subject, HeldOutText):
             begins = self._begins[self.begin]
             return dataclasses.replace(found, corpus_or_task=subject.corpus, split=subject.split, begin_token=begins)
@@ -136,7 +136,7 @@ class Examination:
 
     @functools.cached_property
     def _readable(self) -> dict[Subject, Windows | Choices]:
-        """Texts and questions as tokens, once for all models."""
+        """Texts and questions as tokens, prepared once for all models."""
         found: dict[Subject, Windows | Choices] = {}
         found |= {text: Windows(text.corpus, text.split, text.tokens_SL) for text in self.texts}
         return found | {task: task.choices(self.tokenizer, self.max_length) for task in self.suite.local}
@@ -186,7 +186,7 @@ def examination(
 
 
 def checkpoint_files(folder: Path, name: str = "model", report: Report = silent) -> dict[str, str]:
-    """Name → digest of a checkpoint's config and every file of weights, its adapter's included."""
+    """Return name → digest of a checkpoint's config and every weight file, including those of its adapter."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *adapter_files(folder)]
     total_bytes, done_bytes, digests = sum(file.stat().st_size for file in files), 0, {}
     for file in files:
@@ -197,7 +197,7 @@ def checkpoint_files(folder: Path, name: str = "model", report: Report = silent)
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """Of a checkpoint's config and weights together: what its measurements are kept under."""
+    """Return the digest of a checkpoint's config and weights, the key of its measurements."""
     return digest_of([[name, digest] for name, digest in files.items()])
 
 
@@ -209,10 +209,10 @@ def measure(
     name: str = "model",
     report: Report = silent,
 ) -> list[Measurement]:
-    """Every measurement of one model folder, each text's and task's kept as soon as it is there. That a task was out of
-    reach is not kept: it may be reachable next time.
+    """Return every measurement of one model folder; each text's and task's is stored as soon as it is done. An
+    unreachable task is not stored: it may be reachable next time.
 
-    `files`: what `checkpoint_files` gives, if it is at hand. `report` is told how far it is, of a model called `name`.
+    `files`: the result of `checkpoint_files`, if known. `report` receives the progress, labelled with `name`.
     """
     weights = weights_digest(checkpoint_files(folder, name, report) if files is None else files)
     looked_up = {subject: exam.stored(weights, subject) for subject in exam.subjects}

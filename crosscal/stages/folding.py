@@ -1,11 +1,11 @@
-"""The moments (and gradients) of a corpus that grows, kept as one sum and the newest few sets.
+"""The moments (and gradients) of a growing corpus, stored as one sum and the newest few sets.
 
     folded_k = folded_k-1 + weight_k · moments_k
 
-Every sum is named after what it is the sum of, and made from the newest one that the store has: as a corpus grows, from
-the one before it, so that a solve reads no more sets than the plan keeps apart, and one. What is older by two sets than
-anything that is still asked for is removed then: a run on the corpus as it was before the last landing finds all it
-needs, and what any other process at work has used stays. Whoever still misses a set reads its windows again.
+Every sum is named after its terms and computed from the newest sum in the store, as a corpus grows from the previous
+one. A solve therefore reads at most one set more than the plan keeps apart. Sets and sums that neither the sample nor
+the one before its newest set needs are then removed, unless another running process has used them. A run on the corpus
+as it was before the last landing still finds everything. If a set is missing, its windows are run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from crosscal.store import Store, digest_of
 
 
 class Kept(Protocol):
-    """Sums over calibration sets in the store, an artifact or more a site: moments, gradients."""
+    """Stored sums over calibration sets, one or more artifacts per site: moments or gradients."""
 
     @property
     def store(self) -> Store: ...
@@ -41,14 +41,14 @@ class Kept(Protocol):
 
 
 def sets_to_read(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> list[str]:
-    """Keys of all sums that `fold` and a solve need, of both splits or of the calibration windows alone; those that the
-    store lacks are of calibration sets."""
+    """Return the keys of all sums that `fold` and a solve need, for both splits or the calibration windows alone; those
+    that the store lacks are keys of calibration sets."""
     parts = [part for sums in _splits(sample, held_out) for part in (*_terms(cached, blocks, sums), *sums.apart)]
     return list(dict.fromkeys(part.key for part in parts))
 
 
 def fold(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> None:
-    """See that the sums of a sample are in the store, and remove what only older samples need."""
+    """Compute and store the missing folded sums of a sample, and remove what only older samples need."""
     for sums in _splits(sample, held_out):
         if sums.folded is None:
             continue
@@ -60,7 +60,7 @@ def fold(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) ->
 
 
 def unread_tokens(cached: Kept, blocks: int, sums: Sums) -> int:
-    """Of the sets that would have to be read."""
+    """Return the number of tokens that a calibration pass would have to run."""
     folded = () if sums.folded is None else (sums.folded,)
     kept = _kept(cached, blocks, sums)
     parts = (*(folded if kept is None else kept), *sums.apart)
@@ -68,7 +68,7 @@ def unread_tokens(cached: Kept, blocks: int, sums: Sums) -> int:
 
 
 def unfolded(store: Store, sample: Sample) -> Sample:
-    """The same in sets of windows alone, for who has to read them all: sets that weigh alike are one."""
+    """Return the sample as sets of windows only, for a pass over all of them; sets of equal weight are joined."""
     calibration, held_out = (_unfolded(store, sums) for sums in _splits(sample, held_out=True))
     return dataclasses.replace(sample, calibration=calibration, held_out=held_out)
 
@@ -80,7 +80,7 @@ def _unfolded(store: Store, sums: Sums) -> Sums:
 
 
 def _terms(cached: Kept, blocks: int, sums: Sums) -> list[Part]:
-    """What the folded sum is made of: the newest sum that is there and the sets since, or else all windows anew."""
+    """Return the terms of the folded sum: the newest stored sum and the sets since, or else the sets of all windows."""
     kept = _kept(cached, blocks, sums)
     return _windows(cached.store, sums) if kept is None else kept
 
@@ -100,7 +100,7 @@ def _kept(cached: Kept, blocks: int, sums: Sums) -> list[Part] | None:
 
 
 def _windows(store: Store, sums: Sums) -> list[Part]:
-    """The sets that were folded, those of one weight joined: read in one pass, however many there were."""
+    """Return the folded sets, joined by weight, so that one pass runs them however many there are."""
     assert sums.pool is not None
     apart = {part.key for part in sums.apart}
     by_weight: dict[float, list[Part]] = {}
@@ -124,7 +124,7 @@ def _add(cached: Kept, folded: Part, terms: Sequence[Part], block: int, site: Si
         total = functools.reduce(operator.add, moments)
     except MissingArtifact:
         if cached.has_site(folded.key, block, site):
-            return  # another run has folded them meanwhile, and removed them
+            return  # another run has folded and removed them in the meantime
         raise
     cached.publish_site(folded.key, block, site, total)
 
@@ -143,7 +143,7 @@ def _forget(cached: Kept, blocks: int, sums: Sums, terms: Sequence[Part]) -> Non
             continue
         sites = list(_sites(cached, blocks))
         if cached.is_kept(key, *sites[0]):
-            for block, site in reversed(sites):  # the first last: it says whether anything is there
+            for block, site in reversed(sites):  # the first site last: `is_kept` above checks it
                 cached.discard_unused(key, block, site)
 
 

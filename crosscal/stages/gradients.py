@@ -1,12 +1,12 @@
-"""Gradients of the dense model's loss over calibration sets, and finding again what was computed before.
+"""Gradients of the dense model's loss over calibration sets, cached in the store.
 
 One artifact per (model, calibration set, block, site, dtype): Σ g² of the site's matrices, as large as its weights. A
-set whose blocks are all there is never read again; an interrupted walk repeats the way to the first block it lacks and
-stores what is missing. They are always the dense model's: of a variant with `upstream: sequential` the inputs come
-through its compressed blocks, and what the loss says of its weights is still taken where nothing is compressed, as the
-published method does.
+set whose blocks are all stored is never run again. After an interruption the walk is repeated back to the first missing
+block, and only what is missing is stored. The gradients are always the dense model's. With `upstream: sequential` the
+inputs come through a variant's compressed blocks, but gradients are still taken at the dense weights, as in the
+published method.
 
-`CachedGradients` answers to what `folding` asks of `Cached`, so that a corpus that grows keeps one sum of them as well.
+`CachedGradients` has the interface that `folding` needs (`Kept`): a growing corpus keeps one sum of gradients, too.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from crosscal.store import Store, digest_of
 from crosscal.store.gradients import read_gradients, write_gradients
 
 KIND = "gradients"
-FORMAT = 1  # a change of what is summed makes new keys
+FORMAT = 1  # bump when something else is summed
 
 
 @dataclass(frozen=True)
 class CachedGradients:
-    """The gradients of one dense model, in the store."""
+    """The stored gradients of one dense model."""
 
     moments: Cached
-    """Of the same model: they say which matrices read which site, and come first."""
+    """Of the same model, collected first: they record which matrices read which site."""
 
     @property
     def store(self) -> Store:
@@ -59,11 +59,11 @@ class CachedGradients:
         return self.store.find(KIND, self._key(calibration, block, site)) is not None
 
     def read(self, calibration: str, block: int, site: Site) -> GradientSums:
-        """Raises `MissingArtifact`, `CorruptArtifact`."""
+        """Return the sums of one site. Raises `MissingArtifact`, `CorruptArtifact`."""
         return read_gradients(self.store, self.store.get(KIND, self._key(calibration, block, site)))
 
     def publish(self, windows: Mapping[str, int], seen: BlockGradients) -> int:
-        """Store one block's sums, leaving what is there; returns the number of sites that were stored."""
+        """Store the missing sums of one block; return the number of sites that were stored."""
         made = 0
         for calibration, squares in seen.squares.items():
             for site in self.sites(seen.block) or ():
@@ -87,11 +87,11 @@ class CachedGradients:
             write_gradients(folder, sums)
 
     def is_kept(self, calibration: str, block: int, site: Site) -> bool:
-        """Whether it is there, without counting as a use."""
+        """Whether the sums are stored; this does not count as a use."""
         return self.store.is_kept(KIND, self._key(calibration, block, site))
 
     def discard_unused(self, calibration: str, block: int, site: Site) -> None:
-        """Remove it, unless another process at work may need it."""
+        """Remove the sums, unless another running process may need them."""
         self.store.discard_unused(KIND, self._key(calibration, block, site))
 
     def _key(self, calibration: str, block: int, site: Site) -> str:
@@ -101,15 +101,15 @@ class CachedGradients:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a solve asks for: means per window of what stands for each corpus."""
+    """Gradients as a solve needs them: means per window over each corpus's sample."""
 
     cached: CachedGradients
     samples: Mapping[tuple[str, int], Sample]
-    """(corpus, seed) -> what stands for it."""
+    """(corpus, seed) -> its windows."""
 
     def means(self, corpus: str, seed: int, block: int, site: Site, where: str) -> dict[str, Tensor]:
-        """E[g²] = Σ_k weight_k · sum_k / Σ_k weight_k · windows_k by the site's matrices. Raises `NotFinite`, and what
-        reading the store raises."""
+        """Return E[g²] = Σ_k weight_k · sum_k / Σ_k weight_k · windows_k for each of the site's matrices. Raises
+        `NotFinite`, and the errors of reading the store."""
         parts = self.samples[corpus, seed].calibration.parts
         sums = (self.cached.read(part.key, block, site).weighted(part.weight) for part in parts)
         return functools.reduce(operator.add, sums).means(f"{where} ({corpus})")
@@ -124,7 +124,7 @@ def collect_gradients(
     batch_tokens: int,
     report: Report,
 ) -> MomentsReport:
-    """See that the gradients over these calibration sets are in the store; the model is run for what is not."""
+    """Compute and store the missing gradients over these calibration sets; the model is run for those only."""
     missing, hits = unread_blocks(cached.has, cached.sites, calibrations, source.blocks)
     unread = list(missing)
     if not unread:
@@ -136,7 +136,7 @@ def collect_gradients(
         nonlocal misses
         misses += cached.publish(windows, seen)
 
-    kept = [*slices.values()] * (source.blocks + 1)  # inputs of every block, and what the last one gives
+    kept = [*slices.values()] * (source.blocks + 1)  # every block's inputs and the last one's outputs
     with Behind() as behind:
         done = walk_back(
             source,
@@ -154,8 +154,8 @@ def collect_gradients(
 
 
 def gradient_dtype(dtype: str) -> torch.dtype:
-    """That of activations and their gradients, by that of a reading: gradients are often below what float16 can hold,
-    so they are computed in float32 then."""
+    """Return the dtype of activations and their gradients, given that of a calibration pass: float32 for float16, in
+    which gradients often underflow."""
     return torch.float32 if dtype == "float16" else getattr(torch, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The text that models are measured on: windows of each corpus's test split, and of its validation split.
+"""The held-out text that models are measured on: windows of each corpus's test and validation splits.
 
 Shapes: S windows, L tokens in a window.
 """
@@ -40,22 +40,22 @@ class HeldOutText:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How windows are cut out of text, and how many."""
+    """How to cut windows out of text, and how many."""
 
     length: int
-    """Tokens of a window, or as many as the model takes."""
+    """Tokens per window, at most the model's maximum."""
     windows: dict[str, int]
-    """Split -> windows of a corpus at most."""
+    """Split -> maximum number of windows per corpus."""
     begin: bool | None = None
-    """Whether they begin with beginning-of-text; None: as the tokenizer's texts do."""
+    """Whether windows begin with beginning-of-text; None: the tokenizer's default."""
     plain_text: bool = False
 
 
 def heldout_texts(
     store: Store, corpora: Sequence[Corpus], source: ModelSource, cutting: Cutting, report: Report = silent
 ) -> tuple[tuple[HeldOutText, ...], tuple[str, ...]]:
-    """The test text of every corpus, then the validation text of those that have a window of it; and a note for each
-    of the others. Raises `TooLittleText` naming a corpus without a window of test text."""
+    """Return the test text of every corpus, then the validation text of those that have a window of it; and a note for
+    each of the others. Raises `TooLittleText` naming a corpus without a window of test text."""
 
     def text(corpus: Corpus, split: str) -> HeldOutText:
         return HeldOutText(corpus.name, split, windows_for(store, corpus, split, source, cutting, report))
@@ -72,7 +72,7 @@ def heldout_texts(
 def windows_for(
     store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: Cutting, report: Report = silent
 ) -> torch.Tensor:
-    """Windows spread over all documents of a split: int64 [S, L]; cut once, and then found in the store.
+    """Return windows spread over all documents of a split, int64 [S, L]; they are cut once, then read from the store.
 
     Raises `TooLittleText` naming the corpus.
     """

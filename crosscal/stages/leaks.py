@@ -1,11 +1,11 @@
-"""Whether what models are measured on stands in what they are calibrated on.
+"""Check whether calibration text contains evaluation text.
 
-Training text of the corpora that a plan calibrates on, against the validation and test text of all its corpora and
-against the questions of local files. Some corpora consist of near copies, the web's and forms above all: of 100 texts
-that come from one place and are split by chance, as many are near copies of training documents as training documents
-are of one another. So a sample of a corpus's training documents is compared with all others, too, and its validation
-and test text leaks if more of it is found than that (by three standard deviations of the number). Of questions none is
-to be found. What was compared once is found again, as long as no document of either side changes.
+The training text of the corpora that a plan calibrates on is compared with the validation and test text of all its
+corpora and with the questions of local files. Some corpora consist of near copies, above all web pages and forms: of
+100 texts from one source, split at random, as many are near copies of training documents as training documents are of
+one another. Therefore a sample of a corpus's training documents is compared with all others, too. Validation and test
+text leaks if more of it is found than of that sample (by three standard deviations of the count). For questions, any
+match is a leak. Results are stored and reused as long as no document of either side changes.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from crosscal.evaluation.tasks import LocalTask
 from crosscal.progress import Report, silent
 from crosscal.store import Store, digest_of
 
-FORMAT = 1  # of stored findings; a change of what is compared makes new keys
+FORMAT = 1  # of stored results; bump when something else is compared
 KIND = "overlaps"
 FILE = "overlaps.json"
 EVALUATED = ("validation", "test")
 TRAIN = "train"
 SAMPLED = 200
-"""Training documents of a corpus that are compared with the others, spread evenly."""
+"""Training documents per corpus that are compared with the others, evenly spread."""
 DEVIATIONS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Both sides of a comparison."""
+    """The texts on both sides of the comparison."""
 
     store: Store
     corpora: Mapping[str, Corpus]
-    """By the plan's names."""
+    """By their names in the plan."""
     calibrated: tuple[str, ...]
-    """Those whose training text counts."""
+    """Names of the corpora that are calibrated on: their training text is searched."""
     questions: tuple[LocalTask, ...]
 
     @classmethod
@@ -68,12 +68,12 @@ class Texts:
                 yield from ((_name(name, split), text) for text in self._documents(name, split))
             yield from ((_name(name, TRAIN), text) for text in self._sample(name))
         for task in self.questions:
-            # With the right answer: a passage that a question goes on from is in many documents.
+            # With the correct answer: a passage that a question merely continues occurs in many documents.
             yield from ((task.name, f"{each.question} {each.choices[each.answer]}") for each in task.questions)
 
     @property
     def own(self) -> set[str]:
-        """Sets that are samples of calibration text."""
+        """Names of the sets that are samples of calibration text."""
         return {_name(name, TRAIN) for name in self.calibrated}
 
     def _sample(self, name: str) -> Iterator[str]:
@@ -88,7 +88,7 @@ class Texts:
 
 
 def compared(texts: Texts, *, keep: bool = True, report: Report = silent) -> list[SetOverlap]:
-    """The overlap of every evaluation set; kept in the store, or only looked for there.
+    """Return the overlap of every evaluation set, from the store or computed; `keep`: store what was computed.
 
     Raises `EvaluationError` for a file of questions that cannot be read.
     """
@@ -107,10 +107,10 @@ def compared(texts: Texts, *, keep: bool = True, report: Report = silent) -> lis
 
 
 def leak(found: Sequence[SetOverlap], allowed: bool | Collection[str]) -> EvaluationError | None:
-    """What stops a run: an evaluation set of which calibration text holds more than is to be expected, and which the
-    plan does not name.
+    """Return the error that stops a run: calibration text contains more of an evaluation set than expected, and the
+    plan does not allow it. Else None.
 
-    `allowed`: true for any, or names of corpora and tasks.
+    `allowed`: true for any set, or names of corpora and tasks.
     """
     refused = [one for one in _evaluated(found) if leaks(one, found) and not is_allowed(one, allowed)]
     if not refused:
@@ -126,18 +126,18 @@ def leak(found: Sequence[SetOverlap], allowed: bool | Collection[str]) -> Evalua
 
 
 def counted(one: SetOverlap) -> str:
-    """A leak in words."""
+    """Describe a leak in words."""
     return f"{one.leaked:,} of {one.documents:,} texts stand to {LEAK_SHARE:.0%} or more"
 
 
 def leaks(one: SetOverlap, found: Sequence[SetOverlap]) -> bool:
-    """Whether more texts of a set are found than training documents of its corpus are found in others."""
+    """Whether more texts of a set are found than expected from the training documents of its corpus."""
     expected = expected_leaks(one, found)
     return one.leaked > expected + DEVIATIONS * math.sqrt(expected)
 
 
 def expected_leaks(one: SetOverlap, found: Sequence[SetOverlap]) -> float:
-    """How many texts of a set would be found if it were training text; 0 for questions."""
+    """Return how many texts of a set would be found if it were training text; 0 for questions."""
     corpus, _, split = one.name.rpartition(" (")
     sample = next((each for each in found if split and each.name == _name(corpus, TRAIN)), None)
     return one.documents * sample.leaked / sample.documents if sample else 0.0
@@ -148,7 +148,7 @@ def is_allowed(one: SetOverlap, allowed: bool | Collection[str]) -> bool:
 
 
 def as_json(found: Sequence[SetOverlap], allowed: bool | Collection[str]) -> dict[str, Any]:
-    """For a run's record: what was compared with what limits, and what was found."""
+    """Return a run's record of the comparison: its limits, and the result for each evaluation set."""
     sets = [
         {
             "set": one.name,

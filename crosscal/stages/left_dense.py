@@ -1,4 +1,4 @@
-"""What no method will change, told before anything is read but a block of each kind."""
+"""Matrices that no method will change, reported after reading only one block of each kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosscal.stages.solve_site import ASKED
 
 
 def left_dense(source: ModelSource, cached: Cached, leave_dense: Sequence[str] = ()) -> list[str]:
-    """What no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
+    """Return what no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
 
     Raises `UnsupportedModel` for a model that cannot be calibrated, and `PlanError` for a pattern of `leave_dense` that
     names no matrix.

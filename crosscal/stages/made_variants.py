@@ -1,9 +1,9 @@
-"""Variants that were made before: what is known of them, and where their blocks may still lie.
+"""Variants that earlier runs made: their results, and where their blocks may still be.
 
-One small artifact per (model, dtype, variant, sets of its mixture): the digest of the weights, under which measurements
-are kept, every layer's row, and the run directory with the digest of each block's file. A run that wants numbers alone
-needs no more. One that wants the model copies the blocks of that directory, if it is still there and they are still the
-same, and solves the others.
+One small artifact per (model, dtype, variant, sets of its mixture) holds every layer's row, the model's folder and the
+digest of each of its files. Together these digests identify the weights; measurements are stored under them. A run that
+wants only numbers needs nothing else. A run that wants the model copies the blocks from that folder, if they still
+exist and are unchanged, and solves the others.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ALL_FACTORS = f"{ADAPTER}/{WEIGHTS}"
 
 @dataclass(frozen=True)
 class Made:
-    """A variant that some run made."""
+    """A variant that an earlier run made."""
 
     files: dict[str, str]
-    """Name → digest of the checkpoint's config and files of weights."""
+    """Name → digest of the checkpoint's config and weight files."""
     folder: str
-    """Where they were written."""
+    """The folder with these files."""
     rows: list[LayerRow]
 
     @property
@@ -47,7 +47,7 @@ class Made:
 
     @property
     def is_there(self) -> bool:
-        """Whether the folder still holds a model (not: this one)."""
+        """Whether the folder still holds a model, not necessarily this one."""
         return (Path(self.folder) / INDEX).is_file()
 
     def is_whole(self, blocks: int) -> bool:
@@ -55,13 +55,13 @@ class Made:
         return self.is_there and all(self.shard(block) is not None for block in range(blocks))
 
     def shard(self, block: int) -> Path | None:
-        """The file of a block, if it is still what it was, and low-rank parts beside it are."""
+        """Return the file of a block if it is unchanged, and so is the file of low-rank parts, if any; else None."""
         names = sorted(name for name in self.files if Path(name).match(BLOCKS))
         return Path(self.folder) / names[block] if self._is_as_it_was(names[block]) and self._has_adapter else None
 
     @property
     def adapter(self) -> Path | None:
-        """The file of all blocks' low-rank parts, where there are any."""
+        """The file of all blocks' low-rank parts, if there are any."""
         return Path(self.folder) / ALL_FACTORS if ALL_FACTORS in self.files else None
 
     @functools.cached_property
@@ -74,7 +74,7 @@ class Made:
 
 
 def made_before(shop: Workshop, variant: Variant) -> Made | None:
-    """What the store knows of a variant, its rows under the name that this plan gives it."""
+    """Return what the store knows of a variant, with rows under this plan's name for it; None if it was never made."""
     store = shop.cached.store
     artifact = store.find(KIND, solution_key(shop, variant))
     if artifact is None:
@@ -85,7 +85,7 @@ def made_before(shop: Workshop, variant: Variant) -> Made | None:
 
 
 def folder_files(store: Store, folder: Path, variant: str) -> dict[str, str]:
-    """Weight file → digest, as the run that wrote a variant's folder noted them; empty where none is known."""
+    """Return weight file → digest, as recorded by the run that wrote a variant's folder; empty if not recorded."""
     known = (json.loads(store.read_bytes(made, PLACE)) for made in store.list(KIND) if _is_of(made, variant))
     return next((place["files"] for place in known if place["folder"] == str(folder.absolute())), {})
 
@@ -97,13 +97,13 @@ def _is_of(made: Artifact, variant: str) -> bool:
 def note_made(
     shop: Workshop, variant: Variant, files: Mapping[str, str], rows: Sequence[LayerRow], *, keep_earlier: bool = True
 ) -> None:
-    """Keep what is known of a variant whose model is in the run directory, unless an earlier one still stands."""
+    """Record a variant whose model is in the run directory; with `keep_earlier`, unless an earlier model exists."""
     known = made_before(shop, variant)
     if known is not None and known.is_there and keep_earlier:
         return
     store, key = shop.cached.store, solution_key(shop, variant)
     if known is not None:
-        store.discard(KIND, key)  # what it says of a folder is no longer so
+        store.discard(KIND, key)  # replaced by this run's
     with store.publish(KIND, key, {"model": shop.cached.model, "variant": variant.name}) as folder:
         place = {"files": dict(files), "folder": str((shop.folder / "models" / variant.name).absolute())}
         (folder / PLACE).write_text(json.dumps(place, indent=1), encoding="utf-8")
@@ -111,13 +111,13 @@ def note_made(
 
 
 def unmeasured(shop: Workshop, variants: Sequence[Variant], exam: Examination) -> list[Variant]:
-    """Variants of which the store lacks the numbers."""
+    """Return the variants whose measurements the store lacks."""
     known = {variant.name: made_before(shop, variant) for variant in variants}
     return [v for v in variants if (made := known[v.name]) is None or exam.find(made.weights) is None]
 
 
 def take_blocks(shop: Workshop, variants: Sequence[Variant], report: Report) -> int:
-    """Copy into the run directory what it lacks of blocks that another one holds; returns how many."""
+    """Copy missing blocks into the run directory from those of earlier runs; return how many."""
     taken = 0
     for variant in variants:
         writer = shop.writer(variant)

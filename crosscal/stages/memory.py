@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Available memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """What a device has free now."""
+    """Return the free memory of a device."""
     device = torch.device(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def usable_bytes(device: torch.device | str) -> int:
-    """What is free, and of a GPU besides what torch has taken from it and does not use at present."""
+    """Return the free memory of a device; on a GPU including what torch has reserved and does not use."""
     idle = 0
     if (device := torch.device(device)).type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

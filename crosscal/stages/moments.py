@@ -1,8 +1,8 @@
-"""Reading the model over calibration sets, and finding again what was read before.
+"""Calibration passes over calibration sets, with their moments cached in the store.
 
-One artifact per (model, calibration set, upstream, block, site, dtype, what it holds): the Gram matrix in one, the
-small sums in another (`Statistic.stored_in`). A set whose sites are all there is never read again; when more is wanted
-of it, or after an interruption, only what is missing is summed. What earlier versions stored holds all in one artifact.
+One artifact per (model, calibration set, upstream, block, site, dtype, content): the Gram matrix in one, the small sums
+in another (`Statistic.stored_in`). A set whose sites are all stored is never run again. If more statistics are wanted,
+or after an interruption, only the missing sums are computed. Earlier versions stored all sums in one artifact.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from crosscal.statistics import EVERY, InputMoments, Statistic
 from crosscal.store import Artifact, Store, digest_of
 from crosscal.store.moments import read_moments, write_moments
 
-FORMAT = 1  # of everything below; a change of meaning makes new keys
-SITES_FORMAT = 3  # of what is known of a block's matrices: since 3 what makes their inputs
+FORMAT = 1  # of everything below; bump when the meaning changes
+SITES_FORMAT = 3  # of a block's stored `Matrices`; since 3 with the producer of each site
 DENSE, MOMENTS = "dense", "moments"
 LIKELIHOODS, NLL = "likelihoods", "nll.json"
 
 
 @dataclass(frozen=True)
 class Cached:
-    """The moments of one model under one upstream, in the store."""
+    """The stored moments of one model under one upstream."""
 
     store: Store
     model: str
     """The model's digest."""
     upstream: str
-    """`dense`, or what determines the compressed blocks that the inputs went through."""
+    """`dense`, or a key of what determines the compressed blocks that the inputs pass through."""
     dtype: str
-    """Of the activations, e.g. `float32`."""
+    """Dtype of the activations, e.g. `float32`."""
     kind: str = MOMENTS
-    """Of the artifacts."""
+    """Kind of the artifacts."""
     wanted: frozenset[Statistic] = EVERY
-    """What is read, found and summed; without `gram` no loss is measured."""
+    """The statistics to find, read and sum; without `gram` no loss is measured."""
 
     @property
     def measures_losses(self) -> bool:
-        """Whether there is an H to measure losses with."""
+        """Whether H is summed, so that losses can be measured."""
         return Statistic.GRAM in self.wanted
 
     def sites(self, block: int) -> tuple[Site, ...] | None:
@@ -74,7 +74,7 @@ class Cached:
         return sites is not None and all(self.has_site(calibration, block, site) for site in sites)
 
     def lacking(self, calibration: str, block: int) -> frozenset[Statistic]:
-        """What of the wanted sums some site of a block lacks: all of them where its sites are not known."""
+        """Return the wanted sums that some site of a block lacks; all of them if its sites are not known."""
         sites = self.sites(block)
         if sites is None:
             return self.wanted
@@ -84,13 +84,13 @@ class Cached:
         return not self.missing(calibration, block, site)
 
     def missing(self, calibration: str, block: int, site: Site) -> frozenset[Statistic]:
-        """Of what is wanted."""
+        """Return the wanted sums that a site lacks."""
         parts = {which.stored_in for which in self.wanted}
         lacking = {part for part in parts if self._find(calibration, block, site, part) is None}
         return frozenset(which for which in self.wanted if which.stored_in in lacking)
 
     def read(self, calibration: str, block: int, site: Site) -> InputMoments:
-        """What is wanted of a site. Raises `MissingArtifact`, `CorruptArtifact`."""
+        """Return the wanted sums of a site. Raises `MissingArtifact`, `CorruptArtifact`."""
         artifacts: dict[str, Artifact] = {}
         for part in sorted({which.stored_in for which in self.wanted}):
             found = self._find(calibration, block, site, part)
@@ -101,7 +101,7 @@ class Cached:
         return dataclasses.replace(read[0], sums=sums).only(self.wanted)
 
     def tokens(self, calibration: str, block: int, site: Site) -> int | None:
-        """That were summed of a site, without reading its sums; None where there are none."""
+        """Return the number of tokens summed at a site, without reading its sums; None if there are none."""
         parts = dict.fromkeys(which.stored_in for which in self.wanted)
         found = next((one for part in parts if (one := self._find(calibration, block, site, part))), None)
         return found and int(found.provenance["tokens"])
@@ -111,23 +111,23 @@ class Cached:
             self.store.discard(self.kind, key)
 
     def is_kept(self, calibration: str, block: int, site: Site) -> bool:
-        """Whether anything is there of a site, wanted or not, without counting as a use."""
+        """Whether any sums of a site are stored, wanted or not; this does not count as a use."""
         return any(self.store.is_kept(self.kind, key) for key in self._keys(calibration, block, site))
 
     def discard_unused(self, calibration: str, block: int, site: Site) -> None:
-        """As `discard`, unless another process at work may need it."""
+        """As `discard`, unless another running process may need it."""
         for key in self._keys(calibration, block, site):
             self.store.discard_unused(self.kind, key)
 
     def publish(self, seen: BlockMoments) -> int:
-        """Store one block's moments, leaving what is there; returns the number of sites something was stored of."""
+        """Store the missing moments of one block; return the number of sites for which something was stored."""
         made = 0
         for calibration, sites in seen.moments.items():
             for site in seen.sites:
                 if not self.has_site(calibration, seen.block, site):
                     self.publish_site(calibration, seen.block, site, sites[site.name])
                     made += 1
-        # Last: without its sites a block counts as unread.
+        # Written last: a block without stored sites counts as not calibrated.
         if self.sites(seen.block) is None:
             provenance = {"model": self.model, "block": seen.block}
             with self.store.publish("sites", self._sites_key(seen.block), provenance) as folder:
@@ -136,7 +136,7 @@ class Cached:
         return made
 
     def publish_site(self, calibration: str, block: int, site: Site, moments: InputMoments) -> None:
-        """Store what is missing of a site."""
+        """Store the missing sums of a site."""
         missing = self.missing(calibration, block, site)
         for part in sorted({which.stored_in for which in missing}):
             held = [which for which in Statistic if which in moments.sums and which.stored_in == part]
@@ -158,12 +158,12 @@ class Cached:
         return next((found for key in keys if (found := self.store.find(self.kind, key))), None)
 
     def _keys(self, calibration: str, block: int, site: Site) -> list[str]:
-        """Of whatever may be there of a site."""
+        """Keys of everything that may be stored of a site."""
         parts = dict.fromkeys(which.stored_in for which in Statistic)
         return [*(self._key(calibration, block, site, part) for part in parts), self._key(calibration, block, site)]
 
     def _key(self, calibration: str, block: int, site: Site, *part: str) -> str:
-        """Without a part that of earlier versions, whose artifacts hold all sums."""
+        """Without `part`, the key of earlier versions, whose artifacts hold all sums."""
         return digest_of([FORMAT, self.model, calibration, self.upstream, block, site.name, self.dtype, *part])
 
     def _sites_key(self, block: int) -> str:
@@ -172,7 +172,7 @@ class Cached:
 
 @dataclass(frozen=True)
 class JustRead(Cached):
-    """The same while a block's moments are still in memory: they are not read again from the disk."""
+    """`Cached` while a block's moments are still in memory: `read` does not load them from disk."""
 
     seen: BlockMoments | None = None
 
@@ -194,7 +194,7 @@ def _site(value: dict[str, Any]) -> Site:
 
 @dataclass(frozen=True)
 class MomentsReport:
-    """What one reading cost: calibration tokens run through the model, and artifacts found or made."""
+    """Cost of a calibration pass: tokens run through the model, site sums found (hits) or computed (misses), time."""
 
     tokens_read: int
     hits: int
@@ -209,7 +209,7 @@ class MomentsReport:
 def collect_moments(
     cached: Cached, source: ModelSource, calibrations: Sequence[str], *, device: str, batch_tokens: int, report: Report
 ) -> MomentsReport:
-    """See that the dense moments of these calibration sets are in the store; the model is read for what is not."""
+    """Compute and store the missing dense moments of these calibration sets; the model is run for those only."""
     windows = {key: partial(windows_by_key, cached.store, key) for key in calibrations}
     return read_windows(cached, source, windows, device=device, batch_tokens=batch_tokens, report=report)
 
@@ -223,7 +223,7 @@ def read_windows(
     batch_tokens: int,
     report: Report,
 ) -> MomentsReport:
-    """As `collect_moments`, for windows_SL by the key of their moments; only what is read is asked for."""
+    """As `collect_moments`. `windows`: key of the moments -> loader of windows_SL, called only if they are run."""
     missing, hits = unread_blocks(cached.has, cached.sites, windows, source.blocks)
     unread = list(missing)
     if not unread:
@@ -236,7 +236,7 @@ def read_windows(
 
     lacking = (cached.lacking(key, block) for key in unread for block in missing[key])
     slices, dtype = {key: windows[key]() for key in unread}, getattr(torch, cached.dtype)
-    with Behind() as behind:  # the next block is read while this one's moments are written
+    with Behind() as behind:  # the next block runs while this one's moments are written
         done = walk(
             source,
             slices,
@@ -256,7 +256,7 @@ def read_windows(
 
 
 def perplexity_of(cached: Cached, calibration: str) -> float | None:
-    """Of the first windows of a set under the dense model, as the reading of it left it; None where it did not."""
+    """Return the dense model's perplexity on the first windows of a set; None if no calibration pass stored it."""
     artifact = cached.store.find(LIKELIHOODS, _nll_key(cached, calibration))
     nll = json.loads(cached.store.read_bytes(artifact, NLL)) if artifact else []
     return math.exp(statistics.mean(nll)) if nll else None
@@ -279,8 +279,8 @@ def unread_blocks(
     calibrations: Iterable[str],
     blocks: int,
 ) -> tuple[dict[str, set[int]], int]:
-    """The blocks whose sums the store lacks, by calibration set, sets that lack none left out; and how many sites' sums
-    it holds of the others. `has`, `sites`: what a kind of sums answers, as `Cached` does."""
+    """Return the blocks whose sums the store lacks, by calibration set, without complete sets; and the number of site
+    sums that it holds in the other blocks. `has`, `sites`: methods of a kind of sums, as of `Cached`."""
     lacking = {key: {block for block in range(blocks) if not has(key, block)} for key in calibrations}
     held = [block for found in lacking.values() for block in range(blocks) if block not in found]
     return {key: found for key, found in lacking.items() if found}, sum(len(sites(block) or ()) for block in held)

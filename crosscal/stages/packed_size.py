@@ -1,4 +1,4 @@
-"""What of a variant will be stored packed, and the size of its folder: said before anything is solved.
+"""Predict, before anything is solved, how much of a variant will be stored packed and the size of its folder.
 
 Shapes: O outputs, I inputs of a matrix.
 """
@@ -18,22 +18,22 @@ from crosscal.stages.solve_site import LEFT_DENSE
 from crosscal.variants import Variant
 
 SHAPE_BYTES = 16
-"""Of the two integers that say how large a packed matrix is."""
+"""Two integers that hold the shape of a packed matrix."""
 
 
 @dataclass(frozen=True)
 class StoredSize:
-    """Of one grid in one model."""
+    """How the block matrices of one model are stored with one grid."""
 
     reasons: Mapping[str, int]
-    """Why parameters of the blocks' matrices are not packed -> how many."""
+    """Why parameters of the blocks' matrices are not packed -> number of parameters."""
     of_parameters: int
     saved_bytes: int
-    """What they take less than all dense."""
+    """Bytes saved compared with storing them all dense."""
 
 
 def stored_size(source: ModelSource, blocks: Sequence[Matrices], grid: tuple[int, int | None]) -> StoredSize:
-    """`blocks`: the matrices of each; `grid`: bits and inputs per scale."""
+    """Return the size for one grid. `blocks`: the matrices of each; `grid`: bits, and inputs per scale (None: all)."""
     bits, group_size = grid
     reasons: dict[str, int] = defaultdict(int)
     parameters, saved, itemsize = 0, 0.0, source.dtype.itemsize
@@ -61,8 +61,8 @@ def stored_size(source: ModelSource, blocks: Sequence[Matrices], grid: tuple[int
 def stored(
     source: ModelSource, variants: Sequence[Variant], find_matrices: Callable[[], Sequence[Matrices]]
 ) -> list[dict[str, Any]]:
-    """For each grid that some variant stores: how much of the blocks stays dense and why, and about how large the model
-    will be. `find_matrices`: asked for the matrices of every block, if there is such a variant."""
+    """Return, for each grid that some variant stores: how much of the blocks stays dense and why, and the approximate
+    size of the model. `find_matrices` returns the matrices of every block; called only if there is such a variant."""
     grids: dict[tuple[int, int | None], list[str]] = defaultdict(list)
     for variant in variants:
         if variant.grid is not None:

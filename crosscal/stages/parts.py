@@ -1,9 +1,9 @@
-"""Reading a calibration set in parts, by as many workers as there are, and adding the parts up.
+"""Split a calibration pass over one set into parts for any number of workers, and add the parts up.
 
-A part is a run of a set's windows. Where a set is cut depends on the set and on the tokens of a part alone, and parts
-are added in their order, so that the sum is the same whoever read which part and whenever it was done. It is not bit
-for bit that of an undivided reading, which rounds the same sums elsewhere: relative to it, Σ x xᵀ and the other sums
-differ by less than 1e-6 in float32.
+A part is a range of a set's windows. The cuts depend only on the set and on the tokens per part, and parts are added in
+order, so the sum does not depend on which worker ran which part or when. It is not bit-identical to that of an
+undivided pass, which rounds at other places: the relative difference of Σ x xᵀ and the other sums is below 1e-6 in
+float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from crosscal.stages.moments import Cached, MomentsReport, read_windows
 from crosscal.store import digest_of
 
 KIND = "moment-parts"
-"""Of the parts' moments. Once a set's own moments are there nobody needs them."""
+"""Kind of the parts' moments. They are not needed once the set's own moments are stored."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Part:
 
 
 def parts_of(cached: Cached, calibration: str, part_tokens: int) -> list[Part]:
-    """A set cut into parts of at most `part_tokens` tokens, or of one longer window."""
+    """Return a set cut into parts of at most `part_tokens` tokens, or of one longer window."""
     windows, length = windows_by_key(cached.store, calibration).shape
     step = max(1, part_tokens // length)
     starts = range(0, windows, step)
@@ -54,7 +54,7 @@ def parts_of(cached: Cached, calibration: str, part_tokens: int) -> list[Part]:
 
 
 def loads(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens: int) -> Iterator[list[Part]]:
-    """What is still to be read, in loads for one pass over the model each: together at most `part_tokens` tokens."""
+    """Yield the parts of incomplete sets in loads for one pass over the model each, of at most `part_tokens` tokens."""
     unread = (key for key in dict.fromkeys(calibrations) if not _is_complete(cached, key, blocks))
     load: list[Part] = []
     for part in itertools.chain.from_iterable(parts_of(cached, key, part_tokens) for key in unread):
@@ -69,7 +69,7 @@ def loads(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens:
 def read_parts(
     cached: Cached, source: ModelSource, load: Sequence[Part], *, device: str, batch_tokens: int, report: Report
 ) -> MomentsReport:
-    """See that the moments of some parts are in the store. They count as neither found nor made: sums do."""
+    """Compute and store the missing moments of some parts. They count neither as hits nor as misses: only sums do."""
 
     def windows(part: Part) -> Any:
         return windows_by_key(cached.store, part.calibration)[part.start : part.stop]
@@ -86,7 +86,7 @@ def read_parts(
 
 
 def add_parts(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens: int) -> MomentsReport:
-    """See that the moments of these sets are in the store, as the sums of their parts, which are removed then."""
+    """Store the missing moments of these sets as the sums of their parts, then remove the parts."""
     started, hits, misses = time.monotonic(), 0, 0
     for key in dict.fromkeys(calibrations):
         parts = [] if _is_complete(cached, key, blocks) else parts_of(cached, key, part_tokens)
@@ -107,7 +107,7 @@ def _add(cached: Cached, parts: Sequence[Part], block: int, site: Site) -> None:
         total = functools.reduce(operator.add, moments)
     except MissingArtifact:
         if cached.has_site(parts[0].calibration, block, site):
-            return  # another run has added them up meanwhile, and removed them
+            return  # another run has added and removed them in the meantime
         raise
     cached.publish_site(parts[0].calibration, block, site, total)
 

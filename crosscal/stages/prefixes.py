@@ -1,8 +1,8 @@
-"""Nested prefixes of a sample's calibration windows: their Hessians at a few blocks, from one reading of the pieces.
+"""Nested prefixes of a sample's calibration windows: their Hessians at a few blocks, from one calibration pass.
 
-Moments add up: the first half is the first quarter and what lies between them, so every window is read once. A prefix
-takes the same fraction of each part of a corpus that has grown, from its beginning: windows stand in the order in which
-documents were drawn, so a shorter prefix is a smaller draw. Parts that are folded by now are left out.
+Moments are additive: the first half is the first quarter plus the windows between, so every window is run once. A
+prefix takes the same fraction of each part of a corpus that has grown, from its beginning. Windows are in the order in
+which documents were drawn, so a shorter prefix is a smaller draw. Parts that are already folded are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Prefixes:
 
     site: Site
     nested: Mapping[int, InputMoments]
-    """By their numbers of windows."""
+    """Number of windows -> moments."""
     held_out: InputMoments
 
 
@@ -55,8 +55,8 @@ def read_prefixes(
     batch_tokens: int,
     report: Report = silent,
 ) -> int:
-    """Read the model as far as the last of some blocks; returns the tokens read. Where the store has the moments of the
-    whole sample at these blocks, half of the calibration windows are all that is read."""
+    """Run the model up to the last of some blocks and call `on_site` for their sites; return the tokens run. If the
+    store has the moments of the whole sample at these blocks, only half of the calibration windows are run."""
     pieces = pieces_of([windows_by_key(cached.store, part.key) for part in sample.calibration.apart])
     is_read = sample.calibration.folded is None and all(
         cached.has(key, block) for key in sample.sets for block in blocks
@@ -102,7 +102,7 @@ def read_prefixes(
 
 
 def pieces_of(parts: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Windows of all prefixes up to one → those that the prefix before it has not, [S, L]; prefixes that would be no
+    """Return number of windows of a prefix → those that the prefix before it lacks, [S, L]; prefixes that would be no
     longer than the one before are left out."""
     before, pieces = [0] * len(parts), {}
     for fraction in FRACTIONS:
@@ -115,7 +115,7 @@ def pieces_of(parts: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def nested_sums(pieces: Mapping[int, InputMoments]) -> Iterator[tuple[int, InputMoments]]:
-    """The moments of each prefix, from those of the pieces, shortest first."""
+    """Yield (windows, moments) of each prefix, shortest first, as sums over the pieces."""
     sums = None
     for windows in sorted(pieces):
         sums = pieces[windows] if sums is None else sums + pieces[windows]

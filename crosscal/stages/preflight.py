@@ -1,8 +1,8 @@
-"""What a run will need, told before it starts: shapes of the blocks, bytes of memory and disk, tokens not yet read.
+"""Estimate what a run will need before it starts: block shapes, bytes of memory and disk, and what is stored already.
 
-Estimates, from a skeleton on the meta device. Sites are exact where the model was calibrated before. Otherwise every
-matrix of a module but the last is taken to share its input with those of equal width (q, k, v; gate, up), and the last
-to read what the module made of it: exact for the Llama, GPT-2, OPT and NeoX families, within a third elsewhere.
+The estimates use a skeleton on the meta device. Sites are exact if the model was calibrated before. Otherwise all
+linears of a module but the last are assumed to share their input with those of equal width (q, k, v; gate, up), and the
+last to read their result: exact for the Llama, GPT-2, OPT and NeoX families, within a third elsewhere.
 
 Shapes: I inputs of a site, O outputs of a matrix.
 """
@@ -31,30 +31,30 @@ from crosscal.store import Store
 from crosscal.variants import Variant
 
 SUM_BYTES = 4
-"""Moments are summed and solved in float32 (a float64 walk is not planned)."""
+"""Moments are summed and solved in float32 (float64 passes are not estimated)."""
 SHARE = 0.5
-"""Of the free memory, what blocks being solved may take."""
+"""Share of the free memory that blocks being solved may take."""
 LARGEST_SITE = 0.5
-"""Of a block's parameters, those of the site with the most rows: gate and up of a Llama have about half."""
+"""Share of a block's parameters in the site with the most rows: gate and up of a Llama have about half."""
 ANSWER_COPIES = 1.4
-"""What an answer takes in the end; measured (`tests/test_stages_memory.py`)."""
+"""Final memory of a solution, as a multiple of its float32 weights; measured (`tests/test_stages_memory.py`)."""
 REFERENCE = ""
-"""The corpus on which methods without data have their losses measured."""
+"""Placeholder for the corpus on which losses of methods without data are measured."""
 STORED_SHARE = 0.42
-"""Of a full Gram matrix: its upper triangle in compressed byte planes (`crosscal.store.moments`); 0.35-0.45 seen."""
+"""Share of a float32 Gram matrix: the upper triangle in compressed byte planes (`store.moments`); 0.35-0.45 seen."""
 
 STORED_GRADIENTS = 0.75
-"""Of squared gradients, as they are stored (`benchmarks/gradients.py`)."""
+"""Stored size of squared gradients, as a share of float32 (`benchmarks/gradients.py`)."""
 ACTIVATIONS = (16, 4)
-"""Numbers a token that autograd keeps of a block: so many times the hidden size, and the feed-forward part's inner
-width; more where a family computes attention by a whole matrix of scores (`tests/test_stages_gradients.py`)."""
+"""Numbers per token that autograd keeps of a block, as multiples of the hidden size and of the feed-forward inner
+width; more in families that compute attention with a full score matrix (`tests/test_stages_gradients.py`)."""
 ARTIFACT_BYTES = 1800
-"""Of the headers and the manifest of an artifact that holds little else."""
+"""Headers and manifest of an artifact with little content."""
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One decoder block in numbers."""
+    """Sizes of one decoder block."""
 
     name: str
     sites: tuple[tuple[str, int], ...]
@@ -62,25 +62,25 @@ class BlockShape:
     parameters: int
     stored_bytes: int
     matrices: tuple[tuple[str, int], ...] = ()
-    """(name, I) of all that sites have; empty where sites are estimates."""
+    """(name, I) of every matrix of the sites; empty if the sites are estimates."""
 
     @property
     def gram_bytes(self) -> int:
-        """Of one matrix [I, I] a site and calibration set: Σ I² over the sites."""
+        """Bytes of one float32 matrix [I, I] per site, for one calibration set: 4 · Σ I² over the sites."""
         return sum(inputs * inputs for _, inputs in self.sites) * SUM_BYTES
 
     @property
     def vector_bytes(self) -> int:
-        """Of the small sums of one calibration set, as they are stored."""
+        """Stored bytes of the small sums of one calibration set."""
         return sum(inputs for _, inputs in self.sites) * len(VECTORS) * SUM_BYTES
 
     def summed_bytes(self, statistics: Collection[Statistic]) -> int:
-        """Of one calibration set while it is read; vectors are summed in float64."""
+        """Return the bytes of one calibration set's sums during a pass; vectors are summed in float64."""
         return 2 * self.vector_bytes + self.gram_bytes * sum(which.is_matrix for which in statistics)
 
 
 def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
-    """Every block of a model, without reading a weight."""
+    """Return the shape of every block of a model, without reading weights."""
     shapes = []
     for index, block in enumerate(find_blocks(source.weights.model)[1]):
         known = cached.sites(index)
@@ -93,7 +93,7 @@ def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
 
 
 def matrices_of(source: ModelSource, cached: Cached) -> list[Matrices]:
-    """The matrices of every block: as they were calibrated before, or else as a survey finds them."""
+    """Return the matrices of every block: as stored by an earlier calibration, or else as a survey finds them."""
     known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
     return known if len(known) == source.blocks else survey(source)
 
@@ -119,8 +119,8 @@ def _inputs(linear: nn.Module) -> int:
 
 
 def moments_bytes(shapes: Sequence[BlockShape], sets: int, statistics: Collection[Statistic] = EVERY) -> int:
-    """On disk, for so many calibration and held-out sets: the vectors, and of every matrix that is wanted about
-    0.42 · 4 bytes · Σ I², twice as much where it is not symmetric."""
+    """Return the bytes on disk for `sets` calibration and held-out sets: the vectors, and for every wanted matrix about
+    0.42 · 4 bytes · Σ I², twice as much if it is not symmetric."""
     artifacts = len({which.stored_in for which in statistics})
     small = sum(shape.vector_bytes + artifacts * ARTIFACT_BYTES * len(shape.sites) for shape in shapes)
     triangles = sum((1 if which.is_symmetric else 2) for which in statistics if which.is_matrix)
@@ -138,10 +138,10 @@ def reading_bytes(
     itemsize: int,
     statistics: Collection[Statistic] = EVERY,
 ) -> int:
-    """Memory of one pass over a model: hidden states of all `tokens`, in one stream or two, and the larger of two
-    moments.
+    """Return the bytes of memory of one pass over a model: hidden states of all `tokens`, in one stream or two, and the
+    larger of two phases.
 
-    At first what lies outside the blocks (`outside` parameters) and one block; then two blocks, one being read ahead,
+    First the parameters outside the blocks (`outside` of them) and one block; then two blocks, one of them prefetched,
     with the sums of a block for every set.
     """
     block = max(shape.parameters for shape in shapes) * itemsize
@@ -151,7 +151,7 @@ def reading_bytes(
 
 
 def gradients_bytes(shapes: Sequence[BlockShape], sets: int) -> int:
-    """On disk, for so many calibration sets: as many numbers as the blocks have parameters."""
+    """Return the bytes on disk for `sets` calibration sets: as many numbers as the blocks have parameters."""
     return (
         round(sum(STORED_GRADIENTS * s.parameters * SUM_BYTES + ARTIFACT_BYTES * len(s.sites) for s in shapes)) * sets
     )
@@ -170,12 +170,12 @@ def walking_back_bytes(
     itemsize: int,
     free_bytes: int,
 ) -> int:
-    """Memory of the gradients over `tokens`, in so many windows of `length` at once.
+    """Return the bytes of memory of the gradients over `tokens`, with `windows` windows of `length` at once.
 
-    The inputs of every block and what the last one gives, unless that is more than half of the free memory and lies on
-    disk; and the larger of two moments. At the head what lies outside the blocks, and logits, twice, with their
-    gradient; in the blocks two of them, one being read ahead, the sums of two for every set, one's being stored, and of
-    each window activations and, twice, as allocators give back late, the gradients of a block.
+    Every block's inputs and the last one's outputs, unless they are on disk because they take more than half of the
+    free memory; and the larger of two phases. At the head: the parameters outside the blocks, and logits, twice, with
+    their gradient. In the blocks: two of them, one prefetched; the sums of two for every set, one being stored; and per
+    window the activations and the gradients of a block, twice, as allocators release memory late.
     """
     inputs = (len(shapes) + 1) * tokens * hidden * itemsize
     block = max(shape.parameters for shape in shapes)
@@ -193,13 +193,13 @@ def solving_bytes(
     lanes: int,
     statistics: Collection[Statistic] = EVERY,
 ) -> int:
-    """Memory of solving one block on so many lanes, above what the process uses already: the larger of two moments.
+    """Return the bytes of memory of solving one block with `lanes` worker threads, above what the process already uses:
+    the larger of two phases, plus the block's weights and the file they were read from.
 
-    When the widest site is solved, which comes first: one Hessian for each corpus, seed and split (`SiteStatistics`),
-    three matrices for each group in work (its Hessian, the factor, one more), of every sum of two streams as many again
-    but the factor, the answers for this site, and what the
-    column loops of the other lanes hold. At the end: every answer, as solved and as stored, of which what was let go is
-    not all the system's again, and the loops. Always the block's weights, and the file they were read from.
+    While the widest site is solved, which comes first: one Hessian per corpus, seed and split (`SiteStatistics`); three
+    matrices per group in progress (its Hessian, the factor, one more); for every sum of two streams as many again, but
+    no factor; the solutions for this site; and the column loops of the other threads. At the end: every solution, as
+    solved and as stored, as not all freed memory returns to the system; and the loops.
     """
     shape = max(shapes, key=lambda each: each.parameters)
     widths = [inputs for each in shapes for _, inputs in each.sites]
@@ -230,8 +230,8 @@ def blocks_at_once(
     free_bytes: int,
     statistics: Collection[Statistic] = EVERY,
 ) -> int:
-    """How many blocks may be solved side by side, the threads shared out among them: as many as half of the free memory
-    has room for, and one at least."""
+    """Return how many blocks to solve in parallel, with the threads divided among them: as many as fit in half of the
+    free memory, at least one."""
     wanted = range(min(threads, len(shapes)), 1, -1)
     needed = {n: n * solving_bytes(shapes, variants, lanes=threads // n, statistics=statistics) for n in wanted}
     return next((number for number in wanted if needed[number] <= SHARE * free_bytes), 1)
@@ -239,23 +239,23 @@ def blocks_at_once(
 
 @dataclass(frozen=True)
 class EvaluationSizes:
-    """What the memory of measuring a model depends on, besides its blocks."""
+    """What the memory of an evaluation depends on, besides the model's blocks."""
 
     parameters: int
-    """Of the whole model."""
+    """Parameters of the whole model."""
     hidden: int
     vocabulary: int
     tokens: int
-    """Read at a time."""
+    """Per batch."""
     itemsize: int
-    """Bytes of a number that is computed with."""
+    """Bytes per number of the dtype of weights and activations."""
 
 
 def evaluating_bytes(shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, has_questions: bool = False) -> int:
-    """Memory of measuring one model.
+    """Return the bytes of memory of evaluating one model.
 
-    All weights; of a block's feed-forward part three times its inner width and twice the hidden size a token; and the
-    logits that are held at once (`evaluation.logits`), of questions as many as may be.
+    All weights; per token, three times the feed-forward part's inner width and twice the hidden size; and the logits
+    that are held at once (`evaluation.logits`), their maximum if there are questions.
     """
     widest = max(inputs for shape in shapes for _, inputs in shape.sites)
     rows = rows_at_once(sizes.vocabulary, sizes.itemsize)
@@ -264,7 +264,7 @@ def evaluating_bytes(shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, ha
 
 
 def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
-    """The key of the calibration set whose provenance says all of this; None where none does."""
+    """Return the key of a calibration set whose provenance contains all of `wanted`; None if there is none."""
     stored = store.list("calibration")
     return next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in wanted.items())), None)
 
@@ -275,6 +275,6 @@ def is_read(cached: Kept, calibration: str | None, blocks: int) -> bool:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above that exists: whose disk a new folder will be on."""
+    """Return the nearest existing folder at or above `path`: a new folder will be on its disk."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

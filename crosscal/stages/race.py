@@ -1,8 +1,8 @@
 """`evaluate: race`: a few validation windows for every variant, more for those that are not clearly worse than another
-of their level, and test windows and tasks for those that remain.
+at their compression level, and test windows and tasks for those that remain.
 
-What was measured for a look is kept like any text's measurement, so a race is *replayed* from the store: it goes on
-where it stopped, and another run of the same models takes what it finds. No test text is read.
+The measurements of a look are stored like those of any text, so a race is *replayed* from the store: it resumes where
+it stopped, and another run of the same models reuses the results. The race itself uses no test text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Race:
 
     @functools.cached_property
     def parts(self) -> dict[HeldOutText, list[tuple[HeldOutText, list[int]]]]:
-        """Of each text what is new at each look, and the numbers of these windows."""
+        """Text -> for each look, the windows that are new and their numbers."""
         found = {}
         for text in (text for text in self.exam.texts if text.split == VALIDATION):
             numbers = looks(len(text.tokens_SL))
@@ -45,17 +45,17 @@ class Race:
 
     @property
     def looks(self) -> list[int]:
-        """Those at which something is new."""
+        """The looks at which some text has new windows."""
         return [look for look in range(3) if any(parts[look][1] for parts in self.parts.values())]
 
     @functools.cached_property
     def apart(self) -> Examination:
-        """On these windows alone, those of each look by themselves."""
+        """The examination restricted to these windows, with the new windows of each look as a text of their own."""
         every = [part for parts in self.parts.values() for part, numbers in parts if numbers]
         return dataclasses.replace(self.exam, texts=tuple(every), suite=QuestionSuite.load([]))
 
     def seen(self, weights: str, look: int) -> Seen | None:
-        """What a model has on the windows up to a look; None where some were not measured."""
+        """Return a model's results on the windows up to a look; None if some were not measured."""
         found: Seen = {}
         for text, parts in self.parts.items():
             whole = _nll(self.exam, weights, text)
@@ -67,8 +67,8 @@ class Race:
         return found
 
     def missing(self, weights: str, look: int | None) -> Examination | None:
-        """`apart`, as far as it is to be measured: up to a look, or (None) of texts that a race has begun; never of one
-        that was measured as a whole."""
+        """Return `apart` restricted to what is to be measured: up to a look, or (None) all of the texts that a race has
+        begun, but no text that was measured as a whole. None if nothing is."""
         texts: list[HeldOutText] = []
         for text, parts in self.parts.items():
             some = [part for part, numbers in (parts if look is None else parts[: look + 1]) if numbers]
@@ -78,7 +78,7 @@ class Race:
         return dataclasses.replace(self.apart, texts=tuple(texts)) if texts else None
 
     def join(self, weights: str) -> None:
-        """Keep the measurement of each text whose windows were all measured."""
+        """Store the measurement of each text whose windows were all measured."""
         for text, parts in self.parts.items():
             found = [self.apart.stored(weights, part) for part, numbers in parts if numbers]
             if self.exam.stored(weights, text) is not None or not all(found):
@@ -93,7 +93,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Left:
-    """That a variant left the race."""
+    """Why a variant left the race, and its results so far."""
 
     why: str
     windows: Seen
@@ -101,10 +101,10 @@ class Left:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a race stands."""
+    """The state of a race."""
 
     wanting: dict[str, int] = field(default_factory=dict)
-    """Variant -> the look that it is to be measured for."""
+    """Variant -> the look to measure it for."""
     left: dict[str, Left] = field(default_factory=dict)
 
 
@@ -115,7 +115,7 @@ def replayed(
     weights_of: Mapping[str, str],
     kept: Collection[str] = (),
 ) -> Standing:
-    """The race as far as measurements are known; `kept` are compared and remain, however they compare."""
+    """Replay the race as far as measurements are known. The variants in `kept` are compared but never leave."""
     levels: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
@@ -137,7 +137,7 @@ def _run(
     kept: Collection[str],
     found: Standing,
 ) -> None:
-    """One level, look by look, into `found`; `seeds_of`: of each model its variants, which differ by seed alone."""
+    """Run one level, look by look, adding to `found`. `seeds_of`: model -> its variants, which differ in seed alone."""
     remaining, comparisons = dict(seeds_of), (len(seeds_of) - 1) * len(looks_at)
     for look in looks_at:
         if len(remaining) < 2:

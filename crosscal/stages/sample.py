@@ -1,9 +1,9 @@
-"""From a corpus to the windows that stand for it: calibration sets of its training text, and held-out sets.
+"""From a corpus to the windows that represent it: calibration sets of its training text, and held-out sets.
 
-A corpus grows by shards, and each is drawn from as it lands, with what the ones before it left (see
-`crosscal.calibration.pool`). In the Hessian every token counts by the text that it stands for,
-H = Σ_k weight_k · gram_k / Σ_k weight_k · tokens_k, and all weights are 1 until the plan's windows are drawn. Sums add,
-so all but the newest `parts_kept_apart` sets are read and kept as one (see `crosscal.stages.folding`).
+A corpus grows by shards. Windows are drawn from each shard when it lands, together with the text that earlier shards
+left over (see `crosscal.calibration.pool`). In the Hessian every token is weighted by the amount of text it represents,
+H = Σ_k weight_k · gram_k / Σ_k weight_k · tokens_k; all weights are 1 until the plan's windows are drawn. Moments are
+additive, so all but the newest `parts_kept_apart` sets are stored as one sum (see `crosscal.stages.folding`).
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from crosscal.statistics import Mixture
 from crosscal.store import Store
 
 WORTH_SAYING = 0.01
-"""Share of the tokens from which on repeated ones are told of."""
+"""Share of repeated tokens above which a note reports them."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The sets of one split, as their moments are kept."""
+    """The calibration sets of one split, as their moments are stored."""
 
     apart: tuple[Part, ...]
-    """Calibration sets."""
+    """The newest sets, each stored separately."""
     folded: Part | None = None
-    """The sum of all that are older."""
+    """The sum of all older sets."""
     whole: Part | None = None
-    """The sum of all: its key says what the Hessian is made of, however much of it is folded. None for one set."""
+    """The sum of all sets: its key identifies the Hessian, however much of it is folded. None for one set."""
     pool: str | None = None
-    """Where the draws that made them are told (see `crosscal.calibration.pool`)."""
+    """Key of the record of their draws (see `crosscal.calibration.pool`)."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -80,7 +80,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Sample:
-    """What stands for one corpus in one draw."""
+    """The windows that represent one corpus, for one seed."""
 
     corpus: str
     seed: int
@@ -90,7 +90,7 @@ class Sample:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of both splits: whose moments a solve reads."""
+        """The parts of both splits, whose moments a solve reads."""
         return (*self.calibration.parts, *self.held_out.parts)
 
     @property
@@ -103,7 +103,7 @@ class Sample:
 
     @property
     def keys(self) -> tuple[str, str]:
-        """What the Hessians are made of, on both splits."""
+        """Identify the Hessians of both splits: (calibration, held-out)."""
         return self.calibration.key, self.held_out.key
 
     def as_json(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Sample:
 
 
 def over_sums(mixture: Mixture, samples: Mapping[str, Sample], *, held_out: bool = False) -> Mixture:
-    """A mixture of corpora by what their Hessians are made of: whatever they are called, and however much is folded."""
+    """Return a mixture by the keys of its Hessians, whatever its corpora are called and however much is folded."""
     weights: dict[str, float] = {}
     for corpus, weight in mixture.weights:
         key = samples[corpus].keys[held_out]
@@ -133,7 +133,7 @@ class Draw:
     seed: int
     held_out_windows: int
     parts_kept_apart: int = 4
-    """The newest sets whose moments are kept each by itself."""
+    """Number of newest sets whose moments are stored separately."""
     begin_token: bool | None = None
     plain_text: bool = False
 
@@ -148,7 +148,7 @@ class Draw:
 
 
 def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Draw) -> Sample:
-    """Draw windows from every shard that has not been drawn from.
+    """Draw windows from every shard that has not been drawn from yet.
 
     Raises `TooLittleText` when all documents of a split together do not fill one window, and `CalibrationError` when
     the corpus holds conversations and the model has no template for them.
@@ -179,7 +179,7 @@ def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Dr
 
 
 def sums_of(pool: Pool, parts_kept_apart: int) -> Sums:
-    """The newest sets of a pool apart, the older ones folded."""
+    """Return the newest sets of a pool apart, and the older ones as one folded sum."""
     apart = pool.parts[-parts_kept_apart:]
     folded = pool.sums[-parts_kept_apart - 1] if len(pool.sums) > parts_kept_apart else None
     return Sums(apart, folded, pool.sums[-1] if len(pool.sums) > 1 else None, pool.key)
@@ -196,7 +196,7 @@ def _too_little(corpus: Corpus, request: WindowRequest, pool: Pool) -> TooLittle
 
 
 def sample_random(store: Store, name: str, source: ModelSource, draw: Draw) -> Sample:
-    """Uniformly random tokens instead of a corpus."""
+    """Draw windows of uniformly random tokens instead of a corpus's text."""
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
     calibration, held_out = (
         random_windows(store, tokenizer, digest, request, max_length=source.max_positions)
@@ -218,11 +218,11 @@ def sample_self(
     report: Report,
     seeds: Seeds | None = None,
 ) -> Sample:
-    """Text that the model writes itself (arXiv 2410.17170), computed in `dtype`: on a CPU bfloat16 takes twice as long
-    as float32 and more. `first_tokens` None means English stop words, [] any token.
+    """Draw windows of text that the model generates (arXiv 2410.17170), in `dtype`: on a CPU bfloat16 takes at least
+    twice as long as float32. `first_tokens`: None means English stop words, [] any token.
 
-    With `seeds` it continues the beginnings of documents instead (arXiv 2410.17711): of training documents, and of
-    validation documents for what is held out. The model is loaded only if something is still to be written.
+    With `seeds` the model continues the beginnings of documents instead (arXiv 2410.17711): of training documents for
+    calibration, of validation documents for held-out text. It is loaded only if something is still to be generated.
     """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
     words = STOP_WORDS if first_tokens is None else first_tokens or None
@@ -245,7 +245,7 @@ def sample_self(
 
 
 def _sequences_at_once(source: ModelSource, draw: Draw, seeds: Seeds | None, device: str, dtype: torch.dtype) -> int:
-    """As many as half of what is free beside the model's weights has room for, one at least."""
+    """Return how many sequences fit in half of the memory that is free beside the model's weights, at least one."""
     length, prompt = min(draw.length, source.max_positions or draw.length), 1 + (seeds.prefix_tokens if seeds else 0)
     text = source.config.get_text_config()
     sizes = {"blocks": source.blocks, "hidden": text.hidden_size, "vocabulary": text.vocab_size}

@@ -1,7 +1,7 @@
-"""`evaluate: screen`: variants that another one of their level beats clearly in layer losses are not evaluated.
+"""`evaluate: screen`: skip the evaluation of variants that another one of their level clearly beats in layer losses.
 
-Compared are variants of one level of compression and one draw that solved the same matrices, on held-out text of every
-corpus that the run calibrates on. One with sequential inputs has no such losses, and is always evaluated.
+Variants of one level of compression and one seed that solved the same matrices are compared on held-out text of every
+corpus that the run calibrates on. A variant with sequential inputs has no such losses and is always evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crosscal.variants import Variant
 def screened(
     variants: Sequence[Variant], rows_of: Mapping[str, Sequence[LayerRow]], spared: Collection[str] = ()
 ) -> dict[str, str]:
-    """Variant -> why it is not evaluated; `spared` are evaluated whatever they lose."""
+    """Return variant -> why it is not evaluated. The variants in `spared` are evaluated whatever their losses."""
     alike: dict[object, dict[str, dict[str, float]]] = defaultdict(dict)
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
@@ -33,12 +33,12 @@ def screened(
 
 
 def level_of(variant: Variant, solved: Sequence[LayerRow]) -> object:
-    """Equal for variants that are compared: as much was done to the same matrices."""
+    """Return a key that comparable variants share: equal amounts of compression of the same matrices."""
     return tuple(amount.text for amount in variant.amounts), frozenset(row.layer for row in solved)
 
 
 def _means(solved: Sequence[LayerRow]) -> dict[str, float]:
-    """Corpus -> mean over matrices."""
+    """Return corpus -> mean loss over matrices."""
     of_corpora: dict[str, list[float]] = defaultdict(list)
     for row in solved:
         for corpus, loss in (row.corpus_losses or {}).items():

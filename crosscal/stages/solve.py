@@ -1,7 +1,6 @@
-"""Solving one block for every variant of a sweep, from the cache: block outer, variants inner, sites side by side.
+"""Solve one block for every variant of a sweep, from cached moments: block outer, variants inner, sites in parallel.
 
-Per site, the Hessians of each mixture are mixed and factored once, and shared by all linears and recipes
-(`solve_site`).
+Per site, the Hessian of each mixture is mixed and factored once, and shared by all linears and recipes (`solve_site`).
 """
 
 from __future__ import annotations
@@ -32,30 +31,30 @@ IN_PARTS = "another matrix of the same stack of experts is not packed"
 
 @dataclass(frozen=True, eq=False)
 class BlockSolution:
-    """One variant's answer for one block; tensors by their names inside the block."""
+    """One variant's solution of one block; tensors by their names inside the block."""
 
     changed: dict[str, Tensor]
-    """What the checkpoint stores instead: dense weights, and the factors of low-rank parts."""
+    """Replacements that the checkpoint stores: dense weights, and the factors of low-rank parts."""
     packed: dict[MatrixRef, Ints]
-    """What it stores as integers."""
+    """Matrices that it stores as integers."""
     dense: dict[str, Tensor]
-    """The changed parameters as the next block's inputs depend on them."""
+    """All changed parameters as dense tensors, low-rank parts added, for the inputs of the next block."""
     rows: list[LayerRow]
 
 
 def solve_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, BlockSolution]:
-    """Solve every matrix of a block for every variant, by name; sites side by side, those that take longest first.
+    """Solve every matrix of a block; return the solutions by variant name. Sites run in parallel, the widest first.
 
     Raises `StatisticsError` naming the layer, `UnsupportedModel` for a matrix that has no statistics and that a variant
     does not leave dense.
     """
     layers = _solved(problem, variants)
-    # Let go one by one: assembled, a variant's weights stand in tensors of their own.
+    # Popped one by one to free memory: an assembled solution has tensors of its own.
     return {variant.name: _assembled(problem, variant, layers.pop(variant)) for variant in variants}
 
 
 def rows_of_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[str, list[LayerRow]]:
-    """As `solve_block`, for whoever asks what is lost alone."""
+    """As `solve_block`, but return the layer rows only."""
     solved = _solved(problem, variants)
     return {variant.name: [layer.row for layer in solved.pop(variant)] for variant in variants}
 
@@ -129,8 +128,8 @@ def _why_alone(problem: BlockProblem, matrix: MatrixRef) -> str:
 
 
 def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef, str]:
-    """Matrix -> why its integers are written as the dense numbers that they stand for; empty where they are packed, or
-    where there are none. Experts of a stack are packed all or none: so does transformers read them."""
+    """Return matrix -> why its integers are written as dense numbers; empty if they are packed, or if there are none.
+    The experts of a stack are packed all or none, as transformers reads them."""
     why = {layer.matrix: _why_alone(problem, layer.matrix) if layer.solution.grid else "" for layer in layers}
     why |= {layer.matrix: OUTLIERS for layer in layers if layer.row.mean_bits is not None}
     stacks: dict[str, list[Layer]] = {}

@@ -1,4 +1,4 @@
-"""Solving the matrices of one site for the variants that share a Hessian: mix, factor, solve, measure.
+"""Solve the matrices of one site for the variants that share a Hessian: mix, factor, solve, measure.
 
 Shapes: O outputs, I inputs.
 """
@@ -48,11 +48,11 @@ def solve_site(
     energies: Energies,
     on_corpora: Measure | None = None,
 ) -> Iterator[tuple[Variant, Layer]]:
-    """Every matrix of a site for every variant of a group, with its losses on both sets of windows, and on each corpus
-    where that is asked for.
+    """Yield every matrix of a site, solved for every variant of a group, with its losses on calibration and held-out
+    windows and, with `on_corpora`, on each corpus.
 
-    Raises `StatisticsError` naming the site or layer, unless the variant names `keep-dense` as its fallback: then its
-    matrices stay as they are, and their rows say why. So do those whose inputs no group size of the recipe divides.
+    Raises `StatisticsError` naming the site or layer, unless the variant's fallback is `keep-dense`: then its matrices
+    stay dense, and their rows state why. So do matrices whose inputs a group size of the recipe does not divide.
     """
     misfits = {variant: why for variant in members if (why := group_misfit(variant.steps, site.inputs))}
     for variant, why in misfits.items():
@@ -69,7 +69,7 @@ def solve_site(
             if len(together) == 1:
                 yield from _kept_dense(problem, site, together, f"{KEEP_DENSE}: {error}")
             else:
-                stacks += [[variant] for variant in together]  # which of them cannot be solved?
+                stacks += [[variant] for variant in together]  # one by one, to find those that cannot be solved
     held_out = _held_out(statistics, group) if solutions and problem.cached.measures_losses else None
     for together, done in solutions:
         for variant, layer, solved in _measured(problem, site, together, done, held_out, energies):
@@ -78,7 +78,7 @@ def solve_site(
 
 
 def parts_of(problem: BlockProblem, site: Site, members: Sequence[Variant]) -> dict[Site, list[Variant]]:
-    """What of a site is solved for which of the variants: some leave matrices of it dense."""
+    """Return the variants by the part of a site that they solve: some leave matrices of it dense."""
     parts: dict[Site, list[Variant]] = {}
     for variant in members:
         parts.setdefault(site.without(problem.name, variant.leave_dense), []).append(variant)
@@ -86,8 +86,8 @@ def parts_of(problem: BlockProblem, site: Site, members: Sequence[Variant]) -> d
 
 
 def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError:
-    """With the ways out of inputs that no token reached. What no window can mend is not the windows' fault: a matrix of
-    zeros makes the inputs of the next one zero."""
+    """Add remedies to the error for inputs that no token reached. More windows do not help if a matrix is all zeros,
+    as the inputs of the next matrix are then zero."""
     if not isinstance(error, EmptyStatistics):
         return error
     matrices = [matrix for site in problem.sites for matrix in site.matrices]
@@ -102,15 +102,15 @@ def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """Answers [variant][matrix], to be measured on held-out windows."""
+    """Solutions [variant][matrix], not yet measured on held-out windows."""
 
     problems: list[LayerProblem]
     answers: list[list[LayerSolution]]
     tokens: int
     dead_inputs: int
-    """How many inputs were always zero: H_jj = 0."""
+    """Number of inputs that were always zero: H_jj = 0."""
     seconds: float
-    """For one matrix of one variant."""
+    """Per matrix and variant."""
 
 
 def _solve_together(
@@ -126,7 +126,7 @@ def _solve_together(
     problems = _layer_problems(problem, site, own, energies)
 
     def statistics_on(mixture: Mixture) -> Statistics:
-        """What a step with a mixture of its own sees."""
+        """Return the statistics for a step with its own mixture."""
         return statistics(group.on(mixture))[0]
 
     storable_I = site.producer and functools.partial(site.producer.storable_I, problem.parameters)
@@ -160,7 +160,7 @@ def _measured(
 
 
 def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:
-    """What losses on the held-out windows take; None where none of their tokens came by (an expert of few tokens)."""
+    """Return the statistics of the held-out windows; None if no held-out token reached this site (an expert)."""
     try:
         return statistics(group, held_out=True)[0]
     except EmptyStatistics:
@@ -237,7 +237,7 @@ def _relative_loss(
     mean_I: Tensor | None = None,
     streams: Streams | None = None,
 ) -> float | None:
-    """None without an energy to compare with: a ratio to nothing is no loss of 0."""
+    """Return the loss over the output energy; None if that is unknown or zero: the ratio is undefined, not 0."""
     if hessian_II is None or energy is None or energy <= 0:
         return None
     difference_OI = layer.weight_OI - solution.weight_OI
@@ -249,7 +249,7 @@ def _relative_loss(
 def _kept_dense(
     problem: BlockProblem, site: Site, members: Sequence[Variant], why: str
 ) -> Iterator[tuple[Variant, Layer]]:
-    """The matrices stay as they are, and every one of them is listed with the reason."""
+    """Yield every matrix unchanged, with a row that states the reason."""
     for variant in members:
         for matrix in site.matrices:
             weight_OI = matrix.weight_OI(problem.parameters)
@@ -258,8 +258,8 @@ def _kept_dense(
 
 
 def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRow]:
-    """The block's matrices that no method changes, such as routers, and those that the plan names, each with the reason
-    as its `fallback`."""
+    """Yield rows for the block's matrices that no method changes, such as routers, and for those that the plan names,
+    each with the reason as its `fallback`."""
     for left in problem.left_dense:
         stored = problem.parameters[left.parameter]
         yield _dense_row(problem, variant, left.name, left.name, stored, f"{LEFT_DENSE}: {left.reason}")

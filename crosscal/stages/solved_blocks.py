@@ -1,8 +1,8 @@
-"""Solved blocks in the store: how a block travels from the machine that solved it to the run directory.
+"""Solved blocks in the store, which carry a block from the machine that solved it to the run directory.
 
-One artifact per (model, variant, sets of its mixture, block): the block's shard and low-rank parts as the run directory
-keeps them, and its layer rows. Where machines share only the store, existing there means solved; a run that collected a
-block needs the artifact no longer, and `crosscal store gc` may remove it.
+One artifact per (model, variant, sets of its mixture, block) holds the block's shard and low-rank parts, as in the run
+directory, and its layer rows. For machines that share only the store, a block is solved if its artifact exists. A run
+that has collected a block no longer needs the artifact, and `crosscal store gc` may remove it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from crosscal.stages.solve import solve_block
 from crosscal.store import digest_of
 from crosscal.variants import Variant
 
-FORMAT = 3  # a change of what is solved or how it is written makes new keys: since 3 experts are packed
+FORMAT = 3  # bump when solutions or their files change; since 3 experts are packed
 KIND = "blocks"
 ROWS = "layers.jsonl"
 
 
 def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
-    """Solve one block for all variants whose solution is not in the store, and keep it there; returns how many."""
+    """Solve one block for all variants whose solution the store lacks, and store it; return how many were solved."""
     store = shop.cached.store
     keys = {variant.name: solution_key(shop, variant, block) for variant in variants}
     missing = [variant for variant in variants if store.find(KIND, keys[variant.name]) is None]
@@ -44,9 +44,9 @@ def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
 
 
 def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
-    """Bring a published block into the run directory, for the variants that have none of it; returns how many.
+    """Copy a stored block into the run directory for the variants that lack it there; return how many.
 
-    Raises `MissingArtifact` when the workers keep their solutions elsewhere.
+    Raises `MissingArtifact` if the store lacks it, as when the workers use another store.
     """
     store = shop.cached.store
     missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
@@ -60,7 +60,7 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
                 do="CROSSCAL_HOME must be one place for all workers: a shared folder, or a URL such as s3://bucket.",
             )
         rows = read_rows(store.path(artifact, ROWS), LayerRow)
-        # A plan may call the same variant differently.
+        # Another plan may have stored the same variant under another name.
         shop.write_rows(variant, block, [dataclasses.replace(row, variant=variant.name) for row in rows])
         shard, *adapter = sorted((name for name in artifact.files if name != ROWS), key=lambda name: "/" in name)
         adapter_file = store.path(artifact, adapter[0]) if adapter else None
@@ -69,9 +69,9 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
 
 
 def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> str:
-    """Everything that the solution of a block, or of all, depends on, and the fields of its rows.
+    """Return the digest of all that the solution of a block, or of all blocks, depends on, and of its rows' fields.
 
-    Names of corpora do not enter, the windows behind them do.
+    Corpora are identified by their windows, not by their names; only `measured_on` includes the names.
     """
     mixtures = variant.mixtures(shop.reference)
     samples = {corpus: shop.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}

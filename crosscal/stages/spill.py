@@ -1,4 +1,4 @@
-"""Where the hidden states of a reading stay between two blocks: in memory, or on disk when they would fill it."""
+"""Where a pass over the model keeps hidden states between blocks: in memory, or on disk if they would fill it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crosscal.errors import ModelError
 from crosscal.models.source import ModelSource
 from crosscal.stages.memory import free_bytes
 
-SHARE = 0.5  # of the free memory that hidden states may take: weights and moments need room beside them
+SHARE = 0.5  # of the free memory that hidden states may take; weights and moments need the rest
 GIB = 2**30
 
 _log = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ def spill_folder(
     folder: Path | None = None,
     streams: int = 1,
 ) -> Path | None:
-    """None where the hidden states of all `windows` take at most half of the device's free memory, or else a folder.
-    `streams`: how often a walk holds them.
+    """Return None if the hidden states of all `windows` take at most half of the device's free memory, else a folder.
+    `streams`: the number of copies that a walk holds.
 
-    It is the system's folder for temporary files, which `TMPDIR` names; a walk removes what it puts there. Raises
-    `ModelError` where they do not fit there either: a mapped file that outgrows its disk would end the process.
+    By default it is the system's folder for temporary files, set by `TMPDIR`; a walk removes its files there. Raises
+    `ModelError` if they do not fit there either: a mapped file that outgrows its disk would end the process.
     """
     tokens, hidden = sum(tokens_SL.numel() for tokens_SL in windows), source.config.get_text_config().hidden_size
     needed_bytes = streams * tokens * hidden * dtype.itemsize

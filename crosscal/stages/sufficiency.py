@@ -1,7 +1,7 @@
-"""Is there enough calibration text, or does more of it help? Held-out loss as nested prefixes of a sample grow.
+"""Would more calibration text help? Held-out loss as a function of nested prefixes of a sample.
 
-At the sites of two blocks one method is solved on the Hessian of an eighth, a quarter, half and all of the windows, and
-every answer is measured on these and on the held-out windows. What that tells, `crosscal.report.sufficiency` says.
+At the sites of two blocks one method is solved on the Hessian of an eighth, a quarter, half and all of the windows.
+Every solution is measured on these and on the held-out windows. `crosscal.report.sufficiency` interprets the losses.
 
 Shapes: O outputs, I inputs of a site.
 """
@@ -30,33 +30,33 @@ from crosscal.stages.sample import Sample
 from crosscal.statistics.spectrum import spectrum
 from crosscal.store import digest_of
 
-FORMAT = 1  # of stored curves; a change of what is measured makes new keys
+FORMAT = 1  # of stored curves; bump when something else is measured
 KIND = "sufficiency"
 FILE = "sufficiency.json"
 METHOD, SPARSITY = "sparsegpt", 0.6
-"""What is solved: the method whose answers depend most on the data, at the sparsity where it begins to hurt."""
+"""The method whose solutions depend most on the data, at the sparsity where quality begins to suffer."""
 MOST_SITES = 8
-"""Of a block: a mixture of experts has hundreds."""
+"""Per block: a mixture of experts has hundreds."""
 WIDEST = 4096
-"""Inputs of a site whose eigenvalues are computed."""
+"""Maximum inputs of a site whose eigenvalues are computed."""
 
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What all windows together say of one site."""
+    """Facts about one site, from all windows together."""
 
     block: int
     name: str
     inputs: int
     tokens: int
     effective_rank: float | None
-    """See `Spectrum`; None for a site that is too wide."""
+    """See `Spectrum`; None for a site wider than `WIDEST`."""
     condition: float | None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one corpus's data is worth."""
+    """Losses of one corpus's sample by prefix, and what more text would gain."""
 
     corpus: str
     seed: int
@@ -68,7 +68,7 @@ class Curve:
 
     @property
     def last_gain(self) -> float | None:
-        """Of held-out loss, that the last doubling brought; None for a single window."""
+        """Fraction by which the last doubling reduced held-out loss; None with a single prefix."""
         return 1 - self.points[-1].held_out_loss / self.points[-2].held_out_loss if len(self.points) > 1 else None
 
     @property
@@ -85,7 +85,7 @@ class Curve:
 
 
 def sampled_blocks(blocks: int) -> list[int]:
-    """A quarter of the way into the model and halfway: what lies deeper takes longer to reach, and says the same."""
+    """Return the blocks at a quarter and at half of the depth: deeper ones take longer and give the same answer."""
     return sorted({blocks // 4, blocks // 2} & set(range(blocks)))
 
 
@@ -98,7 +98,7 @@ def sufficiency(
     batch_tokens: int,
     report: Report = silent,
 ) -> Curve:
-    """The curve of one sample; what was measured before is found in the store."""
+    """Return the curve of one sample; measured once, then read from the store."""
     blocks = sampled_blocks(source.blocks)
     parts = [[part.key for part in sums.parts] for sums in (sample.calibration, sample.held_out)]
     key = digest_of([FORMAT, cached.model, cached.dtype, parts, METHOD, SPARSITY, blocks])
@@ -143,8 +143,8 @@ def _measured(
 def prefix_losses(
     prefixes: Prefixes, parameters: Mapping[str, Tensor], device: str
 ) -> list[dict[int, tuple[float, float]]] | None:
-    """Of every matrix of a site: windows of a prefix → (loss on them, held-out loss). None where some prefix, or the
-    held-out windows, cannot be solved on: an expert that no token of theirs came by."""
+    """Return, for every matrix of a site, windows of a prefix → (loss on them, held-out loss). None if some prefix or
+    the held-out windows have no usable Hessian, as when none of their tokens reached an expert."""
     step = COMPRESSORS[METHOD](sparsity=SPARSITY)
     weights = {
         matrix: matrix.weight_OI(parameters).to(device, prefixes.held_out.gram_II.dtype)
@@ -167,7 +167,7 @@ def prefix_losses(
 
 
 def points_of(losses: Sequence[Mapping[int, tuple[float, float]]], tokens: int) -> list[Point]:
-    """The curve of the means over matrices; `tokens`: of the longest prefix."""
+    """Return the curve of means over matrices; `tokens`: those of the longest prefix."""
     windows = sorted(losses[0]) if losses else []
     means = ([statistics.mean(each[n][kind] for each in losses) for kind in (0, 1)] for n in windows)
     return [Point(n, n * tokens // windows[-1], *pair) for n, pair in zip(windows, means, strict=True)]

@@ -1,4 +1,4 @@
-"""What layers saw, from sums over tokens to a factored Hessian. Pure: torch only."""
+"""Statistics of layer inputs, from sums over tokens to a factored Hessian. Pure computation on tensors."""
 
 from crosscal.statistics.factor import InverseFactor, factor
 from crosscal.statistics.gradients import Gradient, GradientSums

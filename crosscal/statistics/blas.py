@@ -1,7 +1,7 @@
-"""BLAS's `syrk` and `gemm`, as SciPy has them, called without Python's lock.
+"""SciPy's BLAS routines `syrk` and `gemm`, called without Python's global interpreter lock (GIL).
 
-torch offers no `syrk`, and its `gemm` is MKL's, which takes a fifth to two fifths longer on processors of other makers.
-SciPy's own functions hold Python's lock while they compute, so that other threads would wait.
+torch offers no `syrk`, and its `gemm` is MKL's, which takes a fifth to two fifths longer on processors not from Intel.
+SciPy's own functions hold the GIL while they compute, so other threads would wait.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _LETTER, _INT, _ADDRESS = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.
 
 
 class Blas:
-    """SciPy's BLAS. Its number of threads is the process's: one while anybody computes alone, then what it was."""
+    """SciPy's BLAS. Its thread count applies to the process: one while any caller is in `one_thread`, then restored."""
 
     def __init__(self) -> None:
         self._lock, self._alone = threading.Lock(), 0
         self._routines: dict[torch.dtype, tuple[Routine, Routine]] = {}
 
     def routines(self, dtype: torch.dtype) -> tuple[Routine, Routine]:
-        """(syrk, gemm). The first call takes half a second."""
+        """Return (syrk, gemm) of a dtype. The first call takes half a second."""
         with self._lock:
             if not self._routines:
                 self._routines = {dtype: (_syrk(dtype), _gemm(dtype)) for dtype in BLAS_LETTERS}
@@ -36,8 +36,8 @@ class Blas:
 
     @contextmanager
     def one_thread(self) -> Iterator[None]:
-        """Inside, and until all that are inside at the same time have left, BLAS computes with one thread a call."""
-        self.routines(torch.float32)  # what is not loaded yet has no number of threads
+        """Limit BLAS to one thread per call until all concurrent callers have left this context."""
+        self.routines(torch.float32)  # load BLAS first: the limit applies only to loaded libraries
         with self._lock:
             if not self._alone:
                 self._limit = ThreadpoolController().select(user_api="blas").limit(limits=1)
@@ -52,7 +52,7 @@ class Blas:
 
 
 BLAS = Blas()
-"""There is one in a process: who sets its threads back must know who else computes."""
+"""One per process: the thread count may be restored only when no other caller needs the limit."""
 
 
 def _syrk(dtype: torch.dtype) -> Routine:
@@ -66,8 +66,8 @@ def _gemm(dtype: torch.dtype) -> Routine:
 
 
 def _routine(dtype: torch.dtype, name: str, kinds: str) -> Routine:
-    """`kinds` has a letter for each argument: L a letter, I an integer, N a number, A an address. BLAS is told where
-    they stand."""
+    """`kinds` has a letter for each argument: L a letter, I an integer, N a number, A an address. All are passed by
+    reference."""
     from numba.extending import get_cython_function_address
 
     number = ctypes.c_float if dtype == torch.float32 else ctypes.c_double

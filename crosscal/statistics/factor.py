@@ -1,4 +1,4 @@
-"""The damped Hessian in the two forms that solvers walk along: a Cholesky factor, an eigensystem. Shapes: I inputs."""
+"""Decompositions of the damped Hessian for solvers: a Cholesky factor, an eigensystem. Shapes: I inputs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from crosscal.statistics.finite import all_finite
 
 @dataclass(frozen=True, eq=False)
 class InverseFactor:
-    """The factor of a damped inverse Hessian, kept as R: upper triangular, H + λ I = R Rᵀ, λ = damping · mean(diag H).
+    """The factor R of a damped Hessian: upper triangular, H + λ I = R Rᵀ, λ = damping · mean(diag H).
 
-    Its inverse U = R⁻¹ is the factor that the papers walk along, (H + λ I)⁻¹ = Uᵀ U. R itself serves as well: the
-    errors of the columns before j move column j by D_{<j} R_{<j,j} / R_jj, D being what they were changed by
-    (LDLQ, Chee et al. 2023, arXiv 2307.13304, who show that it is GPTQ). So nothing large is ever inverted.
+    The papers use its inverse U = R⁻¹, the factor of the inverse: (H + λ I)⁻¹ = Uᵀ U. R itself suffices: the errors of
+    the columns before j change column j by D_{<j} R_{<j,j} / R_jj, where D is the change of those columns (LDLQ, Chee
+    et al. 2023, arXiv 2307.13304, who show that it is equivalent to GPTQ). So no large matrix is inverted.
     """
 
     root_II: Tensor
     damping: float
     """λ as a fraction of the Hessian's mean diagonal."""
     shift: float
-    """λ, what was added to the diagonal of every input that is not dead."""
+    """λ, which was added to the diagonal."""
     dead_I: Tensor
     """Inputs that were always zero: H_jj = 0."""
 
@@ -40,7 +40,7 @@ class InverseFactor:
 class Eigensystem:
     """The damped Hessian scaled to a unit diagonal: S⁻¹ (H + λ I) S⁻¹ = Q diag(values) Qᵀ, S = diag(scale).
 
-    In the scaled problem W S is approximated. A dead input (H_jj = 0) has scale 1 and meets no other.
+    The scaled problem approximates W S. A dead input (H_jj = 0) is coupled to no other; its scale is √λ, or 1 if λ = 0.
     """
 
     values_I: Tensor
@@ -69,9 +69,9 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     """Factor a damped Hessian with one Cholesky, from the last input to the first.
 
     With J the exchange matrix, J (H + λI) J = L Lᵀ gives H + λI = R Rᵀ for the upper triangular R = J L J. A dead
-    input (H_jj = 0) is uncoupled from all others, so its unit only needs to be positive; without damping it gets the
-    mean diagonal. Raises `NotFinite`, `EmptyStatistics` (all inputs dead), `NotPositiveDefinite`; nothing is ever
-    substituted.
+    input (H_jj = 0) is uncoupled from all others, so its pivot only needs to be positive; without damping it gets the
+    mean diagonal. Raises `NotFinite`, `EmptyStatistics` (all inputs dead), `NotPositiveDefinite`; there is no
+    fallback.
     """
     mean = _mean_square(hessian_II, name)
     dead_I = hessian_II.diagonal() == 0
@@ -80,9 +80,9 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
     if damping == 0:
         reversed_II.diagonal().masked_fill_(dead_I.flip(0), mean)
     lower_II, failed_at = torch.linalg.cholesky_ex(reversed_II)
-    del reversed_II  # three matrices are held at most, the Hessian among them
+    del reversed_II  # at most three matrices are held, the Hessian included
     if int(failed_at) != 0:
-        column = len(hessian_II) - int(failed_at)  # the reversed matrix was factored from the last column on
+        column = len(hessian_II) - int(failed_at)  # the reversed matrix is factored from the last column on
         raise _not_positive_definite(name, damping, f"Cholesky failed at column {column}")
     root_II = lower_II.flip(0, 1)
     if not all_finite(root_II.diagonal().reciprocal()):
@@ -91,7 +91,7 @@ def factor(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") 
 
 
 def _mean_square(hessian_II: Tensor, name: str) -> float:
-    """Of the inputs: the mean of the diagonal, after a look at the matrix."""
+    """Return the mean of the diagonal, after checking that the matrix is finite and has a nonzero diagonal."""
     if not all_finite(hessian_II):
         raise NotFinite("the Hessian is not finite", where=name, do="Calibrate in float32 or bfloat16.")
     if not hessian_II.diagonal().any():

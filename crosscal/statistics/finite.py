@@ -1,4 +1,4 @@
-"""Whether a tensor is finite, in the time of one sum."""
+"""A check that a tensor is finite, at the cost of one sum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity. Either would stay in the sum, and a sum is some thirty times as fast as a look at every
-    element; a sum that overflows by itself decides nothing, so then every element is looked at."""
+    """Return True if no element is NaN or infinite. Either would make the sum non-finite, and a sum is about thirty
+    times as fast as a test of every element. A sum of finite elements may overflow, so then every element is tested."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -1,10 +1,10 @@
-"""The upper triangle of XᵀX: half of the work of a plain matrix product; and YᵀX, of which all is needed.
+"""The upper triangle of XᵀX, at half the work of a plain matrix product; and the full YᵀX.
 
 Shapes: T tokens, I inputs, B rows of a strip or panel, M columns beside it.
 
-A large triangle is cut into strips of rows, so that several threads can add to it at once, each to another strip. On
-a CPU a strip is BLAS's `syrk` on the diagonal and `gemm` beside it, whatever torch's number of threads; elsewhere it is
-made of row panels, each a plain product on the part that is needed.
+A large triangle is split into strips of rows, so that several threads can add to it at once, each to another strip. On
+a CPU a strip is BLAS's `syrk` on the diagonal and `gemm` beside it, independent of torch's number of threads; elsewhere
+it consists of row panels, each a plain product on the part that is needed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 from crosscal.statistics.blas import BLAS, BLAS_LETTERS
 
 MOST_STRIPS = 4  # of equal area
-INPUTS_A_STRIP = 1024  # of a small triangle, four strips take a third longer than one; at 4096 inputs 9 %
+INPUTS_A_STRIP = 1024  # four strips of a small triangle take a third longer than one; at 4096 inputs 9 %
 PANELS = 8  # 1/8 of the triangle is computed needlessly, in products large enough for full speed
 LEAST_PANEL_ROWS = 96
 
 
 def strips(inputs: int) -> Sequence[slice]:
-    """The rows of each strip of a triangle on a CPU; they depend on its size alone."""
+    """Return the rows of each strip of a triangle on a CPU; they depend only on its size."""
     count = min(max(inputs // INPUTS_A_STRIP, 1), MOST_STRIPS)
     edges = [round(inputs * (1 - math.sqrt(1 - k / count)) / 16) * 16 for k in range(count)]
     return [slice(first, last) for first, last in itertools.pairwise([*edges, inputs])]
 
 
 def add_half_product(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
-    """Add `X[:, strip]ᵀ X[:, strip.start:]` to a strip of the upper triangle, in place; what stands below the diagonal
-    means nothing afterwards.
+    """Add `X[:, strip]ᵀ X[:, strip.start:]` to a strip of the upper triangle, in place. Entries below the diagonal are
+    undefined afterwards.
 
-    `rows_TI` has the triangle's dtype, or on a GPU a half precision, whose products are summed in the triangle's.
+    `rows_TI` has the triangle's dtype, or on a GPU half precision, with products summed in the triangle's dtype.
     """
     if upper_II.device.type == "cpu" and upper_II.dtype in BLAS_LETTERS:
         _add_by_blas(upper_II, rows_TI, strip)
@@ -44,7 +44,7 @@ def add_half_product(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
 
 
 def add_panels(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
-    """The same as row panels: panel i is `X[:, i:i+B]ᵀ X[:, i:]`."""
+    """Do the same by row panels: panel i is `X[:, i:i+B]ᵀ X[:, i:]`."""
     inputs = rows_TI.shape[1]
     rows = max(-(-inputs // (16 * PANELS)) * 16, LEAST_PANEL_ROWS)
     for start in range(strip.start, strip.stop, rows):
@@ -57,7 +57,7 @@ def add_panels(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
 
 
 def add_product(product_II: Tensor, left_TI: Tensor, right_TI: Tensor, strip: slice) -> None:
-    """Add `Y[:, strip]ᵀ X` to the rows of a strip, in place. What dtypes may be, and bits: as in `add_half_product`."""
+    """Add `Y[:, strip]ᵀ X` to the rows of a strip, in place. Dtypes and reproducibility: as in `add_half_product`."""
     own_TB = left_TI[:, strip]
     if product_II.device.type == "cpu" and product_II.dtype in BLAS_LETTERS:
         _add_product_by_blas(product_II[strip], own_TB.contiguous(), right_TI.contiguous())
@@ -80,7 +80,7 @@ def _add_product_by_blas(product_BI: Tensor, left_TB: Tensor, right_TI: Tensor) 
 
 
 def _add_by_blas(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
-    # BLAS is told addresses, and nothing else.
+    # BLAS gets only addresses, so layout and dtypes are checked here.
     assert upper_II.is_contiguous()
     assert rows_TI.dtype == upper_II.dtype
     tokens, inputs = rows_TI.shape
@@ -89,7 +89,7 @@ def _add_by_blas(upper_II: Tensor, rows_TI: Tensor, strip: slice) -> None:
         return
     rows_TI = rows_TI.contiguous()
     own_TB, corner_BB = rows_TI[:, first:].data_ptr(), upper_II[first:, first:].data_ptr()
-    # BLAS counts along columns: our upper triangle is its lower one, and our rows are its columns.
+    # BLAS is column-major: our upper triangle is its lower one, and our rows are its columns.
     syrk, gemm = BLAS.routines(upper_II.dtype)
     syrk(b"L", b"N", last - first, tokens, 1.0, own_TB, inputs, 1.0, corner_BB, inputs)
     if last < inputs:

@@ -1,10 +1,10 @@
-"""Cross-calibration: one Hessian out of several corpora, and every other statistic by the same weights.
+"""Cross-calibration: mix the Hessians of several corpora, and every other statistic, by the same weights.
 
-`MeanSum` adds up the sets that stand for one corpus, `Mixture` weighs corpora against each other.
+`MeanSum` adds up the sets of one corpus, `Mixture` weights corpora against each other.
 
 Source: arXiv 2502.18424 (cross-calibration, later MixCal) combines a general and an in-domain Hessian through one
-regularisation parameter. The working form here, H = Σ_k w_k · gram_k / tokens_k with Σ w_k = 1, is our reading of it:
-weights act per token, so that a corpus's size does not decide its say.
+regularisation parameter. The working form here, H = Σ_k w_k · gram_k / tokens_k with Σ w_k = 1, is our interpretation:
+weights act per token, so a corpus's size does not determine its influence.
 
 Shapes: I inputs.
 """
@@ -23,7 +23,7 @@ from crosscal.statistics.moments import InputMoments, check_sum
 from crosscal.statistics.statistic import Statistic
 
 Means = Mapping[Statistic, Tensor]
-"""Per token."""
+"""Means per token."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Mapping[str, float]) -> Mixture:
-        """Raises `UsageError` for a negative weight or a sum other than 1."""
+        """Make a mixture of weights by corpus. Raises `UsageError` for a negative weight or a sum other than 1."""
         total = sum(weights.values())
         if any(not w >= 0 for w in weights.values()) or not math.isclose(total, 1.0, abs_tol=1e-6):
             raise UsageError(
@@ -46,7 +46,7 @@ class Mixture:
 
     @classmethod
     def alpha(cls, domain: str, alpha: float, general: str = "general") -> Mixture:
-        """(1 - alpha) general + alpha domain. Raises `UsageError` for an alpha outside 0 to 1."""
+        """Make (1 - alpha) general + alpha domain. Raises `UsageError` for an alpha outside 0 to 1."""
         return cls.of({general: 1.0 - alpha, domain: alpha} if domain != general else {general: 1.0})
 
     @property
@@ -60,9 +60,9 @@ class Mixture:
     def hessian_II(
         self, moments: Mapping[str, InputMoments], *, trace_normalised: bool = False, name: str = "mixture"
     ) -> Tensor:
-        """As `mix`, of H_k = gram_k / mass_k; `{general: 1}` is the general Hessian bit for bit.
+        """Mix the Hessians H_k = gram_k / mass_k as `mix` does; `{general: 1}` is the general Hessian bit for bit.
 
-        Besides the moments one matrix is held. Raises `StatisticsError` when a corpus's moments are missing or of
+        Allocates one matrix besides the moments. Raises `StatisticsError` if a corpus's moments are missing or of
         another width, `EmptyStatistics`, `NotFinite`.
         """
         self._check(moments, name)
@@ -77,18 +77,18 @@ class Mixture:
         return self._sum(grams, {corpus: weight * scales[corpus] / masses[corpus] for corpus, weight in self.weights})
 
     def mix(self, means: Mapping[str, Means], *, trace_normalised: bool = False) -> dict[Statistic, Tensor]:
-        """m = Σ_k w_k m_k of every statistic of all corpora; of a single corpus its own tensors, not copies.
+        """Return m = Σ_k w_k m_k of every statistic of all corpora; of a single corpus its own tensors, not copies.
 
-        `trace_normalised` brings the corpora to one trace first, so that none dominates a site by the scale of its
-        activations: corpus k is taken as √s_k x, s_k = (Σ_j w_j tr H_j) / tr H_k, which multiplies a statistic of
-        degree d by s_k^(d/2). The trace of the mixture stays what it was. It needs E[x xᵀ] or E[x²].
+        `trace_normalised` first scales the corpora to one trace, so that none dominates a site by the scale of its
+        activations: inputs of corpus k become √s_k x, s_k = (Σ_j w_j tr H_j) / tr H_k, which multiplies a statistic of
+        degree d by s_k^(d/2). The trace of the mixture does not change. It needs E[x xᵀ] or E[x²].
         """
         traces = self.traces(means) if trace_normalised else None
         every = means[self.corpora[0]]
         return {which: self.mixed({c: means[c][which] for c in self.corpora}, which.degree, traces) for which in every}
 
     def mixed(self, parts: Mapping[str, Tensor], degree: int, traces: Mapping[str, float] | None = None) -> Tensor:
-        """One statistic of a degree; `traces`: those of all corpora, where they are brought to one."""
+        """Mix one statistic of the given degree. `traces`: those of all corpora, to normalise by; None does not."""
         if len(self.weights) == 1:
             return parts[self.corpora[0]]
         scales = self._scales(traces)
@@ -96,11 +96,11 @@ class Mixture:
         return self._sum(parts, factors)
 
     def traces(self, means: Mapping[str, Means]) -> dict[str, float]:
-        """tr H_k of every corpus; of a single one nothing is asked."""
+        """Return tr H_k of every corpus; empty for a single corpus, which is never normalised."""
         return {corpus: _trace(means[corpus]) for corpus in self.corpora} if len(self.weights) > 1 else {}
 
     def _scales(self, traces: Mapping[str, float] | None) -> dict[str, float]:
-        """s of every corpus."""
+        """s_k of every corpus; 1 without traces."""
         if traces is None:
             return dict.fromkeys(self.corpora, 1.0)
         mean_trace = sum(weight * traces[corpus] for corpus, weight in self.weights)
@@ -121,7 +121,7 @@ class Mixture:
             raise StatisticsError("moments of different sites cannot be mixed", where=name, got=f"inputs {widths}")
 
     def mean_abs_I(self, moments: Mapping[str, InputMoments]) -> Tensor:
-        """Σ_k w_k · mean |x| over corpus k."""
+        """Return Σ_k w_k · mean |x| over corpus k, [I]."""
         return torch.stack([moments[corpus].mean_abs_I * weight for corpus, weight in self.weights]).sum(0)
 
 
@@ -132,10 +132,10 @@ def _trace(means: Means) -> float:
 
 
 class MeanSum:
-    """Means Σ_k w_k · sum_k / Σ_k w_k · mass_k of some statistics over the sets that were added, of which none is kept.
+    """Running means Σ_k w_k · sum_k / Σ_k w_k · mass_k of some statistics over the added sets, which are not kept.
 
-    A set counts by the tokens that reached the site, so that one without, as an expert may have, leaves its part to the
-    others. One set alone is its own mean, bit for bit.
+    A set counts by the tokens that reached the site, so a set without tokens, as an expert may have, leaves its share
+    to the others. The mean of a single set is bit-identical to that set's own.
     """
 
     def __init__(self, wanted: Collection[Statistic] = (Statistic.GRAM,)) -> None:
@@ -146,7 +146,7 @@ class MeanSum:
         self._masses: list[float] = []
 
     def add(self, moments: InputMoments, weight: float) -> None:
-        """Raises `StatisticsError` for moments of another width."""
+        """Add one set. Raises `StatisticsError` for moments of another width."""
         if moments.tokens == 0:
             return
         for which in self._wanted:
@@ -168,13 +168,13 @@ class MeanSum:
         total.add_(sum_, alpha=weight)
 
     def finish(self) -> None:
-        """Make means of the sums, once; then nothing can be added any more."""
+        """Turn the sums into means, once; nothing can be added afterwards."""
         weighted = sum(weight * mass for weight, mass in zip(self._weights, self._masses, strict=True))
         for total in self._sums.values():
             total.div_(self._masses[0] if len(self._masses) == 1 else weighted)
 
     def means(self, name: str = "site") -> dict[Statistic, Tensor]:
-        """After `finish`; not to be changed. Raises `EmptyStatistics`, `NotFinite`."""
+        """Return the means, after `finish`; do not modify them. Raises `EmptyStatistics`, `NotFinite`."""
         for which in self._wanted:
             check_sum(which, self._sums.get(which, torch.empty(0, 0)), self.tokens, name)
         return dict(self._sums)

@@ -1,7 +1,7 @@
 """Input moments: the sums over tokens that every layer-wise method starts from.
 
-Shapes: T tokens, I inputs of the site. Sums, never means: `a + b` of two disjoint sets of tokens is exact bookkeeping,
-so shards, corpus versions and machines merge by addition.
+Shapes: T tokens, I inputs of the site. Stored are sums, never means: `a + b` covers exactly two disjoint sets of
+tokens, so shards, corpus versions and machines merge by addition.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from crosscal.statistics.half_product import add_half_product, add_product, stri
 from crosscal.statistics.numba_sums import add_sums
 from crosscal.statistics.statistic import EVERY, OF_TWO_STREAMS, VECTORS, Statistic
 
-CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while its caches hold them
-MIRRORED_ROWS = 128  # at once: a block and its transpose fit the cache
+CACHED_ROWS = 512  # multiplied and summed at a time on a CPU, while they are in its caches
+MIRRORED_ROWS = 128  # mirrored at a time: a block and its transpose fit the cache
 
 
 @dataclass(frozen=True, eq=False)
 class InputMoments:
-    """Sums over the tokens x that reached one input site: all statistics, or those that were asked for."""
+    """Sums over the tokens x that reached one input site: all statistics, or the requested ones."""
 
     sums: Mapping[Statistic, Tensor]
     tokens: int
     """How many tokens were summed."""
     weighted_tokens: float | None = None
-    """The sum of the tokens' weights, where the sums are weighted; None where every token weighs 1."""
+    """The sum of the tokens' weights; None if every token has weight 1."""
 
     @classmethod
     def of(cls, input_TI: Tensor) -> InputMoments:
-        """Moments of the rows of one matrix, summed in its own precision or float32, whichever is wider."""
+        """Return the moments of the rows of one matrix, summed in its own precision or float32, whichever is wider."""
         accumulator = MomentsAccumulator(
             input_TI.shape[-1], dtype=torch.promote_types(input_TI.dtype, torch.float32), device=input_TI.device
         )
@@ -44,11 +44,11 @@ class InputMoments:
     def zero(
         cls, inputs: int, dtype: torch.dtype = torch.float32, wanted: Collection[Statistic] = EVERY
     ) -> InputMoments:
-        """The neutral element of `+` among moments that hold these sums."""
+        """Return the neutral element of `+` for moments with these sums."""
         return cls({which: which.zeros(inputs, dtype) for which in Statistic if which in wanted}, 0)
 
     def __add__(self, other: InputMoments) -> InputMoments:
-        """Moments of both sets of tokens. Raises `StatisticsError` when the numbers of inputs, or the sums, differ."""
+        """Return the moments of both sets of tokens. Raises `StatisticsError` if numbers of inputs or sums differ."""
         if self.inputs != other.inputs:
             raise StatisticsError(
                 "moments of different sites cannot be added", got=f"{self.inputs} and {other.inputs} inputs"
@@ -62,14 +62,14 @@ class InputMoments:
         )
 
     def weighted(self, weight: float) -> InputMoments:
-        """The same with every token counted `weight` times: `a.weighted(w) + b` is a sum over both, weights kept."""
+        """Return the sums with every token counted `weight` times; `a.weighted(w) + b` keeps the weights."""
         if weight == 1.0:
             return self
         return InputMoments({w: each * weight for w, each in self.sums.items()}, self.tokens, self.mass * weight)
 
     def __getitem__(self, which: Statistic) -> Tensor:
-        """A sum, not to be changed. Σ x² is the diagonal of Σ x xᵀ where it was not summed by itself, as in stores of
-        earlier versions. Raises `StatisticsError` for one that is not here."""
+        """Return a sum; do not modify it. Σ x² is the diagonal of Σ x xᵀ if it was not summed separately, as in stores
+        of earlier versions. Raises `StatisticsError` for a missing sum."""
         if which in self.sums:
             return self.sums[which]
         if which is Statistic.SQUARE_SUM and Statistic.GRAM in self.sums:
@@ -77,7 +77,7 @@ class InputMoments:
         raise StatisticsError("a statistic was not summed", got=which)
 
     def only(self, wanted: Collection[Statistic]) -> InputMoments:
-        """Some of the sums. Raises `StatisticsError` for one that is not here."""
+        """Restrict to some of the sums. Raises `StatisticsError` for a missing one."""
         return replace(self, sums={which: self[which] for which in Statistic if which in wanted})
 
     @property
@@ -97,7 +97,7 @@ class InputMoments:
 
     @property
     def mass(self) -> float:
-        """What means divide by: the sum of the tokens' weights, and so their number where none is weighted."""
+        """Denominator of the means: the sum of the tokens' weights, their number if unweighted."""
         return self.tokens if self.weighted_tokens is None else self.weighted_tokens
 
     @property
@@ -105,12 +105,12 @@ class InputMoments:
         return len(next(iter(self.sums.values())))
 
     def hessian_II(self, name: str = "moments") -> Tensor:
-        """H = Σ x xᵀ / mass, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
+        """Return H = Σ x xᵀ / mass, the second moment per token. Raises `EmptyStatistics`, `NotFinite`."""
         self.check(name)
         return self.gram_II / self.mass
 
     def check(self, name: str = "moments") -> None:
-        """Raises `EmptyStatistics`, `NotFinite` where there is no Hessian."""
+        """Raise `EmptyStatistics` or `NotFinite` if these sums give no Hessian."""
         check_sum(Statistic.GRAM, self.gram_II, self.tokens, name)
 
     @property
@@ -120,7 +120,7 @@ class InputMoments:
 
 
 def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
-    """Raises `EmptyStatistics`, `NotFinite` for a sum that is no basis for a mean."""
+    """Raise `EmptyStatistics` without tokens, `NotFinite` for a sum that is not finite."""
     if tokens == 0:
         raise EmptyStatistics(
             "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
@@ -130,14 +130,14 @@ def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
 
 
 class MomentsAccumulator:
-    """Adds up the moments of a stream of inputs: the vectors, and where wanted one triangle of the Gram matrix.
+    """Accumulates the moments of a stream of inputs: the vectors, and if wanted one triangle of the Gram matrix.
 
-    With any of `OF_TWO_STREAMS` wanted all of them are summed, and every input comes with that of the same tokens in
-    the dense model.
+    If any of `OF_TWO_STREAMS` is wanted, all of them are summed, and every input must come with the dense model's input
+    for the same tokens.
 
-    Inputs in half precision are multiplied as they are on a GPU and summed in float32; otherwise inputs are widened to
-    `dtype` first. The vectors are summed in `dtype` over 64 rows (on a GPU a batch), in float64 from there on, and
-    handed out in `dtype`.
+    On a GPU, half-precision inputs are multiplied without conversion and summed in float32; otherwise inputs are
+    converted to `dtype` first. The vectors are summed in `dtype` over 64 rows (on a GPU a batch), in float64 from there
+    on, and returned in `dtype`.
     """
 
     def __init__(
@@ -159,21 +159,21 @@ class MomentsAccumulator:
 
     @property
     def strips(self) -> Sequence[slice]:
-        """Rows of the matrices that can be added to by themselves; one strip on a GPU, and without a matrix."""
+        """Row ranges of the matrices that can be added to independently; one on a GPU, and without a matrix."""
         matrix_II = self._cross_II if self._upper_II is None else self._upper_II
         in_strips = matrix_II is not None and not matrix_II.is_cuda
         return strips(self._inputs) if in_strips else [slice(0, self._inputs)]
 
     def add(self, input_TI: Tensor, dense_TI: Tensor | None = None) -> None:
-        """Add the rows of a matrix (any leading shape is flattened to tokens), with those of the same tokens in the
-        dense model where two streams are summed. Raises `StatisticsError` on a wrong width, and for dense inputs that
-        are missing, unasked for or of other tokens. On a CPU the sums have the same bits whatever torch's number of
-        threads, as long as BLAS has one (`BLAS.one_thread`)."""
+        """Add the rows of a matrix (any leading shape is flattened to tokens), with the dense model's rows for the same
+        tokens if two streams are summed. Raises `StatisticsError` for a wrong width, and for dense inputs that are
+        missing, unexpected or of another shape. On a CPU the sums are bit-identical for any number of torch's threads
+        if BLAS uses one (`BLAS.one_thread`)."""
         for strip in self.strips:
             self.add_strip(input_TI, strip, dense_TI)
 
     def add_strip(self, input_TI: Tensor, strip: slice, dense_TI: Tensor | None = None) -> None:
-        """One part of `add`, which every strip is to have once; others may be added by other threads meanwhile."""
+        """Add to one strip only; call once for every strip. Other threads may add to other strips concurrently."""
         if input_TI.shape[-1] != self._inputs:
             raise StatisticsError("inputs of another width", got=f"{input_TI.shape[-1]} instead of {self._inputs}")
         rows_TI = self._rows(input_TI)
@@ -209,33 +209,33 @@ class MomentsAccumulator:
             add_sums(rows_TI.numpy(), *(self._vectors[which].numpy() for which in VECTORS))
 
     def moments(self) -> InputMoments:
-        """The sums so far, copied to the CPU: what is added later does not change them."""
+        """Return the sums so far, copied to the CPU: later additions do not change them."""
         return self._moments({which: matrix_II.clone() for which, matrix_II in self._matrices().items()})
 
     def finish(self) -> InputMoments:
-        """The sums, on the CPU. Nothing can be added any more: there they are the accumulator's own, not a copy."""
+        """Return the sums on the CPU, not copied if accumulated there. Nothing can be added afterwards."""
         matrices = self._matrices()
         del self._upper_II, self._cross_II, self._drift_II
         return self._moments(matrices)
 
     def _matrices(self) -> dict[Statistic, Tensor]:
-        """Of symmetric ones the upper triangle."""
+        """The accumulated matrices; of symmetric ones the upper triangle."""
         held = {Statistic.GRAM: self._upper_II, Statistic.CROSS: self._cross_II, Statistic.DRIFT: self._drift_II}
         return {which: matrix_II for which, matrix_II in held.items() if matrix_II is not None}
 
     def _moments(self, matrices: dict[Statistic, Tensor]) -> InputMoments:
         sums = {}
         for which in list(matrices):
-            matrix_II = matrices.pop(which)  # let go, one by one
+            matrix_II = matrices.pop(which)  # released one by one
             if which.is_symmetric:
-                _mirror(matrix_II)  # before it moves: a pass over the matrix in a GPU's memory instead of the CPU's
+                _mirror(matrix_II)  # before the transfer: on a GPU this pass runs in GPU memory
             sums[which] = matrix_II.to("cpu")
         sums |= {which: total_I.to("cpu", self._dtype, copy=True) for which, total_I in self._vectors.items()}
         return InputMoments(sums, self._tokens)
 
 
 def _mirror(gram_II: Tensor) -> None:
-    """Make a matrix symmetric by its upper triangle, in place."""
+    """Copy the upper triangle to the lower one, in place."""
     for start in range(0, len(gram_II), MIRRORED_ROWS):
         stop = start + MIRRORED_ROWS
         corner_BB = gram_II[start:stop, start:stop]
@@ -248,5 +248,5 @@ def _in_caches(rows_TI: Tensor) -> Sequence[Tensor]:
 
 
 def _multiplies_as_is(rows_TI: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies these rows exactly and sums in `dtype` without widening them first."""
+    """True if the device multiplies these rows exactly and sums in `dtype` without converting them first."""
     return rows_TI.is_cuda and rows_TI.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32

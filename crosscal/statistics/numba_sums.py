@@ -1,4 +1,4 @@
-"""Σ x², Σ |x| and Σ x of a batch's rows in one pass through them, compiled. Shapes: T tokens, I inputs."""
+"""Σ x², Σ |x| and Σ x of a batch in one compiled pass over its rows. Shapes: T tokens, I inputs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from crosscal.compiled import compiled
 
 ROWS = 64
-"""That are summed in the inputs' own precision, four at a time, before the float64 totals."""
+"""Rows that are summed in the inputs' own precision, four at a time, before they enter the float64 totals."""
 
 
 @compiled
 def add_sums(rows_TI, square_sum_I, abs_sum_I, sum_I):
-    """Add to three float64 vectors, in place."""
+    """Add the sums of the rows to three float64 vectors, in place."""
     tokens, inputs = rows_TI.shape
     square_part_I, abs_part_I = np.empty(inputs, rows_TI.dtype), np.empty(inputs, rows_TI.dtype)
     part_I = np.empty(inputs, rows_TI.dtype)

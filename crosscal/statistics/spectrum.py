@@ -1,4 +1,4 @@
-"""What a Hessian's eigenvalues say of the data behind it. Shapes: I inputs."""
+"""Effective rank and condition number of a Hessian. Shapes: I inputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from crosscal.errors import EmptyStatistics
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Both are the same for c · H and for Q H Qᵀ with an orthogonal Q."""
+    """Summary of a Hessian's eigenvalues, invariant under c · H and under Q H Qᵀ with an orthogonal Q."""
 
     effective_rank: float
-    """exp of the entropy of λ_i / Σ λ (Roy & Vetterli, EUSIPCO 2007): of n equal eigenvalues, others zero, n."""
+    """exp of the entropy of λ_i / Σ λ (Roy & Vetterli, EUSIPCO 2007): n for n equal eigenvalues, others zero."""
     condition: float
     """Largest over smallest eigenvalue of H + damping · mean(diag H) · I, which solvers factor; at most
     1 + I / damping."""
 
 
 def spectrum(hessian_II: Tensor, damping: float = 0.01) -> Spectrum:
-    """Decompose a Hessian, in float64. Raises `EmptyStatistics` for one of zeros."""
+    """Decompose a Hessian, in float64. Raises `EmptyStatistics` if it is all zeros."""
     value_I = torch.linalg.eigvalsh(hessian_II.double()).clamp_min(0.0)
     total = float(value_I.sum())
     if total == 0:

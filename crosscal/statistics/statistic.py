@@ -1,5 +1,5 @@
-"""The named sums over tokens that methods may ask for, each with what distinguishes it: everything that adds, stores,
-mixes or rescales sums goes by this table, so that a further one is a line here.
+"""The sums over tokens that methods may request, with their properties. All code that adds, stores, mixes or rescales
+sums uses this table, so a new sum takes one line here.
 
 Shapes: T tokens, I inputs.
 """
@@ -19,10 +19,10 @@ class Statistic(StrEnum):
     degree: int
     """f(c x) = c^degree f(x) for c > 0."""
     of_each: Callable[[Tensor], Tensor] | None
-    """What of a number is summed; None where products of two inputs are, in a matrix [I, I]."""
+    """Function of a number that is summed; None if products of two inputs are summed, in a matrix [I, I]."""
     stored_in: str
-    """The artifact that holds it. The small sums stand in one: they take 0.1 to 4 % of the time of Σ x xᵀ together,
-    and a millionth of its bytes, while every artifact takes as long to be on the disk as a hundred of them."""
+    """The artifact that holds it. The small sums share one: together they take 0.1 to 4 % of the time of Σ x xᵀ, and a
+    millionth of its bytes, while writing one artifact takes as long as writing a hundred of them."""
 
     def __new__(cls, value: str, degree: int, of_each: Callable[[Tensor], Tensor] | None, stored_in: str) -> Statistic:
         member = str.__new__(cls, value)
@@ -41,8 +41,8 @@ class Statistic(StrEnum):
     CROSS = "cross", 2, None, "cross"
     """Σ x_dense xᵀ: the same token in the dense model and behind compressed blocks. Not symmetric."""
     DRIFT = "drift", 2, None, "cross"
-    """Σ (x_dense - x)(x_dense - x)ᵀ: what losses against the dense model's outputs take besides, free of the
-    cancellation that a difference of large sums has. Comes along with `cross`."""
+    """Σ (x_dense - x)(x_dense - x)ᵀ: also needed for losses against the dense model's outputs; summed directly, without
+    the cancellation of a difference of large sums. Always summed with `cross`."""
 
     @property
     def is_matrix(self) -> bool:
@@ -53,7 +53,7 @@ class Statistic(StrEnum):
         return self is not Statistic.CROSS
 
     def divided(self, mean: Tensor, scale_I: Tensor) -> Tensor:
-        """The statistic of x / s from that of x, s > 0: exact, being a moment."""
+        """Return the statistic of x / s, computed exactly from that of x, s > 0."""
         return mean / (scale_I * scale_I[:, None] if self.is_matrix else scale_I**self.degree)
 
     def zeros(self, inputs: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -61,19 +61,19 @@ class Statistic(StrEnum):
         return torch.zeros((inputs, inputs) if self.is_matrix else (inputs,), dtype=dtype, device=device)
 
     def finite_part(self, sum_: Tensor) -> Tensor:
-        """What is finite exactly where all of it is: Σ x² bounds every product sum (Cauchy-Schwarz), but of products of
-        two different inputs the diagonal says nothing."""
+        """Return a part that is finite if and only if the whole is: the diagonal, since Σ x² bounds every product sum
+        (Cauchy-Schwarz); all of `cross`, whose products are of two different inputs."""
         return sum_.diagonal() if self.is_matrix and self.is_symmetric else sum_
 
 
 VECTORS = tuple(which for which in Statistic if not which.is_matrix)
-"""Those that are small: a reading sums them in any case."""
+"""The small ones: a calibration pass always sums them."""
 OF_TWO_STREAMS = frozenset({Statistic.CROSS, Statistic.DRIFT})
-"""Those that take a dense stream of hidden states beside the compressed one, in a walk with sequential upstream."""
+"""Those that need a dense stream of hidden states beside the compressed one (`upstream: sequential`)."""
 EVERY = frozenset(Statistic) - OF_TWO_STREAMS
-"""Of one stream: all that a reading of the dense model can sum."""
+"""Those of one stream: all that a calibration pass over the dense model can sum."""
 
 
 def streams_of(wanted: Collection[Statistic]) -> int:
-    """How many streams of hidden states a walk holds for these."""
+    """Return the number of streams of hidden states that a calibration pass needs for these."""
     return 1 if OF_TWO_STREAMS.isdisjoint(wanted) else 2

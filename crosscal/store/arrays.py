@@ -1,4 +1,4 @@
-"""numpy's arrays as Arrow's, and Arrow's files."""
+"""Conversion of NumPy arrays to Arrow, and Arrow IPC files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow.ipc
 
 
 def array_of(values: np.ndarray) -> pa.Array:
-    """The same numbers, not copied where they lie one behind the other.
+    """Return the values as an Arrow array, without a copy if they are contiguous.
 
-    `pyarrow.array` says the same, after importing all of pandas in case that the values are one of its series: 0.4 s
-    and 40 MiB of every process that stores anything.
+    `pyarrow.array` does the same, but first imports pandas in case the values are a series: 0.4 s and 40 MiB in every
+    process that stores anything.
     """
     kind = pa.from_numpy_dtype(values.dtype)
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
@@ -25,10 +25,10 @@ def array_of(values: np.ndarray) -> pa.Array:
 def arrow_file(
     path: Path, schema: pa.Schema, options: pa.ipc.IpcWriteOptions | None = None
 ) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """A new Arrow IPC file to write to.
+    """Open a new Arrow IPC file for writing.
 
-    It is closed behind the block in any case. A writer that is told a path keeps the file open after an error, as long
-    as anybody holds the error: its space is not free until then.
+    The file is always closed at the end of the block. A writer that is given a path keeps the file open after an error
+    for as long as the exception is referenced, and its disk space is not freed until then.
     """
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
         yield writer

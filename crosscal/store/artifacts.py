@@ -1,10 +1,10 @@
-"""The store: folders named by what determines their content, complete from the moment they exist.
+"""The artifact store: folders named by a digest of what determines their content, complete as soon as they exist.
 
-<home>/objects/<kind>/<key>/manifest.json + files      written aside, hashed, synced, then renamed into place
-<home>/refs/<name>/<version>.json                      small records that change, with their history
-<home>/staging/  <home>/users/                         work in progress, and since when which process is at work
-<home>/conditional-writes                              behind a URL: what no process must be able to write again
-<home>/quarantine/                                     artifacts that failed verification, never deleted by itself
+<home>/objects/<kind>/<key>/manifest.json + files      written to staging, hashed, synced, then renamed into place
+<home>/refs/<name>/<version>.json                      small mutable records, with their history
+<home>/staging/  <home>/users/                         work in progress; start time and heartbeat of each process
+<home>/conditional-writes                              behind a URL: probe file that no process may overwrite
+<home>/quarantine/                                     artifacts that failed verification; never deleted automatically
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from crosscal.store.verification import Verified
 
 FORMAT = 1
 KEPT_KINDS = ("corpora",)
-"""Documents may not be had again; everything else can be computed again."""
+"""Source documents may no longer be available; everything else can be recomputed."""
 _KIND = re.compile(r"[a-z][a-z-]{0,31}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _DAMAGED = "Run `crosscal store verify --quarantine`, then the same command again: what is missing is made anew."
@@ -64,15 +64,15 @@ class Store:
 
     @property
     def exists(self) -> bool:
-        """Whether anything was ever written here."""
+        """Whether the store contains any artifact or ref."""
         return any(self.home.names(place) for place in ("objects", "refs"))
 
     @contextmanager
     def publish(self, kind: str, key: str, provenance: Mapping[str, Any]) -> Iterator[Path]:
-        """Give a folder to write files into; leaving the block without an exception publishes it.
+        """Yield a folder to write files into, and store it as an artifact if the block ends without an exception.
 
-        When the key exists already, or another process publishes it first, this copy is discarded: equal keys mean
-        equal content. Raises `StoreFull` when the disk is full, and leaves nothing behind then.
+        If the key exists already, or another process stores it first, this copy is discarded: equal keys mean equal
+        content. Raises `StoreFull` if the disk is full, and then leaves nothing behind.
         """
         place = _place(kind, key)
         staged = self.home.staging()
@@ -85,14 +85,14 @@ class Store:
             shutil.rmtree(staged, ignore_errors=True)
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The artifact, or None; `CorruptArtifact` when its manifest is damaged."""
+        """Return the artifact and record its use, or None. Raises `CorruptArtifact` if its manifest is damaged."""
         artifact = self._look(kind, key)
         if artifact:
             self.home.use(_place(kind, key))
         return artifact
 
     def get(self, kind: str, key: str) -> Artifact:
-        """The artifact. Raises `MissingArtifact`, `CorruptArtifact`."""
+        """Return the artifact and record its use. Raises `MissingArtifact`, `CorruptArtifact`."""
         artifact = self.find(kind, key)
         if artifact is None:
             raise MissingArtifact(
@@ -101,16 +101,16 @@ class Store:
         return artifact
 
     def discard(self, kind: str, key: str) -> None:
-        """Remove an artifact that nobody needs any more; it may be gone already."""
+        """Remove an artifact that is no longer needed; no error if it is already gone."""
         self.home.remove(_place(kind, key))
 
     def is_kept(self, kind: str, key: str) -> bool:
-        """Whether there is an artifact of this name; asking is no use of it."""
+        """Return whether the artifact exists, without recording a use."""
         return self.home.read(f"{_place(kind, key)}/{MANIFEST}") is not None
 
     def discard_unused(self, kind: str, key: str) -> bool:
-        """Remove an artifact unless it was used since the first of the other processes now at work began; whether it
-        was removed. An object store does not know: there it is removed."""
+        """Remove an artifact unless it was used since the first of the other active processes started. Return whether
+        it was removed. An object store keeps no times of use: there it is always removed."""
         place = _place(kind, key)
         is_dated = self.home.keeps_times and self.is_kept(kind, key)
         if is_dated and self.home.unused_since(place) >= self.home.in_use_since():
@@ -119,7 +119,7 @@ class Store:
         return True
 
     def path(self, artifact: Artifact, name: str) -> Path:
-        """A local path to one file, its digest checked once per store object. Raises `CorruptArtifact`."""
+        """Return a local path to one file. Its digest is checked once per `Store` object. Raises `CorruptArtifact`."""
         place, sha256 = _place(artifact.kind, artifact.key), artifact.files[name]["sha256"]
         for _ in range(2):  # a damaged local copy of a remote file is fetched once more
             path = self.home.local(place, name, sha256)
@@ -136,7 +136,7 @@ class Store:
         return self.path(artifact, name).read_bytes()
 
     def list(self, kind: str | None = None) -> Iterator[Artifact]:
-        """Every readable artifact; damaged manifests are for `verify`."""
+        """Yield every readable artifact; `verify` reports damaged manifests."""
         for found_kind, key in self.keys(kind):
             try:
                 artifact = self._look(found_kind, key)
@@ -146,17 +146,17 @@ class Store:
                 yield artifact
 
     def keys(self, kind: str | None = None) -> Iterator[tuple[str, str]]:
-        """(kind, key) of everything that is there, readable or not."""
+        """Yield (kind, key) of every artifact folder, readable or not."""
         for found_kind in [kind] if kind else self.home.names("objects"):
             for key in self.home.names(f"objects/{found_kind}"):
                 if _KIND.fullmatch(found_kind) and _KEY.fullmatch(key):
                     yield found_kind, key
 
     def verify(self, *, quarantine: bool = False, quick: bool = False) -> Iterator[tuple[str, str, str | None]]:
-        """Read every byte of every artifact: yields (kind, key, problem or None). Damaged ones may be set aside.
+        """Read every byte of every artifact and yield (kind, key, problem or None). `quarantine` moves damaged ones.
 
-        `quick`: not those that were read earlier and have not changed since, as far as the home can tell (see
-        `verification`). A folder without a manifest is not an artifact: it may be on its way up to an object store.
+        `quick` skips those that were verified earlier and have not changed since, as far as the home can tell (see
+        `verification`). A folder without a manifest is not an artifact: its upload to an object store may be underway.
         """
         verified = Verified(self.home, self.refs)
         for kind, key in self.keys():
@@ -180,9 +180,9 @@ class Store:
         verified.keep()
 
     def sweep(self, *, unused_days: float | None = None, dry_run: bool = False) -> Iterator[tuple[str, str]]:
-        """Remove abandoned work in progress and, on request, artifacts unused for so long: yields (place, reason).
+        """Remove abandoned work in progress and artifacts unused for `unused_days`, if given: yields (place, reason).
 
-        Whatever has been used since the first of the processes now at work began stays, however few the days; so do
+        Artifacts used since the first of the other active processes started are kept, however few the days. So are
         corpora, and models that are or were published: a pointer may be rolled back to them.
         """
         doomed = [(place, "abandoned") for place in self.home.leftovers()]

@@ -1,9 +1,9 @@
-"""Gradient sums on disk: Arrow IPC, the bytes of equal significance together, compressed with zstd. Lossless.
+"""Gradient sums on disk: Arrow IPC, one byte plane per byte significance, compressed with zstd. Lossless.
 
-All matrices of a site lie one behind the other in `gradients.arrow`, a uint8 column per byte plane, most significant
-last; their names and shapes, windows and dtype stand in the schema's metadata.
+All matrices of a site are concatenated in `gradients.arrow`, with a uint8 column per byte plane, most significant last.
+The schema metadata contain their names and shapes, the number of windows and the dtype.
 
-Shapes: N entries, P bytes a number.
+Shapes: N entries, P bytes per number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
 def write_gradients(folder: Path, sums: GradientSums) -> None:
-    """Write the sums of one site. Raises `NotFinite`: what is stored can be used."""
+    """Write the sums of one site into a folder. Raises `NotFinite` for sums that cannot be used."""
     if not all(map(all_finite, sums.squares.values())):
         raise NotFinite("gradients that are not finite are not stored", do="Calibrate in float32 or bfloat16.")
     dtype = next(iter(sums.squares.values())).numpy().dtype
@@ -51,7 +51,7 @@ def write_gradients(folder: Path, sums: GradientSums) -> None:
 
 
 def read_gradients(store: Store, artifact: Artifact) -> GradientSums:
-    """Read sums back, bit for bit. Raises `CorruptArtifact`."""
+    """Read the sums of one site, bit for bit as written. Raises `CorruptArtifact`."""
     try:
         with pa.memory_map(str(store.path(artifact, FILE))) as source:
             return _read(pa.ipc.open_file(source))

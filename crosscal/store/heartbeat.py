@@ -1,10 +1,10 @@
-"""Signs of life: which of the processes that use a home are at work, whatever machines they are on.
+"""Heartbeats: which of the processes that use a home are alive, on any machine.
 
-<home>/users/<process>      a file that its process touches every BEAT_SECONDS for as long as it lives
+<home>/users/<process>      a file that its process touches every BEAT_SECONDS while it lives
 
-A process counts as gone once its file is older than LEASE_SECONDS; one of the same boot and process namespace as soon
-as it has ended. Times are the home's own, of a file against another that has just been written: the clocks of the
-machines do not enter. What cannot write to the home for so long loses its claims, and is told when it goes on.
+A process counts as gone once its file is older than LEASE_SECONDS; one of the same boot and process namespace, as soon
+as it has ended. Times are the home's own, compared with a file that has just been written: the machines' clocks do not
+matter. A process that cannot write to the home for that long loses its claims and gets an error when it continues.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from crosscal.store.processes import has_ended, is_name, this_process
 BEAT_SECONDS = 20.0
 LEASE_SECONDS = 300.0
 EARLIER_SECONDS = 7 * 86400
-"""For processes of earlier versions, which do not beat."""
+"""Lease of processes of earlier versions, which send no heartbeats."""
 USERS = "users"
 
 
 class Beaten(Protocol):
-    """What a heartbeat needs of a home."""
+    """The part of a home that heartbeats need."""
 
     @property
     def location(self) -> str: ...
@@ -40,15 +40,15 @@ class Beaten(Protocol):
 
 @dataclass(frozen=True)
 class Signs:
-    """What is seen of all processes at one time of the home's clock."""
+    """Heartbeats of all processes, at one time of the home's clock."""
 
     now: float
     """Seconds since 1970."""
     last: Mapping[str, float]
-    """Process → when it last gave a sign."""
+    """Process → time of its last heartbeat, in seconds since 1970."""
 
     def is_gone(self, process: str, otherwise: float = float("-inf")) -> bool:
-        """`otherwise`: the last sign of one that has no file."""
+        """Return whether a process is gone. `otherwise` is its last activity if it has no heartbeat file."""
         ended = has_ended(process)
         if ended is not None:
             return ended
@@ -57,13 +57,13 @@ class Signs:
 
 
 def begin(home: Beaten) -> str:
-    """This process's name. From the first call on it gives signs of life in the home until it ends."""
+    """Return this process's name. The first call starts heartbeats in the home, which last until the process ends."""
     _heart(os.getpid()).begin(home)
     return this_process()
 
 
 def signs(home: Beaten) -> Signs:
-    """What the home shows now. Raises `StoreError` or `OSError` when it cannot be written."""
+    """Return the current heartbeats in a home. Raises `StoreError` or `OSError` if it cannot be written."""
     me = begin(home)
     _beat(home)
     last = home.times(USERS)
@@ -71,7 +71,7 @@ def signs(home: Beaten) -> Signs:
 
 
 class _Heart:
-    """A thread that beats in every home this process is at work in. Torch and Numba let it run while they compute."""
+    """A thread that sends heartbeats to every home this process uses, also while Torch and Numba compute (no GIL)."""
 
     def __init__(self) -> None:
         self._homes: dict[str, Beaten] = {}
@@ -86,13 +86,13 @@ class _Heart:
     def _beat_on(self) -> None:
         while not self._wait(BEAT_SECONDS):
             for home in list(self._homes.values()):
-                with contextlib.suppress(OSError, StoreError):  # the next may come through
+                with contextlib.suppress(OSError, StoreError):  # the next one may succeed
                     _beat(home)
 
 
 @functools.cache
 def _heart(process_number: int) -> _Heart:
-    """Of this process: a forked child has no threads of its parent."""
+    """One per process: a forked child does not inherit its parent's threads."""
     return _Heart()
 
 

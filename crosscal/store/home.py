@@ -1,8 +1,8 @@
-"""What a store asks of the place it lives in, and how a disk that will not take files is told.
+"""The interface between a store and its home, and translation of disk errors.
 
-Both homes, a folder (`local_home`) and an fsspec URL (`remote_home`), offer the same few moves. What differs is how an
-artifact appears all at once: locally by a rename, remotely by writing its manifest last, which is why an artifact
-exists only with its manifest.
+Both homes, a folder (`local_home`) and an fsspec URL (`remote_home`), offer the same operations. They differ in how an
+artifact becomes visible atomically: locally by a rename, remotely by writing its manifest last. An artifact therefore
+exists only if its manifest does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 
 class Home(Protocol):
-    """Places are paths relative to the home, with forward slashes."""
+    """Storage of a store. A place is a path relative to the home, with forward slashes."""
 
     keeps_times: bool
-    """Whether it knows when an artifact was last used."""
+    """Whether it records when an artifact was last used."""
 
     @property
     def location(self) -> str:
@@ -33,72 +33,76 @@ class Home(Protocol):
         ...
 
     def staging(self) -> Path:
-        """A fresh local folder to write an artifact's files into."""
+        """Create a local folder to write an artifact's files into."""
         ...
 
     def publish(self, staged: Path, place: str) -> bool:
-        """Make a finished folder, manifest included, appear at `place`; False when one is there already."""
+        """Make a finished folder, manifest included, appear at `place`; return False if an artifact exists there."""
         ...
 
     def create(self, place: str, content: bytes) -> bool:
-        """Write a new small file whole; False when it exists."""
+        """Write a new small file atomically; return False if it exists."""
         ...
 
-    def read(self, place: str) -> bytes | None: ...
+    def read(self, place: str) -> bytes | None:
+        """Return a file's bytes, or None if it does not exist."""
+        ...
 
     def local(self, place: str, name: str, sha256: str) -> Path | None:
-        """A local path to one file of an artifact, its digest not checked."""
+        """Return a local path to one file of an artifact, its digest not checked; None if the file is missing."""
         ...
 
     def forget(self, path: Path) -> bool:
-        """Drop a copy that `local` made and that is damaged; False when the path was the original."""
+        """Delete a damaged copy that `local` made; return False if the path is the original."""
         ...
 
     def digest(self, place: str, name: str, sha256: str) -> str | None:
-        """SHA-256 of what really stands in the home."""
+        """Return the SHA-256 of the bytes that the home stores, or None if the file is missing."""
         ...
 
-    def names(self, place: str) -> list[str]: ...
+    def names(self, place: str) -> list[str]:
+        """Return the sorted names in a folder; empty if it does not exist."""
+        ...
 
     def touch(self, place: str, *, is_first: bool = False) -> None:
-        """Make a small file, or make it young again; the first time its folder is made, too."""
+        """Create a small file or update its modification time; `is_first` also creates its folder."""
         ...
 
     def times(self, place: str) -> dict[str, float]:
-        """Name → time of last change, by the home's own clock, of what stands in a folder."""
+        """Return name → modification time, by the home's own clock, of the files in a folder."""
         ...
 
     def stamps(self, place: str) -> dict[str, str]:
-        """Path below a place → a stamp of each file: its size with the home's own checksum of it, which changes with
-        its bytes, or, beginning with `time`, with the time of its last change."""
+        """Return path below `place` → stamp of each file: the home's own checksum, which changes with the bytes, or
+        `time` and the modification time; then the size."""
         ...
 
     def move(self, place: str, target: str) -> None: ...
 
     def remove(self, place: str) -> None:
-        """Remove an artifact or leftover at once: it never looks complete while it is being removed."""
+        """Remove an artifact or leftover. It never looks complete while it is being removed."""
         ...
 
     def use(self, place: str) -> None:
-        """Note that an artifact was used now."""
+        """Record that an artifact was used now."""
         ...
 
     def unused_since(self, place: str) -> float:
-        """Time of last use, in seconds since 1970."""
+        """Return the time of last use, in seconds since 1970."""
         ...
 
     def in_use_since(self) -> float:
-        """When the first of the other processes that now use this home began to; infinite when there are none."""
+        """Return when the first of the other active processes started; infinity if there are none, 0 if unknown."""
         ...
 
     def leftovers(self) -> Iterable[str]:
-        """Places that processes left behind which are gone."""
+        """Return the places that processes which are gone left behind."""
         ...
 
 
 @contextmanager
 def disk_errors(location: str) -> Iterator[None]:
-    """Say a full disk, or a home that may not be written, plainly. Errors about other files pass unchanged."""
+    """Raise `StoreFull` for a full disk and `StoreError` for an unwritable home. Other errors pass unchanged."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
-"""A map that is only added to, kept so that reading all of it takes few reads however often it was written.
+"""An append-only map that can be read completely in few reads, however often it was written.
 
 refs/<name>/<thousand>/<number in it>.json     record n holds the keys of the last lowbit(n) changes, merged
 
-lowbit(n) is the largest power of two that divides n: a Fenwick tree over the changes. Everything stands in the records
-n, n - lowbit(n), … down to 0, at most log2(n) + 1 of them; each change is kept in as many. Like every ref a record is
-written once, on top of the one before, by one writer.
+lowbit(n) is the largest power of two that divides n: a Fenwick tree over the changes. The records n, n - lowbit(n), …
+down to 0 contain the whole map. There are at most log2(n) + 1 of them, and each change is copied into at most as many.
+Like every ref, a record is written once, on top of the previous one, by one writer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crosscal.store.refs import Refs
 
 Value = dict[str, Any]
 PER_FOLDER = 1000
-"""Records in one folder: to find the newest takes two lists, each short."""
+"""Records per folder: finding the newest takes two short listings."""
 
 
 def _nothing() -> dict[str, Value]:
@@ -25,7 +25,7 @@ def _nothing() -> dict[str, Value]:
 
 
 class Journal:
-    """The map as last seen. `earlier`: what it holds before its first record; the first record takes it over."""
+    """The map as last read. `earlier` returns its content before the first record, which then includes that content."""
 
     def __init__(self, refs: Refs, name: str, earlier: Callable[[], Mapping[str, Value]] = _nothing) -> None:
         self._refs, self._name, self._earlier = refs, name, earlier
@@ -34,7 +34,7 @@ class Journal:
 
     @property
     def number(self) -> int:
-        """Of the newest record seen."""
+        """Number of the newest record read; 0 if there is none."""
         return self._parts[-1][0] if self._parts else 0
 
     @property
@@ -45,13 +45,13 @@ class Journal:
         return self._items
 
     def refresh(self) -> None:
-        """Look for what others wrote: two lists, and a read for each record that was not seen before."""
+        """Read what other processes wrote: two listings, and one read per record that is new."""
         number, known, parts = self._newest(), dict(self._parts), []
         if self._items is not None and number == self.number:
             return
         while number:
             items = known[number] if number in known else self._read(number)
-            if items is None:  # somebody removed a damaged record: those before it have the rest
+            if items is None:  # a damaged record was removed: those before it contain the rest
                 number -= 1
                 continue
             parts.append((number, items))
@@ -62,8 +62,8 @@ class Journal:
             self._items.update(items)
 
     def put(self, changes: Mapping[str, Value]) -> None:
-        """Write what is new of some keys. Raises `StoreConflict`, having looked again, when others wrote meanwhile."""
-        items = dict(self.items)  # looks first, if nothing was seen yet
+        """Write new values of some keys. If another process wrote meanwhile, refresh and raise `StoreConflict`."""
+        items = dict(self.items)  # refreshes on first use
         number = self.number + 1
         covered = [part for part in self._parts if part[0] > number & (number - 1)]
         merged = dict(items) if number == 1 else {}
@@ -92,6 +92,6 @@ class Journal:
 
 
 def _at(name: str, number: int) -> tuple[str, int]:
-    """The ref that holds a record, and the version of it before the record."""
+    """Return the ref that contains a record, and the ref's version before that record."""
     folder, before = divmod(number - 1, PER_FOLDER)
     return f"{name}/{folder:05d}", before

@@ -1,4 +1,4 @@
-"""Digests: what an artifact is called is what determines it."""
+"""Digests: an artifact's key is the digest of what determines its content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """One byte string per JSON value: sorted keys, no spaces, no NaN."""
+    """Return the canonical encoding of a JSON value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 

@@ -21,7 +21,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalHome:
-    """Folders appear and vanish by a rename, so that every file seen is a file that is whole."""
+    """A home in a local folder. Artifacts and records appear and vanish by one rename or link: none is ever partial."""
 
     keeps_times = True
 
@@ -33,7 +33,7 @@ class LocalHome:
         return str(self.root)
 
     def staging(self) -> Path:
-        """A folder on the same disk, named after the process that fills it."""
+        """Create a folder on the same disk, named after the process that fills it."""
         folder = self.root / "staging" / f"{this_process()}-{secrets.token_hex(6)}"
         with disk_errors(str(self.root)):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class LocalHome:
             while not _renamed(staged, target):
                 if (target / MANIFEST).exists():
                     return False
-                self.remove(place)  # a folder without a manifest is nothing, and must not stand in the way
+                self.remove(place)  # a folder without a manifest is not an artifact and must not block one
             sync(target.parent)
         return True
 
@@ -92,12 +92,12 @@ class LocalHome:
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
 
     def touch(self, place: str, *, is_first: bool = False) -> None:
-        """What is new holds the time at which it was made."""
+        """Writes the creation time into a new file, to be kept when later touches change the modification time."""
         path = self.root / place
         try:
             os.utime(path)
         except FileNotFoundError:
-            if is_first:  # later a folder that is gone stays gone: somebody may be removing the home
+            if is_first:  # later, a missing folder is not created again: the home may be being removed
                 path.parent.mkdir(exist_ok=True)
             path.touch()
             path.write_text(str(path.stat().st_mtime), encoding="ascii")
@@ -105,23 +105,23 @@ class LocalHome:
     def times(self, place: str) -> dict[str, float]:
         found = {}
         for name in self.names(place):
-            with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 found[name] = (self.root / place / name).stat().st_mtime
         return found
 
     def stamps(self, place: str) -> dict[str, str]:
-        """A manifest's time is that of last use and says nothing; it is small and carries its own digest."""
+        """Without the time of a manifest, which is that of last use; a manifest contains its own digest."""
         found = {}
         for folder, _, names in os.walk(self.root / place):
             for file in (Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     seen = file.stat()
                     at = 0 if file.name == MANIFEST else seen.st_mtime_ns
                     found[file.relative_to(self.root / place).as_posix()] = f"time {at} {seen.st_size}"
         return found
 
     def move(self, place: str, target: str) -> None:
-        with disk_errors(str(self.root)), contextlib.suppress(FileNotFoundError):  # somebody else moved it
+        with disk_errors(str(self.root)), contextlib.suppress(FileNotFoundError):  # another process moved it
             (self.root / target).parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.root / place, self.root / target)
 
@@ -131,7 +131,7 @@ class LocalHome:
         shutil.rmtree(aside, ignore_errors=True)
 
     def use(self, place: str) -> None:
-        """The manifest's time is that of last use. A store that may only be read can be used, it just forgets when."""
+        """Sets the manifest's modification time, which is the time of last use; not in a read-only store."""
         with contextlib.suppress(OSError):
             begin(self)
             os.utime(self.root / place / MANIFEST)
@@ -149,7 +149,7 @@ class LocalHome:
         seen = signs(self)
         for name in self.names("staging"):
             folder = self.root / "staging" / name
-            with contextlib.suppress(FileNotFoundError):  # it was published meanwhile
+            with contextlib.suppress(FileNotFoundError):  # published meanwhile
                 written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
                 if seen.is_gone(name.rpartition("-")[0], otherwise=written):
                     yield f"staging/{name}"
@@ -167,7 +167,7 @@ def _renamed(staged: Path, target: Path) -> bool:
 
 
 def _linked(aside: Path, target: Path) -> bool:
-    """Give a whole file its name unless the name is taken; a rename would overwrite."""
+    """Give a complete file its final name; return False if the name is taken. A rename would overwrite."""
     try:
         os.link(aside, target)
     except FileExistsError:
@@ -175,8 +175,8 @@ def _linked(aside: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # A disk without hard links: take the name first, then fill it. Killed in between, an empty record stays, which
-        # is told as damaged; two writers at once still cannot both succeed.
+        # A disk without hard links: reserve the name first, then fill it. A process killed in between leaves an empty
+        # record, which is reported as damaged. Two concurrent writers still cannot both succeed.
         try:
             target.touch(exist_ok=False)
         except FileExistsError:

@@ -1,11 +1,11 @@
 """Moments on disk: Arrow IPC, the upper triangle of a Gram matrix as byte planes, each compressed with zstd.
 
-A lossless file of about 0.41 of the full matrix (`crosscal.store.triangle` says how). `gram.arrow` has one uint8 column
-per byte plane, most significant last; `vectors.arrow` has a column for every other sum that the artifact holds, and the
-diagonal's `exponent` beside a matrix; inputs, tokens and dtype stand in the schema metadata. Every matrix has a file of
-its name. One that is not symmetric is two triangles, its own and then that of its transpose.
+The file is lossless and about 0.41 of the full matrix's size (see `crosscal.store.triangle`). `gram.arrow` has one
+uint8 column per byte plane, most significant last. `vectors.arrow` has a column for every other sum of the artifact,
+and the diagonal's `exponent` for each matrix. The schema metadata contain inputs, tokens and dtype. Every matrix has a
+file of its name. A matrix that is not symmetric is stored as two triangles: its own, then that of its transpose.
 
-Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, P bytes a number.
+Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, P bytes per number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def write_moments(folder: Path, moments: InputMoments) -> None:
-    """Write the sums that there are into a folder. Raises `NotFinite`: what is stored can be solved from."""
+    """Write the sums that `moments` holds into a folder. Raises `NotFinite` for sums that cannot be solved from."""
     if not all(map(all_finite, moments.sums.values())):
         raise NotFinite("moments that are not finite are not stored", do="Calibrate in float32 or bfloat16.")
     vectors = {which.value: each.numpy() for which, each in moments.sums.items() if not which.is_matrix}
@@ -57,7 +57,7 @@ def write_moments(folder: Path, moments: InputMoments) -> None:
 
 
 def read_moments(store: Store, artifact: Artifact) -> InputMoments:
-    """Read moments back, bit for bit: the sums that an artifact holds. Raises `CorruptArtifact`."""
+    """Read the sums that an artifact holds, bit for bit as written. Raises `CorruptArtifact`."""
     held = {which: name for which, name in MATRICES.items() if name in artifact.files}
     files = {name: store.path(artifact, name) for name in (*held.values(), VECTORS) if name in artifact.files}
     try:
@@ -83,7 +83,7 @@ def read_moments(store: Store, artifact: Artifact) -> InputMoments:
 
 @dataclass(frozen=True)
 class _Header:
-    """What the metadata of a schema say. Raises `KeyError`, `ValueError`."""
+    """The metadata of a schema. `of` raises `KeyError`, `ValueError`."""
 
     inputs: int
     tokens: int
@@ -101,7 +101,7 @@ class _Header:
 
 
 def _exponent(which: Statistic) -> str:
-    """Name of the column; the first matrix was once the only one."""
+    """Column of a matrix's exponents. That of the Gram matrix has no prefix: it was once the only matrix."""
     return "exponent" if which is Statistic.GRAM else f"{which}_exponent"
 
 
@@ -116,8 +116,8 @@ def _schema(planes: int) -> pa.Schema:
 
 
 def _read_vectors(path: Path) -> tuple[dict[Statistic, Tensor], dict[str, np.ndarray], _Header | None]:
-    """(sums, exponents by their columns, header); the first version of the store had no exponents, and the header in
-    `gram.arrow`."""
+    """Return (sums, exponents by column, header). The first version of the store wrote no exponents, and the header
+    only in `gram.arrow`."""
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
         copied = {name: table[name].to_numpy().copy() for name in table.column_names}
@@ -127,13 +127,13 @@ def _read_vectors(path: Path) -> tuple[dict[Statistic, Tensor], dict[str, np.nda
 
 
 def _read_matrix(which: Statistic, path: Path, exponent_I: np.ndarray | None) -> tuple[Tensor, _Header]:
-    """The full matrix, and what its file says of it."""
+    """Return the full matrix and the header of its file."""
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         header = _Header.of(reader.schema)
         triangle = header.inputs * (header.inputs + 1) // 2
         entries = triangle if which.is_symmetric else 2 * triangle
-        # Before any memory is asked for: a header cannot claim more than the file has batches for.
+        # Before memory is allocated: the header must not claim more entries than the file's batches can contain.
         if entries > reader.num_record_batches * BATCH_ENTRIES:
             raise ValueError(f"{header.inputs} inputs in {reader.num_record_batches} batches")
         if not reader.schema.equals(_schema(header.dtype.itemsize)):
@@ -151,7 +151,7 @@ def _read_matrix(which: Statistic, path: Path, exponent_I: np.ndarray | None) ->
 
 
 def _read_planes(batches: Iterator[pa.RecordBatch], entries: int, planes: int) -> np.ndarray:
-    """The next triangle of so many entries; a batch never holds parts of two."""
+    """Read the next triangle, of `entries` entries. No batch contains parts of two triangles."""
     planes_PN = np.empty((planes, entries), dtype=np.uint8)
     position = 0
     while position < entries and (batch := next(batches, None)) is not None:

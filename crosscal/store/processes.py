@@ -1,4 +1,4 @@
-"""A process's name, unique among machines, and whether it has ended, where that can be known for certain."""
+"""Process names that are unique across machines, and a check for ended processes where it can be exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME = re.compile(r"(?P<machine>[0-9a-f]{32}\.\d+)-(?P<number>\d+)-(?P<started>
 
 
 def this_process() -> str:
-    """`<boot>.<namespace>-<number>-<start>`: no other process, of whatever machine, container or time, is called so."""
+    """Return `<boot>.<namespace>-<number>-<start>`: unique among processes of all machines, containers and times."""
     return _name_of(os.getpid())
 
 
@@ -21,12 +21,12 @@ def is_name(text: str) -> bool:
 
 
 def number_of(process: str) -> int:
-    """What the machine of the process calls it."""
+    """Return the process id, in the process's own namespace."""
     return int(process.split("-")[1])
 
 
 def has_ended(process: str) -> bool | None:
-    """Exact for a process of the running boot and process namespace; None for any other, which cannot be seen."""
+    """Return whether a process has ended: exact in the running boot and process namespace, None if unknown."""
     found = _NAME.fullmatch(process)
     if found is None or found["machine"] != _machine():
         return None
@@ -36,7 +36,7 @@ def has_ended(process: str) -> bool | None:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # somebody else's
+        pass  # it exists, but belongs to another user
     started = _started(number)
     return None if started is None else started != int(found["started"])
 
@@ -48,8 +48,9 @@ def _name_of(number: int) -> str:
 
 @functools.cache
 def _machine() -> str:
-    """The kernel's random number for this boot, which names of machines are not, and the namespace that counts
-    processes; where there are none (outside Linux) a name that nobody else has, so that nothing is seen from outside.
+    """Return the kernel's boot id, which is unique (host names are not), and the inode of the process namespace.
+
+    Outside Linux neither exists: then a random name, so that no other process can check whether this one has ended.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
@@ -59,9 +60,9 @@ def _machine() -> str:
 
 
 def _started(number: int) -> int | None:
-    """Clock ticks from the boot to the process's start, 0 for one that only waits to be reaped; None if hidden."""
+    """Return the process's start in clock ticks after boot; 0 for a zombie or dead process, None if hidden."""
     try:
-        # Behind the name, which may hold anything but ends with the last parenthesis: state, then field 22 of proc(5).
+        # The name may contain anything and ends at the last parenthesis. After it: the state, …, field 22 of proc(5).
         fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

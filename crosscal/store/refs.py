@@ -1,4 +1,4 @@
-"""Refs: small records that change, each version a file of its own, so that no writer can overwrite another."""
+"""Refs: small mutable records. Each version is a file of its own, so that no writer can overwrite another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
 class Refs:
-    """Named records with history. Version numbers start at 1; writing succeeds only on top of the version read."""
+    """Named records with history. Versions start at 1. A write succeeds only on top of the newest version."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -31,7 +31,7 @@ class Refs:
         return [int(match[1]) for match in matches if match]
 
     def read(self, name: str, version: int | None = None) -> tuple[int, dict[str, Any] | None]:
-        """(version, value) of the newest or the given version; (0, None) when there is none.
+        """Return (version, value) of the newest or the given version; (0, None) if there is none.
 
         Raises `CorruptArtifact` for a damaged record.
         """
@@ -52,9 +52,9 @@ class Refs:
         return version, record["value"]
 
     def append(self, name: str, expected_version: int, value: dict[str, Any]) -> int:
-        """Write the next version; `StoreConflict` when somebody else wrote it since `expected_version` was read."""
+        """Write the next version; return its number. Raises `StoreConflict` if `expected_version` is not the newest."""
         version = expected_version + 1
-        # Two writers of one value are told apart: only one of them wrote this version.
+        # `writer` distinguishes two writers of the same value: only one of them wrote this version.
         record = {"value": value, "digest": digest_of(value), "writer": secrets.token_hex(8)}
         content = json.dumps(record, indent=1, sort_keys=True).encode()
         newest = max(self.versions(name), default=0)
@@ -63,25 +63,25 @@ class Refs:
         return version
 
     def remove(self, name: str) -> None:
-        """Forget a record with all its versions."""
+        """Remove a record with all its versions."""
         self.home.remove(_folder(name))
 
     def published_models(self) -> set[str]:
-        """Keys of all models that some move of some domain's pointer named (see `crosscal.publication`).
+        """Return the keys of all models that any move of any domain's pointer named (see `crosscal.publication`).
 
-        Raises `CorruptArtifact` for a damaged record: then nobody knows what may be removed.
+        Raises `CorruptArtifact` for a damaged record: then it is unknown which models may be removed.
         """
         moves = [(name, version) for name in self.names("published") for version in self.versions(name)]
         values = (self.read(name, version)[1] for name, version in moves)
         return {value["model"] for value in values if value is not None}
 
     def names(self, folder: str) -> list[str]:
-        """Names of the refs in a folder, such as `corpora`."""
+        """Return the names of the refs in a folder, such as `corpora`."""
         return [f"{folder}/{name}" for name in self.home.names(f"refs/{folder}")]
 
 
 def again_on_conflict(attempt: Callable[[], R], *, attempts: int = 50) -> R:
-    """Call until nobody else wrote in between; after so many conflicts in a row the last is raised."""
+    """Call `attempt` until it raises no `StoreConflict`; after `attempts` calls, raise the last one."""
     retrying = Retrying(
         retry=retry_if_exception_type(StoreConflict),
         stop=stop_after_attempt(attempts),

@@ -1,8 +1,8 @@
 """A store behind any fsspec URL, such as `s3://bucket/prefix`.
 
 Objects cannot be renamed, so an artifact's files are written first, each named by its digest, and the manifest last.
-Two writers of one artifact whose bytes differ (sums in another order, say) therefore never mix: whichever manifest
-stands, its files are there. Passing failures are retried; what was fetched is kept in a local cache named by content.
+Two writers of one artifact whose bytes differ (for example, sums in another order) therefore never mix: whichever
+manifest remains, its files exist. Transient failures are retried. A local cache, named by content, keeps fetched files.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from crosscal.store.keys import digest_file
 R = TypeVar("R")
 PROBE = "conditional-writes"
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
-"""What file systems of fsspec call the time of the last change; objects are made anew when they change."""
+"""Keys of the modification time in fsspec entries. `created` is one: a changed object is a new object."""
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CARRIERS = ("aiohttp", "aiobotocore", "botocore", "urllib3")
-"""Libraries under some file systems, whose errors of transport are no OSErrors."""
+"""Libraries below some file systems, whose transport errors are not OSErrors."""
 
 
 _CHECKSUMS = ("ETag", "etag", "md5Hash", "md5", "content_md5", "crc32c")
-"""What they call a checksum that the storage keeps of an object."""
+"""Keys of the storage's own checksum of an object in fsspec entries."""
 
 
 class ShortRead(OSError):
-    """Fewer bytes came than the object has."""
+    """The number of bytes received is not the object's size."""
 
 
 def _is_of_transport(error: BaseException) -> bool:
@@ -57,6 +57,8 @@ _retried = retry(
 
 
 class RemoteHome:
+    """A home on an fsspec file system. It needs conditional writes and keeps no times of last use."""
+
     keeps_times = False
 
     def __init__(self, url: str) -> None:
@@ -88,32 +90,32 @@ class RemoteHome:
         return True
 
     def create(self, place: str, content: bytes) -> bool:
-        """Atomic by the backend's conditional writes, as S3 has (If-None-Match); refuses a backend without them.
+        """Atomic through conditional writes, as in S3 (If-None-Match). Raises `StoreError` if the backend lacks them.
 
-        A refusal may mean another's record, or one of ours whose answer was lost: contents tell them apart, so no two
-        writers may write the same.
+        A refusal means another writer's record, or our own whose response was lost. The contents distinguish them, so
+        no two writers may write the same bytes.
         """
         self._require_conditional_writes()
         self._is_refused(place, content)
         return self.read(place) == content
 
     def _is_refused(self, place: str, content: bytes) -> bool:
-        """Write a file that must not be there yet; whether the backend said that it is."""
+        """Write a file that must not exist yet; return whether the backend refused because it exists."""
         try:
             self._write(self.fs.pipe_file, self._at(place), content, mode="create")
         except FileExistsError:
             return True
-        except StoreError:  # some servers refuse without saying which condition it was
+        except StoreError:  # some servers refuse without naming the failed condition
             if self.read(place) is None:
                 raise
             return True
         return False
 
     def _require_conditional_writes(self) -> None:
-        """Once before the first record: what stands in the home already must not be written again.
+        """Check once, before the first record, that the backend refuses to overwrite a file. Raises `StoreError`.
 
-        The first of two tries may make the file. It stays, so that later processes need one try; each tries for itself,
-        since it is the installed file system that may not know the condition. Raises `StoreError`.
+        The first of two attempts may create the probe file. It stays, so that later processes need one attempt. Each
+        process checks for itself, because its installed file system library may lack the condition.
         """
         if self._is_conditional:
             return
@@ -154,7 +156,7 @@ class RemoteHome:
         return True
 
     def digest(self, place: str, name: str, sha256: str) -> str | None:
-        """Fetches the file again: what the local cache holds says nothing about the home."""
+        """Fetches the file again: the local cache is no evidence of what the home stores."""
         folder = self.staging()
         try:
             copy = folder / sha256
@@ -173,7 +175,7 @@ class RemoteHome:
         self._write(self.fs.pipe_file, self._at(place), b"")
 
     def times(self, place: str) -> dict[str, float]:
-        """Raises `StoreError` for a file system that does not tell them."""
+        """Raises `StoreError` for a file system that does not report them."""
         try:
             found = self._do(self.fs.ls, self._at(place), detail=True)
         except FileNotFoundError:
@@ -188,24 +190,24 @@ class RemoteHome:
         return {name: at for name, at in times.items() if at is not None}
 
     def stamps(self, place: str) -> dict[str, str]:
-        """A list of all objects, a thousand in each answer of S3, and nothing is fetched."""
+        """Lists all objects (1,000 per S3 response) and fetches none."""
         at = self._at(place)
         found: Any = self._do(self.fs.find, at, detail=True)
         return {str(path).partition(f"{at}/")[2]: _stamp(info) for path, info in found.items()}
 
     def move(self, place: str, target: str) -> None:
-        # The manifest leaves first: a folder that is half moved must not look complete.
+        # The manifest moves first: a half-moved folder must not look complete.
         for name in sorted(self.names(place), key=lambda name: name != MANIFEST):
             self._do(self.fs.mv, self._at(f"{place}/{name}"), self._at(f"{target}/{name}"))
 
     def remove(self, place: str) -> None:
         names = sorted(self.names(place), key=lambda name: name != MANIFEST)
-        for path in (*(f"{place}/{name}" for name in names), place):  # the last is there when it is a file
-            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+        for path in (*(f"{place}/{name}" for name in names), place):  # the last exists if `place` is a file
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
                 self._do(self.fs.rm_file, self._at(path))
 
     def use(self, place: str) -> None:
-        """Object stores keep no time of last use."""
+        """Does nothing: object stores keep no time of last use."""
 
     def unused_since(self, place: str) -> float:
         raise StoreError(
@@ -218,7 +220,7 @@ class RemoteHome:
         return 0.0
 
     def leftovers(self) -> Iterable[str]:
-        """Work in progress lies in the system's folder for temporary files."""
+        """Only heartbeat files: work in progress is in the system's folder for temporary files."""
         if self.names(USERS):
             seen = signs(self)
             yield from (f"{USERS}/{process}" for process in seen.last if seen.is_gone(process))
@@ -227,7 +229,7 @@ class RemoteHome:
         return f"{self.root}/{place}"
 
     def _file(self, place: str, name: str, sha256: str) -> str:
-        return self._at(f"{place}/{sha256[:16]}-{name.replace('/', '-')}")  # all in one folder, to be found by `names`
+        return self._at(f"{place}/{sha256[:16]}-{name.replace('/', '-')}")  # all in one folder: `names` finds them
 
     def _fetch(self, place: str, name: str, sha256: str, copy: Path) -> bool:
         path = self._file(place, name, sha256)
@@ -256,7 +258,7 @@ class RemoteHome:
             ) from error
 
     def _do(self, move: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """One move on the file system, retried while it fails for a reason that may pass."""
+        """Run one file-system operation, retried on transient failures; then raise `StoreError`."""
         self.fs.invalidate_cache()
         try:
             return _retried(functools.partial(move, *args, **kwargs))()
@@ -271,7 +273,7 @@ class RemoteHome:
 
 
 def modified_of(info: dict[str, Any]) -> float | None:
-    """Seconds since 1970 of an fsspec entry's last change; None when it does not say."""
+    """Return the modification time of an fsspec entry in seconds since 1970, or None if it has none."""
     value = next((info[name] for name in _TIMES if info.get(name) is not None), None)
     if isinstance(value, str):
         value = datetime.datetime.fromisoformat(value)

@@ -1,16 +1,16 @@
 """The upper triangle of a symmetric matrix as byte planes that compress well, and back, bit for bit.
 
-Of a floating-point number the exponent compresses, and of a Gram matrix's entry it is foretold by the diagonal, since
-|H_ij| ≤ √(H_ii H_jj): half the sum of the two diagonal exponents is taken away, and what is left is small and much the
-same for all. So an entry's word is
+The exponent is the compressible part of a floating-point number. In a Gram matrix the diagonal predicts it, since
+|H_ij| ≤ √(H_ii H_jj): once half the sum of the two diagonal exponents is subtracted, it is small and similar for all
+entries. The stored word of an entry is
 
     rotate(bits, 1) - ⌊(e_i + e_j) / 2⌋ · 2^shift        modulo 2^32 or 2^64
 
-with the sign moved behind the fraction, so that the exponent fills the leading bits. Bytes of equal significance then
-stand together, in one plane each. Loops compiled by Numba, because what is wanted is neither rows nor columns; other
-threads of Python run meanwhile.
+The rotation moves the sign behind the fraction, so that the exponent fills the leading bits. Bytes of equal
+significance then form one plane each. The loops are compiled by Numba, because they access neither whole rows nor whole
+columns; they release the GIL.
 
-Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, row by row, P bytes a number.
+Shapes: I inputs, N = I (I + 1) / 2 entries of the triangle, row by row, P bytes per number.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 
 from crosscal.compiled import compiled
 
-PANEL_ROWS = 16  # mirrored at once: a block and its transpose fit the cache
+PANEL_ROWS = 16  # side of the tiles that `_mirror` copies: a tile and its transpose fit into the cache
 ONE = np.uint64(1)
 WORDS = {4: np.uint32, 8: np.uint64}
 SHIFTS = {4: 24, 8: 53}
-"""Where the exponent begins in a rotated word: float32 has 8 bits of it, float64 has 11."""
+"""Lowest bit of the exponent in a rotated word: the exponent has 8 bits in float32, 11 in float64."""
 
 
 def pack_triangle(gram_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(planes_PN, exponent_I): the least significant plane first, and what the planes take for granted."""
+    """Return (planes_PN, exponent_I): byte planes, least significant first, and the diagonal's biased exponents."""
     inputs, size = len(gram_II), gram_II.itemsize
     words_II, shift = gram_II.view(WORDS[size]), SHIFTS[size]
     exponent_I = ((words_II.diagonal() << 1) >> shift).astype(np.uint16)
@@ -37,9 +37,9 @@ def pack_triangle(gram_II: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpack_triangle(planes_PN: np.ndarray, exponent_I: np.ndarray | None, inputs: int) -> np.ndarray:
-    """The full matrix, in the floating-point type of as many bytes as there are planes.
+    """Return the full matrix, in the floating-point type with as many bytes as there are planes.
 
-    Without exponents the planes are those of the numbers as they are: so the first version of the store wrote them.
+    Without exponents the planes contain the numbers' own bytes, as the first version of the store wrote them.
     """
     size = len(planes_PN)
     words_II = np.empty((inputs, inputs), WORDS[size])
@@ -53,7 +53,7 @@ def unpack_triangle(planes_PN: np.ndarray, exponent_I: np.ndarray | None, inputs
 
 @compiled
 def _pack(words_II, exponent_I, last, shift, planes_PN):
-    """`last`: the number of a word's last bit."""
+    """`last`: index of a word's highest bit."""
     position = 0
     for i in range(len(words_II)):
         later = len(words_II) - i

@@ -1,9 +1,9 @@
-"""What was read whole and found sound, and what the home said of its files then: it need not be read again each night.
+"""A journal of verified artifacts and the stamps of their files, so that unchanged ones are not read every night.
 
 refs/verified/…     a journal: artifact → digest of its files' names, sizes and stamps
 
-An object store's checksums change with the bytes. Where there are none a file's time is its stamp, which does not show
-what a disk lost by itself: there one artifact of SAMPLED_DAYS is read again each day, every one within that time.
+An object store's checksums change with the bytes. Without checksums the stamp is the modification time, which does not
+show silent corruption: there, 1 in SAMPLED_DAYS artifacts is read again each day, so that each is within that period.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from crosscal.store.refs import Refs
 
 SAMPLED_DAYS = 30
 TIME = "time"
-"""What a stamp begins with that is no checksum."""
+"""Prefix of a stamp that is not a checksum."""
 _KEPT_AT_ONCE = 256
 _DAY_SECONDS = 86400
 
 
 class Verified:
-    """The artifacts of a home, as they stand now, against what was verified earlier."""
+    """Compares the artifacts of a home, as they are at construction, with what was verified earlier."""
 
     def __init__(self, home: Home, refs: Refs) -> None:
         self._journal = Journal(refs, "verified")
@@ -37,14 +37,14 @@ class Verified:
         self._new: dict[str, dict[str, str]] = {}
 
     def holds(self, kind: str, key: str) -> bool:
-        """Whether an artifact was found sound, nothing says that it changed, and it is not its day to be read."""
+        """Return whether an artifact was verified, its stamps have not changed, and it is not due to be read today."""
         artifact = f"{kind}/{key}"
         is_sampled = any(stamp.startswith(TIME) for stamp in self._stamps[artifact].values())
         is_due = is_sampled and (int(key[:8], 16) - int(time.time() // _DAY_SECONDS)) % SAMPLED_DAYS == 0
         return not is_due and self._journal.items.get(artifact) == self._seen(artifact)
 
     def note(self, kind: str, key: str) -> None:
-        """An artifact was just found sound, in the state in which it was when this object was made."""
+        """Record that an artifact was just verified, with the stamps taken at construction."""
         artifact = f"{kind}/{key}"
         if self._journal.items.get(artifact) != self._seen(artifact):
             self._new[artifact] = self._seen(artifact)
@@ -52,7 +52,7 @@ class Verified:
             self.keep()
 
     def keep(self) -> None:
-        """Write down what was noted. A store that cannot be written is verified all the same, and again next time."""
+        """Write what was recorded. If the store cannot be written, the next verification reads the artifacts again."""
         new, self._new = self._new, {}
         if new:
             with contextlib.suppress(StoreError, OSError):
