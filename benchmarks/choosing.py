@@ -37,7 +37,7 @@ from crosscal.selection.choosing import KIND
 from crosscal.selection.chosen import read_chosen
 from crosscal.selection.distinct import distinct
 from crosscal.selection.near_duplicates import jaccard, shingles
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.store import Store
 
 DOMAINS = ("biomedical", "legal")
@@ -143,9 +143,9 @@ def duplicates(testbed: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         store, texts = Store(Path(folder) / "home"), [*originals, *copies.values()]
         corpus = ingest(store, "pool", [write_texts(Path(folder) / "pool", texts)], split="train").corpus
-        pool = Texts(store, parts_of([corpus], "train"))
+        pool = DocumentTexts(store, parts_of([corpus], "train"))
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        walk = distinct(pool, range(len(pool)), len(pool), Texts(store, []), 0.8, silent)
+        walk = distinct(pool, range(len(pool)), len(pool), DocumentTexts(store, []), 0.8, silent)
         seconds = time.process_time() - started
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         kept = {pool.digest(position) for position in walk.chosen}

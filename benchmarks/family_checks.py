@@ -35,7 +35,7 @@ from crosscal.report.rows import LayerRow
 from crosscal.stages.compress import compress_block, layer_rows, publish_variants
 from crosscal.stages.left_dense import left_dense
 from crosscal.store import Store
-from tests.helpers.tiny_run import collect, sample, variant, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, variant
 
 LARGE = 16
 """A parameter is a matrix when two of its dimensions exceed this."""
@@ -114,29 +114,29 @@ def examine(family: str, size: str, folder: Path, tokens: tuple[int, int] = (6, 
     found = Findings(family, size)
     try:
         source = ModelSource.open(folder)
-        shop = _shop(source, folder.parent, tokens)
+        context = _shop(source, folder.parent, tokens)
     except CrosscalError as error:
         found.refused_by_check = found.refused_by_run = str(error)
         return found
     found.architecture = (source.config.architectures or ("",))[0]
     try:
-        found.leave_dense = _checked(source, shop)
+        found.leave_dense = _checked(source, context)
     except CrosscalError as error:
         found.refused_by_check = str(error)
     variants = [dataclasses.replace(each, leave_dense=tuple(found.leave_dense)) for each in (PRUNED, QUANTIZED)]
     try:
-        for each in shop.samples.values():
-            collect(shop.cached, source, each.sets)
+        for each in context.samples.values():
+            collect(context.cached, source, each.sets)
         for block in range(source.blocks):
-            compress_block(shop, block, variants)
-        pruned, packed = publish_variants(shop, variants)
+            compress_block(context, block, variants)
+        pruned, packed = publish_variants(context, variants)
     except CrosscalError as error:
         found.refused_by_run = str(error)
         return found
     found.copied = source.uncalibrated
     found.dtype = "F32" if source.dtype == torch.float32 else "BF16"
-    rows = layer_rows(shop, variants)
-    _account(found, source, pruned, [row for row in rows if row.variant == PRUNED.name], shop)
+    rows = layer_rows(context, variants)
+    _account(found, source, pruned, [row for row in rows if row.variant == PRUNED.name], context)
     _compare_files(found, folder, pruned)
     _load_all(found.loads, pruned, folder)
     _load_all(found.packed_loads, packed, folder)
@@ -148,23 +148,23 @@ def examine(family: str, size: str, folder: Path, tokens: tuple[int, int] = (6, 
     return found
 
 
-def _checked(source: ModelSource, shop: Any) -> list[str]:
+def _checked(source: ModelSource, context: Any) -> list[str]:
     """The patterns of `leave_dense` that the check asks for, with which it then has to pass."""
     try:
-        left_dense(source, shop.cached)
+        left_dense(source, context.cached)
         return []
     except UnsupportedModel as error:
         asked = re.search(r"leave_dense: (\[.*?\])", error.do)
         if asked is None:
             raise
     patterns = json.loads(asked[1])
-    left_dense(source, shop.cached, patterns)
+    left_dense(source, context.cached, patterns)
     return patterns
 
 
 def _shop(source: ModelSource, folder: Path, tokens: tuple[int, int]) -> Any:
     store = Store(folder / "home")
-    return workshop(folder / "run", store, source, sample(store, "general", _windows(WINDOWS + 2, 1, tokens)))
+    return run_context(folder / "run", store, source, sample(store, "general", _windows(WINDOWS + 2, 1, tokens)))
 
 
 def _windows(count: int, seed: int, tokens: tuple[int, int]) -> Tensor:
@@ -206,13 +206,13 @@ class Products(TorchDispatchMode):
             self.tokens[key] = self.tokens.get(key, 0) + len(rows_TI)
 
 
-def _account(found: Findings, source: ModelSource, pruned: Path, rows: Sequence[LayerRow], shop: Any) -> None:
+def _account(found: Findings, source: ModelSource, pruned: Path, rows: Sequence[LayerRow], context: Any) -> None:
     """Every matrix of every block has a row; the loss of each is that of the written weights on plain inputs."""
     kind = type(source.weights.model)
     for dtype in (torch.float64, torch.float32):  # some code of transformers computes in float32 in any case
         found.unaccounted, found.reference = [], str(dtype).removeprefix("torch.")
         with contextlib.suppress(RuntimeError):
-            _reference(found, kind, dtype, source, pruned, rows, shop)
+            _reference(found, kind, dtype, source, pruned, rows, context)
             if not found.unaccounted and found.worst_loss is not None and found.worst_loss <= DAMAGE:
                 return
 
@@ -224,14 +224,14 @@ def _reference(
     source: ModelSource,
     pruned: Path,
     rows: Sequence[LayerRow],
-    shop: Any,
+    context: Any,
 ) -> None:
     before, after = (_plain(kind, folder, dtype) for folder in (source.path, pruned))
     prefix = f"{find_blocks(before)[0]}."
     parameters = {name: tensor for name, tensor in before.named_parameters() if name.startswith(prefix)}
     changed = dict(after.named_parameters())
-    (drawn,) = shop.samples.values()
-    tokens_SL = torch.cat([_stored(shop, key) for key in (part.key for part in drawn.calibration.parts)])
+    (drawn,) = context.samples.values()
+    tokens_SL = torch.cat([_stored(context, key) for key in (part.key for part in drawn.calibration.parts)])
     with torch.no_grad(), Products(parameters) as seen:
         before(input_ids=tokens_SL, use_cache=False)
     due = {row.layer: row for row in rows}
@@ -290,10 +290,10 @@ def _inside(name: str, prefix: str) -> str:
     return name.removeprefix(prefix).partition(".")[2]
 
 
-def _stored(shop: Any, key: str) -> Tensor:
+def _stored(context: Any, key: str) -> Tensor:
     from crosscal.calibration.sets import windows_by_key
 
-    return windows_by_key(shop.cached.store, key)
+    return windows_by_key(context.cached.store, key)
 
 
 def _plain(kind: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

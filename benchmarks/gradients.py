@@ -29,7 +29,7 @@ from crosscal.plan import parse_plan
 from crosscal.progress import silent
 from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages.gradients import CachedGradients, collect_gradients
-from crosscal.stages.moments import DENSE, Cached, collect_moments
+from crosscal.stages.moments import DENSE, CachedMoments, collect_moments
 from crosscal.store import Store, digest_of
 
 DOMAINS = ("biomedical", "legal")
@@ -64,7 +64,7 @@ def costs(testbed: Path) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as home:
             store, tokens_SL = Store(home), random_tokens(source, repeat)
             stored_windows(store, {"repeat": repeat}, lambda tokens_SL=tokens_SL: tokens_SL)
-            cached, sets = Cached(store, source.digest, DENSE, "float32"), [digest_of({"repeat": repeat})]
+            cached, sets = CachedMoments(store, source.digest, DENSE, "float32"), [digest_of({"repeat": repeat})]
             for kind, collect in (
                 ("moments", partial(collect_moments, cached)),
                 ("gradients", partial(collect_gradients, CachedGradients(cached))),

@@ -16,7 +16,7 @@ import torch
 from records import load_average, median_record, record, write
 
 from crosscal.compressors.numba_panel import fix_panel_numba
-from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
+from crosscal.compressors.panel import FixedPanel, NMPattern, Panel, Rounding, fix_panel_torch
 
 COLUMNS, ROWS, CALLS = 128, 2816, 5
 
@@ -28,7 +28,7 @@ def panels() -> dict[str, Panel]:
     root_C = upper_CC.diagonal().reciprocal()
     drop_CR = (torch.rand(COLUMNS, ROWS) < 0.5).float()
     grid = Rounding(0.1 + torch.rand(COLUMNS, ROWS), torch.full((ROWS,), 4.0), torch.bfloat16)
-    everything = [Pattern(slice(0, ROWS), 2, 4)]
+    everything = [NMPattern(slice(0, ROWS), 2, 4)]
     return {
         "prune 50 %": Panel(weight_CR, upper_CC, root_C, root_C, drop_CR),
         "prune 2:4": Panel(weight_CR, upper_CC, root_C, root_C, torch.zeros_like(drop_CR), everything),

@@ -127,14 +127,14 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
         ]
         mixture = {corpus: 1 / len(names) for corpus in names}
         sweep = {"method": "sparsegpt", "sparsity": SPARSITIES[: setting.variants], "mixture": mixture}
-        ticket = ticket_of(str(folder / "model"), names, [sweep], drawn, folder)
+        spec = ticket_of(str(folder / "model"), names, [sweep], drawn, folder)
         with Peak() as peak:
             started = time.perf_counter()
-            list(read_model(None, ticket))
+            list(read_model(None, spec))
             read = time.perf_counter()
-            solve_blocks(None, ticket)
+            solve_blocks(None, spec)
             solved = time.perf_counter()
-        publish_models.fn(ticket)
+        publish_models.fn(spec)
         return {
             "moments": read - started,
             "solve": solved - read,

@@ -16,7 +16,7 @@ from typing import Any
 
 from records import record, write
 
-from crosscal.evaluation.mcnemar import Change
+from crosscal.evaluation.mcnemar import AnswerChange
 from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
 from crosscal.report.rows import ResultRow, read_rows
@@ -48,7 +48,7 @@ def rows_of(results: list[ResultRow], name: str, questions: int) -> list[dict[st
         case = f"{name}, {level}"
         rows.append(record(case, f"{task} accuracy", 100 * row.value, "%", error))
         if row.lost is not None and row.won is not None and row.p is not None:
-            found = Change(questions, row.lost, row.won)
+            found = AnswerChange(questions, row.lost, row.won)
             rows.append(record(case, f"{task} against dense", found.points, "points"))
             rows.append(record(case, f"{task} lost", row.lost, "questions"))
             rows.append(record(case, f"{task} won", row.won, "questions"))

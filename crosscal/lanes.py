@@ -142,7 +142,7 @@ def _glibc(function: str, *arguments: int) -> None:
         found(*arguments)
 
 
-class Behind:
+class WriteBehind:
     """A background thread that runs one job at a time; submitting a job waits for the previous one."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Behind:
         if self._last is not None:
             self._last.result()
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> WriteBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -167,7 +167,7 @@ class Behind:
                 self._wait()
 
 
-class Turns:
+class OrderedTurns:
     """Orders critical sections of lanes by job number 0, 1, 2, …, so that a sum does not depend on the lanes."""
 
     def __init__(self) -> None:

@@ -147,7 +147,7 @@ def samples_needed(plan: CompressionPlan, found: Sequence[Variant] | None = None
 
 def _expand(plan: CompressionPlan, entry: Compress, where: str) -> Iterator[Variant]:
     parts = entry.steps or [{"method": entry.method, **(entry.model_extra or {})}]
-    with _said_of(where):
+    with _error_context(where):
         contexts = list(asked_mixtures(plan, entry.model_dump(), where))
     recipes = [list(_recipes(plan, parts, domain, where, has_steps=entry.steps is not None)) for domain, _ in contexts]
     for same in zip(*recipes, strict=True):  # one setting on all mixtures before the next setting
@@ -172,7 +172,7 @@ def _of_recipe(
     if "dense" in entry.upstream and takes_two_streams(step.step for step in recipe):
         pairing = next(step.method for step in recipe if takes_two_streams([step.step]))
         raise PlanError(
-            f"{pairing} corrects what compressed blocks change, which nothing does with a dense upstream",
+            f"{pairing} corrects errors of compressed blocks, and a dense upstream has none",
             where=where,
             got=f"upstream {', '.join(entry.upstream)}",
             do="Set `upstream: sequential`.",
@@ -184,7 +184,7 @@ def _of_recipe(
     search = seen if isinstance(seen, Search) else None
     if search and "sequential" in upstreams:
         raise PlanError(
-            "`auto` compares mixtures by layer losses on the dense model's inputs, which sequential ones are not",
+            "`auto` compares layer losses on the dense model's inputs, and a sequential upstream has other inputs",
             where=where,
             got=f"upstream {', '.join(upstreams)}",
             do="Find the mixture with `upstream: dense`, and give its weights to a sequential entry.",
@@ -210,7 +210,7 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
         if missing:
             example = f"{missing[0]}: {example_of(method, missing[0])}"
             raise PlanError(f"{method} needs `{missing[0]}`", where=where, do=f"Add `{example}`.")
-        with _said_of(where):
+        with _error_context(where):
             mixtures = list(own_mixtures(plan, part, domain, where))
             settings_list = list(combinations(method, axes))
             for settings in settings_list:
@@ -221,13 +221,13 @@ def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None,
 
 def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
     """Raise `PlanError` for a wrong order of steps, or a first step that has nothing to work on."""
-    with _said_of(where):
+    with _error_context(where):
         check_allocator([(step.method, step.step) for step in recipe])
         check_order([(step.method, step.step) for step in recipe])
     first = next(step.method for step in recipe if COMPRESSORS[step.method].kind != ALLOCATE)
     if COMPRESSORS[first].kind not in BEGIN:
         raise PlanError(
-            f"{first} works on what an earlier step made",
+            f"{first} refines the result of an earlier step",
             where=where,
             got="it comes first",
             do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
@@ -235,7 +235,7 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
 
 
 @contextmanager
-def _said_of(where: str) -> Iterator[None]:
+def _error_context(where: str) -> Iterator[None]:
     """Re-raise the error of a refused setting or mixture with its location in the plan."""
     try:
         yield

@@ -36,9 +36,9 @@ def is_cancelled(run_id: str) -> bool:
 
 def note_cancelled(ledger: Ledger, client: SyncPrefectClient) -> None:
     """Record in the ledger which pending versions had their run cancelled, while running or while still queued."""
-    picture = ledger.look()
-    idle = [d for d in picture.domains() if picture.pending(d) and ledger.living(picture.last_run(d)) is None]
-    asked = {domain: datetime.datetime.fromisoformat(picture.items[f"request/{domain}"]["at"]) for domain in idle}
+    view = ledger.look()
+    idle = [d for d in view.domains() if view.pending(d) and ledger.living(view.last_run(d)) is None]
+    asked = {domain: datetime.datetime.fromisoformat(view.items[f"request/{domain}"]["at"]) for domain in idle}
     if not asked:
         return
     since = FlowRunFilterEndTime(after_=min(asked.values()))  # pyright: ignore[reportArgumentType]

@@ -33,11 +33,11 @@ def notice_changes(
     settle_seconds: float = 0.0,
 ) -> dict[str, str]:
     """Request a run of each domain (default: all) whose plan or model changed; return domain → what changed."""
-    picture, found = ledger.look(), {}
+    view, found = ledger.look(), {}
     by = " ".join((plan.name, *overrides))
-    for domain in picture.domains() if domains is None else domains:
-        version, key = picture.requested(domain), f"made/{domain}/{digest_of(by)[:16]}"
-        before = picture.items.get(key)
+    for domain in view.domains() if domains is None else domains:
+        version, key = view.requested(domain), f"made/{domain}/{digest_of(by)[:16]}"
+        before = view.items.get(key)
         if version is None or (before is not None and before["look"] == _look(plan, before["folder"])):
             continue
         written, folder = _written(plan, overrides, domain)
@@ -46,7 +46,7 @@ def notice_changes(
         look = _look(plan, folder)  # before the files are read: a change in between is noticed next time
         model = None if folder is None else _digest(ledger, Path(folder))
         now = {"by": by, "plan": written, "model": model, "folder": folder, "look": look}
-        is_first = not any(kind == "made" for kind, _ in picture.keys(domain))
+        is_first = not any(kind == "made" for kind, _ in view.keys(domain))
         if changed := _difference(before, now, is_first):
             found[domain] = changed
             ledger.request(domain, version, anew=changed, seen={key: now})

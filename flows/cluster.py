@@ -75,7 +75,7 @@ def on_workers(runner: TaskRunner, task: Task[P, R], calls: Iterable[Mapping[str
             future.wrapped_future.cancel()
         if isinstance(error, KilledWorker):
             raise CrosscalError(
-                f"workers die of this task, {error.allowed_failures + 1} so far",
+                f"this task killed its worker {error.allowed_failures + 1} times",
                 where=task.name,
                 do="Look at the workers' logs: a machine short of memory kills them. What is done is kept.",
             ) from error

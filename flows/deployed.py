@@ -39,7 +39,7 @@ def queue_limits(gpus: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Thing:
+class DeployedObject:
     """One wanted thing with its fields, and `put`, which creates or updates it on the server."""
 
     name: str
@@ -48,7 +48,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Difference:
+class FieldDifference:
     """A field (empty: the whole thing) whose deployed and wanted values differ."""
 
     thing: str
@@ -61,16 +61,16 @@ class Difference:
         return TypeAdapter(Any).dump_python(asdict(self), mode="json")
 
 
-def differences(standing: Things, wanted: Sequence[Thing]) -> Iterator[Difference]:
+def differences(standing: Things, wanted: Sequence[DeployedObject]) -> Iterator[FieldDifference]:
     """Yield every field that differs; a thing that exists on one side only differs as a whole."""
     fields = {thing.name: thing.fields for thing in wanted}
     for name in sorted({*standing, *fields}):
         if name not in standing or name not in fields:
-            yield Difference(name, "", "yes" if name in standing else "no", "yes" if name in fields else "no")
+            yield FieldDifference(name, "", "yes" if name in standing else "no", "yes" if name in fields else "no")
             continue
         for field, value in fields[name].items():
             if standing[name].get(field) != value:
-                yield Difference(name, field, standing[name].get(field), value)
+                yield FieldDifference(name, field, standing[name].get(field), value)
 
 
 def deployed(client: SyncPrefectClient) -> Things:

@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from crosscal.errors import CrosscalError, PlanError
 from crosscal.flows import deployments, notifications
-from crosscal.flows.deployed import Difference, Thing, Things, deployed, differences
+from crosscal.flows.deployed import DeployedObject, FieldDifference, Things, deployed, differences
 from crosscal.flows.health import server_needed
 from crosscal.flows.workers import worker_commands
 from crosscal.plan import load_plan
@@ -32,7 +32,7 @@ def check_plans(service: ServiceConfig) -> None:
         variants(load_plan(ROOT / plan, domain=domain))
 
 
-def compare(service: ServiceConfig) -> list[Difference]:
+def compare(service: ServiceConfig) -> list[FieldDifference]:
     """Return how the server differs from the service file, without changing anything."""
     want = _wanted(service)
     with get_client(sync_client=True) as client:
@@ -77,7 +77,7 @@ def deploy(service: ServiceConfig) -> dict[str, Any]:
     }
 
 
-def _wanted(service: ServiceConfig) -> list[Thing]:
+def _wanted(service: ServiceConfig) -> list[DeployedObject]:
     check_plans(service)
     server_needed("`crosscal deploy`")
     return [*deployments.wanted(service), *notifications.wanted(service)]

@@ -22,7 +22,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from crosscal.errors import CrosscalError
-from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, Thing, essence, queue_limits, schema
+from crosscal.flows.deployed import COMPRESS, NOBODY, POOL, SAME, SERVICE, DeployedObject, essence, queue_limits, schema
 from crosscal.flows.housekeeping import housekeeping
 from crosscal.flows.recompress import recompress
 from crosscal.flows.watch import watch
@@ -96,14 +96,14 @@ def deployments(service: ServiceConfig) -> list[RunnerDeployment]:
     ]
 
 
-def wanted(service: ServiceConfig) -> Iterator[Thing]:
+def wanted(service: ServiceConfig) -> Iterator[DeployedObject]:
     """Yield each wanted thing with its fields and the function that creates or updates it."""
-    yield Thing(f"pool {POOL}", {"type": "process", "is_paused": False}, _put_pool)
+    yield DeployedObject(f"pool {POOL}", {"type": "process", "is_paused": False}, _put_pool)
     for name, limit in queue_limits(service.gpus).items():
         fields = {"concurrency_limit": limit, "is_paused": False}
-        yield Thing(f"queue {name}", fields, partial(_put_queue, name=name, limit=limit))
+        yield DeployedObject(f"queue {name}", fields, partial(_put_queue, name=name, limit=limit))
     for each in deployments(service):
-        yield Thing(f"deployment {each.full_name}", _fields(each), partial(_put_deployment, runner=each))
+        yield DeployedObject(f"deployment {each.full_name}", _fields(each), partial(_put_deployment, runner=each))
 
 
 def _deployment(flow: Flow[..., Any], name: str, description: str, **more: Any) -> RunnerDeployment:

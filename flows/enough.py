@@ -9,21 +9,21 @@ from crosscal.flows.quiet import quiet_libraries
 from crosscal.plan import CompressionPlan
 from crosscal.tasks.corpora import draw_sample, ingest_corpus
 from crosscal.tasks.model import identify
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.tasks.sufficiency import measure_sufficiency
-from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
 
 def measure_enough(plan: CompressionPlan, home: str) -> list[dict[str, Any]]:
     """Return the sufficiency curve of every corpus that the plan calibrates on, for its first draw."""
     quiet_libraries()
-    ticket = Ticket(plan.model_dump(mode="json"), home)
-    known = identify(ticket)
-    ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
+    spec = RunSpec(plan.model_dump(mode="json"), home)
+    known = identify(spec)
+    spec = dataclasses.replace(spec, model=known["model"], device=known["device"], dtype=known["dtype"])
     asked = samples_needed(plan) or [(name, plan.seeds[0]) for name in plan.corpora]
     needed: dict[str, int] = {}
     for name, seed in asked:
         needed.setdefault(name, seed)
-    stored = {name: ingest_corpus.fn(ticket, name)["stored"] for name in plan.document_corpora if name in needed}
-    samples = [draw_sample.fn(ticket, name, stored.get(name, name), seed) for name, seed in needed.items()]
-    return measure_sufficiency.fn(dataclasses.replace(ticket, samples=samples))
+    stored = {name: ingest_corpus.fn(spec, name)["stored"] for name in plan.document_corpora if name in needed}
+    samples = [draw_sample.fn(spec, name, stored.get(name, name), seed) for name, seed in needed.items()]
+    return measure_sufficiency.fn(dataclasses.replace(spec, samples=samples))

@@ -18,10 +18,10 @@ from crosscal.stages.evaluate import measure
 from crosscal.stages.preflight import block_shapes
 from crosscal.tasks.corpora import bring_in
 from crosscal.tasks.evaluating_memory import unanswerable
-from crosscal.tasks.evaluation import examination_of
+from crosscal.tasks.evaluation import evaluation_set_of
 from crosscal.tasks.model import identify
 from crosscal.tasks.results import result_row
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import variants
 
 GIVEN = "given"
@@ -38,28 +38,28 @@ def evaluate_model(model: Path, plan: CompressionPlan, home: str) -> list[dict[s
     quiet_libraries()
     if not (model / "config.json").is_file():
         raise ModelError("this is not a model directory", where=str(model), got="no config.json")
-    ticket = Ticket(plan.model_dump(mode="json"), home)
-    known = identify(ticket)
-    ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-    if tokenizer_digest(model) != tokenizer_digest(ticket.source().path):
+    spec = RunSpec(plan.model_dump(mode="json"), home)
+    known = identify(spec)
+    spec = dataclasses.replace(spec, model=known["model"], device=known["device"], dtype=known["dtype"])
+    if tokenizer_digest(model) != tokenizer_digest(spec.source().path):
         raise UsageError(
             "the model's tokenizer is not that of the plan's model",
             where=str(model),
             do=f"Measure it on windows of its own: --set model={model.absolute()}.",
         )
-    for error in unanswerable(plan, ticket.source(), block_shapes(ticket.source(), ticket.cached)):
+    for error in unanswerable(plan, spec.source(), block_shapes(spec.source(), spec.cached)):
         raise error
     needed = list(dict.fromkeys([*plan.perplexity_corpora, *continued_corpora(plan.evaluate.tasks)]))
-    found = bring_in(ticket, lambda task, *given: task.fn(*given), needed)
+    found = bring_in(spec, lambda task, *given: task.fn(*given), needed)
     stored = {name: corpus["stored"] for name, corpus in found.items()}
     with reporting() as report:
-        found = measure(examination_of(ticket, stored, report), model, name=model.name, report=report)
-    return [dataclasses.asdict(_row(ticket, plan, model, measurement)) for measurement in found]
+        found = measure(evaluation_set_of(spec, stored, report), model, name=model.name, report=report)
+    return [dataclasses.asdict(_row(spec, plan, model, measurement)) for measurement in found]
 
 
-def _row(ticket: Ticket, plan: CompressionPlan, model: Path, found: Measurement) -> ResultRow:
+def _row(spec: RunSpec, plan: CompressionPlan, model: Path, found: Measurement) -> ResultRow:
     variant = next((variant for variant in variants(plan) if variant.name == model.absolute().name), None)
-    row = result_row(ticket, variant, found)
+    row = result_row(spec, variant, found)
     if variant is not None or model.resolve() == Path(plan.model).resolve():
         return row
     return dataclasses.replace(row, variant=model.absolute().name, method=GIVEN, upstream=GIVEN)

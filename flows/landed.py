@@ -27,10 +27,10 @@ from crosscal.landing import Ledger, Run
 from crosscal.landing.status import check_known, reason_of, why_nothing
 from crosscal.plan import CompressionPlan, load_plan
 from crosscal.store import Store
-from crosscal.tasks.announce import GIVEN_UP, KEPT, PUBLISHED, tell
+from crosscal.tasks.announce import GIVEN_UP, KEPT, PUBLISHED, emit
 from crosscal.tasks.options import TRANSIENT, chain
 from crosscal.tasks.publication import decide_publication
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 
 REASON_CHARACTERS = 1000
 AGAIN = "asked for again"
@@ -65,11 +65,11 @@ def _telling_of_giving_up(ledger: Ledger, domain: str) -> Iterator[None]:
     try:
         yield
     finally:
-        picture = ledger.look()
-        version, last = picture.given_up(domain), picture.last_run(domain)
+        view = ledger.look()
+        version, last = view.given_up(domain), view.last_run(domain)
         if version is not None and version != before and last is not None:
             facts = {"domain": domain, "version": version, "reason": reason_of(last)}
-            tell(GIVEN_UP, f"crosscal.domain.{domain}", facts)
+            emit(GIVEN_UP, f"crosscal.domain.{domain}", facts)
 
 
 def _carry_out(
@@ -95,12 +95,12 @@ def _carry_out(
         raise
     except BaseException:
         is_over = is_cancelled(run.run_id)
-        _close(ledger, run, "cancelled" if is_over else "abandoned", "by a person" if is_over else "interrupted")
+        _close(ledger, run, "cancelled" if is_over else "abandoned", "by a user" if is_over else "interrupted")
         raise
     message = _summary(run.domain, used, record, decision)
     _log().info(message)
     event = PUBLISHED if decision["outcome"] == "published" else KEPT
-    tell(event, f"crosscal.model.{run.domain}", {"domain": run.domain, "version": used, **facts})
+    emit(event, f"crosscal.model.{run.domain}", {"domain": run.domain, "version": used, **facts})
     return {"version": used, "message": message, "run_dir": record["run_dir"], **decision, "record": record}
 
 
@@ -123,10 +123,10 @@ def _decide(plan: CompressionPlan, home: str, record: dict[str, Any], run: Run) 
     if plan.publish is None:
         return {"outcome": "kept", "reason": "the plan has no section `publish`"}
     known = {name: record[name] for name in ("model", "device", "dtype", "run_dir")}
-    ticket = Ticket(plan.model_dump(mode="json"), home, versions=versions_of(record["corpora"]), **known)
+    spec = RunSpec(plan.model_dump(mode="json"), home, versions=versions_of(record["corpora"]), **known)
     stored = {name: corpus["stored"] for name, corpus in record["corpora"].items()}
     used = record["corpora"][run.domain]["landed"]
-    return step(decide_publication, ticket, stored, run.domain, used, run.run_id, run.request.get("at"))
+    return step(decide_publication, spec, stored, run.domain, used, run.run_id, run.request.get("at"))
 
 
 def _summary(domain: str, version: int, record: dict[str, Any], decision: dict[str, Any]) -> str:

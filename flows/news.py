@@ -19,7 +19,7 @@ from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
 from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.evaluation import cutting_of
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 
 
 class NothingNew(Exception):
@@ -41,16 +41,16 @@ class News:
     inputs: str | None = None
     """Digest of everything that determines the models, once it is known."""
 
-    def check(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
+    def check(self, spec: RunSpec, stored: Mapping[str, str]) -> None:
         """Raise `NothingNew` for unchanged inputs, `TooLittleText` when a corpus has too little held-out text."""
-        self.inputs = inputs_of(ticket)
+        self.inputs = inputs_of(spec)
         last = self._last()
-        version = ticket.versions.get(self.domain)
+        version = spec.versions.get(self.domain)
         if last is not None and last["inputs"] == self.inputs and not self.is_asked:
-            reason = f"no window of training text is new since v{last['version']}; what has landed waits for more"
+            reason = f"no new training window since v{last['version']}; the landed text does not fill one yet"
             raise NothingNew(reason, version, self.inputs)
         if last is None:
-            self._check_text(ticket, stored)
+            self._check_text(spec, stored)
 
     def explained(self, error: NothingNew | TooLittleText) -> NothingNew:
         """Return too little text of the domain as `NothingNew`; of another corpus it is a failure and raised again."""
@@ -73,23 +73,23 @@ class News:
                 return {"version": run.version, "inputs": run.states[-1]["inputs"]}
         return None
 
-    def _check_text(self, ticket: Ticket, stored: Mapping[str, str]) -> None:
+    def _check_text(self, spec: RunSpec, stored: Mapping[str, str]) -> None:
         """Require one test window to report and two validation windows to decide.
 
         Checked before the first run only, since held-out text only grows.
         """
-        plan = ticket.parsed
+        plan = spec.parsed
         needed = [(self.domain, TEST, 1)] if self.domain in plan.perplexity_corpora else []
         needed += [(name, VALIDATION, 2) for name in (plan.publish.corpora if plan.publish else ())]
         for name, split, least in needed:
-            corpus = corpus_of(ticket, name, stored[name])
-            found = len(windows_for(ticket.store, corpus, split, ticket.source(), cutting_of(plan)))
+            corpus = corpus_of(spec, name, stored[name])
+            found = len(windows_for(spec.store, corpus, split, spec.source(), cutting_of(plan)))
             if found < least:
                 do = "Give it more validation documents."
                 raise TooLittleText(f"too little {split} text to decide by", where=name, got=f"{found} window", do=do)
 
 
-def inputs_of(ticket: Ticket) -> str:
+def inputs_of(spec: RunSpec) -> str:
     """Return the digest of plan, model, dtype and training windows: all that determines a run's models."""
-    windows = [(sample.corpus, sample.seed, sample.calibration.key) for sample in ticket.sampled]
-    return digest_of([ticket.plan, ticket.model, ticket.dtype, windows])
+    windows = [(sample.corpus, sample.seed, sample.calibration.key) for sample in spec.sampled]
+    return digest_of([spec.plan, spec.model, spec.dtype, windows])

@@ -25,13 +25,13 @@ from prefect.types import SecretDict
 from pydantic import SecretStr
 
 from crosscal.errors import UsageError
-from crosscal.flows.deployed import NOBODY, OURS, Thing, Things, essence
+from crosscal.flows.deployed import NOBODY, OURS, DeployedObject, Things, essence
 from crosscal.service import Notify, ServiceConfig
 from crosscal.tasks.announce import FILE_REFUSED, GIVEN_UP, KEPT, PUBLISHED
 
 NOTIFY = f"{OURS}notify-"
 MADE = ("automation ", "block ")
-"""Prefixes of the names of notification things (see `deployed.Thing`)."""
+"""Prefixes of the names of notification things (see `deployed.DeployedObject`)."""
 HOURLY = datetime.timedelta(hours=1)
 
 
@@ -78,17 +78,19 @@ def _webhook(secret: str) -> NotificationBlock:
 BLOCKS: dict[str, Callable[[str], NotificationBlock]] = {"slack": _chat, "email": _chat, "webhook": _webhook}
 
 
-def wanted(service: ServiceConfig) -> Iterator[Thing]:
+def wanted(service: ServiceConfig) -> Iterator[DeployedObject]:
     """Yield the blocks and automations that the service file asks for. Raises `UsageError` for a missing secret."""
     for channel in service.notify:
         block = channel.block
         if block is None:
             block, made = _block(channel)
             save = partial(_save, block=made, name=block.partition("/")[2])
-            yield Thing(f"block {block}", _hidden(_stored(made)), save)
+            yield DeployedObject(f"block {block}", _hidden(_stored(made)), save)
         for automation in _automations(channel, block):
             fields = essence(automation, {NOBODY: block})
-            yield Thing(f"automation {automation.name}", fields, partial(_put, automation=automation, block=block))
+            yield DeployedObject(
+                f"automation {automation.name}", fields, partial(_put, automation=automation, block=block)
+            )
 
 
 def standing(client: SyncPrefectClient) -> Things:

@@ -43,8 +43,8 @@ from crosscal.tasks.model import (
 )
 from crosscal.tasks.race import leave_race, models_to_make, race_model, standing
 from crosscal.tasks.results import after_reading, describe_samples, make_report, write_results
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.tasks.sufficiency import measure_sufficiency
-from crosscal.tasks.ticket import Ticket
 from crosscal.variants import samples_needed
 
 NO_LOSSES = "layer losses were not measured: no method of this plan needs H, so it was not summed"
@@ -54,10 +54,10 @@ OF_DENSE_OUTPUTS = (
 
 
 @dataclass(frozen=True)
-class Begun:
+class PreparedRun:
     """A run after ingest: model and corpora are known, independent of the variants made from them."""
 
-    ticket: Ticket
+    spec: RunSpec
     corpora: dict[str, Any]
     notes: list[str]
 
@@ -72,13 +72,13 @@ def carry_out(
     home: str,
     out: str | None,
     mark: Callable[[str], None] = lambda state: None,
-    check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
+    check: Callable[[RunSpec, Mapping[str, str]], None] = lambda spec, stored: None,
 ) -> dict[str, Any]:
     """Run all steps of a plan; return the record. Inside a Prefect flow run, each step is shown as a task run.
 
     `mark` is called with "recompressed" once the models exist and "evaluated" once they are measured. `check` is called
-    after sampling, before the calibration pass, with the ticket and corpus → its name in the store; it may end the run
-    by raising.
+    after sampling, before the calibration pass, with the run spec and corpus → its name in the store; it may end the
+    run by raising.
     """
     watch = Stopwatch()
     with watch.stage("ingest"):
@@ -91,56 +91,56 @@ def carry_out(
     return record
 
 
-def begin(plan: CompressionPlan, home: str) -> Begun:
+def begin(plan: CompressionPlan, home: str) -> PreparedRun:
     """Identify the model and ingest the corpora of a plan."""
-    ticket = Ticket(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
-    known = step(identify_model, ticket)
-    ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-    corpora = bring_in(ticket, step)
-    return Begun(dataclasses.replace(ticket, versions=versions_of(corpora)), corpora, known["notes"])
+    spec = RunSpec(plan.model_dump(mode="json"), home if "://" in home else str(Path(home).absolute()))
+    known = step(identify_model, spec)
+    spec = dataclasses.replace(spec, model=known["model"], device=known["device"], dtype=known["dtype"])
+    corpora = bring_in(spec, step)
+    return PreparedRun(dataclasses.replace(spec, versions=versions_of(corpora)), corpora, known["notes"])
 
 
 def make_and_measure(
-    begun: Begun,
+    begun: PreparedRun,
     out: str | None,
     watch: Stopwatch,
     mark: Callable[[str], None] = lambda state: None,
-    check: Callable[[Ticket, Mapping[str, str]], None] = lambda ticket, stored: None,
+    check: Callable[[RunSpec, Mapping[str, str]], None] = lambda spec, stored: None,
 ) -> dict[str, Any]:
     """Run the steps from sampling to measured models, that is, `carry_out` after ingest and without the report."""
-    ticket, stored, plan = begun.ticket, begun.stored, begun.ticket.parsed
+    spec, stored, plan = begun.spec, begun.stored, begun.spec.parsed
     with watch.stage("sample"):
-        needed = samples_needed(plan, ticket.variants())
-        samples = [step(draw_sample, ticket, name, stored.get(name, name), seed) for name, seed in needed]
-        ticket = dataclasses.replace(ticket, samples=samples)
-        check(ticket, stored)
-        run_dir = open_run_directory(ticket, plan, out)
-        ticket = dataclasses.replace(ticket, run_dir=str(run_dir))
-        described = step(describe_samples, ticket)
+        needed = samples_needed(plan, spec.variants())
+        samples = [step(draw_sample, spec, name, stored.get(name, name), seed) for name, seed in needed]
+        spec = dataclasses.replace(spec, samples=samples)
+        check(spec, stored)
+        run_dir = open_run_directory(spec, plan, out)
+        spec = dataclasses.replace(spec, run_dir=str(run_dir))
+        described = step(describe_samples, spec)
     with cluster(plan.execution) as workers:
         with watch.stage("moments"):
-            readings = list(read_model(workers, ticket))
-            described |= after_reading(ticket, described["calibration_quality"])
+            readings = list(read_model(workers, spec))
+            described |= after_reading(spec, described["calibration_quality"])
             if plan.calibration.sufficiency:
-                described["sufficiency"] = step(measure_sufficiency, ticket)
+                described["sufficiency"] = step(measure_sufficiency, spec)
         choices: list[dict[str, Any]] = []
-        if any(variant.search for variant in ticket.variants()):
+        if any(variant.search for variant in spec.variants()):
             with watch.stage("mixtures"):
-                ticket, choices = find_mixtures(workers, ticket, stored)
+                spec, choices = find_mixtures(workers, spec, stored)
         with watch.stage("solve"):
-            ticket = dataclasses.replace(ticket, to_make=models_to_make(ticket, stored))
-            step(reuse_blocks, ticket)
-            discard_candidates(ticket)
-            summarise_blocks(workers, ticket)
-            solve_blocks(workers, ticket)
-            sequential = ticket.variants_to_make("sequential")
-            readings += [step(solve_sequential, ticket, variant.name) for variant in sequential]
-            step(publish_models, ticket)
+            spec = dataclasses.replace(spec, to_make=models_to_make(spec, stored))
+            step(reuse_blocks, spec)
+            discard_candidates(spec)
+            summarise_blocks(workers, spec)
+            solve_blocks(workers, spec)
+            sequential = spec.variants_to_make("sequential")
+            readings += [step(solve_sequential, spec, variant.name) for variant in sequential]
+            step(publish_models, spec)
     mark("recompressed")
     with watch.stage("evaluate"):
-        judged = step(write_results, ticket, stored, evaluate_models(ticket, stored))
+        judged = step(write_results, spec, stored, evaluate_models(spec, stored))
     mark("evaluated")
-    record = _record(ticket, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
+    record = _record(spec, watch, begun.corpora, readings, [*begun.notes, *judged["notes"]])
     record |= {**described, "failed": judged["failed"], "choices": choices}
     write_run_record(run_dir, record)
     return record
@@ -151,84 +151,84 @@ def versions_of(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {corpus["stored"]: corpus["version"] for corpus in corpora.values()}
 
 
-def read_model(workers: TaskRunner | None, ticket: Ticket) -> Iterator[dict[str, Any]]:
+def read_model(workers: TaskRunner | None, spec: RunSpec) -> Iterator[dict[str, Any]]:
     """Ensure that the store has all moments: workers run the model over parts of the windows, whose moments are added.
     Then the gradients of the loss, if some step needs them: one worker per corpus. Yields a report of each pass."""
-    parts = [{"ticket": ticket, "number": n, "load": load} for n, load in enumerate(parts_to_read(ticket), start=1)]
+    parts = [{"spec": spec, "number": n, "load": load} for n, load in enumerate(parts_to_read(spec), start=1)]
     yield from step_each(workers, read_part, parts)
-    yield from step_each(workers, read_moments, [{"ticket": ticket, "sample": sample} for sample in ticket.samples])
-    over = [sample for sample in ticket.samples if (sample["corpus"], sample["seed"]) in ticket.over_gradients]
-    yield from step_each(workers, read_gradients, [{"ticket": ticket, "sample": sample} for sample in over])
+    yield from step_each(workers, read_moments, [{"spec": spec, "sample": sample} for sample in spec.samples])
+    over = [sample for sample in spec.samples if (sample["corpus"], sample["seed"]) in spec.over_gradients]
+    yield from step_each(workers, read_gradients, [{"spec": spec, "sample": sample} for sample in over])
 
 
-def summarise_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
+def summarise_blocks(workers: TaskRunner | None, spec: RunSpec) -> None:
     """Summarise every block for the allocators. They decide from all blocks, so this precedes every solve."""
-    unread = unsummarised_blocks(ticket)
+    unread = unsummarised_blocks(spec)
     if not unread:
         return
     with step_report() as report:
-        calls = [{"ticket": ticket, "block": block} for block in unread]
-        looked_at = step_each(workers, summarise_block, calls, at_once=blocks_side_by_side(ticket, None))
+        calls = [{"spec": spec, "block": block} for block in unread]
+        looked_at = step_each(workers, summarise_block, calls, at_once=blocks_side_by_side(spec, None))
         for done, _ in enumerate(looked_at, start=1):
             report("allocating", done, len(unread))
 
 
-def solve_blocks(workers: TaskRunner | None, ticket: Ticket) -> None:
+def solve_blocks(workers: TaskRunner | None, spec: RunSpec) -> None:
     """Ensure that the run directory has every block of every variant with dense inputs."""
-    unsolved = unsolved_blocks(ticket)
+    unsolved = unsolved_blocks(spec)
     with step_report() as report:
-        calls = [{"ticket": ticket, "block": block} for block in unsolved]
-        solved = step_each(workers, solve_block, calls, at_once=blocks_side_by_side(ticket))
+        calls = [{"spec": spec, "block": block} for block in unsolved]
+        solved = step_each(workers, solve_block, calls, at_once=blocks_side_by_side(spec))
         for done, block in enumerate(solved, start=1):
-            take_block(ticket, block)
+            take_block(spec, block)
             report("solving blocks", done, len(unsolved))
 
 
-def evaluate_models(ticket: Ticket, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
+def evaluate_models(spec: RunSpec, stored: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Measure every model, each in its own step, so that a transient failure repeats only that model."""
-    names, spared = models_to_measure(ticket), models_spared(ticket)
+    names, spared = models_to_measure(spec), models_spared(spec)
     with step_report("evaluate") as report:
-        found = race_models(ticket, stored, spared, report) if ticket.parsed.evaluate.race else {}
+        found = race_models(spec, stored, spared, report) if spec.parsed.evaluate.race else {}
         for name in (name for name in names if name not in found):
             report("measuring models", len(found), len(names))
             if name in spared:
-                found[name] = spare_model(ticket, name, spared[name])
+                found[name] = spare_model(spec, name, spared[name])
             else:
-                found[name] = step(evaluate_model, ticket, stored, name, report)
+                found[name] = step(evaluate_model, spec, stored, name, report)
         report("measuring models", len(names), len(names))
     return found
 
 
 def race_models(
-    ticket: Ticket, stored: dict[str, str], spared: Collection[str], report: Report
+    spec: RunSpec, stored: dict[str, str], spared: Collection[str], report: Report
 ) -> dict[str, dict[str, Any]]:
     """Measure models on a few validation windows, and on more as long as they are not clearly worse.
 
     Returns what `evaluate_model` would for the models that left the race and for those that failed.
     """
     known: dict[str, dict[str, Any]] = {}
-    while wanting := (now := standing(ticket, stored, known, spared)).wanting:
+    while wanting := (now := standing(spec, stored, known, spared)).wanting:
         for done, (name, look) in enumerate(wanting.items()):
             report("racing", done, len(wanting))
-            known[name] = step(race_model, ticket, stored, name, look, report)
+            known[name] = step(race_model, spec, stored, name, look, report)
     failed = {name: each for name, each in known.items() if each["failed"]}
-    return failed | {name: leave_race(ticket, name, left, known.get(name)) for name, left in now.left.items()}
+    return failed | {name: leave_race(spec, name, left, known.get(name)) for name, left in now.left.items()}
 
 
 def _record(
-    ticket: Ticket, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
+    spec: RunSpec, watch: Stopwatch, corpora: dict[str, Any], readings: list[dict[str, Any]], notes: list[str]
 ) -> dict[str, Any]:
-    said = [] if ticket.cached.measures_losses else [NO_LOSSES]
-    if paired := [each.name for each in ticket.variants() if takes_two_streams(p.step for p in each.steps)]:
+    said = [] if spec.cached.measures_losses else [NO_LOSSES]
+    if paired := [each.name for each in spec.variants() if takes_two_streams(p.step for p in each.steps)]:
         said.append(OF_DENSE_OUTPUTS.format(", ".join(paired)))
     return {
-        "run_dir": ticket.run_dir,
-        "model": ticket.model,
-        "device": ticket.device,
-        "dtype": ticket.dtype,
+        "run_dir": spec.run_dir,
+        "model": spec.model,
+        "device": spec.device,
+        "dtype": spec.dtype,
         "stages": dict(watch.seconds),
         "cache": {"hits": sum(r["hits"] for r in readings), "misses": sum(r["misses"] for r in readings)},
-        "calibration_tokens": sum(sample.tokens for sample in ticket.sampled),
+        "calibration_tokens": sum(sample.tokens for sample in spec.sampled),
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,
@@ -237,10 +237,10 @@ def _record(
             *said,
             *_forms(corpora),
             *_rejections(corpora),
-            *_choices(ticket.parsed, corpora),
-            *(note for sample in ticket.samples for note in sample["notes"]),
+            *_choices(spec.parsed, corpora),
+            *(note for sample in spec.samples for note in sample["notes"]),
         ],
-        "variants": len(ticket.variants()),
+        "variants": len(spec.variants()),
     }
 
 

@@ -49,7 +49,7 @@ from crosscal.tasks.evaluating_memory import evaluating_memory
 from crosscal.tasks.model import decoded, identify
 from crosscal.tasks.questions import looked_at
 from crosscal.tasks.refusals import refusals, undecidable
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import samples_needed, variants
 
 
@@ -60,37 +60,39 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     if searches := {variant.name: variant.search.cost for variant in asked if variant.search}:
         findings["mixtures_to_find"] = searches
     if unpacked := [variant.name for variant in asked if is_written_dense([p.step for p in variant.steps])]:
-        findings["written_dense"] = {"variants": unpacked, "why": "no format that engines load holds outliers"}
+        findings["written_dense"] = {
+            "variants": unpacked,
+            "why": "no format that inference engines load supports outliers",
+        }
     if questions := looked_at(plan):
         findings["questions"] = questions
-    ticket = Ticket(plan.model_dump(mode="json"), home)
-    problems = [str(error) for error in (*_unusable_sources(plan), *undecidable(plan, ticket.store))]
+    spec = RunSpec(plan.model_dump(mode="json"), home)
+    problems = [str(error) for error in (*_unusable_sources(plan), *undecidable(plan, spec.store))]
     if plan.study is not None:
-        findings["study"], ticket = _study(plan, ticket)
+        findings["study"], spec = _study(plan, spec)
     try:
-        known = identify(ticket)
-        source = ticket.source()
-        ticket = dataclasses.replace(ticket, model=known["model"], device=known["device"], dtype=known["dtype"])
-        shapes = block_shapes(source, ticket.cached)
-        kept: dict[str, Any] = {"left_dense": left_dense(source, ticket.cached, plan.leave_dense)}
+        known = identify(spec)
+        source = spec.source()
+        spec = dataclasses.replace(spec, model=known["model"], device=known["device"], dtype=known["dtype"])
+        shapes = block_shapes(source, spec.cached)
+        kept: dict[str, Any] = {"left_dense": left_dense(source, spec.cached, plan.leave_dense)}
         kept |= {"not_calibrated": source.uncalibrated, "notes": decoded(source)}
-        problems += [str(error) for error in (*refusals(plan, source, shapes), *_unrendered(ticket, source))]
+        problems += [str(error) for error in (*refusals(plan, source, shapes), *_unrendered(spec, source))]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}
-    readings = [reading(ticket, source, name, seed, ticket.cached) for name, seed in samples_needed(plan)]
+    readings = [reading(spec, source, name, seed, spec.cached) for name, seed in samples_needed(plan)]
     again = [reading_again(variant, readings) for variant in asked if variant.upstream == "sequential"]
     gradients = [
-        {**reading(ticket, source, *place, CachedGradients(ticket.cached), held_out=False), "of": Gradient.SQUARE}
-        for place in sorted(dataclasses.replace(ticket, only=None).over_gradients)
+        {**reading(spec, source, *place, CachedGradients(spec.cached), held_out=False), "of": Gradient.SQUARE}
+        for place in sorted(dataclasses.replace(spec, only=None).over_gradients)
     ]
-    memory = _memory(ticket, source, shapes, readings + again, gradients)
-    disk = _disk(ticket, source, shapes, readings + again, gradients)
+    memory = _memory(spec, source, shapes, readings + again, gradients)
+    disk = _disk(spec, source, shapes, readings + again, gradients)
     told = [*readings, *again, *gradients]
-    of_text, leaks = check_text(ticket, source, shapes)
+    of_text, leaks = check_text(spec, source, shapes)
     findings |= {
-        "model": {"path": str(source.path), "blocks": len(shapes), "device": ticket.device, "dtype": ticket.dtype}
-        | kept,
-        "stored": stored(source, asked, lambda: matrices_of(source, ticket.cached)),
+        "model": {"path": str(source.path), "blocks": len(shapes), "device": spec.device, "dtype": spec.dtype} | kept,
+        "stored": stored(source, asked, lambda: matrices_of(source, spec.cached)),
         "reading": [{name: value for name, value in each.items() if name != "sets"} for each in told],
         "sums": sorted([*statistics_needed(asked), *([Gradient.SQUARE] if gradients else [])]),
         "calibration_tokens_to_read": sum(each["tokens_to_read"] for each in told),
@@ -101,8 +103,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     return {**findings, "problems": [*dict.fromkeys([*problems, *leaks, *_shortages(memory, disk)])]}
 
 
-def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticket]:
-    """Return a study's size and evaluation cost, and the ticket of its largest part: no other needs more at a time."""
+def _study(plan: CompressionPlan, spec: RunSpec) -> tuple[dict[str, Any], RunSpec]:
+    """Return a study's size and evaluation cost, and the spec of its largest part: no other needs more at a time."""
     check_study(plan)
     parts = parts_of(plan, Path(), [])
     models, length = sum(len(part.variants) for part in parts), plan.evaluate.length or plan.calibration.length
@@ -110,7 +112,7 @@ def _study(plan: CompressionPlan, ticket: Ticket) -> tuple[dict[str, Any], Ticke
     tokens = models * windows * length * len(plan.perplexity_corpora)
     found = {"draws": len(plan.seeds), "parts": len(parts), "models": models, "evaluation_tokens_at_most": tokens}
     largest = max(parts, key=lambda part: len(part.variants), default=None)
-    return found, dataclasses.replace(ticket, only=list(largest.variants) if largest else [])
+    return found, dataclasses.replace(spec, only=list(largest.variants) if largest else [])
 
 
 def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
@@ -129,36 +131,36 @@ def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
                 yield problem
 
 
-def _unrendered(ticket: Ticket, source: ModelSource) -> Iterator[CrosscalError]:
+def _unrendered(spec: RunSpec, source: ModelSource) -> Iterator[CrosscalError]:
     """Yield an error for each corpus known to contain conversations, if the model has no chat template."""
-    for name, documents in ticket.parsed.document_corpora.items():
-        if documents.chat == TEMPLATE and _has_conversations(ticket, name, documents):
+    for name, documents in spec.parsed.document_corpora.items():
+        if documents.chat == TEMPLATE and _has_conversations(spec, name, documents):
             try:
                 check_template(source.tokenizer(), name)
             except CrosscalError as error:
                 yield error
 
 
-def _has_conversations(ticket: Ticket, name: str, documents: Documents) -> bool:
+def _has_conversations(spec: RunSpec, name: str, documents: Documents) -> bool:
     """Judge by the first records of the sources, or by what `crosscal ingest` stored if there are none."""
     try:
         if documents.path is None:
-            return load_corpus(ticket.store, stored_name(name, documents)).conversations > 0
+            return load_corpus(spec.store, stored_name(name, documents)).conversations > 0
         paths = [documents.path] if isinstance(documents.path, str) else documents.path
         return any(holds_conversations(path, documents.text, documents.revision) for path in paths)
     except CorpusError:  # not ingested yet, or reported by `_unusable_sources`
         return False
 
 
-def _sums(ticket: Ticket, reading: dict[str, Any]) -> frozenset[Statistic]:
+def _sums(spec: RunSpec, reading: dict[str, Any]) -> frozenset[Statistic]:
     """Return the statistics that a calibration pass sums: the common ones, and those of a sequential variant."""
-    every = dataclasses.replace(ticket, only=None).variants("sequential")
+    every = dataclasses.replace(spec, only=None).variants("sequential")
     mine = [variant for variant in every if variant.name == reading.get("variant")]
-    return ticket.cached.wanted | (statistics_needed(mine) if mine else frozenset())
+    return spec.cached.wanted | (statistics_needed(mine) if mine else frozenset())
 
 
 def _memory(
-    ticket: Ticket,
+    spec: RunSpec,
     source: ModelSource,
     shapes: Sequence[BlockShape],
     readings: Sequence[dict[str, Any]],
@@ -170,30 +172,30 @@ def _memory(
     config = source.config.get_text_config()
     parameters = source.parameters
     outside = parameters - sum(shape.parameters for shape in shapes)
-    itemsize = getattr(torch, ticket.dtype).itemsize
+    itemsize = getattr(torch, spec.dtype).itemsize
     sizes = {"outside": outside, "hidden": config.hidden_size}
     one_pass = partial(reading_bytes, shapes, **sizes, itemsize=itemsize)
     needed = [
-        one_pass(tokens=each["tokens_to_read"], sets=len(each["sets"] or (0, 0)), statistics=_sums(ticket, each))
+        one_pass(tokens=each["tokens_to_read"], sets=len(each["sets"] or (0, 0)), statistics=_sums(spec, each))
         for each in unread
     ]
-    free = free_bytes(ticket.device)
+    free = free_bytes(spec.device)
     walking_back = walking_back_bytes(
         shapes,
         **sizes,
         **_largest(gradients),
         vocabulary=config.vocab_size,
-        length=ticket.parsed.calibration.length,
-        windows=torch.get_num_threads() if ticket.device == "cpu" else 1,
-        itemsize=gradient_dtype(ticket.dtype).itemsize,
+        length=spec.parsed.calibration.length,
+        windows=torch.get_num_threads() if spec.device == "cpu" else 1,
+        itemsize=gradient_dtype(spec.dtype).itemsize,
         free_bytes=free,
     )
-    evaluating = evaluating_memory(ticket.parsed, source, shapes)
+    evaluating = evaluating_memory(spec.parsed, source, shapes)
     return {
-        "device": ticket.device,
+        "device": spec.device,
         "reading_bytes": max(needed, default=0),
         "gradients_bytes": walking_back if _largest(gradients)["tokens"] else 0,
-        "solving_bytes": _solving_bytes(ticket, shapes, free),
+        "solving_bytes": _solving_bytes(spec, shapes, free),
         "evaluating_bytes": evaluating.needed_bytes,
         "evaluating": "block by block" if evaluating.is_by_blocks else "whole models",
         "free_bytes": free,
@@ -207,12 +209,12 @@ def _largest(readings: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {"tokens": tokens, "sets": max((len(each["sets"] or (0, 0)) for each in unread), default=0)}
 
 
-def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> int:
+def _solving_bytes(spec: RunSpec, shapes: Sequence[BlockShape], free: int) -> int:
     """Memory of the blocks that a run solves concurrently here, or of the largest sequential variant."""
-    threads = 1 if ticket.device.startswith("cuda") else torch.get_num_threads()
-    dense, alone = ticket.variants("dense"), ticket.variants("sequential")
-    sums, blocks = ticket.cached.wanted, 1
-    if not ticket.has_workers:
+    threads = 1 if spec.device.startswith("cuda") else torch.get_num_threads()
+    dense, alone = spec.variants("dense"), spec.variants("sequential")
+    sums, blocks = spec.cached.wanted, 1
+    if not spec.has_workers:
         blocks = blocks_at_once(shapes, dense, threads=threads, free_bytes=free, statistics=sums)
     sums_of = {variant: sums | statistics_needed([variant]) for variant in alone}
     needed = [solving_bytes(shapes, [variant], lanes=threads, statistics=sums_of[variant]) for variant in alone]
@@ -222,7 +224,7 @@ def _solving_bytes(ticket: Ticket, shapes: Sequence[BlockShape], free: int) -> i
 
 
 def _disk(
-    ticket: Ticket,
+    spec: RunSpec,
     source: ModelSource,
     shapes: Sequence[BlockShape],
     readings: Sequence[dict[str, Any]],
@@ -231,16 +233,16 @@ def _disk(
     """Estimate the bytes by which the store and the run directory will grow. All models are on disk before they are
     measured, whether they are kept or not. A model whose blocks are already solved is counted again."""
     unread = [reading for reading in readings if reading["state"] != "cached"]
-    moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(ticket, each)) for each in unread]
+    moments = [moments_bytes(shapes, len(each["sets"] or (0, 0)), _sums(spec, each)) for each in unread]
     squares = sum(len(each["sets"] or (0,)) for each in gradients if each["state"] != "cached")
     checkpoint = sum(file.stat().st_size for file in set(source.weights.stored_in.values()))
-    is_remote = "://" in ticket.home
+    is_remote = "://" in spec.home
     return {
         "store_bytes": sum(moments) + gradients_bytes(shapes, squares),
-        "models_bytes": checkpoint * len(ticket.variants()),
-        "store_free_bytes": None if is_remote else _free(Path(ticket.home)),
+        "models_bytes": checkpoint * len(spec.variants()),
+        "store_free_bytes": None if is_remote else _free(Path(spec.home)),
         "models_free_bytes": _free(Path.cwd()),
-        "is_one_disk": not is_remote and _device_of(Path(ticket.home)) == _device_of(Path.cwd()),
+        "is_one_disk": not is_remote and _device_of(Path(spec.home)) == _device_of(Path.cwd()),
     }
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from crosscal.corpora import load_corpus
 from crosscal.corpora.corpus import digests
-from crosscal.corpora.removing import Held, search, take_out
+from crosscal.corpora.removing import FoundDocument, search, take_out
 from crosscal.errors import CorpusError, UsageError, nearest
 from crosscal.flows.outcome import counted
 from crosscal.flows.taken_out import discard_taken_out
-from crosscal.landing import Entry, Ledger
-from crosscal.landing.picture import REMOVED
+from crosscal.landing import Ledger, LedgerEntry
+from crosscal.landing.ledger_view import REMOVED
 from crosscal.publication import Published
 from crosscal.store import Store
 
@@ -35,11 +35,11 @@ class Removal:
 def removal_of_domain(ledger: Ledger, domain: str) -> Removal:
     """Prepare the removal of a domain. Raises `UsageError` while a run of it is in progress."""
     _check_idle(ledger, domain)
-    published, picture = Published(ledger.store), ledger.look()
+    published, view = Published(ledger.store), ledger.look()
     shown = {
         "domain": domain,
-        "files": len([entry for entry in picture.files(domain) if entry.state != REMOVED]),
-        "runs": len(picture.runs(domain)),
+        "files": len([entry for entry in view.files(domain) if entry.state != REMOVED]),
+        "runs": len(view.runs(domain)),
         "moves_of_the_pointer": len(published.history(domain)),
         "stays": f"the documents (corpus {domain}{_version(ledger.store, domain)}), landed files, run directories",
     }
@@ -103,7 +103,7 @@ def _check_idle(ledger: Ledger, domain: str) -> None:
         raise UsageError("a run of this domain is at work", where=domain, got=f"run {run.number} ({run.run_id})", do=do)
 
 
-def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
+def _entries(ledger: Ledger, domain: str, file: str) -> list[LedgerEntry]:
     """Return the landed file with this name or SHA-256 prefix. Raises `UsageError` for none or several."""
     entries = [entry for entry in ledger.entries(domain) if entry.state not in ("refused", REMOVED)]
     is_digest = len(file) >= LEAST_DIGITS
@@ -117,7 +117,9 @@ def _entries(ledger: Ledger, domain: str, file: str) -> list[Entry]:
     return found
 
 
-def _brought_by(store: Store, domain: str, entries: Iterable[Entry], found: list[Held]) -> list[Held]:
+def _brought_by(
+    store: Store, domain: str, entries: Iterable[LedgerEntry], found: list[FoundDocument]
+) -> list[FoundDocument]:
     """Of documents from all files of this name, keep those of this file, if its shard still exists."""
     for entry in entries:
         ingested = next((line for line in reversed(entry.states) if line["state"] == "ingested"), {})

@@ -15,19 +15,19 @@ from crosscal.files import write_whole
 from crosscal.plan import CompressionPlan, dump_plan
 from crosscal.resources import ROOT
 from crosscal.store.keys import digest_of
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 
 PACKAGES = ("crosscal", "torch", "transformers", "datasets", "lm-eval", "prefect", "pyarrow", "compressed-tensors")
 SOLVER = 1  # a change of what the solvers compute makes new run directories
 
 
-def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -> Path:
+def open_run_directory(spec: RunSpec, plan: CompressionPlan, out: str | None) -> Path:
     """Create or reopen the directory of exactly this run. Raises `UsageError` when `out` holds another run."""
     inputs = {
-        "model": ticket.model,
-        "dtype": ticket.dtype,
-        "samples": [(sample.corpus, sample.seed, *sample.keys) for sample in ticket.sampled],
-        "variants": [(variant.name, variant.key) for variant in ticket.variants()],
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "samples": [(sample.corpus, sample.seed, *sample.keys) for sample in spec.sampled],
+        "variants": [(variant.name, variant.key) for variant in spec.variants()],
         "solver": SOLVER,
     }
     identity = digest_of(inputs)
@@ -40,7 +40,7 @@ def open_run_directory(ticket: Ticket, plan: CompressionPlan, out: str | None) -
             where=str(folder),
             do="Choose another --out, or remove the directory.",
         )
-    content = {"identity": identity, **inputs, "sets": [sample.as_json() for sample in ticket.sampled]}
+    content = {"identity": identity, **inputs, "sets": [sample.as_json() for sample in spec.sampled]}
     write_whole(marker, json.dumps(content, indent=1))
     write_whole(folder / "plan.yaml", dump_plan(plan))
     return folder.absolute()

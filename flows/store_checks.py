@@ -11,7 +11,7 @@ from pathlib import Path
 from crosscal.errors import CrosscalError
 from crosscal.flows.check import FAIL, OK, WARN, Check
 from crosscal.landing import Ledger
-from crosscal.landing.picture import Picture
+from crosscal.landing.ledger_view import LedgerView
 from crosscal.landing.place import open_place, refusal
 from crosscal.landing.refused import refused
 from crosscal.landing.status import overview
@@ -31,7 +31,7 @@ def store_checks(service: ServiceConfig) -> Iterator[Check]:
         if not store.exists:
             do = "Is `home` the right one in the service file? The first landing makes it."
             yield Check("store", FAIL, f"there is none at {store.home.location}", do)
-            yield _landing(service, Picture({}))
+            yield _landing(service, LedgerView({}))
         else:
             yield Check("store", OK, store.home.location)
             yield from _domains(Ledger(store))
@@ -44,26 +44,26 @@ def store_checks(service: ServiceConfig) -> Iterator[Check]:
 
 def _domains(ledger: Ledger) -> Iterator[Check]:
     """Yield one check with the number of domains in each state, and one for each domain that needs attention."""
-    rows, picture = overview(ledger), ledger.look()
+    rows, view = overview(ledger), ledger.look()
     counts = Counter(row["state"] for row in rows)
     yield Check("domains", OK, ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none yet")
     for row in rows:
-        name, last = row["domain"], picture.last_run(row["domain"])
+        name, last = row["domain"], view.last_run(row["domain"])
         reason = "" if last is None else str(last.states[-1].get("reason", last.state))[:REASON_LETTERS]
         if row["state"] == "given up":
-            do = f"Mend it, then have it tried again: `crosscal ledger {name}` has the whole way."
+            do = f"Fix it, then request a new run: `crosscal ledger {name}` shows the history."
             yield Check(f"domain {name}", FAIL, f"v{row['version']} was given up: {reason}", do)
         elif row["state"] == "waiting" and last is not None and last.state in ("failed", "abandoned"):
             said = f"run {last.number} of v{last.version} {last.state}: {reason}"
-            yield Check(f"domain {name}", WARN, said, "It is tried again by itself.")
+            yield Check(f"domain {name}", WARN, said, "It is retried automatically.")
 
 
-def _landing(service: ServiceConfig, picture: Picture) -> Check:
+def _landing(service: ServiceConfig, view: LedgerView) -> Check:
     """Check for refused files that are still in the landing place."""
     try:
         place = open_place(service.landing)
         there = functools.cache(lambda domain: {refusal(domain, each.name, "").name for each in place.items(domain)})
-        standing = [each for each in refused(picture) if each.name in there(each.domain)]
+        standing = [each for each in refused(view) if each.name in there(each.domain)]
     except (CrosscalError, OSError) as error:
         said = f"{service.landing}: {getattr(error, 'what', error)}"
         return Check("landing", FAIL, said, f"Make it: `mkdir -p {service.landing}`.")
@@ -81,7 +81,7 @@ def _damaged(store: Store) -> Check:
     if not aside:
         return Check("artifacts", OK, "none is damaged")
     shown = ", ".join(name[:40] for name in aside[:MOST_SHOWN])
-    do = "Look at the disk; the next run that needs them makes them anew. Then remove the folder `quarantine`."
+    do = "Look at the disk; the next run that needs them recomputes them. Then remove the folder `quarantine`."
     return Check("artifacts", WARN, f"{len(aside)} damaged, set aside: {shown}", do)
 
 

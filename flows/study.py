@@ -69,14 +69,14 @@ def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int
     with watch.stage("ingest"):
         begun = begin(plan, home)
     folder = Path(out).absolute() if out else folder_of(plan)
-    parts = parts_of(plan, folder, [begun.ticket.model, begun.ticket.dtype, sorted(begun.ticket.versions.items())])
+    parts = parts_of(plan, folder, [begun.spec.model, begun.spec.dtype, sorted(begun.spec.versions.items())])
     unmade = [part for part in parts if not part.is_complete]
     for part in unmade[:most]:
         log.info(
             "part %d of %d: %d variants, seed %d", parts.index(part) + 1, len(parts), len(part.variants), part.seed
         )
-        ticket = dataclasses.replace(begun.ticket, only=list(part.variants))
-        make_and_measure(dataclasses.replace(begun, ticket=ticket), str(part.folder), Stopwatch())
+        spec = dataclasses.replace(begun.spec, only=list(part.variants))
+        make_and_measure(dataclasses.replace(begun, spec=spec), str(part.folder), Stopwatch())
     return write_up(folder, plan, parts, watch)
 
 

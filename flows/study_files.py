@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from crosscal.files import write_whole
 from crosscal.flows.run_directory import write_run_record
 from crosscal.flows.steps import Stopwatch, step
-from crosscal.flows.study_parts import Part
+from crosscal.flows.study_parts import StudyPart
 from crosscal.plan import CompressionPlan, Study, dump_plan
 from crosscal.report.groups import DENSE
 from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow, ResultRow, WindowRow, write_rows
@@ -25,7 +25,7 @@ IDENTITY = ("variant", "layer", "corpus_or_task", "corpus", "task", "split", "me
 SUMMED = ("calibration_tokens", "calibration_tokens_read")
 
 
-def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[Part], watch: Stopwatch) -> dict[str, Any]:
+def write_up(folder: Path, plan: CompressionPlan, parts: Sequence[StudyPart], watch: Stopwatch) -> dict[str, Any]:
     """Write all complete parts as one run's files, with `study.jsonl` and the report; return the record."""
     complete = [part.folder for part in parts if part.is_complete]
     order = {name: number for number, name in enumerate([DENSE, *(variant.name for variant in variants(plan))])}

@@ -15,7 +15,7 @@ from crosscal.variants import variants
 
 
 @dataclass(frozen=True)
-class Part:
+class StudyPart:
     """Variants of one draw that are made together, and their run directory."""
 
     seed: int
@@ -27,7 +27,7 @@ class Part:
         return (self.folder / "run.json").is_file()
 
 
-def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list[Part]:
+def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list[StudyPart]:
     """Split a study into parts, draw by draw, of at most `models_at_once` variants.
 
     A part is named by a digest of all that its numbers depend on: `inputs` (the model and the corpora), its variants,
@@ -40,7 +40,9 @@ def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list
         for some in _some(list(same), asked.models_at_once):
             named = [(variant.name, variant.key) for variant in some]
             key = digest_of([_without_draws(plan), list(inputs), named])
-            parts.append(Part(seed, tuple(variant.name for variant in some), folder / "parts" / f"s{seed}-{key[:8]}"))
+            parts.append(
+                StudyPart(seed, tuple(variant.name for variant in some), folder / "parts" / f"s{seed}-{key[:8]}")
+            )
     return parts
 
 

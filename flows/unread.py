@@ -13,20 +13,20 @@ from crosscal.corpora import Corpus, load_corpus
 from crosscal.errors import CorpusError
 from crosscal.models.source import ModelSource
 from crosscal.plan import Documents, RandomTokens, SelfGenerated
-from crosscal.stages.folding import Kept, unread_tokens
+from crosscal.stages.folding import SumStore, unread_tokens
 from crosscal.stages.preflight import is_read, stored_set
 from crosscal.stages.sample import Draw, sums_of
 from crosscal.tasks.corpora import seeds_of, stored_name
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import Variant
 
 
 def reading(
-    ticket: Ticket, source: ModelSource, name: str, seed: int, cached: Kept, *, held_out: bool = True
+    spec: RunSpec, source: ModelSource, name: str, seed: int, cached: SumStore, *, held_out: bool = True
 ) -> dict[str, Any]:
     """Describe the calibration pass over one corpus in one draw, as of its last ingest: its sets, its state, and the
     tokens still to read and already cached, for both splits or the calibration windows alone."""
-    plan = ticket.parsed
+    plan = spec.parsed
     calibration, origin = plan.calibration, plan.corpora[name]
     draw = Draw(
         calibration.windows,
@@ -40,15 +40,15 @@ def reading(
     requests = [request.within(source.max_positions)[0] for request in asked]
     found: dict[str, Any] = {"corpus": name, "seed": seed, "sets": []}
     if not isinstance(origin, Documents):
-        return found | _told([_generated(ticket, source, request, origin, cached) for request in requests])
+        return found | _told([_generated(spec, source, request, origin, cached) for request in requests])
     try:
-        corpus = load_corpus(ticket.store, stored_name(name, origin))
+        corpus = load_corpus(spec.store, stored_name(name, origin))
     except CorpusError:
         tokens = sum(request.windows * request.length for request in requests)
         return {**found, "state": "not ingested yet", "tokens_to_read": tokens, "tokens_cached": 0}
     requests = [dataclasses.replace(request, chat=origin.chat) for request in requests]
     return found | _told(
-        [_drawn(ticket, source, corpus, request, calibration.parts_kept_apart, cached) for request in requests]
+        [_drawn(spec, source, corpus, request, calibration.parts_kept_apart, cached) for request in requests]
     )
 
 
@@ -62,29 +62,34 @@ def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]
 
 
 def _generated(
-    ticket: Ticket, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens, cached: Kept
+    spec: RunSpec, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens, cached: SumStore
 ) -> tuple[list[str | None], int, int]:
     kind: dict[str, Any] = {"source": "vocabulary"}
     tokens = request.windows * request.length
     if isinstance(origin, SelfGenerated):
         try:
-            seeds = seeds_of(ticket, origin)
+            seeds = seeds_of(spec, origin)
         except CorpusError:
             return [None], tokens, tokens
-        kind = {"source": "model", "model": ticket.model, "seeds": None} | (seeds.said(request.split) if seeds else {})
+        kind = {"source": "model", "model": spec.model, "seeds": None} | (seeds.said(request.split) if seeds else {})
     begin = begin_token(source.tokenizer(), request.begin_token)
     is_read_in = isinstance(origin, SelfGenerated) and origin.seeds is not None  # the others tokenize no text
     request = dataclasses.replace(request, plain_text=request.plain_text and is_read_in)
     asked = {"begin": begin, **request.provenance(begin)}
-    key = stored_set(ticket.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
+    key = stored_set(spec.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
     return [key], 0 if is_read(cached, key, source.blocks) else tokens, tokens
 
 
 def _drawn(
-    ticket: Ticket, source: ModelSource, corpus: Corpus, request: WindowRequest, parts_kept_apart: int, cached: Kept
+    spec: RunSpec,
+    source: ModelSource,
+    corpus: Corpus,
+    request: WindowRequest,
+    parts_kept_apart: int,
+    cached: SumStore,
 ) -> tuple[list[str | None], int, int]:
     """Count what is already drawn, and for later shards the most windows that the drawing rule allows."""
-    pool, undrawn = find_pool(ticket.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
+    pool, undrawn = find_pool(spec.store, corpus.shards, source.tokenizer(), tokenizer_digest(source.path), request)
     keys: list[str | None] = []
     unread = tokens = 0
     if pool is not None and pool.parts:

@@ -15,14 +15,14 @@ from crosscal.tasks.announce import announce
 def announce_pending(home: str, domains: Iterable[str] | None = None) -> dict[str, bool]:
     """Announce the domains (default: all) that wait for a run; return domain → whether the event was sent. Logs what
     was done, or why there is nothing to announce."""
-    picture, sent = Ledger(Store(home)).look(), {}
-    for domain in picture.domains() if domains is None else domains:
-        version = picture.pending(domain)
-        if version is not None and not picture.is_paused(domain):
+    view, sent = Ledger(Store(home)).look(), {}
+    for domain in view.domains() if domains is None else domains:
+        version = view.pending(domain)
+        if version is not None and not view.is_paused(domain):
             sent[domain] = announce(domain, version)
             said = f"{domain} v{version} is announced" if sent[domain] else f"{domain} v{version} waits"
         else:
-            said = why_nothing(picture, domain)
+            said = why_nothing(view, domain)
         logging.getLogger("crosscal").info(said)
     return sent
 

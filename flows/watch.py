@@ -24,13 +24,13 @@ from crosscal.flows.changes import SETTLE_SECONDS, notice_changes
 from crosscal.flows.old_runs import QUIET, remove_missed
 from crosscal.flows.outcome import NEWS, call_run, shown
 from crosscal.flows.stuck_runs import close_stuck_runs, note_process, runs_in
-from crosscal.landing import Landed, Ledger, take_in
+from crosscal.landing import LandingResult, Ledger, take_in
 from crosscal.landing.intake import sentence
-from crosscal.landing.picture import Picture
+from crosscal.landing.ledger_view import LedgerView
 from crosscal.landing.refused import refused
 from crosscal.resources import plan_file
 from crosscal.store import Store
-from crosscal.tasks.announce import FILE_REFUSED, announce, tell_each
+from crosscal.tasks.announce import FILE_REFUSED, announce, emit_each
 from crosscal.tasks.artifacts import make_artifact
 
 LIVE = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING)
@@ -95,7 +95,7 @@ def _watch(
     return {"message": message, "files": dict(files), "announced": waiting, "closed": closed}
 
 
-def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
+def _tell_files(ledger: Ledger, taken: Sequence[LandingResult]) -> None:
     """Report what a sweep did, for users who do not see the worker's terminal: a log line for each new file, an event
     for each refused one, and an artifact with all files that are still refused."""
     told = [each for each in taken if each.state != "known"]
@@ -107,12 +107,12 @@ def _tell_files(ledger: Ledger, taken: Sequence[Landed]) -> None:
     if len(told) > MOST_LINES:
         log.info("and %d more; `crosscal ledger DOMAIN` has all", len(told) - MOST_LINES)
     facts = [{"domain": each.domain, "file": each.name, "reason": each.reason, "do": each.do} for each in bad]
-    tell_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
-    picture = ledger.look()
-    stood = {domain: picture.ever_refused(domain) for domain in {each.domain for each in told}}
+    emit_each(FILE_REFUSED, [(f"crosscal.landing.{each['domain']}", each) for each in facts])
+    view = ledger.look()
+    stood = {domain: view.ever_refused(domain) for domain in {each.domain for each in told}}
     if not bad and not any(each.name in stood[each.domain] for each in told):
         return
-    standing = refused(picture)
+    standing = refused(view)
     rows = [
         {"file": each.name, "domain": each.domain, "reason": each.reason, "what to do": each.do, "since": each.at}
         for each in standing[:MOST_REFUSED]
@@ -140,12 +140,12 @@ def waiting_domains(ledger: Ledger) -> dict[str, int]:
     with get_client(sync_client=True) as client:
         note_cancelled(ledger, client)
         busy = _busy_domains(client)
-    picture = ledger.look()
-    return {d: v for d, v in _pending(picture).items() if d not in busy and not ledger.living(picture.last_run(d))}
+    view = ledger.look()
+    return {d: v for d, v in _pending(view).items() if d not in busy and not ledger.living(view.last_run(d))}
 
 
-def _pending(picture: Picture) -> dict[str, int]:
-    found = {d: picture.pending(d) for d in picture.domains() if not picture.is_paused(d)}
+def _pending(view: LedgerView) -> dict[str, int]:
+    found = {d: view.pending(d) for d in view.domains() if not view.is_paused(d)}
     return {domain: version for domain, version in found.items() if version is not None}
 
 

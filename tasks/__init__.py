@@ -1,1 +1,1 @@
-"""Thin Prefect tasks: each rebuilds what it needs from a JSON ticket, calls one stage of `crosscal`, returns JSON."""
+"""Thin Prefect tasks: each rebuilds what it needs from a JSON run spec, calls one stage of `crosscal`, returns JSON."""

@@ -19,16 +19,16 @@ _log = logging.getLogger("crosscal")
 
 def announce(domain: str, version: int) -> bool:
     """Announce that a version of a domain's corpus waits for a recompression; False, and logged, without a server."""
-    return tell(LANDED, f"crosscal.corpus.{domain}", {"domain": domain, "version": version})
+    return emit(LANDED, f"crosscal.corpus.{domain}", {"domain": domain, "version": version})
 
 
-def tell(event: str, resource: str, payload: dict[str, Any]) -> bool:
+def emit(event: str, resource: str, payload: dict[str, Any]) -> bool:
     """Emit an event and wait until it is sent. Without a server that answers, return False and emit nothing."""
-    return tell_each(event, [(resource, payload)])
+    return emit_each(event, [(resource, payload)])
 
 
-def tell_each(event: str, told: Sequence[tuple[str, dict[str, Any]]]) -> bool:
-    """As `tell`, for several resources, each with its payload."""
+def emit_each(event: str, told: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+    """As `emit`, for several resources, each with its payload."""
     if not told:
         return True
     url, first = PREFECT_API_URL.value(), told[0][0]

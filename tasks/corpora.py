@@ -16,7 +16,7 @@ from crosscal.selection import SelectionSettings, select
 from crosscal.stages.sample import Draw, sample_documents, sample_random, sample_self
 from crosscal.store.keys import digest_of
 from crosscal.tasks.options import RETRIED
-from crosscal.tasks.ticket import Ticket, task_report
+from crosscal.tasks.run_spec import RunSpec, task_report
 
 
 def stored_name(name: str, documents: Documents) -> str:
@@ -35,36 +35,36 @@ def ingested_name(name: str, documents: Documents) -> str:
     return f"{name[:48]}-{digest_of([documents.path, documents.text, documents.revision, documents.split])[:8]}"
 
 
-def bring_in(ticket: Ticket, run: Callable[..., Any], wanted: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def bring_in(spec: RunSpec, run: Callable[..., Any], wanted: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Ingest the plan's document corpora, or those wanted, and select from them; return them by name. `run` runs tasks.
 
     A selection needs all corpora ingested, since it excludes documents that are held out in any of them.
     """
-    documents = ticket.parsed.document_corpora
+    documents = spec.parsed.document_corpora
     names = list(documents) if wanted is None else wanted
     choices = [name for name in names if documents[name].select]
-    ingested = {name: run(ingest_corpus, ticket, name) for name in (documents if choices else names)}
-    return ingested | {name: run(select_corpus, ticket, name, ingested) for name in choices}
+    ingested = {name: run(ingest_corpus, spec, name) for name in (documents if choices else names)}
+    return ingested | {name: run(select_corpus, spec, name, ingested) for name in choices}
 
 
-def corpus_of(ticket: Ticket, name: str, stored: str) -> Corpus:
+def corpus_of(spec: RunSpec, name: str, stored: str) -> Corpus:
     """Load a corpus of the plan in the run's version, under the plan's name for it."""
-    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
-    return dataclasses.replace(corpus, name=name, chat=ticket.parsed.document_corpora[name].chat)
+    corpus = load_corpus(spec.store, stored, spec.versions.get(stored))
+    return dataclasses.replace(corpus, name=name, chat=spec.parsed.document_corpora[name].chat)
 
 
 @task(name="ingest", task_run_name="ingest {name}", **RETRIED)
-def ingest_corpus(ticket: Ticket, name: str) -> dict[str, Any]:
+def ingest_corpus(spec: RunSpec, name: str) -> dict[str, Any]:
     """Ingest a corpus of the plan; the same documents change nothing."""
-    documents = ticket.parsed.document_corpora[name]
+    documents = spec.parsed.document_corpora[name]
     stored = ingested_name(name, documents)
     if documents.path is None:
-        corpus = load_corpus(ticket.store, stored)
+        corpus = load_corpus(spec.store, stored)
         return _ingested(name, stored, corpus.version)
     with task_report() as report:
         paths = [documents.path] if isinstance(documents.path, str) else documents.path
         done = ingest(
-            ticket.store,
+            spec.store,
             stored,
             paths,
             text=documents.text,
@@ -88,9 +88,9 @@ def _ingested(name: str, stored: str, version: int) -> dict[str, Any]:
 
 
 @task(name="select", task_run_name="select {name}", **RETRIED)
-def select_corpus(ticket: Ticket, name: str, ingested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def select_corpus(spec: RunSpec, name: str, ingested: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Select among the documents of a corpus of the plan; the same corpora and settings select the same."""
-    documents, store = ticket.parsed.document_corpora[name], ticket.store
+    documents, store = spec.parsed.document_corpora[name], spec.store
     assert documents.select is not None
     asked = documents.select
     corpora = {other: load_corpus(store, one["stored"], one["version"]) for other, one in ingested.items()}
@@ -113,9 +113,9 @@ def select_corpus(ticket: Ticket, name: str, ingested: dict[str, dict[str, Any]]
 
 
 @task(name="sample", task_run_name="sample {name}, seed {seed}", **RETRIED)
-def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, Any]:
+def draw_sample(spec: RunSpec, name: str, stored: str, seed: int) -> dict[str, Any]:
     """Draw (or generate) the calibration and held-out windows of one corpus for one seed."""
-    calibration = ticket.parsed.calibration
+    calibration = spec.parsed.calibration
     draw = Draw(
         calibration.windows,
         calibration.length,
@@ -125,38 +125,38 @@ def draw_sample(ticket: Ticket, name: str, stored: str, seed: int) -> dict[str, 
         begin_token=calibration.begin_token,
         plain_text=calibration.plain_text,
     )
-    origin = ticket.parsed.corpora[name]
-    source = ticket.source()
+    origin = spec.parsed.corpora[name]
+    source = spec.source()
     if isinstance(origin, Documents):
-        corpus = corpus_of(ticket, name, stored)
+        corpus = corpus_of(spec, name, stored)
         with task_report() as report:
             report(f"{name}: drawing windows", 0, None)
-            sample = sample_documents(ticket.store, corpus, source, draw)
+            sample = sample_documents(spec.store, corpus, source, draw)
     elif isinstance(origin, SelfGenerated):
         temperature = TemperatureSchedule(origin.t_init, origin.t_final, origin.steps)
         with task_report() as report:
             sample = sample_self(
-                ticket.store,
+                spec.store,
                 name,
                 source,
                 draw,
                 temperature=temperature,
                 first_tokens=origin.first_tokens,
-                device=ticket.device,
-                dtype=getattr(torch, ticket.dtype),
+                device=spec.device,
+                dtype=getattr(torch, spec.dtype),
                 report=report,
-                seeds=seeds_of(ticket, origin),
+                seeds=seeds_of(spec, origin),
             )
     else:
-        sample = sample_random(ticket.store, name, source, draw)
+        sample = sample_random(spec.store, name, source, draw)
     return sample.as_json()
 
 
-def seeds_of(ticket: Ticket, origin: SelfGenerated) -> Seeds | None:
+def seeds_of(spec: RunSpec, origin: SelfGenerated) -> Seeds | None:
     """Return the documents that a self-generated corpus continues. Raises `CorpusError` before they are ingested."""
     if origin.seeds is None:
         return None
-    stored = stored_name(origin.seeds, ticket.parsed.document_corpora[origin.seeds])
-    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
-    chat = ticket.parsed.document_corpora[origin.seeds].chat
+    stored = stored_name(origin.seeds, spec.parsed.document_corpora[origin.seeds])
+    corpus = load_corpus(spec.store, stored, spec.versions.get(stored))
+    chat = spec.parsed.document_corpora[origin.seeds].chat
     return Seeds(origin.seeds, corpus.shards, origin.prefix_tokens, origin.drop, chat)

@@ -13,7 +13,7 @@ from crosscal.plan import CompressionPlan
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes
 from crosscal.stages.memory import usable_bytes
 from crosscal.stages.preflight import BlockShape, EvaluationSizes, evaluating_bytes
-from crosscal.tasks.ticket import resolve_device
+from crosscal.tasks.run_spec import resolve_device
 
 
 @dataclass(frozen=True)

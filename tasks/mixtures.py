@@ -27,13 +27,13 @@ from crosscal.stages.allocate import allocated
 from crosscal.stages.candidates import Candidate, keep_losses, measure_block, unmeasured
 from crosscal.stages.choose_by_rule import model_wanted, perplexities_of, ruled_choice
 from crosscal.stages.choose_mixture import candidate, candidates_wanted, choice, search_of
-from crosscal.stages.compress import Workshop, blocks_at_once, compress_block, layer_rows, publish_variant
-from crosscal.stages.evaluate import Examination, checkpoint_files, examination, measure
+from crosscal.stages.compress import RunContext, blocks_at_once, compress_block, layer_rows, publish_variant
+from crosscal.stages.evaluate import EvaluationSet, checkpoint_files, evaluation_set, measure
 from crosscal.stages.heldout_text import HeldOutText, windows_for
 from crosscal.stages.made_variants import made_before, note_made
 from crosscal.tasks.evaluation import DENSE, cutting_of
 from crosscal.tasks.options import PLAIN, RETRIED
-from crosscal.tasks.ticket import Ticket, task_report
+from crosscal.tasks.run_spec import RunSpec, task_report
 from crosscal.variants import Variant
 
 CHOICES, CANDIDATES = "choices.json", "candidates"
@@ -43,127 +43,127 @@ Dense = Mapping[str, Mapping[str, float]]
 """Variant with a rule -> corpus -> perplexity of the dense model on validation windows."""
 
 
-def wanted_candidates(ticket: Ticket) -> Wanted:
+def wanted_candidates(spec: RunSpec) -> Wanted:
     """Return the candidates to solve next for the mixtures that are open; empty once all searches are over."""
-    found = candidates_wanted(ticket.workshop(), open_variants(ticket))
+    found = candidates_wanted(spec.run_context(), open_variants(spec))
     return [(variant.name, list(weights)) for variant, weights in found]
 
 
-def unmeasured_blocks(ticket: Ticket, wanted: Wanted) -> list[int]:
-    return unmeasured(ticket.workshop(), _candidates(ticket, wanted))
+def unmeasured_blocks(spec: RunSpec, wanted: Wanted) -> list[int]:
+    return unmeasured(spec.run_context(), _candidates(spec, wanted))
 
 
 @task(name="measure-candidates", task_run_name="candidates, block {block}", **RETRIED)
-def measure_candidates(ticket: Ticket, block: int, wanted: Wanted) -> int:
+def measure_candidates(spec: RunSpec, block: int, wanted: Wanted) -> int:
     """Solve a block for some mixtures, and store the losses of each on every corpus. Returns the block."""
-    source = ticket.source_on_worker() if ticket.has_workers else ticket.source()
-    measure_block(dataclasses.replace(ticket.workshop(), source=source), block, _candidates(ticket, wanted))
+    source = spec.source_on_worker() if spec.has_workers else spec.source()
+    measure_block(dataclasses.replace(spec.run_context(), source=source), block, _candidates(spec, wanted))
     return block
 
 
 @task(name="measure-dense", task_run_name="dense model for {name}", **PLAIN)
-def measure_dense(ticket: Ticket, stored: dict[str, str], name: str) -> dict[str, float]:
+def measure_dense(spec: RunSpec, stored: dict[str, str], name: str) -> dict[str, float]:
     """Return corpus -> perplexity of the dense model on the validation windows of a variant's rule."""
     with task_report() as report:
-        exam = _rule_exam(ticket, stored, _variant(ticket, name))
-        return perplexities_of(measure(exam, ticket.source().path, name=DENSE, report=report))
+        eval_set = _rule_exam(spec, stored, _variant(spec, name))
+        return perplexities_of(measure(eval_set, spec.source().path, name=DENSE, report=report))
 
 
-def wanted_model(ticket: Ticket, stored: dict[str, str], name: str, dense: Mapping[str, float]) -> list[float] | None:
+def wanted_model(spec: RunSpec, stored: dict[str, str], name: str, dense: Mapping[str, float]) -> list[float] | None:
     """Return the weights to evaluate next for a variant with a rule; None once it is settled."""
-    variant = _variant(ticket, name)
-    wanted = model_wanted(ticket.workshop(), variant, _rule_exam(ticket, stored, variant), dense)
+    variant = _variant(spec, name)
+    wanted = model_wanted(spec.run_context(), variant, _rule_exam(spec, stored, variant), dense)
     return None if wanted is None else list(wanted)
 
 
 @task(name="evaluate-candidate", task_run_name="evaluate {name} at {weights}", **PLAIN)
-def evaluate_candidate(ticket: Ticket, stored: dict[str, str], name: str, weights: list[float]) -> None:
+def evaluate_candidate(spec: RunSpec, stored: dict[str, str], name: str, weights: list[float]) -> None:
     """Write a candidate's model, and measure it on validation windows of general text and the domain."""
-    variant = _variant(ticket, name)
-    one, exam = candidate(variant, tuple(weights)), _rule_exam(ticket, stored, variant)
-    shop = dataclasses.replace(ticket.workshop(), folder=Path(ticket.run_dir) / CANDIDATES)
-    made = made_before(shop, one.variant)
+    variant = _variant(spec, name)
+    one, eval_set = candidate(variant, tuple(weights)), _rule_exam(spec, stored, variant)
+    context = dataclasses.replace(spec.run_context(), folder=Path(spec.run_dir) / CANDIDATES)
+    made = made_before(context, one.variant)
     with task_report() as report:
-        if made is not None and made.is_whole(shop.source.blocks):
-            measure(exam, Path(made.folder), files=made.files, name=one.variant.name, report=report)
+        if made is not None and made.is_whole(context.source.blocks):
+            measure(eval_set, Path(made.folder), files=made.files, name=one.variant.name, report=report)
             return
-        folder, rows = _model_of(ticket, shop, one)
+        folder, rows = _model_of(spec, context, one)
         files = checkpoint_files(folder, one.variant.name, report)
-        measure(exam, folder, files=files, name=one.variant.name, report=report)
-    note_made(shop, one.variant, files, rows, keep_earlier=False)
+        measure(eval_set, folder, files=files, name=one.variant.name, report=report)
+    note_made(context, one.variant, files, rows, keep_earlier=False)
 
 
-def _model_of(ticket: Ticket, shop: Workshop, one: Candidate) -> tuple[Path, list[LayerRow]]:
+def _model_of(spec: RunSpec, context: RunContext, one: Candidate) -> tuple[Path, list[LayerRow]]:
     """Solve and write a candidate's model, storing its losses; return its folder and layer rows."""
-    shop, blocks = allocated(shop, [one.variant]), range(shop.source.blocks)
-    measured = dataclasses.replace(shop, measured_on=one.corpora)
+    context, blocks = allocated(context, [one.variant]), range(context.source.blocks)
+    measured = dataclasses.replace(context, measured_on=one.corpora)
     jobs = [functools.partial(compress_block, measured, block, [one.variant]) for block in blocks]
-    side_by_side(jobs, ticket.device, most=blocks_at_once(shop, [one.variant]) if ticket.device == "cpu" else 1)
-    rows = layer_rows(shop, [one.variant])
+    side_by_side(jobs, spec.device, most=blocks_at_once(context, [one.variant]) if spec.device == "cpu" else 1)
+    rows = layer_rows(context, [one.variant])
     for block in blocks:
-        keep_losses(shop, block, one, [row for row in rows if row.block == block])
-    return publish_variant(shop, one.variant), rows
+        keep_losses(context, block, one, [row for row in rows if row.block == block])
+    return publish_variant(context, one.variant), rows
 
 
 @task(name="choose", task_run_name="choose mixtures", **PLAIN)
-def choose_mixtures(ticket: Ticket, stored: dict[str, str], dense: Dense) -> list[dict[str, Any]]:
+def choose_mixtures(spec: RunSpec, stored: dict[str, str], dense: Dense) -> list[dict[str, Any]]:
     """Choose the mixture of every search and write `choices.json`; remove models of an earlier, different choice."""
-    shop, file = ticket.workshop(), Path(ticket.run_dir) / CHOICES
+    context, file = spec.run_context(), Path(spec.run_dir) / CHOICES
     found = [
-        ruled_choice(shop, variant, _rule_exam(ticket, stored, variant), dense[variant.name])
+        ruled_choice(context, variant, _rule_exam(spec, stored, variant), dense[variant.name])
         if variant.name in dense
-        else choice(shop, variant)
-        for variant in open_variants(ticket)
+        else choice(context, variant)
+        for variant in open_variants(spec)
     ]
     before = {one["variant"]: one["weights"] for one in json.loads(file.read_text())} if file.is_file() else {}
     for one in found:
         if before.get(one.variant, one.weights) != one.weights:
             for folder in ("models", "layers"):
-                shutil.rmtree(Path(ticket.run_dir) / folder / one.variant, ignore_errors=True)
+                shutil.rmtree(Path(spec.run_dir) / folder / one.variant, ignore_errors=True)
     write_whole(file, json.dumps([one.as_json() for one in found], indent=1, allow_nan=False))
     return [one.as_json() for one in found]
 
 
-def open_variants(ticket: Ticket) -> list[Variant]:
+def open_variants(spec: RunSpec) -> list[Variant]:
     """Return the variants whose mixture is to be found by a search."""
-    return [variant for variant in ticket.variants() if variant.search is not None]
+    return [variant for variant in spec.variants() if variant.search is not None]
 
 
-def ruled_variants(ticket: Ticket) -> list[str]:
+def ruled_variants(spec: RunSpec) -> list[str]:
     """Return the names of variants whose search has a rule on perplexity."""
-    return [v.name for v in open_variants(ticket) if v.search and v.search.general_within is not None]
+    return [v.name for v in open_variants(spec) if v.search and v.search.general_within is not None]
 
 
-def discard_candidates(ticket: Ticket) -> None:
+def discard_candidates(spec: RunSpec) -> None:
     """Remove the candidates' models, once the blocks of the chosen one have been taken over."""
-    shutil.rmtree(Path(ticket.run_dir) / CANDIDATES, ignore_errors=True)
+    shutil.rmtree(Path(spec.run_dir) / CANDIDATES, ignore_errors=True)
 
 
-def _variant(ticket: Ticket, name: str) -> Variant:
-    return next(variant for variant in open_variants(ticket) if variant.name == name)
+def _variant(spec: RunSpec, name: str) -> Variant:
+    return next(variant for variant in open_variants(spec) if variant.name == name)
 
 
-def _candidates(ticket: Ticket, wanted: Wanted) -> list[Candidate]:
-    return [candidate(_variant(ticket, name), tuple(weights)) for name, weights in wanted]
+def _candidates(spec: RunSpec, wanted: Wanted) -> list[Candidate]:
+    return [candidate(_variant(spec, name), tuple(weights)) for name, weights in wanted]
 
 
-def _rule_exam(ticket: Ticket, stored: Mapping[str, str], variant: Variant) -> Examination:
+def _rule_exam(spec: RunSpec, stored: Mapping[str, str], variant: Variant) -> EvaluationSet:
     """Return validation windows of general text and the domain, cut as for the run; no test text, no questions."""
-    source, cutting, plan = ticket.source(), cutting_of(ticket.parsed), ticket.parsed
+    source, cutting, plan = spec.source(), cutting_of(spec.parsed), spec.parsed
     texts = []
     for name in (GENERAL, search_of(variant).domain):
-        corpus = load_corpus(ticket.store, stored[name], ticket.versions.get(stored[name]))
+        corpus = load_corpus(spec.store, stored[name], spec.versions.get(stored[name]))
         named = dataclasses.replace(corpus, name=name)
-        texts.append(HeldOutText(name, VALIDATION, windows_for(ticket.store, named, VALIDATION, source, cutting)))
-    empty = examination(
-        ticket.store,
+        texts.append(HeldOutText(name, VALIDATION, windows_for(spec.store, named, VALIDATION, source, cutting)))
+    empty = evaluation_set(
+        spec.store,
         [],
         source,
         cutting,
         tasks=[],
         limit=None,
         batch_tokens=plan.evaluate.batch_tokens,
-        device=ticket.device,
-        dtype=getattr(torch, ticket.dtype),
+        device=spec.device,
+        dtype=getattr(torch, spec.dtype),
     )
     return dataclasses.replace(empty, texts=tuple(texts))

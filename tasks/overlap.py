@@ -9,10 +9,10 @@ from crosscal.errors import CorpusError, CrosscalError
 from crosscal.evaluation.tasks import LocalTask
 from crosscal.plan import CompressionPlan
 from crosscal.progress import Report, silent
-from crosscal.stages.leaks import Texts, as_json, compared, leak
+from crosscal.stages.leaks import ComparedTexts, as_json, compared, leak
 from crosscal.tasks.corpora import stored_name
 from crosscal.tasks.questions import local_tasks
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import samples_needed
 
 
@@ -26,23 +26,21 @@ def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
         return []
 
 
-def overlap_of(
-    ticket: Ticket, *, keep: bool = True, report: Report = silent
-) -> tuple[dict[str, Any], Exception | None]:
+def overlap_of(spec: RunSpec, *, keep: bool = True, report: Report = silent) -> tuple[dict[str, Any], Exception | None]:
     """Return how much of the evaluation sets calibration text contains, and the error that stops a run because of it.
 
     `keep`: store the findings, and raise for a corpus that is not ingested; else such corpora are left out.
     """
-    corpora, plan = {}, ticket.parsed
+    corpora, plan = {}, spec.parsed
     for name, origin in plan.document_corpora.items():
         stored = stored_name(name, origin)
         try:
-            corpora[name] = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+            corpora[name] = load_corpus(spec.store, stored, spec.versions.get(stored))
         except CorpusError:
             if keep:  # a run has ingested them all
                 raise
     calibrated = {name for name, _ in samples_needed(plan)}
-    texts = Texts.of(ticket.store, corpora, calibrated, _questions(plan, keep=keep))
+    texts = ComparedTexts.of(spec.store, corpora, calibrated, _questions(plan, keep=keep))
     found = compared(texts, keep=keep, report=report)
     allowed = plan.evaluate.allow_leaks
     return as_json(found, allowed), leak(found, allowed)

@@ -17,18 +17,18 @@ from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION, Measurement
 from crosscal.landing.records import now
 from crosscal.plan import BEST, Publish
 from crosscal.publication import Pointer, Published, model_folder, publish_model
-from crosscal.publication.policy import DENSE, Decision, Rule, Windows, decide
+from crosscal.publication.policy import DENSE, Decision, PublishRule, Windows, decide
 from crosscal.report import LayerRow, ResultRow, WindowRow
 from crosscal.report.groups import GENERAL
 from crosscal.report.left_dense import left_dense_of
 from crosscal.report.rows import read_rows
-from crosscal.stages.evaluate import Examination, measure
+from crosscal.stages.evaluate import EvaluationSet, measure
 from crosscal.store import Store, digest_of
 from crosscal.store.refs import again_on_conflict
 from crosscal.tasks.artifacts import show_decision
-from crosscal.tasks.evaluation import examination_of
+from crosscal.tasks.evaluation import evaluation_set_of
 from crosscal.tasks.options import PLAIN
-from crosscal.tasks.ticket import Ticket, task_report
+from crosscal.tasks.run_spec import RunSpec, task_report
 
 OTHER_TOKENIZER = (
     "the published model has another tokenizer, perplexities do not compare; "
@@ -38,17 +38,17 @@ OTHER_TOKENIZER = (
 
 @task(name="decide", task_run_name="decide about {domain} v{version}", **PLAIN)
 def decide_publication(
-    ticket: Ticket, stored: dict[str, str], domain: str, version: int, run_id: str, asked: str | None = None
+    spec: RunSpec, stored: dict[str, str], domain: str, version: int, run_id: str, asked: str | None = None
 ) -> dict[str, Any]:
     """Publish one of the run's models for a landed domain, or none; return `outcome`, `reason` and the numbers.
 
     Validation windows decide; `perplexity` is that of the candidate and the published model on test windows. `asked`,
     the time of the run's request, distinguishes an interrupted decision from one that is to be made again.
     """
-    rule, store, run_dir = ticket.parsed.publish, ticket.store, Path(ticket.run_dir)
+    rule, store, run_dir = spec.parsed.publish, spec.store, Path(spec.run_dir)
     assert rule is not None
-    exam, windows = examination_of(ticket, stored), chosen_by(run_dir)
-    same_run = {"corpus_version": version, "run_dir": ticket.run_dir, "plan": digest_of(ticket.plan)}
+    eval_set, windows = evaluation_set_of(spec, stored), chosen_by(run_dir)
+    same_run = {"corpus_version": version, "run_dir": spec.run_dir, "plan": digest_of(spec.plan)}
     same_run |= {} if asked is None else {"asked": asked}
 
     def attempt() -> dict[str, Any]:
@@ -57,7 +57,7 @@ def decide_publication(
         if moved:  # by an attempt that was interrupted afterwards
             return {"outcome": "published", **moved[-1].facts}
         current = published.current(domain)
-        decision, earlier = _decide(store, exam, rule, windows, current, version)
+        decision, earlier = _decide(store, eval_set, rule, windows, current, version)
         facts = {**same_run, "run_id": run_id, "reason": decision.reason, **_about(decision, run_dir, earlier)}
         if decision.variant is not None:
             about = {"domain": domain, "variant": decision.variant, "corpus_version": version}
@@ -84,14 +84,14 @@ def chosen_by(run_dir: Path) -> dict[str, Windows]:
 
 def _decide(
     store: Store,
-    exam: Examination,
+    eval_set: EvaluationSet,
     asked: Publish,
     windows: Mapping[str, Windows],
     current: Pointer | None,
     version: int,
 ) -> tuple[Decision, list[Measurement] | None]:
     """Return the decision, and the measurements of the published model if it could be compared."""
-    rule = Rule(asked.domain, asked.tolerance, dict(asked.guard), asked.min_gain, GENERAL)
+    rule = PublishRule(asked.domain, asked.tolerance, dict(asked.guard), asked.min_gain, GENERAL)
     named = [name for name in windows if name != DENSE] if asked.variant == BEST else [asked.variant]
     candidates, dense = {name: windows.get(name, {}) for name in named}, windows.get(DENSE, {})
     if current is None:
@@ -105,10 +105,10 @@ def _decide(
             decision = decide(rule, candidates, dense, None)
             gone = f"the published model is gone from the store; {decision.reason}"
             return dataclasses.replace(decision, reason=gone), None
-        if tokenizer_digest(folder) != exam.tokenizer_digest:
+        if tokenizer_digest(folder) != eval_set.tokenizer_digest:
             return Decision(False, OTHER_TOKENIZER), None
         with task_report() as report:
-            earlier = measure(exam, folder, name=folder.name, report=report)
+            earlier = measure(eval_set, folder, name=folder.name, report=report)
     seen = {one.corpus_or_task: one.window_nll for one in earlier if one.split == VALIDATION and one.window_nll}
     return decide(rule, candidates, dense, seen), earlier
 

@@ -10,7 +10,7 @@ from typing import Any
 from crosscal.corpora import load_corpus
 from crosscal.errors import CrosscalError, EvaluationError, PlanError
 from crosscal.evaluation import tasks as asked
-from crosscal.evaluation.continuation import Settings
+from crosscal.evaluation.continuation import ContinuationSettings
 from crosscal.evaluation.faithfulness import Judge
 from crosscal.evaluation.question_files import Fields, is_question_file, read_question_file, task_names
 from crosscal.evaluation.summarise import SummaryTask
@@ -19,20 +19,20 @@ from crosscal.files import stem_of
 from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, SummariesTask, Task, TextTask
 from crosscal.stages.continuation import continuation
 from crosscal.store import digest_file, digest_of
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 
 OUR_FORM = "question, choices, answer"
 IN_FRONT = "; the context stands in front of the question"
 
 
-def tasks_of(ticket: Ticket, stored: Mapping[str, str]) -> list[asked.Task]:
+def tasks_of(spec: RunSpec, stored: Mapping[str, str]) -> list[asked.Task]:
     """Return all tasks of the plan; `stored` maps a corpus that questions are made from to its name in the store.
 
     Raises `EvaluationError` for an unreadable file, naming file and line, `PlanError` for two tasks of one name.
     """
-    continued = [task for task in ticket.parsed.evaluate.tasks if isinstance(task, ContinuationTask)]
-    made = [each for task in continued for each in _continued(ticket, task, stored[task.continuation])]
-    return [*ready_tasks(ticket.parsed), *made]
+    continued = [task for task in spec.parsed.evaluate.tasks if isinstance(task, ContinuationTask)]
+    made = [each for task in continued for each in _continued(spec, task, stored[task.continuation])]
+    return [*ready_tasks(spec.parsed), *made]
 
 
 def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
@@ -130,12 +130,12 @@ def _name(task: ContinuationTask) -> str:
     return task.name or f"{task.continuation}-continuation"
 
 
-def _continued(ticket: Ticket, task: ContinuationTask, stored: str) -> Iterator[LocalTask]:
-    corpus = load_corpus(ticket.store, stored, ticket.versions.get(stored))
+def _continued(spec: RunSpec, task: ContinuationTask, stored: str) -> Iterator[LocalTask]:
+    corpus = load_corpus(spec.store, stored, spec.versions.get(stored))
     named = dataclasses.replace(corpus, name=task.continuation)
-    settings = Settings(task.questions, task.choices, task.words, task.context_words, task.seed)
+    settings = ContinuationSettings(task.questions, task.choices, task.words, task.context_words, task.seed)
     for split in task.splits:
-        made = continuation(ticket.store, named, split, settings)
+        made = continuation(spec.store, named, split, settings)
         few = f"; {task.questions} were asked for" if len(made) < task.questions else ""
         told = f"{len(made)} questions from {split} documents{few}"
         yield LocalTask(_name(task), tuple(made), split, told)

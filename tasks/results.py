@@ -21,13 +21,13 @@ from crosscal.report import ResultRow, WindowRow, write_report, write_rows
 from crosscal.report.packed import dense_notes, dense_text
 from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow
 from crosscal.stages.describe import readable_samples, sample_quality, starved_experts, with_perplexities
-from crosscal.stages.evaluate import Examination
+from crosscal.stages.evaluate import EvaluationSet
 from crosscal.stages.heldout_text import HeldOutText
 from crosscal.tasks.artifacts import show_run
-from crosscal.tasks.evaluation import AGAIN, DENSE, examination_of, rows_of
+from crosscal.tasks.evaluation import AGAIN, DENSE, evaluation_set_of, rows_of
 from crosscal.tasks.options import PLAIN
 from crosscal.tasks.overlap import overlap_of
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import Variant
 
 
@@ -42,43 +42,47 @@ class _Judged:
 
 
 @task(name="results", task_run_name="write results", **PLAIN)
-def write_results(ticket: Ticket, stored: dict[str, str], measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def write_results(spec: RunSpec, stored: dict[str, str], measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write `results.jsonl`, `layers.jsonl`, and the values that perplexities, accuracies and summary scores average:
     `windows.jsonl`, `questions.jsonl` and `summaries.jsonl`.
 
     `measured`: model → what `evaluate_model` returned. Returns `failed`, variant → why it cannot be loaded or measured,
     and `notes` on what was not measured and on what is stored dense.
     """
-    exam, run_dir = examination_of(ticket, stored), Path(ticket.run_dir)
-    models: list[Variant | None] = [None, *ticket.variants()]
-    found = {variant: _judged(ticket, exam, variant, measured[_name(variant)]) for variant in models}
+    eval_set, run_dir = evaluation_set_of(spec, stored), Path(spec.run_dir)
+    models: list[Variant | None] = [None, *spec.variants()]
+    found = {variant: _judged(spec, eval_set, variant, measured[_name(variant)]) for variant in models}
     dense = found[None].measured
     pairs = [(variant, one) for variant, judged in found.items() for one in judged.measured]
-    pairs += [(variant, one) for variant in ticket.variants() for one in risk_ratios(dense, found[variant].measured)]
+    pairs += [(variant, one) for variant in spec.variants() for one in risk_ratios(dense, found[variant].measured)]
     write_rows(run_dir / "windows.jsonl", [row for variant, one in pairs for row in _window_rows(variant, one)])
     write_rows(run_dir / "questions.jsonl", [row for variant, one in pairs for row in _question_rows(variant, one)])
     if scores := [row for variant, one in pairs for row in _document_rows(variant, one)]:
         write_rows(run_dir / "summaries.jsonl", scores)
-    rows = [against_dense(result_row(ticket, variant, one), one, dense) for variant, one in pairs]
+    rows = [against_dense(result_row(spec, variant, one), one, dense) for variant, one in pairs]
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", [row for judged in found.values() for row in judged.layers])
-    dtype = str(ticket.source().dtype).removeprefix("torch.")
+    dtype = str(spec.source().dtype).removeprefix("torch.")
     judged = {_name(variant): one for variant, one in found.items() if variant is not None}
     texts = {name: dense_text(one.layers, dtype) for name, one in judged.items()}
     sizes = {name: one.size_bytes for name, one in judged.items() if one.size_bytes is not None}
     failed = {name: one.failed for name, one in judged.items() if one.failed}
     spared = [name for name, known in measured.items() if known.get("spared")]
-    notes = [*exam.notes, *_said_of(spared), *(f"{n} is no model: {why}" for n, why in failed.items())]
-    return {"failed": failed, "notes": [*notes, *dense_notes(texts, sizes), *exam.suite.told]}
+    notes = [
+        *eval_set.notes,
+        *_error_context(spared),
+        *(f"{n} could not be written as a loadable model: {why}" for n, why in failed.items()),
+    ]
+    return {"failed": failed, "notes": [*notes, *dense_notes(texts, sizes), *eval_set.suite.told]}
 
 
-def _judged(ticket: Ticket, exam: Examination, variant: Variant | None, known: dict[str, Any]) -> _Judged:
-    layers = rows_of(ticket, variant) if variant else []
+def _judged(spec: RunSpec, eval_set: EvaluationSet, variant: Variant | None, known: dict[str, Any]) -> _Judged:
+    layers = rows_of(spec, variant) if variant else []
     if why := known.get("spared") or known["failed"]:
         got = known.get("windows", {})
-        skipped = [_not_measured(text, why, got if text.split == VALIDATION else {}) for text in exam.texts]
+        skipped = [_not_measured(text, why, got if text.split == VALIDATION else {}) for text in eval_set.texts]
         return _Judged(skipped, layers, known["size_bytes"], known["failed"])
-    measured = exam.find(known["weights"])
+    measured = eval_set.find(known["weights"])
     if measured is None:
         raise MissingArtifact("a model's numbers are not in the store any more", where=_name(variant), do=AGAIN)
     return _Judged(measured, layers, known["size_bytes"], None)
@@ -91,7 +95,7 @@ def _not_measured(text: HeldOutText, why: str, got: Mapping[str, Sequence[float]
     return Measurement(text.corpus, text.split, PERPLEXITY, None, None, tokens, 0.0, why, window_nll=nll)
 
 
-def _said_of(spared: Sequence[str]) -> list[str]:
+def _error_context(spared: Sequence[str]) -> list[str]:
     return [f"not evaluated, for the reasons in the report: {', '.join(spared)}"] if spared else []
 
 
@@ -124,7 +128,7 @@ def against_dense(row: ResultRow, one: Measurement, dense: Sequence[Measurement]
     return dataclasses.replace(row, lost=found.lost, won=found.won, p=found.p)
 
 
-def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> ResultRow:
+def result_row(spec: RunSpec, variant: Variant | None, found: Measurement) -> ResultRow:
     """Return a measurement with its settings; `variant` None is the dense model."""
     return ResultRow(
         variant=_name(variant),
@@ -134,39 +138,39 @@ def result_row(ticket: Ticket, variant: Variant | None, found: Measurement) -> R
         upstream=variant.upstream if variant else DENSE,
         mixture=variant.mixture.as_dict() if variant and variant.mixture and not variant.search else {},
         found_by=variant.found_by if variant else None,
-        seed=variant.seed if variant else ticket.parsed.seeds[0],
-        model=Path(ticket.parsed.model).name,
-        device=ticket.device,
+        seed=variant.seed if variant else spec.parsed.seeds[0],
+        model=Path(spec.parsed.model).name,
+        device=spec.device,
         windows=None if found.window_nll is None else len(found.window_nll),
         **{name: value for name, value in dataclasses.asdict(found).items() if name not in ITEMS},
     )
 
 
 @task(name="describe", task_run_name="describe calibration", **PLAIN)
-def describe_samples(ticket: Ticket) -> dict[str, Any]:
+def describe_samples(spec: RunSpec) -> dict[str, Any]:
     """Write `samples.json` with some of each corpus's calibration text; return `calibration_quality` of all of it, and
     its `overlap` with evaluation text, for the run's record.
 
     Raises `EvaluationError` for evaluation text in the calibration text, unless the plan allows it.
     """
-    samples, plan = ticket.sampled, ticket.parsed
+    samples, plan = spec.sampled, spec.parsed
     kinds = {name: corpus.source for name, corpus in plan.corpora.items()}
     described = {name: corpus.described for name, corpus in plan.corpora.items()}
-    shown = readable_samples(ticket.store, ticket.source(), samples, described, per_corpus=2)
-    write_whole(Path(ticket.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
-    quality = sample_quality(ticket.store, ticket.source(), samples, kinds, plan.calibration.begin_token)
-    overlap, error = overlap_of(ticket)
+    shown = readable_samples(spec.store, spec.source(), samples, described, per_corpus=2)
+    write_whole(Path(spec.run_dir) / "samples.json", json.dumps(shown, ensure_ascii=False, indent=1))
+    quality = sample_quality(spec.store, spec.source(), samples, kinds, plan.calibration.begin_token)
+    overlap, error = overlap_of(spec)
     if error:
         raise error
     return {"calibration_quality": quality, "overlap": overlap}
 
 
-def after_reading(ticket: Ticket, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def after_reading(spec: RunSpec, quality: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what the calibration pass adds: `calibration_quality` with perplexities, and `starved_experts`."""
-    source, cached = ticket.source(), ticket.cached
+    source, cached = spec.source(), spec.cached
     vocabulary = source.config.get_text_config().vocab_size
-    known = with_perplexities(quality, cached, ticket.sampled, vocabulary)
-    return {"calibration_quality": known, "starved_experts": starved_experts(cached, source.blocks, ticket.sampled)}
+    known = with_perplexities(quality, cached, spec.sampled, vocabulary)
+    return {"calibration_quality": known, "starved_experts": starved_experts(cached, source.blocks, spec.sampled)}
 
 
 @task(name="report", task_run_name="write report", **PLAIN)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crosscal.calibration import Pool, WindowRequest, draw_pool
 from crosscal.calibration.chats import TODAY, check_template, without_system
-from crosscal.calibration.packing import Rest, fill, nearest_sum, whole_turns
+from crosscal.calibration.packing import Remainder, fill, nearest_sum, whole_turns
 from crosscal.calibration.sets import windows_by_key
 from crosscal.calibration.tokens import EncodedDocuments, chat_begin_token
 from crosscal.corpora import Corpus, documents, ingest
@@ -195,7 +195,7 @@ def test_every_unit_stands_once_in_windows_of_any_length(seed: int) -> None:
         tuple(range(1000 * number, 1000 * number + chance.randint(1, room)))
         for number in range(1, chance.randint(2, 40))
     ]
-    filling = fill([], length, None, begin, Rest((), tuple(units)))
+    filling = fill([], length, None, begin, Remainder((), tuple(units)))
     seen: list[int] = []
     rest = None
     while rest is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from crosscal.calibration import Seeds, TemperatureSchedule, WindowRequest, continued_windows
 from crosscal.calibration.continuing import kept
-from crosscal.calibration.sampling import SequenceWriter, Written
+from crosscal.calibration.sampling import GeneratedText, SequenceWriter
 from crosscal.corpora import Corpus, documents, ingest
 from crosscal.errors import CalibrationError
 from crosscal.store import Store
@@ -57,10 +57,10 @@ def written(store: Store, model, seeds: Seeds, request: WindowRequest = REQUEST,
     return continued_windows(store, model, MODEL, tiny_tokenizer(), TOKENIZER, request, seeds, **settings)
 
 
-def texts_of(store: Store) -> list[Written]:
+def texts_of(store: Store) -> list[GeneratedText]:
     """As they were written."""
     batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["numbers"])
-    return [Written(**text) for batch in batches for text in json.loads(store.read_bytes(batch, "texts.json"))]
+    return [GeneratedText(**text) for batch in batches for text in json.loads(store.read_bytes(batch, "texts.json"))]
 
 
 def beginnings(store: Store, corpus: Corpus, split: str) -> set[tuple[int, ...]]:
@@ -125,12 +125,12 @@ def test_what_is_dropped_is_what_the_published_filter_drops() -> None:
     for count in (5, 10, 37, 200):
         nlls = chance.normal(4, 1, count)
         threshold = np.percentile(np.exp(nlls), 80)
-        texts = [Written([number], float(nll)) for number, nll in enumerate(nlls)]
+        texts = [GeneratedText([number], float(nll)) for number, nll in enumerate(nlls)]
         published = [text for text in texts if np.exp(text.nll) < threshold]
         assert abs(len(kept(texts, 0.2)) - len(published)) <= 1
         assert kept(texts, 0.2)[: len(published)] == published or count % 5
         assert kept(texts, 0.0) == texts
-    assert [text.tokens for text in kept([Written([n], 1.0) for n in range(5)], 0.4)] == [[0], [1], [2]]
+    assert [text.tokens for text in kept([GeneratedText([n], 1.0) for n in range(5)], 0.4)] == [[0], [1], [2]]
 
 
 def test_the_same_texts_are_found_again_and_other_settings_write_others(
@@ -184,7 +184,7 @@ def test_documents_begin_again_when_there_are_no_more_and_short_ones_are_passed_
     assert len({tuple(text.tokens) for text in texts}) == len(texts)
     with pytest.raises(CalibrationError, match="few: no train document is as long as a prefix"):
         written(store, model, seeds_of(few, prefix_tokens=1000), WindowRequest(8, 2000))
-    with pytest.raises(CalibrationError, match="prefixes leave nothing to write"):
+    with pytest.raises(CalibrationError, match="the prefixes leave no tokens to generate"):
         written(store, model, long, WindowRequest(8, 64), max_length=40)
 
 

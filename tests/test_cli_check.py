@@ -12,7 +12,7 @@ import pytest
 
 from crosscal.corpora import ingest
 from crosscal.models import ModelSource
-from crosscal.stages.moments import Cached, collect_moments
+from crosscal.stages.moments import CachedMoments, collect_moments
 from crosscal.stages.preflight import (
     BlockShape,
     block_shapes,
@@ -141,7 +141,7 @@ def test_shortages_are_problems(place: Place, monkeypatch: pytest.MonkeyPatch) -
 
 def sites_by_walking(folder: Path, home: Path) -> Iterator[list[tuple[str, int]]]:
     source, store = ModelSource.open(folder), Store(home)
-    cached = Cached(store, source.digest, "dense", "float32")
+    cached = CachedMoments(store, source.digest, "dense", "float32")
     with store.publish("calibration", "0" * 64, {}) as staged:
         from crosscal.calibration.sets import _write_windows
 
@@ -158,7 +158,7 @@ EXACT = ("llama", "gpt2", "opt", "gpt-neox", "qwen2", "qwen3", "mistral", "gemma
 def test_the_shapes_of_a_model_never_calibrated(family: str, tmp_path: Path) -> None:
     folder = save_model(family, tmp_path / "model")
     source = ModelSource.open(folder)
-    unseen = Cached(Store(tmp_path / "empty"), source.digest, "dense", "float32")
+    unseen = CachedMoments(Store(tmp_path / "empty"), source.digest, "dense", "float32")
     guessed = block_shapes(source, unseen)
     walked = list(sites_by_walking(folder, tmp_path / "home"))
     known = sum(inputs**2 for sites in walked for _, inputs in sites)
@@ -167,7 +167,7 @@ def test_the_shapes_of_a_model_never_calibrated(family: str, tmp_path: Path) -> 
         widths = [sorted(inputs for _, inputs in sites) for sites in walked]
         assert [sorted(inputs for _, inputs in shape.sites) for shape in guessed] == widths
     assert known / 1.34 <= guess <= known * 1.34
-    seen = Cached(Store(tmp_path / "home"), source.digest, "dense", "float32")
+    seen = CachedMoments(Store(tmp_path / "home"), source.digest, "dense", "float32")
     assert [list(shape.sites) for shape in block_shapes(source, seen)] == walked
 
 

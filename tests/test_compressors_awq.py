@@ -109,7 +109,7 @@ def test_losses_are_those_of_the_matrices_on_the_divided_inputs(recipe: tuple[ob
     problems = problems_of(input_TI)
     for problem, answer in zip(problems, answers(problems, *recipe), strict=True):
         assert answer.scale_I is not None
-        difference_TO = (input_TI / answer.scale_I) @ answer.stands_OI.mT - input_TI @ problem.weight_OI.mT
+        difference_TO = (input_TI / answer.scale_I) @ answer.stored_weight_OI.mT - input_TI @ problem.weight_OI.mT
         error = float(difference_TO.square().sum() / len(input_TI))
         energy = float((input_TI @ problem.weight_OI.mT).square().sum() / len(input_TI))
         assert answer.loss == pytest.approx(error, rel=1e-9, abs=1e-20 * energy)
@@ -123,7 +123,7 @@ def test_scales_alone_change_nothing() -> None:
     problems = problems_of(outliers_TI())
     for problem, answer in zip(problems, answers(problems, AWQ(3, 32)), strict=True):
         torch.testing.assert_close(answer.weight_OI, problem.weight_OI, rtol=1e-14, atol=0)
-        assert not torch.equal(answer.stands_OI, problem.weight_OI)
+        assert not torch.equal(answer.stored_weight_OI, problem.weight_OI)
 
 
 def test_statistics_move_as_recomputation_would() -> None:

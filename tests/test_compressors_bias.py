@@ -21,7 +21,7 @@ from crosscal.tasks.refusals import unbiased
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.problems import correlated_inputs_TI
 from tests.helpers.tiny_models import save_model
-from tests.helpers.tiny_run import collect, sample, windows, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, windows
 
 STEPS = [
     [SparseGPT(Sparsity.parse(0.7)), Bias()],
@@ -78,17 +78,17 @@ def test_reported_losses_are_those_of_the_loaded_biases(
     source, store = ModelSource.open(save_model(family, tmp_path / "model", dtype=dtype)), Store(tmp_path / "home")
     assert not list(unbiased(VARIANTS, without_bias(source.weights.model)))
     drawn = [sample(store, corpus, windows(12, seed=len(corpus), high=96)) for corpus in ("general", "legal")]
-    shop = workshop(tmp_path / "run", store, source, *drawn)
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
+    context = run_context(tmp_path / "run", store, source, *drawn)
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
     for block in range(source.blocks):
-        compress_block(shop, block, VARIANTS)
+        compress_block(context, block, VARIANTS)
     dense = load_variant(source.path)
     for variant in VARIANTS:
-        publish_variant(shop, variant)
-        model = load_variant(shop.folder / "models" / variant.name)
-        rows = {row.layer: row for row in layer_rows(shop, [variant])}
-        places = [(block, site) for block in range(source.blocks) for site in shop.cached.sites(block) or ()]
+        publish_variant(context, variant)
+        model = load_variant(context.folder / "models" / variant.name)
+        rows = {row.layer: row for row in layer_rows(context, [variant])}
+        places = [(block, site) for block in range(source.blocks) for site in context.cached.sites(block) or ()]
         for block, site in places:
             for matrix in site.matrices:
                 name = f"{source.block_name(block)}.{matrix.name}"
@@ -101,9 +101,9 @@ def test_reported_losses_are_those_of_the_loaded_biases(
                 for held_out, reported in ((False, row.relative_loss), (True, row.heldout_relative_loss)):
                     loss = energy = 0.0
                     for corpus, weight in variant.mixture.weights:  # pyright: ignore[reportOptionalMemberAccess]
-                        each = shop.samples[corpus, 0]
+                        each = context.samples[corpus, 0]
                         (part,) = (each.held_out if held_out else each.calibration).parts
-                        moments = shop.cached.read(part.key, block, site)
+                        moments = context.cached.read(part.key, block, site)
                         gram_II, mean_I = moments.gram_II.double() / moments.tokens, moments.sum_I / moments.tokens
                         loss += weight * float((change_OI @ gram_II * change_OI).sum() + shift_O.square().sum())
                         loss += weight * 2 * float(shift_O @ (change_OI @ mean_I.double()))
@@ -122,9 +122,9 @@ def test_linears_without_a_bias_are_named_before_anything_runs_and_never_written
     assert all(name in str(refusal) for name in lacking)
     assert not list(unbiased([corrected("plain", ("rtn", {"bits": 4, "group_size": 16}))], lacking))
     drawn = [sample(store, corpus, windows(12, seed=len(corpus), high=96)) for corpus in ("general", "legal")]
-    shop = workshop(tmp_path / "run", store, source, *drawn)
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
+    context = run_context(tmp_path / "run", store, source, *drawn)
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
     with pytest.raises(ModelError, match=r"no bias to correct"):
-        compress_block(shop, 0, VARIANTS[:1])
+        compress_block(context, 0, VARIANTS[:1])
     assert not list((tmp_path / "run" / "models").rglob("*.safetensors"))

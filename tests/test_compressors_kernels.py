@@ -13,7 +13,7 @@ import torch
 
 from crosscal.compressors import GPTQ, LayerProblem, SparseGPT, SparseGPTQ, Sparsity, solve_many
 from crosscal.compressors.numba_panel import fix_panel_numba
-from crosscal.compressors.panel import FixedPanel, Panel, Pattern, Rounding, fix_panel_torch
+from crosscal.compressors.panel import FixedPanel, NMPattern, Panel, Rounding, fix_panel_torch
 from tests.helpers.interpreted import interpreted_kernel
 from tests.helpers.problems import layer
 
@@ -48,9 +48,9 @@ def panel(columns: int, rows: int, **settings: Any) -> Panel:
         0.5 + torch.rand(columns, generator=generator)
     )
     upper_CC = torch.linalg.inv(root_CC).contiguous()
-    score_C = root_CC.diagonal().clone()
-    score_C[columns // 2] = 0.0
-    asked = Panel(weight_CR, upper_CC, root_CC.diagonal(), score_C, **settings)
+    pivot_C = root_CC.diagonal().clone()
+    pivot_C[columns // 2] = 0.0
+    asked = Panel(weight_CR, upper_CC, root_CC.diagonal(), pivot_C, **settings)
     return moved(asked)
 
 
@@ -79,7 +79,7 @@ def extreme_rounding(columns: int, rows: int) -> Rounding:
     return Rounding(scale_CR, torch.full((rows,), 8.0), torch.float16)
 
 
-PATTERNS = [Pattern(slice(10, 40), 2, 4), Pattern(slice(40, 75), 1, 8)]
+PATTERNS = [NMPattern(slice(10, 40), 2, 4), NMPattern(slice(40, 75), 1, 8)]
 CASES = {
     "fraction": (32, 150, {"drop_CR": drops(32, 150)}),
     "narrow": (7, 70, {"drop_CR": drops(7, 70)}),
@@ -143,7 +143,7 @@ def widened(settings: dict[str, Any], columns: int, rows: int) -> dict[str, Any]
         made["drop_CR"] = drops(columns, rows)
     if "patterns" in settings:
         third = rows // 3
-        made["patterns"] = [Pattern(slice(third, 2 * third), 2, 4), Pattern(slice(2 * third, rows), 1, 8)]
+        made["patterns"] = [NMPattern(slice(third, 2 * third), 2, 4), NMPattern(slice(2 * third, rows), 1, 8)]
     if "rounding" in settings:
         made["rounding"] = rounding(columns, rows, settings["rounding"].stored_dtype)
     return made

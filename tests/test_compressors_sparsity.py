@@ -58,9 +58,9 @@ def test_counts_are_exact_and_the_lowest_go(seed: int) -> None:
         assert score_OI[~keep_OI].max() <= score_OI[keep_OI].min()
     keep_OI = sparsity.keep_OI(score_OI, per="row")
     assert (~keep_OI).sum(1).tolist() == [round(sparsity.fraction * inputs)] * outputs
-    for score_I, keep_I in zip(score_OI, keep_OI, strict=True):
+    for pivot_I, keep_I in zip(score_OI, keep_OI, strict=True):
         if keep_I.any() and not keep_I.all():
-            assert score_I[~keep_I].max() <= score_I[keep_I].min()
+            assert pivot_I[~keep_I].max() <= pivot_I[keep_I].min()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -25,7 +25,7 @@ from crosscal.corpora.records import Document
 from crosscal.corpora.sources import HubDataset
 from crosscal.errors import CorpusError
 from crosscal.selection.chosen import _publish_shard, _rows
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.store import Store
 from tests.helpers.tiny_chats import chats
 
@@ -190,10 +190,10 @@ REJECTS: dict[str, tuple[dict[str, Any], str]] = {
     "empty turn": ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "a turn is empty"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "a turn is empty"),
     "no answer": ({"instruction": LONG, "output": ""}, "a turn is empty"),
-    "a number": ({"messages": [{"role": "user", "content": 7}]}, "a turn holds something other than text"),
+    "a number": ({"messages": [{"role": "user", "content": 7}]}, "a turn has content other than text"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG}, {"type": "image", "url": "x"}]}]},
-        "a turn holds something other than text",
+        "a turn has content other than text",
     ),
     "an answer that is no text": ({"prompt": LONG, "response": 7}, "text is not a string"),
     "too many": ({"messages": [USER] * (MOST_TURNS + 1)}, f"more than {MOST_TURNS} turns"),
@@ -201,7 +201,7 @@ REJECTS: dict[str, tuple[dict[str, Any], str]] = {
     "long": ({"messages": [{"role": "user", "content": "x" * 5000}]}, "too long"),
     "half a pair": ({"messages": [{"role": "user", "content": LONG + "\ud800"}]}, "lone surrogate"),
     "tools": ({"messages": [{"role": "user", "content": LONG}], "tools": "hammer"}, "tools are not a list of objects"),
-    "deep": ({"messages": [{"role": "user", "content": LONG, "tool_calls": "[" * 900 + "]" * 900}]}, "calls of tools"),
+    "deep": ({"messages": [{"role": "user", "content": LONG, "tool_calls": "[" * 900 + "]" * 900}]}, "tool calls"),
 }
 
 
@@ -419,7 +419,7 @@ def test_conversations_that_are_chosen_stay_conversations(store: Store, tmp_path
     """All of a shard chosen are that shard; what is compared of them is what their turns say."""
     rows: Rows = [{"messages": chat} for chat in CHATS] + [{"text": f"Text {n} that is long enough."} for n in range(9)]
     corpus = ingest(store, "x", [write_lines(tmp_path / "a.jsonl", rows)], split="train").corpus
-    texts = Texts(store, parts_of([corpus], "train"))
+    texts = DocumentTexts(store, parts_of([corpus], "train"))
     assert list(texts) == [texts.text(at) for at in range(69)]
     assert sorted(texts) == sorted(documents(store, corpus.shards[0], "train"))
     other = Store(tmp_path / "other")

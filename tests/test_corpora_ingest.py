@@ -180,7 +180,7 @@ def test_rejects_are_counted_kept_and_carry_no_path(store, tmp_path):
     (tmp_path / "data" / "bad.jsonl").write_bytes(b'{"text": "cut\n{"text": "\xff"}\n' + b'{"text": "' + b"x" * 500)
     (tmp_path / "data" / "picture.png").write_bytes(b"\x89PNG")
     report = ingest(store, "general", [str(tmp_path / "data")])
-    assert report.rejected == {"invalid JSON": 2, "invalid UTF-8": 1, "file type that is not read": 1}
+    assert report.rejected == {"invalid JSON": 2, "invalid UTF-8": 1, "unsupported file type": 1}
     rejects = store.read_bytes(store.get("rejects", report.rejects_key), "rejects.jsonl").decode()
     rows = [json.loads(row) for row in rejects.splitlines()]
     assert [(row["source"], row["line"]) for row in rows] == [

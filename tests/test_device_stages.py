@@ -23,21 +23,21 @@ from crosscal.models.loading import load_variant
 from crosscal.plan import load_plan
 from crosscal.progress import silent
 from crosscal.report.rows import ResultRow, read_rows
-from crosscal.stages.compress import Workshop, compress_sequential
+from crosscal.stages.compress import RunContext, compress_sequential
 from crosscal.stages.gradients import CachedGradients, Gradients, collect_gradients
-from crosscal.stages.heldout_text import Cutting, windows_for
+from crosscal.stages.heldout_text import WindowCutting, windows_for
 from crosscal.stages.memory import free_bytes, usable_bytes
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import Mixture
 from crosscal.store import Store
 from crosscal.tasks.corpora import stored_name
-from crosscal.tasks.ticket import resolve_device
+from crosscal.tasks.run_spec import resolve_device
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.pretend_device import MEMORY_BYTES, assert_same, devices_of, pretended_cuda
 from tests.helpers.pretended_tensor import PACKAGE, Seen
 from tests.helpers.tiny_models import save_model, windows
 from tests.helpers.tiny_place import make_place
-from tests.helpers.tiny_run import collect, dense_cache, tiny_source, variant, workshop
+from tests.helpers.tiny_run import collect, dense_cache, run_context, tiny_source, variant
 from tests.helpers.tiny_text import tiny_llama
 from tests.test_calibration_generation import writer
 from tests.test_device_laws import FIRST, ROUNDOFF_F32
@@ -59,11 +59,11 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
     """With moments and gradients in float64, read on a CPU."""
     folder = tmp_path_factory.mktemp("device")
     source, store = tiny_source(folder / "model"), Store(folder / "home")
-    made = in_float64(workshop(folder / "run", store, source, *samples(store)))
+    made = in_float64(run_context(folder / "run", store, source, *samples(store)))
     for each in made.samples.values():
         collect(made.cached, source, each.sets)
     gradients = Gradients(CachedGradients(made.cached), made.samples)
@@ -72,9 +72,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return dataclasses.replace(made, gradients=gradients)
 
 
-def in_float64(shop: Workshop) -> Workshop:
+def in_float64(context: RunContext) -> RunContext:
     """There a CPU computes as a GPU does: its own loops are for float32."""
-    return dataclasses.replace(shop, cached=dense_cache(shop.cached.store, shop.source, "float64"))
+    return dataclasses.replace(context, cached=dense_cache(context.cached.store, context.source, "float64"))
 
 
 def every_method() -> list[Variant]:
@@ -97,10 +97,10 @@ def step_of(name: str) -> RecipeStep:
     return RecipeStep(name, tuple((each.name, getattr(case, each.name)) for each in dataclasses.fields(case)))
 
 
-def test_a_block_is_solved_on_the_device_and_handed_out_on_the_cpu(shop: Workshop) -> None:
+def test_a_block_is_solved_on_the_device_and_handed_out_on_the_cpu(context: RunContext) -> None:
     variants = every_method()
     here, there = (
-        solve_block(dataclasses.replace(shop.problem(1, shop.cached), device=device), variants)
+        solve_block(dataclasses.replace(context.problem(1, context.cached), device=device), variants)
         for device in ("cpu", "cuda")
     )
     for name, expected in here.items():
@@ -111,14 +111,14 @@ def test_a_block_is_solved_on_the_device_and_handed_out_on_the_cpu(shop: Worksho
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_a_sequential_model_is_made_through_the_device(shop: Workshop, tmp_path: Path, corrected: bool) -> None:
+def test_a_sequential_model_is_made_through_the_device(context: RunContext, tmp_path: Path, corrected: bool) -> None:
     one = variant("sequential", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, upstream="sequential")
     if corrected:
         one = dataclasses.replace(one, recipe=(RecipeStep("qep", ()), *one.recipe))
     made = {}
     for device in ("cpu", "cuda"):
         store = Store(tmp_path / device / "home")
-        own = in_float64(workshop(tmp_path / device / "run", store, shop.source, *samples(store)))
+        own = in_float64(run_context(tmp_path / device / "run", store, context.source, *samples(store)))
         own = dataclasses.replace(own, device=device)
         compress_sequential(own, one, batch_tokens=64, report=silent)
         made[device] = [own.writer(one).read_block(block, bits=None) for block in range(own.source.blocks)]
@@ -193,7 +193,7 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for row in rows:
         model = load_variant(source.path if row.variant == "dense" else place.run_dir / "models" / row.variant)
         corpus = load_corpus(store, stored_name("general", plan.corpora["general"]))
-        tokens_SL = windows_for(store, corpus, row.split, source, Cutting(32, {"test": 4, "validation": 32}))
+        tokens_SL = windows_for(store, corpus, row.split, source, WindowCutting(32, {"test": 4, "validation": 32}))
         found = perplexity(model, tokens_SL, name=corpus.name, split=row.split, device="cpu")
         assert row.value == pytest.approx(found.value, rel=ROUNDOFF_F32)
 
@@ -207,7 +207,7 @@ def test_five_questions_are_asked_of_cuda() -> None:
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
                 asked.add((node.attr, file.name))
     of_memory = {(name, "memory.py") for name in ("mem_get_info", "memory_reserved", "memory_allocated")}
-    assert asked == {("is_available", "ticket.py"), ("device_count", "ticket.py"), *of_memory}
+    assert asked == {("is_available", "run_spec.py"), ("device_count", "ticket.py"), *of_memory}
 
 
 def test_the_free_memory_is_the_devices() -> None:

@@ -22,7 +22,7 @@ from crosscal.models.tensor_files import ADAPTER, save_tensors
 from crosscal.models.variant_source import open_variant
 from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages import evaluate as stage
-from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.moments import DENSE, CachedMoments
 from crosscal.stages.preflight import block_shapes
 from crosscal.store import Store
 from crosscal.tasks import evaluating_memory as choice
@@ -114,7 +114,7 @@ def test_other_tokens_than_those_read_are_refused(tmp_path: Path) -> None:
     source, sizes = open_variant(save_model("llama", tmp_path / "model")), {"device": "cpu", "dtype": torch.float32}
     with read_by_blocks(source, TEXTS, batch_tokens=64, **sizes) as model:
         model(input_ids=TEXTS["long"][2:4, :5])
-        with pytest.raises(ModelError, match="have not been read"):
+        with pytest.raises(ModelError, match="not a prefix of any prepared window"):
             model(input_ids=TEXTS["long"][:1, 1:5])
 
 
@@ -175,7 +175,7 @@ def leave_too_little(place: Place, monkeypatch: pytest.MonkeyPatch) -> int:
     from crosscal.plan import load_plan
 
     source = ModelSource.open(place.folder / "model")
-    shapes = block_shapes(source, Cached(Store(place.home), source.digest, DENSE, "float32"))
+    shapes = block_shapes(source, CachedMoments(Store(place.home), source.digest, DENSE, "float32"))
     needed = choice.evaluating_memory(load_plan(place.plan), source, shapes)
     assert needed.by_blocks_bytes < needed.whole_bytes
     monkeypatch.setattr(choice, "usable_bytes", lambda device: needed.by_blocks_bytes)

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from crosscal.evaluation.choice import choose
-from crosscal.evaluation.comparison import LEVEL, change_text, excess, is_told_apart, log_difference, margin
-from crosscal.evaluation.summaries import Difference, joined, paired_difference
+from crosscal.evaluation.comparison import LEVEL, change_text, excess, is_distinguishable, log_difference, margin
+from crosscal.evaluation.summaries import PairedDifference, joined, paired_difference
 
 
 def made(seed: int, windows: int, mean: float = 0.0, sd: float = 0.05) -> list[float]:
@@ -27,17 +27,17 @@ def test_for_one_comparison_it_is_the_paired_t_test(windows: int, seed: int) -> 
     expected = stats.ttest_rel(one, other)
     assert found.mean == pytest.approx(np.mean(one) - np.mean(other))
     assert found.mean / (found.stderr or 0) == pytest.approx(expected.statistic)
-    assert is_told_apart(found) == (expected.pvalue < LEVEL)
+    assert is_distinguishable(found) == (expected.pvalue < LEVEL)
     interval = expected.confidence_interval(1 - LEVEL)
     assert (found.mean - margin(found), found.mean + margin(found)) == pytest.approx(tuple(interval))
     for comparisons in (3, 10):
-        assert is_told_apart(found, comparisons) == (expected.pvalue < LEVEL / comparisons)
+        assert is_distinguishable(found, comparisons) == (expected.pvalue < LEVEL / comparisons)
 
 
 def test_one_window_and_windows_that_are_not_the_same_show_nothing() -> None:
     alone = paired_difference([1.0], [0.5])
     assert margin(alone) == math.inf
-    assert not is_told_apart(alone)
+    assert not is_distinguishable(alone)
     assert excess(alone, 1e9) == math.inf
     assert log_difference([[1.0]], [[0.5]]) is None
     assert log_difference([[1.0, 2.0]], [[1.0, 2.0, 3.0]]) is None
@@ -47,7 +47,7 @@ def test_one_window_and_windows_that_are_not_the_same_show_nothing() -> None:
 def test_a_model_is_not_told_from_itself_and_keeps_every_bound() -> None:
     same = log_difference([made(0, 8)], [made(0, 8)])
     assert same is not None
-    assert not is_told_apart(same)
+    assert not is_distinguishable(same)
     assert excess(same, 0.0) <= 0.0
 
 
@@ -70,10 +70,10 @@ def test_chance_is_seldom_taken_for_a_difference(windows: int, candidates: int) 
         nll = shared + chance.normal(0, 0.05, (candidates + 1, windows))
         base, *others = ([list(each)] for each in nll)
         found = [paired_difference(other[0], base[0]) for other in others]
-        claimed += any(is_told_apart(each, candidates) for each in found)
+        claimed += any(is_distinguishable(each, candidates) for each in found)
         lowest = min(others, key=lambda each: sum(each[0]))
         best = paired_difference(others[0][0], lowest[0])  # by symmetry any of them is the truly best
-        lost += is_told_apart(best, candidates - 1)
+        lost += is_distinguishable(best, candidates - 1)
     error = 3 * math.sqrt(LEVEL / trials)
     assert claimed / trials < LEVEL + error
     assert lost / trials < LEVEL + error
@@ -82,7 +82,7 @@ def test_chance_is_seldom_taken_for_a_difference(windows: int, candidates: int) 
 
 
 def test_seeds_add_their_deviation_and_take_away_degrees_of_freedom() -> None:
-    windows, repeats = Difference(0.1, 0.02, 50, 49), Difference(0.1, 0.03, 3, 2)
+    windows, repeats = PairedDifference(0.1, 0.02, 50, 49), PairedDifference(0.1, 0.03, 3, 2)
     found = joined(windows, repeats)
     a, b = 0.02**2, 0.03**2
     assert (found.mean, found.n, found.stderr) == (0.1, 50, pytest.approx(math.hypot(0.02, 0.03)))
@@ -107,7 +107,7 @@ def test_seeds_add_their_deviation_and_take_away_degrees_of_freedom() -> None:
     ],
 )
 def test_a_change_is_said_in_percent_of_perplexity(mean: float, stderr: float | None, text: str) -> None:
-    assert change_text(Difference(mean, stderr, 9, 8)) == text
+    assert change_text(PairedDifference(mean, stderr, 9, 8)) == text
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -11,12 +11,12 @@ import pytest
 
 from crosscal.corpora import ingest, load_corpus
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.continuation import Settings, continuation_questions
+from crosscal.evaluation.continuation import ContinuationSettings, continuation_questions
 from crosscal.evaluation.question_files import Question
 from crosscal.stages.continuation import continuation
 from crosscal.store import Store
 
-SETTINGS = Settings(questions=40, choices=4, words=5, context_words=9, seed=3)
+SETTINGS = ContinuationSettings(questions=40, choices=4, words=5, context_words=9, seed=3)
 
 
 def texts(count: int = 60, *, seed: int = 0, mark: str = "w") -> list[str]:
@@ -28,7 +28,7 @@ def texts(count: int = 60, *, seed: int = 0, mark: str = "w") -> list[str]:
     ]
 
 
-def check(questions: list[Question], documents: list[str], settings: Settings) -> None:
+def check(questions: list[Question], documents: list[str], settings: ContinuationSettings) -> None:
     joined = [f" {document} " for document in documents]
     for question in questions:
         assert len(question.choices) == settings.choices == len(set(question.choices))
@@ -44,7 +44,7 @@ def check(questions: list[Question], documents: list[str], settings: Settings) -
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, choices=2, words=1, context_words=1, questions=7)])
-def test_the_true_words_stand_once_among_others_of_the_corpus(seed: int, settings: Settings) -> None:
+def test_the_true_words_stand_once_among_others_of_the_corpus(seed: int, settings: ContinuationSettings) -> None:
     documents = texts(seed=seed)
     found = continuation_questions(documents, replace(settings, seed=seed))
     assert len(found) == settings.questions
@@ -90,7 +90,7 @@ def test_one_document_gives_a_second_question_when_all_gave_one() -> None:
 def test_words_that_all_documents_go_on_with_are_no_wrong_answer() -> None:
     documents = [f"a{number} b{number} And so on." for number in range(30)]
     documents += [f"c{number} d{number} ends as {number}." for number in range(9)]
-    settings = Settings(questions=39, choices=3, words=3, context_words=2)
+    settings = ContinuationSettings(questions=39, choices=3, words=3, context_words=2)
     found = continuation_questions(documents, settings)
     assert len(found) == 39
     check(found, documents, settings)

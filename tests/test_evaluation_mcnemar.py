@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy.stats import binomtest
 
-from crosscal.evaluation.mcnemar import Change, change, exact_p
+from crosscal.evaluation.mcnemar import AnswerChange, change, exact_p
 
 
 def plain_p(lost: int, won: int) -> float:
@@ -36,17 +36,17 @@ def test_a_change_counts_the_questions_on_which_two_differ(seed: int) -> None:
     assert found.lost == sum(a > b for a, b in zip(before, after, strict=True))
     back = change(after, before)
     assert (back.lost, back.won, back.p, back.points) == (found.won, found.lost, found.p, -found.points)
-    assert change(before, before) == Change(120, 0, 0)
+    assert change(before, before) == AnswerChange(120, 0, 0)
     assert change(before, before).p == 1
     with_more = change([*before, *[True] * 99], [*after, *[True] * 99])
     assert with_more.p == found.p  # what both share says nothing
 
 
 def test_in_words() -> None:
-    assert str(Change(119, 12, 7)) == "−4.2 points, 12 lost / 7 won, p = .36"
-    assert str(Change(100, 0, 0)) == "+0.0 points, 0 lost / 0 won, p = 1"
-    assert str(Change(100, 30, 0)) == "−30.0 points, 30 lost / 0 won, p < .001"
-    assert str(Change(400, 12, 31)) == "+4.8 points, 12 lost / 31 won, p = .0054"
+    assert str(AnswerChange(119, 12, 7)) == "−4.2 points, 12 lost / 7 won, p = .36"
+    assert str(AnswerChange(100, 0, 0)) == "+0.0 points, 0 lost / 0 won, p = 1"
+    assert str(AnswerChange(100, 30, 0)) == "−30.0 points, 30 lost / 0 won, p < .001"
+    assert str(AnswerChange(400, 12, 31)) == "+4.8 points, 12 lost / 31 won, p = .0054"
 
 
 def test_other_questions_are_refused() -> None:

@@ -16,7 +16,7 @@ from crosscal.models.source import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.by_blocks import evaluating_by_blocks_bytes, texts_read
 from crosscal.stages.heldout_text import HeldOutText
-from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.moments import DENSE, CachedMoments
 from crosscal.stages.preflight import BlockShape, EvaluationSizes, block_shapes, evaluating_bytes
 from crosscal.store import Store
 from tests.helpers.processes import peak_bytes
@@ -47,7 +47,7 @@ def model(folder: Path, vocabulary: int, *, blocks: int = 2) -> Path:
 
 def shapes_and_sizes(folder: Path, vocabulary: int, tokens: int) -> tuple[list[BlockShape], EvaluationSizes]:
     source = ModelSource.open(folder)
-    shapes = block_shapes(source, Cached(Store(folder.parent / "home"), source.digest, DENSE, "float32"))
+    shapes = block_shapes(source, CachedMoments(Store(folder.parent / "home"), source.digest, DENSE, "float32"))
     return shapes, EvaluationSizes(source.parameters, HIDDEN, vocabulary, tokens, itemsize=4)
 
 

@@ -258,10 +258,18 @@ def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: dict[str, Any], m
         ('{"stem": "q", "o": ["w", "x"], "key": "A"}', Fields(), "line 1: no field that is the answer"),
         ('{"text": "q", "o": ["w", "x"], "key": "A"}', Fields(), "the question or the answer"),
         ('{"question": "q", "o": ["w", "x"], "answer": "A"}', Fields(), "no field that holds the choices"),
-        ('{"question": "q", "answers": {"text": ["w"], "answer_start": [1]}, "answer": 1}', Fields(), "the choices"),
+        (
+            '{"question": "q", "answers": {"text": ["w"], "answer_start": [1]}, "answer": 1}',
+            Fields(),
+            "the choices",
+        ),
         ('{"question": "q", "o": "w", "p": "x", "answer": 0}', Fields(choices=("o", "r")), "no field r"),
         ('{"question": "q", "o": "w", "p": "x", "answer": 0}', Fields("{question} {r}", ("o", "p")), "no field"),
-        ('{"question": "q", "o": "w", "p": "x", "answer": 0}', Fields(choices=("s", "r")), "not one of the 2 choices"),
+        (
+            '{"question": "q", "o": "w", "p": "x", "answer": 0}',
+            Fields(choices=("s", "r")),
+            "not one of the 2 choices",
+        ),
     ],
 )
 def test_what_no_form_fits_is_told_with_its_fields(tmp_path: Path, content: str, fields: Fields, message: str) -> None:

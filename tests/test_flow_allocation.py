@@ -208,12 +208,15 @@ def test_killed_between_the_phases_it_ends_the_same(place: Place) -> None:
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ([{"method": "owl"}], "no step behind it"),
-        ([{"method": "owl"}, {"method": "gptq", "bits": 4}], "no step behind it"),
+        ([{"method": "owl"}], "no later step"),
+        ([{"method": "owl"}, {"method": "gptq", "bits": 4}], "no later step"),
         ([{"method": "owl"}, {"method": "sparsegpt", "sparsity": "2:4"}], r"n:m, which is the same .*got 2:4"),
         ([{"method": "wanda", "sparsity": 0.5}, {"method": "dlp"}], "dlp looks at the dense matrices: it stands first"),
-        ([{"method": "owl"}, {"method": "dlp"}, {"method": "wanda", "sparsity": 0.5}], "stands first, and alone"),
-        ([{"method": "owl"}, {"method": "refit"}, {"method": "wanda", "sparsity": 0.5}], "what an earlier step made"),
+        ([{"method": "owl"}, {"method": "dlp"}, {"method": "wanda", "sparsity": 0.5}], "must be the first step"),
+        (
+            [{"method": "owl"}, {"method": "refit"}, {"method": "wanda", "sparsity": 0.5}],
+            "the result of an earlier step",
+        ),
         ([{"method": "owl", "spread": 2}, {"method": "wanda", "sparsity": 0.5}], r"steps\.0: `spread` is 0 to 1"),
         ([{"method": "owl", "alpha": 1}, {"method": "wanda", "sparsity": 0.5}], None),
         ([{"method": "dlp"}, {"method": "magnitude", "sparsity": 0.5}, {"method": "refit"}], None),
@@ -232,5 +235,5 @@ def test_the_command_line_says_it_in_one_message(place: Place) -> None:
     place.write_plan(compress=[entry(OWL_ENTRY, "2:4")])
     done = crosscal("plan", "check", str(place.plan), "--home", str(place.home))
     assert done.code == 2
-    assert "cannot share out n:m" in done.err
+    assert "cannot distribute n:m" in done.err
     assert "Traceback" not in done.err

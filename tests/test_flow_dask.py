@@ -24,7 +24,7 @@ from crosscal.flows.cluster import on_workers
 from crosscal.plan import load_plan
 from crosscal.store import Store
 from crosscal.tasks.model import take_block
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from tests.helpers.dask_cluster import ROOT, dask_cluster
 from tests.helpers.object_store import BUCKET, at, object_store
 from tests.helpers.tiny_place import crosscal, make_place, values
@@ -133,15 +133,17 @@ def test_a_cluster_that_cannot_be_used_is_told_before_anything_starts(tmp_path: 
     assert not place.home.exists()
 
 
-def ticket(folder: Path, **more: Any) -> Ticket:
+def spec(folder: Path, **more: Any) -> RunSpec:
     place = make_place(folder)
     place.write_plan(execution={"device": "cpu", "runner": "dask"})
-    return Ticket(load_plan(place.plan).model_dump(mode="json"), str(place.home), device="cpu", dtype="float32", **more)
+    return RunSpec(
+        load_plan(place.plan).model_dump(mode="json"), str(place.home), device="cpu", dtype="float32", **more
+    )
 
 
 def test_a_worker_that_sees_another_model_or_none_refuses(tmp_path: Path) -> None:
-    mistaken = ticket(tmp_path, model="0" * 64)
-    with pytest.raises(ModelError, match=r"another model than the run's.*shared disk"):
+    mistaken = spec(tmp_path, model="0" * 64)
+    with pytest.raises(ModelError, match=r"the model's files differ from those the run began with.*shared disk"):
         mistaken.source_on_worker()
     os.rename(tmp_path / "model", tmp_path / "elsewhere")
     with pytest.raises(ModelError, match=r"no such model directory.*shared disk"):
@@ -154,4 +156,4 @@ def test_a_block_that_a_worker_kept_for_itself_is_told(tmp_path: Path) -> None:
     each = {"calibration": sums, "held_out": sums, "seed": 0, "notes": []}
     samples = [{"corpus": name, **each} for name in ("general", "legal")]
     with pytest.raises(MissingArtifact, match="one place for all workers"):
-        take_block(ticket(tmp_path, run_dir=str(tmp_path / "run"), samples=samples), 0)
+        take_block(spec(tmp_path, run_dir=str(tmp_path / "run"), samples=samples), 0)

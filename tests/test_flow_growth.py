@@ -20,7 +20,7 @@ from crosscal.landing.status import overview
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
 from crosscal.publication import Published
-from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.moments import DENSE, CachedMoments
 from crosscal.statistics import VECTORS
 from crosscal.store import Store
 from tests.helpers.tiny_place import Place, make_place, write_documents
@@ -200,5 +200,5 @@ def test_a_run_of_many_landings_reads_few_sets(place: Place) -> None:
     sample = next(sample for sample in sets if sample["corpus"] == LEGAL)
     assert len(sample["calibration"]["apart"]) == 4
     assert sample["calibration"]["folded"] is not None
-    cached = Cached(Store(place.home), run["record"]["model"], DENSE, "float32", wanted=frozenset(VECTORS))
+    cached = CachedMoments(Store(place.home), run["record"]["model"], DENSE, "float32", wanted=frozenset(VECTORS))
     assert all(cached.has(part["key"], 1) for part in sample["calibration"]["apart"])

@@ -34,7 +34,7 @@ from crosscal.flows.watch import watch
 from crosscal.landing import Ledger
 from crosscal.service import ServiceConfig, load_service
 from crosscal.store import Store
-from crosscal.tasks.announce import KEPT, PUBLISHED, tell
+from crosscal.tasks.announce import KEPT, PUBLISHED, emit
 from tests.helpers.tiny_place import write_documents
 from tests.helpers.wheel import install_wheel
 
@@ -194,12 +194,12 @@ def check_messages(
     assert deploy(service)["made"] == [*made, "block custom-webhook/crosscal-notify-ops-hook"]
     assert [each for each in compare(service) if each.field] == []
 
-    tell(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
-    tell(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
+    emit(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
+    emit(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
     for _ in range(2):  # of a watch that fails every minute, one message an hour
         failing = client.create_flow_run(watch, state=Running())
         client.set_flow_run_state(failing.id, Failed(message="no such store"), force=True)
-    tell(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})
+    emit(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})
     wait_for(lambda: len(received) >= 3, SECONDS)
     subjects = sorted(message["subject"].partition(" · ")[0] for message in received)
     assert subjects == ["crosscal: legal: kept", "crosscal: medical: kept", "crosscal: watch"]

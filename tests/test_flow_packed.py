@@ -85,7 +85,9 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     assert not (model / "model.safetensors.index.json").exists()  # it is no model
     assert (place.run_dir / "models" / PRUNED / "model.safetensors.index.json").exists()
     assert (place.run_dir / "report.html").read_text().count("q_proj") > 0
-    assert any(note.startswith(PACKED) and "no model" in note for note in json.loads(_record(place))["notes"])
+    assert any(
+        note.startswith(PACKED) and "could not be written" in note for note in json.loads(_record(place))["notes"]
+    )
 
 
 def test_a_stack_with_a_starved_expert_stays_dense_and_loads(tmp_path: Path) -> None:

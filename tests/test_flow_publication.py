@@ -23,7 +23,7 @@ from crosscal.report.rows import ResultRow, WindowRow, read_rows, write_rows
 from crosscal.report.run_files import read_run
 from crosscal.store import Store
 from crosscal.tasks import publication
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 
 pytestmark = pytest.mark.slow
 
@@ -63,9 +63,9 @@ class Done:
         plan, known = load_plan(self.plan, overrides, DOMAIN), self.record["record"]
         found = {name: known[name] for name in ("model", "device", "dtype")}
         versions = versions_of(known["corpora"])
-        ticket = Ticket(plan.model_dump(mode="json"), str(self.home), versions=versions, run_dir=str(run_dir), **found)
+        spec = RunSpec(plan.model_dump(mode="json"), str(self.home), versions=versions, run_dir=str(run_dir), **found)
         stored = {name: corpus["stored"] for name, corpus in known["corpora"].items()}
-        decided = publication.decide_publication.fn(ticket, stored, pointer, 1, "by-hand")
+        decided = publication.decide_publication.fn(spec, stored, pointer, 1, "by-hand")
         return {name: value for name, value in decided.items() if name != "run_dir"}
 
 

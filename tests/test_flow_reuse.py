@@ -17,7 +17,7 @@ from crosscal.plan import CompressionPlan, load_plan
 from crosscal.stages import compress
 from crosscal.store import Store
 from crosscal.tasks.model import identify
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from tests.helpers.processes import modules_after
 from tests.helpers.tiny_place import Place, make_place, values
 from tests.helpers.tiny_text import tiny_llama
@@ -157,11 +157,11 @@ def test_a_run_opens_its_model_once_however_many_blocks_it_has(
 
 
 def test_a_model_that_changes_while_a_run_reads_it_is_noticed(place: Place) -> None:
-    before = Ticket(load_plan(place.plan).model_dump(mode="json"), str(place.home))
-    known = Ticket(before.plan, before.home, model=identify(before)["model"])
+    before = RunSpec(load_plan(place.plan).model_dump(mode="json"), str(place.home))
+    known = RunSpec(before.plan, before.home, model=identify(before)["model"])
     assert known.source() is before.source()
     tiny_llama(place.folder / "model", seed=1)
-    with pytest.raises(ModelError, match="another model than the run's"):
+    with pytest.raises(ModelError, match="the model's files differ from those the run began with"):
         known.source()
     assert identify(before)["model"] != known.model
 

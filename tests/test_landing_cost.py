@@ -137,16 +137,16 @@ def test_the_ledger_of_an_earlier_version_is_read_and_taken_over(
     landed, before = earlier_home(home, landing), files_below(home)
 
     def check() -> None:
-        picture = Ledger(Store(home)).look()
-        assert picture.domains() == ["legal"]
-        assert {name: entry.sha256 for entry in picture.entries("legal") for name in entry.names} == landed
-        assert {entry.state for entry in picture.entries("legal")} == {"published"}
-        assert [(run.number, run.state, run.run_id) for run in picture.runs("legal")] == [
+        view = Ledger(Store(home)).look()
+        assert view.domains() == ["legal"]
+        assert {name: entry.sha256 for entry in view.entries("legal") for name in entry.names} == landed
+        assert {entry.state for entry in view.entries("legal")} == {"published"}
+        assert [(run.number, run.state, run.run_id) for run in view.runs("legal")] == [
             (1, "failed", "run 1"),
             (2, "published", "run 2"),
         ]
-        assert (picture.requested("legal"), picture.pending("legal")) == (5, None)
-        assert [each["name"] for each in picture.refusals()] == ["UPPER"]
+        assert (view.requested("legal"), view.pending("legal")) == (5, None)
+        assert [each["name"] for each in view.refusals()] == ["UPPER"]
 
     check()
     assert files_below(home) == before, "to look at it writes nothing"

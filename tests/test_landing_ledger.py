@@ -14,7 +14,7 @@ import pytest
 from crosscal.errors import StoreError
 from crosscal.landing import Ledger, Run
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.picture import MOST_FAILED, MOST_KILLED
+from crosscal.landing.ledger_view import MOST_FAILED, MOST_KILLED
 from crosscal.landing.records import state
 from crosscal.store import Store
 from tests.helpers.processes import PROCESSES
@@ -55,7 +55,7 @@ def test_a_domain_is_claimed_once(ledger: Ledger) -> None:
     run = claimed(ledger)
     assert ledger.claim("legal", "two") is None
     assert ledger.holder("legal") == run
-    with pytest.raises(StoreError, match="closed by another"):
+    with pytest.raises(StoreError, match="another process has closed"):
         ledger.mark(ledger.mark(run, "failed", reason="x"), "published")
     assert claimed(ledger, "two").number == 2
 
@@ -99,7 +99,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(ledger: Ledger, tmp_path: P
     process.join()
     assert ledger.holder("legal") is None
     assert claimed(ledger, "two").number == 2
-    with pytest.raises(StoreError, match="closed by another"):
+    with pytest.raises(StoreError, match="another process has closed"):
         ledger.mark(killed, "published")
 
 

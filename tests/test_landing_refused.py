@@ -12,8 +12,8 @@ import pytest
 from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
 from crosscal.flows.news import News
-from crosscal.landing import Landed, Ledger, take_in
-from crosscal.landing.refused import Refused, refused
+from crosscal.landing import LandingResult, Ledger, take_in
+from crosscal.landing.refused import RefusedFile, refused
 from crosscal.store import Store
 from tests.helpers.tiny_place import crosscal, write_documents
 
@@ -32,11 +32,11 @@ def write(landing: Path, name: str, column: str = "text", count: int = 5) -> Pat
     return file
 
 
-def look(store: Store, landing: Path, **text: str) -> dict[str, Landed]:
+def look(store: Store, landing: Path, **text: str) -> dict[str, LandingResult]:
     return {each.name: each for each in take_in(store, str(landing), 0.0, text=text)}
 
 
-def standing(store: Store) -> dict[str, Refused]:
+def standing(store: Store) -> dict[str, RefusedFile]:
     return {each.name: each for each in refused(Ledger(store).look())}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from crosscal.landing import Ledger, Run
 from crosscal.landing.items import LandedFile
-from crosscal.landing.picture import MOST_FAILED
+from crosscal.landing.ledger_view import MOST_FAILED
 from crosscal.landing.records import state
 from crosscal.landing.status import overview, why_nothing
 from crosscal.store import Store
@@ -89,7 +89,7 @@ def test_cancelled_by_a_person_it_waits_until_it_is_asked_for(ledger: Ledger, ca
     ledger.request("legal", 1)
     assert ledger.pending("legal") is None, "the same landing seen again changes nothing"
     version = 2 if then == "a new version" else 1
-    ledger.request("legal", version, again=then == "announced", anew="by a person" if then == "again" else None)
+    ledger.request("legal", version, again=then == "announced", anew="by a user" if then == "again" else None)
     assert ledger.pending("legal") == version
     ledger.mark(claimed(ledger), "published")
     ledger.cancel("legal", "the flow run")
@@ -110,7 +110,7 @@ def test_paused_a_domain_takes_files_in_and_keeps_what_waits(ledger: Ledger) -> 
     assert ledger.claim("legal", "one") is None
     ledger.request("legal", 2)
     assert (ledger.pending("legal"), state_of(ledger)) == (2, "paused")
-    assert "it is paused" in why_nothing(ledger.look(), "legal")
+    assert "legal is paused" in why_nothing(ledger.look(), "legal")
     assert crosscal("domain", "resume", "legal", "--home", home).out == "legal is resumed\n"
     assert claimed(ledger).version == 2
     ledger.pause("legal", is_paused=True)
@@ -125,9 +125,9 @@ def test_removed_a_domain_is_gone_and_its_files_are_not_taken_again(ledger: Ledg
     assert crosscal("domain", "remove", "legal", "--home", ledger.store.location).code == 2
     assert ledger.domains() == ["legal"], "nothing without --yes"
     assert crosscal("domain", "remove", "legal", "--yes", "--home", ledger.store.location).code == 0
-    picture = ledger.look()
-    assert (picture.domains(), picture.runs("legal"), picture.requested("legal")) == ([], [], None)
-    assert (file.name, file.signature) in picture.settled("legal")
+    view = ledger.look()
+    assert (view.domains(), view.runs("legal"), view.requested("legal")) == ([], [], None)
+    assert (file.name, file.signature) in view.settled("legal")
     ledger.record(LandedFile("legal", "b.jsonl", 2, 0.0), "2" * 64, state("ingested", version=2))
     ledger.request("legal", 2)
     assert (claimed(ledger).number, ledger.domains()) == (1, ["legal"]), "what lands later begins anew"

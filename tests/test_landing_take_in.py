@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from crosscal.corpora import DocumentLimits, load_corpus
-from crosscal.landing import Landed, Ledger, take_in
+from crosscal.landing import LandingResult, Ledger, take_in
 from crosscal.store import Store
 from tests.helpers.tiny_place import write_documents
 
@@ -32,13 +32,13 @@ def land(landing: Path, name: str, *, seed: str = "one", domain: str = "legal", 
     return file
 
 
-def states(done: list[Landed]) -> list[tuple[str, str]]:
+def states(done: list[LandingResult]) -> list[tuple[str, str]]:
     return [(one.name, one.state) for one in done]
 
 
 def test_a_complete_file_becomes_a_version_of_its_domain(store: Store, landing: Path) -> None:
     land(landing, "a.jsonl")
-    assert take_in(store, str(landing)) == [Landed("legal", "a.jsonl", "ingested", 1, 5)]
+    assert take_in(store, str(landing)) == [LandingResult("legal", "a.jsonl", "ingested", 1, 5)]
     assert sum(load_corpus(store, "legal").documents(split) for split in ("train", "validation", "test")) == 5
     assert Ledger(store).pending("legal") == 1
     (entry,) = Ledger(store).entries("legal")

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from crosscal.lanes import Behind, Turns, each_side_by_side, side_by_side
+from crosscal.lanes import OrderedTurns, WriteBehind, each_side_by_side, side_by_side
 
 
 @pytest.fixture(params=[1, 2, 3, 8, 16])
@@ -128,9 +128,9 @@ def test_nothing_starts_once_the_caller_has_left(threads: int) -> None:
 
 def test_a_failing_job_leaves_nobody_waiting_for_its_turn(threads: int) -> None:
     for failing in range(20):
-        turns = Turns()
+        turns = OrderedTurns()
 
-        def job(number: int, turns: Turns = turns, failing: int = failing) -> None:
+        def job(number: int, turns: OrderedTurns = turns, failing: int = failing) -> None:
             with turns.job(number), turns.turn("sum", number):
                 if number == failing:
                     raise ValueError("mine")
@@ -140,7 +140,7 @@ def test_a_failing_job_leaves_nobody_waiting_for_its_turn(threads: int) -> None:
 
 
 def test_turns_are_taken_in_order_and_nobody_waits_for_who_does_not_come(threads: int) -> None:
-    turns, taken = Turns(), list[int]()
+    turns, taken = OrderedTurns(), list[int]()
 
     def job(number: int) -> None:
         with turns.job(number):
@@ -161,7 +161,7 @@ def test_what_is_handed_over_is_done_in_order_and_all_of_it() -> None:
         time.sleep(0.003)
         done.append(number)
 
-    with Behind() as behind:
+    with WriteBehind() as behind:
         for number in range(5):
             behind.hand_over(partial(job, number))
             assert len(done) >= number  # at most one behind
@@ -172,9 +172,9 @@ def test_what_fails_behind_is_raised_at_the_next_meeting() -> None:
     def fail() -> None:
         raise ValueError("behind")
 
-    with pytest.raises(ValueError, match="behind"), Behind() as behind:
+    with pytest.raises(ValueError, match="behind"), WriteBehind() as behind:
         behind.hand_over(fail)
-    behind, begun = Behind(), list[int]()
+    behind, begun = WriteBehind(), list[int]()
     behind.hand_over(fail)
     with pytest.raises(ValueError, match="behind"):
         behind.hand_over(lambda: begun.append(1))
@@ -189,7 +189,7 @@ def test_an_error_at_hand_is_not_replaced_by_one_behind() -> None:
         raise ValueError("behind")
 
     def work() -> None:
-        with Behind() as behind:
+        with WriteBehind() as behind:
             behind.hand_over(fail)
             raise KeyError("at hand")
 

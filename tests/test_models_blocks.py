@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs, stubbed
-from crosscal.models.calls import Between
+from crosscal.models.calls import CarriedState
 from tests.helpers.tiny_models import configs, windows
 
 
@@ -86,7 +86,7 @@ def calls_of(habit: str) -> tuple[Odd, BlockCalls, dict[int, Tensor]]:
 def test_blocks_one_by_one_give_what_the_model_gives(habit: str) -> None:
     """All batches through a block before the next block, and each block twice: a walk measures, then passes on."""
     model, calls, hidden = calls_of(habit)
-    between = dict.fromkeys(hidden, Between())
+    between = dict.fromkeys(hidden, CarriedState())
     for block in range(3):
         for batch in hidden:
             again = calls.run(batch, block, hidden[batch], between[batch])[0]
@@ -101,7 +101,7 @@ def test_what_is_handed_on_can_be_had_of_the_first_window() -> None:
     for habit in ("shares", "reuses outputs"):
         _, calls, hidden = calls_of(habit)
         calls.enter(windows(2, seed=0)[:1], "first")
-        output_BLD, between = calls.run(0, 0, hidden[0], Between())
+        output_BLD, between = calls.run(0, 0, hidden[0], CarriedState())
         first_1LD, _ = calls.run("first", 1, output_BLD[:1], between.first())
         torch.testing.assert_close(first_1LD, calls.run(0, 1, output_BLD, between)[0][:1])
 

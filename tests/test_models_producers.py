@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Olmo2Config, OPTConf
 
 from crosscal.models import ModelSource, Site, find_sites, replaced_parameters, walk
 from crosscal.models.producers import EXPERT, NO_NORM, with_producers
-from crosscal.models.sites import Producer
+from crosscal.models.sites import InputNorm
 from tests.helpers.tiny_models import COMMON, FAMILIES, VOCABULARY, load_plain, save_model, windows
 
 FIRST_AND_UP = 2  # sites of a block that norms make: what attention and what the feed-forward part begin with
@@ -178,10 +178,10 @@ def test_what_cannot_be_folded_is_named(odd: str, reason: str, dtype: torch.dtyp
     assert first.no_producer == reason
     assert (first.producer is None) == bool(reason)
     if first.producer:
-        assert first.producer == Producer("norm", ("norm.weight",), 1.0 if odd == "gain less one" else 0.0)
+        assert first.producer == InputNorm("norm", ("norm.weight",), 1.0 if odd == "gain less one" else 0.0)
     assert second.no_producer == NO_NORM
     if odd != "tied":
-        assert third.producer == Producer("layer_norm", ("layer_norm.weight", "layer_norm.bias"))
+        assert third.producer == InputNorm("layer_norm", ("layer_norm.weight", "layer_norm.bias"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
@@ -193,7 +193,7 @@ def test_scales_are_those_that_the_stored_gain_can_hold(offset: float, dtype: to
     underflow to 0 keeps s = 1."""
     stored_I = (torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5 - offset).to(dtype)
     stored_I[3] = -offset
-    parameters, producer = {"norm.weight": stored_I}, Producer("norm", ("norm.weight",), offset)
+    parameters, producer = {"norm.weight": stored_I}, InputNorm("norm", ("norm.weight",), offset)
     wanted_I = random_scale_I(64, 2)
     wanted_I[5] = 1e30
     scale_I = producer.storable_I(parameters, wanted_I)

@@ -12,7 +12,7 @@ from crosscal.errors import UnsupportedModel
 from crosscal.models import Matrices, find_matrices
 from crosscal.models.capture import capture
 from crosscal.models.finding import ROUTER
-from crosscal.models.passes import Sums
+from crosscal.models.passes import OrderedSums
 from crosscal.statistics.moments import MomentsAccumulator
 
 INPUTS = EXPERTS = 24
@@ -94,7 +94,7 @@ def test_each_matrix_has_the_moments_of_its_own_input(use: str, inputs: int, out
     sites = {site.matrices[0].expert: site for site in found.sites if not site.matrices[0].is_called}
     assert list(sites) == ([None] if use in ONE else list(range(EXPERTS)))
     sums = {site.name: MomentsAccumulator(site.inputs, dtype=torch.float64) for site in found.sites}
-    held = Sums(sums)
+    held = OrderedSums(sums)
     with torch.no_grad(), capture(block, found.sites) as taking, taking(lambda site, x: held.add(0, site, x)):
         block(x_TI)
     for expert, site in sites.items():

@@ -15,7 +15,7 @@ from crosscal.models import BlockMoments, ModelSource, replaced_parameters, walk
 from crosscal.models.blocks import StopForward
 from crosscal.models.capture import capture
 from crosscal.models.finding import find_sites
-from crosscal.models.passes import Sums
+from crosscal.models.passes import OrderedSums
 from crosscal.statistics.moments import InputMoments, MomentsAccumulator
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, load_plain, plain_grams, save_model, windows
 
@@ -230,7 +230,7 @@ def test_a_pass_without_outputs_ends_at_the_last_site(tmp_path: Path) -> None:
     sums = {site.name: MomentsAccumulator(site.inputs, dtype=torch.float64) for site in sites}
     with capture(block, sites) as taking:
         for passes in (1, 2):
-            with pytest.raises(StopForward), taking(partial(Sums(sums).add, 0), stop_after_last=True):
+            with pytest.raises(StopForward), taking(partial(OrderedSums(sums).add, 0), stop_after_last=True):
                 model(tokens_SL)
             assert {sum_.moments().tokens for sum_ in sums.values()} == {passes * tokens_SL.numel()}
     assert len(ran) == 2 * 6

@@ -29,10 +29,10 @@ def plan_with(folder: Path, *tasks: Any) -> Path:
 
 def test_a_task_is_a_name_a_file_or_a_mapping_and_files_belong_to_the_plans_folder(tmp_path: Path) -> None:
     plan = load_plan(plan_with(tmp_path, *TASKS))
-    name, file, exam, continued, papers = plan.evaluate.tasks
+    name, file, eval_set, continued, papers = plan.evaluate.tasks
     assert (name, file) == ("arc_easy", str(tmp_path / "exam.csv"))
-    assert isinstance(exam, FileTask)
-    assert (exam.file, exam.fields.choices) == (str(tmp_path / "exam.jsonl"), ["a", "b"])
+    assert isinstance(eval_set, FileTask)
+    assert (eval_set.file, eval_set.fields.choices) == (str(tmp_path / "exam.jsonl"), ["a", "b"])
     assert isinstance(continued, ContinuationTask)
     assert (continued.questions, continued.choices, continued_corpora(plan.evaluate.tasks)) == (20, 4, ["general"])
     assert isinstance(papers, TextTask)

@@ -13,8 +13,8 @@ from crosscal import progress
 from crosscal.corpora import ingest, load_corpus
 from crosscal.models import ModelSource
 from crosscal.progress import Pace, logged
-from crosscal.stages.evaluate import examination, measure
-from crosscal.stages.heldout_text import Cutting
+from crosscal.stages.evaluate import evaluation_set, measure
+from crosscal.stages.heldout_text import WindowCutting
 from crosscal.store import Store
 from tests.helpers.tiny_place import write_corpus
 from tests.helpers.tiny_text import tiny_llama
@@ -72,12 +72,12 @@ def test_an_evaluation_tells_every_window_and_every_question(tmp_path: Path) -> 
     store, source = Store(tmp_path / "home"), ModelSource.open(tmp_path / "model")
     ingest(store, "general", [str(tmp_path / "general")])
     told: list[tuple[str, int, int | None]] = []
-    exam = examination(
-        store, [load_corpus(store, "general")], source, Cutting(32, {"test": 4, "validation": 2}),
+    eval_set = evaluation_set(
+        store, [load_corpus(store, "general")], source, WindowCutting(32, {"test": 4, "validation": 2}),
         tasks=[str(questions)], limit=None, batch_tokens=32, device="cpu", dtype=torch.float32,
         report=lambda *now: told.append(now),
     )  # fmt: skip
-    measure(exam, source.path, name="dense", report=lambda *now: told.append(now))
+    measure(eval_set, source.path, name="dense", report=lambda *now: told.append(now))
     assert [now[1:] for now in told if now[0] == "dense: windows of general"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [now[1:] for now in told if now[0] == "dense: windows of general (validation)"] == [(1, 2), (2, 2)]
     answers = [now for now in told if now[0] == "dense: questions of facts"]

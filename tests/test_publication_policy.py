@@ -10,10 +10,10 @@ from statistics import fmean
 import pytest
 from scipy import stats
 
-from crosscal.publication.policy import Decision, Rule, Windows, decide
+from crosscal.publication.policy import Decision, PublishRule, Windows, decide
 
-RULE = Rule("legal", tolerance=0.02, guard={"general": 0.05})
-GAIN = Rule("legal", guard={"general": 0.05})
+RULE = PublishRule("legal", tolerance=0.02, guard={"general": 0.05})
+GAIN = PublishRule("legal", guard={"general": 0.05})
 BASE = (10.0, 20.0)
 COUNT = 24
 
@@ -32,7 +32,7 @@ def windows(
 
 
 def decided(
-    rule: Rule, published: tuple[float, float] | None, *candidates: tuple[float | None, float | None]
+    rule: PublishRule, published: tuple[float, float] | None, *candidates: tuple[float | None, float | None]
 ) -> Decision:
     """By candidates a, b, c, …, the dense model having the perplexities BASE."""
     named = {name: windows(*pair) for name, pair in zip("abcdefgh", candidates, strict=False)}
@@ -66,7 +66,7 @@ def test_one_candidate(
 
 
 def test_a_guard_on_the_domain_itself_does_not_widen_its_tolerance() -> None:
-    assert not decided(Rule("legal", guard={"legal": 9.0}), BASE, (10.1, 20.0)).is_published
+    assert not decided(PublishRule("legal", guard={"legal": 9.0}), BASE, (10.1, 20.0)).is_published
 
 
 def test_the_guard_holds_against_dense_so_that_it_does_not_ratchet() -> None:
@@ -93,7 +93,7 @@ def test_of_those_not_told_from_the_best_the_cheapest_in_general_text_is_taken()
         name: windows(*pair, noise=0.02, name=name)
         for name, pair in {"a": (9.5, 20.1), "b": (9.001, 20.4), "c": (9.0, 20.8)}.items()
     }
-    rule = Rule("legal", guard={"general": 0.1})
+    rule = PublishRule("legal", guard={"general": 0.1})
     decision = decide(rule, named, windows(*BASE), None)
     assert decision.variant == "b"
     assert "b is not distinguishable on legal from c, the best (worse by 0.0" in decision.reason
@@ -107,7 +107,7 @@ def test_a_tie_moves_nothing_and_min_gain_asks_for_more() -> None:
     noisy = decide(GAIN, {"a": windows(9.99, 20, noise=0.05)}, same, windows(*BASE, noise=0.05))
     assert "legal not distinguishable from the published model (better by 0.1 ± 1." in noisy.reason
     assert decided(GAIN, BASE, (9.95, 20.0)).is_published
-    asking = Rule("legal", min_gain=0.01)
+    asking = PublishRule("legal", min_gain=0.01)
     assert decided(asking, BASE, (9.8, 20.0)).is_published
     refused = decided(asking, BASE, (9.95, 20.0))
     assert not refused.is_published
@@ -159,7 +159,7 @@ def test_too_little_validation_text_decides_nothing() -> None:
 
 def test_a_candidate_that_equals_the_dense_model_violates_nothing() -> None:
     same = windows(*BASE)
-    assert decide(Rule("legal", guard={"general": 0.0, "legal": 0.0}), {"a": same}, same, None).is_published
+    assert decide(PublishRule("legal", guard={"general": 0.0, "legal": 0.0}), {"a": same}, same, None).is_published
 
 
 @pytest.mark.parametrize("seed", range(80))
@@ -173,7 +173,7 @@ def test_against_the_rule_written_out(seed: int) -> None:
     dense = windows(*BASE, noise=noise, n=n)
     published = model("published", 1.0, 1.05) if chance.random() < 0.7 else None
     candidates = {name: model(name, 1.0, 1.1) for name in "abcdefgh"[: chance.randrange(1, 8)]}
-    rule = Rule("legal", chance.choice([0.0, 0.0, 0.03]), {"general": chance.choice([0.02, 0.05, 0.1])})
+    rule = PublishRule("legal", chance.choice([0.0, 0.0, 0.03]), {"general": chance.choice([0.02, 0.05, 0.1])})
     decision = decide(rule, candidates, dense, published)
 
     def upper(one: Windows, other: Windows, corpus: str, k: int) -> float:
@@ -216,7 +216,7 @@ def cheapest_of_best(allowed: Mapping[str, Windows]) -> str:
 
 def test_who_left_a_race_is_not_taken_and_counts_among_those_looked_at() -> None:
     lucky = {corpus: nll[::4] for corpus, nll in windows(8.0, 20.0, name="lucky").items()}
-    assert not decide(Rule("legal"), {"a": lucky}, windows(*BASE), None).is_published
+    assert not decide(PublishRule("legal"), {"a": lucky}, windows(*BASE), None).is_published
     noisy = windows(9.0, 20.0, noise=0.08, name="a")
     alone = decide(GAIN, {"a": noisy}, windows(*BASE), windows(*BASE))
     among = decide(GAIN, {"a": noisy, **dict.fromkeys(map(str, range(200)), lucky)}, windows(*BASE), windows(*BASE))

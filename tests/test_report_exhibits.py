@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from crosscal.evaluation.summaries import Difference
+from crosscal.evaluation.summaries import PairedDifference
 from crosscal.report import ResultRow
 from crosscal.report.exhibits import (
     MOST_COLUMNS,
@@ -175,4 +175,4 @@ def test_a_decision_shows_among_what_it_was_made_and_marks_it() -> None:
 
 
 def difference(mean: float) -> dict[str, Any]:
-    return dataclasses.asdict(Difference(mean, 0.002, 32, 31))
+    return dataclasses.asdict(PairedDifference(mean, 0.002, 32, 31))

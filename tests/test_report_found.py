@@ -10,7 +10,7 @@ import pytest
 
 from crosscal.report import write_report
 from crosscal.report.found_mixtures import found_mixtures
-from crosscal.report.groups import Group, groups_of
+from crosscal.report.groups import SeedGroup, groups_of
 from crosscal.report.rows import ResultRow
 from tests.helpers.made_up_run import result, sweep, write_run
 
@@ -75,7 +75,7 @@ def test_perplexities_of_candidates_stand_in_the_table_where_there_are_any() -> 
 def test_the_estimate_goes_through_the_dense_model_and_the_one_taken() -> None:
     from crosscal.report.found_plots import _estimate
 
-    groups: list[Group] = groups_of(rows(), [])
+    groups: list[SeedGroup] = groups_of(rows(), [])
     own = next(group for group in groups if group.name == OWN)
     losses = (0.03, 0.03)
     estimate = _estimate(groups, own, losses, "general", "biomedical")

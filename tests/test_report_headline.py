@@ -11,10 +11,10 @@ import pytest
 from scipy.stats import t
 
 from crosscal.evaluation import VALIDATION
-from crosscal.evaluation.comparison import is_told_apart, log_difference
+from crosscal.evaluation.comparison import is_distinguishable, log_difference
 from crosscal.report import ResultRow, WindowRow
-from crosscal.report.groups import Group, groups_of
-from crosscal.report.headline import RULE, SLACK, Best, best_variants, domains_of, sentence, sentences
+from crosscal.report.groups import SeedGroup, groups_of
+from crosscal.report.headline import RULE, SLACK, Recommendation, best_variants, domains_of, sentence, sentences
 from tests.helpers.made_up_run import on_both_splits, result, sweep, windows_of
 
 SELF = [("self", {"self": 1.0}), ("half", {"self": 0.5, "law": 0.5}), ("law", {"law": 1.0}), ("random", {"random": 1})]
@@ -52,7 +52,7 @@ def self_calibrated(seed: int) -> list[ResultRow]:
     ])  # fmt: skip
 
 
-def pair(group: Group) -> tuple[float, float]:
+def pair(group: SeedGroup) -> tuple[float, float]:
     general, law = group.perplexity("general"), group.perplexity("law")
     assert general
     assert law
@@ -107,7 +107,7 @@ def test_a_gain_that_pairing_tells_apart_is_taken_however_small_beside_the_error
     assert (
         "For law at 50 % sparsity take v1 (models/v1): law perplexity 50.1 ± 2.0, general 101.0 ± 2.0 on test" in text
     )
-    assert "chosen on validation text: over the same 16 windows not told from v2" in text
+    assert "chosen on validation text: over the same 16 windows not distinguishable from v2" in text
     assert "2.9 % lower general perplexity" in text
 
 
@@ -131,7 +131,7 @@ def test_seeds_are_paired_and_their_deviation_adds_to_the_error() -> None:
     rows = sweep(seeds=(0, 1, 2), settings=(("sparsegpt", {"sparsity": 0.5}),))
     one, _, other = [group for group in groups_of(rows, [], windows_of(rows)) if not group.is_dense]
 
-    def seeds_of(group: Group) -> list:
+    def seeds_of(group: SeedGroup) -> list:
         return list(group.window_nll["biomedical", VALIDATION].values())
 
     found = log_difference(seeds_of(one), seeds_of(other))
@@ -144,7 +144,7 @@ def test_seeds_are_paired_and_their_deviation_adds_to_the_error() -> None:
     same = log_difference(seeds_of(one), seeds_of(one))
     assert same == log_difference(seeds_of(other), seeds_of(other))
     assert same
-    assert not is_told_apart(same)
+    assert not is_distinguishable(same)
 
 
 def test_text_without_a_test_is_no_domain_and_every_measured_variant_is_compared() -> None:
@@ -199,7 +199,7 @@ def _interleaved(files: tuple[list, list]) -> tuple[list, list, list]:
     return files[0], [], files[1]
 
 
-def choice(best: Best) -> tuple:
+def choice(best: Recommendation) -> tuple:
     """All that was chosen, and why, without the numbers that are reported."""
     names = [group and group.name for group in (best.group, best.lowest, best.cheaper, best.general_only)]
     why = sentence(best, ()).partition("chosen on validation text")[2]

@@ -180,7 +180,7 @@ def test_short_documents_are_no_choice_of_dsir(store: Store, pool: Corpus, sampl
 
 def test_a_sample_without_training_documents_is_an_error(store: Store, pool: Corpus, tmp_path: Path) -> None:
     tests = corpus_of(store, tmp_path, "tests", {"test": SAMPLE["test"]})
-    with pytest.raises(CorpusError, match="tests: no training document to choose from or towards"):
+    with pytest.raises(CorpusError, match="tests: the corpus has no training documents to select from or towards"):
         select(store, "chosen", pool, tests, DSIR)
 
 

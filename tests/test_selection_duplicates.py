@@ -10,7 +10,7 @@ import pytest
 from crosscal.progress import silent
 from crosscal.selection.distinct import distinct, equal_apart
 from crosscal.selection.near_duplicates import NearDuplicates, bands, jaccard, shingles, sketches
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.store import Store
 from tests.helpers.made_up_text import corpus_of, edited, made_up
 
@@ -74,14 +74,16 @@ def test_sketches_are_the_same_everywhere() -> None:
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Texts, Texts]:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[DocumentTexts, DocumentTexts]:
     folder = tmp_path_factory.mktemp("corpora")
     store = Store(folder / "home")
     texts = with_edits(20, "c")
     held_out = [*texts[5:90:9], edited(texts[100], 0.004, "d"), *made_up("medicine", "d", 30)]
     pool = corpus_of(store, folder, "pool", {"train": texts, "test": made_up("law", "e", 3)})
     other = corpus_of(store, folder, "other", {"validation": held_out, "test": texts[150:152]})
-    return Texts(store, parts_of([pool], "train")), Texts(store, parts_of([pool, other], "validation", "test"))
+    return DocumentTexts(store, parts_of([pool], "train")), DocumentTexts(
+        store, parts_of([pool, other], "validation", "test")
+    )
 
 
 def plain_choice(pool: list[str], order: list[int], wanted: int, held_out: list[str], threshold: float) -> list[int]:
@@ -95,7 +97,7 @@ def plain_choice(pool: list[str], order: list[int], wanted: int, held_out: list[
 
 @pytest.mark.parametrize(("wanted", "at_once"), [(30, 16_384), (10_000, 16_384), (10_000, 32)])
 def test_the_first_that_are_like_none_before_are_chosen(
-    corpora: tuple[Texts, Texts], wanted: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+    corpora: tuple[DocumentTexts, DocumentTexts], wanted: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much of the order is looked at together."""
     monkeypatch.setattr("crosscal.selection.distinct.MOST_AT_ONCE", at_once)
@@ -108,7 +110,7 @@ def test_the_first_that_are_like_none_before_are_chosen(
         assert walk.held_out > 5 < walk.near_duplicates
 
 
-def test_without_a_threshold_only_equal_documents_are_left_out(corpora: tuple[Texts, Texts]) -> None:
+def test_without_a_threshold_only_equal_documents_are_left_out(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, held_out = corpora
     walk = equal_apart(pool, range(len(pool)), 10_000, held_out)
     assert [pool.text(at) for at in walk.chosen] == [text for text in pool if text not in set(held_out)]

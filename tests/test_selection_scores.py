@@ -16,14 +16,14 @@ from crosscal.progress import silent
 from crosscal.selection import SelectionSettings
 from crosscal.selection.choosing import noise, ordered
 from crosscal.selection.dsir import HashedGrams, dsir_scores
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.selection.zip_fit import MOST_BYTES, zip_fit_scores
 from crosscal.store import Store
 from tests.helpers.made_up_text import corpus_of, made_up
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Texts, Texts]:
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[DocumentTexts, DocumentTexts]:
     """A pool in two shards, longer than a batch, and a sample."""
     folder = tmp_path_factory.mktemp("corpora")
     store = Store(folder / "home")
@@ -32,7 +32,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Texts, Texts]:
         store, folder, "pool", {"train": [*made_up("medicine", "b", 5), "Été—deux 3x? 'no' — naïve_1 words!"]}
     )
     sample = corpus_of(store, folder, "sample", {"train": made_up("medicine", "c", 9)})
-    return Texts(store, parts_of([pool], "train")), Texts(store, parts_of([sample], "train"))
+    return DocumentTexts(store, parts_of([pool], "train")), DocumentTexts(store, parts_of([sample], "train"))
 
 
 def plain_grams(text: str) -> list[str]:
@@ -67,7 +67,7 @@ def plain_weights(pool: list[str], sample: list[str]) -> list[float]:
     ]
 
 
-def test_importance_weights_are_the_papers(corpora: tuple[Texts, Texts]) -> None:
+def test_importance_weights_are_the_papers(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, sample = corpora
     score_N, words_N = dsir_scores(pool, sample, silent)
     assert score_N == pytest.approx(plain_weights(list(pool), list(sample)), rel=1e-12)
@@ -89,7 +89,7 @@ def test_a_document_is_drawn_as_often_as_its_weight_says() -> None:
     assert seconds[2, 1] / draws == pytest.approx(5 / 8 * 2 / 3, abs=0.026)
 
 
-def test_alignments_are_those_of_gzip(corpora: tuple[Texts, Texts]) -> None:
+def test_alignments_are_those_of_gzip(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, sample = corpora
     targets = [*list(sample)[:3], "x" * (MOST_BYTES + 100)]
 
@@ -107,7 +107,7 @@ def test_alignments_are_those_of_gzip(corpora: tuple[Texts, Texts]) -> None:
     assert zip_fit_scores(pool, targets, silent) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_text_is_compressed_once_for_all_that_come_behind_it(corpora: tuple[Texts, Texts]) -> None:
+def test_a_text_is_compressed_once_for_all_that_come_behind_it(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, _ = corpora
     text, others = "".join(pool).encode(), [b"", b"a", *(one.encode() for one in list(pool)[:5])]
     assert len(text) > 2**15  # beyond what gzip looks back
@@ -123,7 +123,7 @@ def test_noise_belongs_to_a_document_and_a_seed() -> None:
     assert noise(3, b"d" * 32) == noise(3, b"d" * 32)
 
 
-def test_the_documents_of_texts_are_those_of_the_store(corpora: tuple[Texts, Texts]) -> None:
+def test_the_documents_of_texts_are_those_of_the_store(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, _ = corpora
     texts = list(pool)
     places = [len(texts) - 1, 0, 63, 64, len(texts) - 6, len(texts) - 7]  # both shards, both batches of the first

@@ -11,11 +11,11 @@ import torch
 from crosscal.errors import EmptyStatistics
 from crosscal.models.source import ModelSource
 from crosscal.stages.allocate import allocated, summarise_block, unsummarised
-from crosscal.stages.compress import Workshop, compress_block, layer_rows
+from crosscal.stages.compress import RunContext, compress_block, layer_rows
 from crosscal.store import Store
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import VOCABULARY, save_model
-from tests.helpers.tiny_run import collect, sample, variant, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, variant
 
 TARGET = 0.5
 
@@ -26,21 +26,21 @@ def with_owl(name: str, **more: str) -> Variant:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Workshop:
+def context(tmp_path: Path) -> RunContext:
     """Calibrated on two windows of two tokens: not every one of four experts is chosen."""
     source, store = ModelSource.open(save_model("mixtral", tmp_path / "model")), Store(tmp_path / "home")
     windows_SL = torch.randint(3, VOCABULARY, (4, 2), generator=torch.Generator().manual_seed(0))
-    shop = workshop(tmp_path / "run", store, source, sample(store, "general", windows_SL[:3]))
-    collect(shop.cached, source, shop.samples["general", 0].sets)
-    return shop
+    context = run_context(tmp_path / "run", store, source, sample(store, "general", windows_SL[:3]))
+    collect(context.cached, source, context.samples["general", 0].sets)
+    return context
 
 
-def test_the_experts_that_see_tokens_share_the_target_and_the_others_stay_dense(shop: Workshop) -> None:
+def test_the_experts_that_see_tokens_share_the_target_and_the_others_stay_dense(context: RunContext) -> None:
     each = with_owl("owl", fallback="keep-dense")
-    shop = allocated(shop, [each])
-    for block in range(shop.source.blocks):
-        compress_block(shop, block, [each])
-    rows = [row for row in layer_rows(shop, [each]) if not (row.fallback or "").startswith("left dense")]
+    context = allocated(context, [each])
+    for block in range(context.source.blocks):
+        compress_block(context, block, [each])
+    rows = [row for row in layer_rows(context, [each]) if not (row.fallback or "").startswith("left dense")]
     kept, solved = [row for row in rows if row.fallback], [row for row in rows if not row.fallback]
     assert kept
     assert all("experts" in row.layer and row.sparsity == 0 for row in kept)
@@ -49,18 +49,18 @@ def test_the_experts_that_see_tokens_share_the_target_and_the_others_stay_dense(
     assert len({round(row.sparsity, 2) for row in solved}) > 1
 
 
-def test_without_a_fallback_the_solve_says_which_expert(shop: Workshop) -> None:
+def test_without_a_fallback_the_solve_says_which_expert(context: RunContext) -> None:
     each = with_owl("owl")
-    shop = allocated(shop, [each])
+    context = allocated(context, [each])
     with pytest.raises(EmptyStatistics, match="expert"):
-        [compress_block(shop, block, [each]) for block in range(shop.source.blocks)]
+        [compress_block(context, block, [each]) for block in range(context.source.blocks)]
 
 
-def test_only_blocks_that_were_not_looked_at_are(shop: Workshop) -> None:
+def test_only_blocks_that_were_not_looked_at_are(context: RunContext) -> None:
     each = with_owl("owl")
-    assert unsummarised(shop, [each]) == [0, 1, 2]
-    assert summarise_block(shop, 1, [each, dataclasses.replace(each, name="again")]) == 1
-    assert unsummarised(shop, [each]) == [0, 2]
-    allocated(shop, [each])  # makes what is missing
-    assert unsummarised(shop, [each]) == []
-    assert summarise_block(shop, 2, [each]) == 0
+    assert unsummarised(context, [each]) == [0, 1, 2]
+    assert summarise_block(context, 1, [each, dataclasses.replace(each, name="again")]) == 1
+    assert unsummarised(context, [each]) == [0, 2]
+    allocated(context, [each])  # makes what is missing
+    assert unsummarised(context, [each]) == []
+    assert summarise_block(context, 2, [each]) == 0

@@ -12,28 +12,28 @@ import torch
 
 from crosscal.report.rows import NOT_EVALUATED, ResultRow, read_rows
 from crosscal.stages.candidates import Candidate, losses_of, measure_block, unmeasured
-from crosscal.stages.compress import Workshop
+from crosscal.stages.compress import RunContext
 from crosscal.stages.screen import screened
 from crosscal.stages.solve import rows_of_block, solve_block
 from crosscal.store import Store
 from crosscal.variants import Variant
 from tests.helpers.tiny_place import make_place
-from tests.helpers.tiny_run import collect, sample, tiny_source, variant, windows, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, variant, windows
 
 CORPORA = ("general", "legal")
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Workshop:
+def context(tmp_path: Path) -> RunContext:
     """Two corpora of different tokens; each has two shards, which count by their weights."""
     source, store = tiny_source(tmp_path / "model"), Store(tmp_path / "home")
     samples = [
         sample(store, corpus, windows(6, seed, low, high), windows(4, seed + 10, low, high))
         for corpus, seed, low, high in (("general", 1, 3, 200), ("legal", 2, 150, 400))
     ]
-    shop = workshop(tmp_path / "run", store, source, *samples)
-    collect(shop.cached, source, [key for each in samples for key in each.sets])
-    return dataclasses.replace(shop, measured_on=CORPORA)
+    context = run_context(tmp_path / "run", store, source, *samples)
+    collect(context.cached, source, [key for each in samples for key in each.sets])
+    return dataclasses.replace(context, measured_on=CORPORA)
 
 
 def mixed(name: str, alpha: float = 0.5, **more: object) -> Variant:
@@ -42,13 +42,13 @@ def mixed(name: str, alpha: float = 0.5, **more: object) -> Variant:
 
 
 @pytest.mark.parametrize("trace_normalised", [False, True])
-def test_losses_are_those_of_float64_on_each_corpus_alone(shop: Workshop, trace_normalised: bool) -> None:
+def test_losses_are_those_of_float64_on_each_corpus_alone(context: RunContext, trace_normalised: bool) -> None:
     solved = [
         mixed("pruned", trace_normalised=trace_normalised),
         mixed("legal alone", alpha=1.0),
         variant("rounded", "gptq", {"general": 0.75, "legal": 0.25}, bits=3, group_size=32),
     ]
-    problem = shop.problem(1, shop.cached)
+    problem = context.problem(1, context.cached)
     found = solve_block(problem, solved)
     for each in solved:
         rows = {row.layer: row for row in found[each.name].rows}
@@ -60,8 +60,8 @@ def test_losses_are_those_of_float64_on_each_corpus_alone(shop: Workshop, trace_
                 assert losses is not None
                 for corpus in CORPORA:
                     hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
-                    for part in shop.samples[corpus, 0].held_out.parts:
-                        moments = shop.cached.read(part.key, block=1, site=site)
+                    for part in context.samples[corpus, 0].held_out.parts:
+                        moments = context.cached.read(part.key, block=1, site=site)
                         hessian_II += part.weight * moments.gram_II.double()
                     away_OI = before_OI - after_OI
                     loss = torch.trace(away_OI @ hessian_II @ away_OI.T)
@@ -69,38 +69,38 @@ def test_losses_are_those_of_float64_on_each_corpus_alone(shop: Workshop, trace_
                     assert losses[corpus] == pytest.approx(float(loss / energy), rel=1e-3)
 
 
-def test_measuring_changes_no_solution(shop: Workshop) -> None:
+def test_measuring_changes_no_solution(context: RunContext) -> None:
     each = mixed("pruned")
-    plain = dataclasses.replace(shop, measured_on=())
-    with_losses = solve_block(shop.problem(0, shop.cached), [each])["pruned"]
-    without = solve_block(plain.problem(0, shop.cached), [each])["pruned"]
+    plain = dataclasses.replace(context, measured_on=())
+    with_losses = solve_block(context.problem(0, context.cached), [each])["pruned"]
+    without = solve_block(plain.problem(0, context.cached), [each])["pruned"]
     assert all(torch.equal(with_losses.changed[name], tensor) for name, tensor in without.changed.items())
     assert [row.heldout_relative_loss for row in with_losses.rows] == [r.heldout_relative_loss for r in without.rows]
     assert all(row.corpus_losses is None for row in without.rows)
 
 
-def test_candidates_are_measured_once_whatever_they_are_called(shop: Workshop) -> None:
+def test_candidates_are_measured_once_whatever_they_are_called(context: RunContext) -> None:
     tried = [Candidate(mixed("a"), CORPORA), Candidate(mixed("b", alpha=0.25), CORPORA)]
-    assert losses_of(shop, tried[0]) is None
-    assert unmeasured(shop, tried) == [0, 1]
-    assert [measure_block(shop, block, tried) for block in (0, 1)] == [2, 2]
+    assert losses_of(context, tried[0]) is None
+    assert unmeasured(context, tried) == [0, 1]
+    assert [measure_block(context, block, tried) for block in (0, 1)] == [2, 2]
     again = Candidate(dataclasses.replace(tried[0].variant, name="again"), CORPORA)
-    assert unmeasured(shop, [again, tried[1]]) == []
-    assert losses_of(shop, again) == losses_of(shop, tried[0])
-    rows = [row for b in (0, 1) for row in rows_of_block(shop.problem(b, shop.cached), [tried[0].variant])["a"]]
+    assert unmeasured(context, [again, tried[1]]) == []
+    assert losses_of(context, again) == losses_of(context, tried[0])
+    rows = [row for b in (0, 1) for row in rows_of_block(context.problem(b, context.cached), [tried[0].variant])["a"]]
     means = {c: sum((row.corpus_losses or {})[c] for row in rows) / len(rows) for c in CORPORA}
-    assert losses_of(shop, tried[0]) == pytest.approx(means)
-    assert unmeasured(shop, [Candidate(tried[0].variant, ("legal",))]) == [0, 1]
+    assert losses_of(context, tried[0]) == pytest.approx(means)
+    assert unmeasured(context, [Candidate(tried[0].variant, ("legal",))]) == [0, 1]
 
 
-def test_only_variants_of_one_level_that_solved_the_same_matrices_are_compared(shop: Workshop) -> None:
+def test_only_variants_of_one_level_that_solved_the_same_matrices_are_compared(context: RunContext) -> None:
     asked = [
         variant("magnitude", "magnitude", None, sparsity=0.7),
         mixed("good", sparsity=0.7),
         mixed("lighter", sparsity=0.3),
         dataclasses.replace(variant("left", "magnitude", None, sparsity=0.7), leave_dense=("*.down_proj",)),
     ]
-    problem = shop.problem(0, shop.cached)
+    problem = context.problem(0, context.cached)
     rows = rows_of_block(problem, asked)
     found = screened(asked, rows)
     assert set(found) == {"magnitude"}

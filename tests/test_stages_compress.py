@@ -22,7 +22,7 @@ from crosscal.models.loading import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
 from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped, needed
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import solve_block
 from crosscal.stages.solve_site import _relative_loss
@@ -32,12 +32,12 @@ from crosscal.variants import Variant
 from tests.helpers.tiny_run import (
     collect,
     part,
+    run_context,
     sample,
     sums,
     tiny_source,
     variant,
     windows,
-    workshop,
 )
 
 ROUNDOFF_F32 = 1e-4
@@ -93,18 +93,18 @@ def samples(store: Store) -> tuple[Sample, Sample]:
     return general, sample(store, "legal", windows(6, seed=2, high=100), windows(4, seed=3, high=50))
 
 
-def calibrated(folder: Path, store: Store, source: ModelSource) -> Workshop:
-    shop = workshop(folder, store, source, *samples(store))
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
-    return shop
+def calibrated(folder: Path, store: Store, source: ModelSource) -> RunContext:
+    context = run_context(folder, store, source, *samples(store))
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
+    return context
 
 
-def compress_all(shop: Workshop, variants: list[Variant] = VARIANTS) -> None:
-    for block in range(shop.source.blocks):
-        compress_block(shop, block, variants)
+def compress_all(context: RunContext, variants: list[Variant] = VARIANTS) -> None:
+    for block in range(context.source.blocks):
+        compress_block(context, block, variants)
     for each in variants:
-        publish_variant(shop, each)
+        publish_variant(context, each)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -129,58 +129,58 @@ def test_cached_is_uncached_and_a_sweep_is_its_variants(tmp_path: Path, store: S
 
 
 def test_each_set_is_read_once_per_site(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    shop = calibrated(tmp_path / "run", store, source)
+    context = calibrated(tmp_path / "run", store, source)
     read: list[tuple] = []
 
-    class Counting(type(shop.cached)):
+    class Counting(type(context.cached)):
         def read(self, calibration, block, site) -> InputMoments:
             read.append((calibration, block, site.name))
             return super().read(calibration, block, site)
 
-    counting = Counting(**{f.name: getattr(shop.cached, f.name) for f in dataclasses.fields(shop.cached)})
-    compress_block(dataclasses.replace(shop, cached=counting), 0, VARIANTS)
-    assert len(read) == len(set(read)) == 4 * sum(len(each.sets) for each in shop.samples.values())
+    counting = Counting(**{f.name: getattr(context.cached, f.name) for f in dataclasses.fields(context.cached)})
+    compress_block(dataclasses.replace(context, cached=counting), 0, VARIANTS)
+    assert len(read) == len(set(read)) == 4 * sum(len(each.sets) for each in context.samples.values())
 
 
 def test_a_killed_run_goes_on_and_solves_only_what_is_missing(
     tmp_path: Path, store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress_all(calibrated(tmp_path / "undisturbed", store, source))
-    shop = calibrated(tmp_path / "killed", store, source)
+    context = calibrated(tmp_path / "killed", store, source)
     write, solved = compress._write, []
 
-    def die(shop: Workshop, each: Variant, *args) -> None:
+    def die(context: RunContext, each: Variant, *args) -> None:
         if each.name == "quantized":
             raise KeyboardInterrupt
-        write(shop, each, *args)
+        write(context, each, *args)
 
     monkeypatch.setattr(compress, "_write", die)
     with pytest.raises(KeyboardInterrupt):
-        compress_block(shop, 0, VARIANTS)
+        compress_block(context, 0, VARIANTS)
     monkeypatch.undo()
     monkeypatch.setattr(
         compress, "solve_block", lambda problem, todo: solved.extend(todo) or solve_block(problem, todo)
     )
-    assert compress_block(shop, 0, VARIANTS) == len(VARIANTS) - 3
+    assert compress_block(context, 0, VARIANTS) == len(VARIANTS) - 3
     assert [each.name for each in solved] == [each.name for each in VARIANTS[3:]]
-    assert compress_block(shop, 0, VARIANTS) == 0
-    compress_all(shop)
+    assert compress_block(context, 0, VARIANTS) == 0
+    compress_all(context)
     assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
 
 
-def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> dict[str, float]:
+def true_relative_losses(context: RunContext, each: Variant, *, held_out: bool) -> dict[str, float]:
     """tr(dW H dWᵀ) / tr(W H Wᵀ) in float64 from nothing but the files of the checkpoints and of the store."""
-    dense = load_file(shop.source.path / "model.safetensors")
-    model, found = load_variant(shop.folder / "models" / each.name), {}
-    for block, site in [(index, site) for index in (0, 1) for site in shop.cached.sites(index) or ()]:
-        weights = (each.mixture or shop.reference).as_dict()
+    dense = load_file(context.source.path / "model.safetensors")
+    model, found = load_variant(context.folder / "models" / each.name), {}
+    for block, site in [(index, site) for index in (0, 1) for site in context.cached.sites(index) or ()]:
+        weights = (each.mixture or context.reference).as_dict()
         hessians = {corpus: torch.zeros(site.inputs, site.inputs, dtype=torch.float64) for corpus in weights}
         for corpus, hessian_II in hessians.items():
-            found_in = shop.samples[corpus, 0].held_out if held_out else shop.samples[corpus, 0].calibration
+            found_in = context.samples[corpus, 0].held_out if held_out else context.samples[corpus, 0].calibration
             mass = sum(each_set.mass for each_set in found_in.parts)
             for each_set in found_in.parts:
-                moments = shop.cached.read(each_set.key, block, site)
+                moments = context.cached.read(each_set.key, block, site)
                 hessian_II += each_set.weight * moments.gram_II.double() / mass
         trace = sum(weights[corpus] * float(hessians[corpus].trace()) for corpus in weights)
         scales = {c: trace / float(h.trace()) if each.trace_normalised else 1.0 for c, h in hessians.items()}
@@ -194,15 +194,15 @@ def true_relative_losses(shop: Workshop, each: Variant, *, held_out: bool) -> di
 
 @both_dtypes
 def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    shop = calibrated(tmp_path / "run", store, source)
-    compress_all(shop)
+    context = calibrated(tmp_path / "run", store, source)
+    compress_all(context)
     for each in VARIANTS:
-        rows = layer_rows(shop, [each])
+        rows = layer_rows(context, [each])
         assert all(row.relative_loss > 0 and row.fallback is None for row in rows)
         reported = {row.layer: row.relative_loss for row in rows}
-        assert reported == pytest.approx(true_relative_losses(shop, each, held_out=False), rel=ROUNDOFF_F32)
+        assert reported == pytest.approx(true_relative_losses(context, each, held_out=False), rel=ROUNDOFF_F32)
         reported = {row.layer: row.heldout_relative_loss for row in rows}
-        assert reported == pytest.approx(true_relative_losses(shop, each, held_out=True), rel=ROUNDOFF_F32)
+        assert reported == pytest.approx(true_relative_losses(context, each, held_out=True), rel=ROUNDOFF_F32)
 
 
 def test_what_losses_are_relative_to_is_computed_once_a_mixture(
@@ -224,12 +224,12 @@ def test_what_losses_are_relative_to_is_computed_once_a_mixture(
 
 @both_dtypes
 def test_packed_models_hold_exactly_the_solved_weights(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    shop = calibrated(tmp_path / "run", store, source)
+    context = calibrated(tmp_path / "run", store, source)
     each = VARIANTS[3]
-    compress_all(shop, [each])
+    compress_all(context, [each])
     model = load_variant(tmp_path / "run" / "models" / each.name)
     for block in range(2):
-        solution = solve_block(shop.problem(block, shop.cached), [each])[each.name]
+        solution = solve_block(context.problem(block, context.cached), [each])[each.name]
         assert not any(name.endswith("proj.weight") for name in solution.changed)
         assert len(solution.dense) == 7
         for name, tensor in solution.dense.items():
@@ -245,9 +245,9 @@ SEQUENTIAL = [
 ]
 
 
-def sequentially(shop: Workshop, each: Variant):
-    done = compress_sequential(shop, each, batch_tokens=64, report=silent)
-    publish_variant(shop, each)
+def sequentially(context: RunContext, each: Variant):
+    done = compress_sequential(context, each, batch_tokens=64, report=silent)
+    publish_variant(context, each)
     return done
 
 
@@ -257,9 +257,9 @@ def test_a_sequential_model_made_again_reads_nothing_and_is_the_same(
 ) -> None:
     parts = samples(store)
     tokens = sum(each.tokens for each in parts)
-    first = sequentially(workshop(tmp_path / "first", store, source, *parts), each)
+    first = sequentially(run_context(tmp_path / "first", store, source, *parts), each)
     assert (first.tokens_read, first.hits, first.misses) == (tokens, 0, 2 * 4 * 6)
-    second = sequentially(workshop(tmp_path / "second", store, source, *parts), each)
+    second = sequentially(run_context(tmp_path / "second", store, source, *parts), each)
     assert (second.tokens_read, second.hits, second.misses) == (0, 2 * 4 * 6, 0)
     assert contents(tmp_path / "first" / "models") == contents(tmp_path / "second" / "models")
     assert rows_without_times(tmp_path / "first") == rows_without_times(tmp_path / "second")
@@ -270,19 +270,19 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
     tmp_path: Path, store: Store, source: ModelSource, each: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Store(tmp_path / "another home")
-    sequentially(workshop(tmp_path / "undisturbed", other, source, *samples(other)), each)
-    shop, write = workshop(tmp_path / "killed", store, source, *samples(store)), compress._write
+    sequentially(run_context(tmp_path / "undisturbed", other, source, *samples(other)), each)
+    context, write = run_context(tmp_path / "killed", store, source, *samples(store)), compress._write
 
-    def die(shop: Workshop, one: Variant, problem: BlockProblem, *args) -> None:
+    def die(context: RunContext, one: Variant, problem: BlockProblem, *args) -> None:
         if problem.block == 1:
             raise KeyboardInterrupt
-        write(shop, one, problem, *args)
+        write(context, one, problem, *args)
 
     monkeypatch.setattr(compress, "_write", die)
     with pytest.raises(KeyboardInterrupt):
-        sequentially(shop, each)
+        sequentially(context, each)
     monkeypatch.undo()
-    sequentially(shop, each)
+    sequentially(context, each)
     assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
 
@@ -290,10 +290,10 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
 def test_dense_and_sequential_agree_on_the_first_block_and_differ_after_it(
     tmp_path: Path, store: Store, source: ModelSource
 ) -> None:
-    shop, dense = calibrated(tmp_path / "run", store, source), VARIANTS[0]
-    compress_all(shop, [dense])
-    sequentially(shop, SEQUENTIAL[0])
-    one, other = (load_variant(shop.folder / "models" / each.name) for each in (dense, SEQUENTIAL[0]))
+    context, dense = calibrated(tmp_path / "run", store, source), VARIANTS[0]
+    compress_all(context, [dense])
+    sequentially(context, SEQUENTIAL[0])
+    one, other = (load_variant(context.folder / "models" / each.name) for each in (dense, SEQUENTIAL[0]))
     for name, parameter in one.named_parameters():
         same = torch.equal(parameter, other.get_parameter(name))
         assert same == (".layers.1." not in name or "norm" in name), name
@@ -304,25 +304,25 @@ def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
 ) -> None:
     """Both runs mix `general` with `legal`, and `general` is the same: what lies upstream of it is not."""
     general, legal = samples(store)
-    sequentially(workshop(tmp_path / "earlier", store, source, general, legal), SEQUENTIAL[0])
+    sequentially(run_context(tmp_path / "earlier", store, source, general, legal), SEQUENTIAL[0])
     other_legal = sample(store, "legal", windows(6, seed=9, low=200))
-    sequentially(workshop(tmp_path / "later", store, source, general, other_legal), SEQUENTIAL[0])
+    sequentially(run_context(tmp_path / "later", store, source, general, other_legal), SEQUENTIAL[0])
 
     fresh = Store(tmp_path / "fresh")
     parts = samples(fresh)[0], sample(fresh, "legal", windows(6, seed=9, low=200))
-    sequentially(workshop(tmp_path / "alone", fresh, source, *parts), SEQUENTIAL[0])
+    sequentially(run_context(tmp_path / "alone", fresh, source, *parts), SEQUENTIAL[0])
     assert contents(tmp_path / "later" / "models") == contents(tmp_path / "alone" / "models")
 
 
 # --- what cannot be solved -------------------------------------------------------------------------------------------
 
 
-def starved(tmp_path: Path, store: Store, source: ModelSource) -> Workshop:
+def starved(tmp_path: Path, store: Store, source: ModelSource) -> RunContext:
     """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` has no inverse."""
     few = (sums(part(store, windows(1, seed))) for seed in (5, 6))
-    shop = workshop(tmp_path / "run", store, source, Sample("general", 0, *few))
-    collect(shop.cached, source, shop.samples["general", 0].sets)
-    return shop
+    context = run_context(tmp_path / "run", store, source, Sample("general", 0, *few))
+    collect(context.cached, source, context.samples["general", 0].sets)
+    return context
 
 
 def test_what_cannot_be_solved_is_an_error_that_names_the_layer(
@@ -336,16 +336,16 @@ def test_what_cannot_be_solved_is_an_error_that_names_the_layer(
 def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
     tmp_path: Path, store: Store, source: ModelSource
 ) -> None:
-    shop = starved(tmp_path, store, source)
+    context = starved(tmp_path, store, source)
     each = variant("undamped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.0, fallback="keep-dense")
     sound = variant("damped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.01)
-    compress_all(shop, [each, sound])
-    rows = {row.layer: row for row in layer_rows(shop, [each])}
+    compress_all(context, [each, sound])
+    rows = {row.layer: row for row in layer_rows(context, [each])}
     kept = {name for name, row in rows.items() if row.fallback}
     assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} <= kept
-    assert all(row.fallback is None for row in layer_rows(shop, [sound]))
+    assert all(row.fallback is None for row in layer_rows(context, [sound]))
     dense = load_file(source.path / "model.safetensors")
-    model = load_variant(shop.folder / "models" / "undamped")
+    model = load_variant(context.folder / "models" / "undamped")
     for name, row in rows.items():
         weight = model.get_parameter(f"{name}.weight")
         assert (row.parameters, row.stays_dense) == (weight.numel(), name in kept)
@@ -374,9 +374,9 @@ def test_what_hessians_are_made_of_is_named_by_their_sums(store: Store) -> None:
         assert over_sums(Mixture.of(MIXED), by_name, held_out=is_held_out).as_dict() == keys
 
 
-def hessians_of(shop: Workshop, mixture: Mapping[str, float], **more) -> Iterator[tuple[Tensor, Tensor]]:
+def hessians_of(context: RunContext, mixture: Mapping[str, float], **more) -> Iterator[tuple[Tensor, Tensor]]:
     """(calibration, held out) of every site of the second block, as solving has them."""
-    problem = shop.problem(1, shop.cached)
+    problem = context.problem(1, context.cached)
     each = variant("any", "sparsegpt", mixture, sparsity=0.5, damping=0.01, **more)
     groups = grouped(problem, [each])
     (group,) = groups
@@ -405,9 +405,9 @@ def test_how_a_corpus_landed_changes_no_hessian(
             in_shards(store, "general", tokens["general"], 6),
             in_shards(store, "legal", tokens["legal"], *counts),
         ]
-        shop = workshop(tmp_path / str(counts), store, source, *landed)
-        collect(shop.cached, source, [key for each in landed for key in each.sets])
-        found.append(list(hessians_of(shop, mixture, trace_normalised=trace_normalised)))
+        context = run_context(tmp_path / str(counts), store, source, *landed)
+        collect(context.cached, source, [key for each in landed for key in each.sets])
+        found.append(list(hessians_of(context, mixture, trace_normalised=trace_normalised)))
     for whole, *others in zip(*found, strict=True):
         for other, (expected_II, held_out_II) in itertools.product(others, [whole]):
             bound = 1e-5 * float(expected_II.abs().max())
@@ -416,8 +416,8 @@ def test_how_a_corpus_landed_changes_no_hessian(
 
 
 def test_one_corpus_alone_is_not_changed_by_normalising(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    shop = calibrated(tmp_path / "run", store, source)  # `legal` has two shards
-    plain, normalised = (list(hessians_of(shop, {"legal": 1.0}, trace_normalised=on)) for on in (False, True))
+    context = calibrated(tmp_path / "run", store, source)  # `legal` has two shards
+    plain, normalised = (list(hessians_of(context, {"legal": 1.0}, trace_normalised=on)) for on in (False, True))
     for one, other in zip(plain, normalised, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -425,20 +425,20 @@ def test_one_corpus_alone_is_not_changed_by_normalising(tmp_path: Path, store: S
 def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
     tmp_path: Path, store: Store, source: ModelSource
 ) -> None:
-    shop = calibrated(tmp_path / "run", store, source)
-    starved = {each.key for each in shop.samples["legal", 0].calibration.parts}
+    context = calibrated(tmp_path / "run", store, source)
+    starved = {each.key for each in context.samples["legal", 0].calibration.parts}
 
-    class Starving(type(shop.cached)):
+    class Starving(type(context.cached)):
         def read(self, calibration, block, site) -> InputMoments:
             found = super().read(calibration, block, site)
             return InputMoments.zero(found.inputs) if calibration in starved else found
 
-    cached = Starving(**{f.name: getattr(shop.cached, f.name) for f in dataclasses.fields(shop.cached)})
-    problem = shop.problem(0, cached)
+    cached = Starving(**{f.name: getattr(context.cached, f.name) for f in dataclasses.fields(context.cached)})
+    problem = context.problem(0, cached)
     groups = grouped(problem, [VARIANTS[2], VARIANTS[4]])
     sound, starving = groups
     statistics = SiteStatistics(problem, problem.sites[0], needed(groups), users=len(groups))
-    expected = shop.cached.read(shop.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
+    expected = context.cached.read(context.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
     assert torch.equal(statistics(sound)[0].hessian_II, expected)
     with pytest.raises(StatisticsError, match=r"\(legal\): no token ever reached"):
         statistics(starving)

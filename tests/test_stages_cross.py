@@ -23,8 +23,8 @@ from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, read_rows
 from crosscal.stages import compress
 from crosscal.stages.block_problem import BlockProblem
-from crosscal.stages.compress import Workshop, compress_sequential, layer_rows, publish_variant
-from crosscal.stages.moments import Cached
+from crosscal.stages.compress import RunContext, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.moments import CachedMoments
 from crosscal.stages.preflight import BlockShape, moments_bytes, reading_bytes, solving_bytes
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import EVERY, OF_TWO_STREAMS, VECTORS, Mixture
@@ -33,7 +33,7 @@ from crosscal.tasks.refusals import unpaired
 from crosscal.variants import RecipeStep, Variant, variants
 from tests.helpers.tiny_models import load_plain
 from tests.helpers.tiny_place import Place, crosscal, make_place
-from tests.helpers.tiny_run import sample, tiny_source, windows, workshop
+from tests.helpers.tiny_run import run_context, sample, tiny_source, windows
 from tests.test_models_cross import plain_inputs
 from tests.test_stages_compress import contents, rows_without_times
 
@@ -69,23 +69,23 @@ PLAIN, CORRECTED = recipe("plain", GPTQ), recipe("corrected", QEP, GPTQ)
 NORMALISED = recipe("normalised", QEP, ("sparsegpt", {"sparsity": 0.6}), trace_normalised=True)
 
 
-def shop_of(folder: Path, store: Store, source: ModelSource) -> Workshop:
+def context_of(folder: Path, store: Store, source: ModelSource) -> RunContext:
     general = sample(store, "general", windows(10, seed=1))
     legal = sample(store, "legal", windows(6, seed=2, high=100), windows(4, seed=3, high=50))
-    return workshop(folder, store, source, general, legal)
+    return run_context(folder, store, source, general, legal)
 
 
-def solved(shop: Workshop, each: Variant):
-    done = compress_sequential(shop, each, batch_tokens=64, report=silent)
-    publish_variant(shop, each)
+def solved(context: RunContext, each: Variant):
+    done = compress_sequential(context, each, batch_tokens=64, report=silent)
+    publish_variant(context, each)
     return done
 
 
-def cached_of(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[Cached]:
+def cached_of(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> list[CachedMoments]:
     """Fills with where each sequential variant keeps its moments."""
-    found: list[Cached] = []
-    walk = compress.JustRead.of
-    monkeypatch.setattr(compress.JustRead, "of", lambda cached, seen: found.append(cached) or walk(cached, seen))
+    found: list[CachedMoments] = []
+    walk = compress.InMemoryMoments.of
+    monkeypatch.setattr(compress.InMemoryMoments, "of", lambda cached, seen: found.append(cached) or walk(cached, seen))
     return found
 
 
@@ -93,12 +93,12 @@ def cached_of(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[Cached]:
 
 
 def test_pairs_are_an_artifact_of_their_own_and_only_of_who_needs_them(store: Store, source: ModelSource) -> None:
-    shop = shop_of(Path(store.location).parent / "run", store, source)
-    solved(shop, PLAIN)
-    sets = sum(len(each.sets) for each in shop.samples.values())
+    context = context_of(Path(store.location).parent / "run", store, source)
+    solved(context, PLAIN)
+    sets = sum(len(each.sets) for each in context.samples.values())
     sums = [artifact.provenance["sums"] for artifact in store.list("moments")]
     assert sorted(sums) == sorted([["gram"], [w for w in Statistic if w in VECTORS]] * SITES * sets)
-    solved(shop, CORRECTED)
+    solved(context, CORRECTED)
     sums = [artifact.provenance["sums"] for artifact in store.list("moments")]
     assert len(sums) == (2 + 3) * SITES * sets
     assert sums.count(["cross", "drift"]) == SITES * sets
@@ -109,10 +109,10 @@ def test_pairs_are_an_artifact_of_their_own_and_only_of_who_needs_them(store: St
 def test_a_model_made_again_reads_nothing_and_is_the_same(
     tmp_path: Path, store: Store, source: ModelSource, each: Variant
 ) -> None:
-    first = shop_of(tmp_path / "first", store, source)
+    first = context_of(tmp_path / "first", store, source)
     tokens = sum(of.tokens for of in first.samples.values())
     assert solved(first, each).tokens_read == tokens
-    assert solved(shop_of(tmp_path / "second", store, source), each).tokens_read == 0
+    assert solved(context_of(tmp_path / "second", store, source), each).tokens_read == 0
     assert contents(tmp_path / "first" / "models") == contents(tmp_path / "second" / "models")
     assert rows_without_times(tmp_path / "first") == rows_without_times(tmp_path / "second")
 
@@ -120,22 +120,22 @@ def test_a_model_made_again_reads_nothing_and_is_the_same(
 def test_a_killed_run_goes_on_to_the_same_model(
     tmp_path: Path, store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solved(shop_of(tmp_path / "undisturbed", Store(tmp_path / "another home"), source), CORRECTED)
-    shop, write = shop_of(tmp_path / "killed", store, source), compress._write
+    solved(context_of(tmp_path / "undisturbed", Store(tmp_path / "another home"), source), CORRECTED)
+    context, write = context_of(tmp_path / "killed", store, source), compress._write
 
-    def die(shop: Workshop, one: Variant, problem: BlockProblem, *args: Any) -> None:
+    def die(context: RunContext, one: Variant, problem: BlockProblem, *args: Any) -> None:
         if problem.block == 1:
             raise KeyboardInterrupt
-        write(shop, one, problem, *args)
+        write(context, one, problem, *args)
 
     monkeypatch.setattr(compress, "_write", die)
     with pytest.raises(KeyboardInterrupt):
-        solved(shop, CORRECTED)
+        solved(context, CORRECTED)
     monkeypatch.setattr(compress, "_write", write)
     for artifact in store.list("moments"):
         if artifact.provenance["block"] == 1:
             store.discard("moments", artifact.key)
-    assert solved(shop, CORRECTED).tokens_read > 0
+    assert solved(context, CORRECTED).tokens_read > 0
     assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
 
@@ -166,15 +166,15 @@ def test_pairs_are_mixed_as_h_is(
     """In float64 and by hand from the stored sums of every set."""
     monkeypatch.setitem(COMPRESSORS, "spy", Spy)
     SEEN.clear()
-    shop = shop_of(tmp_path / "run", store, source)
-    stored = cached_of(shop, monkeypatch)
+    context = context_of(tmp_path / "run", store, source)
+    stored = cached_of(context, monkeypatch)
     each = recipe("spied", ("spy", {}), ("wanda", {"sparsity": 0.5}), trace_normalised=normalised)
-    solved(shop, each)
+    solved(context, each)
     for block in range(source.blocks):
         for site in stored[0].sites(block) or ():
             means: dict[str, dict[Statistic, Tensor]] = {}
             for corpus in MIXED.corpora:
-                parts = shop.samples[corpus, 0].calibration.parts
+                parts = context.samples[corpus, 0].calibration.parts
                 read = [(part.weight, stored[0].read(part.key, block, site)) for part in parts]
                 mass = sum(weight * moments.tokens for weight, moments in read)
                 means[corpus] = {w: torch.stack([k * m[w].double() for k, m in read]).sum(0) / mass for w in Spy.needs}
@@ -188,21 +188,21 @@ def test_pairs_are_mixed_as_h_is(
                 torch.testing.assert_close(found[which].double(), mixed_II, rtol=0, atol=bound)
 
 
-def true_losses(shop: Workshop, each: Variant, *, held_out: bool) -> dict[str, float]:
+def true_losses(context: RunContext, each: Variant, *, held_out: bool) -> dict[str, float]:
     """E‖W x - V y‖² / E‖W x‖² in float64: two plain models from their checkpoints over the windows themselves.
 
     A block's inputs y are those of the model that is compressed up to it, and dense in it: what ran when it was solved.
     """
-    dense, model = load_plain(shop.source.path), load_plain(shop.source.path)
-    written = load_variant(shop.folder / "models" / each.name).double().state_dict()
+    dense, model = load_plain(context.source.path), load_plain(context.source.path)
+    written = load_variant(context.folder / "models" / each.name).double().state_dict()
     sums: dict[str, list[float]] = {}
-    for block in range(shop.source.blocks):
-        prefix = f"{shop.source.block_name(block)}."
+    for block in range(context.source.blocks):
+        prefix = f"{context.source.block_name(block)}."
         for corpus, weight in MIXED.weights:
-            split = shop.samples[corpus, 0].held_out if held_out else shop.samples[corpus, 0].calibration
+            split = context.samples[corpus, 0].held_out if held_out else context.samples[corpus, 0].calibration
             mass = sum(part.mass for part in split.parts)
             for part in split.parts:
-                tokens_SL = windows_by_key(shop.cached.store, part.key)
+                tokens_SL = windows_by_key(context.cached.store, part.key)
                 x, y = plain_inputs(dense, tokens_SL), plain_inputs(model, tokens_SL)
                 for name in (name for name in x if name.startswith(prefix)):
                     outputs_TO = x[name] @ dense.get_parameter(f"{name}.weight").detach().mT
@@ -217,26 +217,26 @@ def true_losses(shop: Workshop, each: Variant, *, held_out: bool) -> dict[str, f
 def test_reported_losses_are_those_of_the_dense_models_outputs(
     tmp_path: Path, store: Store, source: ModelSource
 ) -> None:
-    shop = shop_of(tmp_path / "run", store, source)
-    solved(shop, CORRECTED)
-    rows = layer_rows(shop, [CORRECTED])
+    context = context_of(tmp_path / "run", store, source)
+    solved(context, CORRECTED)
+    rows = layer_rows(context, [CORRECTED])
     assert len(rows) == 2 * 7
     reported = {row.layer: row.relative_loss for row in rows}
-    assert reported == pytest.approx(true_losses(shop, CORRECTED, held_out=False), rel=ROUNDOFF_F32)
+    assert reported == pytest.approx(true_losses(context, CORRECTED, held_out=False), rel=ROUNDOFF_F32)
     reported = {row.layer: row.heldout_relative_loss for row in rows}
-    assert reported == pytest.approx(true_losses(shop, CORRECTED, held_out=True), rel=ROUNDOFF_F32)
+    assert reported == pytest.approx(true_losses(context, CORRECTED, held_out=True), rel=ROUNDOFF_F32)
 
 
 def test_correcting_comes_closer_to_the_dense_outputs(tmp_path: Path, store: Store, source: ModelSource) -> None:
     """Behind the first block, where it is the plain recipe; without any correction it is the plain recipe."""
-    shop = shop_of(tmp_path / "run", store, source)
+    context = context_of(tmp_path / "run", store, source)
     none = recipe("none", ("qep", {"propagation": 0.0, "damping": 1.0}), GPTQ)
     full = recipe("full", ("qep", {"propagation": 1.0, "damping": 0.01}), GPTQ)
     for each in (PLAIN, none, full):
-        solved(shop, each)
-    of = {each.name: contents(shop.folder / "models" / each.name) for each in (PLAIN, none, full)}
+        solved(context, each)
+    of = {each.name: contents(context.folder / "models" / each.name) for each in (PLAIN, none, full)}
     assert of["plain"] == of["none"] != of["full"]
-    losses = {each.name: {r.layer: r.relative_loss for r in layer_rows(shop, [each])} for each in (none, full)}
+    losses = {each.name: {r.layer: r.relative_loss for r in layer_rows(context, [each])} for each in (none, full)}
     for name, loss in losses["none"].items():
         if ".layers.0." in name:
             assert losses["full"][name] == pytest.approx(loss, rel=1e-3)
@@ -275,7 +275,7 @@ def plan(**entry: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("upstream", ["dense", ["sequential", "dense"], None])
 def test_a_dense_upstream_is_refused(upstream: Any) -> None:
     said = {} if upstream is None else {"upstream": upstream}
-    with pytest.raises(PlanError, match="nothing does with a dense upstream") as caught:
+    with pytest.raises(PlanError, match="a dense upstream has none") as caught:
         variants(parse_plan(plan(**said)))
     assert caught.value.where == "compress.0"
     assert "sequential" in str(caught.value.do)
@@ -286,7 +286,7 @@ def test_a_dense_upstream_is_refused(upstream: Any) -> None:
     [
         ([{"method": "qep"}], "before it is pruned or rounded"),
         ([{"method": "gptq", "bits": 4}, {"method": "qep"}], "before it is pruned or rounded"),
-        ([{"method": "qep"}, {"method": "gptq", "bits": 4}, {"method": "bias"}], "mean input is not summed"),
+        ([{"method": "qep"}, {"method": "gptq", "bits": 4}, {"method": "bias"}], "mean is not collected"),
     ],
 )
 def test_recipes_that_cannot_be_meant_are_refused(steps: list[dict[str, Any]], why: str) -> None:

@@ -17,8 +17,8 @@ from crosscal.evaluation.harness import NamedTask
 from crosscal.evaluation.questions import LocalTask
 from crosscal.models import ModelSource
 from crosscal.stages import evaluate as stage
-from crosscal.stages.evaluate import Examination, examination, measure
-from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
+from crosscal.stages.evaluate import EvaluationSet, evaluation_set, measure
+from crosscal.stages.heldout_text import HeldOutText, WindowCutting, heldout_texts
 from crosscal.store import Store
 from tests.helpers.tiny_text import SENTENCES, tiny_llama
 
@@ -60,11 +60,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-def exam(
+def eval_set(
     store: Store, source: ModelSource, corpus: Corpus, *tasks: str, limit: int | None = None, windows: int = 4
-) -> Examination:
-    return examination(
-        store, [corpus], source, Cutting(32, {"test": windows, "validation": 2}), tasks=tasks, limit=limit,
+) -> EvaluationSet:
+    return evaluation_set(
+        store, [corpus], source, WindowCutting(32, {"test": windows, "validation": 2}), tasks=tasks, limit=limit,
         batch_tokens=64, device="cpu", dtype=torch.float32,
     )  # fmt: skip
 
@@ -72,13 +72,13 @@ def exam(
 def test_the_same_weights_are_measured_once_wherever_they_lie(
     tmp_path: Path, store: Store, source: ModelSource, corpus: Corpus, questions: Path, loads: list[Path]
 ) -> None:
-    first = measure(exam(store, source, corpus, str(questions)), source.path)
+    first = measure(eval_set(store, source, corpus, str(questions)), source.path)
     assert [(found.corpus_or_task, found.split, found.metric) for found in first] == [
         ("legal", "test", "perplexity"), ("legal", "validation", "perplexity"),
         ("questions", "test", "acc"), ("questions", "test", "acc_norm"),
     ]  # fmt: skip
     shutil.copytree(source.path, tmp_path / "elsewhere")
-    again = measure(exam(Store(store.location), source, corpus, str(questions)), tmp_path / "elsewhere")
+    again = measure(eval_set(Store(store.location), source, corpus, str(questions)), tmp_path / "elsewhere")
     assert again == first
     assert len(loads) == 1
 
@@ -86,24 +86,24 @@ def test_the_same_weights_are_measured_once_wherever_they_lie(
 def test_whatever_a_number_depends_on_is_measured_anew(
     tmp_path: Path, store: Store, source: ModelSource, corpus: Corpus, questions: Path, loads: list[Path]
 ) -> None:
-    base = exam(store, source, corpus)
+    base = eval_set(store, source, corpus)
     measure(base, source.path)
     tiny_llama(tmp_path / "other", seed=1)
     measure(base, tmp_path / "other")
     measure(replace(base, dtype=torch.float64), source.path)
-    measure(exam(store, source, corpus, windows=2), source.path)
-    asked = exam(store, source, corpus, str(questions))
+    measure(eval_set(store, source, corpus, windows=2), source.path)
+    asked = eval_set(store, source, corpus, str(questions))
     measure(asked, source.path)
-    measure(exam(store, source, corpus, str(questions), limit=2), source.path)
+    measure(eval_set(store, source, corpus, str(questions), limit=2), source.path)
     questions.write_text(questions.read_text().replace('"yes"', '"maybe"'))
-    measure(exam(store, source, corpus, str(questions)), source.path)
+    measure(eval_set(store, source, corpus, str(questions)), source.path)
     assert len(loads) == 7
 
 
 def test_what_was_skipped_is_not_kept_and_all_else_is(
     store: Store, source: ModelSource, corpus: Corpus, loads: list[Path]
 ) -> None:
-    whole = exam(store, source, corpus)
+    whole = eval_set(store, source, corpus)
     unreachable = replace(whole, suite=replace(whole.suite, skipped={"far-away": "no network today"}))
     for _ in range(2):
         assert [found.skipped for found in measure(unreachable, source.path)] == [None, None, "no network today"]
@@ -117,32 +117,32 @@ def test_what_is_new_alone_is_measured(
 ) -> None:
     """A corpus under another name, another task, more windows of one text."""
     done: list[tuple[str, str]] = []
-    before = Examination.keep
+    before = EvaluationSet.keep
 
-    def watched(self: Examination, weights: str, subject: HeldOutText | LocalTask | NamedTask, found: Any) -> Any:
+    def watched(self: EvaluationSet, weights: str, subject: HeldOutText | LocalTask | NamedTask, found: Any) -> Any:
         is_text = isinstance(subject, HeldOutText)
         done.append((subject.corpus, subject.split) if is_text else (subject.name, ""))
         return before(self, weights, subject, found)
 
-    monkeypatch.setattr(Examination, "keep", watched)
+    monkeypatch.setattr(EvaluationSet, "keep", watched)
 
-    def new(asked: Examination) -> list[tuple[str, str]]:
+    def new(asked: EvaluationSet) -> list[tuple[str, str]]:
         done.clear()
         measure(asked, source.path)
         return list(done)
 
     other = replace(corpus, name="law")
-    assert new(exam(store, source, corpus)) == [("legal", "test"), ("legal", "validation")]
-    assert new(exam(store, source, other)) == []
-    assert [found.corpus_or_task for found in measure(exam(store, source, other), source.path)] == ["law", "law"]
-    assert new(exam(store, source, corpus, str(questions))) == [("questions", "")]
-    assert new(exam(store, source, corpus, windows=8)) == [("legal", "test")]
-    assert new(exam(store, source, corpus, str(questions), windows=8)) == []
+    assert new(eval_set(store, source, corpus)) == [("legal", "test"), ("legal", "validation")]
+    assert new(eval_set(store, source, other)) == []
+    assert [found.corpus_or_task for found in measure(eval_set(store, source, other), source.path)] == ["law", "law"]
+    assert new(eval_set(store, source, corpus, str(questions))) == [("questions", "")]
+    assert new(eval_set(store, source, corpus, windows=8)) == [("legal", "test")]
+    assert new(eval_set(store, source, corpus, str(questions), windows=8)) == []
 
 
 def test_windows_are_cut_once(store: Store, source: ModelSource, corpus: Corpus) -> None:
     told: list[str] = []
-    cutting = Cutting(32, {"test": 4, "validation": 2})
+    cutting = WindowCutting(32, {"test": 4, "validation": 2})
     again = [heldout_texts(store, [corpus], source, cutting, lambda what, *_: told.append(what))[0] for _ in range(2)]
     assert set(told) == {"legal: reading test documents", "legal: reading validation documents"}
     assert len(told) == 80, "every document once"
@@ -160,6 +160,8 @@ def test_a_corpus_without_validation_text_is_measured_on_its_test_text_and_that_
     file = tmp_path / "only.jsonl"
     file.write_text("".join(json.dumps({"text": f"{i} " + " ".join(SENTENCES)}) + "\n" for i in range(9)))
     ingest(store, "tested", [str(file)], split="test")
-    asked = exam(store, source, load_corpus(store, "tested"))
+    asked = eval_set(store, source, load_corpus(store, "tested"))
     assert [(text.corpus, text.split) for text in asked.texts] == [("tested", "test")]
-    assert asked.notes == ("tested has no validation text, and nothing is chosen by it (0 tokens for a window of 32).",)
+    assert asked.notes == (
+        "tested has no validation text, so it is not used for selection (0 tokens for a window of 32).",
+    )

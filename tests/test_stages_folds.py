@@ -23,7 +23,7 @@ from crosscal.models.sites import Site
 from crosscal.plan import CompressionPlan
 from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, ResultRow, read_rows
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.made_variants import note_made, take_blocks
 from crosscal.stages.solve import solve_block
 from crosscal.stages.solved_blocks import collect_block, publish_block
@@ -32,7 +32,7 @@ from crosscal.store import Store, digest_file
 from crosscal.variants import KEEP_DENSE, RecipeStep, Variant, variants
 from tests.helpers.tiny_models import load_plain, save_model, windows
 from tests.helpers.tiny_place import crosscal, make_place
-from tests.helpers.tiny_run import collect, sample, workshop
+from tests.helpers.tiny_run import collect, run_context, sample
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt", "phi", "qwen3-moe", "deepseek-v3", "gpt-oss", "falcon-new", "bloom")
 ROUNDOFF_F32 = 1e-4
@@ -62,7 +62,7 @@ ASIDE = recipe("aside", AWQ, ("spqr", {"bits": 3, "group_size": 8}))
 BIASED = recipe("biased", AWQ, ("rtn", {"bits": 3, "group_size": 4}), ("bias", {}))
 
 
-def shop_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count: int = 40) -> Workshop:
+def context_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count: int = 40) -> RunContext:
     """A model of a family, a few of whose norms' gains are large, and its moments. Every expert has tokens."""
     weights = save_model(family, folder / "model", dtype=dtype) / "model.safetensors"
     tensors = load_file(weights)
@@ -71,20 +71,20 @@ def shop_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count
     save_file(tensors, weights, metadata={"format": "pt"})
     source = ModelSource.open(folder / "model")
     store = Store(folder / "home")
-    shop = workshop(folder / "run", store, source, sample(store, "general", windows(count, seed=1)))
-    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
-    return shop
+    context = run_context(folder / "run", store, source, sample(store, "general", windows(count, seed=1)))
+    collect(context.cached, source, [key for each in context.samples.values() for key in each.sets])
+    return context
 
 
-def make(shop: Workshop, wanted: list[Variant]) -> None:
-    for block in range(shop.source.blocks):
-        compress_block(shop, block, wanted)
+def make(context: RunContext, wanted: list[Variant]) -> None:
+    for block in range(context.source.blocks):
+        compress_block(context, block, wanted)
     for each in wanted:
-        publish_variant(shop, each)
+        publish_variant(context, each)
 
 
-def sites_of(shop: Workshop) -> list[tuple[int, Site]]:
-    return [(block, site) for block in range(shop.source.blocks) for site in shop.cached.sites(block) or ()]
+def sites_of(context: RunContext) -> list[tuple[int, Site]]:
+    return [(block, site) for block in range(context.source.blocks) for site in context.cached.sites(block) or ()]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -98,16 +98,16 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scales_alone_change_no_output_of_the_loaded_checkpoint(family: str, tmp_path: Path) -> None:
-    shop = shop_of(tmp_path, family)
-    make(shop, [FOLDED])
+    context = context_of(tmp_path, family)
+    make(context, [FOLDED])
     made = tmp_path / "run" / "models" / "folded"
-    before, after = logits(load_plain(shop.source.path)), logits(load_plain(made))
+    before, after = logits(load_plain(context.source.path)), logits(load_plain(made))
     assert (after - before).norm() <= 1e-5 * before.norm()
-    dense, stored = load_plain(shop.source.path).state_dict(), load_plain(made).state_dict()
-    rows = {row.layer: row for row in layer_rows(shop, [FOLDED])}
+    dense, stored = load_plain(context.source.path).state_dict(), load_plain(made).state_dict()
+    rows = {row.layer: row for row in layer_rows(context, [FOLDED])}
     changed: dict[bool, list[bool]] = {True: [], False: []}
-    for block, site in sites_of(shop):
-        prefix = f"{shop.source.block_name(block)}."
+    for block, site in sites_of(context):
+        prefix = f"{context.source.block_name(block)}."
         folds = {rows[prefix + matrix.name].fold for matrix in site.matrices}
         assert folds == {site.producer.name if site.producer else f"none: {site.no_producer}"}
         made_by = site.producer.parameters if site.producer else ()
@@ -120,11 +120,11 @@ def test_scales_alone_change_no_output_of_the_loaded_checkpoint(family: str, tmp
 
 
 @torch.no_grad()
-def true_relative_losses(shop: Workshop, each: Variant) -> dict[str, float]:
+def true_relative_losses(context: RunContext, each: Variant) -> dict[str, float]:
     """‖W x - V x'‖² / ‖W x‖² of every matrix, from the loaded models alone: x is what the dense model hands to it, x'
     what the variant's own norm makes of that norm's input in the dense model."""
-    dense = load_plain(shop.source.path, torch.float64)
-    made = load_variant(shop.folder / "models" / each.name, dtype=torch.float64)
+    dense = load_plain(context.source.path, torch.float64)
+    made = load_variant(context.folder / "models" / each.name, dtype=torch.float64)
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -134,8 +134,8 @@ def true_relative_losses(shop: Workshop, each: Variant) -> dict[str, float]:
         module.register_forward_pre_hook(note(name), with_kwargs=True)
     dense(windows(40, seed=1)[:-2], use_cache=False)
     found: dict[str, float] = {}
-    for block, site in sites_of(shop):
-        prefix = f"{shop.source.block_name(block)}."
+    for block, site in sites_of(context):
+        prefix = f"{context.source.block_name(block)}."
         for matrix in site.matrices:
             x = inputs[prefix + matrix.name]
             moved = x
@@ -152,11 +152,11 @@ def true_relative_losses(shop: Workshop, each: Variant) -> dict[str, float]:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_reported_losses_are_those_of_the_files(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """LayerNorm's bias, too, is rounded as it is stored: GPT-2's losses may differ by that."""
-    shop = shop_of(tmp_path, family, dtype)
-    make(shop, EVERY)
+    context = context_of(tmp_path, family, dtype)
+    make(context, EVERY)
     for each in EVERY:
-        expected = true_relative_losses(shop, each)
-        rows = [row for row in layer_rows(shop, [each]) if row.fallback is None]
+        expected = true_relative_losses(context, each)
+        rows = [row for row in layer_rows(context, [each]) if row.fallback is None]
         assert {row.layer for row in rows} == expected.keys()
         rounding = 1e-3 if (family, dtype) == ("gpt2", torch.bfloat16) else 1e-6
         for row in rows:
@@ -170,10 +170,10 @@ def test_reported_losses_are_those_of_the_files(family: str, dtype: torch.dtype,
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_losses_behind_scales_are_true_in_every_form(family: str, each: Variant, tmp_path: Path) -> None:
-    shop = shop_of(tmp_path, family)
-    make(shop, [each])
-    expected = true_relative_losses(shop, each)
-    rows = [row for row in layer_rows(shop, [each]) if row.fallback is None]
+    context = context_of(tmp_path, family)
+    make(context, [each])
+    expected = true_relative_losses(context, each)
+    rows = [row for row in layer_rows(context, [each]) if row.fallback is None]
     assert {row.layer for row in rows} == expected.keys()
     for row in rows:
         assert row.relative_loss == pytest.approx(expected[row.layer], rel=2e-3, abs=1e-6)
@@ -181,11 +181,11 @@ def test_losses_behind_scales_are_true_in_every_form(family: str, each: Variant,
 
 def test_scales_help_where_a_few_inputs_are_large(tmp_path: Path) -> None:
     """Rounding behind scales costs no more, matrix by matrix of every site that could be scaled: r = 0 is tried."""
-    shop = shop_of(tmp_path, "llama")
-    make(shop, [ROUNDED, PLAIN])
-    of = {each.name: {row.layer: row.loss for row in layer_rows(shop, [each])} for each in (ROUNDED, PLAIN)}
-    for block, site in sites_of(shop):
-        layers = [f"{shop.source.block_name(block)}.{matrix.name}" for matrix in site.matrices]
+    context = context_of(tmp_path, "llama")
+    make(context, [ROUNDED, PLAIN])
+    of = {each.name: {row.layer: row.loss for row in layer_rows(context, [each])} for each in (ROUNDED, PLAIN)}
+    for block, site in sites_of(context):
+        layers = [f"{context.source.block_name(block)}.{matrix.name}" for matrix in site.matrices]
         folded, plain = (sum(of[name][layer] for layer in layers) for name in ("rounded", "plain"))
         assert folded <= plain * (1 + 1e-6) if site.producer else folded == plain
 
@@ -193,17 +193,17 @@ def test_scales_help_where_a_few_inputs_are_large(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3-moe"])
 def test_what_is_loaded_is_what_was_solved(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    shop = shop_of(tmp_path, family, dtype)
-    make(shop, EVERY)
+    context = context_of(tmp_path, family, dtype)
+    make(context, EVERY)
     for each in EVERY:
-        state = load_variant(shop.folder / "models" / each.name).state_dict()
-        for block in range(shop.source.blocks):
-            solution = solve_block(shop.problem(block, shop.cached), [each])[each.name]
+        state = load_variant(context.folder / "models" / each.name).state_dict()
+        for block in range(context.source.blocks):
+            solution = solve_block(context.problem(block, context.cached), [each])[each.name]
             for name, tensor in solution.dense.items():
-                assert torch.equal(state[f"{shop.source.block_name(block)}.{name}"], tensor.to(dtype)), name
-    grids = {row.layer: row.bits for row in layer_rows(shop, [ROUNDED]) if row.fallback is None}
+                assert torch.equal(state[f"{context.source.block_name(block)}.{name}"], tensor.to(dtype)), name
+    grids = {row.layer: row.bits for row in layer_rows(context, [ROUNDED]) if row.fallback is None}
     assert set(grids.values()) == {3}
-    whys = {row.written_dense for row in layer_rows(shop, [ROUNDED]) if row.fallback is None}
+    whys = {row.written_dense for row in layer_rows(context, [ROUNDED]) if row.fallback is None}
     assert whys == ({TRANSPOSED} if family == "gpt2" else {None})
 
 
@@ -211,11 +211,13 @@ def test_the_stored_dtype_rounds_a_fold_once(tmp_path: Path) -> None:
     """In bfloat16 the norm's own rounding is made up for by the weights: gain · weight, which the input meets, is off
     by the rounding of the weight alone."""
     for family in ("llama", "gemma2"):
-        shop = shop_of(tmp_path / family, family, torch.bfloat16)
-        make(shop, [FOLDED])
-        dense, made = (load_plain(path).state_dict() for path in (shop.source.path, shop.folder / "models" / "folded"))
-        for block, site in ((block, site) for block, site in sites_of(shop) if site.producer):
-            prefix = f"{shop.source.block_name(block)}."
+        context = context_of(tmp_path / family, family, torch.bfloat16)
+        make(context, [FOLDED])
+        dense, made = (
+            load_plain(path).state_dict() for path in (context.source.path, context.folder / "models" / "folded")
+        )
+        for block, site in ((block, site) for block, site in sites_of(context) if site.producer):
+            prefix = f"{context.source.block_name(block)}."
             assert site.producer
             gains = [state[prefix + site.producer.parameters[0]] + site.producer.offset for state in (dense, made)]
             for matrix in site.matrices:
@@ -229,22 +231,22 @@ def test_the_stored_dtype_rounds_a_fold_once(tmp_path: Path) -> None:
 def test_sequential_inputs_come_through_the_folded_blocks(each: Variant, tmp_path: Path) -> None:
     """The moments of a later block are those of the model as it was written, before that block's own norm is divided;
     a run that was killed goes on to the same model."""
-    shop = shop_of(tmp_path, "llama")
+    context = context_of(tmp_path, "llama")
     each = dataclasses.replace(each, upstream="sequential")
-    compress_sequential(shop, each, batch_tokens=64, report=silent)
-    publish_variant(shop, each)
-    made = shop.folder / "models" / each.name
-    model, dense = load_variant(made, dtype=torch.float64), load_plain(shop.source.path)
+    compress_sequential(context, each, batch_tokens=64, report=silent)
+    publish_variant(context, each)
+    made = context.folder / "models" / each.name
+    model, dense = load_variant(made, dtype=torch.float64), load_plain(context.source.path)
     entering: list[Tensor] = []
     model.model.layers[1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
     model(windows(40, seed=1)[:-2], use_cache=False)
     input_TI = dense.model.layers[1].input_layernorm(entering[0]).flatten(0, 1)
     energies = {  # tr(W H Wᵀ) of the dense matrix on these inputs
         row.layer: float((input_TI @ dense.get_parameter(f"{row.layer}.weight").double().mT).square().sum())
-        for row in layer_rows(shop, [each])
+        for row in layer_rows(context, [each])
         if row.site == "self_attn.q_proj" and row.block == 1
     }
-    for row in layer_rows(shop, [each]):
+    for row in layer_rows(context, [each]):
         if row.layer in energies:
             assert row.fold == "input_layernorm"
             assert row.loss / row.relative_loss == pytest.approx(energies[row.layer] / len(input_TI), rel=ROUNDOFF_F32)
@@ -253,31 +255,31 @@ def test_sequential_inputs_come_through_the_folded_blocks(each: Variant, tmp_pat
         (made / f"block-{late:05d}.safetensors").unlink()
     (made / "model.safetensors.index.json").unlink()
     shutil.rmtree(tmp_path / "home")
-    again = shop_of(tmp_path, "llama")
+    again = context_of(tmp_path, "llama")
     compress_sequential(again, each, batch_tokens=64, report=silent)
     publish_variant(again, each)
     assert contents(made) == before
 
 
 def test_blocks_of_other_machines_and_runs_are_the_same(tmp_path: Path) -> None:
-    shop = shop_of(tmp_path, "gemma2")
-    make(shop, EVERY)
-    expected = contents(shop.folder / "models")
-    away = dataclasses.replace(shop, folder=tmp_path / "away")
-    for block in range(shop.source.blocks):
-        publish_block(shop, block, EVERY)
+    context = context_of(tmp_path, "gemma2")
+    make(context, EVERY)
+    expected = contents(context.folder / "models")
+    away = dataclasses.replace(context, folder=tmp_path / "away")
+    for block in range(context.source.blocks):
+        publish_block(context, block, EVERY)
         assert collect_block(away, block, EVERY) == len(EVERY)
     for each in EVERY:
         publish_variant(away, each)
     assert contents(away.folder / "models") == expected
-    folded = [row.fold for row in layer_rows(shop, EVERY)]
+    folded = [row.fold for row in layer_rows(context, EVERY)]
     assert folded == [row.fold for row in layer_rows(away, EVERY)]
-    later = dataclasses.replace(shop, folder=tmp_path / "later")
+    later = dataclasses.replace(context, folder=tmp_path / "later")
     for each in EVERY:
-        made = shop.folder / "models" / each.name
+        made = context.folder / "models" / each.name
         files = {name: digest for name, digest in contents(made).items() if name.endswith(".safetensors")}
-        note_made(shop, each, files, layer_rows(shop, [each]))
-    assert take_blocks(later, EVERY, silent) == len(EVERY) * shop.source.blocks
+        note_made(context, each, files, layer_rows(context, [each]))
+    assert take_blocks(later, EVERY, silent) == len(EVERY) * context.source.blocks
     for each in EVERY:
         publish_variant(later, each)
     assert contents(later.folder / "models") == expected
@@ -285,16 +287,16 @@ def test_blocks_of_other_machines_and_runs_are_the_same(tmp_path: Path) -> None:
 
 def test_a_site_that_stays_dense_divides_no_norm(tmp_path: Path) -> None:
     """Few tokens: H is singular, and without damping nothing can be solved where the plan allows for that."""
-    shop = shop_of(tmp_path, "llama", count=3)
+    context = context_of(tmp_path, "llama", count=3)
     each = recipe("kept", AWQ, ("sparsegpt", {"sparsity": 0.5, "damping": 0.0}), fallback=KEEP_DENSE)
-    make(shop, [each])
-    rows = layer_rows(shop, [each])
+    make(context, [each])
+    rows = layer_rows(context, [each])
     kept = {row.layer for row in rows if row.fallback}
     assert kept
     assert {row.fold for row in rows if row.fallback} == {None}
-    dense, made = (load_plain(path).state_dict() for path in (shop.source.path, shop.folder / "models" / "kept"))
-    for block, site in ((block, site) for block, site in sites_of(shop) if site.producer):
-        prefix = f"{shop.source.block_name(block)}."
+    dense, made = (load_plain(path).state_dict() for path in (context.source.path, context.folder / "models" / "kept"))
+    for block, site in ((block, site) for block, site in sites_of(context) if site.producer):
+        prefix = f"{context.source.block_name(block)}."
         assert site.producer
         for name in [*site.producer.parameters, *(matrix.parameter for matrix in site.matrices)]:
             assert torch.equal(dense[prefix + name], made[prefix + name]) == (prefix + site.name in kept)

@@ -19,11 +19,11 @@ from crosscal.compressors import COMPRESSORS, Site, Statistic
 from crosscal.errors import CorruptArtifact, MissingArtifact, NotFinite, StatisticsError
 from crosscal.models import ModelSource
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
-from crosscal.models.calls import Between
+from crosscal.models.calls import CarriedState
 from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, read_rows
 from crosscal.stages.block_problem import gradients_needed, statistics_needed
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential
 from crosscal.stages.folding import fold, sets_to_read, unread_tokens
 from crosscal.stages.gradients import KIND, CachedGradients, Gradients, collect_gradients
 from crosscal.stages.moments import MomentsReport
@@ -35,7 +35,7 @@ from crosscal.store.gradients import read_gradients, write_gradients
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import load_plain, save_model
 from tests.helpers.tiny_place import Place, crosscal, make_place
-from tests.helpers.tiny_run import collect, dense_cache, keep_windows, sample, variant, windows, workshop
+from tests.helpers.tiny_run import collect, dense_cache, keep_windows, run_context, sample, variant, windows
 from tests.helpers.tiny_text import tiny_llama
 from tests.test_stages_growth import ALL, drawn, grow
 
@@ -207,36 +207,36 @@ def spied(name: str, method: str = "spy", **more: object) -> Variant:
     return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
 
 
-def prepared(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
+def prepared(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
     """As a run over these variants has it before it solves."""
-    shop = workshop(folder, store, source, *samples(store))
-    shop = dataclasses.replace(shop, cached=dataclasses.replace(shop.cached, wanted=statistics_needed(asked)))
-    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
-    cached = CachedGradients(shop.cached)
-    for place in sorted(gradients_needed(asked, shop.reference)):
-        walk(cached, source, sets_to_read(cached, source.blocks, shop.samples[place], held_out=False))
-    return dataclasses.replace(shop, gradients=Gradients(cached, shop.samples))
+    context = run_context(folder, store, source, *samples(store))
+    context = dataclasses.replace(context, cached=dataclasses.replace(context.cached, wanted=statistics_needed(asked)))
+    collect(context.cached, source, [key for each in context.samples.values() for key in each.sets])
+    cached = CachedGradients(context.cached)
+    for place in sorted(gradients_needed(asked, context.reference)):
+        walk(cached, source, sets_to_read(cached, source.blocks, context.samples[place], held_out=False))
+    return dataclasses.replace(context, gradients=Gradients(cached, context.samples))
 
 
-def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
-    shop = prepared(folder, store, source, *asked)
+def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
+    context = prepared(folder, store, source, *asked)
     for block in range(source.blocks):
-        compress_block(shop, block, asked)
-    return shop
+        compress_block(context, block, asked)
+    return context
 
 
-def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) -> dict[str, Tensor]:
+def expected(context: RunContext, mixture: Mapping[str, float], *, normalised: bool) -> dict[str, Tensor]:
     """By hand from the sums of every set: per window of a corpus, then over corpora."""
-    assert shop.gradients is not None
+    assert context.gradients is not None
     found: dict[str, Tensor] = {}
-    for block in range(shop.source.blocks):
-        for site in shop.cached.sites(block) or ():
+    for block in range(context.source.blocks):
+        for site in context.cached.sites(block) or ():
             scale, means = {}, {}
             for corpus in mixture:
-                parts = shop.samples[corpus, 0].calibration.parts
-                read = [(part.weight, shop.gradients.cached.read(part.key, block, site)) for part in parts]
+                parts = context.samples[corpus, 0].calibration.parts
+                read = [(part.weight, context.gradients.cached.read(part.key, block, site)) for part in parts]
                 mass = sum(weight * sums.windows for weight, sums in read)
-                moments = [(part.weight, shop.cached.read(part.key, block, site)) for part in parts]
+                moments = [(part.weight, context.cached.read(part.key, block, site)) for part in parts]
                 squares = sum(weight * float(each[Statistic.SQUARE_SUM].sum()) for weight, each in moments)
                 scale[corpus] = squares / sum(weight * each.tokens for weight, each in moments)
                 means[corpus] = {
@@ -246,7 +246,7 @@ def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) 
             mean = sum(weight * scale[corpus] for corpus, weight in mixture.items())
             factor = {c: mean / scale[c] if normalised else 1.0 for c in mixture}
             for matrix in site.matrices:
-                name = f"{shop.source.block_name(block)}.{matrix.name}"
+                name = f"{context.source.block_name(block)}.{matrix.name}"
                 found[name] = sum(w * factor[c] * means[c][matrix.name] for c, w in mixture.items())
     return found
 
@@ -262,20 +262,20 @@ def assert_close(seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
 def test_gradients_are_mixed_by_the_weights_that_h_is(
     tmp_path: Path, store: Store, source: ModelSource, normalised: bool
 ) -> None:
-    shop = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
-    assert_close(SEEN["all"], expected(shop, MIXED.as_dict(), normalised=normalised))
-    assert_close(SEEN["all-own"], expected(shop, OWN.as_dict(), normalised=False))
+    context = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
+    assert_close(SEEN["all"], expected(context, MIXED.as_dict(), normalised=normalised))
+    assert_close(SEEN["all-own"], expected(context, OWN.as_dict(), normalised=False))
 
 
 def test_a_sequential_walk_shows_the_dense_gradients(tmp_path: Path, store: Store, source: ModelSource) -> None:
     """Also behind blocks that were changed."""
     walked = spied("walked", upstream="sequential")
     pruned = RecipeStep("magnitude", (("sparsity", 0.9),))
-    shop = prepared(tmp_path / "run", store, source, walked)
+    context = prepared(tmp_path / "run", store, source, walked)
     compress_sequential(
-        shop, dataclasses.replace(walked, recipe=(pruned, *walked.recipe)), batch_tokens=64, report=silent
+        context, dataclasses.replace(walked, recipe=(pruned, *walked.recipe)), batch_tokens=64, report=silent
     )
-    assert_close(SEEN["walked"], expected(shop, MIXED.as_dict(), normalised=False))
+    assert_close(SEEN["walked"], expected(context, MIXED.as_dict(), normalised=False))
 
 
 def test_who_does_not_declare_gradients_is_not_shown_them(tmp_path: Path, store: Store, source: ModelSource) -> None:
@@ -294,11 +294,11 @@ def test_only_the_corpora_of_steps_that_declare_them_are_walked() -> None:
 
 
 def test_solving_without_the_gradients_names_what_is_missing(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    shop = prepared(tmp_path / "run", store, source, spied("all"))
+    context = prepared(tmp_path / "run", store, source, spied("all"))
     for artifact in list(store.list(KIND)):
         store.discard(KIND, artifact.key)
     with pytest.raises(MissingArtifact, match=KIND):
-        compress_block(shop, 0, [spied("all")])
+        compress_block(context, 0, [spied("all")])
 
 
 # --- a corpus that grows ---------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_activations_are_reckoned_as_autograd_keeps_them(family: str, tmp_path: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        calls.of(None, 0).run(block, hidden_1LD.clone(), Between())
+        calls.of(None, 0).run(block, hidden_1LD.clone(), CarriedState())
     numbers = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights) / 4
     reckoned = tokens_1L.shape[1] * (ACTIVATIONS[0] * 32 + ACTIVATIONS[1] * 48)
     assert numbers <= reckoned <= 2.5 * numbers

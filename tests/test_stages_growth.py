@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscal.calibration import Part, Pool, WindowRequest
+from crosscal.calibration import Pool, PoolPart, WindowRequest
 from crosscal.calibration.pool import RECENT, all_parts, draw_pool, most_windows, read_pool
 from crosscal.calibration.sets import windows_by_key
 from crosscal.corpora import Corpus, documents, ingest, load_corpus
 from crosscal.models import ModelSource
 from crosscal.stages.folding import fold, sets_to_read, unread_tokens
-from crosscal.stages.moments import Cached
-from crosscal.stages.sample import Draw, Sample, Sums, sample_documents
+from crosscal.stages.moments import CachedMoments
+from crosscal.stages.sample import Draw, Sample, SplitSets, sample_documents
 from crosscal.stages.solve import solve_block
 from crosscal.statistics import EVERY, VECTORS, InputMoments, Statistic
 from crosscal.store import Store
 from crosscal.store.local_home import LocalHome
-from tests.helpers.tiny_run import collect, dense_cache, keep_windows, variant, workshop
+from tests.helpers.tiny_run import collect, dense_cache, keep_windows, run_context, variant
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 LENGTH = 32
@@ -179,7 +179,7 @@ def test_a_pool_remembers_all_its_sets(tmp_path: Path) -> None:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def summed(cached: Cached, source: ModelSource, keys: Sequence[tuple[str, float]]) -> list[InputMoments]:
+def summed(cached: CachedMoments, source: ModelSource, keys: Sequence[tuple[str, float]]) -> list[InputMoments]:
     """The weighted sums of some sets at every site."""
     return [
         functools.reduce(operator.add, (cached.read(key, block, site).weighted(weight) for key, weight in keys))
@@ -215,13 +215,13 @@ def grow(
     return store, samples, read
 
 
-def drawn(store: Store, sums: Sums) -> list[Part]:
+def drawn(store: Store, sums: SplitSets) -> list[PoolPart]:
     """Every set that was ever drawn."""
     assert sums.pool is not None
     return all_parts(store, read_pool(store, sums.pool))
 
 
-def read_anew(folder: Path, store: Store, source: ModelSource, parts: Sequence[Part]) -> list[InputMoments]:
+def read_anew(folder: Path, store: Store, source: ModelSource, parts: Sequence[PoolPart]) -> list[InputMoments]:
     """The weighted sum over all sets, each read by itself into an empty store."""
     anew = dense_cache(Store(folder), source)
     keys = [keep_windows(anew.store, windows_by_key(store, part.key)) for part in parts]
@@ -301,16 +301,16 @@ def test_an_interrupted_fold_goes_on_and_reads_nothing_again(
     cached = dense_cache(store, source)
     sample = sample_documents(store, land(store, tmp_path / "more", [texts(9, 50, 2)]), source, ALL)
     collect(cached, source, sets_to_read(cached, source.blocks, sample))
-    publish, left = Cached.publish_site, [3]
+    publish, left = CachedMoments.publish_site, [3]
 
-    def dying(self: Cached, *args) -> None:
+    def dying(self: CachedMoments, *args) -> None:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
         publish(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cached, "publish_site", dying)
+        patch.setattr(CachedMoments, "publish_site", dying)
         with pytest.raises(KeyboardInterrupt):
             fold(cached, source.blocks, sample)
     assert collect(cached, source, sets_to_read(cached, source.blocks, sample)).tokens_read == 0
@@ -341,9 +341,12 @@ def test_a_variant_from_folded_moments_is_that_from_all_sets(tmp_path: Path, sou
         samples[-1], **{split: kept_apart(other.store, store, getattr(samples[-1], split)) for split in SPLITS}
     )
     collect(other, source, plain.sets)
-    shops = workshop(tmp_path / "a", store, source, samples[-1]), workshop(tmp_path / "b", other.store, source, plain)
+    contexts = (
+        run_context(tmp_path / "a", store, source, samples[-1]),
+        run_context(tmp_path / "b", other.store, source, plain),
+    )
     for block in range(source.blocks):
-        one, two = (solve_block(shop.problem(block, shop.cached), asked) for shop in shops)
+        one, two = (solve_block(context.problem(block, context.cached), asked) for context in contexts)
         for each in asked:
             for a, b in zip(one[each.name].rows, two[each.name].rows, strict=True):
                 assert a.relative_loss == pytest.approx(b.relative_loss, rel=1e-3)
@@ -351,11 +354,11 @@ def test_a_variant_from_folded_moments_is_that_from_all_sets(tmp_path: Path, sou
                 assert a.tokens == b.tokens
 
 
-def kept_apart(target: Store, store: Store, sums: Sums) -> Sums:
+def kept_apart(target: Store, store: Store, sums: SplitSets) -> SplitSets:
     """The same sets in another store, none folded."""
     parts = drawn(store, sums)
     keys = [keep_windows(target, windows_by_key(store, part.key)) for part in parts]
-    return Sums(tuple(dataclasses.replace(part, key=key) for part, key in zip(parts, keys, strict=True)))
+    return SplitSets(tuple(dataclasses.replace(part, key=key) for part, key in zip(parts, keys, strict=True)))
 
 
 def to_float32(moments: InputMoments) -> InputMoments:

@@ -67,7 +67,7 @@ def test_a_leak_ends_a_run_unless_the_plan_allows_it(place: Place) -> None:
     assert leaked == {
         f"{c} ({s})": int(c + s == "legaltest") for c in ("general", "legal") for s in ("validation", "test")
     }
-    assert "legal (test): 1 of 8 texts stand in the calibration text" in (place.run_dir / "report.html").read_text()
+    assert "legal (test): 1 of 8 texts occur in the calibration text" in (place.run_dir / "report.html").read_text()
     assert len(list((place.home / "objects" / "overlaps").iterdir())) == 1, "compared once"
     assert check(place)[1]["problems"] == []
 

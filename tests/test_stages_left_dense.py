@@ -17,32 +17,32 @@ from crosscal.errors import PlanError, UnsupportedModel
 from crosscal.models import ModelSource
 from crosscal.models.blocks import find_blocks
 from crosscal.models.experts import is_experts
-from crosscal.stages.compress import Workshop, compress_block, layer_rows
+from crosscal.stages.compress import RunContext, compress_block, layer_rows
 from crosscal.stages.left_dense import left_dense
 from crosscal.store import Store
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import save_model
-from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows, workshop
+from tests.helpers.tiny_run import collect, dense_cache, run_context, sample, variant, windows
 
 
 def test_what_stays_dense_is_a_row_with_the_reason(tmp_path: Path) -> None:
     source, store = ModelSource.open(save_model("qwen2-moe", tmp_path / "model")), Store(tmp_path / "home")
-    shop = workshop(tmp_path / "run", store, source, sample(store, "general", windows(200, seed=1, high=96)))
+    context = run_context(tmp_path / "run", store, source, sample(store, "general", windows(200, seed=1, high=96)))
     variants = [
         variant("half", "wanda", {"general": 1.0}, sparsity=0.5),
         variant("small", "magnitude", None, sparsity=0.3),
     ]
-    foretold = left_dense(source, shop.cached)
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
+    foretold = left_dense(source, context.cached)
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
     for block in range(source.blocks):
-        compress_block(shop, block, variants)
-    assert left_dense(source, shop.cached) == foretold  # of what was calibrated nothing is read
+        compress_block(context, block, variants)
+    assert left_dense(source, context.cached) == foretold  # of what was calibrated nothing is read
     assert foretold == [
         "mlp.gate: a router: it only chooses what others read (3 blocks)",
         "mlp.shared_expert_gate: a gate of one output (3 blocks)",
     ]
-    rows = layer_rows(shop, variants)
+    rows = layer_rows(context, variants)
     for each in variants:
         mine = {row.layer: row for row in rows if row.variant == each.name}
         assert mine.keys() == set(matrices(source))
@@ -73,13 +73,13 @@ def matrices(source: ModelSource) -> list[str]:
 LEFT = ("*.mlp.gate_proj", "model.layers.1.*")
 
 
-def solved(source: ModelSource, store: Store, folder: Path, *variants: Variant) -> Workshop:
-    shop = workshop(folder, store, source, sample(store, "general", windows(40, seed=1, high=96)))
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
+def solved(source: ModelSource, store: Store, folder: Path, *variants: Variant) -> RunContext:
+    context = run_context(folder, store, source, sample(store, "general", windows(40, seed=1, high=96)))
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
     for block in range(source.blocks):
-        compress_block(shop, block, variants)
-    return shop
+        compress_block(context, block, variants)
+    return context
 
 
 @pytest.mark.parametrize("method", [{"sparsity": 0.5}, {"bits": 4, "group_size": None}], ids=["sparse", "quantized"])
@@ -88,8 +88,8 @@ def test_what_a_plan_names_stays_and_nothing_else_changes(method: dict[str, Any]
     whole = variant("whole", "sparsegpt" if "sparsity" in method else "gptq", {"general": 1.0}, **method)
     part = dataclasses.replace(whole, name="part", leave_dense=LEFT)
     assert part.key != whole.key
-    shop = solved(source, store, tmp_path / "run", whole, part)
-    rows = {name: {row.layer: row for row in layer_rows(shop, [each])} for name, each in (("w", whole), ("p", part))}
+    context = solved(source, store, tmp_path / "run", whole, part)
+    rows = {name: {row.layer: row for row in layer_rows(context, [each])} for name, each in (("w", whole), ("p", part))}
     assert rows["w"].keys() == rows["p"].keys()
     named = {layer for layer in rows["p"] if any(fnmatch(layer, pattern) for pattern in LEFT)}
     assert {layer for layer, row in rows["p"].items() if row.fallback} == named
@@ -97,7 +97,7 @@ def test_what_a_plan_names_stays_and_nothing_else_changes(method: dict[str, Any]
     bits = method.get("bits")
     for block in range(source.blocks):
         before = source.load_block(block)
-        after = {each: shop.writer(each).read_block(block, bits=bits) for each in (whole, part)}
+        after = {each: context.writer(each).read_block(block, bits=bits) for each in (whole, part)}
         for name in before:
             is_named = f"{source.block_name(block)}.{name.removesuffix('.weight')}" in named
             assert torch.equal(after[part][name], before[name] if is_named else after[whole][name]), name
@@ -106,7 +106,7 @@ def test_what_a_plan_names_stays_and_nothing_else_changes(method: dict[str, Any]
             rows["w"][layer], variant="", seconds=0.0
         )
     assert all("named in `leave_dense`" in (rows["p"][layer].fallback or "") for layer in named)
-    assert "mlp.gate_proj: named in `leave_dense` (3 blocks)" in left_dense(source, shop.cached, LEFT)
+    assert "mlp.gate_proj: named in `leave_dense` (3 blocks)" in left_dense(source, context.cached, LEFT)
 
 
 def test_a_norm_is_not_divided_while_something_that_reads_it_stays_dense(tmp_path: Path) -> None:
@@ -122,13 +122,13 @@ def test_a_norm_is_not_divided_while_something_that_reads_it_stays_dense(tmp_pat
     )
     scaled = dataclasses.replace(variant("awq", "gptq", {"general": 1.0}, bits=4, group_size=None), recipe=steps)
     part = dataclasses.replace(scaled, name="part", leave_dense=("*.mlp.gate_proj",))
-    shop = solved(source, store, tmp_path / "run", scaled, part)
+    context = solved(source, store, tmp_path / "run", scaled, part)
     norm = "post_attention_layernorm.weight"
     for block in range(source.blocks):
         before = source.load_block(block)[norm]
-        assert not torch.equal(shop.writer(scaled).read_block(block, bits=4)[norm], before)
-        assert torch.equal(shop.writer(part).read_block(block, bits=4)[norm], before)
-    folds = {row.layer: row.fold for row in layer_rows(shop, [part])}
+        assert not torch.equal(context.writer(scaled).read_block(block, bits=4)[norm], before)
+        assert torch.equal(context.writer(part).read_block(block, bits=4)[norm], before)
+    folds = {row.layer: row.fold for row in layer_rows(context, [part])}
     assert folds["model.layers.0.mlp.up_proj"] == "none: a matrix that reads it stays dense"
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_calibrated_is_refused_or_left_if_it_is_named(tmp_path: P
     patterns = yaml.safe_load(checked.value.do.split("`")[1])["leave_dense"]
     left_dense(source, dense_cache(store, source), patterns)
     part = dataclasses.replace(half, leave_dense=tuple(patterns))
-    shop = solved(source, store, tmp_path / "run", part)
-    dense = [row for row in layer_rows(shop, [part]) if row.fallback]
+    context = solved(source, store, tmp_path / "run", part)
+    dense = [row for row in layer_rows(context, [part]) if row.fallback]
     assert len(dense) == 2 * 4
     assert all("encoder_attn" in row.layer and "never receives" in (row.fallback or "") for row in dense)

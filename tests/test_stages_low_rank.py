@@ -24,10 +24,10 @@ from crosscal.plan import parse_plan
 from crosscal.progress import silent
 from crosscal.publication import model_folder, publish_model
 from crosscal.stages import solve as solving
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows, publish_variant
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential, layer_rows, publish_variant
 from crosscal.stages.evaluate import checkpoint_files
 from crosscal.stages.made_variants import note_made, take_blocks
-from crosscal.stages.solve_site import Layer
+from crosscal.stages.solve_site import SolvedMatrix
 from crosscal.stages.solved_blocks import collect_block, publish_block
 from crosscal.statistics import Mixture
 from crosscal.store import Store
@@ -35,7 +35,7 @@ from crosscal.tasks.refusals import refusals, unnameable
 from crosscal.variants import RecipeStep, Variant
 from tests.helpers.tiny_models import save_model
 from tests.helpers.tiny_place import crosscal, make_place, values
-from tests.helpers.tiny_run import collect, sample, tiny_source, windows, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, windows
 from tests.helpers.tiny_text import tiny_tokenizer
 
 MIXED = Mixture.of({"general": 0.25, "legal": 0.75})
@@ -77,25 +77,25 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, tu
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path_factory.mktemp("calibrated")
         made[dtype] = tiny_source(folder / "model", dtype), Store(folder / "home")
-        shop_of(folder / "run", *made[dtype])
+        context_of(folder / "run", *made[dtype])
     return made
 
 
-def shop_of(folder: Path, source: ModelSource, store: Store) -> Workshop:
+def context_of(folder: Path, source: ModelSource, store: Store) -> RunContext:
     both = sample(store, "general", windows(10, seed=1)), sample(store, "legal", windows(6, seed=2, high=100))
-    shop = workshop(folder, store, source, *both)
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
-    return shop
+    context = run_context(folder, store, source, *both)
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
+    return context
 
 
 @pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Layer]:
+def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], SolvedMatrix]:
     """What was solved, before anything is written: by variant and layer."""
-    seen: dict[tuple[str, str], Layer] = {}
+    seen: dict[tuple[str, str], SolvedMatrix] = {}
     solve = solving.solve_site
 
-    def noting(*args: Any) -> Iterator[tuple[Variant, Layer]]:
+    def noting(*args: Any) -> Iterator[tuple[Variant, SolvedMatrix]]:
         for variant, layer in solve(*args):
             seen[variant.name, layer.row.layer] = layer
             yield variant, layer
@@ -104,15 +104,15 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Layer]:
     return seen
 
 
-def make(shop: Workshop, *variants: Variant) -> None:
-    for block in range(shop.source.blocks):
-        compress_block(shop, block, variants)
+def make(context: RunContext, *variants: Variant) -> None:
+    for block in range(context.source.blocks):
+        compress_block(context, block, variants)
     for each in variants:
-        publish_variant(shop, each)
+        publish_variant(context, each)
 
 
-def folder_of(shop: Workshop, variant: Variant) -> Path:
-    return shop.folder / "models" / variant.name
+def folder_of(context: RunContext, variant: Variant) -> Path:
+    return context.folder / "models" / variant.name
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -122,10 +122,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @both_dtypes
 def test_what_is_loaded_is_what_was_solved(tmp_path: Path, calibrated: dict, solved: dict, dtype: torch.dtype) -> None:
     """Base and factors have the state's bits, zeros and integers are left, and outputs are those of V + L R."""
-    shop = shop_of(tmp_path / "run", *calibrated[dtype])
-    make(shop, *RECIPES)
-    assert len(solved) == len(RECIPES) * shop.source.blocks * LINEARS
-    models = {each.name: load_variant(folder_of(shop, each)) for each in RECIPES}
+    context = context_of(tmp_path / "run", *calibrated[dtype])
+    make(context, *RECIPES)
+    assert len(solved) == len(RECIPES) * context.source.blocks * LINEARS
+    models = {each.name: load_variant(folder_of(context, each)) for each in RECIPES}
     for (variant, name), layer in solved.items():
         linear, state = models[variant].get_submodule(name), layer.solution
         assert state.low_rank is not None
@@ -145,18 +145,18 @@ def test_what_is_loaded_is_what_was_solved(tmp_path: Path, calibrated: dict, sol
 def test_reported_losses_are_those_of_what_is_loaded(
     tmp_path: Path, calibrated: dict, dtype: torch.dtype, held_out: bool
 ) -> None:
-    shop = shop_of(tmp_path / "run", *calibrated[dtype])
-    make(shop, *RECIPES)
+    context = context_of(tmp_path / "run", *calibrated[dtype])
+    make(context, *RECIPES)
     for each in RECIPES:
-        model, dense = load_variant(folder_of(shop, each)), load_variant(shop.source.path)
-        rows = {row.layer: row for row in layer_rows(shop, [each])}
-        assert len(rows) == shop.source.blocks * LINEARS
-        for block, site in [(index, site) for index in (0, 1) for site in shop.cached.sites(index) or ()]:
+        model, dense = load_variant(folder_of(context, each)), load_variant(context.source.path)
+        rows = {row.layer: row for row in layer_rows(context, [each])}
+        assert len(rows) == context.source.blocks * LINEARS
+        for block, site in [(index, site) for index in (0, 1) for site in context.cached.sites(index) or ()]:
             hessian_II = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
             for corpus, weight in MIXED.weights:
-                drawn = shop.samples[corpus, 0]
+                drawn = context.samples[corpus, 0]
                 (part,) = (drawn.held_out if held_out else drawn.calibration).parts
-                moments = shop.cached.read(part.key, block, site)
+                moments = context.cached.read(part.key, block, site)
                 hessian_II += weight * moments.gram_II.double() / moments.tokens
             for name in (f"model.layers.{block}.{matrix.name}" for matrix in site.matrices):
                 linear, dense_OI = model.get_submodule(name), dense.get_submodule(name).weight.double()
@@ -174,9 +174,9 @@ def test_peft_loads_base_and_adapter_and_gives_the_same_logits(
     tmp_path: Path, calibrated: dict, dtype: torch.dtype, each: Variant
 ) -> None:
     """Without crosscal: transformers reads the base as it stands, PEFT the adapter."""
-    shop = shop_of(tmp_path / "run", *calibrated[dtype])
-    make(shop, each)
-    folder, tokens = folder_of(shop, each), windows(2, seed=5)
+    context = context_of(tmp_path / "run", *calibrated[dtype])
+    make(context, each)
+    folder, tokens = folder_of(context, each), windows(2, seed=5)
     base = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         alone = base(tokens).logits  # packed weights are unpacked, in the stored dtype
@@ -226,7 +226,7 @@ def shape_OI(module: nn.Module) -> tuple[int, int] | None:
 def test_blocks_travel_through_the_store(tmp_path: Path, calibrated: dict) -> None:
     """As Dask workers publish them and the run collects them: the same files."""
     source, store = calibrated[torch.float32]
-    straight, sent = shop_of(tmp_path / "straight", source, store), shop_of(tmp_path / "sent", source, store)
+    straight, sent = context_of(tmp_path / "straight", source, store), context_of(tmp_path / "sent", source, store)
     make(straight, *RECIPES)
     for block in range(source.blocks):
         assert publish_block(sent, block, RECIPES) == collect_block(sent, block, RECIPES) == len(RECIPES)
@@ -243,17 +243,17 @@ def test_blocks_of_an_earlier_run_come_with_their_low_rank_parts(
     monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
     source, _ = calibrated[torch.float32]
     store = Store(tmp_path / "home" if home == "folder" else f"memory://{tmp_path.name}-made")
-    first, each = shop_of(tmp_path / "first", source, store), RECIPES[2]
+    first, each = context_of(tmp_path / "first", source, store), RECIPES[2]
     make(first, each)
     note_made(first, each, checkpoint_files(folder_of(first, each)), layer_rows(first, [each]))
-    second = shop_of(tmp_path / "second", source, store)
+    second = context_of(tmp_path / "second", source, store)
     assert take_blocks(second, [each], silent) == source.blocks
     publish_variant(second, each)
     assert contents(tmp_path / "second" / "models") == contents(tmp_path / "first" / "models")
     # An adapter that is no longer what it was spoils the blocks that it belongs to.
     weights = folder_of(first, each) / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert take_blocks(shop_of(tmp_path / "third", source, store), [each], silent) == 0
+    assert take_blocks(context_of(tmp_path / "third", source, store), [each], silent) == 0
 
 
 @pytest.mark.parametrize("home", ["folder", "memory"])
@@ -261,14 +261,14 @@ def test_an_adapter_is_published_with_its_model(
     tmp_path: Path, calibrated: dict, home: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
-    shop, each = shop_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
-    make(shop, each)
+    context, each = context_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
+    make(context, each)
     store = Store(tmp_path / "home" if home == "folder" else f"memory://{tmp_path.name}-published")
-    key = publish_model(store, folder_of(shop, each), {})
+    key = publish_model(store, folder_of(context, each), {})
     given = model_folder(store, key, tmp_path / "aside")
-    assert checkpoint_files(given) == checkpoint_files(folder_of(shop, each))
+    assert checkpoint_files(given) == checkpoint_files(folder_of(context, each))
     assert "adapter/adapter_model.safetensors" in checkpoint_files(given)
-    assert torch.equal(logits(load_variant(given)), logits(load_variant(folder_of(shop, each))))
+    assert torch.equal(logits(load_variant(given)), logits(load_variant(folder_of(context, each))))
     assert [problem for *_, problem in store.verify()] == [None]
     file = next(iter((tmp_path / "home").rglob("adapter_model.safetensors")), None)
     if file is not None:  # what changes in it is found
@@ -292,27 +292,27 @@ SEQUENTIAL = [
 ]
 
 
-def sequentially(shop: Workshop, each: Variant) -> None:
-    compress_sequential(shop, each, batch_tokens=64, report=silent)
-    publish_variant(shop, each)
+def sequentially(context: RunContext, each: Variant) -> None:
+    compress_sequential(context, each, batch_tokens=64, report=silent)
+    publish_variant(context, each)
 
 
 def test_later_blocks_see_the_low_rank_parts_before_them(tmp_path: Path, calibrated: dict) -> None:
     """The moments of a sequential walk are those of the loaded model's own inputs."""
     source, _ = calibrated[torch.float32]
-    shop, each = shop_of(tmp_path / "run", source, Store(tmp_path / "home")), SEQUENTIAL[0]
-    sequentially(shop, each)
-    model, inputs = load_variant(folder_of(shop, each)), []
+    context, each = context_of(tmp_path / "run", source, Store(tmp_path / "home")), SEQUENTIAL[0]
+    sequentially(context, each)
+    model, inputs = load_variant(folder_of(context, each)), []
     model.get_submodule("model.layers.1.self_attn.q_proj").register_forward_pre_hook(
         lambda module, args: inputs.append(args[0])
     )
-    (part,) = shop.samples["legal", 0].calibration.parts
+    (part,) = context.samples["legal", 0].calibration.parts
     with torch.no_grad():
         model(windows(6, seed=2, high=100)[:-2])
     inputs_TI = inputs[0].flatten(0, 1).double()
-    upstream = {a.provenance["upstream"] for a in shop.cached.store.list("moments")} - {"dense"}
+    upstream = {a.provenance["upstream"] for a in context.cached.store.list("moments")} - {"dense"}
     (name,) = upstream
-    cached = type(shop.cached)(shop.cached.store, shop.cached.model, name, shop.cached.dtype)
+    cached = type(context.cached)(context.cached.store, context.cached.model, name, context.cached.dtype)
     site = next(site for site in cached.sites(1) or () if site.name == "self_attn.q_proj")
     gram_II = cached.read(part.key, 1, site).gram_II.double()
     torch.testing.assert_close(gram_II, inputs_TI.mT @ inputs_TI, rtol=1e-4, atol=1e-3)
@@ -328,9 +328,9 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
     tmp_path: Path, calibrated: dict, each: Variant, dtype: torch.dtype, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = calibrated[dtype]
-    undisturbed = shop_of(tmp_path / "undisturbed", source, Store(tmp_path / "another home"))
+    undisturbed = context_of(tmp_path / "undisturbed", source, Store(tmp_path / "another home"))
     sequentially(undisturbed, each)
-    shop = shop_of(tmp_path / "killed", source, Store(tmp_path / "home"))
+    context = context_of(tmp_path / "killed", source, Store(tmp_path / "home"))
     whole, written = adapter.save_tensors, VariantWriter.write_block
 
     def die_at(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -350,8 +350,8 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
         else:
             patched.setattr(adapter, "save_tensors", die_at)
         with pytest.raises(KeyboardInterrupt):
-            sequentially(shop, each)
-    sequentially(shop, each)
+            sequentially(context, each)
+    sequentially(context, each)
     assert contents(tmp_path / "killed" / "models") == contents(tmp_path / "undisturbed" / "models")
 
 
@@ -359,10 +359,10 @@ def test_a_killed_sequential_run_goes_on_to_the_same_model(
 def test_finishing_may_be_killed_anywhere(
     tmp_path: Path, calibrated: dict, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop, each = shop_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
-    make(shop, each)
-    expected = contents(folder_of(shop, each))
-    shutil.rmtree(shop.folder)
+    context, each = context_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
+    make(context, each)
+    expected = contents(folder_of(context, each))
+    shutil.rmtree(context.folder)
     replace = os.replace
 
     def die(source: Path, target: Path) -> None:
@@ -373,12 +373,12 @@ def test_finishing_may_be_killed_anywhere(
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
-            make(shop, each)
-    make(shop, each)
-    assert contents(folder_of(shop, each)) == expected
-    publish_variant(shop, each)  # a finished model is finished again
-    assert contents(folder_of(shop, each)) == expected
-    assert not list(folder_of(shop, each).glob("adapter/block-*"))
+            make(context, each)
+    make(context, each)
+    assert contents(folder_of(context, each)) == expected
+    publish_variant(context, each)  # a finished model is finished again
+    assert contents(folder_of(context, each)) == expected
+    assert not list(folder_of(context, each).glob("adapter/block-*"))
 
 
 def test_a_plan_makes_measures_and_takes_them_again(tmp_path: Path) -> None:
@@ -418,9 +418,9 @@ def test_outliers_are_written_dense_with_the_values_of_the_form(
     spqr = ("spqr", {"bits": 3, "group_size": 16})
     pruned = ("sparsegpt", {"sparsity": "2:4"})
     variants = [recipe("alone", spqr), recipe("pruned", pruned, spqr), recipe("low-rank", GPTQ, spqr, EORA)]
-    shop = shop_of(tmp_path / "run", *calibrated[dtype])
-    make(shop, *variants)
-    models = {each.name: load_variant(folder_of(shop, each)) for each in variants}
+    context = context_of(tmp_path / "run", *calibrated[dtype])
+    make(context, *variants)
+    models = {each.name: load_variant(folder_of(context, each)) for each in variants}
     for (variant, name), layer in solved.items():
         base, linear = layer.solution.base, models[variant].get_submodule(name)
         assert isinstance(base, GridOutliers)
@@ -430,7 +430,7 @@ def test_outliers_are_written_dense_with_the_values_of_the_form(
         assert hasattr(linear, "low_rank_left_OK") == (variant == "low-rank")
     assert all(each.grid is None for each in variants)
     for each in variants:
-        config = json.loads((folder_of(shop, each) / "config.json").read_text())
+        config = json.loads((folder_of(context, each) / "config.json").read_text())
         assert "quantization_config" not in config
 
 
@@ -446,13 +446,13 @@ def test_plan_check_names_what_is_written_dense(tmp_path: Path) -> None:
 
 
 def test_rank_0_writes_no_adapter(tmp_path: Path, calibrated: dict) -> None:
-    shop = shop_of(tmp_path / "run", *calibrated[torch.float32])
+    context = context_of(tmp_path / "run", *calibrated[torch.float32])
     none = recipe("none", ("sparsegpt", {"sparsity": 0.5}), ("eora", {"rank": 0}))
     plain = recipe("plain", ("sparsegpt", {"sparsity": 0.5}))
-    make(shop, none, plain)
+    make(context, none, plain)
     assert not any_step(none.steps, "has_low_rank")
-    assert contents(folder_of(shop, none)) == contents(folder_of(shop, plain))
-    assert all(row.rank is None for row in layer_rows(shop, [none]))
+    assert contents(folder_of(context, none)) == contents(folder_of(context, plain))
+    assert all(row.rank is None for row in layer_rows(context, [none]))
 
 
 def test_experts_are_refused_before_anything_is_solved_and_never_written(tmp_path: Path) -> None:
@@ -463,16 +463,16 @@ def test_experts_are_refused_before_anything_is_solved_and_never_written(tmp_pat
         assert "cannot name one expert" in str(next(unnameable([each], stacks)))
         assert not list(unnameable([each], []))
     assert not list(unnameable([recipe("none", ("sparsegpt", {"sparsity": 0.5}), ("eora", {"rank": 0}))], stacks))
-    shop = workshop(
+    context = run_context(
         tmp_path / "run",
         store,
         source,
         *(sample(store, corpus, windows(200, seed=1, high=96)) for corpus in ("general", "legal")),
     )
-    for each in shop.samples.values():
-        collect(shop.cached, source, each.sets)
+    for each in context.samples.values():
+        collect(context.cached, source, each.sets)
     with pytest.raises(ModelError, match="cannot name one expert"):
-        compress_block(shop, 0, [RECIPES[0]])
+        compress_block(context, 0, [RECIPES[0]])
     assert not list((tmp_path / "run" / "models").rglob("*.safetensors"))
 
 
@@ -488,18 +488,18 @@ def test_a_plan_for_a_model_with_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_with_an_adapter_is_no_model_to_begin_with(tmp_path: Path, calibrated: dict) -> None:
-    shop, each = shop_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
-    make(shop, each)
+    context, each = context_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
+    make(context, each)
     with pytest.raises(ModelError, match="low-rank parts"):
-        ModelSource.open(folder_of(shop, each))
+        ModelSource.open(folder_of(context, each))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, calibrated: dict) -> None:
-    shop, each = shop_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
-    make(shop, each)
-    file = folder_of(shop, each) / "adapter" / "adapter_model.safetensors"
+    context, each = context_of(tmp_path / "run", *calibrated[torch.float32]), RECIPES[0]
+    make(context, each)
+    file = folder_of(context, each) / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes().replace(b"layers.1.mlp.up_proj.lora_A", b"layers.9.mlp.up_proj.lora_A"))
     with pytest.raises(ModelError, match=r"does not fit.*layers\.1\.mlp\.up_proj"):
-        load_variant(folder_of(shop, each))
+        load_variant(folder_of(context, each))
     with pytest.raises(NotFinite, match="low-rank part"):
-        shop.writer(each).write_block(0, {"mlp.up_proj.lora_A.weight": torch.full((1, 32), torch.inf)})
+        context.writer(each).write_block(0, {"mlp.up_proj.lora_A.weight": torch.full((1, 32), torch.inf)})

@@ -17,7 +17,7 @@ from crosscal.stages.preflight import block_shapes, solving_bytes
 from crosscal.stages.sample import Sample
 from crosscal.store import Store
 from tests.helpers.processes import peak_bytes
-from tests.helpers.tiny_run import collect, dense_cache, sample, variant, windows, workshop
+from tests.helpers.tiny_run import collect, dense_cache, run_context, sample, variant, windows
 
 HIDDEN, INNER, SHARDS = 512, 3072, 4
 ALPHAS = (0.1, 0.3, 0.5, 0.9)
@@ -49,7 +49,7 @@ def solve(variants: int, folder: Path) -> None:
     samples = [Sample.from_json(each) for each in json.loads((folder / "samples.json").read_text())]
     source = ModelSource.open(folder / "model")
     with tempfile.TemporaryDirectory() as out:
-        compress_block(workshop(Path(out), Store(folder / "home"), source, *samples), 0, sweep(variants))
+        compress_block(run_context(Path(out), Store(folder / "home"), source, *samples), 0, sweep(variants))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crosscal.models import ModelSource, walk
-from crosscal.stages.moments import Cached
+from crosscal.stages.moments import CachedMoments
 from crosscal.statistics import InputMoments
 from crosscal.store import Store
 from tests.helpers.tiny_run import collect, dense_cache, keep_windows, tiny_source, windows
@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-def everything(cached: Cached, source: ModelSource, key: str) -> dict[str, InputMoments]:
+def everything(cached: CachedMoments, source: ModelSource, key: str) -> dict[str, InputMoments]:
     return {
         f"{block}.{site.name}": cached.read(key, block, site)
         for block in range(source.blocks)
@@ -129,5 +129,5 @@ def test_models_upstreams_and_precisions_do_not_share_moments(
     collect(cached, source, [key])
     assert cached.has(key, 0)
     assert not dense_cache(store, source, "float64").has(key, 0)
-    assert not Cached(store, source.digest, "sequential-x", "float32").has(key, 0)
-    assert not Cached(store, "another model", "dense", "float32").has(key, 0)
+    assert not CachedMoments(store, source.digest, "sequential-x", "float32").has(key, 0)
+    assert not CachedMoments(store, "another model", "dense", "float32").has(key, 0)

@@ -12,8 +12,8 @@ import torch
 from crosscal.errors import MissingArtifact
 from crosscal.models import ModelSource
 from crosscal.progress import silent
-from crosscal.stages.moments import Cached
-from crosscal.stages.parts import KIND, Part, add_parts, loads, parts_of, read_parts
+from crosscal.stages.moments import CachedMoments
+from crosscal.stages.parts import KIND, WindowSpan, add_parts, loads, parts_of, read_parts
 from crosscal.statistics import EVERY, InputMoments
 from crosscal.store import Store
 from tests.helpers.tiny_run import LENGTH, collect, dense_cache, keep_windows, tiny_source, windows
@@ -34,15 +34,15 @@ def source(tmp_path: Path) -> ModelSource:
     return tiny_source(tmp_path / "model")
 
 
-def cache(folder: Path, source: ModelSource) -> Cached:
+def cache(folder: Path, source: ModelSource) -> CachedMoments:
     return dense_cache(Store(folder), source)
 
 
-def read(cached: Cached, source: ModelSource, load: list[Part]) -> int:
+def read(cached: CachedMoments, source: ModelSource, load: list[WindowSpan]) -> int:
     return read_parts(cached, source, load, device="cpu", batch_tokens=64, report=silent).tokens_read
 
 
-def everything(cached: Cached, source: ModelSource, key: str) -> dict[str, InputMoments]:
+def everything(cached: CachedMoments, source: ModelSource, key: str) -> dict[str, InputMoments]:
     return {
         f"{block}.{site.name}": cached.read(key, block, site)
         for block in range(source.blocks)
@@ -119,19 +119,19 @@ def test_a_sum_that_another_run_finished_first_is_found(
     key = keep_windows(cached.store, windows(4, seed=0))
     for load in loads(cached, source.blocks, [key], LENGTH):
         read(cached, source, load)
-    look, looks = Cached.has_site, 0
+    look, looks = CachedMoments.has_site, 0
 
-    def late(self: Cached, *place) -> bool:
+    def late(self: CachedMoments, *place) -> bool:
         nonlocal looks
         found = look(self, *place)
         if self.kind != KIND and place[0] == key:
             looks += 1
             if looks == 3:
-                monkeypatch.setattr(Cached, "has_site", look)
+                monkeypatch.setattr(CachedMoments, "has_site", look)
                 add_parts(self, source.blocks, [key], LENGTH)
         return found
 
-    monkeypatch.setattr(Cached, "has_site", late)
+    monkeypatch.setattr(CachedMoments, "has_site", late)
     add_parts(cached, source.blocks, [key], LENGTH)
     assert looks == 3
     assert len(everything(cached, source, key)) == SITES

@@ -16,12 +16,12 @@ from crosscal.compressors import COMPRESSORS, Site, Statistic
 from crosscal.errors import StatisticsError
 from crosscal.models import ModelSource
 from crosscal.progress import silent
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential
 from crosscal.stages.sample import Sample
 from crosscal.statistics import EVERY, Mixture
 from crosscal.store import Store
 from crosscal.variants import RecipeStep, Variant
-from tests.helpers.tiny_run import collect, sample, tiny_source, windows, workshop
+from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, windows
 
 MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
 Seen = dict[str, dict[Statistic, Tensor]]
@@ -92,15 +92,15 @@ def spied(name: str, method: str = "spy", **more: object) -> Variant:
     return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
 
 
-def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) -> Seen:
+def expected(context: RunContext, mixture: Mapping[str, float], *, normalised: bool) -> Seen:
     """In float64 and by hand from the sums of every set: per corpus, then over corpora."""
     found: Seen = {}
-    for block in range(shop.source.blocks):
-        for site in shop.cached.sites(block) or ():
+    for block in range(context.source.blocks):
+        for site in context.cached.sites(block) or ():
             means: dict[str, dict[Statistic, Tensor]] = {}
             for corpus in mixture:
-                parts = shop.samples[corpus, 0].calibration.parts
-                read = [(part.weight, shop.cached.read(part.key, block, site)) for part in parts]
+                parts = context.samples[corpus, 0].calibration.parts
+                read = [(part.weight, context.cached.read(part.key, block, site)) for part in parts]
                 mass = sum(weight * moments.tokens for weight, moments in read)
                 total = {w: torch.stack([weight * m[w].double() for weight, m in read]).sum(0) for w in EVERY}
                 means[corpus] = {which: each / mass for which, each in total.items()}
@@ -108,7 +108,7 @@ def expected(shop: Workshop, mixture: Mapping[str, float], *, normalised: bool) 
             mean_trace = sum(weight * trace[corpus] for corpus, weight in mixture.items())
             scale = {corpus: mean_trace / trace[corpus] if normalised else 1.0 for corpus in mixture}
             power = {Statistic.GRAM: 1, Statistic.SQUARE_SUM: 1, Statistic.ABS_SUM: 0.5, Statistic.SUM: 0.5}
-            found[f"{shop.source.block_name(block)}.{site.matrices[0].name}"] = {
+            found[f"{context.source.block_name(block)}.{site.matrices[0].name}"] = {
                 which: torch.stack([w * scale[c] ** power[which] * means[c][which] for c, w in mixture.items()]).sum(0)
                 for which in EVERY
             }
@@ -123,29 +123,29 @@ def assert_close(seen: Seen, wanted: Seen) -> None:
             torch.testing.assert_close(mean.double(), wanted[name][which], rtol=0, atol=bound)
 
 
-def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
-    shop = workshop(folder, store, source, *samples(store))
-    collect(shop.cached, source, [key for each in shop.samples.values() for key in each.sets])
+def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
+    context = run_context(folder, store, source, *samples(store))
+    collect(context.cached, source, [key for each in context.samples.values() for key in each.sets])
     for block in range(source.blocks):
-        compress_block(shop, block, asked)
-    return shop
+        compress_block(context, block, asked)
+    return context
 
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_what_steps_declare_is_mixed_as_h_is(
     tmp_path: Path, store: Store, source: ModelSource, normalised: bool
 ) -> None:
-    shop = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
-    assert_close(SEEN["all"], expected(shop, MIXED.as_dict(), normalised=normalised))
-    assert_close(SEEN["all-own"], expected(shop, OWN.as_dict(), normalised=normalised))
+    context = solved(tmp_path / "run", store, source, spied("all", normalised=normalised))
+    assert_close(SEEN["all"], expected(context, MIXED.as_dict(), normalised=normalised))
+    assert_close(SEEN["all-own"], expected(context, OWN.as_dict(), normalised=normalised))
 
 
 def test_a_sequential_walk_shows_the_same(tmp_path: Path, store: Store, source: ModelSource) -> None:
     """The spies change nothing, so that inputs through their blocks are the dense ones."""
-    shop = solved(tmp_path / "run", store, source, spied("dense"))
-    compress_sequential(shop, spied("walk", upstream="sequential"), batch_tokens=64, report=silent)
-    assert_close(SEEN["walk"], expected(shop, MIXED.as_dict(), normalised=False))
-    assert_close(SEEN["walk-own"], expected(shop, OWN.as_dict(), normalised=False))
+    context = solved(tmp_path / "run", store, source, spied("dense"))
+    compress_sequential(context, spied("walk", upstream="sequential"), batch_tokens=64, report=silent)
+    assert_close(SEEN["walk"], expected(context, MIXED.as_dict(), normalised=False))
+    assert_close(SEEN["walk-own"], expected(context, OWN.as_dict(), normalised=False))
 
 
 def test_a_step_sees_what_it_declares_and_no_more(tmp_path: Path, store: Store, source: ModelSource) -> None:

@@ -20,8 +20,8 @@ from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.report.rows import LayerRow, read_rows
 from crosscal.stages.block_problem import statistics_needed
-from crosscal.stages.compress import Workshop, compress_block, compress_sequential, layer_rows
-from crosscal.stages.moments import Cached
+from crosscal.stages.compress import RunContext, compress_block, compress_sequential, layer_rows
+from crosscal.stages.moments import CachedMoments
 from crosscal.stages.parts import add_parts, parts_of, read_parts
 from crosscal.statistics import EVERY, VECTORS, Statistic
 from crosscal.store import Store
@@ -33,11 +33,11 @@ from tests.helpers.tiny_run import (
     collect,
     dense_cache,
     keep_windows,
+    run_context,
     sample,
     tiny_source,
     variant,
     windows,
-    workshop,
 )
 
 MIXED = {"general": 0.75, "legal": 0.25}
@@ -65,7 +65,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-def wanting(store: Store, source: ModelSource, wanted: frozenset[Statistic]) -> Cached:
+def wanting(store: Store, source: ModelSource, wanted: frozenset[Statistic]) -> CachedMoments:
     return dataclasses.replace(dense_cache(store, source), wanted=wanted)
 
 
@@ -80,7 +80,7 @@ def counted(store: Store) -> dict[str, int]:
     return {"gram": sum("gram" in each for each in sums), "vectors": sum("sum" in each for each in sums)}
 
 
-def bits(cached: Cached, source: ModelSource, key: str) -> list[bytes]:
+def bits(cached: CachedMoments, source: ModelSource, key: str) -> list[bytes]:
     read = [cached.read(key, b, site) for b in range(source.blocks) for site in cached.sites(b) or ()]
     return [sum_.numpy().tobytes() for moments in read for sum_ in moments.sums.values()]
 
@@ -122,7 +122,7 @@ def test_sums_read_in_two_steps_are_those_read_at_once(tmp_path: Path, store: St
 # --- what earlier versions stored ------------------------------------------------------------------------------------
 
 
-def as_stored_before(store: Store, cached: Cached, source: ModelSource, keys: list[str]) -> None:
+def as_stored_before(store: Store, cached: CachedMoments, source: ModelSource, keys: list[str]) -> None:
     """Put the artifacts of earlier versions in place of the present ones: matrix and two vectors together, the latter
     without a header."""
     for key in keys:
@@ -196,24 +196,24 @@ def test_parts_hold_what_is_wanted_and_leave_nothing(tmp_path: Path, store: Stor
 # --- solving ---------------------------------------------------------------------------------------------------------
 
 
-def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> Workshop:
+def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
     """As a run over these variants does."""
     parts = [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(5, seed=1))]
-    shop = workshop(folder, store, source, *parts)
-    shop = dataclasses.replace(shop, cached=wanting(store, source, statistics_needed(asked)))
+    context = run_context(folder, store, source, *parts)
+    context = dataclasses.replace(context, cached=wanting(store, source, statistics_needed(asked)))
     dense = [each for each in asked if each.upstream == "dense"]
     if dense:
-        collect(shop.cached, source, [key for each in parts for key in each.sets])
+        collect(context.cached, source, [key for each in parts for key in each.sets])
     for block in range(source.blocks):
-        compress_block(shop, block, dense)
+        compress_block(context, block, dense)
     for each in asked:
         if each.upstream == "sequential":
-            compress_sequential(shop, each, batch_tokens=64, report=silent)
-    return shop
+            compress_sequential(context, each, batch_tokens=64, report=silent)
+    return context
 
 
-def shards(shop: Workshop, each: Variant) -> dict[str, bytes]:
-    folder = shop.folder / "models" / each.name
+def shards(context: RunContext, each: Variant) -> dict[str, bytes]:
+    folder = context.folder / "models" / each.name
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
@@ -229,7 +229,7 @@ def test_weights_do_not_depend_on_what_else_is_summed(
     for each in (*asked, MAGNITUDE):
         assert shards(alone, each) == shards(beside, each)
         assert len(shards(alone, each)) == source.blocks
-    without, with_h = (layer_rows(shop, [*asked, MAGNITUDE]) for shop in (alone, beside))
+    without, with_h = (layer_rows(context, [*asked, MAGNITUDE]) for context in (alone, beside))
     assert all(row.loss is None is row.relative_loss is row.heldout_relative_loss for row in without)
     assert all(row.loss is not None and row.heldout_relative_loss is not None for row in with_h)
     same = [

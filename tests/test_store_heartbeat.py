@@ -18,7 +18,7 @@ import pytest
 
 from crosscal.landing import Ledger
 from crosscal.store import Store, digest_of, heartbeat
-from crosscal.store.heartbeat import signs
+from crosscal.store.heartbeat import heartbeats
 from crosscal.store.processes import has_ended, number_of, this_process
 
 KEY = digest_of("one")
@@ -93,7 +93,7 @@ def test_what_a_living_process_elsewhere_holds_stays_and_is_free_a_lease_after_i
 ) -> None:
     """However many leases it lives, and however wrong its clock is."""
     with at_work(store, elsewhere=True, skew_seconds=skew_seconds):
-        (holder,) = (process for process in signs(store.home).last if process != this_process())
+        (holder,) = (process for process in heartbeats(store.home).last if process != this_process())
         assert has_ended(holder) is None
         until = time.monotonic() + 1.5 * LEASE
         while time.monotonic() < until:
@@ -128,7 +128,7 @@ def test_a_process_gives_signs_of_life_while_torch_computes(store: Store) -> Non
     with at_work(store, elsewhere=True, work=COMPUTE):
         silent_seconds, until = [], time.monotonic() + 2 * LEASE
         while time.monotonic() < until:
-            seen = signs(store.home)
+            seen = heartbeats(store.home)
             silent_seconds.append(max(seen.now - at for process, at in seen.last.items() if process != this_process()))
             time.sleep(0.05)
     assert max(silent_seconds) < LEASE / 2
@@ -160,8 +160,8 @@ def test_a_forked_child_is_a_process_of_its_own(tmp_path: Path) -> None:
         heartbeat.begin(home)
         os._exit(0)
     os.waitpid(child, 0)
-    assert len(signs(home).last) == 2
-    assert [process for process in signs(home).last if not signs(home).is_gone(process)] == [mine]
+    assert len(heartbeats(home).last) == 2
+    assert [process for process in heartbeats(home).last if not heartbeats(home).is_gone(process)] == [mine]
 
 
 def test_processes_of_earlier_versions_are_given_a_week(store: Store) -> None:

@@ -24,11 +24,11 @@ from crosscal.flows.pipeline import read_model, solve_blocks
 from crosscal.lanes import side_by_side
 from crosscal.models import ModelSource
 from crosscal.plan import parse_plan
-from crosscal.stages.compress import Workshop
-from crosscal.stages.sample import Part, Sample, Sums
+from crosscal.stages.compress import RunContext
+from crosscal.stages.sample import PoolPart, Sample, SplitSets
 from crosscal.store import Store, digest_of
 from crosscal.tasks.model import publish_models, solve_sequential
-from crosscal.tasks.ticket import Ticket
+from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import Variant
 
 
@@ -40,7 +40,10 @@ def stored(store: Store, corpus: str, tokens_SL: torch.Tensor) -> str:
 
 def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torch.Tensor) -> Sample:
     calibration, held_out = stored(store, corpus, tokens_SL), stored(store, f"{corpus} held out", held_out_SL)
-    sums = (Sums((Part(key, set_SL.numel()),)) for key, set_SL in ((calibration, tokens_SL), (held_out, held_out_SL)))
+    sums = (
+        SplitSets((PoolPart(key, set_SL.numel()),))
+        for key, set_SL in ((calibration, tokens_SL), (held_out, held_out_SL))
+    )
     return Sample(corpus, 0, *sums)
 
 
@@ -60,11 +63,11 @@ def samples(store: Store, job: dict[str, Any]) -> list[Sample]:
 
 def ticket_of(
     model: str, corpora: Sequence[str], compress: Sequence[dict[str, Any]], drawn: Sequence[Sample], folder: Path
-) -> Ticket:
+) -> RunSpec:
     """What a run hands its steps once its windows are drawn; the corpora themselves are not read any more."""
     unread = dict.fromkeys(corpora, "unread")
     asked = {"model": model, "corpora": unread, "compress": list(compress), "execution": {"device": "cpu"}}
-    return Ticket(
+    return RunSpec(
         parse_plan(asked).model_dump(mode="json"),
         str(folder / "store"),
         model=ModelSource.open(model).digest,
@@ -75,19 +78,19 @@ def ticket_of(
     )
 
 
-def solve_alone(shop: Workshop, wanted: Sequence[Variant]) -> None:
+def solve_alone(context: RunContext, wanted: Sequence[Variant]) -> None:
     """What a peer's solve is, from the store instead of memory: read, factor and solve, with losses on the calibration
     set; the held-out ones are left out, and the answers let go. The variants share mixture and damping."""
-    blocks = [partial(solve_block_alone, shop, block, wanted) for block in range(shop.source.blocks)]
+    blocks = [partial(solve_block_alone, context, block, wanted) for block in range(context.source.blocks)]
     side_by_side(blocks)
 
 
-def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> None:
-    parameters, mixture = shop.source.load_block(block), wanted[0].mixture
+def solve_block_alone(context: RunContext, block: int, wanted: Sequence[Variant]) -> None:
+    parameters, mixture = context.source.load_block(block), wanted[0].mixture
     assert mixture is not None
-    keys = {corpus: drawn.calibration.apart[0].key for (corpus, _), drawn in shop.samples.items()}
-    for site in shop.cached.sites(block) or ():
-        moments = {corpus: shop.cached.read(keys[corpus], block, site) for corpus in mixture.corpora}
+    keys = {corpus: drawn.calibration.apart[0].key for (corpus, _), drawn in context.samples.items()}
+    for site in context.cached.sites(block) or ():
+        moments = {corpus: context.cached.read(keys[corpus], block, site) for corpus in mixture.corpora}
         hessian_II = mixture.hessian_II(moments)
         problems = [LayerProblem(m.name, m.weight_OI(parameters), hessian_II) for m in site.matrices]
         for state in solve(site_of(problems), [variant.steps for variant in wanted]):
@@ -95,18 +98,18 @@ def solve_block_alone(shop: Workshop, block: int, wanted: Sequence[Variant]) -> 
                 solved(problem, layer)
 
 
-def run(ticket: Ticket, clock: Clock) -> None:
-    if sequential := ticket.variants("sequential"):
+def run(spec: RunSpec, clock: Clock) -> None:
+    if sequential := spec.variants("sequential"):
         with clock.stage("moments and solve"):
             for variant in sequential:
-                solve_sequential.fn(ticket, variant.name)
+                solve_sequential.fn(spec, variant.name)
     else:
         with clock.stage("moments"):
-            list(read_model(None, ticket))
+            list(read_model(None, spec))
         with clock.stage("solve"):
-            solve_blocks(None, ticket)
+            solve_blocks(None, spec)
     with clock.stage("publish"):
-        publish_models.fn(ticket)
+        publish_models.fn(spec)
 
 
 def main() -> None:
@@ -115,17 +118,17 @@ def main() -> None:
         folder = Path(name)
         with clock.stage("all"):
             drawn = samples(Store(folder / "store"), job)
-            ticket = ticket_of(job["model"], job["corpora"], job["compress"], drawn, folder)
-            run(ticket, clock)
+            spec = ticket_of(job["model"], job["corpora"], job["compress"], drawn, folder)
+            run(spec, clock)
         peak = peak_mib()  # of what the peer does, too
         for compress in job["again"]:
             again = ticket_of(job["model"], job["corpora"], compress["compress"], drawn, folder)
             with clock.stage(f"{compress['label']}, solve"):
-                solve_alone(again.workshop(), again.variants())
+                solve_alone(again.run_context(), again.variants())
             with clock.stage(f"{compress['label']}, with held-out losses and files"):
                 solve_blocks(None, again)
         if job["out"]:
-            shutil.copytree(folder / "run" / "models" / ticket.variants()[0].name, job["out"])
+            shutil.copytree(folder / "run" / "models" / spec.variants()[0].name, job["out"])
         answer(
             clock, peak_mib=peak, store_bytes=bytes_below(folder / "store"), models_bytes=bytes_below(folder / "run")
         )

@@ -2,7 +2,7 @@
 
 from crosscal.calibration.continuing import Seeds, continued_windows
 from crosscal.calibration.generation import generate_windows, readable
-from crosscal.calibration.pool import Part, Pool, draw_pool
+from crosscal.calibration.pool import Pool, PoolPart, draw_pool
 from crosscal.calibration.quality import TextQuality, faults, text_quality
 from crosscal.calibration.sampling import TemperatureSchedule
 from crosscal.calibration.sets import CalibrationSet, WindowRequest
@@ -11,8 +11,8 @@ from crosscal.calibration.windows import random_windows
 
 __all__ = [
     "CalibrationSet",
-    "Part",
     "Pool",
+    "PoolPart",
     "Seeds",
     "TemperatureSchedule",
     "TextQuality",

@@ -106,7 +106,7 @@ class ChatReader:
                 refusal = refusal or error
                 continue
             if refusal:
-                self.said["system turns stand in the first user turn, as the template knows none"] += 1
+                self.said["system turns merged into the first user turn, since the template has no system role"] += 1
             return RenderedChat(ids, self, turns, conversation.tools)
         reason = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:REASON_CHARACTERS]
         self.said[f"left out, refused by the chat template ({reason})"] += 1

@@ -21,7 +21,7 @@ import torch
 
 from crosscal.calibration.cutting import cut
 from crosscal.calibration.generation import BATCH, GENERATIONS, MIN_MEAN_TOKENS, seed_of
-from crosscal.calibration.sampling import SequenceWriter, TemperatureSchedule, Written
+from crosscal.calibration.sampling import GeneratedText, SequenceWriter, TemperatureSchedule
 from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
 from crosscal.corpora import Shard
@@ -82,7 +82,7 @@ def continued_windows(
     request, notes = request.within(max_length)
     if seeds.prefix_tokens >= request.length:
         raise CalibrationError(
-            "prefixes leave nothing to write",
+            "the prefixes leave no tokens to generate",
             where=seeds.corpus,
             got=f"prefixes of {seeds.prefix_tokens} tokens for texts of {request.length}",
             do="Lower `prefix_tokens`.",
@@ -111,7 +111,7 @@ def continued_windows(
     return CalibrationSet(stored_windows(store, provenance, made), provenance, notes)
 
 
-def kept(texts: Sequence[Written], drop: float) -> list[Written]:
+def kept(texts: Sequence[GeneratedText], drop: float) -> list[GeneratedText]:
     """Return the texts, in order, without the floor(drop · n) of highest perplexity; of equals the later go first."""
     ranked = sorted(range(len(texts)), key=lambda place: texts[place].nll)
     return [texts[place] for place in sorted(ranked[: len(texts) - int(drop * len(texts))])]
@@ -132,7 +132,7 @@ class _Texts:
         begin: int | None,
         progress: Progress | None,
     ) -> list[np.ndarray]:
-        texts: list[Written] = []
+        texts: list[GeneratedText] = []
         needed = request.windows * request.length
         for number in itertools.count():
             numbers = range(number * batch, (number + 1) * batch)
@@ -156,12 +156,12 @@ class _Texts:
             )
         return windows
 
-    def _batch(self, numbers: range, prefixes: list[list[int]]) -> list[Written]:
+    def _batch(self, numbers: range, prefixes: list[list[int]]) -> list[GeneratedText]:
         """Return the texts of these numbers, from the store if they were generated before."""
         settings = {**self.settings, "numbers": [numbers.start, numbers.stop], "prefixes": digest_of(prefixes)}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
-            return [Written(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
+            return [GeneratedText(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
         texts = self.writer.continued(torch.tensor(prefixes), numbers, seed_of(self.settings), judged=True)
         with self.store.publish(GENERATIONS, key, settings) as folder:
             (folder / "texts.json").write_text(json.dumps([dataclasses.asdict(text) for text in texts]))

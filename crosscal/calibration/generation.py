@@ -124,7 +124,7 @@ class _Texts:
         while True:
             if sequences > most_sequences:
                 raise CalibrationError(
-                    "the model ends its texts almost at once",
+                    "the texts that the model generates are too short",
                     got=f"{tokens / sequences:.1f} tokens a text",
                     do="Use real documents, or another temperature.",
                 )

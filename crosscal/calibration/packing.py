@@ -28,7 +28,7 @@ Unit = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Rest:
+class Remainder:
     """Tokens of a stream that do not fill a window yet."""
 
     text: tuple[int, ...] = ()
@@ -55,9 +55,9 @@ def fill(
     length: int,
     begin: int | None,
     chat_begin: int | None,
-    rest: Rest = Rest(),
+    rest: Remainder = Remainder(),
     most: int | None = None,
-) -> Generator[Window, None, Rest]:
+) -> Generator[Window, None, Remainder]:
     """Yield windows of `length` tokens from texts (see `cutting.cut`) and conversations, which share no window; return
     the tokens left over. Documents are consumed lazily. `most`: the number of windows that will be taken, if known; if
     that includes all remaining conversations, the longest are placed first, which packs them better."""
@@ -75,7 +75,7 @@ def fill(
     while packer.has_window:
         made += 1
         yield packer.window(longest=most is None or packer.tokens <= (most - made) * length)
-    return Rest(tuple(text.tolist()), tuple(map(tuple, packer.units)))
+    return Remainder(tuple(text.tolist()), tuple(map(tuple, packer.units)))
 
 
 class Packer:

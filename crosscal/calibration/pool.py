@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from crosscal.calibration.chats import template_settings
-from crosscal.calibration.packing import Rest, Window, fill
+from crosscal.calibration.packing import Remainder, Window, fill
 from crosscal.calibration.sets import WindowRequest, stored_windows
 from crosscal.calibration.tokens import EncodedDocuments, begin_token, chat_begin_token, end_token
 from crosscal.corpora import Shard
@@ -47,7 +47,7 @@ RECENT = 32
 
 
 @dataclass(frozen=True)
-class Part:
+class PoolPart:
     """A calibration set, or the weighted sum of several, and the key of its moments."""
 
     key: str
@@ -60,10 +60,10 @@ class Part:
     def mass(self) -> float:
         return self.weight * self.tokens
 
-    def plus(self, other: Part) -> Part:
+    def plus(self, other: PoolPart) -> PoolPart:
         """Return the sum of both; its key is derived from their keys and weights."""
         pair = [[self.key, self.weight], [other.key, other.weight]]
-        return Part(digest_of(["sum", *pair]), self.tokens + other.tokens)
+        return PoolPart(digest_of(["sum", *pair]), self.tokens + other.tokens)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Pool:
     key: str
     previous: str | None
     """Key of the pool before this shard; None if it is the first shard."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PoolPart, ...] = ()
     """The newest sets, oldest first."""
-    sums: tuple[Part, ...] = ()
+    sums: tuple[PoolPart, ...] = ()
     """For each of `parts`, the sum of all sets up to it."""
     rest: tuple[int, ...] = ()
     """Tokens of texts that do not fill a window yet."""
@@ -95,8 +95,8 @@ class Pool:
     """Statement about some conversations → number of conversations it applies to."""
 
     @property
-    def left(self) -> Rest:
-        return Rest(self.rest, self.chat_rest)
+    def left(self) -> Remainder:
+        return Remainder(self.rest, self.chat_rest)
 
 
 def draw_pool(
@@ -136,12 +136,12 @@ def find_pool(
 def read_pool(store: Store, key: str) -> Pool:
     """Read a pool from the store. Raises `MissingArtifact`."""
     value = json.loads(store.read_bytes(store.get(KIND, key), "pool.json"))
-    parts, sums = (tuple(Part(**part) for part in value[name]) for name in ("parts", "sums"))
+    parts, sums = (tuple(PoolPart(**part) for part in value[name]) for name in ("parts", "sums"))
     chats = tuple(map(tuple, value.get("chat_rest", ())))
     return Pool(**{**value, "parts": parts, "sums": sums, "rest": tuple(value["rest"]), "chat_rest": chats})
 
 
-def all_parts(store: Store, pool: Pool) -> list[Part]:
+def all_parts(store: Store, pool: Pool) -> list[PoolPart]:
     """Return every set ever drawn for a pool, oldest first, by following `previous`."""
     found = {part.key: part for part in reversed(pool.parts)}
     while len(pool.parts) == RECENT and pool.previous is not None:
@@ -225,12 +225,12 @@ def _after(
     }
     tokens = (window.tokens_L for window in windows)
     tokens_SL = stored_windows(store, provenance, lambda: torch.from_numpy(np.stack(list(tokens))).long())
-    part = Part(digest_of(provenance), tokens_SL.numel(), 1.0 if rest is not None else total / used)
+    part = PoolPart(digest_of(provenance), tokens_SL.numel(), 1.0 if rest is not None else total / used)
     whole = before.sums[-1].plus(part) if before.sums else part
     return dataclasses.replace(pool, parts=(*before.parts, part)[-RECENT:], sums=(*before.sums, whole)[-RECENT:])
 
 
-def _take(filling: Generator[Window, None, Rest], most: int) -> tuple[list[Window], Rest | None]:
+def _take(filling: Generator[Window, None, Remainder], most: int) -> tuple[list[Window], Remainder | None]:
     """Return at most `most` windows and the rest of the stream, or None for the rest if another window follows."""
     windows: list[Window] = []
     while True:

@@ -38,7 +38,7 @@ class TemperatureSchedule:
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     tokens: list[int]
     nll: float
     """Mean negative log-likelihood of all tokens but the first, at temperature 1; 0 if not `judged`."""
@@ -69,11 +69,14 @@ class SequenceWriter:
         start_B1 = torch.full((len(numbers), 1), self.start)
         return [written.tokens for written in self.continued(start_B1, numbers, seed)]
 
-    def continued(self, prompt_BP: torch.Tensor, numbers: range, seed: int, *, judged: bool = False) -> list[Written]:
+    def continued(
+        self, prompt_BP: torch.Tensor, numbers: range, seed: int, *, judged: bool = False
+    ) -> list[GeneratedText]:
         """Continue each row of the prompt (on the CPU) to end-of-text or `length` tokens, prompt included.
 
         A continuation depends on its prompt, the seed and its number, not on other rows: its i-th token is where the
-        i-th number of its own random stream falls in the cumulative distribution. `judged`: also compute `Written.nll`.
+        i-th number of its own random stream falls in the cumulative distribution. `judged`: also compute
+        `GeneratedText.nll`.
         """
         streams = [np.random.Generator(np.random.PCG64([seed, number])) for number in numbers]
         uniform_BN = torch.tensor(np.stack([stream.random(self.length) for stream in streams]))
@@ -81,7 +84,7 @@ class SequenceWriter:
         return [written for prompt, uniform in parts for written in self._together(prompt, uniform, judged)]
 
     @torch.inference_mode()
-    def _together(self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool) -> list[Written]:
+    def _together(self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool) -> list[GeneratedText]:
         """Sample all rows together. They begin at position 0 and do not attend to each other, so no padding or mask is
         needed; finished rows are removed from the cache."""
         rows: list[list[int]] = prompt_BP.tolist()
@@ -92,7 +95,11 @@ class SequenceWriter:
             output = self.model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
             if (cache := output.get("past_key_values")) is None:
                 kind = type(output).__name__
-                raise CalibrationError("the model keeps no cache to write from", got=kind, do="Use real documents.")
+                raise CalibrationError(
+                    "the model returns no cache of keys and values, which generation needs",
+                    got=kind,
+                    do="Use real documents.",
+                )
             token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
                 nll[writing] += _surprise(output, tokens_BT, token_B)
@@ -107,7 +114,7 @@ class SequenceWriter:
                 cache.reorder_cache(places)
                 writing, token_B = [writing[place] for place in staying], token_B[places]
             tokens_BT = token_B[:, None]
-        return [Written(row, each / (len(row) - 1)) for row, each in zip(rows, nll.tolist(), strict=True)]
+        return [GeneratedText(row, each / (len(row) - 1)) for row, each in zip(rows, nll.tolist(), strict=True)]
 
     def _sample(self, logits_BV: torch.Tensor, step: int, uniform_B: torch.Tensor) -> torch.Tensor:
         if step == 0 and self.first_ids is not None:

@@ -173,7 +173,7 @@ def _check_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
         ids = [end_token(tokenizer)]
     if end_token(tokenizer) in ids:
         raise CalibrationError(
-            "this tokenizer reads text that spells a special token as that token, whatever it is asked",
+            "this tokenizer cannot encode the text of a special token as plain text",
             where="calibration.plain_text",
             got="true",
             do="Leave it out, or remove such text from the corpora.",

@@ -76,7 +76,7 @@ def remove(
     done = removal.carry_out() if yes else {}
     print_value({**removal.shown, **done}, as_json)
     if not yes:
-        raise UsageError("nothing was removed: this is what would be", where=domain, do="Give --yes to remove it.")
+        raise UsageError("dry run: nothing was removed", where=domain, do="Give --yes to remove it.")
 
 
 def _set_paused(home: str, domain: str, *, is_paused: bool) -> None:

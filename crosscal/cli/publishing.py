@@ -23,7 +23,7 @@ def ledger(
 
     from crosscal.landing import Ledger
     from crosscal.landing.refused import refused
-    from crosscal.landing.status import check_known, overview, whole_way
+    from crosscal.landing.status import check_known, domain_history, overview
 
     found = Ledger(store_at(home))
     if domain is None:
@@ -36,7 +36,7 @@ def ledger(
             print(_refused(each))
         return
     check_known(found, domain)
-    way = whole_way(found, domain)
+    way = domain_history(found, domain)
     print(json.dumps(way)) if as_json else _show(way)
 
 

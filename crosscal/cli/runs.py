@@ -40,16 +40,27 @@ def run(
         _show_run(record)
     if record.get("failed"):
         names = ", ".join(record["failed"])
-        raise CrosscalError("these variants are no models; the others are", got=names, do="The notes say why.")
+        raise CrosscalError(
+            "these variants could not be written as loadable models; all others were",
+            got=names,
+            do="The notes say why.",
+        )
 
 
 def ingest(
     paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs or hub dataset ids.")] = None,
     corpus: Annotated[str | None, typer.Option(help="Name of the corpus to add to.")] = None,
-    landing: Annotated[str | None, typer.Option(help="Instead: take in what landed in <landing>/<domain>/.")] = None,
-    settle: Annotated[float, typer.Option(help="Seconds without a change after which a landed file is whole.")] = 10.0,
-    announce: Annotated[bool, typer.Option("--announce", help="Have it recompressed: ledger, then an event.")] = False,
-    text: Annotated[str, typer.Option(help="Column of texts or chats; left out, it is found.")] = "text",
+    landing: Annotated[
+        str | None, typer.Option(help="Ingest the files in <landing>/<domain>/ instead of PATHS.")
+    ] = None,
+    settle: Annotated[
+        float, typer.Option(help="Seconds without a change after which a landed file counts as complete.")
+    ] = 10.0,
+    announce: Annotated[
+        bool,
+        typer.Option("--announce", help="Record it in the ledger and send an event, which triggers recompression."),
+    ] = False,
+    text: Annotated[str, typer.Option(help="Column of texts or chats; by default it is detected.")] = "text",
     split: Annotated[str | None, typer.Option(help="Put all documents into this split.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
     home: Home = HOME,

@@ -13,10 +13,12 @@ from crosscal.cli.options import HOME, Home, Json
 def select(
     pool: Annotated[list[str], typer.Argument(help="Files, folders, globs or hub dataset ids to choose from.")],
     out: Annotated[Path, typer.Option(help="The file to write, .jsonl.")],
-    documents: Annotated[int | None, typer.Option(min=1, help="How many; left out, all distinct ones.")] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Number of documents; by default all distinct ones.")
+    ] = None,
     towards: Annotated[str | None, typer.Option(help="A sample of what is wanted: file, folder, glob, hub id.")] = None,
     method: Annotated[str | None, typer.Option(help="dsir or zip-fit; without --towards neither.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the selection.")] = 0,
     near_duplicates: Annotated[
         float,
         typer.Option(min=0, max=1, help="Jaccard similarity from which on two count as one; 0: if equal."),

@@ -42,9 +42,11 @@ def list_artifacts(
 
 @app.command("verify")
 def verify(
-    quarantine: Annotated[bool, typer.Option(help="Set damaged artifacts aside, so that they are made anew.")] = False,
+    quarantine: Annotated[
+        bool, typer.Option(help="Quarantine damaged artifacts, so that they are recomputed.")
+    ] = False,
     quick: Annotated[
-        bool, typer.Option(help="Leave out what was read before and has not changed, but for a daily sample.")
+        bool, typer.Option(help="Skip artifacts verified before and unchanged since, except a daily sample.")
     ] = False,
     home: Home = HOME,
     as_json: Json = False,

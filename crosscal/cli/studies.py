@@ -17,7 +17,9 @@ def study(
     plan: PlanFile,
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option(help="Directory; by default runs/<model>-study-<digest>.")] = None,
-    parts: Annotated[int | None, typer.Option(min=0, help="Carry out at most so many more parts; 0: write up.")] = None,
+    parts: Annotated[
+        int | None, typer.Option(min=0, help="Carry out at most N more parts; 0: only write the results.")
+    ] = None,
     domain: Domain = None,
     home: Home = HOME,
     as_json: Json = False,
@@ -36,7 +38,9 @@ def study(
     else:
         _show(record)
     if record["failed"]:
-        raise CrosscalError("these variants are no models; the others are", got=", ".join(record["failed"]))
+        raise CrosscalError(
+            "these variants could not be written as loadable models; all others were", got=", ".join(record["failed"])
+        )
 
 
 def _show(record: dict[str, object]) -> None:

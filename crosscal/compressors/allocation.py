@@ -132,7 +132,7 @@ def with_sparsities(step: Any, sparsities_of: SparsitiesOf, layers: Sequence[str
     if sparsity is None:
         return step
     if sparsity.group:
-        raise UsageError("n:m cannot be allotted", got=str(sparsity), do="Give a fraction behind an allocator.")
+        raise UsageError("n:m cannot vary by layer", got=str(sparsity), do="Use a fraction after an allocator.")
     sparsities = sparsities_of(sparsity.fraction)
     steps = tuple(
         dataclasses.replace(step, sparsity=Sparsity(sparsities.get(layer, sparsity.fraction))) for layer in layers
@@ -154,14 +154,14 @@ def check_allocator(recipe: Sequence[tuple[str, Any]]) -> None:
         return
     name, last = recipe[allocators[0]][0], allocators[-1]
     if last:
-        what = f"{recipe[last][0]} looks at the dense matrices: it stands first, and alone"
+        what = f"{recipe[last][0]} uses the dense matrices: it must be the first step, and the only allocator"
         raise UsageError(what, got=" + ".join(method for method, _ in recipe), do=EXAMPLE)
     removed = [sparsity for _, step in recipe if (sparsity := getattr(step, "sparsity", None)) is not None]
     if not removed:
-        raise UsageError(f"{name} shares out a sparsity, and no step behind it has one", do=EXAMPLE)
+        raise UsageError(f"{name} distributes a sparsity, but no later step has one", do=EXAMPLE)
     for sparsity in removed:
         if sparsity.group:
-            what = f"{name} cannot share out n:m, which is the same in every layer"
+            what = f"{name} cannot distribute n:m, which is the same in every layer"
             raise UsageError(what, got=str(sparsity), do=f"Give a fraction, or leave {name} out.")
 
 

@@ -110,11 +110,11 @@ class _Loop:
         self.segments, self.order_I, self.shared, self.square_I = segments, order_I, shared, square_I
         self.rule = segments[0].rule  # for the settings that all rules of the stack share
         self.root_II, self.root_I = shared.root_II, shared.root_II.diagonal()
-        self.score_I = self.root_I.masked_fill(shared.dead_I, 0.0)
+        self.pivot_I = self.root_I.masked_fill(shared.dead_I, 0.0)
         self.original_IR = original_IR[order_I] if self.rule.activation_order else original_IR
         self.times = segments[-1].rows.stop // original_IR.shape[1]  # rules; the original rows are stored only once
-        self.gone_IR = _gone_IR(segments, order_I)
-        self.pruning = self.gone_IR is not None or any(s.rule.sparsity for s in segments)
+        self.already_pruned_IR = _gone_IR(segments, order_I)
+        self.pruning = self.already_pruned_IR is not None or any(s.rule.sparsity for s in segments)
         self.patterns = patterns(segments)
         inputs, rows = len(order_I), segments[-1].rows.stop
         self.panel_columns = panel_columns(original_IR.device.type, original_IR.dtype)
@@ -142,8 +142,8 @@ class _Loop:
             self.scale_GR[group] = fit_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype)
             return
         own = slice(group * self.columns, (group + 1) * self.columns)
-        if self.gone_IR is not None:
-            weight_CR = weight_CR * (1 - self.gone_IR[self._places(own)])
+        if self.already_pruned_IR is not None:
+            weight_CR = weight_CR * (1 - self.already_pruned_IR[self._places(own)])
         self.scale_GR[group] = search_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype, self.square_I[own])
 
     def _places(self, own: slice) -> Tensor | slice:
@@ -178,7 +178,7 @@ class _Loop:
                     work_BR[own],
                     upper_BB[own, own],
                     self.root_I[first:last],
-                    self.score_I[first:last],
+                    self.pivot_I[first:last],
                     None if drop_BR is None else drop_BR[own],
                     self.patterns,
                     self._rounding(first, last),
@@ -188,10 +188,10 @@ class _Loop:
             self._keep(first, last, fixed)
 
     def _drops(self, start: int, stop: int, work_BR: Tensor) -> Tensor:
-        if self.gone_IR is None:
-            return block_drops(self.segments, work_BR, start, self.score_I[start:stop])
-        gone_BR = self.gone_IR[start:stop]
-        drop_BR = block_drops(self.segments, work_BR * (1 - gone_BR), start, self.score_I[start:stop])
+        if self.already_pruned_IR is None:
+            return block_drops(self.segments, work_BR, start, self.pivot_I[start:stop])
+        gone_BR = self.already_pruned_IR[start:stop]
+        drop_BR = block_drops(self.segments, work_BR * (1 - gone_BR), start, self.pivot_I[start:stop])
         return torch.maximum(drop_BR, gone_BR)
 
     def _edges(self, start: int, stop: int) -> list[int]:

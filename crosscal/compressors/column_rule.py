@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crosscal.compiled import run_loops
 from crosscal.compressors import grid
-from crosscal.compressors.panel import Pattern
+from crosscal.compressors.panel import NMPattern
 from crosscal.compressors.selection import lowest, mark_lowest
 from crosscal.compressors.sparsity import Sparsity
 from crosscal.compressors.state import Layer
@@ -66,7 +66,7 @@ class ColumnRule:
             raise UsageError(
                 "n:m needs a group_size divisible by m",
                 got=f"{self.sparsity} and group_size {self.group_size}",
-                do="Use 32, 64 or 128, or null for one scale a row.",
+                do="Use 32, 64 or 128, or null for one scale per row.",
             )
 
     def check(self, inputs: int, name: str) -> None:
@@ -97,13 +97,13 @@ def segments_of(layers: Sequence[Layer], rules: Sequence[ColumnRule]) -> list[Se
     return segments
 
 
-def patterns(segments: Sequence[Segment]) -> list[Pattern]:
+def patterns(segments: Sequence[Segment]) -> list[NMPattern]:
     """Return the row ranges with n:m masks; adjacent segments of one pattern form one range."""
-    found: list[Pattern] = []
+    found: list[NMPattern] = []
     for sparsity, same in itertools.groupby(segments, lambda segment: segment.rule.sparsity):
         if sparsity and sparsity.group:
             rows = [segment.rows for segment in same]
-            found.append(Pattern(slice(rows[0].start, rows[-1].stop), sparsity.kept or 0, sparsity.group))
+            found.append(NMPattern(slice(rows[0].start, rows[-1].stop), sparsity.kept or 0, sparsity.group))
     return found
 
 

@@ -20,7 +20,7 @@ def check_settings(bits: int, group_size: int | None) -> None:
     if bits not in BITS:
         raise UsageError("bits must be 2 to 8", got=str(bits))
     if group_size is not None and group_size < 1:
-        raise UsageError("group_size must be positive", got=str(group_size), do="null means one scale a row.")
+        raise UsageError("group_size must be positive", got=str(group_size), do="null means one scale per row.")
 
 
 def check_grid(group_size: int | None, inputs: int, name: str) -> None:
@@ -31,7 +31,7 @@ def check_grid(group_size: int | None, inputs: int, name: str) -> None:
             "group_size must divide the layer's inputs",
             where=name,
             got=f"group_size {group_size}, {inputs} inputs",
-            do=f"Here {', '.join(map(str, fitting)) or 'none of the usual sizes'} would; null means one scale a row.",
+            do=f"Here {', '.join(map(str, fitting)) or 'none of the usual sizes'} would; null means one scale per row.",
         )
 
 

@@ -57,6 +57,6 @@ def wants_triton() -> bool:
     if asked in ("", "0"):
         return False
     if asked != "1" or not importlib.util.find_spec("triton"):
-        what = "Triton is not installed" if asked == "1" else "not a switch"
+        what = "Triton is not installed" if asked == "1" else "must be 0 or 1"
         raise UsageError(what, where=TRITON_SWITCH, got=asked, do="Unset it, or set it to 1 with `triton` installed.")
     return True

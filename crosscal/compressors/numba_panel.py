@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from crosscal.compiled import compiled, run_loops
-from crosscal.compressors.panel import FixedPanel, Panel, bands
+from crosscal.compressors.panel import FixedPanel, Panel, row_ranges
 
 CACHE_LINE = 16  # float32 numbers
 TILE = 128
@@ -45,7 +45,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
     error_CR = np.empty((columns, rows), np.float32)
     ints_CR = np.empty(weight_CR.shape if rounding else (1, 1), np.int8)
     prunes = panel.drop_CR is not None
-    upper_CC, root_C, score_C = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.score_C)]
+    upper_CC, root_C, pivot_C = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.pivot_C)]
     loops = []
     for first, last, kept, group in _parts(panel, torch.get_num_threads()):
         own = slice(first, last)
@@ -54,7 +54,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
             weight_CR[:, own],
             upper_CC,
             root_C,
-            score_C,
+            pivot_C,
             panel.drop_CR.numpy()[:, own] if panel.drop_CR is not None else NOTHING,
             rounding.scale_CR.numpy()[:, own] if rounding else NOTHING,
             rounding.bits_R.numpy()[own] if rounding else NOTHING[0],
@@ -75,7 +75,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
 
 def _parts(panel: Panel, threads: int) -> Iterator[tuple[int, int, int, int]]:
     """Split each band into at most `threads` parts of whole tiles, of at least `LEAST_TILES` each."""
-    for first, last, kept, group in bands(panel):
+    for first, last, kept, group in row_ranges(panel):
         tiles = max(-(-(last - first) // (threads * TILE)), LEAST_TILES)
         for start in range(first, last, tiles * TILE):
             yield start, min(start + tiles * TILE, last), kept, group
@@ -86,7 +86,7 @@ def _walk(
     weight_CR,
     upper_CC,
     root_C,
-    score_C,
+    pivot_C,
     drop_CR,
     scale_CR,
     bits_R,
@@ -118,7 +118,7 @@ def _walk(
             for j in range(start, stop):
                 work_T, error_T = work_CT[j], error_FT[j - start]
                 if group and j % group == 0:
-                    _draw(work_CT, score_C, drop_CT, j, kept, group, tile)
+                    _draw(work_CT, pivot_C, drop_CT, j, kept, group, tile)
                 _prune(work_T, drop_CT[j], value_T, tile)
                 if rounds:
                     _round(value_T, scale_CR[j, first:last], highest_T, stored_as, ints_CR[j, first:last], tile)
@@ -157,12 +157,12 @@ def _prune(work_T, drop_T, value_T, tile):
 
 
 @compiled
-def _draw(work_CT, score_C, drop_CT, j, kept, group, tile):
+def _draw(work_CT, pivot_C, drop_CT, j, kept, group, tile):
     """Select the mask of the group that starts at column j: a score's rank is the number of scores before it."""
     score_MT, rank_T = np.empty((group, TILE), np.float32), np.empty(TILE, np.float32)
     for member in range(group):
         for t in range(tile):
-            score = work_CT[j + member, t] * score_C[j + member]
+            score = work_CT[j + member, t] * pivot_C[j + member]
             score_MT[member, t] = score * score
     for member in range(group):
         own_T, drop_T = score_MT[member], drop_CT[j + member]

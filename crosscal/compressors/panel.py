@@ -21,7 +21,7 @@ from crosscal.compressors.selection import lowest_of_group
 
 
 @dataclass(frozen=True)
-class Pattern:
+class NMPattern:
     """Rows that keep n of every m columns; a group's mask is selected from its weights when the loop reaches it."""
 
     rows: slice
@@ -48,12 +48,12 @@ class Panel:
     """U = R⁻¹ of the panel's columns."""
     root_C: Tensor
     """R_jj."""
-    score_C: Tensor
+    pivot_C: Tensor
     """Factor f of the pruning score (f w)²: R_jj, or 0 for a dead input, whose weights cost nothing."""
     drop_CR: Tensor | None = None
     """1 where a weight is pruned, as far as known before the panel (n:m is not), else 0; None if nothing is pruned. In
     the weights' dtype: on a CPU, multiplying by a mask is many times as fast as branching on one."""
-    patterns: Sequence[Pattern] = ()
+    patterns: Sequence[NMPattern] = ()
     rounding: Rounding | None = None
 
 
@@ -69,7 +69,7 @@ class FixedPanel:
     """The grid's integers, int8."""
 
 
-def bands(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
+def row_ranges(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
     """Yield ranges of adjacent rows with one pattern: (first row, end, kept, group); group 0 means no pattern."""
     row = 0
     for pattern in panel.patterns:
@@ -117,5 +117,5 @@ def _draw(panel: Panel, j: int, weight_CR: Tensor, drop_CR: Tensor) -> None:
     for pattern in panel.patterns:
         if j % pattern.group == 0:
             columns = slice(j, j + pattern.group)
-            score_MR = (weight_CR[columns, pattern.rows] * panel.score_C[columns, None]).square_()
+            score_MR = (weight_CR[columns, pattern.rows] * panel.pivot_C[columns, None]).square_()
             drop_CR[columns, pattern.rows] = lowest_of_group(score_MR, pattern.group - pattern.kept).to(drop_CR.dtype)

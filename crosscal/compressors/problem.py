@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosscal.compressors.selection import count_true
-from crosscal.compressors.state import Dense, Form, Grid, Layer, LowRank, Need
+from crosscal.compressors.state import Dense, Grid, Layer, LowRank, Need, StoredForm
 from crosscal.compressors.streams import Streams
 from crosscal.errors import NotFinite, NotPositiveDefinite, StatisticsError
 from crosscal.statistics.factor import InverseFactor, factor
@@ -61,7 +61,7 @@ class LayerProblem:
         inputs = self.weight_OI.shape[1]
         if hessian_II.shape != (inputs, inputs):
             raise StatisticsError(
-                "weight and Hessian do not fit",
+                "the shapes of weight and Hessian do not match",
                 where=self.name,
                 got=f"{tuple(self.weight_OI.shape)} and {tuple(hessian_II.shape)}",
             )
@@ -78,7 +78,7 @@ class LayerProblem:
                 "the Hessian has a negative mean square",
                 where=self.name,
                 got=f"{float(hessian_II.diagonal().min()):g} on the diagonal",
-                do="It is not a second moment: read the model again.",
+                do="It is not a second moment: repeat the calibration.",
             )
 
     def factor(self, damping: float) -> InverseFactor:
@@ -114,7 +114,7 @@ class LayerSolution:
     """tr(ΔW H ΔWᵀ), with two streams E‖W x - V y‖²: the squared output error per token; None without H."""
     relative_loss: float | None
     """`loss` / `energy`; 0 if the energy is 0, None without H."""
-    base: Form
+    base: StoredForm
     """The stored part: `weight_OI` · scale without the low-rank part."""
     low_rank: LowRank | None = None
     bias_change_O: Tensor | None = None
@@ -124,7 +124,7 @@ class LayerSolution:
     """Divisor of the layer's inputs, absorbed by the module that produces them."""
 
     @property
-    def stands_OI(self) -> Tensor:
+    def stored_weight_OI(self) -> Tensor:
         """The matrix in the compressed model: `weight_OI` · scale."""
         return self.base.weight_OI if self.low_rank is None else self.base.weight_OI + self.low_rank.weight_OI
 
@@ -221,7 +221,7 @@ def _losses(problem: LayerProblem, difference_OI: Tensor, change_O: Tensor | Non
     return loss, loss / energy if energy is not None and energy > 0 else 0.0
 
 
-def _as_stored(base: Form, stored_dtype: torch.dtype | None) -> Form:
+def _as_stored(base: StoredForm, stored_dtype: torch.dtype | None) -> StoredForm:
     """Return the form with its numbers rounded as the checkpoint stores them."""
     if not isinstance(base, Dense) or stored_dtype in (None, base.weight_OI.dtype):
         return base
@@ -239,6 +239,6 @@ def _zero_if_roundoff(loss: float, difference_OI: Tensor, name: str, hessian_II:
             "the Hessian is not positive semidefinite",
             where=name,
             got=f"a squared error of {loss:g}",
-            do="It is not a second moment: read the model again.",
+            do="It is not a second moment: repeat the calibration.",
         )
     return 0.0

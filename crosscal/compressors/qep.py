@@ -52,7 +52,7 @@ class QEP:
     def _corrected(self, layer: Layer, error_II: Tensor, root_II: Tensor) -> Layer:
         if not isinstance(layer.base, Dense) or layer.keep_OI is not None or layer.low_rank is not None:
             do = "Correct first, then prune or round."
-            raise UsageError("what is compressed already cannot be corrected", where=layer.name, do=do)
+            raise UsageError("an already compressed matrix cannot be corrected", where=layer.name, do=do)
         # H + λI = R Rᵀ, so X (H + λI) = B takes two triangular solves.
         half_OI = torch.linalg.solve_triangular(root_II.mT, layer.target_OI @ error_II, upper=False, left=False)
         change_OI = torch.linalg.solve_triangular(root_II, half_OI, upper=True, left=False) * self.propagation

@@ -91,11 +91,11 @@ def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
             what = f"{recipe[place][0]} corrects a matrix before it is pruned or rounded"
             raise UsageError(what, got=got, do="Put it in front: [{method: qep}, {method: gptq, bits: 4}].")
     if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
-        what = "a rounded matrix cannot be scaled any more"
+        what = "a quantized matrix cannot be scaled any more"
         raise UsageError(what, got=got, do="Scale first, then round.")
     steps = [step for _, step in recipe]
     if takes_two_streams(steps) and any(getattr(step, "changes_bias", False) for step in steps):
-        what = "a changed bias cannot be measured against the dense model's outputs: their mean input is not summed"
+        what = "`bias` cannot be combined with methods that need `cross`: the dense inputs' mean is not collected"
         raise UsageError(what, got=got, do="Leave out `bias`, or the methods that need `cross`.")
 
 
@@ -176,7 +176,7 @@ def site_of(
         gradients = {each.name: each.further[Gradient.SQUARE] for each in problems if Gradient.SQUARE in each.further}
         statistics = Statistics(own, first.name, gradients)
     if first.shared_factor is not None:
-        statistics.know(first.shared_factor)
+        statistics.add_factor(first.shared_factor)
     layers = [Layer(p.name, p.weight_OI, Dense(p.weight_OI), stored_dtype=p.stored_dtype) for p in problems]
     return Site(first.name, tuple(layers), statistics, storable_I=storable_I)
 

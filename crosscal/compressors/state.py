@@ -93,7 +93,7 @@ class Statistics:
             self._factors[damping] = factor(self.hessian_II, damping, name=self._name)
         return self._factors[damping]
 
-    def know(self, factored: InverseFactor) -> None:
+    def add_factor(self, factored: InverseFactor) -> None:
         """Reuse a factor of this H that was computed elsewhere."""
         self._factors[factored.damping] = factored
 
@@ -104,7 +104,7 @@ class Statistics:
         return self._eigensystems[damping]
 
 
-class Form(Protocol):
+class StoredForm(Protocol):
     """A stored form of a matrix."""
 
     @property
@@ -162,7 +162,7 @@ class Layer:
     name: str
     target_OI: Tensor
     """The dense matrix, in float32 or float64: the reference for outputs. Corrections (`qep`) and scales change it."""
-    base: Form
+    base: StoredForm
     keep_OI: Tensor | None = None
     """False where an earlier step pruned: those weights stay 0 in later steps (except where `swaps` exchanges them)."""
     low_rank: LowRank | None = None
@@ -183,7 +183,7 @@ class Layer:
         """Target of the base: the target matrix minus the low-rank part."""
         return self.target_OI if self.low_rank is None else self.target_OI - self.low_rank.weight_OI
 
-    def changed(self, base: Form, **more: object) -> Layer:
+    def changed(self, base: StoredForm, **more: object) -> Layer:
         """Return the same layer with another base."""
         return dataclasses.replace(self, base=base, **more)  # pyright: ignore[reportArgumentType]
 
@@ -223,7 +223,9 @@ class Site:
 
 def _scaled(layer: Layer, scale_I: Tensor) -> Layer:
     if not isinstance(layer.base, Dense):
-        raise UsageError("a rounded matrix cannot be scaled any more", where=layer.name, do="Scale first, then round.")
+        raise UsageError(
+            "a quantized matrix cannot be scaled any more", where=layer.name, do="Scale first, then round."
+        )
     low_rank = layer.low_rank and LowRank(layer.low_rank.left_OK, layer.low_rank.right_KI * scale_I)
     base = Dense(layer.base.weight_OI * scale_I)
     return dataclasses.replace(layer, target_OI=layer.target_OI * scale_I, base=base, low_rank=low_rank)

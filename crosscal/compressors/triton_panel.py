@@ -16,7 +16,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from crosscal.compressors.panel import FixedPanel, Panel, bands
+from crosscal.compressors.panel import FixedPanel, Panel, row_ranges
 
 ROWS = 64  # of a program: with 32 columns, 16 numbers per thread and matrix
 WARPS = 4
@@ -33,12 +33,12 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
     drop_CR = weight_CR if panel.drop_CR is None else panel.drop_CR
     scale_CR, bits_R = (rounding.scale_CR, rounding.bits_R) if rounding else (weight_CR, weight_CR)
     columns = len(weight_CR)
-    for first, last, kept, group in bands(panel):
+    for first, last, kept, group in row_ranges(panel):
         _walk[(triton.cdiv(last - first, ROWS),)](  # pyright: ignore[reportIndexIssue]
             weight_CR,
             panel.upper_CC,
             panel.root_C,
-            panel.score_C,
+            panel.pivot_C,
             drop_CR,
             scale_CR,
             bits_R,
@@ -103,7 +103,7 @@ def _walk(
     if PRUNE:
         drop_place_PB = column_P[:, None].to(tl.int64) * drop_stride + row_B[None, :]
         drop_PB = tl.load(drop_ptr + drop_place_PB, mask=here_PB, other=0.0)
-    score_P = tl.load(score_ptr + column_P, mask=column_P < columns, other=0.0)
+    pivot_P = tl.load(score_ptr + column_P, mask=column_P < columns, other=0.0)
     error_PB = tl.zeros_like(weight_PB)
     ints_PB = tl.zeros_like(weight_PB)
     highest_B = tl.zeros([ROWS], dtype=tl.float32)
@@ -113,7 +113,7 @@ def _walk(
         own_P1 = (column_P == j)[:, None]
         if GROUP > 0:  # noqa: SIM102  (decided when the kernel is compiled)
             if j % GROUP == 0:
-                drop_PB = _drawn(weight_PB * score_P[:, None], drop_PB, column_P, j, kept, GROUP)
+                drop_PB = _drawn(weight_PB * pivot_P[:, None], drop_PB, column_P, j, kept, GROUP)
         weight_B = tl.sum(tl.where(own_P1, weight_PB, 0.0), axis=0)
         fixed_B = weight_B
         if PRUNE:

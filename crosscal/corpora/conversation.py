@@ -115,7 +115,7 @@ def _turn(said: dict[str, Any]) -> Turn:
     turn |= {name: said[name] for name in _KEPT if isinstance(said.get(name), str) and said[name]}
     calls = said.get("tool_calls") or ([{"function": said["function_call"]}] if said.get("function_call") else [])
     if calls:
-        turn["tool_calls"] = [_call(call) for call in _listed(calls, "calls of tools are not a list of objects")]
+        turn["tool_calls"] = [_call(call) for call in _listed(calls, "tool calls are not a list of objects")]
     return turn
 
 
@@ -125,14 +125,14 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content if content.strip() else ""
     if not isinstance(content, list):
-        raise NoConversation("a turn holds something other than text")
+        raise NoConversation("a turn has content other than text")
     return "\n".join(map(_part, content))
 
 
 def _part(part: Any) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") in _TEXT_PARTS else part
     if not isinstance(text, str):
-        raise NoConversation("a turn holds something other than text")
+        raise NoConversation("a turn has content other than text")
     return text
 
 

@@ -110,7 +110,7 @@ def _candidates(
         if isinstance(source, HubDataset):
             rows = read_hub(source, text, revision, limits)
         elif source.format is None:
-            rows = iter([(None, Reject(source.name, 0, "file type that is not read"))])
+            rows = iter([(None, Reject(source.name, 0, "unsupported file type"))])
         else:
             reader = READERS[source.format]
             rows = ((source.split, row) for row in reader(source.path, source.name, text, limits))

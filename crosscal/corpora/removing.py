@@ -23,7 +23,7 @@ SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
-class Held:
+class FoundDocument:
     """A document of a corpus, as listed by `search` before removal."""
 
     digest: str
@@ -42,7 +42,7 @@ def search(
     files: Collection[str] | None = None,
     beginnings: Collection[str] | None = None,
     containing: str | None = None,
-) -> Iterator[Held]:
+) -> Iterator[FoundDocument]:
     """Yield the documents that satisfy all given conditions: the source file's name (without folders) is in `files`,
     the hex digest starts with one of `beginnings`, the stored text (JSON for conversations) contains `containing`."""
     for shard in corpus.shards:
@@ -55,7 +55,7 @@ def search(
                     and (beginnings is None or name.startswith(tuple(beginnings)))
                     and (containing is None or containing in text)
                 ):
-                    yield Held(name, source, split, shard.key, _beginning(text))
+                    yield FoundDocument(name, source, split, shard.key, _beginning(text))
 
 
 def _beginning(text: str) -> str:

@@ -30,7 +30,7 @@ class SourceFile:
     """The split named by the file, or else by the nearest of its folders, or None."""
 
     format: str | None
-    """One of `FORMATS`, or `ARROW`; None for a file type that is not read."""
+    """One of `FORMATS`, or `ARROW`; None for a unsupported file type."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from crosscal.corpora.records import COLUMNS_KEPT, Document, Reject
 from crosscal.corpora.splits import preferred
 
 
-class Entry(NamedTuple):
+class SpoolEntry(NamedTuple):
     offset: int
     bytes: int
     characters: int
@@ -27,7 +27,7 @@ class Spool:
     """Collects documents and rejects; stores each text once, under its digest."""
 
     def __init__(self, folder: Path, limits: DocumentLimits) -> None:
-        self.entries: dict[bytes, Entry] = {}
+        self.entries: dict[bytes, SpoolEntry] = {}
         self.duplicates = 0
         self.rejected: Counter[str] = Counter()
         self.columns_found: set[str] = set()
@@ -58,7 +58,7 @@ class Spool:
         encoded = document.text.encode("utf-8")
         offset = self._texts.tell()
         self._texts.write(encoded)
-        self.entries[document.digest] = Entry(
+        self.entries[document.digest] = SpoolEntry(
             offset, len(encoded), document.characters, document.source, split, document.is_conversation
         )
 

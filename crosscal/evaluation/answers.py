@@ -20,7 +20,7 @@ YES = {True: ("yes", "true"), False: ("no", "false")}
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerRow:
     """The part of a row that is needed to resolve its answer."""
 
     choices: tuple[str, ...]
@@ -31,7 +31,7 @@ class Answered:
 
 
 def read_answers(
-    rows: Sequence[Answered], field: str, answer_is: str | None, *, native: bool = False
+    rows: Sequence[AnswerRow], field: str, answer_is: str | None, *, native: bool = False
 ) -> tuple[list[int], str]:
     """Return the index of the correct choice of every row, and the encoding of the answers.
 
@@ -49,22 +49,24 @@ def read_answers(
     for row, index in zip(rows, found, strict=True):
         if index is None:
             counted_from_1 = answer_is == FROM_0 and None not in _read(rows, FROM_1)
-            remedy = "If they count from 1, say so in the plan: " if counted_from_1 else "Mend it, or say in the plan "
+            remedy = (
+                "If they count from 1, state it in the plan: " if counted_from_1 else "Fix it, or state in the plan "
+            )
             remedy += "`fields: {answer_is: number_from_1}`." if counted_from_1 else "what answers are (`answer_is`)."
             raise EvaluationError(_problem(field, row, answer_is), where=row.where, got=_shown(row.answer), do=remedy)
     return [index for index in found if index is not None], answer_is
 
 
-def _ways(rows: Sequence[Answered], *, native: bool) -> list[str]:
+def _ways(rows: Sequence[AnswerRow], *, native: bool) -> list[str]:
     is_number = all(isinstance(row.answer, int) and not isinstance(row.answer, bool) for row in rows)
     return [FROM_0] if native and is_number else list(READERS)
 
 
-def _read(rows: Sequence[Answered], way: str) -> list[int | None]:
+def _read(rows: Sequence[AnswerRow], way: str) -> list[int | None]:
     return [READERS[way](row) for row in rows]
 
 
-def _check_one_meaning(rows: Sequence[Answered], field: str, fitting: dict[str, list[int | None]]) -> None:
+def _check_one_meaning(rows: Sequence[AnswerRow], field: str, fitting: dict[str, list[int | None]]) -> None:
     """Raise `EvaluationError` if two encodings that fit every row name different choices."""
     (first, one), *others = fitting.items() if fitting else [("", [])]
     for way, other in others:
@@ -79,7 +81,7 @@ def _check_one_meaning(rows: Sequence[Answered], field: str, fitting: dict[str, 
                 )
 
 
-def _by_letter(row: Answered) -> int | None:
+def _by_letter(row: AnswerRow) -> int | None:
     """Match the file's labels, or A, B, C; "(B)" and "b." match B as well."""
     labels = row.labels or tuple(string.ascii_uppercase[: len(row.choices)])
     if isinstance(row.answer, bool) or not isinstance(row.answer, str | int):
@@ -89,7 +91,7 @@ def _by_letter(row: Answered) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _by_text(row: Answered) -> int | None:
+def _by_text(row: AnswerRow) -> int | None:
     """Match the text of exactly one choice; true matches yes or true, false matches no or false."""
     if not isinstance(row.answer, str | bool):
         return None
@@ -101,7 +103,7 @@ def _by_text(row: Answered) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _by_number(row: Answered, first: int) -> int | None:
+def _by_number(row: AnswerRow, first: int) -> int | None:
     """Accept integers, also as text or as floats without a fraction, as tables hold them."""
     answer = row.answer
     if isinstance(answer, str) and answer.strip().isascii() and answer.strip().isdigit():
@@ -113,7 +115,7 @@ def _by_number(row: Answered, first: int) -> int | None:
     return answer - first if 0 <= answer - first < len(row.choices) else None
 
 
-READERS: dict[str, Callable[[Answered], int | None]] = {
+READERS: dict[str, Callable[[AnswerRow], int | None]] = {
     LETTER: _by_letter,
     TEXT: _by_text,
     FROM_0: lambda row: _by_number(row, 0),
@@ -129,7 +131,7 @@ def _way_of(answer: Any) -> str:
     return FROM_0 if text.isdigit() else LETTER if len(text) == 1 else TEXT
 
 
-def _problem(field: str, row: Answered, way: str) -> str:
+def _problem(field: str, row: AnswerRow, way: str) -> str:
     count = len(row.choices)
     if way in (FROM_0, FROM_1):
         return f"{field} is not an index into the {count} choices, counted from {way[-1]}"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from crosscal.evaluation.logits import Reader, reading
+from crosscal.evaluation.logits import LogitReader, reading
 from crosscal.evaluation.measurement import Measurement
 from crosscal.lanes import each_side_by_side, side_by_side
 from crosscal.progress import Progress
@@ -39,7 +39,7 @@ class Subject(Protocol):
         """Raise `EvaluationError` if the model cannot process it."""
         ...
 
-    def batches(self, reader: Reader, batch_tokens: int) -> list[Batch]:
+    def batches(self, reader: LogitReader, batch_tokens: int) -> list[Batch]:
         """Return batches of at most `batch_tokens` tokens, but of at least one window or question."""
         ...
 

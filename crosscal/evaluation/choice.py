@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from crosscal.evaluation.comparison import is_told_apart
-from crosscal.evaluation.summaries import Difference, pareto_front
+from crosscal.evaluation.comparison import is_distinguishable
+from crosscal.evaluation.summaries import PairedDifference, pareto_front
 
 
 @dataclass(frozen=True)
-class Choice:
+class CandidateChoice:
     """The index of the chosen candidate, and the candidates it was chosen among."""
 
     chosen: int
@@ -26,9 +26,9 @@ class Choice:
 
 def choose(
     points: Sequence[tuple[float, float]],
-    difference: Callable[[int, int], Difference | None],
+    difference: Callable[[int, int], PairedDifference | None],
     slack: float = 0.0,
-) -> Choice:
+) -> CandidateChoice:
     """Return the lowest general perplexity on the Pareto front among the candidates that are not distinguishable from
     the lowest domain perplexity.
 
@@ -44,9 +44,9 @@ def choose(
         known = found[index]
         if known is None:
             return index == lowest or points[index][1] <= (1 + slack) * points[lowest][1]
-        return not is_told_apart(known, comparisons)
+        return not is_distinguishable(known, comparisons)
 
     alike = tuple(index for index in front if is_alike(index))
     paired = [known.n for known in found.values() if known]
     windows = paired[0] if len(paired) == len(found) else None
-    return Choice(min(alike, key=lambda index: points[index]), lowest, tuple(front), alike, windows)
+    return CandidateChoice(min(alike, key=lambda index: points[index]), lowest, tuple(front), alike, windows)

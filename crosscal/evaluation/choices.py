@@ -26,7 +26,7 @@ from torch import Tensor
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.batches import Batch
 from crosscal.evaluation.encoded import EncodedQuestion
-from crosscal.evaluation.logits import NOT_SUPPORTED, ROUNDOFF, Reader
+from crosscal.evaluation.logits import NOT_SUPPORTED, ROUNDOFF, LogitReader
 from crosscal.evaluation.measurement import TEST, Measurement
 from crosscal.evaluation.summaries import spread
 
@@ -65,7 +65,7 @@ class Choices:
                 do="Use the tokenizer that belongs to the model.",
             )
 
-    def batches(self, reader: Reader, batch_tokens: int) -> list[Batch]:
+    def batches(self, reader: LogitReader, batch_tokens: int) -> list[Batch]:
         with torch.inference_mode():
             shared = reader.is_in_pieces and is_shared(reader, max(self.questions, key=_context_tokens))
         found: list[Batch] = []
@@ -99,7 +99,7 @@ class Choices:
         )
 
 
-def is_shared(reader: Reader, question: EncodedQuestion) -> bool:
+def is_shared(reader: LogitReader, question: EncodedQuestion) -> bool:
     """Return whether scoring from a cached question gives the same result, tested on its first choice."""
     alone = EncodedQuestion(question.context, question.choices[:1], question.characters[:1], 0)
     if len(alone.context) < 2:
@@ -163,7 +163,7 @@ class _Place(NamedTuple):
     choice: tuple[int, ...]
 
 
-def scores(reader: Reader, questions: Sequence[EncodedQuestion], *, shared: bool) -> Scores:
+def scores(reader: LogitReader, questions: Sequence[EncodedQuestion], *, shared: bool) -> Scores:
     """Return the log-likelihood of each choice: the sum over its tokens, each given all tokens before it."""
     together = _together(questions) if shared else 0
     rows: dict[_Row, int] = {}
@@ -180,7 +180,7 @@ def scores(reader: Reader, questions: Sequence[EncodedQuestion], *, shared: bool
     return [tuple(next(each) for _ in question.choices) for question in questions]
 
 
-def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
+def _likelihoods(reader: LogitReader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
     """Log-likelihood at each place; at most as many rows at once as there is memory for copies of the cache."""
     found = [0.0] * len(places)
     at_once = _rows_at_once(reader, cache, rows)
@@ -198,7 +198,7 @@ def _likelihoods(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place],
     return found
 
 
-def _sums(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
+def _sums(reader: LogitReader, rows: Sequence[_Row], places: Sequence[_Place], cache: Any) -> list[float]:
     width = max(len(row.tokens) for row in rows)
     rows_NR = torch.tensor([(*row.tokens, *[0] * (width - len(row.tokens))) for row in rows]).to(reader.device)
     at = [place.row * width + place.position + i for place in places for i in range(len(place.choice))]
@@ -209,7 +209,7 @@ def _sums(reader: Reader, rows: Sequence[_Row], places: Sequence[_Place], cache:
     return torch.zeros(len(places), dtype=torch.float64).index_add_(0, of_T, -nll_T.double().cpu()).tolist()
 
 
-def _rows_at_once(reader: Reader, cache: Any, rows: Sequence[_Row]) -> int:
+def _rows_at_once(reader: LogitReader, cache: Any, rows: Sequence[_Row]) -> int:
     if cache is None:
         return len(rows) if reader.is_in_pieces else 1
     kept = [each for layer in cache.layers for each in vars(layer).values() if isinstance(each, Tensor)]

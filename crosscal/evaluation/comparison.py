@@ -29,13 +29,13 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from crosscal.evaluation.summaries import Difference, joined, paired_difference
+from crosscal.evaluation.summaries import PairedDifference, joined, paired_difference
 
 LEVEL = 0.05
 """Maximum probability that a choice rests on a difference that does not exist."""
 
 
-def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Difference | None:
+def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> PairedDifference | None:
     """Return the mean difference of log perplexity, first - second, over the same windows, with its standard error.
 
     Both arguments hold one sequence of per-window log perplexities per seed. With several seeds a window counts with
@@ -51,7 +51,7 @@ def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[f
     return over_windows
 
 
-def margin(difference: Difference, comparisons: int = 1) -> float:
+def margin(difference: PairedDifference, comparisons: int = 1) -> float:
     """Return the half-width of the interval around the mean; infinite if the standard error is unknown."""
     from scipy.special import stdtrit
 
@@ -60,17 +60,17 @@ def margin(difference: Difference, comparisons: int = 1) -> float:
     return float(stdtrit(difference.dof, 1 - LEVEL / (2 * max(1, comparisons)))) * difference.stderr
 
 
-def is_told_apart(difference: Difference, comparisons: int = 1) -> bool:
+def is_distinguishable(difference: PairedDifference, comparisons: int = 1) -> bool:
     """Return whether the two models are distinguishable, in either direction."""
     return abs(difference.mean) > margin(difference, comparisons)
 
 
-def excess(difference: Difference, most: float, comparisons: int = 1) -> float:
+def excess(difference: PairedDifference, most: float, comparisons: int = 1) -> float:
     """Return mean + margin - log(1 + most): at most 0 if the first is shown to be at most the fraction `most` worse."""
     return difference.mean + margin(difference, comparisons) - math.log1p(most)
 
 
-def change_text(difference: Difference) -> str:
+def change_text(difference: PairedDifference) -> str:
     """Format a mean difference of log perplexity as a change of perplexity: "better by 1.24 ± 0.31 %".
 
     The error of exp(mean) is exp(mean) · stderr, by the delta method; it is shown with two digits.

@@ -23,7 +23,7 @@ LEAST_CUTS = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class ContinuationSettings:
     questions: int = 200
     """Maximum number; a small corpus gives fewer."""
     choices: int = 4
@@ -35,7 +35,7 @@ class Settings:
 
 
 @dataclass(frozen=True, order=True)
-class Cut:
+class ContinuationCut:
     """A cut in a document, sorted by its rank within the document and then by a hash, so that all documents give one
     cut before any gives a second."""
 
@@ -46,7 +46,7 @@ class Cut:
     following: str
 
 
-def continuation_questions(texts: Iterable[str], settings: Settings) -> list[Question]:
+def continuation_questions(texts: Iterable[str], settings: ContinuationSettings) -> list[Question]:
     """Return questions made from texts. The order of the texts does not matter; each is read once, and only as many
     cuts as needed are held.
 
@@ -59,7 +59,7 @@ def continuation_questions(texts: Iterable[str], settings: Settings) -> list[Que
     return [_question(cut, kept, settings) for cut in kept[: settings.questions]]
 
 
-def _cuts(text: str, settings: Settings, most: int) -> Iterator[Cut]:
+def _cuts(text: str, settings: ContinuationSettings, most: int) -> Iterator[ContinuationCut]:
     """Yield pieces of a document that do not overlap, each cut in two, in pseudo-random order."""
     words = text.split()
     length = settings.context_words + settings.words
@@ -73,10 +73,10 @@ def _cuts(text: str, settings: Settings, most: int) -> Iterator[Cut]:
         piece = words[begin + number * length :][:length]
         context, following = piece[: settings.context_words], piece[settings.context_words :]
         order = hashlib.sha256(f"{settings.seed} {number} {document.hex()}".encode()).digest()
-        yield Cut(rank, order, document, " ".join(context), " ".join(following))
+        yield ContinuationCut(rank, order, document, " ".join(context), " ".join(following))
 
 
-def _question(cut: Cut, cuts: Sequence[Cut], settings: Settings) -> Question:
+def _question(cut: ContinuationCut, cuts: Sequence[ContinuationCut], settings: ContinuationSettings) -> Question:
     chance = random.Random(cut.order)
     # Equal continuations count once, and not beside the correct answer: no question has two correct ones.
     others = {other.following.casefold(): other for other in cuts if other.document != cut.document}
@@ -90,7 +90,7 @@ def _question(cut: Cut, cuts: Sequence[Cut], settings: Settings) -> Question:
     return Question(cut.context, tuple(choices), answer)
 
 
-def _too_few(found: int, settings: Settings) -> EvaluationError:
+def _too_few(found: int, settings: ContinuationSettings) -> EvaluationError:
     length = settings.context_words + settings.words
     return EvaluationError(
         "too few documents for questions on what comes next",

@@ -26,7 +26,7 @@ DRAWS, WINDOWS, QUESTIONS = "draws", "windows", "questions"
 
 
 @dataclass(frozen=True)
-class Sure:
+class MeanEstimate:
     """A mean with its uncertainty."""
 
     mean: float
@@ -45,7 +45,7 @@ class Sure:
     """Number of test windows or questions, if they were compared one by one."""
 
 
-def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS) -> Sure:
+def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS) -> MeanEstimate:
     """Return the mean of one value per draw and window or question: a difference, or one model's own value."""
     means = [math.fsum(row) / len(row) for row in values_DW]
     over_items = spread(math.fsum(column) / len(column) for column in zip(*values_DW, strict=True))
@@ -53,10 +53,10 @@ def over_draws_and_items(values_DW: Sequence[Sequence[float]], of: str = WINDOWS
     if len(means) > 1:
         return _over_draws(means, stderr, over_items.n)
     interval, p = _t(over_items.mean, stderr, over_items.n - 1)
-    return Sure(over_items.mean, None, stderr, of, interval, p, 1, over_items.n)
+    return MeanEstimate(over_items.mean, None, stderr, of, interval, p, 1, over_items.n)
 
 
-def over_draws(values: Sequence[float], stderr: float | None, of: str) -> Sure:
+def over_draws(values: Sequence[float], stderr: float | None, of: str) -> MeanEstimate:
     """Return the mean of one value per draw, whose standard error over windows or questions is known.
 
     With one draw the interval is that of a normal distribution.
@@ -64,7 +64,7 @@ def over_draws(values: Sequence[float], stderr: float | None, of: str) -> Sure:
     if len(values) > 1:
         return _over_draws(values, stderr, None)
     interval, p = _t(values[0], stderr, None)
-    return Sure(values[0], None, stderr, of, interval, p, 1, None)
+    return MeanEstimate(values[0], None, stderr, of, interval, p, 1, None)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -78,11 +78,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _over_draws(values: Sequence[float], stderr: float | None, items: int | None) -> Sure:
+def _over_draws(values: Sequence[float], stderr: float | None, items: int | None) -> MeanEstimate:
     found = spread(values)
     assert found.sd is not None, "there are several draws"
     interval, p = _t(found.mean, found.sd / math.sqrt(found.n), found.n - 1)
-    return Sure(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, items)
+    return MeanEstimate(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, items)
 
 
 def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:
@@ -98,7 +98,7 @@ def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[fl
     return (mean - half, mean + half), 2 * float(ndtr(tail) if freedom is None else stdtr(freedom, tail))
 
 
-def over_both(found: Sure) -> tuple[float, float] | None:
+def over_both(found: MeanEstimate) -> tuple[float, float] | None:
     """Return the 95 % interval of a variant's own value over draws *and* test text, taken as independent."""
     parts = [found.stderr, None if found.sd is None else found.sd / math.sqrt(found.draws)]
     known = [part for part in parts if part is not None]

@@ -19,7 +19,7 @@ from crosscal.calibration.packing import fill
 from crosscal.calibration.tokens import EncodedDocuments, Readable, begin_token, chat_begin_token
 from crosscal.errors import EvaluationError, TooLittleText
 from crosscal.evaluation.batches import Batch, read_each
-from crosscal.evaluation.logits import Reader
+from crosscal.evaluation.logits import LogitReader
 from crosscal.evaluation.measurement import PERPLEXITY, Measurement
 from crosscal.progress import Progress
 
@@ -54,7 +54,7 @@ class Windows:
     def check(self, model: Any) -> None:
         _check_windows(model, self.tokens_SL, self.name)
 
-    def batches(self, reader: Reader, batch_tokens: int) -> list[Batch]:
+    def batches(self, reader: LogitReader, batch_tokens: int) -> list[Batch]:
         at_once = max(1, batch_tokens // self.tokens_SL.shape[1]) if reader.is_in_pieces else 1
         return [(len(each_BL), partial(_batch_nll, reader, each_BL)) for each_BL in self.tokens_SL.split(at_once)]
 
@@ -140,7 +140,7 @@ def windows_of(
     return torch.from_numpy(np.stack([whole[i * len(whole) // wanted] for i in range(wanted)])).long()
 
 
-def _batch_nll(reader: Reader, tokens_BL: torch.Tensor) -> torch.Tensor:
+def _batch_nll(reader: LogitReader, tokens_BL: torch.Tensor) -> torch.Tensor:
     tokens_BL = tokens_BL.to(reader.device)
     decoded = reader.read(tokens_BL)
     at_BL = torch.arange(tokens_BL.numel(), device=tokens_BL.device).view_as(tokens_BL)

@@ -48,7 +48,7 @@ def rows_at_once(vocabulary: int, itemsize: int, lanes: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecoderOutput:
     """A model's output for some tokens: the decoder's hidden states, or logits if it does not run in pieces."""
 
     rows_BLX: Tensor
@@ -58,7 +58,7 @@ class Decoded:
     """Cache for the tokens that follow, if requested and supported."""
 
 
-class Reader:
+class LogitReader:
     """A model whose decoder and head are run separately. Use `reading` to make one."""
 
     def __init__(self, model: Any, lanes: int) -> None:
@@ -69,23 +69,23 @@ class Reader:
         self._plain = model.get_decoder().forward
         self._turn = threading.local()  # per thread: what the replaced forward does
 
-    def read(self, tokens_BL: Tensor, after: Any = None, *, keep: bool = False) -> Decoded:
+    def read(self, tokens_BL: Tensor, after: Any = None, *, keep: bool = False) -> DecoderOutput:
         """Process tokens, after those in cache `after` if given, which is extended in place; `keep`: make a cache."""
         arguments: dict[str, Any] = {"input_ids": tokens_BL, "use_cache": keep or after is not None}
         if after is not None:
             arguments["past_key_values"] = after
         if not self.is_in_pieces:
             whole = self.model(**arguments)
-            return Decoded(whole.logits, None, getattr(whole, "past_key_values", None))
+            return DecoderOutput(whole.logits, None, getattr(whole, "past_key_values", None))
         with self._told(stop=True):
             try:
                 self.model(**arguments)
             except _Stop as stopped:
                 output = stopped.args[0]
-                return Decoded(output[0], output, getattr(output, "past_key_values", None))
+                return DecoderOutput(output[0], output, getattr(output, "past_key_values", None))
         raise RuntimeError("the model did not call its decoder")
 
-    def nll(self, decoded: Decoded, at_T: Tensor, target_T: Tensor) -> Tensor:
+    def nll(self, decoded: DecoderOutput, at_T: Tensor, target_T: Tensor) -> Tensor:
         """Return the negative log-likelihood of each target at its position in the flattened batch: float32 [T]."""
         rows_NX = decoded.rows_BLX.flatten(0, 1)
         if not self.is_in_pieces:
@@ -95,7 +95,7 @@ class Reader:
         pairs = zip(at_T.split(rows), target_T.split(rows), strict=True)
         return torch.cat([_nll(self.logits(decoded, rows_NX[at_R]), target_R) for at_R, target_R in pairs])
 
-    def logits(self, decoded: Decoded, hidden_RD: Tensor) -> Tensor:
+    def logits(self, decoded: DecoderOutput, hidden_RD: Tensor) -> Tensor:
         """Return logits_RV of rows of the decoder's output."""
         rows_BLD = hidden_RD[None]
         if isinstance(decoded.output, tuple):
@@ -126,8 +126,8 @@ class Reader:
 
 
 @contextmanager
-def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
-    """Yield a `Reader` of the model, in evaluation mode and on its device; restores the model afterwards.
+def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[LogitReader]:
+    """Yield a `LogitReader` of the model, in evaluation mode and on its device; restores the model afterwards.
 
     `tokens_L`: valid tokens to probe whether logits can be computed in pieces. `lanes`: number of threads that will use
     it.
@@ -136,7 +136,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
     own = {name: value for name, value in vars(decoder).items() if name == "forward"}  # as other hooks may have set it
     model.eval()
     try:
-        reader = Reader(model, lanes)
+        reader = LogitReader(model, lanes)
         decoder.forward = reader.forward  # on this instance; its class is unchanged
         tried, one = [partial(are_in_pieces, reader, tokens_L)], 1 if lanes > 1 else None
         (reader.is_in_pieces,) = side_by_side(tried, reader.device, threads_each=one)
@@ -148,7 +148,7 @@ def reading(model: Any, tokens_L: Tensor, lanes: int = 1) -> Iterator[Reader]:
 
 
 @torch.inference_mode()
-def are_in_pieces(reader: Reader, tokens_L: Tensor) -> bool:
+def are_in_pieces(reader: LogitReader, tokens_L: Tensor) -> bool:
     """Return whether logits of pieces equal those of a whole forward pass, tested on a few tokens."""
     probe_BL = tokens_L[None, :PROBE_TOKENS]
     whole_RV = reader.model(input_ids=probe_BL, use_cache=False).logits[0].float()

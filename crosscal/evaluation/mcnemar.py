@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Change:
+class AnswerChange:
     """Change from one model's answers to another's."""
 
     questions: int
@@ -38,12 +38,12 @@ class Change:
         return f"{self.points:+.1f} points, {self.lost} lost / {self.won} won, {told}".replace("-", "−")
 
 
-def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+def change(before: Sequence[bool], after: Sequence[bool]) -> AnswerChange:
     """Compare answers to the same questions in the same order. Raises ValueError on unequal or no questions."""
     pairs = list(zip(before, after, strict=True))
     if not pairs:
         raise ValueError("no questions to compare on")
-    return Change(len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    return AnswerChange(len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
 
 
 def exact_p(lost: int, won: int) -> float:

@@ -14,12 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.answers import TEXT, TOLD, Answered, read_answers
-from crosscal.evaluation.question_forms import Fields, Form, Unfit, form_of, parts_of
-from crosscal.evaluation.question_rows import FORM, FORMATS, FORMS, Row, Table, read_rows
+from crosscal.evaluation.answers import TEXT, TOLD, AnswerRow, read_answers
+from crosscal.evaluation.question_forms import Fields, FormMismatch, RecordForm, form_of, parts_of
+from crosscal.evaluation.question_rows import FORM, FORMATS, FORMS, CsvTable, Row, read_rows
 from crosscal.files import excerpt, format_of, stem_of
 
-__all__ = ["FORMS", "Fields", "Question", "QuestionFile", "is_question_file", "read_question_file", "read_questions"]
+__all__ = [
+    "FORMS",
+    "Fields",
+    "Question",
+    "QuestionFile",
+    "is_question_file",
+    "read_question_file",
+    "read_questions",
+]
 
 NOTHING_SAID = Fields()
 
@@ -86,9 +94,9 @@ def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> Quest
     for row in rows:
         try:
             parts = parts_of(row.value, form)
-        except Unfit as problem:
+        except FormMismatch as problem:
             raise EvaluationError(str(problem), where=row.where, do=_remedy(path, row, form)) from problem
-        answered.append(Answered(parts.choices, parts.labels, parts.answer, row.where))
+        answered.append(AnswerRow(parts.choices, parts.labels, parts.answer, row.where))
         contexts.append(parts.context)
         questions.append(parts.question)
     answer_is = fields.answer_is or (TEXT if form.are_words else None)
@@ -122,22 +130,22 @@ def task_names(paths: Sequence[str]) -> dict[str, str]:
     return dict(zip(paths, names, strict=True))
 
 
-def _with_form(path: Path, found: tuple[Row, ...] | Table, fields: Fields) -> tuple[tuple[Row, ...], Form]:
+def _with_form(path: Path, found: tuple[Row, ...] | CsvTable, fields: Fields) -> tuple[tuple[Row, ...], RecordForm]:
     """Rows, with the names of their columns if they have any, and their form."""
-    rows = found.with_header if isinstance(found, Table) else found
+    rows = found.with_header if isinstance(found, CsvTable) else found
     try:
         if rows:
             return rows, form_of([row.value for row in rows], fields)
-        raise Unfit("nothing behind the first line")
-    except Unfit as problem:
-        unnamed = _without_header(found, fields) if isinstance(found, Table) else None
+        raise FormMismatch("nothing behind the first line")
+    except FormMismatch as problem:
+        unnamed = _without_header(found, fields) if isinstance(found, CsvTable) else None
         if unnamed is not None:
             return unnamed
         row = rows[0] if rows else Row({}, str(path))
         raise EvaluationError(f"{problem}", where=row.where, do=_remedy(path, row, None)) from problem
 
 
-def _without_header(table: Table, fields: Fields) -> tuple[tuple[Row, ...], Form] | None:
+def _without_header(table: CsvTable, fields: Fields) -> tuple[tuple[Row, ...], RecordForm] | None:
     """Take the columns as question, choices and answer, unless the plan names columns by number; None for too few
     columns."""
     rows = table.without_header
@@ -150,11 +158,11 @@ def _without_header(table: Table, fields: Fields) -> tuple[tuple[Row, ...], Form
     )  # fmt: skip
     try:
         return rows, form_of([row.value for row in rows], said)
-    except Unfit:
+    except FormMismatch:
         return None
 
 
-def _remedy(path: Path, row: Row, form: Form | None) -> str:
+def _remedy(path: Path, row: Row, form: RecordForm | None) -> str:
     """Return what to write in the plan for a row that no form fits."""
     if form is not None and form.is_native:
         return FORM
@@ -165,7 +173,7 @@ def _remedy(path: Path, row: Row, form: Form | None) -> str:
     return f"{was}{there}Say which is which in the plan: {said}. Or write our form: {FORM}"
 
 
-def _read_so(form: Form, found: tuple[Row, ...] | Table = ()) -> str:
-    is_unnamed = isinstance(found, Table) and form.question in found.without_header[0].value
+def _read_so(form: RecordForm, found: tuple[Row, ...] | CsvTable = ()) -> str:
+    is_unnamed = isinstance(found, CsvTable) and form.question in found.without_header[0].value
     header = "The first line names no question and no answer, so it was read as a row. " if is_unnamed else ""
     return f"{header}Read here: {form}."

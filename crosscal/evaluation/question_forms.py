@@ -46,7 +46,7 @@ class Fields:
 
 
 @dataclass(frozen=True)
-class Form:
+class RecordForm:
     """Which fields of a file's records are read as what."""
 
     question: str
@@ -68,7 +68,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ParsedRecord:
     """The content of a record under a form."""
 
     question: str
@@ -79,13 +79,13 @@ class Parts:
     context: str | None
 
 
-class Unfit(Exception):
+class FormMismatch(Exception):
     """A record does not fit a form, or no form was found; the message gives the reason."""
 
 
-def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> Form:
-    """Return the form: fields that the plan does not give are detected in the first record. Raises `Unfit` naming what
-    is missing.
+def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> RecordForm:
+    """Return the form: fields that the plan does not give are detected in the first record. Raises `FormMismatch`
+    naming what is missing.
 
     If records hold no choices, these are inferred from the answers of all records (see `WORDS`).
     """
@@ -94,37 +94,37 @@ def form_of(records: Sequence[Mapping[str, Any]], given: Fields) -> Form:
     question, answer = given.question or _first(names, QUESTION), given.answer or _first(names, ANSWER)
     missing = [what for what, found in (("question", question), ("answer", answer)) if found is None]
     if question is None or answer is None:
-        raise Unfit(f"no field that is the {' or the '.join(missing)}")
+        raise FormMismatch(f"no field that is the {' or the '.join(missing)}")
     choices = given.choices or _choices(first, names)
     are_words = isinstance(choices, tuple) and not any(map(partial(_is_there, first), choices))
     if choices is None:
         choices, are_words = _words([value_of(record, answer) for record in records]), True
     if choices is None:
-        raise Unfit("no field that holds the choices")
+        raise FormMismatch("no field that holds the choices")
     context = given.context or _context(first, names)
     used = [question, answer, *[context] * (context is not None)]
     used += [] if are_words else [choices] if isinstance(choices, str) else choices
     for name in used:
         if not _is_there(first, name):
-            raise Unfit(f"no field {name}")
-    return Form(question, choices, answer, context, are_words)
+            raise FormMismatch(f"no field {name}")
+    return RecordForm(question, choices, answer, context, are_words)
 
 
-def parts_of(record: Mapping[str, Any], form: Form) -> Parts:
-    """Return the content of a record. Raises `Unfit` with what is wrong with it."""
+def parts_of(record: Mapping[str, Any], form: RecordForm) -> ParsedRecord:
+    """Return the content of a record. Raises `FormMismatch` with what is wrong with it."""
     used = [form.question, *([form.choices] if isinstance(form.choices, str) else []), form.answer]
     missing = [name for name in used if not _is_there(record, name)]
     if missing:
-        raise Unfit(f"a row without {', '.join(missing)}")
+        raise FormMismatch(f"a row without {', '.join(missing)}")
     question = _text(record, form.question)
     if not is_text(question):
-        raise Unfit(f"{form.question} is not a text")
+        raise FormMismatch(f"{form.question} is not a text")
     choices, labels = _labelled(record, form)
     context = _text(record, form.context) if form.context else None
-    return Parts(question, choices, labels, value_of(record, form.answer), context)
+    return ParsedRecord(question, choices, labels, value_of(record, form.answer), context)
 
 
-def _labelled(record: Mapping[str, Any], form: Form) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+def _labelled(record: Mapping[str, Any], form: RecordForm) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     if isinstance(form.choices, tuple):
         texts = list(form.choices) if form.are_words else [_text(record, name) for name in form.choices]
         texts, labels = _without_blank_end(texts, None)
@@ -133,7 +133,7 @@ def _labelled(record: Mapping[str, Any], form: Form) -> tuple[tuple[str, ...], t
         name = form.choices
         texts, labels = _listed(value_of(record, name)) or ([], None)
     if len(texts) < 2 or not all(map(is_text, texts)):
-        raise Unfit(f"{name} is not a list of two or more texts")
+        raise FormMismatch(f"{name} is not a list of two or more texts")
     return tuple(texts), labels
 
 

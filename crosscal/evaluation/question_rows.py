@@ -27,7 +27,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """The lines of a CSV or TSV, all of one length. The caller decides whether the first one is a header."""
 
     lines: tuple[tuple[tuple[str, ...], str], ...]
@@ -51,14 +51,14 @@ class Table:
         return tuple(Row(dict(zip(names, cells, strict=True)), where) for cells, where in self.lines[begin:])
 
 
-def read_rows(path: Path) -> tuple[Row, ...] | Table:
+def read_rows(path: Path) -> tuple[Row, ...] | CsvTable:
     """Return every record of a file, which may be none. Raises `EvaluationError` naming file and line."""
     if not path.is_file():
         raise EvaluationError("the questions cannot be read", where=str(path), got="no such file", do="Check the path.")
     form = format_of(path)
     if form in TABLES:
         found = tuple(_of_table(path, TABLES[form]))
-        return Table(found) if found else ()
+        return CsvTable(found) if found else ()
     return tuple(_of_parquet(path) if form == ".parquet" else _of_json(path))
 
 
@@ -103,7 +103,7 @@ def _of_table(path: Path, delimiter: str) -> Iterator[tuple[tuple[str, ...], str
                 yield tuple(cells), where
     except csv.Error as error:
         where = f"{path}, line {begins}"
-        raise EvaluationError("not a row of a table", where=where, got=str(error), do="Mend its quotes.") from error
+        raise EvaluationError("not a row of a table", where=where, got=str(error), do="Fix its quotes.") from error
 
 
 def _text_lines(path: Path) -> Iterator[str]:

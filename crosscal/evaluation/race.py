@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crosscal.evaluation.comparison import change_text, log_difference, margin
-from crosscal.evaluation.summaries import Difference
+from crosscal.evaluation.summaries import PairedDifference
 
 FEWEST = 4
 """Minimum windows of a corpus at the first look: with fewer, Student's t has heavy tails."""
@@ -25,9 +25,9 @@ Seeds = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Beaten:
+class Eliminated:
     by: str
-    differences: dict[str, Difference]
+    differences: dict[str, PairedDifference]
     """Corpus -> difference of log perplexity; positive: the beaten model is worse."""
 
     @property
@@ -46,9 +46,9 @@ def looks(windows: int) -> list[list[int]]:
     return parts
 
 
-def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict[str, Beaten]:
+def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict[str, Eliminated]:
     """Return model -> the one that beats it clearly. `windows`: model -> corpus -> values on the same windows."""
-    found: dict[str, Beaten] = {}
+    found: dict[str, Eliminated] = {}
     for name, own in windows.items():
         others = {other: _differences(own, each) for other, each in windows.items() if other != name}
         better = {
@@ -58,11 +58,11 @@ def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict
         }
         if better:
             other = max(better, key=lambda other: sum(one.mean for one in better[other].values()))
-            found[name] = Beaten(other, better[other])
+            found[name] = Eliminated(other, better[other])
     return found
 
 
-def _differences(own: Mapping[str, Seeds], other: Mapping[str, Seeds]) -> dict[str, Difference]:
+def _differences(own: Mapping[str, Seeds], other: Mapping[str, Seeds]) -> dict[str, PairedDifference]:
     """Empty if some corpus cannot be compared; then the model is not beaten."""
     found = {corpus: log_difference(own[corpus], other[corpus]) for corpus in own if corpus in other}
     known = {corpus: one for corpus, one in found.items() if one is not None}

@@ -18,7 +18,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean of paired differences and its standard error sd / sqrt(n), None for a single pair."""
 
     mean: float
@@ -34,7 +34,7 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
     """Return the mean of first - second, item by item: the same seeds, or the same windows, in the same order.
 
     Pairing removes what both share (a hard window is hard for every variant), so differences far smaller than either
@@ -42,17 +42,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     """
     differences = spread(a - b for a, b in zip(first, second, strict=True))
     stderr = None if differences.sd is None else differences.sd / math.sqrt(differences.n)
-    return Difference(differences.mean, stderr, differences.n, differences.n - 1)
+    return PairedDifference(differences.mean, stderr, differences.n, differences.n - 1)
 
 
-def joined(over_items: Difference, over_repeats: Difference) -> Difference:
+def joined(over_items: PairedDifference, over_repeats: PairedDifference) -> PairedDifference:
     """Return the mean over items with the error over repeats added: variances add, and by Welch and Satterthwaite
     dof = (a + b)^2 / (a^2 / dof_a + b^2 / dof_b) for the variances a and b of the two means."""
     a, b = ((each.stderr or 0.0) ** 2 for each in (over_items, over_repeats))
     if a + b == 0.0:
         return over_items
     dof = (a + b) ** 2 / ((a**2 / over_items.dof) + (b**2 / over_repeats.dof))
-    return Difference(over_items.mean, math.sqrt(a + b), over_items.n, dof)
+    return PairedDifference(over_items.mean, math.sqrt(a + b), over_items.n, dof)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

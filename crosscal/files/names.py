@@ -12,7 +12,7 @@ UNPACKED = (".parquet",)
 
 
 def format_of(name: str | PurePath) -> str | None:
-    """Return the file's format, one of `FORMATS`, ignoring case; None for a file type that is not read."""
+    """Return the file's format, one of `FORMATS`, ignoring case; None for a unsupported file type."""
     form, compression = _suffixes(PurePath(name))
     if form.lower() not in FORMATS or (compression and form.lower() in UNPACKED):
         return None

@@ -19,7 +19,7 @@ from crosscal.corpora import DocumentLimits, ingest
 from crosscal.corpora.records import TEXT
 from crosscal.corpora.sources import split_of_file
 from crosscal.errors import CorpusError, NoColumn
-from crosscal.landing.items import LandedFile, Place, Refusal
+from crosscal.landing.items import LandedFile, LandingPlace, Refusal
 from crosscal.landing.ledger import Ledger
 from crosscal.landing.place import MARKER, complete_files, open_place, promise_of, refusal
 from crosscal.landing.records import state
@@ -35,7 +35,7 @@ _log = logging.getLogger("crosscal")
 
 
 @dataclass(frozen=True)
-class Landed:
+class LandingResult:
     """Result of a sweep for one file: `ingested`, `refused`, or `known` for content that had landed before."""
 
     domain: str
@@ -52,7 +52,7 @@ class Landed:
 
 
 @dataclass(frozen=True)
-class Reading:
+class IntakeOptions:
     """How landed files are read: limits, and the text column of each domain where it is not found automatically."""
 
     limits: DocumentLimits = LIMITS
@@ -70,15 +70,15 @@ def take_in(
     limits: DocumentLimits = LIMITS,
     text: Mapping[str, str] | str | None = None,
     ledger: Ledger | None = None,
-) -> list[Landed]:
+) -> list[LandingResult]:
     """Sweep the landing place once. Files seen before and unchanged are neither read nor returned.
 
     `ledger`: a ledger of the same store. It keeps what this sweep read, so that looking again costs little.
     """
-    ledger, place, reading = ledger or Ledger(store), open_place(landing), Reading(limits, text or {})
-    picture = ledger.take_over()
-    settled = functools.cache(lambda domain: picture.settled(domain, reading.column(domain)))
-    done: list[Landed | None] = []
+    ledger, place, reading = ledger or Ledger(store), open_place(landing), IntakeOptions(limits, text or {})
+    view = ledger.take_over()
+    settled = functools.cache(lambda domain: view.settled(domain, reading.column(domain)))
+    done: list[LandingResult | None] = []
     for found in complete_files(place, settle_seconds):
         if isinstance(found, Refusal):
             done.append(_refuse(ledger, found))
@@ -87,10 +87,12 @@ def take_in(
     return [one for one in done if one is not None]
 
 
-def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, reading: Reading) -> Landed | None:
+def _take(
+    store: Store, ledger: Ledger, place: LandingPlace, found: LandedFile, reading: IntakeOptions
+) -> LandingResult | None:
     most_bytes = reading.limits.max_file_bytes
     if found.bytes > most_bytes:
-        reason = f"{found.bytes:,} bytes are more than the {most_bytes:,} that are taken"
+        reason = f"{found.bytes:,} bytes exceed the limit of {most_bytes:,}"
         return _refuse(ledger, refusal(found.domain, found.name, reason, do="Divide it into several files."))
     try:
         promised = promise_of(place, found)
@@ -111,8 +113,8 @@ def _take(store: Store, ledger: Ledger, place: Place, found: LandedFile, reading
 
 
 def _fetch(
-    store: Store, ledger: Ledger, place: Place, found: LandedFile, promised: str | None, reading: Reading
-) -> Landed | None:
+    store: Store, ledger: Ledger, place: LandingPlace, found: LandedFile, promised: str | None, reading: IntakeOptions
+) -> LandingResult | None:
     with tempfile.TemporaryDirectory(prefix="crosscal-landing-") as folder:
         copy = Path(folder, found.name)
         try:
@@ -131,7 +133,9 @@ def _fetch(
         return _ingest(store, ledger, found, sha256, copy, reading)
 
 
-def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: Path, reading: Reading) -> Landed:
+def _ingest(
+    store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: Path, reading: IntakeOptions
+) -> LandingResult:
     def record(name: str | None, **facts: object) -> None:
         ledger.record(file, sha256, None if name is None else state(name, **facts))
 
@@ -139,7 +143,7 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
     known = ledger.file(file.domain, sha256)
     if known is not None and known.is_settled(text):
         record(None)
-        return Landed(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
+        return LandingResult(file.domain, file.name, "known", known.version, reason=known.states[-1].get("reason"))
     record("landed")
     most_bytes = min(limits.max_file_bytes, max(FREE_BYTES, MOST_RATIO * file.bytes))
     bounded = dataclasses.replace(limits, max_file_bytes=most_bytes)
@@ -148,23 +152,23 @@ def _ingest(store: Store, ledger: Ledger, file: LandedFile, sha256: str, copy: P
     except CorpusError as error:
         reason, do = f"{error.what} ({error.got})" if error.got else error.what, _remedy(file, error)
         record("refused", reason=reason, do=do, text=text)
-        refused = Landed(file.domain, file.name, "refused", reason=reason, do=do)
+        refused = LandingResult(file.domain, file.name, "refused", reason=reason, do=do)
         _log.warning("%s", sentence(refused))
         return refused
     version, split = report.corpus.version, split_of_file(file.name)
     ledger.request(file.domain, version)
     facts = {"documents": report.added_documents, "duplicates": report.duplicates, "rejected": report.rejected or None}
     record("ingested", version=version, split=split, **facts)
-    landed = Landed(file.domain, file.name, "ingested", version, report.added_documents, split=split)
+    landed = LandingResult(file.domain, file.name, "ingested", version, report.added_documents, split=split)
     _log.info("%s", sentence(landed))
     return landed
 
 
-def sentence(landed: Landed) -> str:
+def sentence(landed: LandingResult) -> str:
     """Return the result for a file as a sentence for the log."""
     if landed.state == "refused":
         where = "/".join(part for part in (landed.domain, landed.name) if part)
-        return f"{where} is not taken: {landed.reason}. {landed.do or ''}".rstrip()
+        return f"{where} is refused: {landed.reason}. {landed.do or ''}".rstrip()
     whole = f", all of the {landed.split} split, for that is its name" if landed.split else ""
     return f"{landed.domain} v{landed.version}: {landed.added_documents} documents of {landed.name}{whole}"
 
@@ -177,11 +181,11 @@ def _remedy(file: LandedFile, error: CorpusError) -> str:
     return "Put a sound file in its place."
 
 
-def _refuse(ledger: Ledger, found: Refusal) -> Landed | None:
+def _refuse(ledger: Ledger, found: Refusal) -> LandingResult | None:
     """Record a refusal and log a warning, once. Return None if it was recorded before."""
     if not ledger.refuse(found):
         return None
-    landed = Landed(found.domain, found.name, "refused", reason=found.reason, do=found.do)
+    landed = LandingResult(found.domain, found.name, "refused", reason=found.reason, do=found.do)
     _log.warning("%s", sentence(landed))
     return landed
 

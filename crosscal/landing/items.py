@@ -11,7 +11,7 @@ from crosscal.store import digest_of
 
 
 @dataclass(frozen=True)
-class Item:
+class LandingItem:
     """One entry of a folder."""
 
     name: str
@@ -59,10 +59,10 @@ class Refusal:
     do: str = ""
 
 
-class Place(Protocol):
+class LandingPlace(Protocol):
     """A folder or bucket that documents land in. Paths are relative to it; nothing outside it is ever opened."""
 
-    def items(self, folder: str = "") -> Iterator[Item]: ...
+    def items(self, folder: str = "") -> Iterator[LandingItem]: ...
 
     def read(self, path: str, most_bytes: int) -> bytes:
         """The first bytes of a small file."""

@@ -1,7 +1,7 @@
 """The ledger: what landed, what became of it, and what is still to be done. Events only trigger a check; it decides.
 
 One journal in the store contains all of it (`refs/landings/…`), so that a look takes few reads however much has landed.
-`picture` describes its items. A change is written on top of the state last read; on a conflict it is computed again.
+`view` describes its items. A change is written on top of the state last read; on a conflict it is computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from crosscal.errors import StoreError
 from crosscal.landing.earlier import earlier_ledger
 from crosscal.landing.items import LandedFile, Refusal
-from crosscal.landing.picture import CANCELLED, REMOVED, Entry, Picture, entry_of, since_removal
+from crosscal.landing.ledger_view import CANCELLED, REMOVED, LedgerEntry, LedgerView, entry_of, since_removal
 from crosscal.landing.records import now, state
 from crosscal.landing.runs import ENDED, Run, run_key, run_of
 from crosscal.store import Store, digest_of, heartbeat
@@ -37,22 +37,22 @@ class Ledger:
         self.store = store
         self._journal = Journal(store.refs, JOURNAL, functools.partial(earlier_ledger, store.refs))
 
-    def look(self) -> Picture:
+    def look(self) -> LedgerView:
         """Read the current state of the whole ledger."""
         self._journal.refresh()
-        return Picture(self._items())
+        return LedgerView(self._items())
 
-    def take_over(self) -> Picture:
+    def take_over(self) -> LedgerView:
         """Like `look`; also converts the records of an earlier version, one per file, into one journal record."""
-        picture = self.look()
-        if picture.items and not self._journal.number:
+        view = self.look()
+        if view.items and not self._journal.number:
             self._update(lambda items: {} if not self._journal.number else None)
-        return picture
+        return view
 
     def domains(self) -> list[str]:
         return self.look().domains()
 
-    def entries(self, domain: str) -> list[Entry]:
+    def entries(self, domain: str) -> list[LedgerEntry]:
         return self.look().entries(domain)
 
     def refusals(self) -> list[Value]:
@@ -79,14 +79,14 @@ class Ledger:
 
     # Files
 
-    def file(self, domain: str, sha256: str) -> Entry | None:
+    def file(self, domain: str, sha256: str) -> LedgerEntry | None:
         """Return a file's entry in the state last read. A later write detects a stale state."""
         value = self._items().get(_file_key(domain, sha256))
         return None if value is None else entry_of(domain, value)
 
-    def seen(self, file: LandedFile, text: str | None = None) -> Entry | None:
+    def seen(self, file: LandedFile, text: str | None = None) -> LedgerEntry | None:
         """Return the settled entry of a file that was seen before and has not changed, whatever its marker."""
-        found = (entry for entry in Picture(self._items()).files(file.domain) if entry.is_settled(text))
+        found = (entry for entry in LedgerView(self._items()).files(file.domain) if entry.is_settled(text))
         same = (each for each in found if each.names.get(file.name, "").partition("-")[0] == file.own_signature)
         return next(same, None)
 
@@ -130,7 +130,7 @@ class Ledger:
         self._update(change)
 
     def note(self, key: str, value: Value) -> None:
-        """Store an observation (see `picture`)."""
+        """Store an observation (see `view`)."""
         self._update(lambda items: None if items.get(key) == value else {key: value})
 
     def pause(self, domain: str, *, is_paused: bool) -> bool:
@@ -143,13 +143,13 @@ class Ledger:
         """Forget a domain except for the files that landed, which are not ingested again."""
 
         def change(items: dict[str, Value]) -> dict[str, Value]:
-            keys = Picture(items).keys(domain)
+            keys = LedgerView(items).keys(domain)
             files = {key: _with(items[key], state(REMOVED)) for kind, key in keys if kind == "file"}
             return {key: {} for _, key in keys} | files
 
         self._update(change)
 
-    def remove_file(self, entry: Entry) -> None:
+    def remove_file(self, entry: LedgerEntry) -> None:
         """Record that a file's documents were removed from the corpus: it is not ingested again, whatever its name."""
         key = _file_key(entry.domain, entry.sha256)
         self._update(lambda items: {key: _with(items[key], state(REMOVED))})
@@ -160,19 +160,19 @@ class Ledger:
         """Claim a pending domain for one run. Return None if nothing is pending, it is paused, or a live run has it."""
 
         def attempt() -> Run | None:
-            picture = self.look()
-            last = picture.last_run(domain)
+            view = self.look()
+            last = view.last_run(domain)
             changes: dict[str, Value] = {}
-            if picture.is_paused(domain):
+            if view.is_paused(domain):
                 return None
             if last is not None and last.is_open:
                 if not self.is_dead(last):
                     return None
                 changes = self._abandoned(last)
             key = run_key(domain, last.number + 1 if last else 1)
-            version = Picture({**picture.items, **changes}).pending(domain)
+            version = LedgerView({**view.items, **changes}).pending(domain)
             if version is not None:
-                changes[key] = self._claimed(version, run_id, picture.items[f"request/{domain}"])
+                changes[key] = self._claimed(version, run_id, view.items[f"request/{domain}"])
             if changes:
                 self._journal.put(changes)
             return run_of(key, changes[key]) if key in changes else None
@@ -191,7 +191,7 @@ class Ledger:
         """Return whether a run's process is gone."""
         if run.holder is None:
             return run.silent_seconds > EARLIER_SECONDS
-        return heartbeat.signs(self.store.home).is_gone(run.holder)
+        return heartbeat.heartbeats(self.store.home).is_gone(run.holder)
 
     def mark(self, run: Run, name: str, *, version: int | None = None, **facts: Any) -> Run:
         """Add a line to a run's history; `published`, `kept`, `unchanged`, `failed`, `abandoned`, `cancelled` close it.
@@ -204,10 +204,10 @@ class Ledger:
             value = items.get(key)
             if value is None or value["states"][-1]["state"] in ENDED:
                 raise StoreError(
-                    "this run has been closed by another",
+                    "another process has closed this run",
                     where=f"{run.domain}, run {run.number}",
                     got=value["states"][-1]["state"] if value else "nothing",
-                    do="Whoever took over carries on; nothing is lost.",
+                    do="Nothing needs to be done: the process that took over continues.",
                 )
             return {key: {**_with(value, state(name, **facts)), "version": version or value["version"]}}
 
@@ -219,7 +219,7 @@ class Ledger:
         """Record that a user cancelled a flow run, whether or not it had claimed the domain yet."""
 
         def change(items: dict[str, Value]) -> dict[str, Value] | None:
-            runs = Picture(items).runs(domain)
+            runs = LedgerView(items).runs(domain)
             mine = next((run for run in reversed(runs) if run.run_id == run_id), None)
             if mine is None:
                 version = items[f"request/{domain}"]["version"]

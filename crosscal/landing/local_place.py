@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from crosscal.errors import UsageError
-from crosscal.landing.items import Item, LandedFile
+from crosscal.landing.items import LandedFile, LandingItem
 
 CHUNK_BYTES = 2**20
 
@@ -23,12 +23,12 @@ class LocalPlace:
                 "the landing place is no folder", where=str(root), do="Make it, with a folder for each domain."
             )
 
-    def items(self, folder: str = "") -> Iterator[Item]:
+    def items(self, folder: str = "") -> Iterator[LandingItem]:
         try:
             with os.scandir(self.root / folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            yield Item("", problem=f"the folder cannot be read: {error.strerror}")
+            yield LandingItem("", problem=f"the folder cannot be read: {error.strerror}")
             return
         for entry in found:
             item = self._item(entry)
@@ -47,20 +47,22 @@ class LocalPlace:
         same = (after.st_size, after.st_mtime) == (file.bytes, file.modified)
         return digest if same else None
 
-    def _item(self, entry: os.DirEntry[str]) -> Item | None:
+    def _item(self, entry: os.DirEntry[str]) -> LandingItem | None:
         try:
             found = self._inside(Path(entry.path)).stat() if entry.is_symlink() else entry.stat(follow_symlinks=False)
         except FileNotFoundError:
-            return Item(entry.name, problem="a link to nothing") if entry.is_symlink() else None  # removed meanwhile
+            return (
+                LandingItem(entry.name, problem="a link to nothing") if entry.is_symlink() else None
+            )  # removed meanwhile
         except PermissionError as error:
-            return Item(entry.name, problem=str(error.strerror))
+            return LandingItem(entry.name, problem=str(error.strerror))
         except (OSError, RuntimeError) as error:  # RuntimeError: circular links
-            return Item(entry.name, problem=str(error))
+            return LandingItem(entry.name, problem=str(error))
         if stat.S_ISDIR(found.st_mode):
-            return Item(entry.name, is_folder=True)
+            return LandingItem(entry.name, is_folder=True)
         if not stat.S_ISREG(found.st_mode):
-            return Item(entry.name, problem="neither a file nor a folder")
-        return Item(entry.name, bytes=found.st_size, modified=found.st_mtime)
+            return LandingItem(entry.name, problem="neither a file nor a folder")
+        return LandingItem(entry.name, bytes=found.st_size, modified=found.st_mtime)
 
     def _inside(self, path: Path) -> Path:
         real = path.resolve(strict=True)

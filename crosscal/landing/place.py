@@ -16,7 +16,7 @@ from typing import Any
 
 from crosscal.corpora.corpus import ref_name
 from crosscal.errors import UsageError
-from crosscal.landing.items import Item, LandedFile, Place, Refusal
+from crosscal.landing.items import LandedFile, LandingItem, LandingPlace, Refusal
 from crosscal.landing.local_place import LocalPlace
 from crosscal.landing.remote_place import RemotePlace
 
@@ -28,7 +28,7 @@ MAKE_READABLE = "Put a file there that the worker's account can read."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def open_place(landing: str) -> Place:
+def open_place(landing: str) -> LandingPlace:
     """Open a folder or fsspec URL as a landing place. Raises `UsageError` if it cannot be opened."""
     scheme, separator, path = landing.partition("://")
     if separator and scheme not in ("file", "local"):
@@ -36,7 +36,7 @@ def open_place(landing: str) -> Place:
     return LocalPlace(Path(path if separator else landing))
 
 
-def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
+def complete_files(landing: str | LandingPlace, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
     """Yield every complete file of every domain, and a `Refusal` for each that cannot be ingested, ordered by name."""
     place = open_place(landing) if isinstance(landing, str) else landing
     for item in place.items():
@@ -49,7 +49,7 @@ def complete_files(landing: str | Place, settle_seconds: float) -> Iterator[Land
             yield from _of_domain(place, item.name, settle_seconds)
 
 
-def _of_domain(place: Place, domain: str, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
+def _of_domain(place: LandingPlace, domain: str, settle_seconds: float) -> Iterator[LandedFile | Refusal]:
     items = list(place.items(domain))
     named = {item.name: item for item in items}
     for item in items:
@@ -70,7 +70,7 @@ def refusal(domain: str, name: str, reason: str, signature: str = "", do: str = 
     return Refusal(domain, shown[:NAME_CHARACTERS], reason, signature, do)
 
 
-def _domain_problem(item: Item) -> tuple[str, str]:
+def _domain_problem(item: LandingItem) -> tuple[str, str]:
     """Return (problem, remedy) of an entry that should be a domain's folder; empty strings if it is valid."""
     if not item.is_folder:
         return "not in a folder that names its domain", "Move it into one."
@@ -78,17 +78,17 @@ def _domain_problem(item: Item) -> tuple[str, str]:
         ref_name(item.name)
     except UsageError:
         letters = "lower-case letters, digits, '.', '_' and '-', at most 64"
-        return f"the folder's name is no name of a corpus: {letters}", "Rename it."
+        return f"the folder's name is not a valid name of a corpus: {letters}", "Rename it."
     return "", ""
 
 
-def _file_problem(item: Item) -> tuple[str, str]:
+def _file_problem(item: LandingItem) -> tuple[str, str]:
     if item.is_folder:
         return "a folder within a domain's folder; only files directly in it are taken", "Move its files up."
     return ("", "") if item.name.isprintable() else ("an unprintable name", "Rename it.")
 
 
-def promise_of(place: Place, file: LandedFile) -> dict[str, Any]:
+def promise_of(place: LandingPlace, file: LandedFile) -> dict[str, Any]:
     """Return `sha256` and `bytes` if the file's marker has them. Raises `ValueError` for a bad marker, `OSError`."""
     return _promise(place.read(f"{file.domain}/{file.name}{MARKER}", MARKER_BYTES)) if file.marker_bytes else {}
 

@@ -10,7 +10,7 @@ import fsspec
 from tenacity import retry, retry_if_not_exception_type, stop_after_attempt, wait_exponential
 
 from crosscal.errors import CorpusError, UsageError
-from crosscal.landing.items import Item, LandedFile
+from crosscal.landing.items import LandedFile, LandingItem
 from crosscal.landing.local_place import copy_hashed
 from crosscal.store.remote_home import modified_of
 
@@ -30,7 +30,7 @@ class RemotePlace:
             raise UsageError("this landing place cannot be opened", where=url, got=str(error)) from error
         self.url, self.root = url, str(root).rstrip("/")
 
-    def items(self, folder: str = "") -> Iterator[Item]:
+    def items(self, folder: str = "") -> Iterator[LandingItem]:
         """Empty if nothing has landed yet: objects have no folders. Raises `CorpusError` if listing fails."""
         at = f"{self.root}/{folder}".rstrip("/")
         try:
@@ -44,11 +44,11 @@ class RemotePlace:
             if str(info["name"]).rstrip("/") == at or not name:
                 continue  # the folder's own marker object
             if name in (".", ".."):
-                yield Item(name=f"/{name}", problem="a name that leads out of the landing place")
+                yield LandingItem(name=f"/{name}", problem="a name that leads out of the landing place")
             elif info["type"] == "directory":
-                yield Item(name, is_folder=True)
+                yield LandingItem(name, is_folder=True)
             else:
-                yield Item(name, bytes=int(info["size"] or 0), modified=modified_of(info))
+                yield LandingItem(name, bytes=int(info["size"] or 0), modified=modified_of(info))
 
     def read(self, path: str, most_bytes: int) -> bytes:
         with self.fs.open(f"{self.root}/{path}", "rb") as stream:

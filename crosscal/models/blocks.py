@@ -21,21 +21,21 @@ from transformers import PreTrainedModel
 
 from crosscal.errors import UnsupportedModel
 from crosscal.models.calls import (
-    Between,
     BlockCall,
-    FromBefore,
+    CarriedState,
+    FromPreviousBlock,
     Shared,
     leaves,
     mapped,
     poison,
     split_arguments,
-    understood,
+    with_placeholders,
 )
 
 USUAL_DIMS = 3
 """Usual number of dimensions of hidden states. Some models (Gemma 3n, DeepSeek-V4) add one for streams, before or
 after that of the windows."""
-BROKEN = (
+MODEL_ERRORS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError,
     StrictDataclassError,
 )  # fmt: skip
@@ -98,7 +98,9 @@ class BlockCalls:
         self.depend_on_tokens |= any(not call.has_tensors_of(first) for call, first in shared)
         return hidden.movedim(self._window_dim, 0)
 
-    def run(self, batch: Hashable, block: int, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
+    def run(
+        self, batch: Hashable, block: int, hidden_BLD: Tensor, between: CarriedState
+    ) -> tuple[Tensor, CarriedState]:
         """Run a block; return its output hidden states, windows first, and what it hands on besides."""
         entering = hidden_BLD.movedim(0, self._window_dim)
         output, between = self.of(batch, block).run(self._blocks[block], entering, between)
@@ -121,7 +123,7 @@ class BlockCalls:
                 hidden.append(entering_BLD)
             elif entering_BLD is not travelling[0]:
                 raise UnsupportedModel("the model changes the hidden states between its blocks", where=name)
-            calls.append(understood(call, travelling[1:], shared, name))
+            calls.append(with_placeholders(call, travelling[1:], shared, name))
             if len(calls) == len(self._blocks):
                 raise StopForward
             further = mapped(self._further or (), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
@@ -138,7 +140,7 @@ class BlockCalls:
     def hand_on(self) -> bool:
         """Whether some block may read more from another one than its hidden states."""
         calls = [call for calls in self._of_shape.values() for call in calls]
-        return any(isinstance(leaf, FromBefore | Shared) for call in calls for leaf in call.leaves)
+        return any(isinstance(leaf, FromPreviousBlock | Shared) for call in calls for leaf in call.leaves)
 
     def of(self, batch: Hashable, block: int) -> BlockCall:
         return self._calls[batch][block]
@@ -212,7 +214,7 @@ def forward(model: PreTrainedModel, tokens_BL: Tensor) -> None:
         base(input_ids=tokens_BL, use_cache=False)
     except StopForward:
         return
-    except BROKEN as error:
+    except MODEL_ERRORS as error:
         raise unsupported(
             error, "this model cannot be run on tokens alone, block by block", type(model).__name__
         ) from error

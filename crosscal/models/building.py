@@ -114,7 +114,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
             owner_of(name, owners)._init_weights(module)
     for path, buffer in computed.items():
         if buffer.is_floating_point() and buffer.isnan().all() and buffer.numel():
-            raise UnsupportedModel("transformers does not say what this table holds", where=path)
+            raise UnsupportedModel("transformers does not initialise this buffer", where=path)
 
 
 def owner_of(name: str, owners: dict[str, PreTrainedModel]) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from crosscal.models.adapter import attached_to_block
 from crosscal.models.attaching import attached
 from crosscal.models.blocks import find_blocks, stubbed
 from crosscal.models.building import place_buffers
-from crosscal.models.passes import Numbers, Passes
+from crosscal.models.passes import BlockRunner, ComputeConfig
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import CACHED_TOKENS, check_windows, enter
 
@@ -56,7 +56,7 @@ def read_by_blocks(
     check_windows(source, windows)
     with ExitStack() as stack:
         with torch.no_grad():
-            numbers = Numbers(torch.device(device), dtype, batch_tokens)
+            numbers = ComputeConfig(torch.device(device), dtype, batch_tokens)
             start = partial(enter, source, windows, stack, numbers, spill_to)
             [run] = side_by_side([start], device, threads_each=1)
             for index in range(source.blocks):
@@ -66,7 +66,7 @@ def read_by_blocks(
         yield stack.enter_context(_behind_blocks(run, windows))
 
 
-def _pass_on(run: Passes, index: int) -> None:
+def _pass_on(run: BlockRunner, index: int) -> None:
     """Run one block, without prefetching the next one: each may take a large part of the memory."""
     source, numbers, block = run.source, run.numbers, run.blocks[index]
     with (
@@ -77,7 +77,7 @@ def _pass_on(run: Passes, index: int) -> None:
 
 
 @contextmanager
-def _behind_blocks(run: Passes, windows: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
+def _behind_blocks(run: BlockRunner, windows: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
     numbers, given = run.numbers, _Given(run, windows)
     model = run.source.skeleton(numbers.dtype)
     place_buffers(model, numbers.device)
@@ -90,7 +90,7 @@ def _behind_blocks(run: Passes, windows: Mapping[str, Tensor]) -> Iterator[PreTr
 class _Given:
     """Looks up the last block's outputs by the tokens that the model is called with, separately for each thread."""
 
-    def __init__(self, run: Passes, windows: Mapping[str, Tensor]) -> None:
+    def __init__(self, run: BlockRunner, windows: Mapping[str, Tensor]) -> None:
         self._run, self._windows, self._present = run, windows, threading.local()
         self._places = {
             _key(tokens_L): (name, number)
@@ -123,7 +123,10 @@ class _Given:
         for name, tokens_SL in self._windows.items():
             if length < tokens_SL.shape[1] and (is_same_S := (tokens_SL[:, :length] == tokens_L).all(dim=1)).any():
                 return name, int(is_same_S.int().argmax())
-        raise ModelError("these tokens have not been read, and the blocks are not in memory", got=f"{length} tokens")
+        raise ModelError(
+            "these tokens are not a prefix of any prepared window, and the blocks are not in memory",
+            got=f"{length} tokens",
+        )
 
 
 def _key(tokens_L: Tensor) -> bytes:

@@ -3,8 +3,8 @@
 Shapes: B windows of a batch, L tokens of a window, D hidden size.
 
 Arguments are nested tuples, lists and dicts of leaves: tensors, numbers, strings. Two kinds of leaves change from block
-to block and are filled in for each run: a further output of the previous block (`FromBefore`), and a dict that is empty
-before the first block, in which blocks store tensors for others (`Shared`).
+to block and are filled in for each run: a further output of the previous block (`FromPreviousBlock`), and a dict that
+is empty before the first block, in which blocks store tensors for others (`Shared`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class FromBefore:
+class FromPreviousBlock:
     """Placeholder for the previous block's output number `place` after its hidden states."""
 
     place: int
@@ -39,13 +39,13 @@ class Shared:
 
 
 @dataclass(frozen=True, eq=False)
-class Between:
+class CarriedState:
     """What the blocks so far have handed on, for one batch, besides hidden states."""
 
     outputs: tuple[Any, ...] = ()
     shared: dict[int, MutableMapping[Any, Any]] = field(default_factory=dict)
 
-    def first(self) -> Between:
+    def first(self) -> CarriedState:
         """Return the part of the batch's first window."""
 
         def cut(leaf: Any) -> Any:
@@ -55,7 +55,7 @@ class Between:
         for number, held in self.shared.items():
             shared[number] = copy.copy(held)
             shared[number].update({key: mapped(value, cut) for key, value in held.items()})
-        return Between(mapped(self.outputs, cut), shared)
+        return CarriedState(mapped(self.outputs, cut), shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +66,12 @@ class BlockCall:
     named: dict[str, Any]
     returns_tuple: bool
 
-    def run(self, block: nn.Module, hidden_BLD: Tensor, between: Between) -> tuple[Tensor, Between]:
+    def run(self, block: nn.Module, hidden_BLD: Tensor, between: CarriedState) -> tuple[Tensor, CarriedState]:
         """Return the block's output hidden states and what it hands on besides. `between` is not changed."""
         shared = {number: copy.copy(held) for number, held in between.shared.items()}
 
         def given(leaf: Any) -> Any:
-            if isinstance(leaf, FromBefore):
+            if isinstance(leaf, FromPreviousBlock):
                 return between.outputs[leaf.place]
             if isinstance(leaf, Shared):
                 return shared.setdefault(leaf.number, copy.copy(leaf.empty))
@@ -79,13 +79,13 @@ class BlockCall:
 
         output = block(hidden_BLD, *mapped(self.positional, given), **mapped(self.named, given))
         if not self.returns_tuple:
-            return output, Between((), shared)
-        return output[0], Between(tuple(leaves(output[1:])), shared)
+            return output, CarriedState((), shared)
+        return output[0], CarriedState(tuple(leaves(output[1:])), shared)
 
     @property
     def wanted(self) -> frozenset[int]:
         """Places of the previous block's further outputs that it reads."""
-        return frozenset(leaf.place for leaf in self.leaves if isinstance(leaf, FromBefore))
+        return frozenset(leaf.place for leaf in self.leaves if isinstance(leaf, FromPreviousBlock))
 
     @property
     def leaves(self) -> list[Any]:
@@ -119,7 +119,7 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], tuple_returne
     return named.pop(HIDDEN), BlockCall((), named, tuple_returned)
 
 
-def understood(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[Any], name: str) -> BlockCall:
+def with_placeholders(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[Any], name: str) -> BlockCall:
     """Return the call with placeholders for the leaves that change from block to block.
 
     `outputs_before`: poison from the previous block's stub; `shared`: dicts seen in this pass; new ones are added.
@@ -130,7 +130,7 @@ def understood(call: BlockCall, outputs_before: tuple[Any, ...], shared: list[An
     def mark(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             if id(leaf) in before:
-                return FromBefore(before[id(leaf)])
+                return FromPreviousBlock(before[id(leaf)])
             if is_poisoned(leaf):
                 raise UnsupportedModel("an argument of the block depends on the output of another block", where=name)
         elif isinstance(leaf, MutableMapping) and not leaf:

@@ -21,7 +21,7 @@ Take = Callable[[str, Tensor], None]
 """Called with a site's name and its input."""
 
 
-class Taking(Protocol):
+class InputConsumer(Protocol):
     def __call__(self, take: Take, *, stop_after_last: bool = False) -> AbstractContextManager[None]: ...
 
 
@@ -34,7 +34,7 @@ class _Pass(threading.local):
 
 
 @contextmanager
-def capture(block: nn.Module, sites: Sequence[Site]) -> Iterator[Taking]:
+def capture(block: nn.Module, sites: Sequence[Site]) -> Iterator[InputConsumer]:
     """Context: a forward pass of the block within `with taking(take)` calls `take` with the input of each site.
 
     The inputs of a stacked expert are the rows of the tokens routed to it; its inner activations are recomputed for

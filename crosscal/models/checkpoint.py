@@ -92,7 +92,7 @@ class VariantWriter:
             for linear in self.source.packing.linears(f"{prefix}{parameter}"):
                 ints = by_expert.get((parameter, linear.expert))
                 if ints is None:
-                    raise ModelError("of a stack of experts all are packed, or none", where=linear.name)
+                    raise ModelError("either all experts of a stack are packed, or none", where=linear.name)
                 parts = packed_tensors(linear.name, linear.of(ints.ints_OI), linear.of(ints.scale_OG), ints.bits)
                 _check_finite(parts[f"{linear.name}.weight_scale"], linear.name)
                 named.update(parts)
@@ -123,7 +123,7 @@ class VariantWriter:
         files = dict.fromkeys(tensor_names(file), file)
         linears = [key.removesuffix("_packed") for key in files if key.endswith(".weight_packed")]
         if linears and bits is None:
-            raise ModelError("the block was written packed; reading it takes its bits", where=str(file))
+            raise ModelError("the block is packed, so reading it needs its bits", where=str(file))
         encoded = {
             linear: Encoded(tuple(f"{linear.removesuffix('.weight')}.{part}" for part in PACKED), _unpack(bits or 0))
             for linear in linears
@@ -163,9 +163,9 @@ class VariantWriter:
         files = {block: self._block_file(block) for block in range(self.source.blocks)}
         names = {block: tensor_names(file) for block, file in files.items()}
         is_packed = {block for block, keys in names.items() if any(key.endswith(".weight_packed") for key in keys)}
-        taken_apart = self.source.weights.stacked_keys()
+        split_stack = self.source.weights.stacked_keys()
         for block in files.keys() - is_packed if is_packed else ():
-            if not taken_apart.isdisjoint(names[block]):
+            if not split_stack.isdisjoint(names[block]):
                 prefix = f"{self.source.block_name(block)}."
                 written = Weights(dict.fromkeys(names[block], files[block]), self._skeleton)
                 stacks, rest = self._stacked(written.load(lambda key, prefix=prefix: key.startswith(prefix)))

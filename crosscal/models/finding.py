@@ -35,8 +35,8 @@ recurrent layers stay below; there is nothing to prune in them."""
 ROUTER = "a router: it only chooses what others read"
 GATE = "a gate of one output"
 SMALL = f"no two dimensions above {LARGE}"
-TIED = "this matrix also stands elsewhere in the model, and can have one value only"
-UNROUTED = "what routes tokens to these experts cannot be told"
+TIED = "this parameter is tied to another one of the model, so it cannot change alone"
+UNROUTED = "the router of these experts could not be identified"
 
 
 def find_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]:

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from crosscal.errors import ModelError, UnsupportedModel
-from crosscal.lanes import Turns, side_by_side
+from crosscal.lanes import OrderedTurns, side_by_side
 from crosscal.models.attaching import attached
 from crosscal.models.blocks import find_blocks, stubbed
 from crosscal.models.building import place_buffers
-from crosscal.models.calls import Between
-from crosscal.models.passes import Numbers, Passes
+from crosscal.models.calls import CarriedState
+from crosscal.models.passes import BlockRunner, ComputeConfig
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import CACHED_TOKENS, Allocate, WalkReport, allocator, check_windows, enter
 from crosscal.statistics.finite import all_finite
@@ -89,7 +89,7 @@ def walk_back(
             progress(what, next(steps), 2 * source.blocks - first + 1)
 
     with torch.no_grad(), ExitStack() as stack:
-        start = partial(enter, source, slices, stack, Numbers(device, dtype, batch_tokens), spill_to)
+        start = partial(enter, source, slices, stack, ComputeConfig(device, dtype, batch_tokens), spill_to)
         [run] = side_by_side([start], device, threads_each=1)
         if run.calls.hand_on or run.calls.depend_on_tokens:
             raise UnsupportedModel(
@@ -111,7 +111,7 @@ def walk_back(
     )
 
 
-def _weights(run: Passes, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _weights(run: BlockRunner, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield (block, its weights) in the given order, prefetching the next block's."""
     numbers, asked = run.numbers, list(order)
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -124,7 +124,7 @@ def _weights(run: Passes, order: Iterable[int]) -> Iterator[tuple[int, dict[str,
             yield index, weights
 
 
-def _forward(run: Passes, first: int, allocate: Allocate, told: Callable[[str], None]) -> list[dict[str, Tensor]]:
+def _forward(run: BlockRunner, first: int, allocate: Allocate, told: Callable[[str], None]) -> list[dict[str, Tensor]]:
     """Return the inputs of each block from `first` on, slice -> hidden_SLD. Afterwards the run's hidden states are the
     last block's outputs."""
     kept: list[dict[str, Tensor]] = []
@@ -139,7 +139,7 @@ def _forward(run: Passes, first: int, allocate: Allocate, told: Callable[[str], 
     return kept
 
 
-def _head(run: Passes, slices: Mapping[str, Tensor]) -> None:
+def _head(run: BlockRunner, slices: Mapping[str, Tensor]) -> None:
     """Replace the last block's outputs by the gradients of each window's loss with respect to them.
 
     The model itself is called with its blocks stubbed, so that all computations after the blocks are included.
@@ -166,14 +166,14 @@ def _head(run: Passes, slices: Mapping[str, Tensor]) -> None:
 
 
 def _one_block_back(
-    run: Passes, index: int, inputs: Mapping[str, Tensor], parameters: Collection[str], wanted: Collection[str]
+    run: BlockRunner, index: int, inputs: Mapping[str, Tensor], parameters: Collection[str], wanted: Collection[str]
 ) -> BlockGradients:
     """Return the sums of one block, and replace the run's hidden states (gradients with respect to the block's outputs)
     by those with respect to its inputs."""
     numbers, block = run.numbers, run.blocks[index]
     leaves = {name: block.get_parameter(name).requires_grad_() for name in parameters if wanted}
     sums = {name: _zeros(leaves, numbers.sums_dtype) for name in inputs if name in wanted}
-    turns = {name: Turns() for name in sums}
+    turns = {name: OrderedTurns() for name in sums}
 
     def of_window(name: str, window: int) -> None:
         here = slice(window, window + 1)
@@ -181,7 +181,7 @@ def _one_block_back(
         hidden_1LD = inputs[name][here].to(numbers.device, copy=True).requires_grad_()
         with torch.enable_grad():
             # A copy: a block may add to its input in place.
-            output_1LD = run.calls.run((name, None), index, hidden_1LD.clone(), Between())[0]
+            output_1LD = run.calls.run((name, None), index, hidden_1LD.clone(), CarriedState())[0]
             output_gradient_1LD = run.stream.hidden[name][here].to(numbers.device)
             # A parameter that no token of the window reached (an expert) has no gradient.
             found = torch.autograd.grad(output_1LD, [hidden_1LD, *asked], output_gradient_1LD, allow_unused=True)

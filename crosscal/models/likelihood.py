@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from crosscal.lanes import side_by_side
 from crosscal.models.attaching import attached
-from crosscal.models.blocks import BROKEN, USUAL_DIMS, find_blocks, stubbed
+from crosscal.models.blocks import MODEL_ERRORS, USUAL_DIMS, find_blocks, stubbed
 from crosscal.models.building import place_buffers
-from crosscal.models.passes import MOST_BATCHES, Passes, batches
+from crosscal.models.passes import MOST_BATCHES, BlockRunner, batches
 
 SCORED_TOKENS = 2048
 """At most this many tokens per slice, but at least one batch."""
@@ -24,7 +24,7 @@ SCORED_LENGTH = 256
 """Tokens of a window, from its beginning. The logits of more would be the largest tensor in memory."""
 
 
-def last_outputs(run: Passes, index: int) -> dict[str, Tensor]:
+def last_outputs(run: BlockRunner, index: int) -> dict[str, Tensor]:
     """Run the last block on the first batches of each slice: slice -> hidden_BLD. Call this while the block has its
     weights and the run's hidden states are its inputs."""
     return {
@@ -34,7 +34,7 @@ def last_outputs(run: Passes, index: int) -> dict[str, Tensor]:
     }
 
 
-def window_nll(run: Passes, outputs: Mapping[str, Tensor], slices: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def window_nll(run: BlockRunner, outputs: Mapping[str, Tensor], slices: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Return slice -> mean negative log-likelihood per predicted token, in nats, over the first `SCORED_LENGTH` tokens
     of each window in `outputs`. Empty if the model fails when only its head is run.
 
@@ -59,12 +59,12 @@ def window_nll(run: Passes, outputs: Mapping[str, Tensor], slices: Mapping[str, 
         jobs = [partial(of_window, name, window) for name, each in found.items() for window in range(len(each))]
         try:
             side_by_side(jobs, numbers.device, most=MOST_BATCHES, threads_each=1)
-        except BROKEN:
+        except MODEL_ERRORS:
             return {}
     return found
 
 
-def _scored_batches(run: Passes, name: str, windows: int) -> Iterator[slice]:
+def _scored_batches(run: BlockRunner, name: str, windows: int) -> Iterator[slice]:
     length = run.tokens[name]
     for batch in batches(windows, length, run.numbers.batch_tokens):
         if batch.start and batch.stop * min(length, SCORED_LENGTH) > SCORED_TOKENS:

@@ -54,7 +54,7 @@ class Packing:
     """Packability of the parameters of a model's blocks, by their full names in the calibrated model.
 
     `weights`: the checkpoint as named by that model; `loaded_as`: as named by the class in the config's
-    `architectures`. `initialised`: names of linears, in either, that `touched_when_initialised` returned.
+    `architectures`. `initialised`: names of linears, in either, that `linears_needed_by_init` returned.
     """
 
     def __init__(self, weights: Weights, loaded_as: Weights, initialised: set[str]) -> None:
@@ -108,7 +108,7 @@ class Packing:
         outputs = stack.shape[2 if transposed else 1]
         numbers_EO2 = torch.arange(stack.shape[0] * outputs * 2, dtype=torch.int32).view(stack.shape[0], outputs, 2)
         stored = numbers_EO2.mT if transposed else numbers_EO2
-        found = [_rows(key, part, outputs) for key, part in self._weights.taken_apart(parameter, stored).items()]
+        found = [_rows(key, part, outputs) for key, part in self._weights.split_stack(parameter, stored).items()]
         linears = [one for one in found if one is not None]
         is_whole = len(linears) == len(found) and sum(one.rows for one in linears) == stack.shape[0] * outputs
         if is_whole and all(rules.hold_expert(one.name) for one in linears for rules in self._rules):
@@ -150,7 +150,7 @@ class _Rules:
         return len(stacks) == 1 and stacks.pop() in self._naming.expected and all(pattern for _, pattern in places)
 
 
-def touched_when_initialised(model: PreTrainedModel) -> set[str]:
+def linears_needed_by_init(model: PreTrainedModel) -> set[str]:
     """Return the names of linears whose `weight` transformers accesses when it initialises a model. Destructive:
     `model`, on the meta device, is unusable afterwards.
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from crosscal.errors import ModelError, UnsupportedModel
-from crosscal.lanes import Turns, side_by_side
-from crosscal.models.blocks import BROKEN, BlockCalls, StopForward, check_causal, unsupported
-from crosscal.models.calls import Between
+from crosscal.lanes import OrderedTurns, side_by_side
+from crosscal.models.blocks import MODEL_ERRORS, BlockCalls, StopForward, check_causal, unsupported
+from crosscal.models.calls import CarriedState
 from crosscal.models.capture import capture
 from crosscal.models.fast_linears import fast_linears
 from crosscal.models.finding import find_matrices, without_tied
@@ -37,7 +37,7 @@ Llama block the widest sum takes a fifth of the arithmetic, and from 4096 inputs
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ComputeConfig:
     """Device, dtype and batch size of a walk's forward passes."""
 
     device: torch.device
@@ -55,22 +55,22 @@ class Stream:
 
     hidden: Mapping[str, Tensor]
     """Slice -> hidden_SLD."""
-    between: dict[tuple[str, int], Between] = field(default_factory=dict)
+    between: dict[tuple[str, int], CarriedState] = field(default_factory=dict)
     """(slice, first window) of a batch -> what blocks hand on besides hidden states."""
 
-    def between_of(self, name: str, batch: slice) -> Between:
-        return self.between.get((name, batch.start), Between())
+    def between_of(self, name: str, batch: slice) -> CarriedState:
+        return self.between.get((name, batch.start), CarriedState())
 
 
 @dataclass(frozen=True, eq=False)
-class Passes:
+class BlockRunner:
     """Runs the blocks of one walk, one at a time, over the hidden states of all slices."""
 
     source: ModelSource
     blocks: nn.ModuleList
     calls: BlockCalls
     stream: Stream
-    numbers: Numbers
+    numbers: ComputeConfig
     tokens: Mapping[str, int]
     """Slice -> L."""
     dense: Stream | None = None
@@ -87,7 +87,7 @@ class Passes:
         def run_on(hidden_1LD: Tensor) -> Tensor:
             try:
                 return self._run(index, hidden_1LD, (name, None), between)[0]
-            except BROKEN as error:
+            except MODEL_ERRORS as error:
                 raise unsupported(error, "this block cannot be run by itself", where) from error
 
         check_causal(run_on, first_1LD, where, self.tokens[name])
@@ -126,7 +126,7 @@ class Passes:
         do not belong to the same tokens.
         """
         accumulators = {name: self._accumulators(sites, statistics) for name in self.stream.hidden}
-        sums = {name: Sums(of_slice) for name, of_slice in accumulators.items()}
+        sums = {name: OrderedSums(of_slice) for name, of_slice in accumulators.items()}
         if self.dense is not None and (routed := [site.name for site in sites if site.matrices[0].expert is not None]):
             raise not_paired(f"{self.source.block_name(index)}.{routed[0]}")
         with capture(self.blocks[index], sites) as taking:
@@ -196,14 +196,16 @@ class Passes:
         hidden_SLD[batch] = output_BLD.to(hidden_SLD.device)
         wanted = self.calls.wanted_of(key, index)
         outputs = tuple(leaf if place in wanted else None for place, leaf in enumerate(between.outputs))
-        stream.between[key] = Between(outputs, between.shared)
+        stream.between[key] = CarriedState(outputs, between.shared)
         return _is_finite(output_BLD)
 
-    def _run_batch(self, index: int, stream: Stream, name: str, batch: slice) -> tuple[Tensor, Between]:
+    def _run_batch(self, index: int, stream: Stream, name: str, batch: slice) -> tuple[Tensor, CarriedState]:
         key = (name, batch.start)
         return self._run(index, stream.hidden[name][batch], key, stream.between_of(name, batch))
 
-    def _run(self, index: int, hidden_BLD: Tensor, batch: Hashable, between: Between) -> tuple[Tensor, Between]:
+    def _run(
+        self, index: int, hidden_BLD: Tensor, batch: Hashable, between: CarriedState
+    ) -> tuple[Tensor, CarriedState]:
         # A copy: a block may add to its input in place.
         hidden_BLD = hidden_BLD.to(self.numbers.device, copy=True)
         return self.calls.run(batch, index, hidden_BLD, between)
@@ -254,11 +256,11 @@ def batches(count: int, length: int, batch_tokens: int) -> Iterator[slice]:
     return (slice(start, min(start + windows, count)) for start in range(0, count, windows))
 
 
-class Sums:
+class OrderedSums:
     """The sums of one slice's sites. Batches add to them in order, regardless of which worker thread runs them."""
 
     def __init__(self, accumulators: Mapping[str, MomentsAccumulator]) -> None:
-        self._accumulators, self._turns = accumulators, Turns()
+        self._accumulators, self._turns = accumulators, OrderedTurns()
 
     def add(self, number: int, site: str, input_TI: Tensor, dense_TI: Tensor | None = None) -> None:
         """`dense_TI`: the input of the same tokens in the dense model, if sums are over pairs."""

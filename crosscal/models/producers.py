@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crosscal.models.attaching import attached
-from crosscal.models.sites import Producer, Site, input_of, is_linear, pre_hooks, replaced_parameters
+from crosscal.models.sites import InputNorm, Site, input_of, is_linear, pre_hooks, replaced_parameters
 
 OFFSETS = (0.0, 1.0)
 """What a norm adds to its stored gain: nothing, or 1 (Gemma)."""
@@ -42,7 +42,7 @@ def with_producers(
     parameter of the model."""
     makers = _makers(block, sites, run)
     reasons = {site.name: EXPERT if site.matrices[0].expert is not None else NO_NORM for site in sites}
-    candidates: dict[Site, Producer] = {}
+    candidates: dict[Site, InputNorm] = {}
     for site in (site for site in sites if site.name in makers):
         name = makers[site.name]
         if len(block.get_submodule(name).get_parameter("weight")) != site.inputs:
@@ -51,7 +51,7 @@ def with_producers(
         lost = [parameter for parameter in parameters if parameter in tied]
         reasons[site.name] = TIED.format(lost[0]) if lost else OTHERS.format(name)
         if not lost:
-            candidates[site] = Producer(name, parameters)
+            candidates[site] = InputNorm(name, parameters)
     found = _verified(block, candidates, run)
     return tuple(
         dataclasses.replace(site, producer=found[site])
@@ -100,7 +100,9 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _verified(block: nn.Module, candidates: Mapping[Site, Producer], run: Callable[[], Tensor]) -> dict[Site, Producer]:
+def _verified(
+    block: nn.Module, candidates: Mapping[Site, InputNorm], run: Callable[[], Tensor]
+) -> dict[Site, InputNorm]:
     """Return the candidates that pass: tested all at once, and one by one if that fails."""
     if not candidates:
         return {}
@@ -113,7 +115,7 @@ def _verified(block: nn.Module, candidates: Mapping[Site, Producer], run: Callab
     return {k: v for site, producer in candidates.items() for k, v in _verified(block, {site: producer}, run).items()}
 
 
-def _holds(block: nn.Module, folds: Mapping[Site, Producer], run: Callable[[], Tensor]) -> bool:
+def _holds(block: nn.Module, folds: Mapping[Site, InputNorm], run: Callable[[], Tensor]) -> bool:
     """Whether the block's output is unchanged when random scales are folded."""
     chance = torch.Generator().manual_seed(0)
     parameters = dict(block.named_parameters())

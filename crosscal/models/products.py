@@ -91,7 +91,7 @@ def _layout(matrix: Tensor, *, is_left: bool) -> Layout | None:
 
 NEVER = "this matrix never receives an input, so it cannot be calibrated"
 TWICE = "this matrix is used more than once in a block"
-SLICES = "this parameter is multiplied in pieces that do not make it up"
+SLICES = "this parameter is multiplied in slices that do not tile it"
 
 
 def layouts(

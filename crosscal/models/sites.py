@@ -40,7 +40,7 @@ class MatrixRef:
     is_called: bool = True
     """It belongs to a linear or a stack of experts that the block calls, rather than being multiplied by directly."""
 
-    NOT_CALLED: ClassVar[str] = "it is multiplied by without a linear, which alone can be packed"
+    NOT_CALLED: ClassVar[str] = "it is used without a linear module, and only linears can be packed"
 
     def weight_OI(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return a view of the matrix as [O, I]."""
@@ -59,7 +59,7 @@ class MatrixRef:
 
 
 @dataclass(frozen=True)
-class Producer:
+class InputNorm:
     """The norm that computes a site's input, x = z · (offset + gain) + bias, which only this site reads."""
 
     name: str
@@ -95,7 +95,7 @@ class Site:
     name: str
     matrices: tuple[MatrixRef, ...]
     inputs: int
-    producer: Producer | None = None
+    producer: InputNorm | None = None
     """The norm to divide by scales that the matrices are multiplied by; None: see `no_producer`."""
     no_producer: str = ""
     """Why scales of this input cannot be folded into a norm."""

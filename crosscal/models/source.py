@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from crosscal.errors import ModelError
-from crosscal.models.blocks import BROKEN, find_blocks
+from crosscal.models.blocks import MODEL_ERRORS, find_blocks
 from crosscal.models.building import build_skeleton, causal_class
 from crosscal.models.encoded import ENCODINGS, encoded_tensors, encoding_of, without_unused
 from crosscal.models.export import dense_linears
-from crosscal.models.packing import Packing, touched_when_initialised
+from crosscal.models.packing import Packing, linears_needed_by_init
 from crosscal.models.tensor_files import ADAPTER, ADAPTER_CONFIG, AGAIN, INDEX, SINGLE, files_by_tensor
 from crosscal.models.weights import Weights
 
@@ -154,7 +154,7 @@ class ModelSource:
     def packing(self) -> Packing:
         """Determines which matrices can be stored packed."""
         kinds = {type(weights.model) for weights in (self.weights, self.loaded_as)}
-        touched = [touched_when_initialised(self._built(kind, torch.float32)) for kind in kinds]
+        touched = [linears_needed_by_init(self._built(kind, torch.float32)) for kind in kinds]
         return Packing(self.weights, self.loaded_as, set().union(*touched))
 
     @property
@@ -180,7 +180,7 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        except (OSError, *BROKEN) as error:
+        except (OSError, *MODEL_ERRORS) as error:
             raise ModelError(
                 "the model's tokenizer cannot be loaded", where=str(self.path), got=_first_line(error)
             ) from error
@@ -192,7 +192,7 @@ class ModelSource:
     def _built(self, kind: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
         try:
             return build_skeleton(deepcopy(self.config), kind, dtype)
-        except BROKEN as error:
+        except MODEL_ERRORS as error:
             raise ModelError(
                 f"no {kind.__name__} can be built from the config", where=str(self.path), got=_first_line(error)
             ) from error
@@ -272,7 +272,7 @@ def _local_directory(name: str, revision: str | None) -> Path:
 def _read_config(path: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, *BROKEN) as error:
+    except (OSError, *MODEL_ERRORS) as error:
         raise ModelError("the model's config cannot be read", where=str(path), got=_first_line(error)) from error
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization and encoding_of(quantization) is None:

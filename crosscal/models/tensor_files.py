@@ -34,7 +34,7 @@ class Encoded:
     decode: Callable[..., Tensor]
 
 
-class Reader:
+class TensorReader:
     """Reads tensors from several files, opening each file once, and decodes encoded ones. Raises `ModelError`."""
 
     def __init__(self, files: Mapping[str, Path], encoded: Mapping[str, Encoded], stack: ExitStack) -> None:
@@ -48,7 +48,7 @@ class Reader:
                 raise ModelError(error.what, where=key, got=error.got, do=error.do) from error
         tensor = self._read(key)
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
-            what = "a tensor is stored in 8 bits, and nothing says by what scales it is to be multiplied"
+            what = "an 8-bit tensor has no scales in the checkpoint"
             raise ModelError(what, where=f"{self._files[key]}, {key}", got=str(tensor.dtype), do=UNENCODED)
         return tensor
 

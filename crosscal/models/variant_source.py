@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from crosscal.errors import ModelError
 from crosscal.models.adapter import adapter_files, check_in_blocks
-from crosscal.models.blocks import BROKEN
+from crosscal.models.blocks import MODEL_ERRORS
 from crosscal.models.encoded import encoding_of, packed_bits
 from crosscal.models.source import ModelSource
 from crosscal.models.tensor_files import INDEX, SINGLE
@@ -27,7 +27,7 @@ def open_variant(folder: Path) -> ModelSource:
         raise ModelError("this is not a complete model", where=str(folder), got=f"no {INDEX}", do="Finish writing it.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, *BROKEN) as error:
+    except (OSError, *MODEL_ERRORS) as error:
         raise ModelError("the model's config cannot be read", where=str(folder), got=str(error)) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization and not encoding_of(quantization) and packed_bits(quantization) is None:

@@ -30,7 +30,7 @@ from crosscal.models.attaching import attached
 from crosscal.models.blocks import BlockCalls, find_blocks, further_outputs
 from crosscal.models.building import place_buffers
 from crosscal.models.likelihood import last_outputs, window_nll
-from crosscal.models.passes import Numbers, Passes, Stream, batches
+from crosscal.models.passes import BlockRunner, ComputeConfig, Stream, batches
 from crosscal.models.sites import LeftDense, Matrices, Site
 from crosscal.models.source import ModelSource
 from crosscal.statistics.moments import InputMoments
@@ -124,7 +124,7 @@ def walk(
     if not blocks:
         return WalkReport(0, 0, 0.0)
     with torch.no_grad(), ExitStack() as stack:
-        numbers = Numbers(torch.device(device), dtype, batch_tokens)
+        numbers = ComputeConfig(torch.device(device), dtype, batch_tokens)
         start = partial(enter, source, slices, stack, numbers, spill_to, in_pairs=in_pairs)
         [run] = side_by_side([start], device, threads_each=1)
         reader = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -155,7 +155,7 @@ def survey(source: ModelSource) -> list[Matrices]:
     length = min(SURVEY_TOKENS, max(2, (source.max_positions or 2 * SURVEY_TOKENS) // 2))
     chance = torch.Generator().manual_seed(0)
     tokens_1L = torch.randint(source.config.get_text_config().vocab_size, (1, length), generator=chance)
-    numbers, of_kind, found = Numbers(torch.device("cpu"), torch.float32, length), {}, []
+    numbers, of_kind, found = ComputeConfig(torch.device("cpu"), torch.float32, length), {}, []
     with torch.no_grad(), ExitStack() as stack:
         run = enter(source, {"made up": tokens_1L}, stack, numbers, None)
         for index, block in enumerate(run.blocks):
@@ -174,7 +174,7 @@ def survey(source: ModelSource) -> list[Matrices]:
 
 
 def _one_block(
-    run: Passes,
+    run: BlockRunner,
     index: int,
     upstream: Upstream,
     on_block: OnBlock,
@@ -208,11 +208,11 @@ def enter(
     source: ModelSource,
     slices: Mapping[str, Tensor],
     stack: ExitStack,
-    numbers: Numbers,
+    numbers: ComputeConfig,
     spill_to: Path | None,
     *,
     in_pairs: bool = False,
-) -> Passes:
+) -> BlockRunner:
     """Run what precedes the blocks, and record how the model calls each block. The result holds the hidden states of
     every token that enter the first block; with `in_pairs` twice, in a second, dense stream."""
     model = source.skeleton(numbers.dtype)
@@ -226,7 +226,7 @@ def enter(
         hidden = {name: _hidden_of(name, each, calls, numbers, allocate) for name, each in slices.items()}
     tokens = {name: tokens_SL.shape[1] for name, tokens_SL in slices.items()}
     dense = {name: allocate(each.shape, each.dtype).copy_(each) for name, each in hidden.items()} if in_pairs else None
-    return Passes(source, blocks, calls, Stream(hidden), numbers, tokens, Stream(dense) if dense else None)
+    return BlockRunner(source, blocks, calls, Stream(hidden), numbers, tokens, Stream(dense) if dense else None)
 
 
 Allocate = Callable[[torch.Size, torch.dtype], Tensor]
@@ -246,7 +246,7 @@ def allocator(device: torch.device, spill_to: Path | None) -> Iterator[Allocate]
         yield lambda shape, dtype: mapped(next(files), size=shape.numel(), dtype=dtype).view(shape)
 
 
-def _hidden_of(name: str, tokens_SL: Tensor, calls: BlockCalls, numbers: Numbers, allocate: Allocate) -> Tensor:
+def _hidden_of(name: str, tokens_SL: Tensor, calls: BlockCalls, numbers: ComputeConfig, allocate: Allocate) -> Tensor:
     """Return the hidden states that enter the first block, [S, L, D]; a walk overwrites them in place."""
     first_1LD = calls.enter(tokens_SL[:1].to(numbers.device), (name, None))
     hidden_SLD = allocate(torch.Size((len(tokens_SL), *first_1LD.shape[1:])), first_1LD.dtype)

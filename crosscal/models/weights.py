@@ -22,7 +22,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from crosscal.errors import ModelError
 from crosscal.models.naming import Naming
-from crosscal.models.tensor_files import AGAIN, Encoded, Reader, bytes_of, some_of
+from crosscal.models.tensor_files import AGAIN, Encoded, TensorReader, bytes_of, some_of
 
 Wanted = Callable[[str], bool]
 """Predicate on a tensor's name in the model: whether it is requested."""
@@ -56,7 +56,7 @@ class Weights:
             raise ModelError("the checkpoint holds tensors that the model has no place for", got=some_of(strays))
         loaded: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            reader = Reader(self.stored_in, self.encoded, stack)
+            reader = TensorReader(self.stored_in, self.encoded, stack)
 
             def read(target: str) -> dict[str, Tensor]:
                 kept_dtype = self._dtype_of(target, dtype)
@@ -85,7 +85,7 @@ class Weights:
     def stored(self, keys: list[str]) -> dict[str, Tensor]:
         """Read tensors under their checkpoint names, without renaming or conversion (encoded ones are decoded)."""
         with ExitStack() as stack:
-            reader = Reader(self.stored_in, self.encoded, stack)
+            reader = TensorReader(self.stored_in, self.encoded, stack)
             return {key: reader(key) for key in keys}
 
     def keys_of(self, wanted: Wanted) -> set[str]:
@@ -135,7 +135,7 @@ class Weights:
     def is_converted(self, target: str) -> bool:
         return target in self._sources and self._sources[target][0][1] is not None
 
-    def taken_apart(self, stack: str, tensor: Tensor) -> dict[str, Tensor]:
+    def split_stack(self, stack: str, tensor: Tensor) -> dict[str, Tensor]:
         """Split a stack of experts into the tensors of a checkpoint that stores experts one by one: name -> tensor."""
         (key, pattern), *_ = self._sources[stack]
         if pattern is not None:

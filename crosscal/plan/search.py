@@ -19,7 +19,7 @@ from crosscal.plan.sources import Name
 AUTO = "auto"
 
 
-class Rule(BaseModel):
+class MixtureRule(BaseModel):
     """Constraint on the weight that is found."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +32,7 @@ class Rule(BaseModel):
 class RuledAlpha(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    auto: Rule
+    auto: MixtureRule
 
 
 class WeighedMixture(BaseModel):
@@ -47,8 +47,10 @@ def _kind_of_alpha(value: Any) -> str:
 
 
 def _kind_of_mixture(value: Any) -> str:
-    is_found = isinstance(value, WeighedMixture) or (isinstance(value, dict) and isinstance(value.get(AUTO), dict))
-    return "exponents" if is_found else "auto" if isinstance(value, str) else "weights"
+    is_searched_mixture = isinstance(value, WeighedMixture) or (
+        isinstance(value, dict) and isinstance(value.get(AUTO), dict)
+    )
+    return "exponents" if is_searched_mixture else "auto" if isinstance(value, str) else "weights"
 
 
 Alpha = Annotated[

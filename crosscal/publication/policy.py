@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from crosscal.evaluation.choice import choose
-from crosscal.evaluation.comparison import change_text, excess, is_told_apart, log_difference
-from crosscal.evaluation.summaries import Difference
+from crosscal.evaluation.comparison import change_text, excess, is_distinguishable, log_difference
+from crosscal.evaluation.summaries import PairedDifference
 
 Windows = Mapping[str, Sequence[float]]
 """Corpus → log perplexity of each validation window, in the same order for every model."""
@@ -31,7 +31,7 @@ NAMES = {DENSE: "dense", PUBLISHED: "the published model"}
 
 
 @dataclass(frozen=True)
-class Rule:
+class PublishRule:
     """Bounds on changes of perplexity, under which a candidate replaces the published model of a domain."""
 
     domain: str
@@ -51,7 +51,7 @@ class Decision:
     reason: str
     variant: str | None = None
     """The variant that is published, would have been, or came nearest; None if none was measured."""
-    changes: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    changes: dict[str, dict[str, PairedDifference]] = field(default_factory=dict)
     """For this variant: corpus → the model compared with → difference of log perplexity on validation windows."""
 
 
@@ -61,7 +61,7 @@ class _Condition:
 
     corpus: str
     other: str
-    difference: Difference | None
+    difference: PairedDifference | None
     most: float
     comparisons: int
     is_guard: bool
@@ -81,18 +81,18 @@ class _Condition:
         change = f"{change_text(self.difference)} than {NAMES[self.other]}"
         if self.is_guard or self.most > 0:
             return f"{self.corpus} {change}, {self._bound(self.difference)}"
-        if not is_told_apart(self.difference, self.comparisons):
+        if not is_distinguishable(self.difference, self.comparisons):
             return f"{self.corpus} not distinguishable from {NAMES[self.other]} ({change_text(self.difference)})"
         is_too_little = self.difference.mean < 0 and not self.holds
         return f"{self.corpus} {change}" + f", not shown to be {-self.most:.1%} or more (min_gain)" * is_too_little
 
-    def _bound(self, difference: Difference) -> str:
+    def _bound(self, difference: PairedDifference) -> str:
         if self.holds or difference.mean > math.log1p(self.most):
             return f"at most {self.most:.1%} is allowed"
         return f"which {difference.n} windows do not show to be within {self.most:.1%}"
 
 
-def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, published: Windows | None) -> Decision:
+def decide(rule: PublishRule, candidates: Mapping[str, Windows], dense: Windows, published: Windows | None) -> Decision:
     """Decide which candidate to publish, if any. `published` is None if there is no model to compare with."""
     asked = list(dict.fromkeys([rule.domain, *rule.guard]))
     if lacking := [name for name in asked if len(dense.get(name, ())) < 2]:
@@ -126,7 +126,7 @@ def decide(rule: Rule, candidates: Mapping[str, Windows], dense: Windows, publis
 
 
 def _conditions(
-    rule: Rule, candidate: Windows, dense: Windows, published: Windows | None, comparisons: int
+    rule: PublishRule, candidate: Windows, dense: Windows, published: Windows | None, comparisons: int
 ) -> Iterator[_Condition]:
     others = {DENSE: dense} | ({} if published is None else {PUBLISHED: published})
     if published is not None:
@@ -138,7 +138,7 @@ def _conditions(
             yield _Condition(corpus, other, _difference(candidate, windows, corpus), most, comparisons, is_guard=True)
 
 
-def _chosen(rule: Rule, candidates: Mapping[str, Windows]) -> tuple[str, str]:
+def _chosen(rule: PublishRule, candidates: Mapping[str, Windows]) -> tuple[str, str]:
     """Return the candidate to publish, and the reason for choosing it."""
     names = list(candidates)
     has_general = all(candidates[name].get(rule.general) for name in names)
@@ -161,7 +161,7 @@ def _chosen(rule: Rule, candidates: Mapping[str, Windows]) -> tuple[str, str]:
     return chosen, f"; {chosen} is not distinguishable on {rule.domain} from {lowest}, the best ({apart}), and cheaper"
 
 
-def _changes(candidate: Windows, dense: Windows, published: Windows | None) -> dict[str, dict[str, Difference]]:
+def _changes(candidate: Windows, dense: Windows, published: Windows | None) -> dict[str, dict[str, PairedDifference]]:
     others = {DENSE: dense, PUBLISHED: published or {}}
     return {
         corpus: {name: known for name, each in others.items() if (known := _difference(candidate, each, corpus))}
@@ -169,7 +169,7 @@ def _changes(candidate: Windows, dense: Windows, published: Windows | None) -> d
     }
 
 
-def _difference(one: Windows, other: Windows, corpus: str) -> Difference | None:
+def _difference(one: Windows, other: Windows, corpus: str) -> PairedDifference | None:
     return log_difference([one[corpus]], [other[corpus]]) if corpus in one and corpus in other else None
 
 

@@ -43,7 +43,7 @@ def verdicts(run: Mapping[str, Any]) -> list[str]:
 
 def verdict_sentence(curve: Mapping[str, Any]) -> str:
     if curve["last_gain"] is None:
-        return f"{curve['corpus']}: whether there is enough text cannot be told from so few windows."
+        return f"{curve['corpus']}: too few windows to judge whether there is enough text."
     halves = f"the last doubling, to {curve['points'][-1]['tokens']:,} tokens, changed held-out loss by"
     changes = f"{halves} {-curve['last_gain']:+.1%}; the next one is expected to bring {-curve['expected_gain']:+.1%}"
     return f"{curve['corpus']}: {curve['verdict']}; {changes}."
@@ -71,10 +71,12 @@ def overlap_sentence(run: Mapping[str, Any]) -> str:
 def _leaks(overlap: Mapping[str, Any]) -> Iterator[str]:
     for each in overlap.get("sets") or []:
         if each["leaked"]:
-            found = f"{each['leaked']:,} of {each['texts']:,} texts stand in the calibration text"
+            found = f"{each['leaked']:,} of {each['texts']:,} texts occur in the calibration text"
             limit = f"{overlap['leak_share']:.0%} or more of their words"
-            usual = "" if each["is_leak"] else ", as often as training documents are near copies of one another"
-            yield f"{each['set']}: {found} ({limit}){usual}; numbers on them are too good."
+            usual = (
+                "" if each["is_leak"] else ", no more often than training documents are near-duplicates of one another"
+            )
+            yield f"{each['set']}: {found} ({limit}){usual}; results on them are optimistic."
 
 
 def _starved(starved: Mapping[str, Any]) -> Iterator[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from crosscal.evaluation import PERPLEXITY
-from crosscal.evaluation.inference import QUESTIONS, WINDOWS, Sure, over_draws, over_draws_and_items
-from crosscal.report.groups import DENSE, Column, Group
+from crosscal.evaluation.inference import QUESTIONS, WINDOWS, MeanEstimate, over_draws, over_draws_and_items
+from crosscal.report.groups import DENSE, Column, SeedGroup
 from crosscal.report.left_dense import SLACK
 from crosscal.report.rows import ResultRow
 from crosscal.report.run_files import RunFiles
@@ -19,7 +19,7 @@ AUTO = "auto"
 """Part of the name of a variant whose mixture is searched."""
 
 
-def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | None:
+def counterpart(group: SeedGroup, rule: str, groups: Sequence[SeedGroup]) -> SeedGroup | None:
     """Return the baseline of a variant by a rule of the plan's `study.baseline`; None if it has none, or is it itself.
 
     `dense` or a variant's name: that variant. A corpus, or `domain`: the same recipe, level and upstream on that corpus
@@ -33,7 +33,7 @@ def counterpart(group: Group, rule: str, groups: Sequence[Group]) -> Group | Non
     return found if is_fair else None
 
 
-def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
+def _is_counterpart(group: SeedGroup, rule: str, other: SeedGroup) -> bool:
     if rule in (DENSE, other.name):
         return other.name == rule or (rule == DENSE and other.is_dense)
     if other.upstream != group.upstream:
@@ -41,11 +41,11 @@ def _is_counterpart(group: Group, rule: str, other: Group) -> bool:
     if other.method == rule:
         return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
     domains = list(group.domains) if rule == DOMAIN else [rule]
-    same_recipe = (other.method, other.setting) == (group.method, group.setting) and not is_found(other)
+    same_recipe = (other.method, other.setting) == (group.method, group.setting) and not is_searched_mixture(other)
     return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}
 
 
-def is_found(group: Group) -> bool:
+def is_searched_mixture(group: SeedGroup) -> bool:
     """Return whether the mixture was searched; it differs between draws and may be one corpus alone."""
     return AUTO in group.name.split("-")
 
@@ -65,7 +65,7 @@ class Measured:
         questions = {(row.variant, (row.task, row.split, row.metric)): row.correct for row in files.questions}
         return cls(rows, {**windows, **questions})
 
-    def draws(self, group: Group, column: Column) -> dict[int | None, Measurement]:
+    def draws(self, group: SeedGroup, column: Column) -> dict[int | None, ModelMeasurement]:
         """Return draw → measurement; the key is None for a model that needs no calibration text."""
         found = [self.rows.get((variant, column)) for variant in group.variants]
         return {
@@ -74,16 +74,16 @@ class Measured:
             if row is not None and row.value is not None
         }
 
-    def _measurement(self, row: ResultRow) -> Measurement:
+    def _measurement(self, row: ResultRow) -> ModelMeasurement:
         assert row.value is not None, "rows without a number are left out before"
         items = self.items.get((row.variant, (row.corpus_or_task, row.split, row.metric)), ())
         if row.metric != PERPLEXITY:
-            return Measurement(row.value, row.stderr, QUESTIONS, items)
-        return Measurement(math.log(row.value), row.stderr and row.stderr / row.value, WINDOWS, items)
+            return ModelMeasurement(row.value, row.stderr, QUESTIONS, items)
+        return ModelMeasurement(math.log(row.value), row.stderr and row.stderr / row.value, WINDOWS, items)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ModelMeasurement:
     """A model's log perplexity, accuracy, or other number as it is."""
 
     value: float
@@ -94,19 +94,19 @@ class Measurement:
     """The value of each of these; empty if they were not kept."""
 
 
-def by_itself(group: Group, column: Column, measured: Measured) -> Sure | None:
+def by_itself(group: SeedGroup, column: Column, measured: Measured) -> MeanEstimate | None:
     """Return a variant's own value over its draws; for perplexities the logarithm."""
     return _sure([(one,) for one in measured.draws(group, column).values()])
 
 
-def difference(first: Group, second: Group, column: Column, measured: Measured) -> Sure | None:
+def difference(first: SeedGroup, second: SeedGroup, column: Column, measured: Measured) -> MeanEstimate | None:
     """Return first − second, draw by draw and window by window; None if no draw has both."""
     return _sure(list(_pairs(measured.draws(first, column), measured.draws(second, column))))
 
 
 def _pairs(
-    first: Mapping[int | None, Measurement], second: Mapping[int | None, Measurement]
-) -> Iterator[tuple[Measurement, Measurement]]:
+    first: Mapping[int | None, ModelMeasurement], second: Mapping[int | None, ModelMeasurement]
+) -> Iterator[tuple[ModelMeasurement, ModelMeasurement]]:
     """Pairs of the same draw; a model that is the same for every draw is paired with each of the other's."""
     draws = dict.fromkeys([*first, *second])
     for draw in [draw for draw in draws if draw is not None] or draws:
@@ -115,7 +115,7 @@ def _pairs(
             yield one, other
 
 
-def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
+def _sure(found: Sequence[tuple[ModelMeasurement, ...]]) -> MeanEstimate | None:
     """The result for one measurement per draw, or for the first minus the second."""
     if not found:
         return None
@@ -126,7 +126,7 @@ def _sure(found: Sequence[tuple[Measurement, ...]]) -> Sure | None:
     return over_draws([_less([one.value for one in both]) for both in found], _unpaired_stderr(found), found[0][0].over)
 
 
-def _unpaired_stderr(found: Sequence[tuple[Measurement, ...]]) -> float | None:
+def _unpaired_stderr(found: Sequence[tuple[ModelMeasurement, ...]]) -> float | None:
     """Mean over draws of the errors over windows or questions, combined as if the variants' items were independent: an
     upper bound, used if per-item values are not known."""
     errors = [[one.stderr for one in both] for both in found]

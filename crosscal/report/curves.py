@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from crosscal.report.figure import COLOURS, INK, MARKERS, drawing, legend_below, panels, plain_log_scale, svg_of
-from crosscal.report.groups import Group
+from crosscal.report.groups import SeedGroup
 from crosscal.report.headline import domains_of
 from crosscal.report.left_dense import marks_of
 from crosscal.report.table import mixture_text
@@ -19,7 +19,7 @@ MOST_OTHERS = 4
 """Mixtures other than those of general text and the domain."""
 
 
-def curves(groups: Sequence[Group], domain: str | None, corpora: Sequence[str], axis_name: str) -> str | None:
+def curves(groups: Sequence[SeedGroup], domain: str | None, corpora: Sequence[str], axis_name: str) -> str | None:
     """Plot each corpus's perplexity over `axis_name`, such as "sparsity" or "bits"; one line per method and mixture."""
     found = [group for group in in_curves(groups, domain) if group.amount(axis_name)]
     amounts = sorted({_value(group, axis_name) for group in found})
@@ -45,7 +45,7 @@ def curves(groups: Sequence[Group], domain: str | None, corpora: Sequence[str], 
 
 
 def _curve(
-    axis: Any, line: Sequence[Group], corpus: str, axis_name: str, look: Mapping[str, str], marks: Mapping[str, str]
+    axis: Any, line: Sequence[SeedGroup], corpus: str, axis_name: str, look: Mapping[str, str], marks: Mapping[str, str]
 ) -> None:
     """Join fractions by a line; n:m patterns are separate hollow markers, as they constrain more than a fraction."""
     for patterned in (False, True):
@@ -63,45 +63,47 @@ def _curve(
                     axis.annotate(text, point[:2], xytext=(5, 4), textcoords="offset points", fontsize=7)
 
 
-def in_curves(groups: Sequence[Group], domain: str | None) -> list[Group]:
+def in_curves(groups: Sequence[SeedGroup], domain: str | None) -> list[SeedGroup]:
     """Return the compressed groups calibrated on no other domain, but on general text, `domain` or untested corpora."""
     others = set(domains_of(groups)) - {domain}
     return [group for group in groups if not group.is_dense and not group.domains & others]
 
 
-def alphas_of(groups: Sequence[Group], domain: str | None) -> list[float]:
+def alphas_of(groups: Sequence[SeedGroup], domain: str | None) -> list[float]:
     """Return the weights of the domain in its mixtures with general text alone."""
     return sorted({group.alpha for group in groups if group.alpha is not None and _is_plain(group, domain)})
 
 
-def others_of(groups: Sequence[Group], domain: str | None) -> list[str]:
+def others_of(groups: Sequence[SeedGroup], domain: str | None) -> list[str]:
     return list(dict.fromkeys(mixture_text(group.mixture) for group in groups if not _is_plain(group, domain)))
 
 
-def first_flavours(groups: Sequence[Group]) -> list[str]:
+def first_flavours(groups: Sequence[SeedGroup]) -> list[str]:
     return list(dict.fromkeys(group.flavour for group in groups))[:MOST_FLAVOURS]
 
 
-def lines_of(groups: Sequence[Group], key: Callable[[Group], tuple[str, Any]]) -> dict[tuple[str, Any], list[Group]]:
+def lines_of(
+    groups: Sequence[SeedGroup], key: Callable[[SeedGroup], tuple[str, Any]]
+) -> dict[tuple[str, Any], list[SeedGroup]]:
     """Return the compressed groups that one line joins, by flavour and what else is constant along it."""
-    lines: dict[tuple[str, Any], list[Group]] = defaultdict(list)
+    lines: dict[tuple[str, Any], list[SeedGroup]] = defaultdict(list)
     for group in groups:
         if not group.is_dense:
             lines[key(group)].append(group)
     return lines
 
 
-def _is_plain(group: Group, domain: str | None) -> bool:
+def _is_plain(group: SeedGroup, domain: str | None) -> bool:
     return group.domains <= ({domain} if domain else set())
 
 
-def _label(group: Group, domain: str | None) -> str:
+def _label(group: SeedGroup, domain: str | None) -> str:
     if group.alpha is None:
         return "no data"
     return f"α = {group.alpha:g}" if domain and _is_plain(group, domain) else mixture_text(group.mixture)
 
 
-def _mixture_colours(groups: Sequence[Group], domain: str | None) -> dict[str, str]:
+def _mixture_colours(groups: Sequence[SeedGroup], domain: str | None) -> dict[str, str]:
     """Label -> colour: at most MOST_ALPHAS alphas, including the smallest and largest, then other mixtures."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
@@ -116,17 +118,17 @@ def _mixture_colours(groups: Sequence[Group], domain: str | None) -> dict[str, s
     return found | dict(zip(others[:MOST_OTHERS], COLOURS[3:], strict=False))
 
 
-def _value(group: Group, axis_name: str) -> float:
+def _value(group: SeedGroup, axis_name: str) -> float:
     amount = group.amount(axis_name)
     return math.nan if amount is None else amount["value"]
 
 
-def _others(group: Group, axis_name: str) -> str:
+def _others(group: SeedGroup, axis_name: str) -> str:
     """The amounts on other axes, which are the same along one line."""
     return ", ".join(amount["text"] for amount in group.amounts if amount["axis"] != axis_name)
 
 
-def _is_pattern(group: Group) -> bool:
+def _is_pattern(group: SeedGroup) -> bool:
     return any(amount["is_pattern"] for amount in group.amounts)
 
 

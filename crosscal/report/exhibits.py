@@ -16,9 +16,9 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY
 from crosscal.evaluation.comparison import change_text
-from crosscal.evaluation.summaries import Difference
-from crosscal.report.groups import Column, Group, choosing_columns, columns_of, main_columns
-from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
+from crosscal.evaluation.summaries import PairedDifference
+from crosscal.report.groups import Column, SeedGroup, choosing_columns, columns_of, main_columns
+from crosscal.report.headline import RULE, Recommendation, best_variants, domains_of, sentences_of
 from crosscal.report.left_dense import common_text
 from crosscal.report.numbers import number_text, plain_text
 from crosscal.report.plots import trade_off
@@ -42,19 +42,19 @@ class Table:
     """What the numbers are, and what was omitted."""
 
 
-def measured(run_dir: Path) -> tuple[list[Group], list[Column], frozenset[str]]:
+def measured(run_dir: Path) -> tuple[list[SeedGroup], list[Column], frozenset[str]]:
     """Return the groups and columns of a run directory, and the variants whose models were kept."""
     files = read_run(run_dir)
     return files.groups, columns_of(files.results), files.models
 
 
-def decided_among(run_dir: Path) -> tuple[list[Group], list[Column]]:
+def decided_among(run_dir: Path) -> tuple[list[SeedGroup], list[Column]]:
     """Return the groups of a run directory, and the columns by which one is chosen."""
     files = read_run(run_dir)
     return files.groups, choosing_columns(files.results)
 
 
-def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
+def results_table(groups: Sequence[SeedGroup], columns: Sequence[Column]) -> Table:
     """Return a row per variant: dense, then each level by alpha, recommended ones marked; perplexities with change."""
     wanted, some_dense = main_columns(columns), any(group.left_dense.matrices for group in groups)
     shown, dense = wanted[:MOST_COLUMNS], next((group for group in groups if group.is_dense), None)
@@ -80,7 +80,7 @@ def results_table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
 
 
 def trade_off_page(
-    groups: Sequence[Group], kept: Collection[str] = (), folder: str = "models", *, published: str = ""
+    groups: Sequence[SeedGroup], kept: Collection[str] = (), folder: str = "models", *, published: str = ""
 ) -> str | None:
     """Return Markdown with the chart and the recommended variants of each domain; None if there is nothing to compare.
 
@@ -109,7 +109,11 @@ def files_page(run_dir: Path, record: dict[str, Any]) -> str:
 
 
 def decision_page(
-    domain: str, version: int, decided: Mapping[str, Any], groups: Sequence[Group] = (), columns: Sequence[Column] = ()
+    domain: str,
+    version: int,
+    decided: Mapping[str, Any],
+    groups: Sequence[SeedGroup] = (),
+    columns: Sequence[Column] = (),
 ) -> str:
     """Return Markdown that explains why a landed domain's model was published, or kept and not published.
 
@@ -139,7 +143,7 @@ def decision_page(
     return "\n\n".join([head_line, reason, table, about, *among, "\n".join(facts)])
 
 
-def _candidates(decided: Mapping[str, Any], groups: Sequence[Group], columns: Sequence[Column]) -> Iterator[str]:
+def _candidates(decided: Mapping[str, Any], groups: Sequence[SeedGroup], columns: Sequence[Column]) -> Iterator[str]:
     """The candidates of the decision: dense, then by alpha; the one that was decided on is marked."""
     shown = columns[:MOST_COLUMNS]
     if not shown:
@@ -165,7 +169,7 @@ def picture(svg: str) -> str | None:
     return text if len(text) <= MOST_PICTURE_BYTES else None
 
 
-def _weighed(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str) -> Iterator[str]:
+def _weighed(groups: Sequence[SeedGroup], domain: str, kept: Collection[str], folder: str) -> Iterator[str]:
     best = best_variants(groups, domain)
     chart = trade_off(groups, domain)
     if chart is None:
@@ -179,7 +183,7 @@ def _weighed(groups: Sequence[Group], domain: str, kept: Collection[str], folder
     yield f"{RULE} {common_text(groups)}".strip()
 
 
-def _best_row(best: Best) -> str:
+def _best_row(best: Recommendation) -> str:
     numbers = (number_text(best.general, "perplexity"), number_text(best.special, "perplexity"))
     change = "–" if best.change is None else f"{100 * best.change:+.1f} %"
     dense = best.group.left_dense.short
@@ -193,14 +197,14 @@ def _plain(text: str) -> str:
 
 
 def _change(changes: Mapping[str, Mapping[str, Any]], other: str) -> str:
-    return change_text(Difference(**changes[other])) if other in changes else "–"
+    return change_text(PairedDifference(**changes[other])) if other in changes else "–"
 
 
 def _plain_number(value: float | None) -> str:
     return "–" if value is None else plain_text(value)
 
 
-def _to_take(groups: Sequence[Group]) -> dict[str, str]:
+def _to_take(groups: Sequence[SeedGroup]) -> dict[str, str]:
     """Name of a group → the domains for which it is recommended at its level."""
     found: dict[str, list[str]] = defaultdict(list)
     for domain in domains_of(groups):
@@ -209,7 +213,7 @@ def _to_take(groups: Sequence[Group]) -> dict[str, str]:
     return {name: f"for {', '.join(domains)}"[:MOST_WORDS] for name, domains in found.items()}
 
 
-def _in_order(groups: Sequence[Group]) -> list[Group]:
+def _in_order(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
     """The dense model, then each level and method in the plan's order; in each, every domain's mixtures by alpha."""
     kinds = list(dict.fromkeys((group.level, group.flavour) for group in groups))
     domains = [frozenset[str](), *dict.fromkeys(group.domains for group in groups)]
@@ -224,7 +228,7 @@ def _in_order(groups: Sequence[Group]) -> list[Group]:
     )
 
 
-def _alpha(group: Group) -> str:
+def _alpha(group: SeedGroup) -> str:
     return "" if group.alpha is None else f"{group.alpha:g}"
 
 
@@ -233,7 +237,7 @@ def _header(column: Column) -> str:
     return f"{name[:40]}" + ("" if metric == PERPLEXITY else f" {metric[:20]}") + f", {split}"
 
 
-def _cell(group: Group, dense: Group | None, column: Column) -> str:
+def _cell(group: SeedGroup, dense: SeedGroup | None, column: Column) -> str:
     number = group.numbers.get(column)
     before = dense.numbers.get(column) if dense and dense is not group else None
     if number is None or before is None or column[2] != "perplexity":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.report.found_plots import found_chart, is_taken
-from crosscal.report.groups import Group
+from crosscal.report.groups import SeedGroup
 from crosscal.report.numbers import plain_text
 from crosscal.report.table import mixture_text
 
@@ -26,7 +26,7 @@ class FoundMixture:
     chart: str | None
 
 
-def found_mixtures(run: Mapping[str, Any], groups: Sequence[Group]) -> list[FoundMixture]:
+def found_mixtures(run: Mapping[str, Any], groups: Sequence[SeedGroup]) -> list[FoundMixture]:
     """Return every search in the run's record; those of the first MOST_CHARTS between two corpora have a chart."""
     found = []
     for number, choice in enumerate(run.get("choices") or []):

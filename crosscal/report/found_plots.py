@@ -14,7 +14,7 @@ from typing import Any
 
 from crosscal.evaluation import TEST, VALIDATION
 from crosscal.report.figure import COLOURS, INK, drawing, legend_below, panels, svg_of
-from crosscal.report.groups import GENERAL, Group
+from crosscal.report.groups import GENERAL, SeedGroup
 
 Point = tuple[float, float]
 """(value on the corpus of the x axis, value on the other)."""
@@ -38,7 +38,7 @@ def is_taken(tried: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
     return all(math.isclose(w, choice["weights"].get(name, 0.0), abs_tol=1e-9) for name, w in tried["weights"].items())
 
 
-def found_chart(choice: Mapping[str, Any], groups: Sequence[Group]) -> str:
+def found_chart(choice: Mapping[str, Any], groups: Sequence[SeedGroup]) -> str:
     """Plot a search between two corpora; the run's groups on mixtures of the two are the measured points."""
     across, up = sorted(choice["exponents"], key=lambda name: name != GENERAL)
     losses = [(one["losses"][across], one["losses"][up]) for one in choice["tried"]]
@@ -83,7 +83,7 @@ def _level(axis: Any, points: Sequence[Point], taken: Point, exponent: float) ->
     axis.set_ylim(bounds)
 
 
-def _estimate(groups: Sequence[Group], own: Group, losses: Point, across: str, up: str) -> _Estimate | None:
+def _estimate(groups: Sequence[SeedGroup], own: SeedGroup, losses: Point, across: str, up: str) -> _Estimate | None:
     """On validation text if measured, else on test text; None if the dense or the chosen model has no perplexity."""
     dense = next((group for group in groups if group.is_dense), None)
     for split in (VALIDATION, TEST):
@@ -97,7 +97,7 @@ def _estimate(groups: Sequence[Group], own: Group, losses: Point, across: str, u
 
 
 def _measured(
-    choice: Mapping[str, Any], groups: Sequence[Group], own: Group, split: str, across: str, up: str
+    choice: Mapping[str, Any], groups: Sequence[SeedGroup], own: SeedGroup, split: str, across: str, up: str
 ) -> Iterator[Point]:
     """Models of the same recipe on mixtures of the two corpora, and candidates that were evaluated."""
     for group in groups:

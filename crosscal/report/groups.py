@@ -11,7 +11,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION
 from crosscal.evaluation.summaries import spread
-from crosscal.report.left_dense import LeftDense, left_dense_of
+from crosscal.report.left_dense import DenseShare, left_dense_of
 from crosscal.report.numbers import Number
 from crosscal.report.rows import LayerRow, ResultRow, WindowRow
 
@@ -33,7 +33,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """One method at one setting, upstream and mixture, over all its seeds."""
 
     name: str
@@ -51,7 +51,7 @@ class Group:
     relative_loss: Loss | None
     """Over the solved matrices of all seeds, on the calibration mixture."""
     heldout_relative_loss: Loss | None
-    left_dense: LeftDense
+    left_dense: DenseShare
     window_nll: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
     """(corpus, split) -> variant -> negative log-likelihood of each window; empty if none was kept."""
 
@@ -84,7 +84,7 @@ class Group:
 
 def groups_of(
     results: Sequence[ResultRow], layers: Sequence[LayerRow], windows: Iterable[WindowRow] = ()
-) -> list[Group]:
+) -> list[SeedGroup]:
     """Return one group for the rows that differ by seed alone, in the order of their first appearance."""
     by_key: dict[str, list[ResultRow]] = defaultdict(list)
     for row in results:
@@ -139,7 +139,7 @@ def level_of(texts: Sequence[str], setting: Mapping[str, Any]) -> str:
     return ", ".join(texts) or ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
-def axes_of(groups: Iterable[Group]) -> list[str]:
+def axes_of(groups: Iterable[SeedGroup]) -> list[str]:
     """Return the axes that have amounts, in the order of their first appearance."""
     return list(dict.fromkeys(amount["axis"] for group in groups for amount in group.amounts))
 
@@ -149,7 +149,7 @@ def _group(
     layers_of: Mapping[str, list[LayerRow]],
     windows_of: Mapping[str, list[WindowRow]],
     flavour: str,
-) -> Group:
+) -> SeedGroup:
     first = rows[0]
     variants = tuple(dict.fromkeys(row.variant for row in rows))
     layers = [layer for variant in variants for layer in layers_of.get(variant, [])]
@@ -161,7 +161,7 @@ def _group(
     for row in rows:
         if row.value is not None:
             measured[row.corpus_or_task, row.split, row.metric].append(row)
-    return Group(
+    return SeedGroup(
         name=variants[0] if len(variants) == 1 else _stem(first),
         variants=variants,
         method=first.method,

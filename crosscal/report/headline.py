@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from crosscal.evaluation import VALIDATION
 from crosscal.evaluation.choice import choose
 from crosscal.evaluation.comparison import LEVEL, log_difference
-from crosscal.evaluation.summaries import Difference
-from crosscal.report.groups import GENERAL, Group
+from crosscal.evaluation.summaries import PairedDifference
+from crosscal.report.groups import GENERAL, SeedGroup
 from crosscal.report.left_dense import SLACK as DENSE_SLACK
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import Number, number_text
@@ -19,22 +19,22 @@ SLACK = 0.01
 """Relative distance from the lowest perplexity that is not distinguishable, if differences cannot be paired."""
 RULE = (
     "Chosen on validation windows alone; test numbers are only reported. At each level of compression, of the variants "
-    "that no other beats in both: the lowest general perplexity among those that cannot be told from the lowest domain "
-    "perplexity, their mean difference of log perplexity over the same windows being within the margin of Student's t "
-    f"at {LEVEL:.0%}, shared among the comparisons (or, where the windows' numbers were not kept, their perplexity "
-    f"within {SLACK:.0%}). Variants with over {DENSE_SLACK:.0%} more of their parameters left dense than others of "
-    "their level are not compared."
+    "on the front of both perplexities: the lowest general perplexity among those not distinguishable from the lowest "
+    "domain perplexity: their mean difference of log perplexity over the same windows is within the margin of "
+    f"Student's t at {LEVEL:.0%}, shared among the comparisons (or, where the windows' numbers were not kept, their "
+    f"perplexity within {SLACK:.0%}). Variants with over {DENSE_SLACK:.0%} more of their parameters left dense than "
+    "others of their level are not compared."
 )
 
 
 @dataclass(frozen=True)
-class Best:
+class Recommendation:
     """The recommended variant for a domain at a level, and what it was chosen among."""
 
     domain: str
     level: str
-    group: Group
-    lowest: Group
+    group: SeedGroup
+    lowest: SeedGroup
     """Group with the lowest domain perplexity: `group` itself, or one not distinguishable from it."""
     compared: int
     """Number of variants of the level that were compared."""
@@ -42,9 +42,9 @@ class Best:
     """Number of variants not distinguishable from `lowest`, itself included."""
     windows: int | None
     """Number of windows over which differences were paired; None if they could not be."""
-    cheaper: Group | None
+    cheaper: SeedGroup | None
     """The next on the Pareto front: worse on the domain and better on general text."""
-    general_only: Group | None
+    general_only: SeedGroup | None
     """The same method at the same level, calibrated on the general corpus alone."""
 
     @property
@@ -71,7 +71,7 @@ class Best:
         return self.special.value / before.value - 1
 
 
-def domains_of(groups: Sequence[Group]) -> list[str]:
+def domains_of(groups: Sequence[SeedGroup]) -> list[str]:
     """Return the corpora besides the general one that some mixture weighs and that have a perplexity, in order of
     appearance.
 
@@ -82,7 +82,7 @@ def domains_of(groups: Sequence[Group]) -> list[str]:
     return [domain for domain in weighed if domain in measured]
 
 
-def best_variants(groups: Sequence[Group], domain: str) -> list[Best]:
+def best_variants(groups: Sequence[SeedGroup], domain: str) -> list[Recommendation]:
     """Return one choice per level by the perplexities on validation windows, whatever a variant was calibrated on.
 
     If no variant has a general perplexity, the lowest domain perplexity is chosen. Empty if no compressed variant was
@@ -93,8 +93,8 @@ def best_variants(groups: Sequence[Group], domain: str) -> list[Best]:
     return [_best(found, domain, level) for level, found in compared(weighed).items()]
 
 
-def _best(groups: Sequence[Group], domain: str, level: str) -> Best:
-    def difference(one: int, other: int) -> Difference | None:
+def _best(groups: Sequence[SeedGroup], domain: str, level: str) -> Recommendation:
+    def difference(one: int, other: int) -> PairedDifference | None:
         nll = (list(groups[i].window_nll.get((domain, VALIDATION), {}).values()) for i in (one, other))
         return log_difference(*nll)
 
@@ -102,7 +102,7 @@ def _best(groups: Sequence[Group], domain: str, level: str) -> Best:
     chosen = groups[found.chosen]
     cheaper = [groups[index] for index in found.front if _general(groups[index]) < _general(chosen)]
     peers = [group for group in groups if group.mixture == {GENERAL: 1.0} and group.flavour == chosen.flavour]
-    return Best(
+    return Recommendation(
         domain,
         level,
         chosen,
@@ -115,7 +115,7 @@ def _best(groups: Sequence[Group], domain: str, level: str) -> Best:
     )
 
 
-def sentence(best: Best, kept: Collection[str], folder: str = "models") -> str:
+def sentence(best: Recommendation, kept: Collection[str], folder: str = "models") -> str:
     """Return the recommendation and its reason, with the path of the model if its variant is in `kept`."""
     group, several = best.group, len(best.group.variants) > 1
     path = f"{folder}/{group.variants[0]}" + (f", one of {len(group.variants)} seeds" * several)
@@ -129,25 +129,25 @@ def sentence(best: Best, kept: Collection[str], folder: str = "models") -> str:
     return f"For {best.domain}{at} take {group.name}{where}: {said}."
 
 
-def sentences_of(groups: Sequence[Group], domain: str, kept: Collection[str], folder: str = "models") -> list[str]:
+def sentences_of(groups: Sequence[SeedGroup], domain: str, kept: Collection[str], folder: str = "models") -> list[str]:
     """Return `sentence` for every level of a domain, or one sentence on why nothing is chosen."""
     found = [sentence(best, kept, folder) for best in best_variants(groups, domain)]
     if found:
         return found
     measured = [group for group in groups if group.perplexity(domain, VALIDATION)]
-    why = "it has no validation windows, and test numbers choose nothing; give it validation documents"
+    why = "it has no validation windows, and test numbers are not used for selection; add validation documents"
     if measured:
         every_is_dense = "in each variant every matrix stays dense"
         why = "no compressed variant was measured on it" if all(g.is_dense for g in measured) else every_is_dense
     return [f"For {domain} nothing is chosen: {why}."]
 
 
-def sentences(groups: Sequence[Group], kept: Collection[str], folder: str) -> list[str]:
+def sentences(groups: Sequence[SeedGroup], kept: Collection[str], folder: str) -> list[str]:
     """Return `sentences_of` every domain."""
     return [said for domain in domains_of(groups) for said in sentences_of(groups, domain, kept, folder)]
 
 
-def _reason(best: Best) -> str:
+def _reason(best: Recommendation) -> str:
     lowest = f"the lowest perplexity on {best.domain}"
     if best.compared == 1:
         return "the only variant to compare at this level"
@@ -160,14 +160,18 @@ def _reason(best: Best) -> str:
     if best.group is not best.lowest:
         less = _change(best.group, best.lowest, GENERAL)
         return (
-            f"over the same {best.windows} windows not told from {best.lowest.name}, which has {lowest}{among}, "
-            f"and with {-less:.2g} % lower general perplexity"
+            f"over the same {best.windows} windows not distinguishable from {best.lowest.name}, which has "
+            f"{lowest}{among}, and with {-less:.2g} % lower general perplexity"
         )
-    told = "" if best.cheaper is None else f"told over the same {best.windows} windows from all cheaper in general text"
-    return f"{lowest}{among}, {told or 'and none is cheaper in general text'}"
+    told = (
+        ""
+        if best.cheaper is None
+        else f"distinguishable over the same {best.windows} windows from all with lower general perplexity"
+    )
+    return f"{lowest}{among}, {told or 'and none has a lower general perplexity'}"
 
 
-def _price(best: Best) -> str:
+def _price(best: Recommendation) -> str:
     """Cost and gain of the next cheaper variant, for users who weigh the two differently."""
     if best.cheaper is None:
         return ""
@@ -176,17 +180,17 @@ def _price(best: Best) -> str:
     return f" ({best.cheaper.name} has {worse:.2g} % more on {best.domain} and {saved:.2g} % less in general)"
 
 
-def _change(first: Group, second: Group, corpus: str) -> float:
+def _change(first: SeedGroup, second: SeedGroup, corpus: str) -> float:
     """Percent by which the first's perplexity is higher."""
     return 100 * (_value(first, corpus) / _value(second, corpus) - 1)
 
 
-def _general(group: Group) -> float:
+def _general(group: SeedGroup) -> float:
     """General perplexity; 0 if it is not measured, so that the domain alone decides."""
     return _value(group, GENERAL) if group.perplexity(GENERAL, VALIDATION) else 0.0
 
 
-def _value(group: Group, corpus: str) -> float:
+def _value(group: SeedGroup, corpus: str) -> float:
     number = group.perplexity(corpus, VALIDATION)
     assert number is not None, "groups without the number are left out before"
     return number.value

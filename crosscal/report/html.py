@@ -14,8 +14,8 @@ from crosscal.report.calibration import overlap_sentence, quality_table, site_ro
 from crosscal.report.curves import curves
 from crosscal.report.figure import COLOURS
 from crosscal.report.found_mixtures import found_mixtures
-from crosscal.report.groups import GENERAL, Column, Group, axes_of, choosing_columns, columns_of
-from crosscal.report.headline import RULE, Best, best_variants, domains_of, sentences_of
+from crosscal.report.groups import GENERAL, Column, SeedGroup, axes_of, choosing_columns, columns_of
+from crosscal.report.headline import RULE, Recommendation, best_variants, domains_of, sentences_of
 from crosscal.report.layer_plots import layer_losses
 from crosscal.report.left_dense import common_text, marks_of
 from crosscal.report.numbers import Number, number_text, percent_text, short_text
@@ -40,7 +40,7 @@ SOURCES = {"documents": "from its documents", "self": "written by the model itse
 @dataclass(frozen=True)
 class DomainSection:
     domain: str
-    best: list[Best]
+    best: list[Recommendation]
     sentences: list[str]
     charts: list[str]
     """SVG text."""
@@ -127,7 +127,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
 
 
 def _domain_section(
-    groups: Sequence[Group], columns: Sequence[Column], domain: str, kept: Collection[str]
+    groups: Sequence[SeedGroup], columns: Sequence[Column], domain: str, kept: Collection[str]
 ) -> DomainSection:
     corpora = _perplexity_corpora(columns)
     others = [corpus for corpus in corpora if corpus not in (GENERAL, domain) and corpus not in domains_of(groups)]
@@ -137,7 +137,7 @@ def _domain_section(
     return DomainSection(domain, best, sentences, [chart for chart in charts if chart], left_out(groups, domain))
 
 
-def _curve_charts(groups: Sequence[Group], domain: str | None, corpora: Sequence[str]) -> list[str]:
+def _curve_charts(groups: Sequence[SeedGroup], domain: str | None, corpora: Sequence[str]) -> list[str]:
     charts = [curves(groups, domain, corpora, axis) for axis in axes_of(groups)] if corpora else []
     return [chart for chart in charts if chart]
 
@@ -146,12 +146,12 @@ def _perplexity_corpora(columns: Sequence[Column]) -> list[str]:
     return list(dict.fromkeys(name for name, split, metric in columns if (split, metric) == (TEST, PERPLEXITY)))
 
 
-def _dense_perplexities(groups: Sequence[Group]) -> list[tuple[str, Number]]:
+def _dense_perplexities(groups: Sequence[SeedGroup]) -> list[tuple[str, Number]]:
     dense = [item for group in groups if group.is_dense for item in group.numbers.items()]
     return [(name, number) for (name, split, metric), number in dense if (split, metric) == (TEST, PERPLEXITY)]
 
 
-def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) -> tuple[list[str], set[str]]:
+def _layer_variants(groups: Sequence[SeedGroup], sections: Sequence[DomainSection]) -> tuple[list[str], set[str]]:
     """Variants with solved matrices: per domain the recommended one with the highest domain perplexity, then the first
     ones, up to the limit; and which of all variants were recommended there."""
     best = [
@@ -164,7 +164,7 @@ def _layer_variants(groups: Sequence[Group], sections: Sequence[DomainSection]) 
     return shown, {group.variants[0] for group in best}
 
 
-def _marks_of_variants(groups: Sequence[Group]) -> dict[str, str]:
+def _marks_of_variants(groups: Sequence[SeedGroup]) -> dict[str, str]:
     marks = marks_of(groups)
     return {variant: marks[group.name] for group in groups if group.name in marks for variant in group.variants}
 
@@ -174,7 +174,7 @@ def _one_of_each(samples: Sequence[CalibrationText]) -> list[CalibrationText]:
     return list({sample.corpus: sample for sample in reversed(samples)}.values())[::-1]
 
 
-def _taken_first(groups: Sequence[Group], sections: Sequence[DomainSection]) -> list[Group]:
+def _taken_first(groups: Sequence[SeedGroup], sections: Sequence[DomainSection]) -> list[SeedGroup]:
     """The dense model, the groups recommended for some domain, then the others."""
     taken = {best.group.name for section in sections for best in section.best}
     return sorted(groups, key=lambda group: (not group.is_dense, group.name not in taken))

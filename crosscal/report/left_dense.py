@@ -19,7 +19,7 @@ SLACK = 0.01
 
 
 @dataclass(frozen=True)
-class LeftDense:
+class DenseShare:
     """How much of a variant's listed matrices stays dense, over all its seeds."""
 
     matrices: int
@@ -59,18 +59,18 @@ class LeftDense:
         return counted if self.parameters is None else f"{counted} ({percent_text(self.share)})"
 
 
-NOTHING = LeftDense(0, 0, None, None)
+NOTHING = DenseShare(0, 0, None, None)
 """For variants without layer rows."""
 
 
-def left_dense_of(layers: Sequence[LayerRow]) -> LeftDense:
+def left_dense_of(layers: Sequence[LayerRow]) -> DenseShare:
     """Count over the layer rows of one variant, or of its seeds."""
     dense = [row for row in layers if row.stays_dense]
     parameters, of_parameters = (
         None if any(row.parameters is None for row in layers) else sum(row.parameters or 0 for row in rows)
         for rows in (dense, layers)
     )
-    return LeftDense(len(dense), len(layers), parameters, of_parameters)
+    return DenseShare(len(dense), len(layers), parameters, of_parameters)
 
 
 class _Compressed(Protocol):
@@ -81,7 +81,7 @@ class _Compressed(Protocol):
     @property
     def level(self) -> str: ...
     @property
-    def left_dense(self) -> LeftDense: ...
+    def left_dense(self) -> DenseShare: ...
 
 
 G = TypeVar("G", bound=_Compressed)

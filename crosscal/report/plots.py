@@ -19,7 +19,7 @@ from crosscal.report.curves import (
     others_of,
 )
 from crosscal.report.figure import COLOURS, INK, MARKERS, drawing, legend_below, panels, plain_log_scale, svg_of
-from crosscal.report.groups import GENERAL, Column, Group
+from crosscal.report.groups import GENERAL, Column, SeedGroup
 from crosscal.report.left_dense import compared, marks_of
 from crosscal.report.table import mixture_text
 
@@ -27,7 +27,7 @@ MOST_LEVELS = 5
 MOST_ROWS = 24
 
 
-def trade_off(groups: Sequence[Group], domain: str) -> str | None:
+def trade_off(groups: Sequence[SeedGroup], domain: str) -> str | None:
     """Plot general against domain perplexity: all levels together, then each level separately with alpha at its points.
 
     Every variant with both numbers is drawn; lines join general text, the domain and their mixtures.
@@ -53,7 +53,7 @@ def trade_off(groups: Sequence[Group], domain: str) -> str | None:
 
 def _trade_off_panel(
     axis: Any,
-    groups: Sequence[Group],
+    groups: Sequence[SeedGroup],
     domain: str,
     flavours: Sequence[str],
     marks: Mapping[str, str],
@@ -88,19 +88,19 @@ def _annotate(axis: Any, point: tuple[float, float], text: str) -> None:
         axis.annotate(text, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
 
 
-def _line_key(group: Group, domain: str) -> str:
+def _line_key(group: SeedGroup, domain: str) -> str:
     """Empty for general text, the domain and their mixtures, which one line joins; any other mixture is on its own."""
     return "" if group.domains <= {domain} else mixture_text(group.mixture)
 
 
-def _mixture_word(group: Group, domain: str) -> str:
+def _mixture_word(group: SeedGroup, domain: str) -> str:
     """Label of a point: alpha on a line of mixtures, the mixture itself elsewhere; empty without data."""
     if group.alpha is None:
         return ""
     return f"{group.alpha:g}" if group.domains <= {domain} else mixture_text(group.mixture)
 
 
-def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None:
+def accuracies(groups: Sequence[SeedGroup], columns: Sequence[Column]) -> str | None:
     """Plot the accuracy of the first MOST_ROWS groups, one panel per task."""
     columns, marks = [column for column in columns if column[2] == "acc"], marks_of(groups)
     shown = [group for group in groups if any(column in group.numbers for column in columns)][:MOST_ROWS]
@@ -120,11 +120,11 @@ def accuracies(groups: Sequence[Group], columns: Sequence[Column]) -> str | None
         return svg_of(figure)
 
 
-def _labelled(group: Group, marks: Mapping[str, str]) -> str:
+def _labelled(group: SeedGroup, marks: Mapping[str, str]) -> str:
     return f"{group.name} ({marks[group.name]})" if group.name in marks else group.name
 
 
-def left_out(groups: Sequence[Group], domain: str) -> str:
+def left_out(groups: Sequence[SeedGroup], domain: str) -> str:
     """Return a sentence on what the charts of one domain omit; empty if they show everything."""
     mixed = weighed(groups, domain)
     drawn = in_curves(groups, domain)
@@ -143,31 +143,31 @@ def left_out(groups: Sequence[Group], domain: str) -> str:
     return text.strip()
 
 
-def weighed(groups: Sequence[Group], domain: str) -> list[Group]:
+def weighed(groups: Sequence[SeedGroup], domain: str) -> list[SeedGroup]:
     """Return the compressed groups that have both perplexities, whatever they were calibrated on."""
     return [group for group in groups if not group.is_dense and _has_both(group, domain)]
 
 
-def _by_level(groups: Sequence[Group]) -> dict[str, list[Group]]:
+def _by_level(groups: Sequence[SeedGroup]) -> dict[str, list[SeedGroup]]:
     """The groups of each level that has at least two."""
-    found: dict[str, list[Group]] = defaultdict(list)
+    found: dict[str, list[SeedGroup]] = defaultdict(list)
     for group in groups:
         found[group.level].append(group)
     return {level: members for level, members in found.items() if len(members) > 1}
 
 
-def _has_both(group: Group, domain: str) -> bool:
+def _has_both(group: SeedGroup, domain: str) -> bool:
     return group.perplexity(GENERAL) is not None and group.perplexity(domain) is not None
 
 
-def _point(group: Group, domain: str) -> tuple[float, float]:
+def _point(group: SeedGroup, domain: str) -> tuple[float, float]:
     general, special = group.perplexity(GENERAL), group.perplexity(domain)
     assert general, "groups without a general perplexity are left out before"
     assert special, "groups without a domain perplexity are left out before"
     return general.value, special.value
 
 
-def _sd(group: Group, corpus: str) -> float:
+def _sd(group: SeedGroup, corpus: str) -> float:
     """Standard deviation over seeds. One seed has none (NaN): variants share their windows, so the standard error over
     windows says little about their differences."""
     number = group.perplexity(corpus)
@@ -180,7 +180,7 @@ def _flavour_handles(flavours: Sequence[str]) -> list[Any]:
     return [Line2D([], [], marker=MARKERS[i], color=COLOURS[i], label=flavour) for i, flavour in enumerate(flavours)]
 
 
-def _front_handles(dense: Sequence[Group]) -> list[Any]:
+def _front_handles(dense: Sequence[SeedGroup]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     front = Line2D([], [], color=INK, alpha=0.35, linewidth=1.2, linestyle=(0, (1, 1.5)), label="Pareto front")

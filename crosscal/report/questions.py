@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from crosscal.evaluation.mcnemar import change
 from crosscal.evaluation.measurement import TEST
 from crosscal.evaluation.tasks import CLOSED, IN_CONTEXT, version_name
-from crosscal.report.groups import Group
-from crosscal.report.headline import Best
+from crosscal.report.groups import SeedGroup
+from crosscal.report.headline import Recommendation
 from crosscal.report.rows import QuestionRow
 
 MOST_ROWS = 100
@@ -21,7 +21,7 @@ Answers = Mapping[str, Mapping[str, Sequence[bool]]]
 
 
 @dataclass(frozen=True)
-class Changes:
+class AnswerChanges:
     """Rows that show how a second model's answers differ from a first one's, one column per task."""
 
     title: str
@@ -40,7 +40,9 @@ def answers_of(rows: Iterable[QuestionRow]) -> Answers:
     return {task: by_metric[_metric(by_metric)] for task, by_metric in found.items()}
 
 
-def answer_changes(groups: Sequence[Group], best: Sequence[Best], answers: Answers) -> list[Changes]:
+def answer_changes(
+    groups: Sequence[SeedGroup], best: Sequence[Recommendation], answers: Answers
+) -> list[AnswerChanges]:
     """Return the tables that are not empty: every variant against the dense model; recommended variants against the
     same calibrated on general text alone; every model with contexts against itself without. Rows are in the groups'
     order."""
@@ -60,7 +62,7 @@ def answer_changes(groups: Sequence[Group], best: Sequence[Best], answers: Answe
     return [table for table in tables if table.rows]
 
 
-def _pairs(best: Best) -> list[tuple[str, str]]:
+def _pairs(best: Recommendation) -> list[tuple[str, str]]:
     """(general-only, recommended) variants, seed by seed."""
     before = best.general_only
     if before is None or before is best.group or len(before.variants) != len(best.group.variants):
@@ -68,7 +70,7 @@ def _pairs(best: Best) -> list[tuple[str, str]]:
     return list(zip(before.variants, best.group.variants, strict=True))
 
 
-def _table(title: str, pairs: Sequence[tuple[str, str, str]], answers: Answers) -> Changes:
+def _table(title: str, pairs: Sequence[tuple[str, str, str]], answers: Answers) -> AnswerChanges:
     """`pairs`: (label, first, second)."""
     tasks = tuple(answers)
     rows = [
@@ -78,7 +80,7 @@ def _table(title: str, pairs: Sequence[tuple[str, str, str]], answers: Answers) 
     return _bounded(title, tasks, rows)
 
 
-def _of_contexts(variants: Sequence[str], answers: Answers) -> Changes:
+def _of_contexts(variants: Sequence[str], answers: Answers) -> AnswerChanges:
     """The effect of the context, if one task was asked in both versions."""
     asked = {task: task.removesuffix(version_name("", CLOSED)) for task in answers}
     both = {
@@ -93,9 +95,9 @@ def _of_contexts(variants: Sequence[str], answers: Answers) -> Changes:
     return _bounded("With the context, against the same questions without", tuple(both), rows)
 
 
-def _bounded(title: str, tasks: tuple[str, ...], rows: Sequence[tuple[str, tuple[str, ...]]]) -> Changes:
+def _bounded(title: str, tasks: tuple[str, ...], rows: Sequence[tuple[str, tuple[str, ...]]]) -> AnswerChanges:
     told = [row for row in rows if set(row[1]) - {"–"}]
-    return Changes(title, tasks, tuple(told[:MOST_ROWS]), max(0, len(told) - MOST_ROWS))
+    return AnswerChanges(title, tasks, tuple(told[:MOST_ROWS]), max(0, len(told) - MOST_ROWS))
 
 
 def _cell(first: Sequence[bool] | None, second: Sequence[bool] | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscal.errors import UsageError
-from crosscal.report.groups import Group, groups_of
+from crosscal.report.groups import SeedGroup, groups_of
 from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, Row, StudyRow, WindowRow, read_rows
 
 
@@ -39,7 +39,7 @@ class RunFiles:
     """The conclusions of a study; empty for any other run."""
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[SeedGroup]:
         return groups_of(self.results, self.layers, self.windows)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, VALIDATION
-from crosscal.evaluation.inference import Sure, holm, over_both
-from crosscal.report.counterparts import Measured, by_itself, counterpart, difference, is_found
-from crosscal.report.groups import GENERAL, Column, Group, columns_of
+from crosscal.evaluation.inference import MeanEstimate, holm, over_both
+from crosscal.report.counterparts import Measured, by_itself, counterpart, difference, is_searched_mixture
+from crosscal.report.groups import GENERAL, Column, SeedGroup, columns_of
 from crosscal.report.rows import StudyRow
 from crosscal.report.run_files import RunFiles
 from crosscal.report.table import LOWER_IS_BETTER
@@ -48,7 +48,7 @@ def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
     return rows
 
 
-def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
+def chosen_mixtures(groups: Sequence[SeedGroup]) -> set[str]:
     """Return the groups that validation text chooses, by name; none without it, because test text chooses nothing."""
     found: dict[tuple[Any, ...], list[tuple[float, str]]] = defaultdict(list)
     for group in groups:
@@ -60,24 +60,24 @@ def chosen_mixtures(groups: Sequence[Group]) -> set[str]:
     return {min(scored)[1] for scored in found.values() if len(scored) > 1}
 
 
-def _domains_weighed(group: Group, groups: Sequence[Group]) -> Collection[str]:
+def _domains_weighed(group: SeedGroup, groups: Sequence[SeedGroup]) -> Collection[str]:
     """The domains that a group is a candidate for: its own, or every domain for general text alone; none for a searched
     mixture, which was chosen before."""
-    if is_found(group):
+    if is_searched_mixture(group):
         return ()
     if group.mixture == {GENERAL: 1.0}:
         return {domain for other in groups for domain in other.domains if other.perplexity(domain, VALIDATION)}
     return group.domains if len(group.domains) == 1 else ()
 
 
-def _score(group: Group, domain: str) -> float | None:
+def _score(group: SeedGroup, domain: str) -> float | None:
     """Logarithm of the product of general and domain perplexity on validation text."""
     general, special = group.perplexity(GENERAL, VALIDATION), group.perplexity(domain, VALIDATION)
     return math.log(general.value) + math.log(special.value) if general and special else None
 
 
 def _by_themselves(
-    groups: Sequence[Group], columns: Sequence[Column], measured: Measured, chosen: Collection[str]
+    groups: Sequence[SeedGroup], columns: Sequence[Column], measured: Measured, chosen: Collection[str]
 ) -> Iterator[StudyRow]:
     for group in groups:
         for column in columns:
@@ -95,7 +95,7 @@ def _by_themselves(
 
 
 def _compared(
-    groups: Sequence[Group], rule: str, column: Column, measured: Measured, chosen: Collection[str]
+    groups: Sequence[SeedGroup], rule: str, column: Column, measured: Measured, chosen: Collection[str]
 ) -> Iterator[StudyRow]:
     for group in groups:
         baseline = counterpart(group, rule, groups)
@@ -106,7 +106,7 @@ def _compared(
             yield dataclasses.replace(row, rule=rule, baseline=baseline.name, interval=interval, p=found.p)
 
 
-def _row(group: Group, column: Column, found: Sure, chosen: Collection[str]) -> StudyRow:
+def _row(group: SeedGroup, column: Column, found: MeanEstimate, chosen: Collection[str]) -> StudyRow:
     return StudyRow(
         group.name,
         *column,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosscal.report.groups import Group
+from crosscal.report.groups import SeedGroup
 from crosscal.report.headline import domains_of
 from crosscal.report.rows import StudyRow
 from crosscal.report.study import CHOICE, RULE
@@ -41,7 +41,7 @@ class StudySection:
     choice: str = CHOICE
 
 
-def study_section(rows: Sequence[StudyRow], groups: Sequence[Group]) -> StudySection | None:
+def study_section(rows: Sequence[StudyRow], groups: Sequence[SeedGroup]) -> StudySection | None:
     """Return the section; None for a run that is not a study."""
     if not rows:
         return None

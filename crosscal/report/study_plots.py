@@ -8,7 +8,7 @@ from typing import Any
 from crosscal.evaluation import PERPLEXITY
 from crosscal.report.curves import first_flavours
 from crosscal.report.figure import COLOURS, INK, MARKERS, drawing, legend_below, panels, svg_of
-from crosscal.report.groups import GENERAL, TEST, Group
+from crosscal.report.groups import GENERAL, TEST, SeedGroup
 from crosscal.report.plots import MOST_LEVELS
 from crosscal.report.rows import StudyRow
 from crosscal.report.study_table import change
@@ -16,7 +16,7 @@ from crosscal.report.study_table import change
 LINES = {"domain": "-", "general": "--"}
 
 
-def changes_by_alpha(groups: Sequence[Group], rows: Sequence[StudyRow], domain: str) -> str | None:
+def changes_by_alpha(groups: Sequence[SeedGroup], rows: Sequence[StudyRow], domain: str) -> str | None:
     """Plot the change of perplexity against general text alone over alpha, one panel per level: domain text and general
     text, with 95 % intervals. None if no mixture was compared with general text alone."""
     changes = {
@@ -46,7 +46,7 @@ def changes_by_alpha(groups: Sequence[Group], rows: Sequence[StudyRow], domain: 
 
 def _line(
     axis: Any,
-    line: Sequence[Group],
+    line: Sequence[SeedGroup],
     corpus: str,
     changes: Mapping[tuple[str, str], StudyRow],
     look: Mapping[str, str],

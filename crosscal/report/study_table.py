@@ -37,7 +37,8 @@ class DifferenceTable:
             yield self._table(found)
         if any(row.rule for row in self.rows):
             over = " and ".join(dict.fromkeys(row.over for row in self.rows if row.rule))
-            yield f"perplexities in %, accuracies in points; ± half the 95 % interval over {over}; {TOLD} told apart\n"
+            half = f"± half the 95 % interval over {over}"
+            yield f"perplexities in %, accuracies in points; {half}; {TOLD} distinguishable\n"
 
     def _table(self, found: Sequence[StudyRow]) -> rich.table.Table:
         from rich.box import SIMPLE_HEAD

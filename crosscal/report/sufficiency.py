@@ -75,4 +75,4 @@ def _gap_sentence(mixture: str, gain: float, variant: str) -> str:
     if gain < GAIN_LIMIT:
         return f"{mixture}: enough; twice as much would change held-out loss by about {-gain:.1%} ({variant})."
     said = f"twice as much may change held-out loss by {-gain:.1%} ({variant})"
-    return f"{mixture}: perhaps too little; {said}. `crosscal enough` says how far the loss has fallen so far."
+    return f"{mixture}: perhaps too little; {said}. `crosscal enough` shows how the loss falls with more text."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosscal.report.groups import GENERAL, Column, Group, Loss
+from crosscal.report.groups import GENERAL, Column, Loss, SeedGroup
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import number_text
 
@@ -31,7 +31,7 @@ class SummaryTable:
     """What the ± means."""
 
 
-def summary_table(groups: Sequence[Group], columns: Sequence[Column]) -> SummaryTable:
+def summary_table(groups: Sequence[SeedGroup], columns: Sequence[Column]) -> SummaryTable:
     """Return variant, method, level, mixture, a column for each measured number, and the mean relative loss of
     matrices.
 
@@ -72,7 +72,7 @@ def _column_header(column: Column) -> str:
     return f"{name}{where} {metric.replace('_', ' ')}"
 
 
-def best_cells(groups: Sequence[Group], columns: Sequence[Column]) -> set[tuple[str, Column]]:
+def best_cells(groups: Sequence[SeedGroup], columns: Sequence[Column]) -> set[tuple[str, Column]]:
     """Return (name, column) of the best values of each level that has several comparable variants."""
     found: set[tuple[str, Column]] = set()
     for level in compared(groups).values():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crosscal.report.groups import TEST, Column, Group, main_columns
+from crosscal.report.groups import TEST, Column, SeedGroup, main_columns
 from crosscal.report.numbers import short_text
 from crosscal.report.table import best_cells
 
@@ -33,7 +33,7 @@ class TerminalTable:
     If matrices stay dense, a column after the name gives their number and their share of the parameters.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[SeedGroup]
     columns: Sequence[Column]
 
     def __rich_console__(

@@ -15,11 +15,11 @@ FIRST = (0.0, 0.25, 0.5, 0.75, 1.0)
 FINEST = 0.125
 MOST_SOLVES = 7
 
-Tried = Mapping[float, Sequence[float]]
+TriedMixture = Mapping[float, Sequence[float]]
 """Weight of the second corpus -> the losses on the first and on the second."""
 
 
-def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[float]:
+def weights_to_try(tried: TriedMixture, exponents: Sequence[float]) -> list[float]:
     """Return the weights to solve next; none once the search is finished."""
     if first := [weight for weight in FIRST if weight not in tried]:
         return first
@@ -29,6 +29,6 @@ def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[float]:
     return sorted((best + other) / 2 for other in beside if abs(best - other) > FINEST)
 
 
-def best_weight(tried: Tried, exponents: Sequence[float]) -> float:
+def best_weight(tried: TriedMixture, exponents: Sequence[float]) -> float:
     """Return the tried weight with the smallest geometric mean; the smallest weight among equals."""
     return min(sorted(tried), key=lambda weight: geometric_mean(tried[weight], exponents))

@@ -28,11 +28,11 @@ ALIKE = 0.01
 """Means of a smaller relative difference are indistinguishable on a few thousand tokens of held-out text."""
 
 Weights = tuple[float, ...]
-Tried = Mapping[Weights, Sequence[float]]
+TriedMixture = Mapping[Weights, Sequence[float]]
 """Weights of the corpora -> their losses."""
 
 
-def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[Weights]:
+def weights_to_try(tried: TriedMixture, exponents: Sequence[float]) -> list[Weights]:
     """Return the weights to solve next; none once the search is finished."""
     if len(exponents) == 2:
         on_line = {weights[1]: losses for weights, losses in tried.items()}
@@ -46,7 +46,7 @@ def weights_to_try(tried: Tried, exponents: Sequence[float]) -> list[Weights]:
     return []
 
 
-def best_weights(tried: Tried, exponents: Sequence[float]) -> Weights:
+def best_weights(tried: TriedMixture, exponents: Sequence[float]) -> Weights:
     """Return the tried weights nearest to the exponents, among those with a mean close to the smallest."""
     means = {weights: geometric_mean(losses, exponents) for weights, losses in tried.items()}
     alike = [weights for weights in sorted(means, reverse=True) if means[weights] <= (1 + ALIKE) * min(means.values())]

@@ -21,10 +21,10 @@ from crosscal.errors import CorpusError
 from crosscal.files.sizes import IMPLEMENTATION
 from crosscal.progress import Report, silent
 from crosscal.selection.chosen import keep_version, publish_chosen
-from crosscal.selection.distinct import Walk, distinct, equal_apart
+from crosscal.selection.distinct import DedupResult, distinct, equal_apart
 from crosscal.selection.dsir import dsir_scores
 from crosscal.selection.settings import DSIR, ZIP_FIT, SelectionSettings
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.selection.zip_fit import zip_fit_scores
 from crosscal.store import Store, digest_of
 
@@ -110,11 +110,11 @@ def _choose(
     settings: SelectionSettings,
     report: Report,
 ) -> None:
-    candidates = Texts(store, parts_of([pool], "train"))
-    wanted_like = Texts(store, parts_of([sample], "train")) if sample else None
+    candidates = DocumentTexts(store, parts_of([pool], "train"))
+    wanted_like = DocumentTexts(store, parts_of([sample], "train")) if sample else None
     score_N, is_long_N = _scores(candidates, wanted_like, pool, sample, settings, report)
     order = ordered(score_N, is_long_N, _noises(candidates, settings), settings)
-    walk = _walk(candidates, order, Texts(store, parts_of(evaluated, "validation", "test")), settings, report)
+    walk = _walk(candidates, order, DocumentTexts(store, parts_of(evaluated, "validation", "test")), settings, report)
     if not walk.chosen:
         got = f"{len(candidates)} training documents, {int((~is_long_N).sum())} too short, {walk.held_out} held out"
         raise CorpusError("no document is left to choose", where=pool.name, got=got, do="Add documents to the pool.")
@@ -131,8 +131,8 @@ def _choose(
 
 
 def _scores(
-    candidates: Texts,
-    wanted_like: Texts | None,
+    candidates: DocumentTexts,
+    wanted_like: DocumentTexts | None,
     pool: Corpus,
     sample: Corpus | None,
     settings: SelectionSettings,
@@ -142,7 +142,9 @@ def _scores(
     for corpus, texts in ((pool, candidates), (sample, wanted_like)):
         if corpus is not None and not texts:
             do = "Its validation and test documents are not read for that; add others."
-            raise CorpusError("no training document to choose from or towards", where=corpus.name, do=do)
+            raise CorpusError(
+                "the corpus has no training documents to select from or towards", where=corpus.name, do=do
+            )
     every = np.ones(len(candidates), dtype=bool)
     if wanted_like is None:
         return np.zeros(len(candidates)), every
@@ -153,7 +155,7 @@ def _scores(
     return zip_fit_scores(candidates, [wanted_like.text(position) for position in drawn], report), every
 
 
-def _noises(texts: Texts, settings: SelectionSettings) -> np.ndarray:
+def _noises(texts: DocumentTexts, settings: SelectionSettings) -> np.ndarray:
     return np.fromiter((noise(settings.seed, digest) for digest in texts.digests()), np.float64, len(texts))
 
 
@@ -170,8 +172,12 @@ def ordered(
 
 
 def _walk(
-    candidates: Texts, order: Iterator[int], held_out: Texts, settings: SelectionSettings, report: Report
-) -> Walk:
+    candidates: DocumentTexts,
+    order: Iterator[int],
+    held_out: DocumentTexts,
+    settings: SelectionSettings,
+    report: Report,
+) -> DedupResult:
     wanted = settings.documents or len(candidates)
     if settings.near_duplicates is None:
         return equal_apart(candidates, order, wanted, held_out)

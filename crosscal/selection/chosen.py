@@ -16,12 +16,12 @@ from crosscal.corpora import Corpus, Shard
 from crosscal.corpora.conversation import Conversation
 from crosscal.corpora.corpus import corpus_of, record_of, ref_name
 from crosscal.corpora.shards import BATCH_DOCUMENTS
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.store import Store, digest_of
 from crosscal.store.arrays import array_of, arrow_file
 from crosscal.store.refs import again_on_conflict
 
-Rows = list[tuple[bytes, Texts, int]]
+Rows = list[tuple[bytes, DocumentTexts, int]]
 """(digest, texts that contain it, position there) of documents, ordered by digest."""
 
 
@@ -30,7 +30,7 @@ def publish_chosen(
     kind: str,
     key: str,
     provenance: dict[str, Any],
-    pool: Texts,
+    pool: DocumentTexts,
     chosen: Sequence[int],
     scores: np.ndarray | None,
     evaluated_on: Corpus,
@@ -40,7 +40,7 @@ def publish_chosen(
 
     `chosen.arrow` has one row per document in order of choice: `digest` and `score` (null if nothing was scored).
     """
-    held_out = {split: Texts(store, parts_of([evaluated_on], split)) for split in ("validation", "test")}
+    held_out = {split: DocumentTexts(store, parts_of([evaluated_on], split)) for split in ("validation", "test")}
     members = {"train": _rows(pool, chosen)}
     members |= {split: _rows(texts, range(len(texts))) for split, texts in held_out.items() if texts}
     shard = _publish_shard(store, members)
@@ -73,7 +73,7 @@ def _keep_version(store: Store, name: str, shard: Shard) -> Corpus:
     return corpus_of(name, version, record)
 
 
-def _rows(texts: Texts, positions: Sequence[int]) -> Rows:
+def _rows(texts: DocumentTexts, positions: Sequence[int]) -> Rows:
     return sorted(((texts.digest(position), texts, position) for position in positions), key=lambda row: row[0])
 
 

@@ -9,13 +9,13 @@ from itertools import islice
 from crosscal.corpora.shards import BATCH_DOCUMENTS
 from crosscal.progress import Report
 from crosscal.selection.near_duplicates import NearDuplicates, Sketch, sketches
-from crosscal.selection.texts import Texts
+from crosscal.selection.texts import DocumentTexts
 
 LEAST_AT_ONCE, MOST_AT_ONCE = 256, 16_384
 
 
 @dataclass
-class Walk:
+class DedupResult:
     """Result of examining documents in order: the chosen positions and counts of rejected documents."""
 
     wanted: int
@@ -30,9 +30,9 @@ class Walk:
         return len(self.chosen) >= self.wanted
 
 
-def equal_apart(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts) -> Walk:
+def equal_apart(pool: DocumentTexts, order: Iterable[int], wanted: int, held_out: DocumentTexts) -> DedupResult:
     """Reject only documents equal to a held-out one; a pool contains no equal documents itself."""
-    walk, excluded = Walk(wanted, []), set(held_out.digests())
+    walk, excluded = DedupResult(wanted, []), set(held_out.digests())
     for position in order:
         if pool.digest(position) in excluded:
             walk.held_out += 1
@@ -43,14 +43,16 @@ def equal_apart(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts)
     return walk
 
 
-def distinct(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts, threshold: float, report: Report) -> Walk:
+def distinct(
+    pool: DocumentTexts, order: Iterable[int], wanted: int, held_out: DocumentTexts, threshold: float, report: Report
+) -> DedupResult:
     """Choose the first `wanted` positions of `order` that are not near-duplicates of held-out or chosen documents.
 
     The order is processed in chunks. Only the chunk and the chosen documents are indexed; held-out documents are
     queried against the index of the chunk. Memory: about 12 KiB per document that is chosen or in the chunk, and
     0.5 KiB per held-out document.
     """
-    walk, remaining = Walk(wanted, []), iter(order)
+    walk, remaining = DedupResult(wanted, []), iter(order)
     chosen = NearDuplicates(threshold, pool.text)
     passing: list[Sketch] = []
     while not walk.is_done:
@@ -77,7 +79,11 @@ def distinct(pool: Texts, order: Iterable[int], wanted: int, held_out: Texts, th
 
 
 def _like_held_out(
-    pool: Texts, sketched: dict[int, Sketch], held_out: Texts, passing: Sequence[Sketch], threshold: float
+    pool: DocumentTexts,
+    sketched: dict[int, Sketch],
+    held_out: DocumentTexts,
+    passing: Sequence[Sketch],
+    threshold: float,
 ) -> set[int]:
     stretch = NearDuplicates(threshold, pool.text)
     for position, sketch in sketched.items():

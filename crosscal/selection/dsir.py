@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from crosscal.progress import Report
-from crosscal.selection.texts import Texts
+from crosscal.selection.texts import DocumentTexts
 
 BUCKETS = 10_000
 SMOOTHING = 1e-8
@@ -42,7 +42,7 @@ class HashedGrams:
         return np.array([*map(self._bucket, words), *map(self._bucket, pairs)], dtype=np.uint16)
 
 
-def dsir_scores(pool: Texts, sample: Texts, report: Report) -> tuple[np.ndarray, np.ndarray]:
+def dsir_scores(pool: DocumentTexts, sample: DocumentTexts, report: Report) -> tuple[np.ndarray, np.ndarray]:
     """Return (log importance weights, numbers of words) of the pool's documents: float64 [N], int64 [N].
 
     log w = Σ_f log(p_sample(f) + 1e-8) - log(p_pool(f) + 1e-8), f over the document's n-grams, p their frequencies in

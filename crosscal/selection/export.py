@@ -15,7 +15,7 @@ from crosscal.progress import Report, silent
 from crosscal.selection.choosing import KIND, Selection, select
 from crosscal.selection.chosen import read_chosen
 from crosscal.selection.settings import SelectionSettings
-from crosscal.selection.texts import Texts, parts_of
+from crosscal.selection.texts import DocumentTexts, parts_of
 from crosscal.store import Store, digest_of
 
 
@@ -52,7 +52,7 @@ def choose_to_file(
 
 def write_chosen(store: Store, selection: Selection, out: Path) -> None:
     """Write the chosen documents as JSON lines."""
-    texts = Texts(store, parts_of([selection.corpus], "train"))
+    texts = DocumentTexts(store, parts_of([selection.corpus], "train"))
     position_of = {digest: position for position, digest in enumerate(texts.digests())}
     with whole_file(out) as aside, aside.open("w", encoding="utf-8") as stream:
         for digest, score in read_chosen(store, KIND, selection.key):

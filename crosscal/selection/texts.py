@@ -19,7 +19,7 @@ Part = tuple[Shard, str]
 """A shard and one of its splits."""
 
 
-class Texts:
+class DocumentTexts:
     """Sequence of the texts of some parts. At most one batch is in memory, and no file of another split is opened."""
 
     def __init__(self, store: Store, parts: Sequence[Part]) -> None:

@@ -17,14 +17,14 @@ import numpy as np
 from crosscal.files.sizes import compressed_bytes_with
 from crosscal.lanes import each_side_by_side
 from crosscal.progress import Report
-from crosscal.selection.texts import Texts
+from crosscal.selection.texts import DocumentTexts
 
 MOST_BYTES = 2**12
 """Length of the beginning of a document that is compared. The paper's texts are short and compared whole; for long ones
 the distance mostly measures the difference in length, and gzip's window is 2¹⁵ bytes (`benchmarks/choosing.py`)."""
 
 
-def zip_fit_scores(pool: Texts, targets: Sequence[str], report: Report) -> np.ndarray:
+def zip_fit_scores(pool: DocumentTexts, targets: Sequence[str], report: Report) -> np.ndarray:
     """Return the alignment of each of the pool's documents with the targets: float64 [N].
 
     It is the mean over the targets t of 1 - NCD(d, t), NCD(d, t) = (C(d t) - min(C(d), C(t))) / max(C(d), C(t)), where
@@ -42,7 +42,7 @@ def zip_fit_scores(pool: Texts, targets: Sequence[str], report: Report) -> np.nd
     return np.concatenate(found)
 
 
-def _alignments(pool: Texts, number: int, targets: Sequence[bytes], size_T: np.ndarray) -> np.ndarray:
+def _alignments(pool: DocumentTexts, number: int, targets: Sequence[bytes], size_T: np.ndarray) -> np.ndarray:
     return np.array([_alignment(_beginning(text), targets, size_T) for text in pool.batch(number)])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from crosscal.compressors import COMPRESSORS, Need, Recipe, SparsitiesOf, Statistics, allotted
 from crosscal.models.sites import LeftDense, MatrixRef, Site
 from crosscal.stages.gradients import Gradients
-from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.moments import DENSE, CachedMoments
 from crosscal.stages.sample import Sample
 from crosscal.statistics import OF_TWO_STREAMS, VECTORS, Gradient, MeanSum, Mixture, Statistic, streams_of
 from crosscal.store import digest_of
@@ -50,7 +50,7 @@ class BlockProblem:
     left_dense: tuple[LeftDense, ...]
     parameters: Mapping[str, Tensor]
     """As the checkpoint stores them."""
-    cached: Cached
+    cached: CachedMoments
     samples: Mapping[tuple[str, int], Sample]
     """(corpus, seed) -> its windows."""
     reference: Mixture
@@ -84,24 +84,24 @@ class BlockProblem:
 
 
 @dataclass(frozen=True)
-class Group:
+class HessianGroup:
     """What determines a Hessian; variants of one group share it."""
 
     mixture: Mixture
     seed: int
     trace_normalised: bool
 
-    def on(self, mixture: Mixture) -> Group:
+    def on(self, mixture: Mixture) -> HessianGroup:
         """Return the group with another mixture, for a step that has its own."""
         return dataclasses.replace(self, mixture=mixture)
 
 
-def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[Group, list[Variant]]:
+def grouped(problem: BlockProblem, variants: Iterable[Variant]) -> dict[HessianGroup, list[Variant]]:
     """Return the variants by the Hessian that they share."""
-    groups: dict[Group, list[Variant]] = {}
+    groups: dict[HessianGroup, list[Variant]] = {}
     for variant in variants:
         mixture = variant.mixture or problem.reference
-        group = Group(mixture, variant.seed, variant.trace_normalised)
+        group = HessianGroup(mixture, variant.seed, variant.trace_normalised)
         groups.setdefault(group, []).append(variant)
     return groups
 
@@ -137,11 +137,11 @@ def _with_measure(needs: frozenset[Need]) -> frozenset[Need]:
 
 
 def needed(
-    groups: Mapping[Group, Sequence[Variant]], always: frozenset[Statistic] = frozenset({Statistic.GRAM})
-) -> dict[Group, frozenset[Need]]:
+    groups: Mapping[HessianGroup, Sequence[Variant]], always: frozenset[Statistic] = frozenset({Statistic.GRAM})
+) -> dict[HessianGroup, frozenset[Need]]:
     """Return the statistics that each group's recipes declare, plus those `always` mixed and, if a step changes biases,
     the mean input. A step with its own mixture adds a group. Allocators are left out: they have already run."""
-    found: dict[Group, frozenset[Need]] = {}
+    found: dict[HessianGroup, frozenset[Need]] = {}
     for group, members in groups.items():
         found[group] = found.get(group, always)
         for step in (step for variant in members for step in variant.recipe if step != variant.allocator):
@@ -155,7 +155,7 @@ class SiteStatistics:
     """Statistics of one site for several groups; thread-safe, read on first use and freed after the last user."""
 
     def __init__(
-        self, problem: BlockProblem, site: Site, needs: Mapping[Group, frozenset[Need]], *, users: int
+        self, problem: BlockProblem, site: Site, needs: Mapping[HessianGroup, frozenset[Need]], *, users: int
     ) -> None:
         self._problem, self._site, self._where = problem, site, f"{problem.name}.{site.name}"
         by_trace = frozenset({Statistic.SQUARE_SUM})
@@ -168,7 +168,7 @@ class SiteStatistics:
         self._sums: dict[Place, MeanSum] | None = None
         self._grad_squares: dict[tuple[str, int], dict[str, Tensor]] = {}
 
-    def __call__(self, group: Group, *, held_out: bool = False) -> tuple[Statistics, int]:
+    def __call__(self, group: HessianGroup, *, held_out: bool = False) -> tuple[Statistics, int]:
         """Return a group's statistics, on the device, and their number of tokens; for held-out windows only `MEASURED`.
 
         Raises `EmptyStatistics`, `NotFinite`, and the errors of reading the store.
@@ -191,7 +191,7 @@ class SiteStatistics:
         moved = {name: mean_OI.to(self._problem.device) for name, mean_OI in grad_squares.items()}
         return Statistics(on_device, self._where, moved), sum(each.tokens for each in sums.values())
 
-    def _gradients(self, group: Group) -> dict[str, dict[str, Tensor]]:
+    def _gradients(self, group: HessianGroup) -> dict[str, dict[str, Tensor]]:
         """Return matrix -> corpus -> E[g²] if the group needs it; each corpus is read once for all groups."""
         if Gradient.SQUARE not in self._needed[group]:
             return {}
@@ -236,7 +236,7 @@ class SiteStatistics:
         return sums
 
 
-class Energies:
+class OutputEnergies:
     """Output energies tr(W H Wᵀ), the denominators of relative losses, of one block's matrices under one mixture:
     matrix name -> (on calibration windows, on held-out windows or None).
 
@@ -245,7 +245,7 @@ class Energies:
     variant alone and are not stored.
     """
 
-    def __init__(self, cached: Cached, block: int, mixture: Any) -> None:
+    def __init__(self, cached: CachedMoments, block: int, mixture: Any) -> None:
         """`mixture`: what determines the Hessians besides model and block: sets, weights and their normalisation."""
         self._cached, self._block = cached, block
         self._key = digest_of([ENERGIES_FORMAT, cached.model, cached.dtype, block, mixture])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from crosscal.errors import StatisticsError
 from crosscal.report.rows import LayerRow
 from crosscal.stages.allocate import allocated
-from crosscal.stages.compress import Workshop
+from crosscal.stages.compress import RunContext
 from crosscal.stages.solve import rows_of_block
 from crosscal.stages.solved_blocks import solution_key
 from crosscal.store import digest_of
@@ -37,43 +37,43 @@ class Candidate:
     corpora: tuple[str, ...]
 
 
-def measure_block(shop: Workshop, block: int, candidates: Sequence[Candidate]) -> int:
+def measure_block(context: RunContext, block: int, candidates: Sequence[Candidate]) -> int:
     """Solve and measure the candidates whose losses in a block the store lacks; return how many were solved."""
-    store = shop.cached.store
-    missing = [one for one in candidates if store.find(KIND, _key(shop, one, block)) is None]
+    store = context.cached.store
+    missing = [one for one in candidates if store.find(KIND, _key(context, one, block)) is None]
     if missing:
         corpora = tuple(sorted({corpus for one in missing for corpus in one.corpora}))
         variants = [one.variant for one in missing]
-        problem = dataclasses.replace(allocated(shop, variants), measured_on=corpora).problem(block, shop.cached)
+        problem = dataclasses.replace(allocated(context, variants), measured_on=corpora).problem(block, context.cached)
         found = rows_of_block(problem, variants)
         for one in missing:
-            keep_losses(shop, block, one, found[one.variant.name])
+            keep_losses(context, block, one, found[one.variant.name])
     return len(missing)
 
 
-def keep_losses(shop: Workshop, block: int, candidate: Candidate, rows: Iterable[LayerRow]) -> None:
+def keep_losses(context: RunContext, block: int, candidate: Candidate, rows: Iterable[LayerRow]) -> None:
     """Store a candidate's losses in a block."""
     solved = [row for row in rows if not row.stays_dense]
     losses = {row.layer: _only(candidate.corpora, row.corpus_losses or {}) for row in solved}
-    provenance = {"model": shop.cached.model, "variant": candidate.variant.name, "block": block}
-    with shop.cached.store.publish(KIND, _key(shop, candidate, block), provenance) as folder:
+    provenance = {"model": context.cached.model, "variant": candidate.variant.name, "block": block}
+    with context.cached.store.publish(KIND, _key(context, candidate, block), provenance) as folder:
         (folder / FILE).write_text(json.dumps(losses))
 
 
-def unmeasured(shop: Workshop, candidates: Sequence[Candidate]) -> list[int]:
+def unmeasured(context: RunContext, candidates: Sequence[Candidate]) -> list[int]:
     """Return the blocks in which some candidate's losses are not stored."""
-    find, blocks = shop.cached.store.find, range(shop.source.blocks)
-    return [block for block in blocks if any(find(KIND, _key(shop, one, block)) is None for one in candidates)]
+    find, blocks = context.cached.store.find, range(context.source.blocks)
+    return [block for block in blocks if any(find(KIND, _key(context, one, block)) is None for one in candidates)]
 
 
-def losses_of(shop: Workshop, candidate: Candidate) -> Losses | None:
+def losses_of(context: RunContext, candidate: Candidate) -> Losses | None:
     """Return unweighted means over the matrices of all blocks; None if some block was not measured."""
     of_corpora: dict[str, list[float]] = {corpus: [] for corpus in candidate.corpora}
-    for block in range(shop.source.blocks):
-        artifact = shop.cached.store.find(KIND, _key(shop, candidate, block))
+    for block in range(context.source.blocks):
+        artifact = context.cached.store.find(KIND, _key(context, candidate, block))
         if artifact is None:
             return None
-        for of_layer in json.loads(shop.cached.store.read_bytes(artifact, FILE)).values():
+        for of_layer in json.loads(context.cached.store.read_bytes(artifact, FILE)).values():
             for corpus, loss in of_layer.items():
                 of_corpora[corpus].append(loss)
     if any(not losses for losses in of_corpora.values()):
@@ -82,8 +82,8 @@ def losses_of(shop: Workshop, candidate: Candidate) -> Losses | None:
     return {corpus: statistics.fmean(losses) for corpus, losses in of_corpora.items()}
 
 
-def _key(shop: Workshop, candidate: Candidate, block: int) -> str:
-    measured = dataclasses.replace(shop, measured_on=candidate.corpora)
+def _key(context: RunContext, candidate: Candidate, block: int) -> str:
+    measured = dataclasses.replace(context, measured_on=candidate.corpora)
     return digest_of([FORMAT, solution_key(measured, candidate.variant, block)])
 
 

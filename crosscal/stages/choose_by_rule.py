@@ -14,9 +14,9 @@ from crosscal.mixtures import GENERAL, Search
 from crosscal.search.rule import MOST_EVALUATED, chosen_weight, next_weight
 from crosscal.search.simplex import Weights
 from crosscal.stages.candidates import losses_of
-from crosscal.stages.choose_mixture import Choice, candidate, choice_of, replayed, search_of
-from crosscal.stages.compress import Workshop
-from crosscal.stages.evaluate import Examination
+from crosscal.stages.choose_mixture import MixtureChoice, candidate, choice_of, replayed, search_of
+from crosscal.stages.compress import RunContext
+from crosscal.stages.evaluate import EvaluationSet
 from crosscal.stages.made_variants import made_before
 from crosscal.variants import Variant
 
@@ -39,15 +39,15 @@ def perplexities_of(measured: list[Measurement]) -> dict[str, float]:
     return {one.corpus_or_task: one.value for one in found if one.value is not None}
 
 
-def model_wanted(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Weights | None:
+def model_wanted(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> Weights | None:
     """Return the mixture whose model to evaluate next; None once the search is over."""
-    wanted = _replayed(shop, variant, exam, dense).wanted
+    wanted = _replayed(context, variant, eval_set, dense).wanted
     return None if wanted is None else _weights(search_of(variant), wanted)
 
 
-def ruled_choice(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> Choice:
+def ruled_choice(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> MixtureChoice:
     """Return the best mixture for the domain among the evaluated models that keep the rule."""
-    search, state = search_of(variant), _replayed(shop, variant, exam, dense)
+    search, state = search_of(variant), _replayed(context, variant, eval_set, dense)
     assert state.wanted is None, "its candidates are evaluated first"
     assert search.general_within is not None
     taken = chosen_weight(state.evaluated, search.general_within)
@@ -66,20 +66,20 @@ def ruled_choice(shop: Workshop, variant: Variant, exam: Examination, dense: Per
     return choice_of(variant, _weights(search, taken), tried, perplexity, reason)
 
 
-def _replayed(shop: Workshop, variant: Variant, exam: Examination, dense: Perplexities) -> _State:
+def _replayed(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> _State:
     search = search_of(variant)
     within, pair_of_dense = search.general_within, (dense[GENERAL], dense[search.domain])
     assert within is not None
-    tried, _ = replayed(shop, variant)
+    tried, _ = replayed(context, variant)
     losses = {weights[_at(search)]: _in_order(search, each) for weights, each in tried.items()}
     evaluated: dict[float, tuple[float, ...]] = {}
     while (weight := next_weight(losses, pair_of_dense, evaluated, within)) is not None:
         one = candidate(variant, _weights(search, weight))
-        made = made_before(shop, one.variant)
-        measured = exam.find(made.weights) if made else None
+        made = made_before(context, one.variant)
+        measured = eval_set.find(made.weights) if made else None
         if measured is None:
             return _State(losses, evaluated, weight)
-        found, own = perplexities_of(measured), losses_of(shop, one)
+        found, own = perplexities_of(measured), losses_of(context, one)
         evaluated[weight] = (found[GENERAL], found[search.domain])
         if own is not None:
             losses[weight] = (own[GENERAL], own[search.domain])

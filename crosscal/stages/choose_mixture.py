@@ -16,7 +16,7 @@ from crosscal.search import line
 from crosscal.search.geometric_mean import geometric_mean
 from crosscal.search.simplex import ALIKE, Weights, best_weights, weights_to_try
 from crosscal.stages.candidates import Candidate, losses_of
-from crosscal.stages.compress import Workshop
+from crosscal.stages.compress import RunContext
 from crosscal.statistics import Mixture
 from crosscal.variants import Variant
 
@@ -25,7 +25,7 @@ Losses = dict[Weights, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedMixture:
     """One mixture of a search, and the losses of its solution."""
 
     weights: dict[str, float]
@@ -38,14 +38,14 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MixtureChoice:
     """The result of a search."""
 
     variant: str
     found_by: str
     exponents: dict[str, float]
     weights: dict[str, float]
-    tried: list[Tried]
+    tried: list[TriedMixture]
     """Sorted by the last corpus's weight: for two corpora, from all of the first to all of the second."""
     reason: str
 
@@ -61,14 +61,14 @@ def candidate(variant: Variant, weights: Weights) -> Candidate:
     return Candidate(dataclasses.replace(variant.with_mixture(mixture), name=name), search.corpora)
 
 
-def candidates_wanted(shop: Workshop, variants: Sequence[Variant]) -> list[tuple[Variant, Weights]]:
+def candidates_wanted(context: RunContext, variants: Sequence[Variant]) -> list[tuple[Variant, Weights]]:
     """Return what to solve next for variants whose mixture is open; empty once all searches are over."""
-    return [(variant, weights) for variant in variants for weights in replayed(shop, variant)[1]]
+    return [(variant, weights) for variant in variants for weights in replayed(context, variant)[1]]
 
 
-def choice(shop: Workshop, variant: Variant) -> Choice:
+def choice(context: RunContext, variant: Variant) -> MixtureChoice:
     """Return the mixture of the smallest geometric mean of losses, or one alike, once the search is over."""
-    search, (tried, wanted) = search_of(variant), replayed(shop, variant)
+    search, (tried, wanted) = search_of(variant), replayed(context, variant)
     assert not wanted, "its candidates are solved first"
     best = best_weights(tried, exponents_of(search))
     reason = (
@@ -80,10 +80,10 @@ def choice(shop: Workshop, variant: Variant) -> Choice:
 
 def choice_of(
     variant: Variant, weights: Weights, tried: Losses, perplexity: Mapping[Weights, Mapping[str, float]], reason: str
-) -> Choice:
+) -> MixtureChoice:
     search = search_of(variant)
     points = [
-        Tried(
+        TriedMixture(
             dict(zip(search.corpora, each, strict=True)),
             dict(zip(search.corpora, losses, strict=True)),
             geometric_mean(losses, exponents_of(search)),
@@ -92,14 +92,14 @@ def choice_of(
         for each, losses in sorted(tried.items(), key=lambda item: item[0][::-1])
     ]
     found = mixture_of(search, weights).as_dict()
-    return Choice(variant.name, search.text, dict(search.exponents), found, points, reason)
+    return MixtureChoice(variant.name, search.text, dict(search.exponents), found, points, reason)
 
 
-def replayed(shop: Workshop, variant: Variant) -> tuple[Losses, list[Weights]]:
+def replayed(context: RunContext, variant: Variant) -> tuple[Losses, list[Weights]]:
     """Return (the losses tried so far, the mixtures to solve next)."""
     search, tried = search_of(variant), dict[Weights, tuple[float, ...]]()
     while wanted := _weights_to_try(search, tried):
-        known = {weights: losses_of(shop, candidate(variant, weights)) for weights in wanted}
+        known = {weights: losses_of(context, candidate(variant, weights)) for weights in wanted}
         unknown = [weights for weights, losses in known.items() if losses is None]
         if unknown:
             return tried, unknown

@@ -31,7 +31,7 @@ from crosscal.stages.block_problem import BlockProblem, statistics_needed
 from crosscal.stages.folding import unfolded
 from crosscal.stages.gradients import Gradients
 from crosscal.stages.memory import free_bytes
-from crosscal.stages.moments import DENSE, Cached, JustRead, MomentsReport
+from crosscal.stages.moments import DENSE, CachedMoments, InMemoryMoments, MomentsReport
 from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import BlockSolution, solve_block
 from crosscal.stages.spill import spill_folder
@@ -44,13 +44,13 @@ FORMAT = 2  # of sequential solutions; bump when solvers compute something else
 
 
 @dataclass(frozen=True, eq=False)
-class Workshop:
+class RunContext:
     """What every step of a run shares: its folder, the model, its cached moments, the samples and the device."""
 
     folder: Path
     """The run directory."""
     source: ModelSource
-    cached: Cached
+    cached: CachedMoments
     samples: Mapping[tuple[str, int], Sample]
     reference: Mixture
     device: str
@@ -73,7 +73,7 @@ class Workshop:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, rows)
 
-    def problem(self, block: int, cached: Cached) -> BlockProblem:
+    def problem(self, block: int, cached: CachedMoments) -> BlockProblem:
         """Return a block as a problem to solve. Raises `MissingArtifact` if it has not been calibrated."""
         matrices = cached.matrices(block)
         if matrices is None:
@@ -95,51 +95,51 @@ class Workshop:
         )
 
 
-def compress_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
+def compress_block(context: RunContext, block: int, variants: Sequence[Variant]) -> int:
     """Solve one block for all variants with dense inputs that lack its shard; return how many were solved."""
-    missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
+    missing = [variant for variant in variants if not context.writer(variant).has_block(block)]
     if missing:
-        problem = shop.problem(block, shop.cached)
+        problem = context.problem(block, context.cached)
         solutions = solve_block(problem, missing)
-        writes = [partial(_write, shop, variant, problem, solutions[variant.name]) for variant in missing]
+        writes = [partial(_write, context, variant, problem, solutions[variant.name]) for variant in missing]
         side_by_side(writes, most=WRITERS)
     return len(missing)
 
 
-def blocks_at_once(shop: Workshop, variants: Sequence[Variant]) -> int:
+def blocks_at_once(context: RunContext, variants: Sequence[Variant]) -> int:
     """Return how many blocks to solve in parallel (see `preflight.blocks_at_once`)."""
-    shapes = preflight.block_shapes(shop.source, shop.cached)
+    shapes = preflight.block_shapes(context.source, context.cached)
     return preflight.blocks_at_once(
         shapes,
         variants,
         threads=torch.get_num_threads(),
-        free_bytes=free_bytes(shop.device),
-        statistics=shop.cached.wanted,
+        free_bytes=free_bytes(context.device),
+        statistics=context.cached.wanted,
     )
 
 
-def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
+def compress_sequential(context: RunContext, variant: Variant, *, batch_tokens: int, report: Report) -> MomentsReport:
     """Solve a variant block by block; each block's inputs pass through the compressed blocks before it.
 
     This is the loop of the published SparseGPT and GPTQ code. The moments belong to this variant on these windows
     alone. They are stored, so that solving it again needs no calibration pass.
     """
-    mixtures = variant.mixtures(shop.reference)
+    mixtures = variant.mixtures(context.reference)
     samples = {
-        corpus: unfolded(shop.cached.store, shop.samples[corpus, variant.seed])
+        corpus: unfolded(context.cached.store, context.samples[corpus, variant.seed])
         for mixture in mixtures
         for corpus in mixture.corpora
     }
-    shop = dataclasses.replace(shop, samples={(corpus, variant.seed): each for corpus, each in samples.items()})
+    context = dataclasses.replace(context, samples={(corpus, variant.seed): each for corpus, each in samples.items()})
     sets = [key for sample in samples.values() for key in sample.sets]
     over = [over_sums(mixture, samples) for mixture in mixtures]
-    wanted = shop.cached.wanted | statistics_needed([variant])
-    cached = dataclasses.replace(shop.cached, upstream=_sequential(variant, over), wanted=wanted)
-    writer, blocks = shop.writer(variant), range(shop.source.blocks)
+    wanted = context.cached.wanted | statistics_needed([variant])
+    cached = dataclasses.replace(context.cached, upstream=_sequential(variant, over), wanted=wanted)
+    writer, blocks = context.writer(variant), range(context.source.blocks)
     unwritten = [block for block in blocks if not writer.has_block(block)]
     if all(cached.has(key, block) for key in sets for block in unwritten):
         for block in unwritten:
-            _solve_alone(shop, cached, variant, block)
+            _solve_alone(context, cached, variant, block)
         return MomentsReport(0, sum(len(cached.sites(block) or ()) for block in unwritten) * len(sets), 0, 0.0)
     misses = 0
 
@@ -148,19 +148,19 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
         if not seen.moments:
             return writer.read_block(seen.block, bits=variant.grid[0] if variant.grid else None)
         misses += cached.publish(seen)
-        return _solve_alone(shop, JustRead.of(cached, seen), variant, seen.block).dense
+        return _solve_alone(context, InMemoryMoments.of(cached, seen), variant, seen.block).dense
 
     slices, dtype = {key: windows_by_key(cached.store, key) for key in sets}, getattr(torch, cached.dtype)
     streams = streams_of(cached.wanted)
     done = walk(
-        shop.source,
+        context.source,
         slices,
         on_block=solve_next,
         upstream="sequential",
-        device=shop.device,
+        device=context.device,
         dtype=dtype,
         batch_tokens=batch_tokens,
-        spill_to=spill_folder(shop.source, slices.values(), dtype=dtype, device=shop.device, streams=streams),
+        spill_to=spill_folder(context.source, slices.values(), dtype=dtype, device=context.device, streams=streams),
         wanted=lambda block: block in unwritten,
         statistics=cached.wanted,
         progress=report,
@@ -168,33 +168,33 @@ def compress_sequential(shop: Workshop, variant: Variant, *, batch_tokens: int, 
     return MomentsReport(done.tokens, 0, misses, done.seconds)
 
 
-def publish_variants(shop: Workshop, variants: Sequence[Variant], report: Report = silent) -> list[Path]:
+def publish_variants(context: RunContext, variants: Sequence[Variant], report: Report = silent) -> list[Path]:
     """Complete the models of variants whose blocks are all written; return their folders."""
     folders: list[Path] = []
     report("writing models", 0, len(variants))
-    jobs = [partial(publish_variant, shop, variant) for variant in variants]
+    jobs = [partial(publish_variant, context, variant) for variant in variants]
     for folder in each_side_by_side(jobs, most=WRITERS):
         folders.append(folder)
         report("writing models", len(folders), len(variants))
     return folders
 
 
-def publish_variant(shop: Workshop, variant: Variant) -> Path:
+def publish_variant(context: RunContext, variant: Variant) -> Path:
     """Write the tensors outside the blocks, then the index, which makes the folder a model."""
-    writer = shop.writer(variant)
+    writer = context.writer(variant)
     writer.finish(quantization_config(*variant.grid, []) if variant.grid else None)
     return writer.folder
 
 
-def layer_rows(shop: Workshop, variants: Sequence[Variant]) -> list[LayerRow]:
+def layer_rows(context: RunContext, variants: Sequence[Variant]) -> list[LayerRow]:
     """Return the rows of every layer of every variant, in the plan's order."""
-    files = [shop.rows_file(variant, block) for variant in variants for block in range(shop.source.blocks)]
+    files = [context.rows_file(variant, block) for variant in variants for block in range(context.source.blocks)]
     return [row for file in files for row in read_rows(file, LayerRow)]
 
 
-def discard_model(shop: Workshop, variant: Variant) -> None:
+def discard_model(context: RunContext, variant: Variant) -> None:
     """Remove a model of which only the measurements are wanted."""
-    shutil.rmtree(shop.folder / "models" / variant.name, ignore_errors=True)
+    shutil.rmtree(context.folder / "models" / variant.name, ignore_errors=True)
 
 
 def _sequential(variant: Variant, over: Sequence[Mixture]) -> str:
@@ -202,14 +202,14 @@ def _sequential(variant: Variant, over: Sequence[Mixture]) -> str:
     return f"sequential-{digest_of([FORMAT, variant.key, [sets.weights for sets in over]])}"
 
 
-def _solve_alone(shop: Workshop, cached: Cached, variant: Variant, block: int) -> BlockSolution:
-    problem = shop.problem(block, cached)
+def _solve_alone(context: RunContext, cached: CachedMoments, variant: Variant, block: int) -> BlockSolution:
+    problem = context.problem(block, cached)
     solution = solve_block(problem, [variant])[variant.name]
-    _write(shop, variant, problem, solution)
+    _write(context, variant, problem, solution)
     return solution
 
 
-def _write(shop: Workshop, variant: Variant, problem: BlockProblem, solution: BlockSolution) -> None:
-    shop.write_rows(variant, problem.block, solution.rows)
-    writer = shop.writer(variant)
+def _write(context: RunContext, variant: Variant, problem: BlockProblem, solution: BlockSolution) -> None:
+    context.write_rows(variant, problem.block, solution.rows)
+    writer = context.writer(variant)
     writer.write_block(problem.block, solution.changed, packed=solution.packed, dense=problem.parameters)

@@ -8,7 +8,7 @@ from typing import Any
 
 from crosscal.corpora import Corpus, documents
 from crosscal.errors import EvaluationError
-from crosscal.evaluation.continuation import Settings, continuation_questions
+from crosscal.evaluation.continuation import ContinuationSettings, continuation_questions
 from crosscal.evaluation.question_files import Question
 from crosscal.store import Store, digest_of
 
@@ -16,7 +16,7 @@ FORMAT = 1
 FILE = "questions.jsonl"
 
 
-def continuation(store: Store, corpus: Corpus, split: str, settings: Settings) -> list[Question]:
+def continuation(store: Store, corpus: Corpus, split: str, settings: ContinuationSettings) -> list[Question]:
     """Return questions made from the documents of one split of a corpus. Raises `EvaluationError` naming the corpus."""
     key = question_key(corpus.digest, split, dataclasses.asdict(settings))
     artifact = store.find("questions", key)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from crosscal.compressors import LayerProblem, LayerSolution, Need, Statistic, Statistics, quadratic_loss
 from crosscal.compressors.problem import output_loss
 from crosscal.errors import EmptyStatistics
-from crosscal.stages.block_problem import Group, SiteStatistics
+from crosscal.stages.block_problem import HessianGroup, SiteStatistics
 from crosscal.statistics import Mixture
 
 Measure = Callable[[LayerProblem, LayerSolution], dict[str, float]]
@@ -23,7 +23,9 @@ Measure = Callable[[LayerProblem, LayerSolution], dict[str, float]]
 LOSSES_TAKE = frozenset({Statistic.GRAM, Statistic.SUM})
 
 
-def of_corpora(corpora: Sequence[str], groups: Mapping[Group, frozenset[Need]]) -> dict[Group, frozenset[Need]]:
+def of_corpora(
+    corpora: Sequence[str], groups: Mapping[HessianGroup, frozenset[Need]]
+) -> dict[HessianGroup, frozenset[Need]]:
     """Return what losses on each corpus alone need, in addition to the `groups` of one solve: H, and the mean input if
     some step changes biases."""
     measured = (frozenset[Need]().union(*groups.values()) | {Statistic.GRAM}) & LOSSES_TAKE
@@ -31,9 +33,9 @@ def of_corpora(corpora: Sequence[str], groups: Mapping[Group, frozenset[Need]]) 
     return {alone(corpus, seed): measured for seed in seeds for corpus in corpora}
 
 
-def alone(corpus: str, seed: int) -> Group:
+def alone(corpus: str, seed: int) -> HessianGroup:
     """Return the group of one corpus alone."""
-    return Group(Mixture.of({corpus: 1.0}), seed, trace_normalised=False)
+    return HessianGroup(Mixture.of({corpus: 1.0}), seed, trace_normalised=False)
 
 
 class CorpusLosses:
@@ -42,7 +44,7 @@ class CorpusLosses:
     def __init__(self, statistics: SiteStatistics, corpora: Iterable[str]) -> None:
         self._statistics, self._corpora = statistics, tuple(corpora)
         self._lock = threading.Lock()
-        self._energies: dict[tuple[Group, str], float] = {}
+        self._energies: dict[tuple[HessianGroup, str], float] = {}
 
     def of_draw(self, seed: int) -> Measure:
         """Return a function that measures solutions on the held-out windows of one seed."""
@@ -53,7 +55,7 @@ class CorpusLosses:
             if (loss := self._loss(group, statistics, layer, solution)) is not None
         }
 
-    def _held_out(self, seed: int) -> Iterator[tuple[Group, Statistics]]:
+    def _held_out(self, seed: int) -> Iterator[tuple[HessianGroup, Statistics]]:
         """Yield the statistics of every corpus with held-out tokens at this site: an expert may have none."""
         for corpus in self._corpora:
             group = alone(corpus, seed)
@@ -62,7 +64,9 @@ class CorpusLosses:
             except EmptyStatistics:
                 continue
 
-    def _loss(self, group: Group, statistics: Statistics, layer: LayerProblem, solution: LayerSolution) -> float | None:
+    def _loss(
+        self, group: HessianGroup, statistics: Statistics, layer: LayerProblem, solution: LayerSolution
+    ) -> float | None:
         """Return the relative loss; None if the dense matrix's output energy is zero, as the ratio is undefined."""
         energy = self._energy(group, statistics, layer)
         if energy <= 0:
@@ -71,7 +75,7 @@ class CorpusLosses:
         loss = output_loss(difference_OI, statistics.hessian_II, solution.bias_change_O, mean_I)
         return max(0.0, loss) / energy  # negative only by roundoff
 
-    def _energy(self, group: Group, statistics: Statistics, layer: LayerProblem) -> float:
+    def _energy(self, group: HessianGroup, statistics: Statistics, layer: LayerProblem) -> float:
         with self._lock:
             known = self._energies.get((group, layer.name))
         if known is None:

@@ -13,7 +13,7 @@ from crosscal.calibration import CalibrationSet, faults, readable, text_quality
 from crosscal.calibration.sets import windows_by_key
 from crosscal.calibration.tokens import begin_token, end_token
 from crosscal.models.source import ModelSource
-from crosscal.stages.moments import Cached, perplexity_of
+from crosscal.stages.moments import CachedMoments, perplexity_of
 from crosscal.stages.sample import Sample
 from crosscal.store import Store
 
@@ -68,7 +68,7 @@ def quality_of(tokens_SL: torch.Tensor, source: ModelSource, begin: bool | None,
 
 
 def with_perplexities(
-    quality: Mapping[str, dict[str, Any]], cached: Cached, samples: Sequence[Sample], vocabulary: int
+    quality: Mapping[str, dict[str, Any]], cached: CachedMoments, samples: Sequence[Sample], vocabulary: int
 ) -> dict[str, dict[str, Any]]:
     """Return the same with the dense model's `perplexity` and `held_out_perplexity` on the first windows of the newest
     set; None if no calibration pass stored it. For text, a perplexity no better than guessing is a fault."""
@@ -78,14 +78,13 @@ def with_perplexities(
         for name, sums in (("perplexity", sample.calibration), ("held_out_perplexity", sample.held_out)):
             one[name] = perplexity_of(cached, sums.apart[-1].key)
         if one["perplexity"] is not None and one["perplexity"] >= vocabulary and one["is_text"]:
-            worse = (
-                f"its perplexity is {one['perplexity']:,.0f}, that of guessing among all {vocabulary:,} tokens or worse"
-            )
+            guessing = f"no better than uniform guessing among {vocabulary:,} tokens"
+            worse = f"its perplexity is {one['perplexity']:,.0f}, {guessing}"
             one["faults"] = [*one["faults"], worse]
     return found
 
 
-def starved_experts(cached: Cached, blocks: int, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+def starved_experts(cached: CachedMoments, blocks: int, samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     """Return corpus → how many experts' input sites had fewer tokens than inputs, so that their Hessians are singular,
     and the one with the fewest tokens; corpora without any are left out."""
     found: dict[str, dict[str, Any]] = {}

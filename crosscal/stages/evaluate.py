@@ -30,7 +30,7 @@ from crosscal.models.loading import load_variant
 from crosscal.models.source import ModelSource
 from crosscal.progress import Progress, Report, silent
 from crosscal.stages.by_blocks import texts_read
-from crosscal.stages.heldout_text import Cutting, HeldOutText, heldout_texts
+from crosscal.stages.heldout_text import HeldOutText, WindowCutting, heldout_texts
 from crosscal.store import Store, digest_file, digest_of
 from crosscal.store.keys import canonical_json
 
@@ -40,12 +40,12 @@ QUESTION_TOKENS = 2048
 """Maximum length for models that state none."""
 Subject = HeldOutText | LocalTask | NamedTask | SummaryTask
 """What is measured and stored separately."""
-Told = Callable[[Subject], Progress]
+ProgressOf = Callable[[Subject], Progress]
 """Subject -> the callback for its progress."""
 
 
 @dataclass(frozen=True, eq=False)
-class Examination:
+class EvaluationSet:
     """What every model of a run is measured on, and how."""
 
     store: Store
@@ -87,7 +87,7 @@ class Examination:
         return [self._named(Measurement.from_json(value), subject) for value in stored]
 
     def measured(
-        self, weights: str, model: Any, missing: Sequence[Subject], told: Told, spent: float = 0.0
+        self, weights: str, model: Any, missing: Sequence[Subject], told: ProgressOf, spent: float = 0.0
     ) -> Iterator[list[Measurement]]:
         """Measure the `missing` subjects of a model that is on the device; store and yield each as soon as it is done.
         `spent`: seconds already spent on the texts, distributed over them by tokens."""
@@ -153,11 +153,11 @@ class Examination:
         return texts | {task: [*each, *encoding] for task, each in (local | named).items()}
 
 
-def examination(
+def evaluation_set(
     store: Store,
     corpora: Sequence[Corpus],
     source: ModelSource,
-    cutting: Cutting,
+    cutting: WindowCutting,
     *,
     tasks: Sequence[Task],
     limit: int | None,
@@ -166,10 +166,10 @@ def examination(
     dtype: torch.dtype,
     by_blocks: bool = False,
     report: Report = silent,
-) -> Examination:
+) -> EvaluationSet:
     """Cut the windows and load the tasks, once for all models of a run."""
     texts, notes = heldout_texts(store, corpora, source, cutting, report)
-    return Examination(
+    return EvaluationSet(
         store,
         texts,
         notes,
@@ -202,7 +202,7 @@ def weights_digest(files: Mapping[str, str]) -> str:
 
 
 def measure(
-    exam: Examination,
+    eval_set: EvaluationSet,
     folder: Path,
     *,
     files: Mapping[str, str] | None = None,
@@ -215,25 +215,25 @@ def measure(
     `files`: the result of `checkpoint_files`, if known. `report` receives the progress, labelled with `name`.
     """
     weights = weights_digest(checkpoint_files(folder, name, report) if files is None else files)
-    looked_up = {subject: exam.stored(weights, subject) for subject in exam.subjects}
+    looked_up = {subject: eval_set.stored(weights, subject) for subject in eval_set.subjects}
     known = {subject: found for subject, found in looked_up.items() if found is not None}
-    if missing := [subject for subject in exam.subjects if subject not in known]:
+    if missing := [subject for subject in eval_set.subjects if subject not in known]:
 
         def told(subject: Subject) -> Progress:
             return functools.partial(report, f"{name}: {_what(subject)}")
 
         report(f"{name}: loading", 0, None)
         texts = [subject for subject in missing if isinstance(subject, HeldOutText)]
-        if exam.by_blocks and len(texts) == len(missing):
-            sizes = {"device": exam.device, "dtype": exam.dtype, "batch_tokens": exam.batch_tokens}
+        if eval_set.by_blocks and len(texts) == len(missing):
+            sizes = {"device": eval_set.device, "dtype": eval_set.dtype, "batch_tokens": eval_set.batch_tokens}
             started = time.perf_counter()
             with texts_read(folder, texts, **sizes, name=name, report=report) as model:
                 spent = time.perf_counter() - started
-                known |= zip(missing, exam.measured(weights, model, missing, told, spent), strict=True)
+                known |= zip(missing, eval_set.measured(weights, model, missing, told, spent), strict=True)
         else:
-            model = load_variant(folder, device=exam.device, dtype=exam.dtype)
-            known |= zip(missing, exam.measured(weights, model, missing, told), strict=True)
-    return exam.in_all(known[subject] for subject in exam.subjects)
+            model = load_variant(folder, device=eval_set.device, dtype=eval_set.dtype)
+            known |= zip(missing, eval_set.measured(weights, model, missing, told), strict=True)
+    return eval_set.in_all(known[subject] for subject in eval_set.subjects)
 
 
 def _what(subject: Subject) -> str:

@@ -18,15 +18,15 @@ from typing import Any, Protocol
 
 import torch
 
-from crosscal.calibration.pool import Part, all_parts, read_pool
+from crosscal.calibration.pool import PoolPart, all_parts, read_pool
 from crosscal.calibration.sets import stored_windows, windows_by_key
 from crosscal.errors import MissingArtifact
 from crosscal.models.sites import Site
-from crosscal.stages.sample import Sample, Sums
+from crosscal.stages.sample import Sample, SplitSets
 from crosscal.store import Store, digest_of
 
 
-class Kept(Protocol):
+class SumStore(Protocol):
     """Stored sums over calibration sets, one or more artifacts per site: moments or gradients."""
 
     @property
@@ -40,14 +40,14 @@ class Kept(Protocol):
     def discard_unused(self, calibration: str, block: int, site: Site) -> None: ...
 
 
-def sets_to_read(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> list[str]:
+def sets_to_read(cached: SumStore, blocks: int, sample: Sample, *, held_out: bool = True) -> list[str]:
     """Return the keys of all sums that `fold` and a solve need, for both splits or the calibration windows alone; those
     that the store lacks are keys of calibration sets."""
     parts = [part for sums in _splits(sample, held_out) for part in (*_terms(cached, blocks, sums), *sums.apart)]
     return list(dict.fromkeys(part.key for part in parts))
 
 
-def fold(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) -> None:
+def fold(cached: SumStore, blocks: int, sample: Sample, *, held_out: bool = True) -> None:
     """Compute and store the missing folded sums of a sample, and remove what only older samples need."""
     for sums in _splits(sample, held_out):
         if sums.folded is None:
@@ -59,7 +59,7 @@ def fold(cached: Kept, blocks: int, sample: Sample, *, held_out: bool = True) ->
         _forget(cached, blocks, sums, [part for part in terms if part.key != sums.folded.key])
 
 
-def unread_tokens(cached: Kept, blocks: int, sums: Sums) -> int:
+def unread_tokens(cached: SumStore, blocks: int, sums: SplitSets) -> int:
     """Return the number of tokens that a calibration pass would have to run."""
     folded = () if sums.folded is None else (sums.folded,)
     kept = _kept(cached, blocks, sums)
@@ -73,19 +73,19 @@ def unfolded(store: Store, sample: Sample) -> Sample:
     return dataclasses.replace(sample, calibration=calibration, held_out=held_out)
 
 
-def _unfolded(store: Store, sums: Sums) -> Sums:
+def _unfolded(store: Store, sums: SplitSets) -> SplitSets:
     if sums.folded is None:
         return sums
     return dataclasses.replace(sums, folded=None, apart=(*_windows(store, sums), *sums.apart))
 
 
-def _terms(cached: Kept, blocks: int, sums: Sums) -> list[Part]:
+def _terms(cached: SumStore, blocks: int, sums: SplitSets) -> list[PoolPart]:
     """Return the terms of the folded sum: the newest stored sum and the sets since, or else the sets of all windows."""
     kept = _kept(cached, blocks, sums)
     return _windows(cached.store, sums) if kept is None else kept
 
 
-def _kept(cached: Kept, blocks: int, sums: Sums) -> list[Part] | None:
+def _kept(cached: SumStore, blocks: int, sums: SplitSets) -> list[PoolPart] | None:
     if sums.folded is None:
         return []
     if _is_complete(cached, sums.folded.key, blocks):
@@ -99,26 +99,26 @@ def _kept(cached: Kept, blocks: int, sums: Sums) -> list[Part] | None:
     return None
 
 
-def _windows(store: Store, sums: Sums) -> list[Part]:
+def _windows(store: Store, sums: SplitSets) -> list[PoolPart]:
     """Return the folded sets, joined by weight, so that one pass runs them however many there are."""
     assert sums.pool is not None
     apart = {part.key for part in sums.apart}
-    by_weight: dict[float, list[Part]] = {}
+    by_weight: dict[float, list[PoolPart]] = {}
     for part in all_parts(store, read_pool(store, sums.pool)):
         if part.key not in apart:
             by_weight.setdefault(part.weight, []).append(part)
     return [_joined(store, parts) for parts in by_weight.values()]
 
 
-def _joined(store: Store, parts: Sequence[Part]) -> Part:
+def _joined(store: Store, parts: Sequence[PoolPart]) -> PoolPart:
     if len(parts) == 1:
         return parts[0]
     provenance = {"source": "joined", "sets": [part.key for part in parts]}
     stored_windows(store, provenance, lambda: torch.cat([windows_by_key(store, part.key) for part in parts]))
-    return Part(digest_of(provenance), sum(part.tokens for part in parts), parts[0].weight)
+    return PoolPart(digest_of(provenance), sum(part.tokens for part in parts), parts[0].weight)
 
 
-def _add(cached: Kept, folded: Part, terms: Sequence[Part], block: int, site: Site) -> None:
+def _add(cached: SumStore, folded: PoolPart, terms: Sequence[PoolPart], block: int, site: Site) -> None:
     try:
         moments = (cached.read(part.key, block, site).weighted(part.weight) for part in terms)
         total = functools.reduce(operator.add, moments)
@@ -129,7 +129,7 @@ def _add(cached: Kept, folded: Part, terms: Sequence[Part], block: int, site: Si
     cached.publish_site(folded.key, block, site, total)
 
 
-def _forget(cached: Kept, blocks: int, sums: Sums, terms: Sequence[Part]) -> None:
+def _forget(cached: SumStore, blocks: int, sums: SplitSets, terms: Sequence[PoolPart]) -> None:
     """Remove the sets and sums that neither this sample nor the one before its newest set needs."""
     assert sums.pool is not None
     assert sums.folded is not None
@@ -147,13 +147,13 @@ def _forget(cached: Kept, blocks: int, sums: Sums, terms: Sequence[Part]) -> Non
                 cached.discard_unused(key, block, site)
 
 
-def _splits(sample: Sample, held_out: bool) -> tuple[Sums, ...]:
+def _splits(sample: Sample, held_out: bool) -> tuple[SplitSets, ...]:
     return (sample.calibration, sample.held_out) if held_out else (sample.calibration,)
 
 
-def _sites(cached: Kept, blocks: int) -> Iterator[tuple[int, Site]]:
+def _sites(cached: SumStore, blocks: int) -> Iterator[tuple[int, Site]]:
     return ((block, site) for block in range(blocks) for site in cached.sites(block) or ())
 
 
-def _is_complete(cached: Kept, calibration: str, blocks: int) -> bool:
+def _is_complete(cached: SumStore, calibration: str, blocks: int) -> bool:
     return all(cached.has(calibration, block) for block in range(blocks))

@@ -6,7 +6,7 @@ block, and only what is missing is stored. The gradients are always the dense mo
 inputs come through a variant's compressed blocks, but gradients are still taken at the dense weights, as in the
 published method.
 
-`CachedGradients` has the interface that `folding` needs (`Kept`): a growing corpus keeps one sum of gradients, too.
+`CachedGradients` has the interface that `folding` needs (`SumStore`): a growing corpus keeps one sum of gradients, too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
-from crosscal.lanes import Behind
+from crosscal.lanes import WriteBehind
 from crosscal.models.gradients import BlockGradients, walk_back
 from crosscal.models.sites import Site
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
-from crosscal.stages.moments import Cached, MomentsReport, unread_blocks
+from crosscal.stages.moments import CachedMoments, MomentsReport, unread_blocks
 from crosscal.stages.sample import Sample
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import Gradient, GradientSums
@@ -41,7 +41,7 @@ FORMAT = 1  # bump when something else is summed
 class CachedGradients:
     """The stored gradients of one dense model."""
 
-    moments: Cached
+    moments: CachedMoments
     """Of the same model, collected first: they record which matrices read which site."""
 
     @property
@@ -137,7 +137,7 @@ def collect_gradients(
         misses += cached.publish(windows, seen)
 
     kept = [*slices.values()] * (source.blocks + 1)  # every block's inputs and the last one's outputs
-    with Behind() as behind:
+    with WriteBehind() as behind:
         done = walk_back(
             source,
             slices,

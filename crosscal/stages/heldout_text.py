@@ -39,7 +39,7 @@ class HeldOutText:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class WindowCutting:
     """How to cut windows out of text, and how many."""
 
     length: int
@@ -52,7 +52,7 @@ class Cutting:
 
 
 def heldout_texts(
-    store: Store, corpora: Sequence[Corpus], source: ModelSource, cutting: Cutting, report: Report = silent
+    store: Store, corpora: Sequence[Corpus], source: ModelSource, cutting: WindowCutting, report: Report = silent
 ) -> tuple[tuple[HeldOutText, ...], tuple[str, ...]]:
     """Return the test text of every corpus, then the validation text of those that have a window of it; and a note for
     each of the others. Raises `TooLittleText` naming a corpus without a window of test text."""
@@ -65,12 +65,12 @@ def heldout_texts(
         try:
             of_validation.append(text(corpus, VALIDATION))
         except TooLittleText as error:
-            notes.append(f"{corpus.name} has no validation text, and nothing is chosen by it ({error.got}).")
+            notes.append(f"{corpus.name} has no validation text, so it is not used for selection ({error.got}).")
     return (*of_test, *of_validation), tuple(notes)
 
 
 def windows_for(
-    store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: Cutting, report: Report = silent
+    store: Store, corpus: Corpus, split: str, source: ModelSource, cutting: WindowCutting, report: Report = silent
 ) -> torch.Tensor:
     """Return windows spread over all documents of a split, int64 [S, L]; they are cut once, then read from the store.
 

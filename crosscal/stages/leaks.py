@@ -35,7 +35,7 @@ DEVIATIONS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class ComparedTexts:
     """The texts on both sides of the comparison."""
 
     store: Store
@@ -48,7 +48,7 @@ class Texts:
     @classmethod
     def of(
         cls, store: Store, corpora: Mapping[str, Corpus], calibrated: Collection[str], questions: Sequence[LocalTask]
-    ) -> Texts:
+    ) -> ComparedTexts:
         used = tuple(name for name in corpora if name in calibrated)
         return cls(store, corpora, used, tuple(questions))
 
@@ -87,7 +87,7 @@ class Texts:
         return (text for shard in self.corpora[name].shards for text in documents(self.store, shard, split))
 
 
-def compared(texts: Texts, *, keep: bool = True, report: Report = silent) -> list[SetOverlap]:
+def compared(texts: ComparedTexts, *, keep: bool = True, report: Report = silent) -> list[SetOverlap]:
     """Return the overlap of every evaluation set, from the store or computed; `keep`: store what was computed.
 
     Raises `EvaluationError` for a file of questions that cannot be read.
@@ -116,7 +116,7 @@ def leak(found: Sequence[SetOverlap], allowed: bool | Collection[str]) -> Evalua
     if not refused:
         return None
     first = refused[0].largest[0]
-    others = f", and likewise in {', '.join(one.name for one in refused[1:])}" if refused[1:] else ""
+    others = f" (also in {', '.join(one.name for one in refused[1:])})" if refused[1:] else ""
     return EvaluationError(
         f"{counted(refused[0])} in the calibration text{others}",
         where=refused[0].name,
@@ -127,7 +127,7 @@ def leak(found: Sequence[SetOverlap], allowed: bool | Collection[str]) -> Evalua
 
 def counted(one: SetOverlap) -> str:
     """Describe a leak in words."""
-    return f"{one.leaked:,} of {one.documents:,} texts stand to {LEAK_SHARE:.0%} or more"
+    return f"{one.leaked:,} of {one.documents:,} texts occur to {LEAK_SHARE:.0%} or more"
 
 
 def leaks(one: SetOverlap, found: Sequence[SetOverlap]) -> bool:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from crosscal.errors import PlanError
 from crosscal.models.sites import check_all, is_left
 from crosscal.models.source import ModelSource
-from crosscal.stages.moments import Cached
+from crosscal.stages.moments import CachedMoments
 from crosscal.stages.preflight import matrices_of
 from crosscal.stages.solve_site import ASKED
 
 
-def left_dense(source: ModelSource, cached: Cached, leave_dense: Sequence[str] = ()) -> list[str]:
+def left_dense(source: ModelSource, cached: CachedMoments, leave_dense: Sequence[str] = ()) -> list[str]:
     """Return what no method will change, and why, e.g. `mlp.gate: a router (24 blocks)`.
 
     Raises `UnsupportedModel` for a model that cannot be calibrated, and `PlanError` for a pattern of `leave_dense` that

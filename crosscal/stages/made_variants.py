@@ -19,8 +19,8 @@ from crosscal.models.adapter import WEIGHTS
 from crosscal.models.tensor_files import ADAPTER, INDEX
 from crosscal.progress import Report
 from crosscal.report.rows import LayerRow, read_rows, write_rows
-from crosscal.stages.compress import Workshop
-from crosscal.stages.evaluate import Examination, weights_digest
+from crosscal.stages.compress import RunContext
+from crosscal.stages.evaluate import EvaluationSet, weights_digest
 from crosscal.stages.solved_blocks import ROWS, solution_key
 from crosscal.store import Artifact, Store, digest_file
 from crosscal.variants import Variant
@@ -32,7 +32,7 @@ ALL_FACTORS = f"{ADAPTER}/{WEIGHTS}"
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeVariant:
     """A variant that an earlier run made."""
 
     files: dict[str, str]
@@ -73,15 +73,15 @@ class Made:
         return file.is_file() and digest_file(file) == self.files[name]
 
 
-def made_before(shop: Workshop, variant: Variant) -> Made | None:
+def made_before(context: RunContext, variant: Variant) -> MadeVariant | None:
     """Return what the store knows of a variant, with rows under this plan's name for it; None if it was never made."""
-    store = shop.cached.store
-    artifact = store.find(KIND, solution_key(shop, variant))
+    store = context.cached.store
+    artifact = store.find(KIND, solution_key(context, variant))
     if artifact is None:
         return None
     known = json.loads(store.read_bytes(artifact, PLACE))
     rows = read_rows(store.path(artifact, ROWS), LayerRow)
-    return Made(**known, rows=[dataclasses.replace(row, variant=variant.name) for row in rows])
+    return MadeVariant(**known, rows=[dataclasses.replace(row, variant=variant.name) for row in rows])
 
 
 def folder_files(store: Store, folder: Path, variant: str) -> dict[str, str]:
@@ -95,39 +95,44 @@ def _is_of(made: Artifact, variant: str) -> bool:
 
 
 def note_made(
-    shop: Workshop, variant: Variant, files: Mapping[str, str], rows: Sequence[LayerRow], *, keep_earlier: bool = True
+    context: RunContext,
+    variant: Variant,
+    files: Mapping[str, str],
+    rows: Sequence[LayerRow],
+    *,
+    keep_earlier: bool = True,
 ) -> None:
     """Record a variant whose model is in the run directory; with `keep_earlier`, unless an earlier model exists."""
-    known = made_before(shop, variant)
+    known = made_before(context, variant)
     if known is not None and known.is_there and keep_earlier:
         return
-    store, key = shop.cached.store, solution_key(shop, variant)
+    store, key = context.cached.store, solution_key(context, variant)
     if known is not None:
         store.discard(KIND, key)  # replaced by this run's
-    with store.publish(KIND, key, {"model": shop.cached.model, "variant": variant.name}) as folder:
-        place = {"files": dict(files), "folder": str((shop.folder / "models" / variant.name).absolute())}
+    with store.publish(KIND, key, {"model": context.cached.model, "variant": variant.name}) as folder:
+        place = {"files": dict(files), "folder": str((context.folder / "models" / variant.name).absolute())}
         (folder / PLACE).write_text(json.dumps(place, indent=1), encoding="utf-8")
         write_rows(folder / ROWS, rows)
 
 
-def unmeasured(shop: Workshop, variants: Sequence[Variant], exam: Examination) -> list[Variant]:
+def unmeasured(context: RunContext, variants: Sequence[Variant], eval_set: EvaluationSet) -> list[Variant]:
     """Return the variants whose measurements the store lacks."""
-    known = {variant.name: made_before(shop, variant) for variant in variants}
-    return [v for v in variants if (made := known[v.name]) is None or exam.find(made.weights) is None]
+    known = {variant.name: made_before(context, variant) for variant in variants}
+    return [v for v in variants if (made := known[v.name]) is None or eval_set.find(made.weights) is None]
 
 
-def take_blocks(shop: Workshop, variants: Sequence[Variant], report: Report) -> int:
+def take_blocks(context: RunContext, variants: Sequence[Variant], report: Report) -> int:
     """Copy missing blocks into the run directory from those of earlier runs; return how many."""
     taken = 0
     for variant in variants:
-        writer = shop.writer(variant)
-        missing = [block for block in range(shop.source.blocks) if not writer.has_block(block)]
-        made = made_before(shop, variant) if missing else None
+        writer = context.writer(variant)
+        missing = [block for block in range(context.source.blocks) if not writer.has_block(block)]
+        made = made_before(context, variant) if missing else None
         for done, block in enumerate(missing if made else [], start=1):
             assert made is not None
             shard = made.shard(block)
             if shard is not None:
-                shop.write_rows(variant, block, [row for row in made.rows if row.block == block])
+                context.write_rows(variant, block, [row for row in made.rows if row.block == block])
                 writer.adopt_block(block, shard, made.adapter)
                 taken += 1
             report(f"{variant.name}: taking blocks of an earlier run", done, len(missing))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from crosscal.calibration.sets import windows_by_key
-from crosscal.lanes import Behind
-from crosscal.models.sites import LeftDense, Matrices, MatrixRef, Producer, Site
+from crosscal.lanes import WriteBehind
+from crosscal.models.sites import InputNorm, LeftDense, Matrices, MatrixRef, Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report
@@ -37,7 +37,7 @@ LIKELIHOODS, NLL = "likelihoods", "nll.json"
 
 
 @dataclass(frozen=True)
-class Cached:
+class CachedMoments:
     """The stored moments of one model under one upstream."""
 
     store: Store
@@ -171,13 +171,13 @@ class Cached:
 
 
 @dataclass(frozen=True)
-class JustRead(Cached):
-    """`Cached` while a block's moments are still in memory: `read` does not load them from disk."""
+class InMemoryMoments(CachedMoments):
+    """`CachedMoments` while a block's moments are still in memory: `read` does not load them from disk."""
 
     seen: BlockMoments | None = None
 
     @classmethod
-    def of(cls, cached: Cached, seen: BlockMoments) -> JustRead:
+    def of(cls, cached: CachedMoments, seen: BlockMoments) -> InMemoryMoments:
         return cls(**{field.name: getattr(cached, field.name) for field in dataclasses.fields(cached)}, seen=seen)
 
     def read(self, calibration: str, block: int, site: Site) -> InputMoments:
@@ -188,7 +188,7 @@ class JustRead(Cached):
 
 def _site(value: dict[str, Any]) -> Site:
     matrices, made = tuple(MatrixRef(**matrix) for matrix in value["matrices"]), value["producer"]
-    producer = made and Producer(made["name"], tuple(made["parameters"]), made["offset"])
+    producer = made and InputNorm(made["name"], tuple(made["parameters"]), made["offset"])
     return Site(value["name"], matrices, value["inputs"], producer, value["no_producer"])
 
 
@@ -207,7 +207,13 @@ class MomentsReport:
 
 
 def collect_moments(
-    cached: Cached, source: ModelSource, calibrations: Sequence[str], *, device: str, batch_tokens: int, report: Report
+    cached: CachedMoments,
+    source: ModelSource,
+    calibrations: Sequence[str],
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report,
 ) -> MomentsReport:
     """Compute and store the missing dense moments of these calibration sets; the model is run for those only."""
     windows = {key: partial(windows_by_key, cached.store, key) for key in calibrations}
@@ -215,7 +221,7 @@ def collect_moments(
 
 
 def read_windows(
-    cached: Cached,
+    cached: CachedMoments,
     source: ModelSource,
     windows: Mapping[str, Callable[[], Tensor]],
     *,
@@ -236,7 +242,7 @@ def read_windows(
 
     lacking = (cached.lacking(key, block) for key in unread for block in missing[key])
     slices, dtype = {key: windows[key]() for key in unread}, getattr(torch, cached.dtype)
-    with Behind() as behind:  # the next block runs while this one's moments are written
+    with WriteBehind() as behind:  # the next block runs while this one's moments are written
         done = walk(
             source,
             slices,
@@ -255,21 +261,21 @@ def read_windows(
     return MomentsReport(done.tokens, hits, misses, done.seconds)
 
 
-def perplexity_of(cached: Cached, calibration: str) -> float | None:
+def perplexity_of(cached: CachedMoments, calibration: str) -> float | None:
     """Return the dense model's perplexity on the first windows of a set; None if no calibration pass stored it."""
     artifact = cached.store.find(LIKELIHOODS, _nll_key(cached, calibration))
     nll = json.loads(cached.store.read_bytes(artifact, NLL)) if artifact else []
     return math.exp(statistics.mean(nll)) if nll else None
 
 
-def _keep_nll(cached: Cached, calibration: str, nll: Sequence[float]) -> None:
+def _keep_nll(cached: CachedMoments, calibration: str, nll: Sequence[float]) -> None:
     if all(map(math.isfinite, nll)):
         provenance = {"model": cached.model, "calibration": calibration, "dtype": cached.dtype}
         with cached.store.publish(LIKELIHOODS, _nll_key(cached, calibration), provenance) as folder:
             (folder / NLL).write_text(json.dumps(nll))
 
 
-def _nll_key(cached: Cached, calibration: str) -> str:
+def _nll_key(cached: CachedMoments, calibration: str) -> str:
     return digest_of([FORMAT, cached.model, calibration, cached.dtype])
 
 
@@ -280,7 +286,7 @@ def unread_blocks(
     blocks: int,
 ) -> tuple[dict[str, set[int]], int]:
     """Return the blocks whose sums the store lacks, by calibration set, without complete sets; and the number of site
-    sums that it holds in the other blocks. `has`, `sites`: methods of a kind of sums, as of `Cached`."""
+    sums that it holds in the other blocks. `has`, `sites`: methods of a kind of sums, as of `CachedMoments`."""
     lacking = {key: {block for block in range(blocks) if not has(key, block)} for key in calibrations}
     held = [block for found in lacking.values() for block in range(blocks) if block not in found]
     return {key: found for key, found in lacking.items() if found}, sum(len(sites(block) or ()) for block in held)

@@ -22,7 +22,7 @@ from crosscal.errors import MissingArtifact
 from crosscal.models.sites import Site
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report
-from crosscal.stages.moments import Cached, MomentsReport, read_windows
+from crosscal.stages.moments import CachedMoments, MomentsReport, read_windows
 from crosscal.store import digest_of
 
 KIND = "moment-parts"
@@ -30,7 +30,7 @@ KIND = "moment-parts"
 
 
 @dataclass(frozen=True)
-class Part:
+class WindowSpan:
     """Windows `start` to `stop` of a calibration set."""
 
     calibration: str
@@ -43,20 +43,23 @@ class Part:
         return digest_of([self.calibration, self.start, self.stop])
 
 
-def parts_of(cached: Cached, calibration: str, part_tokens: int) -> list[Part]:
+def parts_of(cached: CachedMoments, calibration: str, part_tokens: int) -> list[WindowSpan]:
     """Return a set cut into parts of at most `part_tokens` tokens, or of one longer window."""
     windows, length = windows_by_key(cached.store, calibration).shape
     step = max(1, part_tokens // length)
     starts = range(0, windows, step)
     return [
-        Part(calibration, start, min(start + step, windows), (min(step, windows - start)) * length) for start in starts
+        WindowSpan(calibration, start, min(start + step, windows), (min(step, windows - start)) * length)
+        for start in starts
     ]
 
 
-def loads(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens: int) -> Iterator[list[Part]]:
+def loads(
+    cached: CachedMoments, blocks: int, calibrations: Sequence[str], part_tokens: int
+) -> Iterator[list[WindowSpan]]:
     """Yield the parts of incomplete sets in loads for one pass over the model each, of at most `part_tokens` tokens."""
     unread = (key for key in dict.fromkeys(calibrations) if not _is_complete(cached, key, blocks))
-    load: list[Part] = []
+    load: list[WindowSpan] = []
     for part in itertools.chain.from_iterable(parts_of(cached, key, part_tokens) for key in unread):
         if load and sum(each.tokens for each in load) + part.tokens > part_tokens:
             yield load
@@ -67,11 +70,17 @@ def loads(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens:
 
 
 def read_parts(
-    cached: Cached, source: ModelSource, load: Sequence[Part], *, device: str, batch_tokens: int, report: Report
+    cached: CachedMoments,
+    source: ModelSource,
+    load: Sequence[WindowSpan],
+    *,
+    device: str,
+    batch_tokens: int,
+    report: Report,
 ) -> MomentsReport:
     """Compute and store the missing moments of some parts. They count neither as hits nor as misses: only sums do."""
 
-    def windows(part: Part) -> Any:
+    def windows(part: WindowSpan) -> Any:
         return windows_by_key(cached.store, part.calibration)[part.start : part.stop]
 
     done = read_windows(
@@ -85,7 +94,7 @@ def read_parts(
     return dataclasses.replace(done, hits=0, misses=0)
 
 
-def add_parts(cached: Cached, blocks: int, calibrations: Sequence[str], part_tokens: int) -> MomentsReport:
+def add_parts(cached: CachedMoments, blocks: int, calibrations: Sequence[str], part_tokens: int) -> MomentsReport:
     """Store the missing moments of these sets as the sums of their parts, then remove the parts."""
     started, hits, misses = time.monotonic(), 0, 0
     for key in dict.fromkeys(calibrations):
@@ -101,7 +110,7 @@ def add_parts(cached: Cached, blocks: int, calibrations: Sequence[str], part_tok
     return MomentsReport(0, hits, misses, time.monotonic() - started)
 
 
-def _add(cached: Cached, parts: Sequence[Part], block: int, site: Site) -> None:
+def _add(cached: CachedMoments, parts: Sequence[WindowSpan], block: int, site: Site) -> None:
     try:
         moments = (_of_parts(cached).read(part.key, block, site) for part in parts)
         total = functools.reduce(operator.add, moments)
@@ -112,13 +121,13 @@ def _add(cached: Cached, parts: Sequence[Part], block: int, site: Site) -> None:
     cached.publish_site(parts[0].calibration, block, site, total)
 
 
-def _sites(cached: Cached, blocks: int) -> Iterator[tuple[int, Site]]:
+def _sites(cached: CachedMoments, blocks: int) -> Iterator[tuple[int, Site]]:
     return ((block, site) for block in range(blocks) for site in cached.sites(block) or ())
 
 
-def _is_complete(cached: Cached, calibration: str, blocks: int) -> bool:
+def _is_complete(cached: CachedMoments, calibration: str, blocks: int) -> bool:
     return all(cached.has(calibration, block) for block in range(blocks))
 
 
-def _of_parts(cached: Cached) -> Cached:
+def _of_parts(cached: CachedMoments) -> CachedMoments:
     return dataclasses.replace(cached, kind=KIND)

@@ -20,8 +20,8 @@ from crosscal.models.sites import Site
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import BlockMoments, walk
 from crosscal.progress import Report, silent
-from crosscal.stages.moments import Cached
-from crosscal.stages.sample import Part, Sample
+from crosscal.stages.moments import CachedMoments
+from crosscal.stages.sample import PoolPart, Sample
 from crosscal.stages.spill import spill_folder
 from crosscal.statistics import InputMoments, Statistic
 
@@ -45,7 +45,7 @@ OnSite = Callable[[int, Prefixes, Mapping[str, Tensor]], None]
 
 
 def read_prefixes(
-    cached: Cached,
+    cached: CachedMoments,
     source: ModelSource,
     sample: Sample,
     blocks: Sequence[int],
@@ -67,7 +67,7 @@ def read_prefixes(
     if not is_read:
         wanted[HELD_OUT] = torch.cat([windows_by_key(cached.store, part.key) for part in sample.held_out.apart])
 
-    def whole(parts: Sequence[Part], block: int, site: Site) -> InputMoments:
+    def whole(parts: Sequence[PoolPart], block: int, site: Site) -> InputMoments:
         moments = (cached.read(part.key, block, site).only(NEEDED).weighted(part.weight) for part in parts)
         return functools.reduce(operator.add, moments)
 

@@ -23,8 +23,8 @@ from crosscal.models.sites import Matrices, is_linear
 from crosscal.models.source import ModelSource
 from crosscal.models.walk import survey
 from crosscal.stages.block_problem import gradients_needed
-from crosscal.stages.folding import Kept
-from crosscal.stages.moments import Cached
+from crosscal.stages.folding import SumStore
+from crosscal.stages.moments import CachedMoments
 from crosscal.stages.spill import SHARE as HIDDEN_SHARE
 from crosscal.statistics import EVERY, OF_TWO_STREAMS, VECTORS, Mixture, Statistic, streams_of
 from crosscal.store import Store
@@ -79,7 +79,7 @@ class BlockShape:
         return 2 * self.vector_bytes + self.gram_bytes * sum(which.is_matrix for which in statistics)
 
 
-def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
+def block_shapes(source: ModelSource, cached: CachedMoments) -> list[BlockShape]:
     """Return the shape of every block of a model, without reading weights."""
     shapes = []
     for index, block in enumerate(find_blocks(source.weights.model)[1]):
@@ -92,7 +92,7 @@ def block_shapes(source: ModelSource, cached: Cached) -> list[BlockShape]:
     return shapes
 
 
-def matrices_of(source: ModelSource, cached: Cached) -> list[Matrices]:
+def matrices_of(source: ModelSource, cached: CachedMoments) -> list[Matrices]:
     """Return the matrices of every block: as stored by an earlier calibration, or else as a survey finds them."""
     known = [found for block in range(source.blocks) if (found := cached.matrices(block)) is not None]
     return known if len(known) == source.blocks else survey(source)
@@ -269,7 +269,7 @@ def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
     return next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in wanted.items())), None)
 
 
-def is_read(cached: Kept, calibration: str | None, blocks: int) -> bool:
+def is_read(cached: SumStore, calibration: str | None, blocks: int) -> bool:
     """Whether every block's sums over a calibration set are in the store."""
     return calibration is not None and all(cached.has(calibration, block) for block in range(blocks))
 

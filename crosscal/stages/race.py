@@ -19,7 +19,7 @@ from crosscal.evaluation import VALIDATION, QuestionSuite
 from crosscal.evaluation.likelihood import Windows
 from crosscal.evaluation.race import beaten, looks
 from crosscal.report.rows import NOT_EVALUATED, LayerRow
-from crosscal.stages.evaluate import Examination
+from crosscal.stages.evaluate import EvaluationSet
 from crosscal.stages.heldout_text import HeldOutText
 from crosscal.stages.screen import level_of
 from crosscal.variants import Variant
@@ -30,15 +30,15 @@ Seen = dict[str, list[float]]
 
 @dataclass(frozen=True, eq=False)
 class Race:
-    """The validation windows of an examination, look by look."""
+    """The validation windows of an evaluation set, look by look."""
 
-    exam: Examination
+    eval_set: EvaluationSet
 
     @functools.cached_property
     def parts(self) -> dict[HeldOutText, list[tuple[HeldOutText, list[int]]]]:
         """Text -> for each look, the windows that are new and their numbers."""
         found = {}
-        for text in (text for text in self.exam.texts if text.split == VALIDATION):
+        for text in (text for text in self.eval_set.texts if text.split == VALIDATION):
             numbers = looks(len(text.tokens_SL))
             found[text] = [(HeldOutText(text.corpus, text.split, text.tokens_SL[each]), each) for each in numbers]
         return found
@@ -49,16 +49,16 @@ class Race:
         return [look for look in range(3) if any(parts[look][1] for parts in self.parts.values())]
 
     @functools.cached_property
-    def apart(self) -> Examination:
-        """The examination restricted to these windows, with the new windows of each look as a text of their own."""
+    def apart(self) -> EvaluationSet:
+        """The evaluation set restricted to these windows, with the new windows of each look as a text of their own."""
         every = [part for parts in self.parts.values() for part, numbers in parts if numbers]
-        return dataclasses.replace(self.exam, texts=tuple(every), suite=QuestionSuite.load([]))
+        return dataclasses.replace(self.eval_set, texts=tuple(every), suite=QuestionSuite.load([]))
 
     def seen(self, weights: str, look: int) -> Seen | None:
         """Return a model's results on the windows up to a look; None if some were not measured."""
         found: Seen = {}
         for text, parts in self.parts.items():
-            whole = _nll(self.exam, weights, text)
+            whole = _nll(self.eval_set, weights, text)
             for part, numbers in parts[: look + 1]:
                 nll = [whole[number] for number in numbers] if whole else _nll(self.apart, weights, part)
                 if numbers and nll is None:
@@ -66,14 +66,14 @@ class Race:
                 found.setdefault(text.corpus, []).extend(nll or ())
         return found
 
-    def missing(self, weights: str, look: int | None) -> Examination | None:
+    def missing(self, weights: str, look: int | None) -> EvaluationSet | None:
         """Return `apart` restricted to what is to be measured: up to a look, or (None) all of the texts that a race has
         begun, but no text that was measured as a whole. None if nothing is."""
         texts: list[HeldOutText] = []
         for text, parts in self.parts.items():
             some = [part for part, numbers in (parts if look is None else parts[: look + 1]) if numbers]
             is_begun = look is not None or any(self.apart.stored(weights, part) for part in some)
-            if is_begun and self.exam.stored(weights, text) is None:
+            if is_begun and self.eval_set.stored(weights, text) is None:
                 texts += some
         return dataclasses.replace(self.apart, texts=tuple(texts)) if texts else None
 
@@ -81,18 +81,18 @@ class Race:
         """Store the measurement of each text whose windows were all measured."""
         for text, parts in self.parts.items():
             found = [self.apart.stored(weights, part) for part, numbers in parts if numbers]
-            if self.exam.stored(weights, text) is not None or not all(found):
+            if self.eval_set.stored(weights, text) is not None or not all(found):
                 continue
             measured = [one for each in found for one in each or ()]
             order = [number for _, numbers in parts for number in numbers]
             nll = dict(zip(order, (value for one in measured for value in one.window_nll or ()), strict=True))
             sums_S = torch.tensor([nll[i] for i in range(len(nll))]).double() * (text.tokens_SL.shape[1] - 1)
             windows = Windows(text.corpus, text.split, text.tokens_SL)
-            self.exam.keep(weights, text, windows.result([sums_S], sum(one.seconds for one in measured)))
+            self.eval_set.keep(weights, text, windows.result([sums_S], sum(one.seconds for one in measured)))
 
 
 @dataclass(frozen=True)
-class Left:
+class RaceExit:
     """Why a variant left the race, and its results so far."""
 
     why: str
@@ -100,12 +100,12 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RaceState:
     """The state of a race."""
 
     wanting: dict[str, int] = field(default_factory=dict)
     """Variant -> the look to measure it for."""
-    left: dict[str, Left] = field(default_factory=dict)
+    left: dict[str, RaceExit] = field(default_factory=dict)
 
 
 def replayed(
@@ -114,13 +114,13 @@ def replayed(
     rows_of: Mapping[str, Sequence[LayerRow]],
     weights_of: Mapping[str, str],
     kept: Collection[str] = (),
-) -> Standing:
+) -> RaceState:
     """Replay the race as far as measurements are known. The variants in `kept` are compared but never leave."""
     levels: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
         levels[level_of(variant, solved)][variant.name.removesuffix(f"-s{variant.seed}")].append(variant.name)
-    found = Standing()
+    found = RaceState()
 
     def seen(name: str, look: int) -> Seen | None:
         return race.seen(weights_of[name], look) if name in weights_of else None
@@ -135,7 +135,7 @@ def _run(
     seeds_of: Mapping[str, Sequence[str]],
     seen: Callable[[str, int], Seen | None],
     kept: Collection[str],
-    found: Standing,
+    found: RaceState,
 ) -> None:
     """Run one level, look by look, adding to `found`. `seeds_of`: model -> its variants, which differ in seed alone."""
     remaining, comparisons = dict(seeds_of), (len(seeds_of) - 1) * len(looks_at)
@@ -156,9 +156,9 @@ def _run(
                 for name in remaining.pop(model):
                     got = len(next(iter(of_all[name].values())))
                     why = f"{NOT_EVALUATED}left the race after {got} validation windows a corpus, {by.text}"
-                    found.left[name] = Left(why, of_all[name])
+                    found.left[name] = RaceExit(why, of_all[name])
 
 
-def _nll(exam: Examination, weights: str, text: HeldOutText) -> tuple[float, ...] | None:
-    measured = exam.stored(weights, text) if len(text.tokens_SL) else None
+def _nll(eval_set: EvaluationSet, weights: str, text: HeldOutText) -> tuple[float, ...] | None:
+    measured = eval_set.stored(weights, text) if len(text.tokens_SL) else None
     return measured[0].window_nll if measured else None

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from crosscal.calibration import (
     CalibrationSet,
-    Part,
     Pool,
+    PoolPart,
     Seeds,
     TemperatureSchedule,
     WindowRequest,
@@ -48,20 +48,20 @@ WORTH_SAYING = 0.01
 
 
 @dataclass(frozen=True)
-class Sums:
+class SplitSets:
     """The calibration sets of one split, as their moments are stored."""
 
-    apart: tuple[Part, ...]
+    apart: tuple[PoolPart, ...]
     """The newest sets, each stored separately."""
-    folded: Part | None = None
+    folded: PoolPart | None = None
     """The sum of all older sets."""
-    whole: Part | None = None
+    whole: PoolPart | None = None
     """The sum of all sets: its key identifies the Hessian, however much of it is folded. None for one set."""
     pool: str | None = None
     """Key of the record of their draws (see `crosscal.calibration.pool`)."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[PoolPart, ...]:
         return self.apart if self.folded is None else (self.folded, *self.apart)
 
     @property
@@ -73,9 +73,9 @@ class Sums:
         return sum(part.tokens for part in self.parts)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Sums:
-        folded, whole = (None if part is None else Part(**part) for part in (value["folded"], value["whole"]))
-        return cls(tuple(Part(**part) for part in value["apart"]), folded, whole, value["pool"])
+    def from_json(cls, value: dict[str, Any]) -> SplitSets:
+        folded, whole = (None if part is None else PoolPart(**part) for part in (value["folded"], value["whole"]))
+        return cls(tuple(PoolPart(**part) for part in value["apart"]), folded, whole, value["pool"])
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Sample:
 
     corpus: str
     seed: int
-    calibration: Sums
-    held_out: Sums
+    calibration: SplitSets
+    held_out: SplitSets
     notes: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[PoolPart, ...]:
         """The parts of both splits, whose moments a solve reads."""
         return (*self.calibration.parts, *self.held_out.parts)
 
@@ -111,7 +111,7 @@ class Sample:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Sample:
-        calibration, held_out = Sums.from_json(value["calibration"]), Sums.from_json(value["held_out"])
+        calibration, held_out = SplitSets.from_json(value["calibration"]), SplitSets.from_json(value["held_out"])
         return cls(value["corpus"], value["seed"], calibration, held_out, tuple(value["notes"]))
 
 
@@ -178,11 +178,11 @@ def sample_documents(store: Store, corpus: Corpus, source: ModelSource, draw: Dr
     return Sample(corpus.name, draw.seed, *found, notes=tuple(dict.fromkeys(notes)))
 
 
-def sums_of(pool: Pool, parts_kept_apart: int) -> Sums:
+def sums_of(pool: Pool, parts_kept_apart: int) -> SplitSets:
     """Return the newest sets of a pool apart, and the older ones as one folded sum."""
     apart = pool.parts[-parts_kept_apart:]
     folded = pool.sums[-parts_kept_apart - 1] if len(pool.sums) > parts_kept_apart else None
-    return Sums(apart, folded, pool.sums[-1] if len(pool.sums) > 1 else None, pool.key)
+    return SplitSets(apart, folded, pool.sums[-1] if len(pool.sums) > 1 else None, pool.key)
 
 
 def _too_little(corpus: Corpus, request: WindowRequest, pool: Pool) -> TooLittleText:
@@ -253,5 +253,5 @@ def _sequences_at_once(source: ModelSource, draw: Draw, seeds: Seeds | None, dev
     return max(1, (usable_bytes(device) - source.parameters * dtype.itemsize) // 2 // one)
 
 
-def _one(calibration: CalibrationSet) -> Sums:
-    return Sums((Part(calibration.key, calibration.tokens_SL.numel()),))
+def _one(calibration: CalibrationSet) -> SplitSets:
+    return SplitSets((PoolPart(calibration.key, calibration.tokens_SL.numel()),))

@@ -19,13 +19,13 @@ from crosscal.models.adapter import factors, with_low_rank
 from crosscal.models.export import Ints
 from crosscal.models.sites import Matrices, MatrixRef, Site, replaced_parameters
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import BlockProblem, Energies, Group, SiteStatistics, grouped, needed
+from crosscal.stages.block_problem import BlockProblem, HessianGroup, OutputEnergies, SiteStatistics, grouped, needed
 from crosscal.stages.corpus_losses import CorpusLosses, of_corpora
 from crosscal.stages.sample import over_sums
-from crosscal.stages.solve_site import Layer, left_dense_rows, parts_of, solve_site
+from crosscal.stages.solve_site import SolvedMatrix, left_dense_rows, parts_of, solve_site
 from crosscal.variants import Variant
 
-OUTLIERS = "no format that engines load holds outliers"
+OUTLIERS = "no format that inference engines load supports outliers"
 IN_PARTS = "another matrix of the same stack of experts is not packed"
 
 
@@ -59,14 +59,14 @@ def rows_of_block(problem: BlockProblem, variants: Sequence[Variant]) -> dict[st
     return {variant.name: [layer.row for layer in solved.pop(variant)] for variant in variants}
 
 
-def _solved(problem: BlockProblem, variants: Sequence[Variant]) -> dict[Variant, list[Layer]]:
+def _solved(problem: BlockProblem, variants: Sequence[Variant]) -> dict[Variant, list[SolvedMatrix]]:
     groups = grouped(problem, variants)
     for variant in variants:
         Matrices(problem.sites, problem.left_dense).check(problem.name, variant.leave_dense)
     energies = {group: _energies(problem, group) for group in groups}
-    solved: dict[tuple[Site, Group], list[tuple[Variant, Layer]]] = {}
+    solved: dict[tuple[Site, HessianGroup], list[tuple[Variant, SolvedMatrix]]] = {}
 
-    def solve(site: Site, group: Group, statistics: SiteStatistics, losses: CorpusLosses) -> None:
+    def solve(site: Site, group: HessianGroup, statistics: SiteStatistics, losses: CorpusLosses) -> None:
         solved[site, group] = []
         on_corpora = losses.of_draw(group.seed) if problem.measured_on else None
         for part, members in parts_of(problem, site, groups[group]).items():
@@ -91,14 +91,14 @@ def _solved(problem: BlockProblem, variants: Sequence[Variant]) -> dict[Variant,
     side_by_side(jobs, problem.device)
     for of_group in energies.values():
         of_group.keep(sum(len(site.matrices) for site in problem.sites))
-    layers: dict[Variant, list[Layer]] = {variant: [] for variant in variants}
+    layers: dict[Variant, list[SolvedMatrix]] = {variant: [] for variant in variants}
     for site, group in itertools.product(problem.sites, groups):
         for variant, layer in solved.pop((site, group)):
             layers[variant].append(layer)
     return layers
 
 
-def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[Layer]) -> BlockSolution:
+def _assembled(problem: BlockProblem, variant: Variant, layers: Sequence[SolvedMatrix]) -> BlockSolution:
     bases_OI = {layer.matrix: layer.solution.base.weight_OI.cpu() for layer in layers}
     dense = replaced_parameters(problem.parameters, bases_OI)
     scales = {layer.matrix: layer.solution.scale_I for layer in layers}
@@ -127,12 +127,12 @@ def _why_alone(problem: BlockProblem, matrix: MatrixRef) -> str:
     return problem.why_dense(f"{problem.name}.{matrix.parameter}") if matrix.is_called else matrix.NOT_CALLED
 
 
-def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef, str]:
+def _why_dense(problem: BlockProblem, layers: Sequence[SolvedMatrix]) -> dict[MatrixRef, str]:
     """Return matrix -> why its integers are written as dense numbers; empty if they are packed, or if there are none.
     The experts of a stack are packed all or none, as transformers reads them."""
     why = {layer.matrix: _why_alone(problem, layer.matrix) if layer.solution.grid else "" for layer in layers}
     why |= {layer.matrix: OUTLIERS for layer in layers if layer.row.mean_bits is not None}
-    stacks: dict[str, list[Layer]] = {}
+    stacks: dict[str, list[SolvedMatrix]] = {}
     for layer in layers:
         if layer.matrix.expert is not None:
             stacks.setdefault(layer.matrix.parameter.rpartition(".")[0], []).append(layer)
@@ -143,14 +143,14 @@ def _why_dense(problem: BlockProblem, layers: Sequence[Layer]) -> dict[MatrixRef
     return why
 
 
-def _new_bias_O(problem: BlockProblem, layer: Layer) -> Tensor:
+def _new_bias_O(problem: BlockProblem, layer: SolvedMatrix) -> Tensor:
     bias_O, change_O = layer.matrix.bias_O(problem.parameters), layer.solution.bias_change_O
     if bias_O is None or change_O is None:
         raise ModelError("this linear has no bias to correct", where=layer.row.layer, do="Leave out `bias`.")
     return (bias_O.to(change_O) + change_O).cpu().to(bias_O.dtype)
 
 
-def _energies(problem: BlockProblem, group: Group) -> Energies:
+def _energies(problem: BlockProblem, group: HessianGroup) -> OutputEnergies:
     samples = {corpus: problem.samples[corpus, group.seed] for corpus in group.mixture.corpora}
     sets = [over_sums(group.mixture, samples, held_out=held_out).weights for held_out in (False, True)]
-    return Energies(problem.cached, problem.block, [sets, group.trace_normalised and "corpora"])
+    return OutputEnergies(problem.cached, problem.block, [sets, group.trace_normalised and "corpora"])

@@ -20,7 +20,7 @@ from crosscal.compressors.streams import Streams
 from crosscal.errors import EmptyStatistics, StatisticsError
 from crosscal.models.sites import MatrixRef, Site
 from crosscal.report.rows import LayerRow
-from crosscal.stages.block_problem import MEASURED, BlockProblem, Energies, Group, SiteStatistics
+from crosscal.stages.block_problem import MEASURED, BlockProblem, HessianGroup, OutputEnergies, SiteStatistics
 from crosscal.stages.corpus_losses import Measure
 from crosscal.statistics import Mixture
 from crosscal.variants import KEEP_DENSE, Variant
@@ -31,7 +31,7 @@ MOST_NAMED = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class SolvedMatrix:
     """One matrix solved for one variant."""
 
     matrix: MatrixRef
@@ -43,11 +43,11 @@ def solve_site(
     problem: BlockProblem,
     site: Site,
     statistics: SiteStatistics,
-    group: Group,
+    group: HessianGroup,
     members: Sequence[Variant],
-    energies: Energies,
+    energies: OutputEnergies,
     on_corpora: Measure | None = None,
-) -> Iterator[tuple[Variant, Layer]]:
+) -> Iterator[tuple[Variant, SolvedMatrix]]:
     """Yield every matrix of a site, solved for every variant of a group, with its losses on calibration and held-out
     windows and, with `on_corpora`, on each corpus.
 
@@ -94,9 +94,9 @@ def _explained(error: StatisticsError, problem: BlockProblem) -> StatisticsError
     zero = [matrix.name for matrix in matrices if not matrix.weight_OI(problem.parameters).any()]
     if zero:
         got = f"all zeros in the checkpoint: {', '.join(zero[:MOST_NAMED])}{', …' if len(zero) > MOST_NAMED else ''}"
-        do = f"Name `fallback: {KEEP_DENSE}` in the plan to leave what reads their outputs as it is."
+        do = f"Name `fallback: {KEEP_DENSE}` in the plan to leave the matrices that read their outputs dense."
         return EmptyStatistics(error.what, where=error.where, got=got, do=do)
-    do = f"{error.do} `fallback: {KEEP_DENSE}` in the plan leaves such a matrix as it is."
+    do = f"{error.do} `fallback: {KEEP_DENSE}` in the plan leaves such a matrix dense."
     return EmptyStatistics(error.what, where=error.where, got=error.got, do=do)
 
 
@@ -117,9 +117,9 @@ def _solve_together(
     problem: BlockProblem,
     site: Site,
     statistics: SiteStatistics,
-    group: Group,
+    group: HessianGroup,
     members: Sequence[Variant],
-    energies: Energies,
+    energies: OutputEnergies,
 ) -> _Solved:
     started = time.monotonic()
     own, tokens = statistics(group)
@@ -143,8 +143,8 @@ def _measured(
     members: Sequence[Variant],
     done: _Solved,
     held_out: Statistics | None,
-    energies: Energies,
-) -> Iterator[tuple[Variant, Layer, LayerProblem]]:
+    energies: OutputEnergies,
+) -> Iterator[tuple[Variant, SolvedMatrix, LayerProblem]]:
     held_out_II = held_out.hessian_II if held_out else None
     mean_I = held_out.get(Statistic.SUM) if held_out else None
     streams = Streams.of(held_out.get) if held_out else None
@@ -156,10 +156,10 @@ def _measured(
         for variant, solution in zip(members, answers, strict=True):
             loss = _relative_loss(layer, solution, held_out_II, held_out_energy, mean_I, streams)
             row = _row(problem, site, variant, layer, solution, loss, done)
-            yield variant, Layer(matrix, solution, row), layer
+            yield variant, SolvedMatrix(matrix, solution, row), layer
 
 
-def _held_out(statistics: SiteStatistics, group: Group) -> Statistics | None:
+def _held_out(statistics: SiteStatistics, group: HessianGroup) -> Statistics | None:
     """Return the statistics of the held-out windows; None if no held-out token reached this site (an expert)."""
     try:
         return statistics(group, held_out=True)[0]
@@ -173,7 +173,7 @@ def _energy(layer: LayerProblem, hessian_II: Tensor | None, streams: Streams | N
     return quadratic_loss(layer.weight_OI, hessian_II) if streams is None else streams.energy(layer.weight_OI)
 
 
-def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: Energies) -> list[LayerProblem]:
+def _layer_problems(problem: BlockProblem, site: Site, own: Statistics, energies: OutputEnergies) -> list[LayerProblem]:
     hessian_II = own.get(Statistic.GRAM) if problem.cached.measures_losses else None
     known = {matrix.name: energies.get(matrix.name) for matrix in site.matrices}
     return [
@@ -248,13 +248,13 @@ def _relative_loss(
 
 def _kept_dense(
     problem: BlockProblem, site: Site, members: Sequence[Variant], why: str
-) -> Iterator[tuple[Variant, Layer]]:
+) -> Iterator[tuple[Variant, SolvedMatrix]]:
     """Yield every matrix unchanged, with a row that states the reason."""
     for variant in members:
         for matrix in site.matrices:
             weight_OI = matrix.weight_OI(problem.parameters)
             row = _dense_row(problem, variant, matrix.name, site.name, weight_OI, why)
-            yield variant, Layer(matrix, LayerSolution(weight_OI, 0.0, 0.0, Dense(weight_OI)), row)
+            yield variant, SolvedMatrix(matrix, LayerSolution(weight_OI, 0.0, 0.0, Dense(weight_OI)), row)
 
 
 def left_dense_rows(problem: BlockProblem, variant: Variant) -> Iterator[LayerRow]:

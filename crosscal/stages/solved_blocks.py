@@ -14,7 +14,7 @@ from typing import Any
 from crosscal.errors import MissingArtifact
 from crosscal.models.checkpoint import VariantWriter
 from crosscal.report.rows import LayerRow, read_rows, write_rows
-from crosscal.stages.compress import Workshop
+from crosscal.stages.compress import RunContext
 from crosscal.stages.moments import DENSE
 from crosscal.stages.sample import over_sums
 from crosscal.stages.solve import solve_block
@@ -26,32 +26,32 @@ KIND = "blocks"
 ROWS = "layers.jsonl"
 
 
-def publish_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
+def publish_block(context: RunContext, block: int, variants: Sequence[Variant]) -> int:
     """Solve one block for all variants whose solution the store lacks, and store it; return how many were solved."""
-    store = shop.cached.store
-    keys = {variant.name: solution_key(shop, variant, block) for variant in variants}
+    store = context.cached.store
+    keys = {variant.name: solution_key(context, variant, block) for variant in variants}
     missing = [variant for variant in variants if store.find(KIND, keys[variant.name]) is None]
     if missing:
-        problem = shop.problem(block, shop.cached)
+        problem = context.problem(block, context.cached)
         solutions = solve_block(problem, missing)
         for variant in missing:
-            provenance = {"model": shop.cached.model, "variant": variant.name, "block": block}
+            provenance = {"model": context.cached.model, "variant": variant.name, "block": block}
             with store.publish(KIND, keys[variant.name], provenance) as folder:
                 write_rows(folder / ROWS, solutions[variant.name].rows)
-                writer, solved = VariantWriter(folder, shop.source), solutions[variant.name]
+                writer, solved = VariantWriter(folder, context.source), solutions[variant.name]
                 writer.write_block(block, solved.changed, packed=solved.packed, dense=problem.parameters)
     return len(missing)
 
 
-def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> int:
+def collect_block(context: RunContext, block: int, variants: Sequence[Variant]) -> int:
     """Copy a stored block into the run directory for the variants that lack it there; return how many.
 
     Raises `MissingArtifact` if the store lacks it, as when the workers use another store.
     """
-    store = shop.cached.store
-    missing = [variant for variant in variants if not shop.writer(variant).has_block(block)]
+    store = context.cached.store
+    missing = [variant for variant in variants if not context.writer(variant).has_block(block)]
     for variant in missing:
-        artifact = store.find(KIND, solution_key(shop, variant, block))
+        artifact = store.find(KIND, solution_key(context, variant, block))
         if artifact is None:
             raise MissingArtifact(
                 "a solved block is not in the store",
@@ -61,23 +61,25 @@ def collect_block(shop: Workshop, block: int, variants: Sequence[Variant]) -> in
             )
         rows = read_rows(store.path(artifact, ROWS), LayerRow)
         # Another plan may have stored the same variant under another name.
-        shop.write_rows(variant, block, [dataclasses.replace(row, variant=variant.name) for row in rows])
+        context.write_rows(variant, block, [dataclasses.replace(row, variant=variant.name) for row in rows])
         shard, *adapter = sorted((name for name in artifact.files if name != ROWS), key=lambda name: "/" in name)
         adapter_file = store.path(artifact, adapter[0]) if adapter else None
-        shop.writer(variant).adopt_block(block, store.path(artifact, shard), adapter_file)
+        context.writer(variant).adopt_block(block, store.path(artifact, shard), adapter_file)
     return len(missing)
 
 
-def solution_key(shop: Workshop, variant: Variant, block: int | None = None) -> str:
+def solution_key(context: RunContext, variant: Variant, block: int | None = None) -> str:
     """Return the digest of all that the solution of a block, or of all blocks, depends on, and of its rows' fields.
 
     Corpora are identified by their windows, not by their names; only `measured_on` includes the names.
     """
-    mixtures = variant.mixtures(shop.reference)
-    samples = {corpus: shop.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}
+    mixtures = variant.mixtures(context.reference)
+    samples = {corpus: context.samples[corpus, variant.seed] for mixture in mixtures for corpus in mixture.corpora}
     sums = [over_sums(each, samples, held_out=held_out).weights for each in mixtures for held_out in (False, True)]
     fields = [field.name for field in dataclasses.fields(LayerRow)]
-    measured: list[Any] = [] if shop.cached.measures_losses else ["without losses"]
-    if shop.measured_on and variant.upstream == DENSE:
-        measured.append([[shop.samples[corpus, variant.seed].held_out.key, corpus] for corpus in shop.measured_on])
-    return digest_of([FORMAT, fields, shop.cached.model, shop.cached.dtype, variant.key, sums, block, *measured])
+    measured: list[Any] = [] if context.cached.measures_losses else ["without losses"]
+    if context.measured_on and variant.upstream == DENSE:
+        measured.append(
+            [[context.samples[corpus, variant.seed].held_out.key, corpus] for corpus in context.measured_on]
+        )
+    return digest_of([FORMAT, fields, context.cached.model, context.cached.dtype, variant.key, sums, block, *measured])

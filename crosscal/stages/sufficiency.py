@@ -24,7 +24,7 @@ from crosscal.models.sites import MatrixRef
 from crosscal.models.source import ModelSource
 from crosscal.progress import Report, silent
 from crosscal.report.sufficiency import Point, expected_gain, verdict
-from crosscal.stages.moments import Cached
+from crosscal.stages.moments import CachedMoments
 from crosscal.stages.prefixes import Prefixes, read_prefixes
 from crosscal.stages.sample import Sample
 from crosscal.statistics.spectrum import spectrum
@@ -90,7 +90,7 @@ def sampled_blocks(blocks: int) -> list[int]:
 
 
 def sufficiency(
-    cached: Cached,
+    cached: CachedMoments,
     source: ModelSource,
     sample: Sample,
     *,
@@ -115,7 +115,7 @@ def sufficiency(
 
 
 def _measured(
-    cached: Cached,
+    cached: CachedMoments,
     source: ModelSource,
     sample: Sample,
     blocks: Sequence[int],

@@ -123,7 +123,9 @@ def check_sum(which: Statistic, sum_: Tensor, tokens: int, name: str) -> None:
     """Raise `EmptyStatistics` without tokens, `NotFinite` for a sum that is not finite."""
     if tokens == 0:
         raise EmptyStatistics(
-            "no token ever reached this input", where=name, do="Calibrate on more windows; an expert may be starved."
+            "no calibration token reached this input",
+            where=name,
+            do="Use more windows; an expert may never be selected.",
         )
     if not torch.isfinite(which.finite_part(sum_)).all():
         raise NotFinite("the calibration inputs were not finite", where=name, do="Calibrate in float32 or bfloat16.")

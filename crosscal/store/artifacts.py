@@ -34,7 +34,7 @@ KEPT_KINDS = ("corpora",)
 """Source documents may no longer be available; everything else can be recomputed."""
 _KIND = re.compile(r"[a-z][a-z-]{0,31}")
 _KEY = re.compile(r"[0-9a-f]{64}")
-_DAMAGED = "Run `crosscal store verify --quarantine`, then the same command again: what is missing is made anew."
+_DAMAGED = "Run `crosscal store verify --quarantine`, then the same command again: missing artifacts are recomputed."
 
 
 @dataclass(frozen=True)

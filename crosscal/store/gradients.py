@@ -60,7 +60,7 @@ def read_gradients(store: Store, artifact: Artifact) -> GradientSums:
             "stored gradients cannot be read",
             where=f"{artifact.kind}/{artifact.key[:12]}",
             got=str(error)[:200],
-            do="Remove this artifact; the same command then makes it anew.",
+            do="Remove this artifact; the same command then recomputes it.",
         ) from error
 
 

@@ -27,7 +27,7 @@ EARLIER_SECONDS = 7 * 86400
 USERS = "users"
 
 
-class Beaten(Protocol):
+class HeartbeatHome(Protocol):
     """The part of a home that heartbeats need."""
 
     @property
@@ -39,7 +39,7 @@ class Beaten(Protocol):
 
 
 @dataclass(frozen=True)
-class Signs:
+class Heartbeats:
     """Heartbeats of all processes, at one time of the home's clock."""
 
     now: float
@@ -56,29 +56,29 @@ class Signs:
         return silent_seconds > (LEASE_SECONDS if is_name(process) else EARLIER_SECONDS)
 
 
-def begin(home: Beaten) -> str:
+def begin(home: HeartbeatHome) -> str:
     """Return this process's name. The first call starts heartbeats in the home, which last until the process ends."""
     _heart(os.getpid()).begin(home)
     return this_process()
 
 
-def signs(home: Beaten) -> Signs:
+def heartbeats(home: HeartbeatHome) -> Heartbeats:
     """Return the current heartbeats in a home. Raises `StoreError` or `OSError` if it cannot be written."""
     me = begin(home)
     _beat(home)
     last = home.times(USERS)
-    return Signs(last[me], last)
+    return Heartbeats(last[me], last)
 
 
 class _Heart:
     """A thread that sends heartbeats to every home this process uses, also while Torch and Numba compute (no GIL)."""
 
     def __init__(self) -> None:
-        self._homes: dict[str, Beaten] = {}
+        self._homes: dict[str, HeartbeatHome] = {}
         self._wait = threading.Event().wait
         threading.Thread(target=self._beat_on, name="crosscal-heartbeat", daemon=True).start()
 
-    def begin(self, home: Beaten) -> None:
+    def begin(self, home: HeartbeatHome) -> None:
         if home.location not in self._homes:
             _beat(home, is_first=True)
             self._homes[home.location] = home
@@ -96,5 +96,5 @@ def _heart(process_number: int) -> _Heart:
     return _Heart()
 
 
-def _beat(home: Beaten, *, is_first: bool = False) -> None:
+def _beat(home: HeartbeatHome, *, is_first: bool = False) -> None:
     home.touch(f"{USERS}/{this_process()}", is_first=is_first)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crosscal.files import sync
-from crosscal.store.heartbeat import USERS, begin, signs
+from crosscal.store.heartbeat import USERS, begin, heartbeats
 from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
 from crosscal.store.processes import this_process
@@ -140,13 +140,13 @@ class LocalHome:
         return (self.root / place / MANIFEST).stat().st_mtime
 
     def in_use_since(self) -> float:
-        seen = signs(self)
+        seen = heartbeats(self)
         others = (process for process in seen.last if process != this_process() and not seen.is_gone(process))
         began = ((self.read(f"{USERS}/{process}"), seen.last[process]) for process in others)
         return min((float(content or last) for content, last in began), default=math.inf)
 
     def leftovers(self) -> Iterator[str]:
-        seen = signs(self)
+        seen = heartbeats(self)
         for name in self.names("staging"):
             folder = self.root / "staging" / name
             with contextlib.suppress(FileNotFoundError):  # published meanwhile

@@ -76,7 +76,7 @@ def read_moments(store: Store, artifact: Artifact) -> InputMoments:
             "stored moments cannot be read",
             where=f"{artifact.kind}/{artifact.key[:12]}",
             got=str(error)[:200],
-            do="Remove this artifact; the same command then makes it anew.",
+            do="Remove this artifact; the same command then recomputes it.",
         ) from error
     return InputMoments(sums, header.tokens, header.weighted_tokens)
 

@@ -23,7 +23,7 @@ import fsspec
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
 from crosscal.errors import StoreError
-from crosscal.store.heartbeat import USERS, signs
+from crosscal.store.heartbeat import USERS, heartbeats
 from crosscal.store.home import MANIFEST, disk_errors
 from crosscal.store.keys import digest_file
 
@@ -121,7 +121,7 @@ class RemoteHome:
             return
         if not any(self._is_refused(PROBE, secrets.token_bytes(16)) for _ in range(2)):
             raise StoreError(
-                "this store cannot tell which of two writers was first, so no claim or record in it would hold",
+                "this storage has no conditional writes, so claims and records in it would not be safe",
                 where=self.url,
                 got=f"{type(self.fs).__name__} writes over a file that it was to create (mode='create')",
                 do="Use storage with conditional writes, such as S3 (and a recent s3fs or gcsfs), or a folder.",
@@ -183,7 +183,7 @@ class RemoteHome:
         times = {str(info["name"]).rsplit("/", 1)[-1]: modified_of(info) for info in found}
         if None in times.values():
             raise StoreError(
-                "this store does not say when a file was written, so nobody knows whose claim still holds",
+                "this storage does not report modification times, so expired claims cannot be detected",
                 where=self.url,
                 do="Use storage that does, such as S3, or a folder.",
             )
@@ -222,7 +222,7 @@ class RemoteHome:
     def leftovers(self) -> Iterable[str]:
         """Only heartbeat files: work in progress is in the system's folder for temporary files."""
         if self.names(USERS):
-            seen = signs(self)
+            seen = heartbeats(self)
             yield from (f"{USERS}/{process}" for process in seen.last if seen.is_gone(process))
 
     def _at(self, place: str) -> str:

@@ -62,8 +62,8 @@ def _pack(words_II, exponent_I, last, shift, planes_PN):
             for k in range(later):
                 word = np.uint64(words_II[i, i + k])
                 rotated = (word << ONE) | (word >> last)
-                foretold = (exponent_I[i] + exponent_I[i + k]) >> ONE
-                planes_PN[plane, position + k] = np.uint8((rotated - (foretold << shift)) >> down)
+                predicted = (exponent_I[i] + exponent_I[i + k]) >> ONE
+                planes_PN[plane, position + k] = np.uint8((rotated - (predicted << shift)) >> down)
         position += later
 
 

@@ -12,7 +12,7 @@ import torch
 from crosscal.calibration.sets import stored_windows, windows_by_key
 from crosscal.models import ModelSource
 from crosscal.progress import silent
-from crosscal.stages.moments import DENSE, Cached, collect_moments
+from crosscal.stages.moments import DENSE, CachedMoments, collect_moments
 from crosscal.store import Store, digest_of
 
 
@@ -23,9 +23,9 @@ def difference_from_one_reading(run_dir: Path, home: str, corpus: str, source: M
     identity = json.loads((run_dir / "identity.json").read_text())
     sums = next(sample["calibration"] for sample in identity["sets"] if sample["corpus"] == corpus)
     keys = [part["key"] for part in sums["apart"]]
-    stored = Cached(Store(home), source.digest, DENSE, identity["dtype"])
+    stored = CachedMoments(Store(home), source.digest, DENSE, identity["dtype"])
     windows_SL = torch.cat([windows_by_key(stored.store, key) for key in keys])
-    anew = Cached(Store(elsewhere), source.digest, DENSE, identity["dtype"])
+    anew = CachedMoments(Store(elsewhere), source.digest, DENSE, identity["dtype"])
     provenance = {"all windows of": keys}
     stored_windows(anew.store, provenance, lambda: windows_SL)
     whole = digest_of(provenance)

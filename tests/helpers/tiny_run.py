@@ -12,9 +12,9 @@ import torch
 from crosscal.calibration.sets import stored_windows
 from crosscal.models import ModelSource
 from crosscal.progress import silent
-from crosscal.stages.compress import Workshop
-from crosscal.stages.moments import DENSE, Cached, MomentsReport, collect_moments
-from crosscal.stages.sample import Part, Sample, Sums
+from crosscal.stages.compress import RunContext
+from crosscal.stages.moments import DENSE, CachedMoments, MomentsReport, collect_moments
+from crosscal.stages.sample import PoolPart, Sample, SplitSets
 from crosscal.statistics import Mixture
 from crosscal.store import Store, digest_of
 from crosscal.variants import RecipeStep, Variant
@@ -47,20 +47,20 @@ def sample(store: Store, corpus: str, *shards: torch.Tensor) -> Sample:
     return Sample(corpus, 0, sums(*calibration), sums(*held_out))
 
 
-def part(store: Store, tokens_SL: torch.Tensor, weight: float = 1.0) -> Part:
-    return Part(keep_windows(store, tokens_SL), tokens_SL.numel(), weight)
+def part(store: Store, tokens_SL: torch.Tensor, weight: float = 1.0) -> PoolPart:
+    return PoolPart(keep_windows(store, tokens_SL), tokens_SL.numel(), weight)
 
 
-def sums(*parts: Part) -> Sums:
+def sums(*parts: PoolPart) -> SplitSets:
     """Nothing of it folded."""
-    return Sums(parts, whole=functools.reduce(Part.plus, parts) if len(parts) > 1 else None)
+    return SplitSets(parts, whole=functools.reduce(PoolPart.plus, parts) if len(parts) > 1 else None)
 
 
-def dense_cache(store: Store, source: ModelSource, dtype: str = "float32") -> Cached:
-    return Cached(store, source.digest, DENSE, dtype)
+def dense_cache(store: Store, source: ModelSource, dtype: str = "float32") -> CachedMoments:
+    return CachedMoments(store, source.digest, DENSE, dtype)
 
 
-def collect(cached: Cached, source: ModelSource, calibrations: list[str]) -> MomentsReport:
+def collect(cached: CachedMoments, source: ModelSource, calibrations: list[str]) -> MomentsReport:
     return collect_moments(cached, source, calibrations, device="cpu", batch_tokens=64, report=silent)
 
 
@@ -77,8 +77,8 @@ def variant(name: str, method: str, mixture: Mapping[str, float] | None, **more:
     )
 
 
-def workshop(folder: Path, store: Store, source: ModelSource, *samples: Sample) -> Workshop:
-    return Workshop(
+def run_context(folder: Path, store: Store, source: ModelSource, *samples: Sample) -> RunContext:
+    return RunContext(
         folder=folder,
         source=source,
         cached=dense_cache(store, source),

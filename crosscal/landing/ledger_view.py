@@ -33,8 +33,8 @@ Value = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A landed file and its history, which `Picture.entries` extends by that of the run that used it."""
+class LedgerEntry:
+    """A landed file and its history, which `LedgerView.entries` extends by that of the run that used it."""
 
     domain: str
     sha256: str
@@ -63,7 +63,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Picture:
+class LedgerView:
     """The items of the ledger at one moment, by their keys."""
 
     items: Mapping[str, Value]
@@ -73,7 +73,7 @@ class Picture:
         landed = {domain for kind, domain in self._grouped if kind == "file" and not self._is_removed(domain)}
         return sorted(landed | {domain for kind, domain in self._grouped if kind == "request"})
 
-    def files(self, domain: str) -> list[Entry]:
+    def files(self, domain: str) -> list[LedgerEntry]:
         """Return the domain's landed files, without the runs that followed."""
         return [entry_of(domain, value) for _, value in self._grouped.get(("file", domain), ())]
 
@@ -117,7 +117,7 @@ class Picture:
         """Return the requested version if a user cancelled its run."""
         return self._version_that_is(CANCELLED, domain)
 
-    def entries(self, domain: str) -> list[Entry]:
+    def entries(self, domain: str) -> list[LedgerEntry]:
         """Return every landed file with its full history, in the order of landing."""
         runs = self.runs(domain)
         found = [entry if entry.state == REMOVED else _with_run(entry, runs) for entry in self.files(domain)]
@@ -168,11 +168,11 @@ def since_removal(states: Sequence[Value]) -> Sequence[Value]:
     return states[removed[-1] + 1 :] if removed else states
 
 
-def entry_of(domain: str, value: Value) -> Entry:
-    return Entry(domain, value["sha256"], value["bytes"], value["names"], tuple(value["states"]))
+def entry_of(domain: str, value: Value) -> LedgerEntry:
+    return LedgerEntry(domain, value["sha256"], value["bytes"], value["names"], tuple(value["states"]))
 
 
-def _with_run(entry: Entry, runs: list[Run]) -> Entry:
+def _with_run(entry: LedgerEntry, runs: list[Run]) -> LedgerEntry:
     """Append the history of the run that finished the file's version, or else of the last run that tried."""
     tried = [run for run in runs if entry.version is not None and run.version >= entry.version]
     if not tried:

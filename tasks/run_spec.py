@@ -1,4 +1,4 @@
-"""The ticket that tasks pass on: a small JSON description of a run, from which each rebuilds its stage's inputs."""
+"""The run spec that tasks pass on: a small JSON description of a run, from which each rebuilds its stage's inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from crosscal.models.source import ModelSource
 from crosscal.plan import CompressionPlan, parse_plan
 from crosscal.progress import Report, each, logged, reporting
 from crosscal.stages.block_problem import gradients_needed, statistics_needed
-from crosscal.stages.compress import Workshop
+from crosscal.stages.compress import RunContext
 from crosscal.stages.gradients import CachedGradients, Gradients
-from crosscal.stages.moments import DENSE, Cached
+from crosscal.stages.moments import DENSE, CachedMoments
 from crosscal.stages.sample import Sample
 from crosscal.statistics import EVERY, Mixture, Statistic
 from crosscal.store import Store
@@ -34,7 +34,7 @@ SEEN_BY_ALL = "Every worker must see the same model: a hub id, or a folder of a 
 
 
 @dataclass(frozen=True)
-class Ticket:
+class RunSpec:
     """One run as far as it is known: plan and locations first, then the model, then the samples."""
 
     plan: dict[str, Any]
@@ -64,7 +64,7 @@ class Ticket:
         return Store(self.home)
 
     @property
-    def cached(self) -> Cached:
+    def cached(self) -> CachedMoments:
         """The dense model's moments in the store: the one-stream statistics of all the plan's variants.
 
         All of them, so that the parts of a study share one calibration pass.
@@ -72,7 +72,7 @@ class Ticket:
         wanted = statistics_needed(_asked(json.dumps(self.plan))[1]) & EVERY
         if self.parsed.evaluate.screen:
             wanted |= {Statistic.GRAM}  # needed to measure losses
-        return Cached(self.store, self.model, DENSE, self.dtype, wanted=wanted)
+        return CachedMoments(self.store, self.model, DENSE, self.dtype, wanted=wanted)
 
     def source(self) -> ModelSource:
         """Return the run's model, opened once per process as long as its files are unchanged.
@@ -86,9 +86,9 @@ class Ticket:
         source = _opened(folder, plan.revision, tuple(_stamps(folder)))
         if self.model and source.digest != self.model:
             raise ModelError(
-                "another model than the run's",
+                "the model's files differ from those the run began with",
                 where=f"{platform.node()}, {plan.model}",
-                do=f"Leave a model's files alone while a run reads them. {SEEN_BY_ALL}",
+                do=f"Do not change a model's files while a run uses them. {SEEN_BY_ALL}",
             )
         return source
 
@@ -122,11 +122,11 @@ class Ticket:
         """The (corpus, seed) pairs over which some step needs the loss's gradients."""
         return gradients_needed(self.variants(), self.reference)
 
-    def workshop(self) -> Workshop:
+    def run_context(self) -> RunContext:
         """Return the context of the compression stages: folder, model, moments, samples, gradients."""
         samples = {(sample.corpus, sample.seed): sample for sample in self.sampled}
         cached = self.cached
-        return Workshop(
+        return RunContext(
             folder=Path(self.run_dir),
             source=self.source(),
             cached=cached,
@@ -156,7 +156,7 @@ class Ticket:
 
 @functools.lru_cache(maxsize=4)
 def _asked(plan: str) -> tuple[CompressionPlan, tuple[Variant, ...]]:
-    """Parse a plan and its variants, from the JSON that every ticket of a run repeats; corpora keep their order."""
+    """Parse a plan and its variants, from the JSON that every spec of a run repeats; corpora keep their order."""
     parsed = parse_plan(json.loads(plan))
     return parsed, tuple(variants(parsed))
 
