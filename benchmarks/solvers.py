@@ -1,12 +1,13 @@
 """What better solvers gain from the same Hessians, and what they cost: real text, a small real model.
 
     python benchmarks/solvers.py TESTBED [--home STORE] [--seeds 5] [--sparsities 0.5 0.6 0.7 0.8 2:4] [--bits 4 3 2]
-                                 [--without "sparsegpt+refit exact" ...] [--claim solvers]
+                                 [--without "sparsegpt+refit exact" ...] [--rank 16] [--claim solvers]
 
 TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Every recipe is solved from the store's
 own Hessians, half general and half domain text (alpha .5), through the product itself. A row is the mean over draws
 and, for losses, over matrices; damage is perplexity over dense, minus one. Ratios are to SparseGPT's or plain GPTQ's
-numbers of the same draw. Seconds: mixing and solving all blocks for one recipe, on one thread.
+numbers of the same draw. Seconds: mixing and solving all blocks for one recipe, on one thread. `--rank` adds recipes
+with a low-rank part, whose ratios are to SparseGPT with `refit` and `eora`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ PRUNERS: dict[str, list[dict[str, Any]]] = {
     "sparsegpt+swaps+refit": [{"method": "sparsegpt"}, {"method": "swaps"}, {"method": "refit"}],
     "alps": [{"method": "alps"}],
 }
+WITH_LOW_RANK: dict[str, list[dict[str, Any]]] = {
+    "sparsegpt+refit+eora": [{"method": "sparsegpt"}, {"method": "refit"}, {"method": "eora"}],
+    "alps+eora": [{"method": "alps"}, {"method": "eora"}],
+    "3basil": [{"method": "3basil"}],
+}
 SHOWN_ONCE = ("sparsegpt+refit exact", "sparsegpt+swaps+refit")
 """One Cholesky a row, or a pass over the mask for every swap: slow, and shown at 70 % alone."""
 ROUNDERS: dict[str, list[dict[str, Any]]] = {
@@ -49,7 +55,7 @@ ROUNDERS: dict[str, list[dict[str, Any]]] = {
 
 
 def entries(
-    sparsities: Sequence[Any], bits: Sequence[int], without: Sequence[str]
+    sparsities: Sequence[Any], bits: Sequence[int], without: Sequence[str], rank: int | None
 ) -> list[tuple[str, str, str, dict[str, Any]]]:
     """(family, recipe, level, entry of a plan)."""
     found = []
@@ -62,6 +68,10 @@ def entries(
             if level == "2:4":
                 steps = [{**step, "group": 4} if step["method"] == "swaps" else step for step in steps]
             found.append(("prune", name, str(level), {"steps": steps}))
+        for name, steps in WITH_LOW_RANK.items() if rank else ():
+            steps = [dict(step) for step in steps]
+            steps[0]["sparsity"], steps[-1]["rank"] = level, rank
+            found.append(("low rank", f"{name} {rank}", str(level), {"steps": steps}))
     for level in bits:
         for name, steps in ROUNDERS.items():
             if name in without:
@@ -157,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsities", nargs="*", default=["0.5", "0.6", "0.7", "0.8", "2:4"])
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
+    parser.add_argument("--rank", type=int, help="of a low-rank part")
     parser.add_argument("--claim", default="solvers", help="name of the result file")
     parser.add_argument("--without", nargs="*", default=[], metavar="RECIPE")
     arguments = parser.parse_args()
@@ -165,7 +176,7 @@ def main() -> None:
     testbed = arguments.testbed.resolve()
     sparsities = [level if ":" in level else float(level) for level in arguments.sparsities]
     rows, points, bases, started = [], [], {}, time.monotonic()
-    for family, name, level, entry in entries(sparsities, arguments.bits, arguments.without):
+    for family, name, level, entry in entries(sparsities, arguments.bits, arguments.without, arguments.rank):
         numbers = measured(testbed, arguments.home, family, name, level, entry, arguments.seeds)
         base = bases.setdefault((family, level), numbers)
         case = f"{name}, {level}"

@@ -311,6 +311,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "peers": peers,
     "solvers": solvers,
     "solvers_one_draw": lambda: solvers("solvers_one_draw"),
+    "solvers_low_rank": lambda: solvers("solvers_low_rank"),
     "allocation": allocation,
     "gradients": gradients,
     "scales": scales,

@@ -128,6 +128,13 @@ def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> N
         assert solution.relative_loss == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind == "prune"], ids=label)
+def test_pruning_does_not_know_signs(case: Compressor) -> None:
+    problem = layer()
+    negated = dataclasses.replace(problem, weight_OI=-problem.weight_OI)
+    torch.testing.assert_close(case.compress(negated).weight_OI, -case.compress(problem).weight_OI)
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if type(c) in (Magnitude, Wanda, GBLM)], ids=label)
 def test_masks_keep_the_survivors_as_they_were(case: Compressor) -> None:
     problem = layer()
@@ -205,7 +212,7 @@ def test_problems_that_make_no_sense_name_the_layer() -> None:
     bad_weight_OI, bad_hessian_II, negative_II = weight_OI.clone(), hessian_II.clone(), hessian_II.clone()
     bad_weight_OI[1, 2], bad_hessian_II[3, 4], negative_II[5, 5] = float("nan"), float("inf"), -1.0
     wrong = [
-        (weight_OI, hessian_II[:7, :7], StatisticsError, "do not fit"),
+        (weight_OI, hessian_II[:7, :7], StatisticsError, "do not match"),
         (weight_OI, hessian_II.float(), StatisticsError, "one dtype"),
         (bad_weight_OI, hessian_II, NotFinite, "weight"),
         (weight_OI, bad_hessian_II, NotFinite, "Hessian"),

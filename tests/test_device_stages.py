@@ -207,7 +207,7 @@ def test_five_questions_are_asked_of_cuda() -> None:
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
                 asked.add((node.attr, file.name))
     of_memory = {(name, "memory.py") for name in ("mem_get_info", "memory_reserved", "memory_allocated")}
-    assert asked == {("is_available", "run_spec.py"), ("device_count", "ticket.py"), *of_memory}
+    assert asked == {("is_available", "run_spec.py"), ("device_count", "run_spec.py"), *of_memory}
 
 
 def test_the_free_memory_is_the_devices() -> None:

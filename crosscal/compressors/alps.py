@@ -104,7 +104,7 @@ def _descend(
     sparse_OI, multiplier_OI = torch.where(keep_OI, scaled_OI, 0.0), torch.zeros_like(scaled_OI)
     before_OI, has_grown = keep_OI, False
     size = max(1, count_true(keep_OI))
-    inverse = _resolvent(eigen, penalty, len(scaled_OI))
+    inverse = resolvent(eigen, penalty, len(scaled_OI))
     for iteration in range(1, iterations + 1):
         free_OI = inverse(image_OI - multiplier_OI + penalty * sparse_OI)
         raised_OI = free_OI + multiplier_OI / penalty
@@ -122,12 +122,12 @@ def _descend(
         growth = next((factor for least, factor in GROWTH if change > least), 1.0)
         if growth > 1:
             has_grown, penalty = True, penalty * growth
-            inverse = _resolvent(eigen, penalty, len(scaled_OI))
+            inverse = resolvent(eigen, penalty, len(scaled_OI))
     return keep_OI, sparse_OI
 
 
-def _resolvent(eigen: Eigensystem, penalty: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """X ↦ X (H + ρI)⁻¹: as one matrix if enough rows use it before ρ changes, else through the eigenvectors."""
+def resolvent(eigen: Eigensystem, penalty: float, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return X ↦ X (H + ρI)⁻¹: as one matrix if enough rows use it before ρ changes, else through the eigenvectors."""
     weight_I = (eigen.values_I + penalty).reciprocal()
     if CHECKED_EVERY * rows > len(weight_I):
         inverse_II = (eigen.vectors_II * weight_I) @ eigen.vectors_II.mT

@@ -1,15 +1,14 @@
-"""3BASiL: a sparse matrix and a low-rank one found together.
+"""3BASiL: replace a matrix by the sum of a sparse and a low-rank matrix, optimised jointly.
 
     minimise tr((W - D - L) (H + λI) (W - D - L)ᵀ)  over D with at most k entries and L of rank r
 
-by the three blocks of an alternating direction method: B free, D sparse, L low rank,
+by an alternating direction method (ADMM) with three blocks: B free, D sparse, L low rank,
 
     B ← ((W - L) H - V + ρ D) (H + ρI)⁻¹,   D ← the k largest of B + V / ρ,   V ← V + ρ (B - D),   L ← best for W - B
 
-Makni et al. 2025 (arXiv 2603.01376), the layer-wise part: their refinement of whole transformer blocks by gradients is
-not built. Here L follows by one step of subspace iteration from the last one instead of an eigendecomposition, inputs
-are scaled to H_jj = 1, and conjugate gradients on the support with a last exact L end it. The penalty begins at
-.02: from the .1 of the authors' settings supports settled too early on our layers (1.3 to 1.6 times the loss).
+Makni et al. 2025 (arXiv 2603.01376), the layer-wise part; their gradient refinement of whole transformer blocks is not
+implemented. Here L is updated by one step of subspace iteration instead of an eigendecomposition, inputs are scaled to
+H_jj = 1, and conjugate gradients on the support, alternated with an exact L, finish. The penalty is the authors'.
 
 Shapes: O outputs, I inputs, K rank.
 """
@@ -23,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crosscal.compressors.alps import resolvent
 from crosscal.compressors.eora import best_low_rank
 from crosscal.compressors.recipe import alone
 from crosscal.compressors.refit import conjugate_gradients_OI, damped_II
@@ -32,9 +32,9 @@ from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
 from crosscal.statistics.factor import Eigensystem
 
-PENALTY = 0.02
+PENALTY = 0.1
 GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))
-"""Every tenth iteration: when more than this fraction of the support has changed, the penalty grows by so much."""
+"""(fraction, factor): every tenth iteration, the penalty grows by `factor` if over `fraction` of the support moved."""
 CHECKED_EVERY = 10
 SETTLED, LEAST_ITERATIONS = 3e-4, 100
 CLOSING_ROUNDS = 3
@@ -45,15 +45,15 @@ class SparseLowRank:
     sparsity: Sparsity
     """Fraction removed from the sparse part, or n:m."""
     rank: int = 32
-    """Of the low-rank part."""
+    """Rank of the low-rank part."""
     iterations: int = 300
-    """At most."""
+    """Maximum number."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
 
     kind: ClassVar = "prune"
     needs: ClassVar = frozenset({Statistic.GRAM})
-    version: ClassVar = 1
+    version: ClassVar = 2
     has_low_rank: ClassVar = True
     compress = alone
 
@@ -72,6 +72,7 @@ class SparseLowRank:
         if self.sparsity.fraction == 0:
             return layer
         keep_OI, low_OI = self._support(layer, eigen)
+        keep_OI = keep_OI if layer.keep_OI is None else keep_OI & layer.keep_OI
         target_OI, sparse_OI, low_rank = layer.target_OI, torch.zeros_like(layer.target_OI), None
         for _ in range(CLOSING_ROUNDS):
             sparse_OI = conjugate_gradients_OI(target_OI - low_OI, sparse_OI, keep_OI, hessian_II, 10)
@@ -81,40 +82,43 @@ class SparseLowRank:
         return dataclasses.replace(layer, low_rank=low_rank)
 
     def _support(self, layer: Layer, eigen: Eigensystem) -> tuple[Tensor, Tensor]:
-        """(which entries are kept, L) of the scaled problem, L scaled back."""
+        """Return (mask, L) of the scaled problem, L scaled back."""
         target_OI = layer.target_OI * eigen.scale_I
         hessian_II = (eigen.vectors_II * eigen.values_I) @ eigen.vectors_II.mT
-        low_OI, basis_OK = torch.zeros_like(target_OI), None
-        free_OI = (~eigen.dead_I).to(target_OI)  # a dead input's weights go first
-        free_OI = free_OI if layer.keep_OI is None else free_OI * layer.keep_OI
-        keep_OI = self._project(layer, target_OI, free_OI)
+        usable_OI = (~eigen.dead_I).to(target_OI)  # weights of dead inputs are pruned first
+        usable_OI = usable_OI if layer.keep_OI is None else usable_OI * layer.keep_OI
+        keep_OI = self._project(layer, target_OI, usable_OI)
         sparse_OI, multiplier_OI, before_OI = torch.where(keep_OI, target_OI, 0.0), torch.zeros_like(target_OI), keep_OI
-        penalty, size = PENALTY, max(1, count_true(keep_OI))
-        weight_I = (eigen.values_I + penalty).reciprocal()
+        penalty, size, inverse = PENALTY, max(1, count_true(keep_OI)), resolvent(eigen, PENALTY, len(target_OI))
+        image_OI, basis_OK, right_KI = target_OI @ hessian_II, None, target_OI.new_zeros(self.rank, len(hessian_II))
+        left_image_OI = image_OI  # (W - L) H, by the factors of L: a product of rank r instead of one with all of H
         for iteration in range(1, self.iterations + 1):
-            wanted_OI = (target_OI - low_OI) @ hessian_II - multiplier_OI + penalty * sparse_OI
-            free_OI = ((wanted_OI @ eigen.vectors_II) * weight_I) @ eigen.vectors_II.mT
-            raised_OI = free_OI + multiplier_OI / penalty
-            keep_OI = self._project(layer, raised_OI, free_OI)
+            dense_OI = inverse(left_image_OI - multiplier_OI + penalty * sparse_OI)
+            raised_OI = dense_OI + multiplier_OI / penalty
+            keep_OI = self._project(layer, raised_OI, usable_OI)
             sparse_OI = raised_OI * keep_OI
             multiplier_OI = (raised_OI - sparse_OI).mul_(penalty)
-            basis_OK = _next_basis_OK(target_OI - free_OI, hessian_II, self.rank, basis_OK)
-            low_OI = basis_OK @ (basis_OK.mT @ (target_OI - free_OI))
+            basis_OK = _next_basis_OK(target_OI - dense_OI, hessian_II, self.rank, basis_OK)
+            right_KI = basis_OK.mT @ (target_OI - dense_OI)
+            left_image_OI = image_OI - basis_OK @ (right_KI @ hessian_II)
             if iteration % CHECKED_EVERY:
                 continue
             change, before_OI = count_true(keep_OI & ~before_OI) / size, keep_OI
             if change <= SETTLED and iteration >= LEAST_ITERATIONS:
                 break
-            penalty *= next((factor for least, factor in GROWTH if change > least), 1.0)
-            weight_I = (eigen.values_I + penalty).reciprocal()
-        return keep_OI, low_OI / eigen.scale_I
+            growth = next((factor for least, factor in GROWTH if change > least), 1.0)
+            if growth > 1:
+                penalty *= growth
+                inverse = resolvent(eigen, penalty, len(target_OI))
+        assert basis_OK is not None, "there is at least one iteration"
+        return keep_OI, (basis_OK @ right_KI) / eigen.scale_I
 
-    def _project(self, layer: Layer, value_OI: Tensor, free_OI: Tensor) -> Tensor:
-        return self.sparsity.keep_OI(value_OI.abs().mul_(free_OI), per="matrix", name=layer.name)
+    def _project(self, layer: Layer, value_OI: Tensor, usable_OI: Tensor) -> Tensor:
+        return self.sparsity.keep_OI(value_OI.abs().mul_(usable_OI), per="matrix", name=layer.name)
 
 
 def _next_basis_OK(difference_OI: Tensor, hessian_II: Tensor, rank: int, basis_OK: Tensor | None) -> Tensor:
-    """One step of subspace iteration towards the top eigenvectors of Δ H Δᵀ; from nothing, those themselves."""
+    """One step of subspace iteration towards the top eigenvectors of Δ H Δᵀ; without a basis, these themselves."""
     if basis_OK is None:
         return best_low_rank(difference_OI, hessian_II, rank).left_OK
     return torch.linalg.qr(difference_OI @ (hessian_II @ (difference_OI.mT @ basis_OK))).Q
