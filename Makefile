@@ -1,10 +1,10 @@
-# Two commands for a newcomer: `make demo` and `make check`. Each sets up what it needs: a virtual environment in .venv with
-# the versions of constraints.txt.
+# Start with `make demo` and `make check`. Each sets up a virtual environment in .venv with the versions of constraints.txt
+# if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests make and remove some hundred thousand folders, which takes a disk minutes: in memory where there is room.
+# Tests create and remove some hundred thousand folders, which takes minutes on disk: use memory if there is room.
 ROOM := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 4000000 {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
 .PHONY: demo check format setup table clean
@@ -22,7 +22,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tables of benchmarks/README.md, from benchmarks/results/*.json.
+# Generate the tables of benchmarks/README.md from benchmarks/results/*.json.
 table: setup
 	$(BIN)/python benchmarks/table.py
 

@@ -2,9 +2,9 @@
 
     python benchmarks/accumulation.py [--tokens 4096] [--repeats 9] [--threads 2]
 
-`MomentsAccumulator.add` of T tokens of I inputs needs T I (I + 1) operations, half of the product XᵀX, besides its
-vectors of sums. As in a reading, every thread is a lane with a batch of its own; their rate together is compared with
-that of `X.mT @ X`, 2 T I² operations by all threads, in float32, the two in turns.
+`MomentsAccumulator.add` for T tokens of I inputs needs T I (I + 1) operations, half of the product XᵀX, besides its
+vectors of sums. As in a calibration pass, each worker thread has its own batch; their total rate is compared with that
+of `X.mT @ X`, 2 T I² operations on all threads, in float32, the two alternating.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def seconds(action: Callable[[], object], calls: int) -> float:
 
 
 def rates(inputs: int, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
-    """FLOP/s of the plain product and of the accumulators of all lanes, for each repeat."""
+    """Return FLOP/s of the plain product and of the accumulators on all worker threads, per repeat."""
     lanes = torch.get_num_threads()
     input_TI = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0))
     product_II = torch.empty(inputs, inputs)

@@ -1,9 +1,9 @@
-"""What it brings to share a sparsity out among the blocks (OWL, DLP): real text, a small real model, one draw.
+"""What allocating a sparsity to the blocks (OWL, DLP) gains: real text, a small real model, one draw.
 
     python benchmarks/allocation.py TESTBED [--home STORE]
 
-TESTBED holds `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT (or ALPS) at 70 %, half general and half
-legal text (alpha .5), through the product itself. Test perplexities; the lowest and the highest sparsity of a block.
+TESTBED contains `corpora/{general,legal}` and `models/llama-mix-8m`. SparseGPT (or ALPS) at 70 %, half general and half
+legal text (alpha .5), run by crosscal itself. Rows: test perplexities, the lowest and the highest block sparsity.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def plan_of(testbed: Path) -> dict[str, Any]:
 
 
 def block_sparsities(layers: list[LayerRow]) -> list[float]:
-    """Zeros over weights of every block."""
+    """Return the share of zeros among each block's weights."""
     zeros, weights = defaultdict(float), defaultdict(int)
     for row in layers:
         zeros[row.block] += row.sparsity * (row.parameters or 0)

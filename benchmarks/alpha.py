@@ -1,20 +1,20 @@
-"""How good is the weight that `alpha: auto` finds, against the best of eleven that were all evaluated?
+"""How good is the weight that `alpha: auto` finds, compared with the best of eleven evaluated weights?
 
     python benchmarks/alpha.py TESTBED [MODEL] [--home STORE] [--settings prune60 ...] [--domains biomedical legal]
                                [--windows 128] [--length 256] [--within 0.02] [--seeds 0]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`, which MODEL, a folder, takes the place of.
-For every setting and domain one plan runs through the product: alpha 0, .1, … 1, `auto`, and `auto` with the rule that
-general perplexity is at most `--within` above general-only's on validation windows. All are measured on validation and
-on test windows. Regret, in percent of perplexity:
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`; MODEL, a folder, replaces that model.
+For each setting and domain crosscal runs one plan: alpha 0, .1, … 1, `auto`, and `auto` with the rule that general
+perplexity is at most `--within` above general-only's on validation windows. All are measured on validation and on test
+windows. Regret, in percent of perplexity:
 
-* balanced: of the product of general and domain perplexity, over the smallest of the eleven;
-* rule: of domain perplexity, over the lowest of those of the eleven that keep the rule on the same windows (on test
-  windows: over those that keep it there). "excess": by how much the weight taken breaks the rule on test windows.
+* balanced: the product of general and domain perplexity, relative to the smallest of the eleven;
+* rule: domain perplexity, relative to the lowest among those of the eleven that keep the rule on the same windows (on
+  test windows: that keep it there). "excess": by how much the chosen weight breaks the rule on test windows.
 
-Of several draws (`--seeds`) each has its own weights found. The balanced regret is then of geometric means over draws,
-`auto`'s over the best single weight's for all of them: of one draw the smallest of eleven is also the luckiest. Other
-figures are means, but the excess, which is the largest.
+With several draws (`--seeds`), weights are found for each draw. The balanced regret then compares geometric means over
+draws, `auto`'s with those of the best single weight for all draws: in one draw the smallest of eleven is also the
+luckiest. Other figures are means, except the excess, which is the maximum.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def perplexities(run_dir: Path, domain: str) -> Perplexities:
 
 
 def figures(found: Perplexities, choices: list[dict[str, Any]], domain: str, within: float) -> dict[str, float]:
-    """Of one setting and domain, in percent but for weights and counts."""
+    """Return the figures of one setting and domain, in percent except weights and counts."""
     between, ruled = choices
     numbers = {
         "alpha, balanced": between["weights"].get(domain, 0.0),
@@ -121,7 +121,7 @@ def balanced(found: Perplexities, domain: str) -> dict[str, float]:
 
 
 def pooled(draws: list[Perplexities]) -> Perplexities:
-    """Geometric means over draws."""
+    """Return geometric means over draws."""
     return {
         kind: {text: statistics.geometric_mean([draw[kind][text] for draw in draws]) for text in texts}
         for kind, texts in draws[0].items()

@@ -2,13 +2,13 @@
 
     python benchmarks/chats.py TESTBED MODEL [--home STORE] [--windows 64] [--seeds 1]
 
-TESTBED holds `corpora/{general,biomedical}` and questions `eval/*/{wordnet_terms,pubmedqa_*}.jsonl.zst`, MODEL is a
-folder with a chat template. A conversation is several questions of one file, which the user asks and the assistant
-answers rightly; they are put together when the benchmark runs and kept nowhere else. The same conversations are read
-twice: `chats` as the template renders them, `turns` as plain text, which tells the template from what is said. One
-model is calibrated on general text alone, one on each other corpus alone, one on general text and each, half and half;
-every model is measured on the test windows of all corpora, also as a ratio to the dense model. Spread is the standard
-deviation over the draws, of a single draw the standard error over windows.
+TESTBED contains `corpora/{general,biomedical}` and questions `eval/*/{wordnet_terms,pubmedqa_*}.jsonl.zst`, MODEL is a
+folder with a chat template. A conversation is several questions of one file, asked by the user and answered correctly
+by the assistant; conversations are built when the benchmark runs and are not kept. The same conversations are used
+twice: `chats` as the template renders them, `turns` as plain text, which separates the effect of the template from that
+of the content. One model is calibrated on general text alone, one on each other corpus alone, one on general text and
+each, half and half; every model is measured on the test windows of all corpora, also as a ratio to the dense model.
+Spread is the standard deviation over draws, or for a single draw the standard error over windows.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from crosscal.report.rows import ResultRow, read_rows
 
 QUESTIONS = ("wordnet_terms", "pubmedqa_dev", "pubmedqa_test")
 EXCHANGES = 4
-"""Questions of a conversation."""
+"""Questions per conversation."""
 SETS = ("biomedical", "chats", "turns")
 
 
 def conversations(testbed: Path) -> list[dict[str, Any]]:
-    """A row a conversation, from the questions that lie beside one another in a file."""
+    """Return one row per conversation, made of consecutive questions of a file."""
     found = []
     for file in sorted(file for name in QUESTIONS for file in testbed.glob(f"eval/*/{name}.jsonl.zst")):
         rows = [one.value for one in json_records(file) if isinstance(one, JsonRecord)]
@@ -64,7 +64,7 @@ def plan_of(testbed: Path, chats: Path, options: argparse.Namespace) -> dict[str
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Of every mixture and corpus of test windows: perplexity, and its ratio to the dense model's."""
+    """Return perplexity and its ratio to the dense model's, per mixture and test corpus."""
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     errors: dict[tuple[str, str], float | None] = {}
     for row in read_rows(run_dir / "results.jsonl", ResultRow):

@@ -2,14 +2,15 @@
 
     nice -n 10 python benchmarks/choosing.py TESTBED [--seeds 3] [--part planted|duplicates|perplexity]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
 
-* planted: 1000 general training documents with 1 or 5 % as many of a domain's among them; towards 100 other documents
-  of the domain as many are chosen as were planted. Precision (here the same as recall), recall of twice as many,
-  processor time and peak memory; means and standard deviations over seeds, which draw documents and sample.
-* duplicates: general documents and edited copies; how many of the copies are found, by exact Jaccard similarity.
-* perplexity: SparseGPT at 70 % of the small model on windows of what was chosen, of a random choice and of the planted
-  documents alone; test perplexities, general and of the domain. 5 % planted, one draw of the windows.
+* planted: 1 or 5 % as many documents of a domain are planted among 1000 general training documents; as many are chosen
+  as were planted, with 100 other documents of the domain as the target. Precision (here equal to recall), recall of
+  twice as many, processor time and peak memory; means and standard deviations over seeds, which draw documents and
+  sample.
+* duplicates: general documents and edited copies; the share of copies that is found, by exact Jaccard similarity.
+* perplexity: SparseGPT at 70 % on the small model, calibrated on the chosen documents, on a random choice and on the
+  planted documents alone; general and domain test perplexities. 5 % planted, one draw of the windows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def write_texts(folder: Path, texts: list[str], split: str | None = None) -> str
 
 
 def mixed(testbed: Path, domain: str, share: float, seed: int) -> tuple[list[str], list[str], list[str]]:
-    """(pool, planted, sample): shuffled by the seed."""
+    """Return (pool, planted, sample), shuffled by the seed."""
     chance = random.Random(f"{domain} {share} {seed}")
     general, own = texts_of(testbed, "general"), list(texts_of(testbed, domain))
     chance.shuffle(own)
@@ -99,7 +100,7 @@ def choices(testbed: Path, domain: str, share: float, seed: int) -> dict[str, di
 
 
 def peak() -> int:
-    """KiB, since the last reset (Linux)."""
+    """Return peak resident memory since the last reset in KiB (Linux)."""
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
@@ -128,7 +129,7 @@ def planted(testbed: Path, seeds: int) -> list[dict[str, Any]]:
 
 
 def edited(text: str, share: float, chance: random.Random) -> str:
-    """So large a share of the words replaced by other words of the text."""
+    """Replace this share of the words by other words of the text."""
     words = text.split()
     for place in chance.sample(range(len(words)), max(1, round(share * len(words)))):
         words[place] = chance.choice(words)
@@ -136,7 +137,7 @@ def edited(text: str, share: float, chance: random.Random) -> str:
 
 
 def duplicates(testbed: Path) -> list[dict[str, Any]]:
-    """Each original once, with one edited copy of every second of them."""
+    """Measure near-duplicate detection on each original once, plus one edited copy of every second original."""
     chance, originals = random.Random(0), texts_of(testbed, "general")[:ORIGINALS]
     copies = {number: edited(originals[number], chance.choice(EDITED), chance) for number in range(0, ORIGINALS, 2)}
     truth = {n: jaccard(shingles(originals[n]), shingles(copy)) for n, copy in copies.items()}

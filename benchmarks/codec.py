@@ -2,9 +2,9 @@
 
     python benchmarks/codec.py [--repeats 9]
 
-Gram matrices of correlated inputs with log-normally spread scales are written and read back in the Arrow format of
+Gram matrices of correlated inputs with log-normal scales are written and read back in the Arrow format of
 `crosscal.store.moments`, in the page cache and without the store's digests. Speeds are megabytes of the full float32
-matrix a second, median over the repeats; the spread is their standard deviation.
+matrix per second, median over the repeats; the spread is their standard deviation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def made(inputs: int) -> InputMoments:
 
 
 def measured(moments: InputMoments, folder: Path) -> tuple[float, float]:
-    """Seconds to write and to read."""
+    """Return seconds to write and to read."""
     start = time.perf_counter()
     codec.write_moments(folder, moments)
     written = time.perf_counter()

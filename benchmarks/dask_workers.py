@@ -1,12 +1,12 @@
-"""Claim: workers solve the blocks of a sweep at once, and one that dies costs its block alone.
+"""Claim: workers solve the blocks of a sweep in parallel, and a worker that dies costs only its block.
 
     python benchmarks/dask_workers.py TESTBED [--repeats 3]
 
 A small real model of six blocks; a sweep of 33 variants (SparseGPT over eight sparsities, GPTQ over three bit widths,
-three mixtures each), solved locally, by one Dask worker and by two, each a process of its own with one thread, all from
-the same moments; then by two of which one is killed (SIGKILL) while it solves. Every shard must equal the local one
-byte for byte. The figures are seconds of the solve stage, in which solved blocks also travel through the store; workers
-have imported what they need before. Set OMP_NUM_THREADS=1, so that the local run has one thread, too.
+three mixtures each), solved locally, by one Dask worker and by two, each a process with one thread, all from the same
+moments; then by two, one of which is killed (SIGKILL) while it solves. Every shard must equal the local one byte for
+byte. The figures are seconds of the solve stage, in which solved blocks also pass through the store; workers have
+finished their imports before. Set OMP_NUM_THREADS=1, so that the local run also has one thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan(testbed: Path, execution: dict[str, Any]) -> dict[str, Any]:
 
 
 class Sweep:
-    """One store, one run directory a run."""
+    """Runs of one plan that share a store, each with its own run directory."""
 
     def __init__(self, folder: Path, testbed: Path) -> None:
         self.folder, self.home, self.testbed = folder, str(folder / "home"), testbed
@@ -59,7 +59,7 @@ class Sweep:
         return recompress.fn(self._plan({}), None, self.home, str(self.folder / "local"))
 
     def on(self, cluster: Cluster, name: str) -> dict[str, Any]:
-        """A run whose every block is solved anew; raises `AssertionError` unless it is the local one."""
+        """Run with every block solved again; raise `AssertionError` unless its shards equal the local run's."""
         store = Store(self.home)
         for kind, key in list(store.keys(KIND)):
             store.discard(kind, key)

@@ -1,11 +1,11 @@
-"""What measuring a model costs: the demo's run before and after, and its questions beside lm-eval's own scoring.
+"""What evaluating a model costs: the demo's run before and after, and its questions compared with lm-eval.
 
     python benchmarks/evaluation.py [--before COMMIT] [--rounds 3] [--set KEY=VALUE ...] [--dry]
 
-Questions: the demo's three files on its dense model, by lm-eval and by us in turns, in seconds of this process, and
-whether every answer is judged alike. Runs: `crosscal run` of the demo in a fresh store, of this commit and of
-`--before` (checked out beside it) in turns; seconds of its stages, and CPU seconds of the whole process. "As before":
-this commit with as good as no validation windows, which the older one did not read.
+Questions: the demo's three files on its dense model, by lm-eval and by crosscal alternating, in seconds of this
+process, and the share of answers judged alike. Runs: `crosscal run` of the demo in a fresh store, at this commit and at
+`--before` (checked out in a worktree) alternating; seconds of its stages, and CPU seconds of the whole process. "As
+before": this commit with the fewest possible validation windows, which the older one did not evaluate.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "data" / "demo"
 TASKS = ("general_facts", "biomedical_facts", "legal_facts")
 NO_MORE = ["evaluate.validation_windows=2"]
-"""As few as a plan may have."""
+"""The minimum that a plan may have."""
 Rows = list[dict[str, Any]]
 
 
 def of_lm_eval(name: str) -> NamedTask:
-    """A file of the demo's as a task of lm-eval's."""
+    """Return a question file of the demo as an lm-eval task."""
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
 
@@ -69,7 +69,7 @@ def question_rows(rounds: int) -> Rows:
         "crosscal": lambda: suite.measure(model, tokenizer, max_length=256),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    answers = {name: [one.question_correct for one in run()] for name, run in ways.items()}  # the first is not timed
+    answers = {name: [one.question_correct for one in run()] for name, run in ways.items()}  # warm-up, not timed
     for _ in range(rounds):
         for name, run in ways.items():
             started, cpu = time.perf_counter(), time.process_time()

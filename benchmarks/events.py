@@ -4,9 +4,9 @@
 
 A real server, a worker and SQLite on loopback, deployed with `crosscal deploy`; the demo's model and a small draft of
 `plans/landing.yaml`. Twenty files land for five domains; each landing is announced three times, all sixty announcements
-shuffled. In the middle the server is killed, two landings (all that one domain has) are announced to nobody, and it is
-started again. Once all is quiet the worker that runs the watch is started, which makes up for what was lost. Counted:
-claims and outcomes in the ledger, run directories that were made, models published, flow runs that found nothing to do.
+shuffled. Halfway the server is killed, the announcements of two landings (all of one domain) are lost, and the server
+is restarted. Once no run is active, the worker that runs the watch is started, which recovers the lost landings.
+Counted: claims and outcomes in the ledger, run directories, models published, flow runs started and completed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ for line in sys.stdin:
 
 
 def land(folder: Path) -> None:
-    """All files of all domains, each with texts of its own, complete at once."""
+    """Write all files of all domains, each with its own texts, complete at once."""
     lines = b"".join(chunks(ROOT / "data/demo/corpora/biomedical/train.jsonl.zst")).splitlines()
     files = [(domain, number) for domain, count in LANDINGS.items() for number in range(count)]
     for index, (domain, number) in enumerate(files):
@@ -64,7 +64,7 @@ def land(folder: Path) -> None:
 
 
 class Announcer:
-    """A process that announces, as `crosscal ingest --announce` does; a dead server makes it say so and go on."""
+    """A process that announces as `crosscal ingest --announce` does; it reports a failure and goes on."""
 
     def __init__(self, shared: dict[str, str]) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -87,26 +87,26 @@ def ask(api_url: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def make_small(api_url: str) -> None:
-    """The deployment `recompress` carries out a draft of its plan."""
+    """Make the deployment `recompress` run a small draft of its plan."""
     found = ask(api_url, "deployments/name/recompress/recompress")
     parameters = {**found["parameters"], "overrides": list(DRAFT)}
     httpx.patch(f"{api_url}/deployments/{found['id']}", json={"parameters": parameters}).raise_for_status()
 
 
 def pause_watch(api_url: str, is_paused: bool) -> None:
-    """So that nothing is made up for before its time, and no late runs pile up."""
+    """Pause or resume the watch, so that it recovers nothing too early and no late runs pile up."""
     found = ask(api_url, "deployments/name/watch/watch")
     httpx.patch(f"{api_url}/deployments/{found['id']}", json={"paused": is_paused}).raise_for_status()
 
 
 def flow_runs(api_url: str) -> list[dict[str, Any]]:
-    """Those of a domain; the weekly sweep's are planned for later."""
+    """Return the flow runs that have a domain; those of the weekly sweep are only scheduled."""
     found = ask(api_url, "flow_runs/filter", {"flows": {"name": {"any_": ["recompress"]}}})
     return [run for run in found if run["parameters"].get("domain")]
 
 
 def is_quiet(api_url: str) -> bool:
-    """Every run is over, and none was added for a while (a burst wakes ten seconds late)."""
+    """Return whether every run is over and none was added in 20 s (a burst triggers ten seconds late)."""
     runs = flow_runs(api_url)
     if any(run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") for run in runs):
         return False
@@ -115,7 +115,7 @@ def is_quiet(api_url: str) -> bool:
 
 
 def events(seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(those that arrive, shuffled; those announced while nobody listens)."""
+    """Return (events that arrive, shuffled; events announced while the server is down)."""
     all_ = [(domain, version) for domain, count in LANDINGS.items() for version in range(1, count + 1)] * REPEATS
     heard = [event for event in all_ if event[0] != LOST]
     random.Random(seed).shuffle(heard)
@@ -130,7 +130,7 @@ def write_service(folder: Path) -> Path:
 
 
 def count(store: Store, folder: Path, runs: list[dict[str, Any]]) -> dict[str, int]:
-    """What the ledger, the disk and the server say; raises `AssertionError` when the ledger is not as it should be."""
+    """Count entries of the ledger, disk and server; raise `AssertionError` if ledger or store are wrong."""
     ledger = Ledger(store)
     claims = [run for domain in LANDINGS for run in ledger.runs(domain)[::-1]]
     finished = [run for run in claims if run.state in FINISHED]

@@ -1,10 +1,10 @@
-"""Every model type of transformers that has a causal language model, and multimodal wrappers: tiny, and from outside.
+"""Black-box checks of tiny models of every transformers type with a causal language model, and multimodal wrappers.
 
     python benchmarks/families.py [--types llama gemma3 ...] [--sizes ordinary coinciding odd] [--table | --check]
 
-Writes results/families.json, one row a type and size, and from it the table of docs/families.md; rows not asked for
-stay. `--table` writes the table alone, `--check` says whether it is that of the results. The whole takes about an
-hour on one core. What is checked of each model stands in `family_checks.py`.
+Writes results/families.json, one row per type and size, and from it the table of docs/families.md; rows not asked for
+are kept. `--table` only writes the table, `--check` tests whether it matches the results. The whole takes about an
+hour on one core. `family_checks.py` has the checks of one model.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from tiny_families import SIZES, save, types  # noqa: E402
 RESULT, DOC = RESULTS / "families.json", ROOT / "docs" / "families.md"
 TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
 SECONDS = 180
-"""For one type in one size."""
+"""Time limit for one type in one size."""
 STORED_IN = {"ordinary": torch.bfloat16}
-"""Checkpoints of other sizes are stored in float32, whose numbers can be compared to more digits."""
+"""Checkpoints of other sizes are stored in float32, which allows comparison to more digits."""
 
 
 def one(family: str, size: str) -> Findings:
@@ -76,7 +76,7 @@ def _limit(seconds: int) -> Iterator[None]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Totals, and one line a type."""
+    """Return totals and one line per type."""
     of_type: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         of_type.setdefault(row["family"], []).append(row)

@@ -1,9 +1,9 @@
-"""What holds of one tiny model: checked from outside, against plain transformers in float64.
+"""Black-box checks of one tiny model against plain transformers in float64.
 
 Shapes: T tokens, O outputs, I inputs of a matrix.
 
-The reference knows nothing of sites, experts or families. It notes every matrix product of a forward pass of which one
-operand lies in a parameter of a block, and sums what the other operand, the input, adds to XᵀX.
+The reference has no notion of sites, experts or families. It records every matrix product of a forward pass in which
+one operand is (part of) a parameter of a block, and accumulates XᵀX of the other operand, the input.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from tests.helpers.tiny_run import collect, run_context, sample, variant
 LARGE = 16
 """A parameter is a matrix when two of its dimensions exceed this."""
 DAMAGE = 2e-3
-"""Of losses against the reference in float64, relative to the loss of a weight of zeros."""
+"""Tolerance of losses against the float64 reference, relative to the loss of an all-zero weight (output energy)."""
 LIKELIHOOD = {"F32": 1e-4, "BF16": 5e-2}
-"""Of perplexities, by what scales are stored in: a packed weight is rounded to that."""
+"""Tolerance of perplexities, by the dtype of the stored scales, to which packed weights are rounded."""
 WINDOWS, LENGTH = 40, 24
 PRUNED = variant("half", "sparsegpt", {"general": 1.0}, sparsity=0.5, fallback="keep-dense")
 QUANTIZED = variant("w4", "gptq", {"general": 1.0}, bits=4, group_size=None, fallback="keep-dense")
@@ -51,7 +51,7 @@ AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2
 
 @dataclass
 class Findings:
-    """Of one family in one size. What is None was not reached."""
+    """Findings of one family in one size; None: not reached."""
 
     family: str
     size: str
@@ -62,26 +62,26 @@ class Findings:
     solved: int = 0
     left_dense: list[str] = field(default_factory=list)
     dense_share: float | None = None
-    """Of the parameters of all listed matrices, those that stay as they are."""
+    """Share of the parameters of all listed matrices that are left dense."""
     unaccounted: list[str] = field(default_factory=list)
     reference: str = ""
     worst_layer: str = ""
     worst_loss: float | None = None
-    """Largest deviation of a matrix's loss from the reference's, relative to the energy of its outputs."""
+    """Largest deviation of a matrix's loss from the reference's, relative to its output energy."""
     names_changed: list[str] = field(default_factory=list)
     leave_dense: list[str] = field(default_factory=list)
-    """Patterns that the plan has to name."""
+    """Patterns that the plan must list in `leave_dense`."""
     copied: list[str] = field(default_factory=list)
     loads: dict[str, str] = field(default_factory=dict)
-    """Class -> what it misses or does not expect; empty where all is well."""
+    """Class -> missing, unexpected or mismatched keys; empty if none."""
     worst_perplexity: float | None = None
     packed_share: float | None = None
     packed_loads: dict[str, str] = field(default_factory=dict)
     packed_perplexity: float | None = None
     not_built: str | None = None
-    """Why plain transformers makes no model of the config."""
+    """Why plain transformers cannot build the model."""
     failed: str | None = None
-    """An exception that is none of ours."""
+    """An exception other than `CrosscalError`."""
 
     @property
     def faults(self) -> list[str]:
@@ -110,7 +110,7 @@ class Findings:
 
 
 def examine(family: str, size: str, folder: Path, tokens: tuple[int, int] = (6, 70)) -> Findings:
-    """Check, calibrate, compress and load a checkpoint; `tokens`: the range of ids to draw from."""
+    """Check, calibrate, compress and load a checkpoint; `tokens` is the range that ids are drawn from."""
     found = Findings(family, size)
     try:
         source = ModelSource.open(folder)
@@ -149,7 +149,7 @@ def examine(family: str, size: str, folder: Path, tokens: tuple[int, int] = (6, 
 
 
 def _checked(source: ModelSource, context: Any) -> list[str]:
-    """The patterns of `leave_dense` that the check asks for, with which it then has to pass."""
+    """Return the `leave_dense` patterns that the check requests; raises unless it passes with them."""
     try:
         left_dense(source, context.cached)
         return []
@@ -172,7 +172,7 @@ def _windows(count: int, seed: int, tokens: tuple[int, int]) -> Tensor:
 
 
 class Products(TorchDispatchMode):
-    """Inside, every product of a matrix that lies in a given parameter is noted: (parameter, place) -> XᵀX and T."""
+    """While active, record every product with a matrix of the given parameters: (parameter, offset) -> XᵀX and T."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -207,9 +207,9 @@ class Products(TorchDispatchMode):
 
 
 def _account(found: Findings, source: ModelSource, pruned: Path, rows: Sequence[LayerRow], context: Any) -> None:
-    """Every matrix of every block has a row; the loss of each is that of the written weights on plain inputs."""
+    """Check that every matrix of every block has a row whose loss is that of the written weights on plain inputs."""
     kind = type(source.weights.model)
-    for dtype in (torch.float64, torch.float32):  # some code of transformers computes in float32 in any case
+    for dtype in (torch.float64, torch.float32):  # some transformers code always computes in float32
         found.unaccounted, found.reference = [], str(dtype).removeprefix("torch.")
         with contextlib.suppress(RuntimeError):
             _reference(found, kind, dtype, source, pruned, rows, context)
@@ -248,7 +248,7 @@ def _reference(
             continue
         parameter, place = _place(name, parameters)
         tensor, new = (each[parameter].detach() for each in (parameters, changed))
-        if place is not None and tensor.ndim == 2:  # experts one below the other
+        if place is not None and tensor.ndim == 2:  # experts stacked along the rows
             count = 1 + max(int(other.rsplit(".", 2)[1]) for other in due if _place(other, parameters)[0] == parameter)
             tensor, new = (each.unflatten(0, (count, -1)) for each in (tensor, new))
         offset = 0 if place is None else place * tensor.stride(0)
@@ -267,7 +267,7 @@ def _reference(
 
 
 def _place(layer: str, parameters: Mapping[str, Tensor]) -> tuple[str, int | None]:
-    """Of a row's layer: the parameter, and its place in a stack."""
+    """Return the parameter of a row's layer and its index in a stack."""
     for name in (f"{layer}.weight", layer):
         if name in parameters:
             return name, 0 if parameters[name].ndim == 3 else None
@@ -301,7 +301,7 @@ def _plain(kind: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _compare_files(found: Findings, source: Path, written: Path) -> None:
-    """Names and dtypes of a pruned folder are those of the source."""
+    """Check that names and dtypes of a pruned folder are those of the source."""
     before, after = (_dtypes(folder) for folder in (source, written))
     found.names_changed = [
         f"{name} ({before.get(name, 'new')} -> {after.get(name, 'gone')})"
@@ -319,7 +319,7 @@ def _dtypes(folder: Path) -> dict[str, str]:
 
 
 def classes(config: PretrainedConfig) -> Iterator[Any]:
-    """Every Auto class that stands for what a config's `architectures` name, or else that class itself."""
+    """Yield the Auto classes that map to the classes in a config's `architectures`, or those classes themselves."""
     for name in config.architectures or ():
         autos = [getattr(transformers, auto) for auto in AUTO]
         fit = [a for a in autos if type(config) in a._model_mapping and a._model_mapping[type(config)].__name__ == name]
@@ -327,7 +327,7 @@ def classes(config: PretrainedConfig) -> Iterator[Any]:
 
 
 def _load_all(found: dict[str, str], folder: Path, source: Path) -> None:
-    """Loads in every class as the source does, with nothing missing and nothing too much."""
+    """Check that the folder loads in every class with no missing or unexpected keys beyond the source's."""
     config = transformers.AutoConfig.from_pretrained(source)
     for kind in classes(config):
         try:
@@ -336,7 +336,7 @@ def _load_all(found: dict[str, str], folder: Path, source: Path) -> None:
             before = dict.fromkeys(problems, ())
             if any(report[problem] for problem in problems):
                 _, before = kind.from_pretrained(source, output_loading_info=True)
-        except Exception as error:  # whatever plain transformers raises is what a user would see
+        except Exception as error:  # a user would see whatever transformers raises
             found[kind.__name__] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise_if_ours(error)
             continue
@@ -354,7 +354,7 @@ def raise_if_ours(error: Exception) -> None:
 
 
 def _perplexity_off(folder: Path, source: ModelSource, tokens_SL: Tensor) -> float:
-    """|log of the perplexity that crosscal reports over that of the plain logits|, in float32."""
+    """Return |log(perplexity reported by crosscal / perplexity of the plain logits)|, in float32."""
     reported = perplexity(
         load_variant(folder, dtype=torch.float32), tokens_SL, name="general", split="test", device="cpu"
     )
@@ -370,7 +370,7 @@ _CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _packed_share(folder: Path, source: ModelSource) -> float:
-    """Of the parameters of the blocks' matrices, those that are written packed."""
+    """Return the share of the parameters of the blocks' matrices that is written packed."""
     packed = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:

@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--blocks 32] [--windows 128] [--repeats 3]
     python benchmarks/gpu.py --tiny --device cpu        the same code on a small model; nothing is written
 
-A checkpoint of Llama-3.1-8B's shape with random bfloat16 weights is written and read back block by block, the way any
-model is: `walk` over random tokens, then the solver on the Hessians, for one sparsity and for eight stacked. With
-fewer `--blocks` than 32 the seconds are scaled to 32, and the rows say so; the solver times are those of the first
-block times 32. Weights and moments of the block to be solved wait in host memory. The operations counted are the matrix
-products of the blocks (2 per weight and token), attention scores, and half of each Hessian; their rate is compared with
-that of a plain bfloat16 product measured in the same run.
+A checkpoint of Llama-3.1-8B's shape with random bfloat16 weights is written and loaded block by block, like any model:
+`walk` over random tokens, then the solver on the Hessians, for one sparsity and for eight solved together. With fewer
+`--blocks` than 32 the seconds are scaled to 32, as the rows state; solver times are the first block's times 32. Weights
+and moments of the block to solve start in host memory. The operations counted are the matrix products of the blocks (2
+per weight and token), attention scores, and half of each Hessian; their rate is compared with that of a plain bfloat16
+product measured in the same run.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Shape:
     length: int
     batch_tokens: int
     vocabulary: int = 4096
-    """Embeddings are no part of what is measured; Llama-3.1-8B's would add 2 GiB of file."""
+    """Embeddings are not measured; Llama-3.1-8B's would add 2 GiB of file."""
 
     @property
     def weights(self) -> int:
-        """Of one block's linears."""
+        """Number of weights of one block's linears."""
         kv_width = self.hidden * self.kv_heads // self.heads
         return 2 * self.hidden**2 + 2 * self.hidden * kv_width + 3 * self.hidden * self.intermediate
 
     @property
     def operations(self) -> int:
-        """Per token and block: linears, attention (causal: half), half of every Hessian."""
+        """FLOP per token and block: linears, attention (causal: half), half of every Hessian."""
         hessians = 3 * self.hidden * (self.hidden + 1) + self.intermediate * (self.intermediate + 1)
         return 2 * self.weights + 2 * self.length * self.hidden + hessians
 
@@ -65,7 +65,7 @@ TINY = Shape(128, 384, 4, 2, 64, 256)
 
 
 def make_model(folder: Path, shape: Shape, blocks: int) -> None:
-    """Random bfloat16 weights, a file a block, none of it held in memory at once."""
+    """Write random bfloat16 weights, one file per block, never holding all of them in memory."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,7 +111,7 @@ class Bench:
 
     @property
     def scale(self) -> float:
-        """From the blocks that were run to those of the model."""
+        """Factor from the blocks that were run to those of the model."""
         return LLAMA_BLOCKS / self.blocks
 
     @property
@@ -130,7 +130,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def peak_gib(self) -> float:
-        """Highest GPU memory since the last call."""
+        """Return peak GPU memory since the last call."""
         if self.device == "cpu":
             return 0.0
         peak = torch.cuda.max_memory_allocated(self.device) / GIB
@@ -139,7 +139,7 @@ class Bench:
 
 
 def product_rate(bench: Bench) -> float:
-    """FLOP/s of a plain bfloat16 product of the model's widest shapes, the best of some."""
+    """Return FLOP/s of a plain bfloat16 product of the model's widest shapes, the best of five."""
     tokens, hidden, wide = bench.shape.batch_tokens, bench.shape.hidden, bench.shape.intermediate
     left = torch.randn(tokens, hidden, device=bench.device, dtype=torch.bfloat16)
     right = torch.randn(hidden, wide, device=bench.device, dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def _ten(left: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def calibrate(bench: Bench, source: ModelSource, tokens_SL: torch.Tensor) -> BlockMoments:
-    """Read the model; the first block's moments are kept for the solver, the others' dropped."""
+    """Run the calibration pass; keep the first block's moments for the solver and drop the others'."""
     first: list[BlockMoments] = []
 
     def keep(found: BlockMoments) -> None:
@@ -173,7 +173,7 @@ def calibrate(bench: Bench, source: ModelSource, tokens_SL: torch.Tensor) -> Blo
 
 
 def solve(bench: Bench, block: BlockMoments, sparsities: tuple[float, ...]) -> None:
-    """One block for these sparsities, from moments in host memory to weights on the device."""
+    """Solve one block at these sparsities, from moments in host memory to weights on the device."""
     for site in block.sites:
         hessian_II = block.moments["random"][site.name].hessian_II(site.name).to(bench.device)
         shared = factor(hessian_II, name=site.name)
@@ -199,7 +199,7 @@ def measure(bench: Bench, folder: Path) -> Iterator[dict[str, Any]]:
     scaled = f", scaled from {bench.blocks} to {LLAMA_BLOCKS} blocks" if bench.scale != 1 else ""
     yield record(case, "plain bfloat16 product", plain / 1e12, "TFLOP/s")
     bench.peak_gib()
-    first = calibrate(bench, source, tokens_SL[:2])  # warm: kernels are chosen
+    first = calibrate(bench, source, tokens_SL[:2])  # warm-up: kernels are selected
     times = [bench.seconds(lambda: calibrate(bench, source, tokens_SL)) for _ in range(bench.repeats)]
     rates = [bench.tokens * bench.blocks * bench.shape.operations / spent for spent in times]
     yield median_record(case, f"calibration{scaled}", [spent * bench.scale for spent in times], "s")

@@ -1,11 +1,11 @@
-"""What the gradients of the loss bring to a mask, and what they cost: real text, a small real model, one draw.
+"""What loss gradients in the pruning score gain, and what they cost: real text, a small real model, one draw.
 
     python benchmarks/gradients.py TESTBED [--home STORE]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Wanda, and GBLM with several weights of
-the gradient, half general and half domain text (alpha .5), through the product itself, on one thread. Test
-perplexities; seconds of one core for reading all sums (Σ x xᵀ among them) of a set of windows, and for the gradients
-over it; bytes that each takes in the store.
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Wanda, and GBLM with several gradient
+weights, half general and half domain text (alpha .5), run by crosscal itself, on one thread. Rows: test perplexities;
+seconds of one core for a calibration pass with all sums (Σ x xᵀ among them) over a set of windows, and for the
+gradients over it; bytes of each in the store.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from crosscal.store import Store, digest_of
 DOMAINS = ("biomedical", "legal")
 SPARSITIES = [0.5, 0.6]
 WEIGHTS = [1, 5, 25, 100, 1000]
-"""25 is what was published, in means."""
+"""25 is the published value, for means."""
 WINDOWS, LENGTH, HELD_OUT = 128, 256, 32
 COST_WINDOWS, REPEATS = 32, 3
 
@@ -56,7 +56,7 @@ def run(testbed: Path, home: str, *compress: dict[str, Any]) -> dict[str, Any]:
 
 
 def costs(testbed: Path) -> list[dict[str, Any]]:
-    """Seconds of one core, whatever else the machine does, and bytes; random tokens take as long as any."""
+    """Return CPU seconds and stored bytes; random tokens take as long as text."""
     source = ModelSource.open(testbed / "models" / "llama-mix-8m")
     seconds: dict[str, list[float]] = defaultdict(list)
     stored: dict[str, int] = {}

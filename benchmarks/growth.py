@@ -1,13 +1,13 @@
-"""Claim: a corpus may grow for ever. Every document counts however it lands, and disk and time of a landing stay flat.
+"""Claim: a corpus can grow without limit: all documents count, however they land; disk and time per landing stay flat.
 
     python benchmarks/growth.py [--landings 100]
 
 The demo's model and texts. First, 150 biomedical documents, each shorter than a window of 256 tokens, land in one file,
-in 25 files of six and in 150 files of one: the share of the training tokens that enters the Hessian, and the
+in 25 files of six and in 150 files of one: the share of the training tokens that is used in the Hessian, and the
 perplexity on the domain's test text of a model pruned to 70 % on half general, half domain text, against general text
-alone. Then 100 landings of five documents each, every one followed by a recompression (one variant, half general, half
-domain, not evaluated): bytes of the store, sets of moments that a solve reads, tokens read, and seconds. Seconds are
-medians over ten landings, the spread half their range.
+alone. Then 100 landings of five documents, each followed by a recompression (one variant, half general, half domain,
+not evaluated): bytes in the store, sets of moments per solve, calibration tokens, and seconds. Seconds are medians over
+ten landings, the spread is half their range.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def parts(sums: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def small_landings(store: Store, folder: Path) -> list[dict[str, Any]]:
-    """However documents land, the same share of their tokens enters, and the model is better in their domain."""
+    """Measure the share of training tokens used and domain perplexity, for each way in which the documents land."""
     for name, size in FILES.items():
         for start in range(0, 150, size):
             land(store, folder, name, lines()[start : min(start + size, 150)])
@@ -101,7 +101,7 @@ def stored_bytes(home: Path, kind: str = "*") -> int:
 
 
 def landing(store: Store, folder: Path, number: int) -> dict[str, float]:
-    """One landing and its recompression."""
+    """Land documents, recompress, and return the figures."""
     start = FIRST + EACH * (number - 1)
     land(store, folder, "domain", lines()[start : start + EACH] if number else lines()[:FIRST])
     compress = [{"method": "sparsegpt", "sparsity": 0.5, "domain": "domain", "alpha": 0.5}]
@@ -122,7 +122,7 @@ def landing(store: Store, folder: Path, number: int) -> dict[str, float]:
 
 
 def grown(store: Store, folder: Path, landings: int) -> list[dict[str, Any]]:
-    """What the landings cost: the first, and medians over the ten that end with the ones shown."""
+    """Return the cost at the landings shown; seconds are medians over the ten up to each."""
     landing(store, folder, 0)
     seen = []
     for number in range(1, landings + 1):

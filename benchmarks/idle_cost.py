@@ -1,13 +1,13 @@
-"""Claim: waiting costs little and always the same: what a service in which nothing lands asks of the store and writes
-to Prefect's database, with 10,000 landed files.
+"""Claim: idling costs little, and always the same: store operations and writes to Prefect's database of a service in
+which nothing lands, with 10,000 landed files.
 
     python benchmarks/idle_cost.py [--files 10000] [--watches 20] [--seconds 20] [--case NAME]
     python benchmarks/idle_cost.py --store      # with 100, 1,000 and 10,000 files; no server is started
 
 A real server with SQLite and the worker of the queue `service`, as `crosscal deploy` prints it; a watch every 20
-seconds unless told otherwise. Counted, between two moments at which a watch has just ended: rows and bytes of the
-database by table (SQLite's own `dbstat`), over the number of watches that looked in between; an hour has 60 of them.
-What a watch asks of the store is counted beside it, in this process. Rows of other cases stay as they are.
+seconds by default. Counted between two ends of watches: rows and bytes of the database by table (SQLite's `dbstat`),
+divided by the number of completed watches in between; an hour is taken to have 60 watches. The store operations of a
+watch are counted separately, in this process. Rows of other cases are kept.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from tests.helpers.counting_home import counting_store
 DOMAINS = 10
 WATCHES_AN_HOUR = 60
 SETTLED = 2
-"""Watches before counting begins: the scheduler plans ahead, and the first ones find the ledger anew."""
+"""Watches before counting begins: the scheduler plans ahead, and the first watches see a new ledger."""
 
 
 def fill(home: Path, landing: Path, files: int) -> None:
-    """So many files that landed and were ingested, the newest version of each domain recompressed."""
+    """Create `files` landed and ingested files, with the newest version of each domain recompressed."""
     store, _ = counting_store(home)
     changes: dict[str, dict[str, object]] = {}
     for number in range(files):
@@ -67,7 +67,7 @@ def fill(home: Path, landing: Path, files: int) -> None:
 
 
 def store_operations(home: Path, landing: Path) -> tuple[int, float]:
-    """What a watch asks of the store: one look at the landing place, and one at what waits; and its seconds."""
+    """Return store operations and seconds of a watch: a check of the landing place and one for pending domains."""
     store, asked = counting_store(home)
     began = time.monotonic()
     ledger = Ledger(store)
@@ -77,7 +77,7 @@ def store_operations(home: Path, landing: Path) -> tuple[int, float]:
 
 
 def tables(database: Path) -> dict[str, tuple[int, int]]:
-    """Table → rows and bytes, its indexes included."""
+    """Table → (rows, bytes including its indexes)."""
     with closing(sqlite3.connect(database, timeout=60)) as connection:
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         of_table = dict(connection.execute("SELECT name, tbl_name FROM sqlite_master"))
@@ -90,7 +90,7 @@ def tables(database: Path) -> dict[str, tuple[int, int]]:
 
 
 def ended(database: Path) -> int:
-    """Watches that looked; those skipped because another was at work cost less."""
+    """Return the number of completed watches; watches skipped because another was running cost less."""
     query = (
         "SELECT COUNT(*) FROM flow_run JOIN flow ON flow.id = flow_run.flow_id "
         "WHERE flow.name = 'watch' AND flow_run.state_type = 'COMPLETED'"
@@ -100,7 +100,7 @@ def ended(database: Path) -> int:
 
 
 def store_costs(files: int) -> list[dict[str, Any]]:
-    """What a look costs with so many files, and with a hundredth of them."""
+    """Return the cost of a check with a hundredth of the files, a tenth, and all."""
     rows = []
     for count in (files // 100, files // 10, files):
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def store_costs(files: int) -> list[dict[str, Any]]:
 
 
 def database_costs(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """What a watch writes, and an hour of them."""
+    """Return what Prefect's database grows by per watch and per hour."""
     fill(folder / "home", folder / "landing", options.files)
     places = {name: str(folder / name) for name in ("landing", "home", "runs")}
     service = folder / "service.yaml"

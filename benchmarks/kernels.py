@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--repeats 9]
 
 One panel of 128 columns and 2816 rows (gate and up of the peers' reference Llama, stacked), on one thread, the compiled
-loop and its twin in turns; nanoseconds a weight, medians, with half ranges as spread.
+loop and its torch twin alternating; nanoseconds per weight, medians, with half ranges as spread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     rows = [record("circumstances", "load average before", load_average(), "processes")]
     for case, panel in panels().items():
         pairs = [(nanoseconds(fix_panel_torch, panel), nanoseconds(fix_panel_numba, panel)) for _ in range(repeats + 1)]
-        plain, compiled = zip(*pairs[1:], strict=True)  # the first compiles, and warms up
+        plain, compiled = zip(*pairs[1:], strict=True)  # the first pair compiles and warms up
         rows += [
             median_record(case, "plain torch", plain, "ns a weight"),
             median_record(case, "compiled", compiled, "ns a weight"),

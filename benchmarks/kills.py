@@ -1,12 +1,12 @@
-"""Claim: whatever is killed, the next run goes on, and the end is that of an undisturbed run.
+"""Claim: whichever process is killed, the next run resumes, and the result is that of an undisturbed run.
 
     python benchmarks/kills.py [--kills 50] [--seed 0] [--keep FOLDER]
 
 A real server, a worker and SQLite on loopback; the demo's model, two of its corpora, five variants. Flow process,
-worker and server are killed with SIGKILL in turn, each at a random moment of a run's body; what was killed is started
-again, and so is the run when it died. When a run completes, its store must verify, its run directory must hold exactly
-the files of an undisturbed run, none half-written, and results and weights must be equal; then everything begins
-anew in an empty store.
+worker and server are killed with SIGKILL in turn, each at a random moment of a run's body; the killed process is
+restarted, and so is the run if it died. When a run completes, its store must verify, its run directory must contain
+exactly the files of an undisturbed run, none half-written, and results and weights must be equal; then the next trial
+starts in an empty store.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ DEPLOYMENT = {
     ],
 }
 QUICK = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2"}
-"""The worker asks for work, and log lines arrive, every second or so: less waiting between kills."""
+"""The worker polls every second and log lines arrive at once: less waiting between kills."""
 MEASURED = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "seed")
 
 
 @dataclass
 class Service:
-    """Server and worker, which are started again when they were killed."""
+    """Server and worker, which are restarted after a kill."""
 
     folder: Path
     shared: dict[str, str]
@@ -92,7 +92,7 @@ class Service:
             wait_for(lambda: is_healthy(self.shared["PREFECT_API_URL"]), START_SECONDS)
 
     def kill(self, target: str) -> None:
-        """SIGKILL to one process (the server's group: its command line has started it as a child)."""
+        """Send SIGKILL to one process (for the server to its group, since the server is a child of its command)."""
         if target == "flow":
             for found in self.flow_processes():
                 found.kill()
@@ -103,7 +103,7 @@ class Service:
             kill(self.running[target])
 
     def flow_processes(self) -> list[psutil.Process]:
-        """Processes that carry out a flow run of this server, orphans of a killed worker included."""
+        """Return the processes that run a flow run of this server, including orphans of a killed worker."""
         found = []
         for one in psutil.process_iter(["cmdline"]):
             try:
@@ -121,7 +121,7 @@ class Service:
             kill(process)
 
     def call(self, path: str, **content: Any) -> Any:
-        """What the server answers; a server that starts, or is busy with its database (503), is asked again."""
+        """Return the server's answer; retry while it starts or its database is busy (503)."""
         url = f"{self.shared['PREFECT_API_URL']}/{path}"
 
         def ask() -> list[Any] | None:
@@ -134,7 +134,7 @@ class Service:
         return wait_for(ask, START_SECONDS, every=0.5)[0]
 
     def deploy(self) -> str:
-        """The id of a deployment of the flow on a pool of its own."""
+        """Deploy the flow on its own pool and return the deployment's id."""
         file = self.folder / "deployment.yaml"
         file.write_text(yaml.safe_dump(DEPLOYMENT))
         for arguments in (
@@ -148,7 +148,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Trial:
-    """A store and a run directory, and the runs that share them."""
+    """A store and a run directory, shared by the runs of one trial."""
 
     folder: Path
 
@@ -157,7 +157,7 @@ class Trial:
         return self.folder / "run"
 
     def seconds(self) -> float:
-        """In the stages of the last run that completed."""
+        """Return the seconds in stages of the last completed run."""
         return sum(json.loads((self.run_dir / "run.json").read_text())["stages"].values())
 
     def parameters(self) -> dict[str, str]:
@@ -178,7 +178,7 @@ class Run:
         return self._service.call(f"flow_runs/{self.id}")["state_type"]
 
     def stage(self) -> str:
-        """The first stage whose end the run has not logged yet."""
+        """Return the first stage whose end the run has not logged yet."""
         logs = self._service.call("logs/filter", logs={"flow_run_id": {"any_": [self.id]}}, limit=200)
         ended = {line["message"].partition(":")[0] for line in logs}
         return next((stage for stage in STAGES if stage not in ended), "last state")
@@ -187,13 +187,13 @@ class Run:
         wait_for(lambda: self.state() not in ("SCHEDULED", "PENDING"), RUN_SECONDS)
 
     def wait_for_end(self) -> bool:
-        """Until no process works on it; whether it completed."""
+        """Wait until no process runs it; return whether it completed."""
         wait_for(lambda: not self._service.flow_processes(), RUN_SECONDS, every=0.3)
         return self.state() == "COMPLETED"
 
 
 def undisturbed(service: Service, trial: Trial) -> float:
-    """Carry out the plan without a server and without kills; seconds in its stages."""
+    """Run the plan without a server and without kills; return the seconds in its stages."""
     asked = trial.parameters()
     alone = {name: value for name, value in service.shared.items() if name != "PREFECT_API_URL"}
     done = crosscal(alone, "run", asked["plan_path"], "--home", asked["home"], "--out", asked["out"], "--json")
@@ -203,7 +203,7 @@ def undisturbed(service: Service, trial: Trial) -> float:
 
 
 def disturb(service: Service, run: Run, target: str, moment_seconds: float) -> str | None:
-    """Kill `target` so long after the run's body began, and start it again; the stage hit, None if it was over."""
+    """Kill and restart `target` at this time of the run's body; return the stage hit, None if the run was over."""
     run.wait_for_body()
     until = time.monotonic() + moment_seconds
     while time.monotonic() < until:
@@ -220,7 +220,7 @@ def disturb(service: Service, run: Run, target: str, moment_seconds: float) -> s
 
 
 def differences(trial: Trial, calm: Trial) -> list[str]:
-    """What is not as in the undisturbed run: damaged artifacts, files too many or missing, values, weights."""
+    """Return differences from the undisturbed run: damaged artifacts, extra or missing files, values, weights."""
     found = [f"{kind} {key}: {problem}" for kind, key, problem in Store(trial.folder / "home").verify() if problem]
     mine, theirs = files_of(trial.run_dir), files_of(calm.run_dir)
     found += [f"file {name}" for name in mine.keys() ^ theirs.keys()]
@@ -229,7 +229,7 @@ def differences(trial: Trial, calm: Trial) -> list[str]:
 
 
 def files_of(run_dir: Path) -> dict[str, str]:
-    """Every file; with its digest where it belongs to a model."""
+    """File -> digest if it belongs to a model, else empty."""
     names = sorted(file for file in run_dir.rglob("*") if file.is_file())
     return {str(file.relative_to(run_dir)): digest(file) if "models" in file.parts else "" for file in names}
 
@@ -248,7 +248,7 @@ class Tally:
     hits: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(target, stage) → kills."""
     survived: Counter[str] = field(default_factory=Counter)
-    """Target → runs that completed although it was killed."""
+    """Target → runs that completed despite its kill."""
     trials: int = 0
     differences: list[str] = field(default_factory=list)
 
@@ -258,7 +258,7 @@ class Tally:
 
 
 def carry_on(service: Service, folder: Path, kills: int, chance: random.Random) -> Tally:
-    """Kill until there were enough kills and the last trial has completed."""
+    """Run trials until there were enough kills and the last trial has completed."""
     deployment, tally, calm = service.deploy(), Tally(), Trial(folder / "calm")
     body_seconds = undisturbed(service, calm)
     print(f"an undisturbed run's stages take {body_seconds:.1f} s", flush=True)
@@ -275,7 +275,7 @@ def carry_on(service: Service, folder: Path, kills: int, chance: random.Random) 
                 print(f"{tally.kills}: {target} in {stage}, completed: {has_completed}", flush=True)
         tally.trials += 1
         tally.differences += differences(trial, calm)
-        if runs == 1:  # nothing was found ready: so long does a whole run take now, beside whatever else there is
+        if runs == 1:  # nothing was cached: the time of a whole run under the present load
             body_seconds = trial.seconds()
     return tally
 

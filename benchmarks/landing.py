@@ -1,12 +1,12 @@
-"""Claim: it runs by itself. A file in the landing folder becomes a published model, and nobody did anything.
+"""Claim: the service runs automatically: a file in the landing folder becomes a published model without intervention.
 
     python benchmarks/landing.py [--watch-seconds 20] [--keep FOLDER]
 
 A real server with an auth string, two workers and SQLite on loopback, deployed with `crosscal deploy`. Two domains of
 the demo land one after the other, 99 % of their training documents first and then the last 1 %. Measured from the
 moment the file is complete in its folder: until the flow run is created, until its body runs, until
-`published/<domain>` points to a model made from it (or the ledger says that it was kept); and the calibration tokens
-each run read.
+`published/<domain>` points to a model made from it (or the ledger states that the old model was kept); and the
+calibration tokens of each run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RUN_SECONDS = 600.0
 
 
 def documents(domain: str) -> tuple[bytes, bytes]:
-    """Training documents of a demo domain: all but the last 1 %, and those."""
+    """Return the training documents of a demo domain: all but the last 1 %, and the last 1 %."""
     lines = b"".join(chunks(ROOT / "data/demo/corpora" / domain / "train.jsonl.zst")).splitlines()
     kept = len(lines) - max(1, round(LANDED_SHARE * len(lines)))
     return b"\n".join(lines[:kept]) + b"\n", b"\n".join(lines[kept:]) + b"\n"
@@ -50,7 +50,7 @@ def write_service(folder: Path, watch_seconds: int) -> Path:
 
 
 def land(folder: Path, name: str, content: bytes) -> float:
-    """Write a file as anybody would, and its marker; when it was complete."""
+    """Write a file as a user would, then its marker; return when it was complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     (folder / f"{name}.done").touch()
@@ -71,7 +71,7 @@ def seconds_since_1970(moment: str) -> float:
 
 
 def follow(api_url: str, store: Store, folder: Path, domain: str, version: int, content: bytes) -> dict[str, Any]:
-    """Land a file and wait until its version is decided about; seconds from landing to each step, and tokens."""
+    """Land a file and wait for the outcome of its version; return seconds from landing to each step, and tokens."""
     landed = land(folder / "landing" / domain, f"v{version}.jsonl", content)
     run = wait_for(lambda: finished(store, domain, version), RUN_SECONDS, every=0.2)
     seen = flow_run(api_url, run.run_id)
@@ -117,9 +117,9 @@ def rows(case: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shares(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the second landing reads, of the very first pass (general and domain) and of the domain's part of it.
+    """Tokens of the second landing over those of the first pass (general and domain) and over the domain's part of it.
 
-    The domain that lands second finds the general corpus's moments in the store: its first reading is its own part.
+    The domain that lands second reuses the general corpus's moments, so its first pass is the domain's part alone.
     """
     most = max(run["tokens"] for run in second)
     whole, part = max(run["tokens"] for run in first), min(run["tokens"] for run in first)

@@ -1,4 +1,4 @@
-"""A Prefect server of its own and its workers, on loopback, for benchmarks and tests of what runs by itself."""
+"""A separate Prefect server and its workers on loopback, for benchmarks and tests of the automatic service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 90.0
 PASSWORD = ("crosscal", "on loopback")
 WITH_PASSWORD = {name: ":".join(PASSWORD) for name in ("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")}
-"""As the docs advise: a server with an auth string, and clients that have it."""
+"""Environment of a server with an auth string, and of its clients, as the docs advise."""
 R = TypeVar("R")
 
 
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def wait_for(look: Callable[[], R | None], seconds: float, *, every: float = 0.1) -> R:
-    """What `look` finds; raises `TimeoutError` when it finds nothing in time."""
+    """Poll `look` and return its first truthy result; raise `TimeoutError` after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = look()
@@ -47,7 +47,7 @@ def wait_for(look: Callable[[], R | None], seconds: float, *, every: float = 0.1
 def process(
     command: list[str], environment: Mapping[str, str], log: Path, cwd: Path = ROOT
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, which is ended with all its children."""
+    """Run a process in its own group, which is killed with all its children at the end."""
     with log.open("ab") as output:
         running = subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -65,7 +65,7 @@ def kill(running: subprocess.Popen[bytes]) -> None:
 
 
 def environment(folder: Path, port: int, **more: str) -> dict[str, str]:
-    """What server, workers and commands share. `python -m` and the printed commands find this checkout's programs."""
+    """Return the environment of server, workers and commands; commands find this checkout's programs."""
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     own = {
         "PATH": programs,
@@ -82,7 +82,7 @@ def environment(folder: Path, port: int, **more: str) -> dict[str, str]:
 
 @contextmanager
 def server(folder: Path, shared: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that answers; its database is under `folder` and stays there."""
+    """Run a server, from when it answers; its database is under `folder` and is kept."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", shared["PREFECT_SERVER_API_PORT"]]
     with process(command, shared, folder / "server.log") as running:
         wait_for(lambda: is_healthy(shared["PREFECT_API_URL"]), START_SECONDS)
@@ -102,7 +102,7 @@ def crosscal(shared: Mapping[str, str], *arguments: str) -> subprocess.Completed
 
 
 def deploy(shared: Mapping[str, str], service: Path) -> dict[str, Any]:
-    """What `crosscal deploy` made and printed."""
+    """Run `crosscal deploy` and return what it printed."""
     done = crosscal(shared, "deploy", str(service), "--json")
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -111,7 +111,7 @@ def deploy(shared: Mapping[str, str], service: Path) -> dict[str, Any]:
 
 @contextmanager
 def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A receiver of webhooks: its address, and a list of what was posted to it so far."""
+    """Run a receiver of webhooks; yield its address and the list of messages posted so far."""
     received: list[dict[str, Any]] = []
 
     class Receiver(BaseHTTPRequestHandler):
@@ -130,7 +130,7 @@ def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @contextmanager
 def workers(folder: Path, shared: Mapping[str, str], commands: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The workers whose shell commands `crosscal deploy` printed."""
+    """Run the workers whose shell commands `crosscal deploy` printed."""
     with ExitStack() as stack:
         logs = [folder / f"worker{number}.log" for number in range(len(commands))]
         yield [

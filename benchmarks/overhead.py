@@ -1,11 +1,11 @@
-"""Claim: without a server, `crosscal run` costs at most 6 s or 10 % beside its stages and what any tool would import.
+"""Claim: without a server, `crosscal run` costs at most 6 s or 10 % beyond its stages and the imports of any tool.
 
     python benchmarks/overhead.py [--repeats 3] [--plan plans/demo.yaml]
 
-The whole command from start to exit, in a store of its own, minus the seconds in stages that its record states, minus
-the import of torch and of the part of transformers that loads a model, which every tool pays. What is left is said in
-parts: importing Prefect, importing crosscal and its other libraries, and the rest (interpreter, plan, flow, table, and
-what Python does at its end). Wall times: run it on a quiet machine; the load average is among the figures.
+The whole command from start to exit, in its own store, minus the seconds in stages from its record, minus the import
+of torch and of the part of transformers that loads a model, which every tool needs. The remainder is split into
+importing Prefect, importing crosscal and its other libraries, and the rest (interpreter, plan, flow, table, and
+Python's shutdown). These are wall times: run it on an idle machine; the load average is among the figures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ print(json.dumps([any_tool - started, prefect_done - any_tool, time.perf_counter
 
 
 def command(*arguments: str) -> tuple[float, str]:
-    """Seconds and output of a Python process without a Prefect server."""
+    """Run a Python process without a Prefect server; return its seconds and output."""
     with tempfile.TemporaryDirectory() as folder:
         shared = environment(Path(folder), 0)
         del shared["PREFECT_API_URL"]
@@ -55,7 +55,7 @@ def command(*arguments: str) -> tuple[float, str]:
 
 
 def measure(plan: str) -> dict[str, float]:
-    """One run, and the imports by themselves."""
+    """Time one run, and the imports separately."""
     any_tool, prefect, own = json.loads(command("-c", IMPORTS)[1])
     with tempfile.TemporaryDirectory() as folder:
         places = ("--home", f"{folder}/home", "--out", f"{folder}/run")
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--plan", default="plans/demo.yaml")
     options = parser.parse_args()
     load = load_average()
-    command("-c", IMPORTS)  # from now on the files of the libraries are in the page cache
+    command("-c", IMPORTS)  # loads the libraries' files into the page cache
     runs = [measure(options.plan) for _ in range(options.repeats)]
     for run in runs:
         print(json.dumps({name: round(seconds, 2) for name, seconds in run.items()}))

@@ -1,11 +1,11 @@
-"""Claim: packed mixtures of experts are as small as llm-compressor's, in the names and the config that it writes.
+"""Claim: packed mixtures of experts are as small as llm-compressor's, with the same names and config.
 
     python benchmarks/packed_size.py
 
-Four tiny mixtures in bfloat16, rounded to the nearest of 4 bits, 32 inputs a scale, by both; llm-compressor in its own
-environment (`vs_peers.py`). Compared are bytes of the files of weights, names and shapes of tensors, and every field of
-`quantization_config`; what differs is printed. transformers loads no packed experts of GPT-OSS: there crosscal writes
-them dense, and says so.
+Four tiny mixture-of-experts models in bfloat16, rounded to nearest at 4 bits with 32 inputs per scale, by both tools;
+llm-compressor in its own environment (`vs_peers.py`). Compared are bytes of the weight files, names and shapes of
+tensors, and every field of `quantization_config`; differences are printed. transformers cannot load packed GPT-OSS
+experts: crosscal writes them dense, and reports it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IMPLIED = {
     "input_activations": None, "output_activations": None, "kv_cache_scheme": None, "global_compression_ratio": None,
     "sparsity_config": {}, "transform_config": {},
 }  # fmt: skip
-"""What a config means that leaves these out. vLLM refuses some configs that have `sparsity_config`."""
+"""Values of fields that a config leaves out. vLLM refuses some configs that have `sparsity_config`."""
 
 
 def configs() -> dict[str, PretrainedConfig]:
@@ -85,14 +85,14 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def fields(value: Any, path: str = "") -> dict[str, Any]:
-    """Every field of a config by its path, lists as sets."""
+    """Return every field of a config by its path, lists as sets."""
     if isinstance(value, dict) and value:
         return {k: v for name, inner in value.items() for k, v in fields(inner, f"{path}.{name}").items()}
     return {path: set(value) if isinstance(value, list) else value}
 
 
 def differing(folders: tuple[Path, Path]) -> dict[str, tuple[Any, Any]]:
-    """Fields of `quantization_config` that say something else."""
+    """Return the fields of `quantization_config` with different meanings."""
     both = [fields(json.loads((f / "config.json").read_text())["quantization_config"]) for f in folders]
 
     def meant(one: dict[str, Any], path: str) -> Any:

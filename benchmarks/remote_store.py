@@ -1,11 +1,11 @@
-"""Claim: a store on S3 whose line fails gives what a store on disk gives, and loses nothing.
+"""Claim: a store on S3 with a faulty connection gives the same results as a store on disk, and loses nothing.
 
     python benchmarks/remote_store.py
 
 A small run of the demo (three variants) with a store on disk, on a local S3-compatible server (moto's), and on the
-same server with faults put in: answers of 503, requests carried out whose answer is lost, bodies cut short, late
-answers. Every model must equal the local one byte for byte, and the store verify clean. The figures are seconds of the
-runs, and what was done to how many requests.
+same server with injected faults: answers of 503, requests executed whose answer is lost, truncated bodies, late
+answers. Every model must equal the local one byte for byte, and the store must verify clean. The figures are seconds of
+the runs, and the number of requests by fault.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     rows = [record("machine", "load average before", load_average(), "processes")]
     with tempfile.TemporaryDirectory() as place, object_store() as (url, line):
         folder = Path(place)
-        os.environ.update(at(url), AWS_MAX_ATTEMPTS="1")  # s3fs would hide faults by trying again itself
+        os.environ.update(at(url), AWS_MAX_ATTEMPTS="1")  # s3fs would hide faults by its own retries
         run(str(folder / "warm home"), folder / "warm")
         seconds, local = run(str(folder / "home"), folder / "local")
         rows.append(record("store on disk", "run", seconds, "s"))

@@ -1,11 +1,11 @@
-"""Claim: a sweep reads the model once per corpus, and what was read once is never read again.
+"""Claim: a sweep needs one calibration pass per corpus, and no window is passed through the model twice.
 
     python benchmarks/reuse.py TESTBED
 
 A sweep of 16 variants (8 sparsities, 2 mixtures) on a small real model; the same plan in a new run directory; one
 more sparsity; and the same plan after 1 % new documents landed in the domain's folder. The figures are calibration
-tokens run through the model, seconds of calibration and of solving, and how far the moments of the grown corpus, added
-up from its shards, are from those of one reading of the same windows.
+tokens run through the model, seconds of calibration and of solving, and the difference between the moments of the grown
+corpus, summed over its shards, and those of one pass over the same windows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODEL = "llama-mix-8m"
 
 
 def split_off(source: Path, folder: Path) -> list[bytes]:
-    """Copy a corpus without the last 1 % of its training documents, which are returned."""
+    """Copy a corpus without the last 1 % of its training documents; return those."""
     shutil.copytree(source, folder)
     lines = b"".join(chunks(source / "train.jsonl.zst")).splitlines()
     kept = len(lines) - round(LANDED * len(lines))

@@ -1,10 +1,10 @@
-"""What scales moved into norms (AWQ) gain from the same statistics, in front of plain rounding and of GPTQ.
+"""What scales moved into norms (AWQ) gain from the same statistics, before plain rounding and before GPTQ.
 
     python benchmarks/scales.py TESTBED [--home STORE] [--seeds 1] [--bits 4 3]
 
 As `solvers.py`: the small Llama, half general and half domain text (alpha .5), groups of 64; a row is the mean over
 draws, both domains and, for losses, matrices. Ratios are to plain rounding at the same bits. The losses of the matrices
-that scales can reach, those that read a norm, stand apart as well.
+that can be scaled, those that read a norm's output, are also reported separately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECIPES = {
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
     "gptq plain": {"activation_order": False, "scale_search": False},  # as published
-    "awq off": {"points": 1},  # the exponent 0 alone: plain rounding, its losses measured on the mixture
+    "awq off": {"points": 1},  # exponent 0 only: plain rounding, with losses measured on the mixture
 }
 
 
@@ -40,7 +40,7 @@ def step(method: str, bits: int) -> dict[str, Any]:
 
 
 def reached(runs: Path) -> float:
-    """The mean relative loss of the matrices that read a norm."""
+    """Return the mean relative loss of the matrices that read a norm's output."""
     rows = [row for file in sorted(runs.rglob("layers.jsonl")) for row in read_rows(file, LayerRow)]
     sites = ("self_attn.q_proj", "mlp.gate_proj")
     return statistics.mean(row.relative_loss for row in rows if row.site in sites)

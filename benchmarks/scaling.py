@@ -1,11 +1,11 @@
-"""Claim: time, memory and disk grow as the mathematics says, and a variant more costs a small part of a calibration.
+"""Claim: time, memory and disk grow as theory predicts, and one more variant costs a small part of a calibration.
 
     python benchmarks/scaling.py [--repeats 3] [--threads 2]
 
 One axis at a time on random Llama models, everything else as in BASE: tokens, width, blocks, variants of a sweep,
-corpora. A measurement is one process that reads the model over every corpus and solves the sweep, into an empty store.
-The figures are fitted by least squares in log-log as value = c · axis^e; the exponent stands beside the one that the
-mathematics says for the term that grows fastest. Peak memory is what the process reaches above its size before.
+corpora. A measurement is one process that runs the calibration passes of all corpora and solves the sweep, into an
+empty store. The figures are fitted by least squares in log-log as value = c · axis^e; the exponent is reported with the
+theoretical one of the fastest growing term. Peak memory is the increase over the process's size at the start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPARSITIES = [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65]
 @dataclass(frozen=True)
 class Setting:
     tokens: int = 16384
-    """Of one corpus."""
+    """Tokens per corpus."""
     hidden: int = 256
     blocks: int = 4
     variants: int = 1
@@ -63,7 +63,7 @@ SAID = {
     "variants": {"moments": "0", "solve": "below 1", "peak memory": "below 1", "store": "0", "models": "1"},
     "corpora": {"moments": "1", "solve": "below 1", "peak memory": "below 1", "store": "1", "models": "0"},
 }
-"""Exponents; "below 1" where a fixed part (reading and factoring) is shared by what the axis adds."""
+"""Theoretical exponents; "below 1" where a fixed part (loading and factoring) is shared along the axis."""
 
 
 def make_model(folder: Path, setting: Setting) -> None:
@@ -85,7 +85,7 @@ def make_model(folder: Path, setting: Setting) -> None:
 
 
 class Peak:
-    """The highest resident memory of this process while it is entered, above that at the start."""
+    """Context manager that measures this process's peak resident memory above that at the start."""
 
     def __enter__(self) -> Peak:
         import psutil
@@ -107,7 +107,7 @@ class Peak:
 
 
 def measure(setting: Setting, threads: int) -> dict[str, float]:
-    """One job, in this process."""
+    """Run and measure one job in this process."""
     import torch
     from job import bytes_below
     from run_crosscal import sample, ticket_of
@@ -145,7 +145,7 @@ def measure(setting: Setting, threads: int) -> dict[str, float]:
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
-    """Slope of log value over log axis by least squares."""
+    """Return the slope of log value over log axis by least squares."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     slope_up = sum((x - mean_x) * (y - mean_y) for x, y in logs)

@@ -1,11 +1,11 @@
-"""Claim: the service can be lived with. What operators do and what befalls them, on a real server, in a row.
+"""Claim: the service withstands daily operation: operators' actions and mishaps, on a real server, in sequence.
 
     python benchmarks/service_hour.py [--keep FOLDER]
 
 A server with an auth string, two workers, SQLite and a receiver of webhooks on loopback, deployed with
-`crosscal deploy` from a folder with a plan and a service file of its own; the demo's model and corpora. Every step says
-what it expects, and every expectation is read where an operator would read it: the ledger, the published pointer, the
-flow runs of the server, what the receiver got. Exit 1 when one does not come true.
+`crosscal deploy` from a folder with its own plan and service file; the demo's model and corpora. Every step states its
+expectations, which are checked where an operator would look: the ledger, the published pointer, the flow runs of the
+server, the messages of the receiver. Exit status 1 if an expectation is not met.
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ PLAN: dict[str, Any] = {
     "execution": {"device": "cpu"},
     "publish": {"domain": "$domain", "guard": {"general": 0.3}, "tolerance": 0.5},
 }
-"""The guard lets a middle alpha pass and not the domain alone; the tolerance lets a new model take the place of an old
-one that is as good, so that every step ends in a move that can be looked for."""
+"""The guard accepts a middle alpha and not the domain alone; the tolerance lets a new model replace an equally good old
+one, so that every step ends in an observable change."""
 EVENTS = ("failed", "crashed", "given-up", "kept", "refused", "published")
 
 
 @dataclass
 class Hour:
-    """The service, and what was expected of it so far."""
+    """The service and its expectations so far."""
 
     folder: Path
     shared: dict[str, str]
     messages: list[dict[str, Any]]
-    """What the receiver of webhooks got."""
+    """Messages that the receiver of webhooks got."""
     checks: list[tuple[str, str, bool]] = field(default_factory=list)
-    """(step, expectation, whether it came true)."""
+    """(step, expectation, whether it was met)."""
     step: str = ""
 
     @property
@@ -98,7 +98,7 @@ class Hour:
         print(f"  {'yes' if is_so else 'NO '}  {what}{'' if is_so else f' (got {got})'}", flush=True)
 
     def run(self, *arguments: str) -> Any:
-        """A command; its JSON, or its exit code and message."""
+        """Run a command; return its JSON, or its exit code and message."""
         done = crosscal(self.shared, *arguments, "--home", str(self.folder / "home"))
         try:
             return json.loads(done.stdout)
@@ -106,7 +106,7 @@ class Hour:
             return {"exit": done.returncode, "said": (done.stdout + done.stderr).strip()}
 
     def call(self, path: str, **content: Any) -> Any:
-        """What the server answers; one that is busy with its database (SQLite) is asked again."""
+        """Return the server's answer; retry while its database (SQLite) is busy."""
 
         def ask() -> list[Any] | None:
             try:
@@ -118,12 +118,12 @@ class Hour:
         return wait_for(ask, RUN_SECONDS, every=1)[0]
 
     def flow_runs(self, flow: str) -> list[dict[str, Any]]:
-        """The newest first."""
+        """Return the flow runs of a flow, newest first."""
         flows, wanted = {"name": {"any_": [flow]}}, {"expected_start_time": {"before_": "2100-01-01T00:00:00Z"}}
         return self.call("flow_runs/filter", flows=flows, flow_runs=wanted, sort="START_TIME_DESC", limit=200)
 
     def quiet_watches(self) -> None:
-        """Wait until so many watches have begun and ended."""
+        """Wait until `QUIET_WATCHES` watches have begun and ended."""
         begun = time.time()
 
         def ended() -> bool:
@@ -133,7 +133,7 @@ class Hour:
         wait_for(ended, RUN_SECONDS, every=2)
 
     def next_run(self, domain: str, after: int) -> Run:
-        """The run of a domain with a higher number, once it has finished."""
+        """Wait for the finished run of a domain with a number above `after`."""
 
         def look() -> Run | None:
             last = self.ledger.last_run(domain)
@@ -146,11 +146,11 @@ class Hour:
         return last.number if last else 0
 
     def at_work(self, domain: str) -> Run:
-        """The run that works on a domain, as soon as there is one."""
+        """Wait for a run that has claimed the domain, and return it."""
         return wait_for(lambda: self.ledger.holder(domain), RUN_SECONDS, every=0.2)
 
     def told(self, *words: str) -> int:
-        """How many messages hold all of these."""
+        """Return the number of messages that contain all these words."""
         return sum(all(word in json.dumps(message) for word in words) for message in self.messages)
 
 
@@ -306,7 +306,7 @@ def a_removal(hour: Hour) -> None:
 
 
 def text_in_store(hour: Hour, text: str) -> list[str]:
-    """Corpora that hold a text."""
+    """Return the digests of stored documents that contain a text."""
     corpus = load_corpus(hour.store, OTHER)
     return [each.digest for each in search(hour.store, corpus, containing=text)]
 

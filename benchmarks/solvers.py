@@ -3,11 +3,11 @@
     python benchmarks/solvers.py TESTBED [--home STORE] [--seeds 5] [--sparsities 0.5 0.6 0.7 0.8 2:4] [--bits 4 3 2]
                                  [--without "sparsegpt+refit exact" ...] [--rank 16] [--claim solvers]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Every recipe is solved from the store's
-own Hessians, half general and half domain text (alpha .5), through the product itself. A row is the mean over draws
-and, for losses, over matrices; damage is perplexity over dense, minus one. Ratios are to SparseGPT's or plain GPTQ's
-numbers of the same draw. Seconds: mixing and solving all blocks for one recipe, on one thread. `--rank` adds recipes
-with a low-rank part, whose ratios are to SparseGPT with `refit` and `eora`.
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. crosscal itself solves every recipe
+from the stored Hessians, half general and half domain text (alpha .5). A row is the mean over draws, both domains and,
+for losses, matrices; damage is perplexity over dense, minus one. Ratios are to SparseGPT's or plain GPTQ's numbers of
+the same draw. Seconds: mixing and solving all blocks for one recipe, on one thread. `--rank` adds recipes with a
+low-rank part, whose ratios are to SparseGPT with `refit` and `eora`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WITH_LOW_RANK: dict[str, list[dict[str, Any]]] = {
     "3basil": [{"method": "3basil"}],
 }
 SHOWN_ONCE = ("sparsegpt+refit exact", "sparsegpt+swaps+refit")
-"""One Cholesky a row, or a pass over the mask for every swap: slow, and shown at 70 % alone."""
+"""Slow, so only at 70 %: one Cholesky per row, or a pass over the mask for every swap."""
 ROUNDERS: dict[str, list[dict[str, Any]]] = {
     "gptq plain": [{"method": "gptq", "activation_order": False, "scale_search": False}],
     "gptq search": [{"method": "gptq", "activation_order": False}],
@@ -57,7 +57,7 @@ ROUNDERS: dict[str, list[dict[str, Any]]] = {
 def entries(
     sparsities: Sequence[Any], bits: Sequence[int], without: Sequence[str], rank: int | None
 ) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """(family, recipe, level, entry of a plan)."""
+    """Return (family, recipe, level, plan entry) of each run."""
     found = []
     for level in sparsities:
         for name, steps in PRUNERS.items():
@@ -96,14 +96,14 @@ def plan_of(testbed: Path, entry: dict[str, Any], seeds: int) -> dict[str, Any]:
 
 
 def measured(testbed: Path, home: str, family: str, name: str, level: str, entry: dict[str, Any], seeds: int):
-    """(draw, domain) -> numbers of one recipe at one level."""
+    """Run one recipe at one level; (draw, domain) -> numbers."""
     out = f"{home}/runs/{family}-{name}-{level}".replace(" ", "_").replace(":", "of")
     done = carry_out(parse_plan(plan_of(testbed, entry, seeds)), home, out)
     return numbers_of(Path(done["run_dir"]))
 
 
 def numbers_of(run_dir: Path) -> dict[tuple[int, str], dict[str, float]]:
-    """(draw, domain) -> numbers of a run of one recipe at one level."""
+    """Numbers of a finished run of one recipe at one level: (draw, domain) -> numbers."""
     results = [row for row in read_rows(run_dir / "results.jsonl", ResultRow) if row.split == "test"]
     layers = read_rows(run_dir / "layers.jsonl", LayerRow)
     dense = {row.corpus_or_task: row.value for row in results if row.method == "dense"}
@@ -127,7 +127,7 @@ def numbers_of(run_dir: Path) -> dict[tuple[int, str], dict[str, float]]:
 
 
 def rows_of(case: str, numbers: dict, base: dict | None, figures: Sequence[str] = FIGURES) -> list[dict[str, Any]]:
-    """Mean and deviation over draws and domains; ratios draw by draw."""
+    """Return means and standard deviations over draws and domains; ratios are per draw and domain."""
     rows = []
     for figure in figures:
         values = [one[figure] for one in numbers.values()]
@@ -143,7 +143,7 @@ def rows_of(case: str, numbers: dict, base: dict | None, figures: Sequence[str] 
 
 
 def picture(points: list[tuple[str, str, float, float]], file: Path) -> None:
-    """Damage in general text against seconds, a line for each level."""
+    """Plot damage in general text against seconds, one line per level."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,26 +1,26 @@
-"""Which calibration text, which mixture, and how sure, on a real pretrained model: the product's own `crosscal study`.
+"""Which calibration text, which mixture, and how sure, on a real pretrained model, by `crosscal study`.
 
     python benchmarks/study.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--domains biomedical legal]
                                [--parts mixing questions levels methods texts alps] [--draws 3]
                                [--alphas 0 0.25 0.5 1 auto] [--calibration-windows 64] [--windows 16 8]
                                [--questions 64] [--most N] [--home STORE] [--dry]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
+TESTBED contains `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
 
 * mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both, one of them found by `auto` (`--alphas`);
-* questions: the same without `auto`, asked which of four texts is the true continuation of one of the corpora's;
+* questions: the same without `auto`, with questions: which of four texts is the true continuation of a corpus text;
 * levels: SparseGPT at 60 % and 2:4, with fewer mixtures;
 * methods: magnitude and Wanda at 50 %, 60 % and 2:4;
-* texts: SparseGPT at 50 % on text that the model wrote from nothing (self) or from beginnings of the domain's
+* texts: SparseGPT at 50 % on text that the model wrote without a prompt (self) or from beginnings of the domain's
   documents (self-seeded, arXiv 2410.17711), half and half with the domain or general text, and on random tokens;
-* alps: ALPS at 50 %, which takes minutes a model to solve.
+* alps: ALPS at 50 %, which takes minutes per model to solve.
 
 A model is measured on 16 test and 8 validation windows of 512 tokens a corpus (`--windows`): 24,600 tokens, 80 s of
-two CPU cores with 135 million parameters, and as long again for 64 questions a corpus (two biomedical ones stand in
-the training text, too: real documents repeat themselves). Everything can be interrupted and goes on; `--most` ends a
-part after so many sets of at most 8 models of one draw, and the next call goes on. Results of what is complete are
-written after every part.
+two CPU cores with 135 million parameters, and as long again for 64 questions a corpus (two biomedical ones also occur
+in the training text: real documents repeat themselves). A run can be interrupted and resumed; `--most` ends a part
+after at most this many sets of at most 8 models of one draw, and the next call resumes. Complete results are written
+after every part.
 
 In the results: perplexities are means and standard deviations over draws; changes are against the same recipe on
 general text alone (or the domain alone), in percent, ± half the 95 % interval over draws; accuracies in percent.
@@ -97,7 +97,7 @@ def plan_of(part: str, domain: str, model: Path, options: argparse.Namespace) ->
 
 
 def rows_of(name: str, found: list[StudyRow]) -> Iterator[dict[str, Any]]:
-    """Numbers of test text, and differences from either baseline."""
+    """Yield the numbers on test text, and differences from either baseline."""
     for row in found:
         case, what = f"{name}, {row.variant}", f"{row.corpus_or_task} {row.metric}"
         if row.split == "validation":

@@ -1,20 +1,20 @@
-"""Claims: the verdict on whether there is enough calibration text agrees with what more of it does; leaks, and texts
-that are none, are caught; clean corpora pass.
+"""Claims: the verdict on the amount of calibration text agrees with the effect of more; leaks and inputs that are not
+text are caught; clean corpora pass.
 
     nice -n 10 python benchmarks/sufficiency.py TESTBED [--claims overlap text verdict] [--corpora general ...]
                                              [--draws 2]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`.
 
 * overlap: training text of the three corpora against their validation and test text: the largest share of a document,
-  leaks, and the speed in MB of training text a second (one thread). Then ten test documents of each corpus are put
-  among the training documents of another one, whole, half of each, and with every tenth word changed.
-* text: what `text_quality` measures of 128 windows of each corpus, of text that the model wrote, and of what is no
-  text, and the faults that are found.
-* verdict: sets of 2, 8, 32 and 128 windows of 256 tokens. What `crosscal enough` expects of twice as many, from
-  SparseGPT at 60 % at two blocks, beside what twice as many do: held-out loss, and perplexity on further validation
-  windows, of SparseGPT at 70 %, all blocks, the same corpus. Means over draws, the spread their standard deviation;
-  sets of one draw are nested.
+  leaks, and the speed in MB of training text per second (one thread). Then ten test documents of each corpus are
+  planted in the training documents of another one, whole, half of each, and with every tenth word changed.
+* text: the measures of `text_quality` for 128 windows of each corpus, of text that the model wrote, and of input that
+  is not text, and the faults that are found.
+* verdict: sets of 2, 8, 32 and 128 windows of 256 tokens. The prediction of `crosscal enough` for twice as many, from
+  SparseGPT at 60 % at two blocks, compared with the effect of twice as many: held-out loss, and perplexity on further
+  validation windows, of SparseGPT at 70 %, all blocks, the same corpus. Means over draws, the spread is their standard
+  deviation; sets of one draw are nested.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def text_rows(testbed: Path, source: ModelSource) -> list[dict[str, Any]]:
 
 
 def written(source: ModelSource, count: int) -> Tensor:
-    """Windows sampled from the model at temperature 1, after beginning-of-text."""
+    """Sample windows from the model at temperature 1, starting at beginning-of-text."""
     model: Any = load_variant(source.path, device="cpu")
     tokenizer = source.tokenizer()
     torch.manual_seed(0)
@@ -225,13 +225,13 @@ def one_draw(source: ModelSource, train_SL: Tensor, held_SL: Tensor) -> Draw:
 
 
 def curve_of(matrices: Sequence[Mapping[int, tuple[float, float]]], windows: int) -> list[Point]:
-    """As `crosscal enough` sees a set: its eighth, quarter, half and whole."""
+    """Return the learning curve of `crosscal enough` for a set: its eighth, quarter, half and whole."""
     sizes = sorted({max(1, round(fraction * windows)) for fraction in FRACTIONS})
     return points_of([{n: each[n] for n in sizes} for each in matrices], windows * LENGTH)
 
 
 def solve(prefixes: Prefixes, hessian_II: Tensor, parameters: Mapping[str, Tensor]) -> dict[Any, tuple[Tensor, float]]:
-    """Matrix → (its answer, held-out loss)."""
+    """Matrix → (solved weight, relative held-out loss)."""
     held_II, matrices = prefixes.held_out.hessian_II(), prefixes.site.matrices
     problems = [LayerProblem(matrix.name, matrix.weight_OI(parameters), hessian_II) for matrix in matrices]
     answers = solve_many(problems, [COMPRESSORS["sparsegpt"](sparsity=LEVEL)])[0]

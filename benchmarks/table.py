@@ -1,9 +1,9 @@
-"""Writes the generated tables of benchmarks/README.md, between their marks, from results/*.json.
+"""Generate the tables of benchmarks/README.md, between their marks, from results/*.json.
 
     python benchmarks/table.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views
-below. Prose around the tables is written by hand.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of `results/`, or one of the views below.
+The prose around the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def circumstances(rows: Rows) -> str:
 
 
 def plain(name: str) -> str:
-    """Every row of a result file."""
+    """All rows of a result file."""
     rows = read(name)
     cells = ([row["case"], row["figure"], number(row["value"]), spread(row), row["unit"]] for row in rows)
     return markdown(("case", "figure", "value", "±", "unit"), cells) + circumstances(rows)
 
 
 def grid() -> str:
-    """One row a variant, one column a corpus; ± is the standard error over test windows."""
+    """One row per variant, one column per corpus; ± is the standard error over test windows."""
     rows = read("testbed_grid")
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -76,7 +76,7 @@ def draws() -> str:
 
 
 def peers() -> str:
-    """One row a contender: time, memory and errors; `results/vs_peers.json` has every stage."""
+    """One row per contender: time, memory and errors; `results/vs_peers.json` has every stage."""
     rows = read("vs_peers")
     figures = {
         "all, wall time": "wall s",
@@ -103,7 +103,7 @@ SOLVERS = {
 
 
 def solvers(name: str = "solvers", figures: Mapping[str, str] = SOLVERS) -> str:
-    """One row a recipe and level: each figure and, behind it, its ratio to the first recipe of that level."""
+    """One row per recipe and level: each figure, followed by its ratio to the first recipe of that level."""
     rows = read(name)
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -111,7 +111,7 @@ def solvers(name: str = "solvers", figures: Mapping[str, str] = SOLVERS) -> str:
     cells = []
     for case, values in by_case.items():
         if not figures.keys() & values.keys():
-            continue  # what the machine was doing
+            continue  # the load of the machine
         ratios = {f: values.get(f"{f} over base") for f in figures if not f.endswith("perplexity")}
         cells.append([case, *(values.get(f, "") + (f" ({ratios[f]})" if ratios.get(f) else "") for f in figures)])
     return markdown(("recipe, level", *figures.values()), cells) + circumstances(rows)
@@ -127,7 +127,7 @@ def real_models() -> str:
 
 
 def allocation() -> str:
-    """One row an allocator: perplexities, over the dense model's in brackets, and the extremes of the blocks."""
+    """One row per allocator: perplexities (in brackets relative to dense), lowest and highest block sparsity."""
     rows = read("allocation")
     by_case: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -143,7 +143,7 @@ def allocation() -> str:
 
 
 def gradients() -> str:
-    """One row a method and level: perplexities of both domains' models, over the dense model's in brackets."""
+    """One row per method and level: perplexities of both domains' models (in brackets relative to dense)."""
     rows = read("gradients")
     by_case: dict[str, dict[str, float]] = {}
     for row in (row for row in rows if row["figure"].endswith(" perplexity")):
@@ -158,7 +158,7 @@ def gradients() -> str:
 
 
 def study() -> str:
-    """One row a variant: perplexities over draws, and changes against general text alone and the domain alone."""
+    """One row per variant: perplexities over draws, and changes against general text alone and the domain alone."""
     rows = read("study")
     by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -178,7 +178,7 @@ def study() -> str:
 
 
 def _sure(row: dict[str, Any] | None) -> str:
-    """With a star where a difference is told apart."""
+    """Format a value; a star marks a statistically significant difference."""
     if row is None:
         return ""
     if row.get("verdict") is None:
@@ -187,7 +187,7 @@ def _sure(row: dict[str, Any] | None) -> str:
 
 
 def choosing() -> str:
-    """What was found of planted documents, the models calibrated on it, and near-duplicates."""
+    """Planted documents that were found, the models calibrated on the choice, and near-duplicates."""
     rows = read("choosing")
     planted = ("precision", "recall of twice as many", "processor time", "peak memory above the start")
     by_case: dict[str, dict[str, str]] = {}
@@ -213,14 +213,14 @@ def choosing() -> str:
 
 
 def leaks() -> str:
-    """One row a set or a planting: every figure of it."""
+    """One row per set or planting, with all its figures."""
     rows = [row for row in read("sufficiency") if row["case"].startswith(("overlap", "planted"))]
     cells = ([row["case"], row["figure"], f"{number(row['value'])} {row['unit']}"] for row in rows)
     return markdown(("case", "figure", "value"), cells) + circumstances(rows)
 
 
 def text_quality() -> str:
-    """One row a text, one column a measure."""
+    """One row per text, one column per measure."""
     rows = [row for row in read("sufficiency") if row["case"].startswith("text: ")]
     figures = list(dict.fromkeys(row["figure"] for row in rows))
     by_case: dict[str, dict[str, str]] = {}
@@ -240,7 +240,7 @@ VERDICTS = {
 
 
 def verdicts() -> str:
-    """One row a set: what is expected of twice as much, and what it brings."""
+    """One row per set: the predicted and the measured effect of twice as much."""
     rows = [row for row in read("sufficiency") if row["case"].endswith(" windows")]
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -272,7 +272,7 @@ ALPHA = {
 
 
 def alpha() -> str:
-    """One row a setting and domain."""
+    """One row per setting and domain."""
     rows = read("alpha")
     by_case: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -284,7 +284,7 @@ def alpha() -> str:
 
 
 def tasks() -> str:
-    """One row a model: accuracy on each corpus, and behind it what changed against dense on the same questions."""
+    """One row per model: accuracy on each corpus, followed by the change against dense on the same questions."""
     rows = read("tasks_llama-mix-8m")
     by_case: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -336,7 +336,7 @@ def spread(row: dict[str, Any]) -> str:
 
 
 def rendered(text: str) -> str:
-    """The text with every table made anew."""
+    """Return the text with every table generated again."""
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]

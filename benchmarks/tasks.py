@@ -1,11 +1,11 @@
-"""Do tasks tell? Continuation choice on real text: dense above chance, pruned models below dense, and how sure.
+"""Do tasks distinguish models? Continuation choice on real text: dense against chance, pruned against dense.
 
     python benchmarks/tasks.py TESTBED [--model FOLDER] [--questions 200] [--home STORE]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`, the model unless another is named.
-SparseGPT at 50, 60 and 70 % on half general, half biomedical text; of each corpus's test documents as many questions:
-which of four are the next 20 words after 64. A row is an accuracy with its standard error, the chance level being 25 %;
-of pruned models also the change against dense on the same questions with the p of McNemar's exact test.
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`, the default model. SparseGPT at 50, 60
+and 70 % on half general, half biomedical text; `--questions` questions from each corpus's test documents: which of four
+texts are the next 20 words after 64. A row is an accuracy with its standard error (chance is 25 %); for pruned models
+also the change against dense on the same questions with the p of McNemar's exact test.
 """
 
 from __future__ import annotations

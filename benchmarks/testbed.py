@@ -2,13 +2,13 @@
 
     python benchmarks/testbed.py TESTBED [--home STORE] [--seeds 5]
 
-TESTBED holds `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. Two plans run through the product itself:
+TESTBED contains `corpora/{general,biomedical,legal}` and `models/llama-mix-8m`. crosscal itself runs two plans:
 
 * the grid: every method and setting, alpha 0, .25, .5, .75, 1 for both domains, one draw of calibration windows;
 * the draws: SparseGPT at 60 %, 70 % and 2:4 and GPTQ at 3 bits, alpha 0, .5, 1, five draws each, so that differences
   are paired over draws; also with self-generated text in place of the general corpus, and with random tokens.
 
-Perplexity of one variant is a row; the draws add mean, standard deviation, and paired differences against alpha 0.
+A row is the perplexity of one variant; the draws add mean, standard deviation, and paired differences against alpha 0.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def grid_rows(results: list[ResultRow]) -> list[dict[str, Any]]:
 
 
 def draw_rows(results: list[ResultRow]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over draws, and the paired change of perplexity against general only, in percent."""
+    """Mean and standard deviation over draws, and the paired change of perplexity against general-only, in percent."""
     values: dict[tuple[str, str, str], dict[int | None, float]] = defaultdict(dict)
     for row in results:
         if row.method != "dense" and row.value is not None:

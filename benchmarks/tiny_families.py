@@ -1,7 +1,7 @@
 """Tiny configurations of every model type of transformers that has a causal language model, and of multimodal wrappers.
 
-A type's default config is shrunk by the names of its fields: a width becomes tiny wherever it stands, in the config of
-the language model and in those of towers beside it. What a family needs beyond that is in `MORE`.
+A type's default config is shrunk by field names: a width becomes tiny wherever it occurs, in the config of the language
+model and in those of its towers. `MORE` has what a family needs beyond that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sizes:
 
 ORDINARY = Sizes(hidden=32, inner=48, heads=4, kv_heads=2, head_dim=8, experts=4, expert_inner=24, shared_inner=40)
 COINCIDING = Sizes(hidden=32, inner=32, heads=4, kv_heads=4, head_dim=8, experts=32, expert_inner=32, shared_inner=32)
-"""Nothing can be told apart by a size."""
+"""Sizes coincide, so that no dimension can be identified by its size."""
 ODD = Sizes(hidden=40, inner=56, heads=4, kv_heads=2, head_dim=10, experts=3, expert_inner=28, shared_inner=20)
 SIZES = {"ordinary": ORDINARY, "coinciding": COINCIDING, "odd": ODD}
 
@@ -49,7 +49,7 @@ WRAPPERS = (
 
 
 def types() -> list[str]:
-    """All of them, as `config.json` spells them."""
+    """Return all model types, as spelled in `config.json`."""
     return list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS]))
 
 
@@ -94,7 +94,7 @@ _NUMBERS = """
 
 
 def _fields(sizes: Sizes) -> dict[str, Any]:
-    """Value by the name of a field, wherever it stands."""
+    """Field name -> value, at any level of a config."""
     fields: dict[str, Any] = {"qk_head_dim": 2 * sizes.head_dim}
     for width, names in _by_key(_WIDTHS):
         fields |= dict.fromkeys(names, getattr(sizes, width))
@@ -114,7 +114,7 @@ image_token_id video_token_id audio_token_id boi_token_id eoi_token_id boa_token
 vision_end_token_id image_token_index boi_token_index eoi_token_index eoa_token_id eoa_token_index
 image_start_token_id image_end_token_id video_start_token_id video_end_token_id video_token_index audio_token_index
 """
-"""Of multimodal models: ids that no text holds."""
+"""Fields of multimodal models with token ids that no text contains."""
 _TOWERS = ("vision", "audio", "image", "speech")
 _TOWER = Sizes(16, 24, heads=2, kv_heads=2, head_dim=8, experts=4, expert_inner=8, shared_inner=8, blocks=1)
 
@@ -198,11 +198,11 @@ MORE: dict[str, dict[str, Any]] = {
         "text_config": _text("cohere2"), "vision_config": _SIGLIP, "alignment_intermediate_size": 32,
     },
 }  # fmt: skip
-"""Type -> what its config takes besides; a function is one of the sizes."""
+"""Type -> further config fields; a function computes its value from the sizes."""
 
 
 def shrunk(kind: str, sizes: Sizes) -> PretrainedConfig:
-    """A tiny config of a type."""
+    """Return a tiny config of a type."""
     return CONFIG_MAPPING[kind](**_shrunk(CONFIG_MAPPING[kind], kind, sizes, is_tower=False))
 
 
@@ -226,8 +226,8 @@ def _shrunk(config_class: Any, kind: str, sizes: Sizes, *, is_tower: bool) -> di
 
 
 def save(kind: str, sizes: Sizes, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """A checkpoint with random weights, large enough that nothing is close to linear or to zero. Raises what
-    transformers does where it cannot build or run the model."""
+    """Save a checkpoint with random weights, large enough that nothing is close to linear or to zero. Raises the error
+    of transformers if it cannot build or run the model."""
     config = shrunk(kind, sizes)
     maps = (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
     model_class = next(
@@ -243,7 +243,7 @@ def save(kind: str, sizes: Sizes, folder: Path, dtype: torch.dtype = torch.bfloa
             noise = torch.randn(parameter.shape)
             parameter.copy_(0.3 * noise if parameter.ndim > 1 else 1.0 + 0.1 * noise)
         for name, buffer in model.named_buffers():
-            if name.endswith("tid2eid"):  # DeepSeek-V4: which experts read a token
+            if name.endswith("tid2eid"):  # DeepSeek-V4: the experts of each token id
                 buffer.copy_(torch.rand(len(buffer), sizes.experts).argsort(-1)[:, : buffer.shape[1]])
-        model.eval()(input_ids=torch.arange(6, 30)[None], use_cache=False)  # what does not run here runs nowhere
+        model.eval()(input_ids=torch.arange(6, 30)[None], use_cache=False)  # raises if it cannot run
     model.to(dtype).save_pretrained(folder)

@@ -1,15 +1,15 @@
-"""Claim: one variant, and above all a sweep, costs a fraction of what llm-compressor takes, at no worse an error.
+"""Claim: one variant, and above all a sweep, takes a fraction of llm-compressor's time, at no larger error.
 
     python benchmarks/vs_peers.py [--testbed TESTBED] [--cases random testbed] [--repeats 3] [--methods …] [--tiny]
 
-llm-compressor runs in an environment of its own that this script makes under the user's cache folder. Both sides get
-the same weights and the same windows, run in processes of their own and in turns, with the same number of threads; a
-third process judges all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on
-disk, without imports. crosscal also reads held-out windows (an eighth as many, the share that a plan has by default)
-and measures every layer on them, which the peer does not; once more it reads one of them only. SparseGPT at 50 % is
-repeated, the other methods run once; each ratio is made inside one repeat, and the rows hold medians, with half ranges
-as spread. The peer's time for a sweep is its time for one variant, measured, times the number of variants. crosscal's
-refined solvers are set against the peer's SparseGPT, too: it has none. Results of cases and methods left out stay.
+llm-compressor runs in a separate environment that this script makes under the user's cache folder. Both sides get the
+same weights and the same windows, run in separate processes, alternating, with the same number of threads; a third
+process evaluates all models (`peers/evaluate.py`). Times run from the weights on disk to the compressed model on disk,
+without imports. crosscal also runs held-out windows (an eighth as many, a plan's default share) and measures every
+layer on them, which the peer does not; a further run has only one of them. SparseGPT at 50 % is repeated, the other
+methods run once; each ratio is taken within one repeat, and the rows are medians, with half ranges as spread. The
+peer's time for a sweep is its measured time for one variant times the number of variants. crosscal's refined solvers
+are also compared with the peer's SparseGPT, since it has none. Results of cases and methods left out are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PRUNERS = {
     "crosscal dense, sparsegpt + refit": [{"method": "sparsegpt"}, {"method": "refit"}],
     "crosscal dense, alps": [{"method": "alps"}],
 }
-"""What runs beside the peer's SparseGPT; the first takes the peer's steps, the others refine them."""
+"""Recipes compared with the peer's SparseGPT; the first has the peer's steps, the others refine them."""
 REFINED = list(PRUNERS)[1:]
 ONE_MORE = {"label": "one more sparsity", "compress": [{"method": "sparsegpt", "sparsity": 0.55}]}
 EIGHT_MORE = {
@@ -56,22 +56,22 @@ SWEEP = {"domain": "biomedical", "alpha": [0.25, 0.75]}
 SWEEP_SPARSITIES = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "2:4", "4:8"]
 SWEEP_VARIANTS = 16
 CLAIMED = "sparsegpt"
-"""The method that the claim is about is repeated; the others run once."""
+"""The method that the claim is about, which is repeated; the others run once."""
 PEER = "llm-compressor"
 SAME_DATA = "crosscal dense, one held-out window"
-"""The least that a plan may ask for: next to nothing is read that the peer does not read."""
+"""The minimum of a plan, so that both sides run almost the same windows."""
 Answer = dict[str, Any]
 
 
 def recipe(pruner: str, sparsity: Any, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The entry of a plan: one of `PRUNERS` at a sparsity, or at several."""
+    """Return a plan entry: one of `PRUNERS` at one or several sparsities."""
     first, *others = PRUNERS[pruner]
     return {"steps": [first | {"sparsity": sparsity}, *others], **(more or {})}
 
 
 @functools.cache
 def peer_python() -> Path:
-    """The interpreter of the peer's environment, made on the first call."""
+    """Return the interpreter of the peer's environment, which is made on the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "crosscal-benchmarks" / f"llmcompressor-{VERSION}"
     python = folder / "bin" / "python"
@@ -84,7 +84,7 @@ def peer_python() -> Path:
 
 @dataclass(frozen=True)
 class Contest:
-    """One case, and how its processes are started."""
+    """One case, with methods that start its processes."""
 
     case: Any
     folder: Path
@@ -124,7 +124,7 @@ class Contest:
         return self.call(sys.executable, "run_crosscal.py", **job)
 
     def one_variant(self, method: str, repeat: int) -> dict[str, Answer]:
-        """Every contender once; the models of the first repeat are kept."""
+        """Run every contender once; keep the models of the first repeat."""
         outs = self.models(method) if repeat == 0 else dict.fromkeys(self.models(method))
         setting = METHODS[method] | ({"group_size": self.case.group_size} if method == "gptq" else {})
         again = [ONE_MORE, EIGHT_MORE] if method == CLAIMED else []
@@ -214,7 +214,7 @@ def sweep_rows(case: str, one: dict[str, list[Answer]], sweeps: dict[str, list[A
 
 
 def ratio_rows(case: str, runs: int, peers: list[Answer], own: list[Answer]) -> Iterator[dict[str, Any]]:
-    """The peer's time for so many runs over crosscal's, in wall time and in CPU time (which bears a busy machine)."""
+    """Yield the peer's time for `runs` runs over crosscal's, in wall and CPU time (less affected by other load)."""
     for kind in ("wall", "cpu"):
         ratios = [runs * spent(peer, kind) / spent(mine, kind) for peer, mine in zip(peers, own, strict=True)]
         label = PEER if runs == 1 else f"{runs} runs of {PEER}"

@@ -1,9 +1,9 @@
-"""What self-calibration costs: seconds of a processor for a thousand tokens that the model writes.
+"""What self-calibration costs: CPU seconds per thousand tokens that the model writes.
 
     python benchmarks/writing.py MODEL [--windows 16] [--length 512] [--before COMMIT] [--dry]
 
-MODEL is a folder. `generate_windows` fills the windows in a fresh store on one thread, from nothing but the start
-token: of this commit in its own batches and in those of before, and of `--before` (checked out beside it).
+MODEL is a folder. `generate_windows` fills the windows in a fresh store on one thread, from the start token alone: at
+this commit with its default batches and with batches of 8, and at `--before` (checked out in a worktree).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def written(options: argparse.Namespace, **settings: Any) -> dict[str, float]:
-    """Tokens of all sequences, and seconds of processor time a thousand of them."""
+    """Return the number of sequences and tokens, and CPU seconds per thousand tokens."""
     torch.set_num_threads(1)
     model: PreTrainedModel = load_variant(options.model, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def written(options: argparse.Namespace, **settings: Any) -> dict[str, float]:
 
 
 def of_commit(commit: str, options: argparse.Namespace) -> dict[str, float]:
-    """The same of another commit, in a process of its own."""
+    """Measure another commit, in a separate process."""
     with tempfile.TemporaryDirectory(prefix="crosscal-writing-") as folder:
         place = Path(folder, "before")
         subprocess.run(["git", "worktree", "add", "--detach", str(place), commit], cwd=ROOT, check=True)

@@ -70,4 +70,4 @@ def _state_name(record: dict[str, Any]) -> str:
     if "runs" not in record:
         return "Completed"
     outcomes = {run["outcome"] for run in record["runs"]}
-    return "Published" if "published" in outcomes else "SumStore" if "kept" in outcomes else "Nothing new"
+    return "Published" if "published" in outcomes else "Kept" if "kept" in outcomes else "Nothing new"

@@ -1,4 +1,4 @@
-"""No test reaches the network, and none of the libraries reports to its makers."""
+"""Environment of all tests: no network access to the hub, no telemetry, no Prefect server."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ os.environ.pop("PREFECT_API_URL", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes, none is left with a long file when the other has done all else."""
+    """Run files with slow tests first, so that no worker of a parallel run is left with a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def landing(tmp_path: Path) -> Path:
-    """A landing place with the folder of one domain."""
+    """A landing folder with one domain, `legal`."""
     (tmp_path / "landing" / "legal").mkdir(parents=True)
     return tmp_path / "landing"

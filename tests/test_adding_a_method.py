@@ -1,4 +1,4 @@
-"""Adding a method is one file and one name: it is planned, solved, reported and found again with no other change."""
+"""A new method takes one file and one registered name; plan, solver, report and cache need no other change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_place import make_place
 
 @dataclass(frozen=True)
 class SignBlind:
-    """Removes by w² · E[x²]^power."""
+    """Prune the weights with the lowest w² · E[x²]^power."""
 
     sparsity: Sparsity
     power: float = 0.5

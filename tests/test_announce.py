@@ -1,4 +1,4 @@
-"""Events are told to a server that answers; without one nothing waits and nothing fails."""
+"""Without a Prefect server that answers, announcing sends nothing, logs the reason and returns at once."""
 
 from __future__ import annotations
 

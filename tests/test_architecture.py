@@ -1,7 +1,7 @@
-"""The rooms of the house: who may import whom, and what nobody does.
+"""Package layout: which packages may import which, and rules for every file.
 
-Imports point down only. The table says what each room may import of crosscal and of other packages; a room that needs
-more is a change of design, made here on purpose.
+Imports point down only. `ROOMS` lists what each package of crosscal ("room") may import from crosscal and from other
+distributions. Adding to it is a deliberate change of the design.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINKS = {"flows", "tasks", "plans", "data", "deployment.yaml"}  # in crosscal/: symbolic links to what lies at the top
+LINKS = {"flows", "tasks", "plans", "data", "deployment.yaml"}  # in crosscal/: symbolic links to the top level
 FILES = sorted(
     file
     for top in ("crosscal", "flows", "tasks")
@@ -26,12 +26,12 @@ MOST_LINES = 300
 EDGES = {"store", "corpora", "calibration", "models", "evaluation", "report"}
 PURE = {"statistics", "compressors"}
 ROOMS = {
-    # room: (rooms it may import, packages it may import besides the standard library)
+    # room: (rooms it may import, distributions it may import besides the standard library)
     "errors": (set(), set()),
     "statistics": (
         {"errors", "compiled"},
         {"torch", "numpy", "numba", "threadpoolctl"},
-    ),  # Numba finds BLAS's product of half a symmetric matrix, which is to compute with one thread
+    ),  # Numba locates BLAS's `syrk`; threadpoolctl limits it to one thread
     # numpy selects faster than torch on a CPU; Numba compiles loops there, Triton (which comes with torch) on a GPU
     "compressors": ({"errors", "compiled", "statistics"}, {"torch", "numpy", "triton"}),
     "progress": ({"errors"}, {"rich"}),
@@ -50,10 +50,10 @@ ROOMS = {
         {"pyarrow", "numpy", "datasketch"},
     ),
     "landing": ({"errors", "store", "corpora"}, {"fsspec", "tenacity"}),
-    # by which rule models differ is one rule, of the report and of what is published
+    # evaluation: publication and report use one rule for whether models differ
     "publication": ({"errors", "store", "evaluation"}, set()),
     "usage": ({"errors", "store", "publication"}, set()),
-    # jinja2: what chat templates raise
+    # jinja2: the errors of chat templates
     "calibration": (
         {"errors", "progress", "store", "corpora"},
         {"torch", "numpy", "pyarrow", "transformers", "jinja2"},
@@ -62,8 +62,8 @@ ROOMS = {
         {"errors", "files", "lanes", "statistics"},
         {"torch", "transformers", "safetensors", "huggingface_hub", "compressed_tensors", "numpy"},
     ),
-    # test windows are cut as calibration windows are, and read in lanes; scipy has Student's t; questions come in
-    # Parquet, too; rouge_score compares summaries
+    # calibration: cutting of windows; lanes: worker threads; scipy: Student's t; pyarrow: questions in Parquet;
+    # rouge_score: summaries
     "evaluation": (
         {"errors", "files", "lanes", "progress", "calibration"},
         {"torch", "transformers", "lm_eval", "datasets", "tqdm", "numpy", "scipy", "pyarrow", "rouge_score"},
@@ -99,7 +99,7 @@ ORCHESTRATED = {
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether at the top of the file) of every import, those for type checkers alone included."""
+    """Yield (module, whether it is at the top of the file) of every import, also of those for type checkers only."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     tops = {id(node) for node in tree.body}
     for node in ast.walk(tree):
@@ -108,7 +108,7 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
             for alias in node.names:
-                # `from crosscal import errors` and `from crosscal.errors import X` are both of the room `errors`
+                # `from crosscal import errors` and `from crosscal.errors import X` both belong to the room `errors`
                 yield (f"crosscal.{alias.name}" if node.module == "crosscal" else str(node.module)), id(node) in tops
 
 
@@ -118,7 +118,7 @@ def room_of(file: Path) -> str:
 
 
 def target(module: str) -> tuple[str, bool]:
-    """(room or package, whether it is ours)."""
+    """Return (room or distribution, whether it belongs to crosscal)."""
     top, *rest = module.split(".")
     if top == "crosscal":
         return (rest[0] if rest else "__init__"), True
@@ -171,7 +171,7 @@ def test_nothing_is_unpickled_and_no_code_comes_with_a_model(file: Path) -> None
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_compressed_files_are_read_in_one_place(file: Path) -> None:
-    """Elsewhere a stream that is cut off would again be taken for a shorter one."""
+    """Code elsewhere might take a truncated stream for a complete shorter one."""
     decoders = {"gzip", "zlib", "bz2", "lzma", "zipfile", "tarfile", "zstandard"}
     assert room_of(file) == "files" or not decoders & {module.split(".")[0] for module, _ in imports(file)}
 

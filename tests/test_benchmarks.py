@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md are those of the committed results; scripts for other machines run on this one."""
+"""The tables of benchmarks/README.md match the committed results; scripts for other machines run on this one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def made_wheel(folder: Path, name: str, content: bytes) -> str:
 def test_a_model_out_of_wheels_is_the_one_whose_digest_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The members one behind the other, whatever they are cut into; other bytes end the benchmark before use."""
+    """Members are concatenated in order; if the digest of the result differs, the benchmark ends."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from real_models import Source, fetch
 

@@ -1,4 +1,4 @@
-"""Windows begin as the model's texts do, whatever they are made of; what a text spells is counted, or read as text."""
+"""Windows start with the model's begin token; special tokens spelled in texts are counted, or encoded as plain text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = [f"{index} {' '.join(SENTENCES[: 1 + index % 5])}" for index in range(40
 
 
 def tokenizer(template: str, *, begin: str | None = "<s>") -> PreTrainedTokenizerFast:
-    """`template` says what encoding puts around a text; `<s>` is 0, `</s>` 1."""
+    """`template`: special tokens that encoding adds around a text `$A`; `<s>` is 0, `</s>` 1."""
     made = tiny_tokenizer(begin=False)
     made.bos_token = begin
     if template != "$A":
@@ -39,11 +39,11 @@ def tokenizer(template: str, *, begin: str | None = "<s>") -> PreTrainedTokenize
 
 
 CASES = {
-    # name: (tokenizer, what windows begin with)
+    # name: (tokenizer, first token of a window)
     "llama": (tokenizer("<s> $A"), 0),
     "begin-and-end": (tokenizer("<s> $A </s>"), 0),
-    "opt": (tokenizer("</s> $A", begin="</s>"), 1),  # one token for both
-    "gpt2": (tokenizer("$A", begin="</s>"), None),  # has the token, and puts it nowhere
+    "opt": (tokenizer("</s> $A", begin="</s>"), 1),  # one token for begin and end
+    "gpt2": (tokenizer("$A", begin="</s>"), None),  # the token exists, but encoding does not add it
     "end-only": (tokenizer("$A </s>"), None),
     "no-begin": (tokenizer("$A", begin=None), None),
     "other-in-front": (tokenizer("<pad> $A"), None),
@@ -87,7 +87,7 @@ def test_every_window_begins_as_texts_do_and_never_twice(name: str, store: Store
         if begin is not None:
             assert (tokens_SL[:, 0] == begin).all()
             assert (tokens_SL[:, 1] != begin).all()
-    if begin is None:  # as they always were: the documents joined and cut
+    if begin is None:  # documents joined and cut, as in earlier versions
         flat = windows_of(TEXTS, each, REQUEST.length).flatten().tolist()
         ids = [each(text)["input_ids"] for text in TEXTS]
         stream = [token for one in ids for token in (one if one[-1] == 1 else [*one, 1])]
@@ -117,7 +117,7 @@ def test_keys_change_where_tokens_change_and_nowhere_else(store: Store, tmp_path
             "length": 24,
             "seed": 0,
         }
-    )  # what earlier versions called these windows
+    )  # key of these windows in earlier versions
     for name, (each, begin) in CASES.items():
         (part,) = drawn(store, shard, each, REQUEST)[0].parts
         assert (part.key == before) == (begin is None), name
@@ -139,7 +139,7 @@ def test_documents_that_spell_a_special_token_are_counted_or_read_as_text(store:
     plain, plain_SL = drawn(store, shard, llama, WindowRequest(1000, 32, plain_text=True))
     assert plain.spelling == 0
     text = llama.decode([token for token in plain_SL.flatten().tolist() if token > 1])
-    assert text.count("</s> it says <s>") >= 9  # the last may stand in the rest
+    assert text.count("</s> it says <s>") >= 9  # the last may be in the tokens left over
     assert (plain_SL == 1).sum() <= len(SPELLING) < (tokens_SL == 1).sum()
     held = windows_of(SPELLING, llama, 32, plain_text=True)
     assert (held == 1).sum() <= len(SPELLING) < (windows_of(SPELLING, llama, 32) == 1).sum()
@@ -177,7 +177,7 @@ def test_nothing_is_left_out_or_repeated(seed: int) -> None:
 
 
 def test_the_first_token_is_read_and_not_scored() -> None:
-    """Perplexity with `<s>` in front is that of the text given `<s>`."""
+    """The likelihood of a window that starts with `<s>` is that of the other tokens given `<s>`."""
     from crosscal.evaluation import window_nll
 
     model, tokens_SL = tiny_llama(), windows_of(TEXTS, CASES["llama"][0], 16, 3)

@@ -1,4 +1,4 @@
-"""Conversations in windows: rendered as transformers renders them, whole, and begun once."""
+"""Conversations in windows: rendered as by transformers, not split across windows, one begin token per window."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_one_corpus_serves_every_template(plain_text: bool, store: Store, landed
 
 
 def units_in(window: list[int], units: list[list[int]], begin: int | None) -> tuple[list[int], list[int]]:
-    """Which units stand whole in a window, and what stands behind them."""
+    """Return the indices of the units that a window contains whole, and the tokens after them."""
     found: list[int] = []
     if begin is not None and window[0] == begin and not any(unit[0] == begin for unit in units):
         window = window[1:]
@@ -152,7 +152,7 @@ def test_a_long_conversation_is_cut_between_turns_and_only_a_long_turn_in_itself
         assert texts == [f"<pad>{turn['role']}\n{turn['content']}</s>\n" for turn in chat.turns]
     _, tokens_SL = drawn(store, corpus, tokenizer, WindowRequest(100, 64))
     opened = [str(tokenizer.decode(window[1:4])) for window in tokens_SL]
-    assert sum(text.startswith("<pad>") for text in opened) >= len(opened) - 3  # the long turn goes on in some
+    assert sum(text.startswith("<pad>") for text in opened) >= len(opened) - 3  # some continue the long turn
     assert all(window[0] == 0 != window[1] for window in tokens_SL.tolist())
 
 
@@ -219,7 +219,7 @@ def test_every_unit_stands_once_in_windows_of_any_length(seed: int) -> None:
 
 
 def test_what_landings_leave_is_pooled(store: Store, landed: Landing) -> None:
-    """Shard by shard as all at once: every conversation stands in one window, or in the rest."""
+    """Conversations of several shards: each is in a window or among the conversations left over."""
     tokenizer = chat_tokenizer("begin-once")
     texts = [{"text": f"{number} {' '.join(SENTENCES[:3])}"} for number in range(10)]
     for batch in (CHATS[:30], CHATS[30:31], CHATS[31:33], CHATS[33:90]):
@@ -277,7 +277,7 @@ def test_what_a_turn_spells_is_counted_or_read_as_text(store: Store, landed: Lan
     assert plain.spelling == 0
     turns = 2 * 40 + sum(map(len, CHATS[:10]))
     in_all = [plain_SL.flatten().tolist(), *map(list, plain.chat_rest)]
-    assert sum(ids.count(1) for ids in in_all) >= turns  # what the template writes, and a little that comes again
+    assert sum(ids.count(1) for ids in in_all) >= turns  # one per turn from the template, plus a few repeated tokens
     assert sum(ids.count(1) for ids in in_all) < turns + 10 < (tokens_SL == 1).sum()
     assert tokenizer.decode(plain_SL.flatten()).count("it says </s> and <s></s>") >= 36
     assert tokenizer("</s>")["input_ids"] == [0, 1], "the tokenizer is as it was"

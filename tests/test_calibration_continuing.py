@@ -1,4 +1,4 @@
-"""Texts that continue documents: which documents, what is written, and which texts are used."""
+"""Generated continuations of documents: choice of the documents, sampled tokens, texts kept."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def written(store: Store, model, seeds: Seeds, request: WindowRequest = REQUEST,
 
 
 def texts_of(store: Store) -> list[GeneratedText]:
-    """As they were written."""
+    """Return all generated texts in the order of their numbers."""
     batches = sorted(store.list("generations"), key=lambda artifact: artifact.provenance["numbers"])
     return [GeneratedText(**text) for batch in batches for text in json.loads(store.read_bytes(batch, "texts.json"))]
 
@@ -75,7 +75,7 @@ def test_rows_are_continued_as_whole_texts_would_be(model) -> None:
     numbers = range(10, 26)
     rows = [text.tokens for text in plain.continued(prompt_BP, numbers, 3)]
     common = int(torch.tensor([token for row in rows for token in row[12:]]).bincount().argmax())
-    writer = dataclasses.replace(plain, end=common)  # rows end at different places
+    writer = dataclasses.replace(plain, end=common)  # so that rows end at different positions
     found = writer.continued(prompt_BP, numbers, 3, judged=True)
     prompts = prompt_BP.tolist()
     assert [text.tokens for text in found] == [
@@ -95,9 +95,9 @@ def test_texts_begin_as_training_documents_and_held_out_ones_as_validation_docum
     written(store, model, seeds_of(corpus))
     begun = {tuple(text.tokens[: PREFIX + 1]) for text in texts_of(store)}
     assert begun <= beginnings(store, corpus, "train")
-    assert len(begun) == len(texts_of(store))  # no document twice as long as there are others
+    assert len(begun) == len(texts_of(store))  # no document is used twice while unused ones remain
     other = Store(store.location + "-held-out")
-    for shard in corpus.shards:  # held out: training documents are not even there
+    for shard in corpus.shards:  # held-out texts: this store contains no training documents
         with other.publish("corpora", shard.key, {}) as folder:
             kept_file = store.path(store.get("corpora", shard.key), "validation.arrow")
             (folder / "validation.arrow").write_bytes(kept_file.read_bytes())
@@ -114,7 +114,7 @@ def test_windows_are_the_texts_that_are_kept_joined(store: Store, model, corpus:
     assert worst
     stream = [token for text in texts if text.nll not in worst for token in text.tokens]
     windows = []
-    while len(windows) < REQUEST.windows:  # each begins with beginning-of-text, and never with two
+    while len(windows) < REQUEST.windows:  # each starts with exactly one begin token
         stream = stream[1:] if stream[0] == 0 else stream
         windows, stream = [*windows, [0, *stream[:31]]], stream[31:]
     assert found.tokens_SL.tolist() == windows

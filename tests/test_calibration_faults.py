@@ -1,4 +1,4 @@
-"""What calibration text is like: documents counted, and sets that are no text told from those that are."""
+"""Quality of calibration text: number of documents, and detection of sets that are not text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def windows(tokens: np.ndarray, length: int = 64) -> torch.Tensor:
 
 
 def text(tokens: int, seed: int = 0) -> np.ndarray:
-    """Tokens by Zipf's law, the most frequent one 6 % of all."""
+    """Tokens with Zipf-distributed frequencies, the most frequent one 6 % of all."""
     shares = 1 / np.arange(3, VOCABULARY + 3)
     return np.random.default_rng(seed).choice(np.arange(2, VOCABULARY + 2), tokens, p=shares / shares.sum())
 

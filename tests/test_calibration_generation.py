@@ -1,4 +1,4 @@
-"""Self-calibration: what the model writes is what plain sampling from it gives, interrupted or not."""
+"""Self-calibration: generated texts equal those of plain sampling, also after an interruption."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sequences(store: Store) -> list[list[int]]:
 
 
 def common_end(model) -> int:
-    """A token that the model writes often, so that rows end at different places."""
+    """Return a token that the model writes often: as end token it makes rows end at different positions."""
     rows = writer(model).write(range(64), seed=1)
     return int(torch.tensor([token for row in rows for token in row[5:]]).bincount().argmax())
 
@@ -123,7 +123,7 @@ def test_windows_are_the_sequences_joined(store, model):
     generated = generate(store, model, WindowRequest(60, 32))
     rows = sequences(store)
     stream, windows = [token for row in rows for token in row], []
-    while len(windows) < 60:  # each begins with the start token, and never with two
+    while len(windows) < 60:  # each starts with exactly one start token
         texts = stream[1:] if stream[0] == 0 else stream
         windows, stream = [*windows, [0, *texts[:31]]], texts[31:]
     assert generated.tokens_SL.tolist() == windows

@@ -1,4 +1,4 @@
-"""Evaluation text in calibration text: laws of n-grams of words, of shares and of leaks, beside plain references."""
+"""Overlap of evaluation text with calibration text: word n-grams, shares and leaks against plain references."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def slow_shares(evaluation: list[str], calibration: list[str], n: int, most: int
 
 
 def found_shares(evaluation: list[str], calibration: list[str], **options: Any) -> dict[int, float]:
-    """Number of a document → its share, where it is not 0."""
+    """Return document number → share, for shares above 0."""
     (found,) = overlaps(
         (("set", text) for text in evaluation), lambda: (("general", t) for t in calibration), **options
     )
@@ -101,7 +101,7 @@ def test_the_order_of_documents_makes_no_difference() -> None:
 
 @pytest.mark.parametrize("planted", [0, 5, 12, 13, 20, 79, 80, 81, 100])
 def test_a_planted_leak_is_found_if_and_only_if_it_is_long_enough(planted: int) -> None:
-    """100 words, of which so many stand in a row in one calibration document; nothing else is shared."""
+    """A document of 100 words shares `planted` consecutive ones with one calibration document, and nothing else."""
     own = [f"own{number}" for number in range(100)]
     before, after = made_up(2, 50, 3)
     calibration = [*made_up(5, 80, 4), f"{before} {' '.join(own[7 : 7 + planted])} {after}", *made_up(5, 80, 5)]
@@ -131,7 +131,7 @@ def test_short_texts_are_counted_and_not_compared() -> None:
 
 
 def test_a_sample_of_calibration_documents_is_compared_with_the_others_alone() -> None:
-    """Near copies of one another are found; that a document is among the calibration documents itself is not."""
+    """A near copy in calibration text is found; the document itself, also in it, does not count as a match."""
     alone, twice = made_up(2, 40, 7)
     calibration = [("general", alone), ("general", twice), ("general", f"{twice} once more"), ("general", alone[:50])]
     texts = [("general (train)", alone), ("general (train)", twice)]

@@ -1,4 +1,4 @@
-"""Windows: exactly the documents' tokens, in the seed's order, and found again instead of drawn again."""
+"""Windows contain exactly the documents' tokens in the seed's order, and are cached."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def shard(store: Store, tmp_path: Path) -> Shard:
 
 
 def stream_of(store: Store, shard: Shard, request: WindowRequest, *, begin: bool) -> list[int]:
-    """All documents tokenized one by one, joined in one list."""
+    """Return the tokens of all documents in the seed's order, each tokenized separately, as one list."""
     texts = list(documents(store, shard, request.split))
     tokenizer, stream = tiny_tokenizer(begin=begin), []
     for position in np.random.default_rng(np.random.PCG64(request.seed)).permutation(len(texts)):
@@ -52,7 +52,7 @@ def stream_of(store: Store, shard: Shard, request: WindowRequest, *, begin: bool
 
 
 def reference(store: Store, shard: Shard, request: WindowRequest, *, begin: bool = True) -> torch.Tensor:
-    """Token after token: a window is opened with `<s>`, and a document's own is not put there a second time."""
+    """Reference, token by token: every window starts with `<s>`; a `<s>` of a document right after it is dropped."""
     windows, window = [], []
     for token in stream_of(store, shard, request, begin=begin):
         if begin and not window:
@@ -105,7 +105,7 @@ def test_windows_are_no_longer_than_the_model_takes():
 
 def test_a_found_set_is_not_drawn(store, shard):
     drawn = draw(store, shard, WindowRequest(4, 32))
-    store.discard("corpora", shard.key)  # nothing can be drawn any more
+    store.discard("corpora", shard.key)  # drawing is no longer possible
     assert draw(store, shard, WindowRequest(4, 32)) == drawn
 
 
@@ -168,7 +168,7 @@ def test_random_windows_are_uniform_over_ordinary_tokens(store):
     drawn = random_windows(store, tokenizer, TOKENIZER, WindowRequest(100, 397))
     counts = torch.bincount(drawn.tokens_SL.flatten(), minlength=len(tokenizer))
     ordinary = len(tokenizer) - 3
-    assert counts[:3].tolist() == [100, 0, 0]  # each window begins as a text does
+    assert counts[:3].tolist() == [100, 0, 0]  # each window starts with `<s>`
     expected = 100 * 396 / ordinary
     assert ((counts[3:] - expected).abs() < 6 * expected**0.5).all()
     again = random_windows(store, tokenizer, TOKENIZER, WindowRequest(100, 397))

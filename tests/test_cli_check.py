@@ -1,4 +1,4 @@
-"""`crosscal plan check` says before a run what the run will do, and changes nothing."""
+"""`crosscal plan check` reports what a run will do, and changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers.tiny_run import variant
 
 DEMO_MODEL = Path(__file__).parents[1] / "data" / "demo" / "model"
 DISK_FACTOR = 1.25
-"""How far the estimate may be from what a run stores: the text decides how its sums compress."""
+"""Maximum factor between estimate and stored bytes: how well moments compress depends on the text."""
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_tokens_that_need_no_corpus(place: Place) -> None:
 
 
 def test_the_disk_estimate_is_near_what_is_stored(place: Place) -> None:
-    place.write_plan(model=str(DEMO_MODEL))  # 128 and 384 inputs; headers would outweigh smaller matrices
+    place.write_plan(model=str(DEMO_MODEL))  # 128 and 384 inputs; headers would dominate smaller matrices
     estimate = check(place)["disk"]
     place.run()
     stored = stored_bytes(place.home, "moments")
@@ -119,7 +119,7 @@ def test_problems_are_all_told_with_a_remedy(place: Place) -> None:
         evaluate={"tasks": ["gone_too.jsonl"]},
     )
     problems = check(place, code=1)["problems"]
-    assert len(problems) == 6, problems  # one for each setting and width of input, not for each layer and variant
+    assert len(problems) == 6, problems  # one per setting and input width, not per layer and variant
     for text in ("gone.jsonl", "group_size", "1:5", "gone_too.jsonl"):
         assert any(text in problem for problem in problems)
     place.write_plan(model="./nothing")
@@ -182,15 +182,15 @@ def test_the_formulas_on_a_model_of_seven_billion_parameters() -> None:
     model = {"outside": 262_144_000, "hidden": 4096, "tokens": 144 * 2048, "sets": 2, "itemsize": 2}
     reading = reading_bytes([block] * 32, **model)
     assert reading == 144 * 2048 * 4096 * 2 + 2 * 202_383_360 * 2 + 2 * (gram_bytes + 2 * vector_bytes)
-    at_first = 2 * (262_144_000 + 202_383_360)  # what lies outside the blocks, and one: more than two blocks' vectors
+    at_first = 2 * (262_144_000 + 202_383_360)  # outside the blocks, and one block: more than two blocks' vectors
     assert reading_bytes([block] * 32, **model, statistics=VECTORS) == 144 * 2048 * 4096 * 2 + at_first
     sweep = [variant(f"a{alpha}", "sparsegpt", {"general": 1 - alpha, "legal": alpha}) for alpha in (0.25, 0.5, 0.75)]
-    loop = 3 * 202_383_360 // 2  # what was, what it was changed by, what it is now: of half of the block
+    loop = 3 * 202_383_360 // 2  # weights before, change, weights after; of half of the block
     largest = 4 * ((2 * 2 + 3) * 11008**2 + 3 * 11008 * 4096 + loop)
     assert solving_bytes([block] * 32, sweep, lanes=1) == 2 * 404_766_720 + largest
     two = 4 * ((2 * 2 + 3 * 2) * 11008**2 + 3 * 11008 * 4096 + loop)
     assert solving_bytes([block] * 32, sweep, lanes=2) == 2 * 404_766_720 + two
-    for blocks, lanes in ((4, 1), (2, 2), (1, 4)):  # as many as half of the free memory has room for
+    for blocks, lanes in ((4, 1), (2, 2), (1, 4)):  # as many as fit in half of the free memory
         least = 2 * blocks * solving_bytes([block] * 32, sweep, lanes=lanes)
         assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=least) == blocks
     assert blocks_at_once([block] * 32, sweep, threads=4, free_bytes=0) == 1

@@ -1,4 +1,4 @@
-"""Every mistake ends in one clear message with its exit code, and never in a traceback."""
+"""Every user error ends with one clear message and its exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def place(finished: Place, tmp_path: Path) -> Place:
-    """A copy of a finished run, free to be spoiled."""
+    """A copy of a finished run, which a test may damage."""
     shutil.copytree(finished.folder, tmp_path / "place")
     copy = Place(tmp_path / "place")
     copy.write_plan()
@@ -112,14 +112,14 @@ def test_a_tokenizer_without_end_of_text(place: Place) -> None:
 def test_a_flipped_byte_is_named_with_its_remedy_which_works(place: Place) -> None:
     before = (place.run_dir / "results.jsonl").read_text()
     shutil.rmtree(place.run_dir)
-    record = place.run()  # models are made again from the moments
+    record = place.run()  # models are rebuilt from the cached moments
     assert record["calibration_tokens_read"] == 0
     assert (place.run_dir / "results.jsonl").read_text() == before
     damaged = next((place.home / "objects" / "moments").glob("*/gram.arrow"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    shutil.rmtree(place.home / "objects" / "made")  # which names run directories whose blocks would be taken instead
+    shutil.rmtree(place.home / "objects" / "made")  # lists run directories whose blocks would be reused
     fails(1, "does not match its digest", "crosscal store verify --quarantine", arguments=run(place))
 
     home = ("--home", str(place.home))

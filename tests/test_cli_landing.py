@@ -1,4 +1,4 @@
-"""From the command line: documents land, a run is asked for and done, the model stands published, and goes back."""
+"""Command line of the service: ingest a landing folder, run a domain, publish its model, roll it back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.tiny_place import Outcome, Place, crosscal, make_place, write
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """A place whose domain `legal` is to land: the plan names it by $domain."""
+    """A place without the corpus `legal`, which is to land; the plan refers to it as $domain."""
     place = make_place(tmp_path)
     place.write_plan(
         corpora={"general": "general", "$domain": {}},
@@ -29,7 +29,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def said(place: Place, *arguments: str) -> Any:
-    """What a command printed. Without a server `--announce` says what it did, and fails."""
+    """Return a command's JSON output. There is no server, so `--announce` must fail after printing its result."""
     done = asked(place, *arguments)
     assert done.code == ("--announce" in arguments), done.err
     assert ("no event could be sent" in done.err) == ("--announce" in arguments)
@@ -156,7 +156,7 @@ def test_a_wrong_store_is_an_error_and_none_is_made(place: Place, arguments: str
     assert not list((place.folder / "other").iterdir())
 
 
-def test_a_mistake_in_the_plan_is_no_attempt(place: Place) -> None:
+def test_plan_error_does_not_count_as_attempt(place: Place) -> None:
     said(place, "ingest", str(place.folder / "legal"), "--corpus", "legal", "--announce")
     done = asked(place, "run", str(place.plan), "--domain", "legal", "--set", "publish.variant=7")
     assert done.code == 2

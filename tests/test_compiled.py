@@ -1,4 +1,4 @@
-"""Compiled loops do not need a place for their code."""
+"""Compiled loops work without a cache directory for their code."""
 
 from __future__ import annotations
 

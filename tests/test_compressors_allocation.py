@@ -1,4 +1,4 @@
-"""Allocators: the model loses what was asked for, in the order that the papers say."""
+"""Allocators: the model reaches the target sparsity, and layers are ordered as in the papers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"q": 40, "k": 8, "up": 64}
 
 
 def block(number: int) -> list[Site]:
-    """Two sites with three layers, of other scales in every block."""
+    """Two sites with three layers together; the tails of their weights differ from block to block."""
     heavy = layer(1, 96, seed=number, dead=[number]).hessian_II
     sites = []
     for name, members in (("attention", ("q", "k")), ("mlp", ("up",))):
@@ -43,7 +43,7 @@ BLOCKS = [block(number) for number in range(4)]
 
 
 def scores(sites: list[Site]) -> dict[str, list[float]]:
-    """|W_oi| √H_ii, number by number."""
+    """Return the scores |W_oi| √H_ii of each layer, in plain Python."""
     found = {}
     for site in sites:
         norms = [math.sqrt(value) for value in site.statistics.hessian_II.diagonal().tolist()]
@@ -77,7 +77,7 @@ def test_dlp_takes_the_median_of_a_block_or_of_a_layer() -> None:
 
 
 def published(importances: list[float], target: float, spread: float) -> list[float]:
-    """As in the authors' code, over blocks of one size: fractions kept, scaled and moved to the mean 1 - target."""
+    """Sparsities by the authors' code for blocks of one size: kept fractions, scaled and shifted to mean 1 - target."""
     low, high = min(importances), max(importances)
     scaled = [(value - low) * (1 / (high - low) * spread * 2) for value in importances]
     kept = [value - statistics.mean(scaled) + 1 - target for value in scaled]
@@ -96,7 +96,7 @@ def test_blocks_of_one_size_get_what_the_papers_say() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A model's summary and sizes, a target and a spread; extremes and ties are frequent."""
+    """Random input of an allocator: summary and sizes of a model, target, spread; extremes and ties are frequent."""
 
     numbers: dict[str, float]
     weights: dict[str, int]
@@ -122,7 +122,7 @@ DRAWS = [drawn(seed) for seed in range(1000)]
 
 @pytest.mark.parametrize("allocator", [OWL, DLP])
 def test_an_allocation_meets_its_target_inside_0_and_1_and_in_order(allocator: Any) -> None:
-    sign = 1 if allocator is DLP else -1  # more is removed the higher the median, the fewer the outliers
+    sign = 1 if allocator is DLP else -1  # sparsity rises with the median, and falls with the outlier ratio
     for draw in DRAWS:
         amounts = allocator(spread=draw.spread).allocate(draw.numbers, draw.target, draw.weights)
         mean = math.fsum(amounts[n] * draw.weights[n] for n in amounts) / draw.total
@@ -134,8 +134,8 @@ def test_an_allocation_meets_its_target_inside_0_and_1_and_in_order(allocator: A
         assert abs(removed - draw.target * draw.total) <= 0.5 * len(amounts) + 1e-11 * draw.total
 
 
-def test_where_an_allocation_is_cut_the_others_take_the_rest_alike() -> None:
-    """One shift for all, found here by bisection."""
+def test_clamped_allocation_uses_one_common_shift() -> None:
+    """All layers get one common shift, clamped to [0, 1]; the reference finds it by bisection."""
     cut = 0
     for draw in DRAWS:
         low, high = min(draw.numbers.values()), max(draw.numbers.values())
@@ -148,7 +148,7 @@ def test_where_an_allocation_is_cut_the_others_take_the_rest_alike() -> None:
             mean = sum(draw.weights[n] * min(max(wanted[n] + middle, 0), 1) for n in wanted) / draw.total
             below, above = (middle, above) if mean < draw.target else (below, middle)
         amounts = OWL(spread=draw.spread).allocate(draw.numbers, draw.target, draw.weights)
-        # A layer of few weights says nothing of the shift that many large ones have decided but for rounding.
+        # Roundoff of the total is amplified by total / weights in a layer of few weights.
         expected = {n: min(max(wanted[n] + below, 0), 1) for n in wanted}
         for n, amount in amounts.items():
             assert amount == pytest.approx(expected[n], abs=1e-9 + 1e-14 * draw.total / draw.weights[n])
@@ -180,7 +180,7 @@ def test_every_layer_of_a_model_is_solved_at_what_was_allotted_to_it(method: Any
             torch.testing.assert_close(after.weight_OI, alone.weight_OI, rtol=1e-9, atol=1e-9)
             assert torch.equal(after.weight_OI == 0, alone.weight_OI == 0)
             zeros, layers = int((after.weight_OI == 0).sum()), layers + 1
-            if method is not Wanda:  # which counts in rows
+            if method is not Wanda:  # which prunes a number per row
                 assert zeros == round(amounts[one.name] * one.target_OI.numel())
             removed += zeros
     total = sum(one.target_OI.numel() for sites in BLOCKS for site in sites for one in site.layers)
@@ -189,8 +189,8 @@ def test_every_layer_of_a_model_is_solved_at_what_was_allotted_to_it(method: Any
     assert len(set(amounts.values())) == (len(BLOCKS) if per == "block" else layers)
 
 
-def test_what_is_allotted_is_solved_with_what_it_has_in_common() -> None:
-    """Recipes with one allocation begin alike; another sparsity is one of a stack."""
+def test_recipes_with_one_allocation_share_prefix_and_stack() -> None:
+    """Recipes with one allocation share their first steps; one of another sparsity can be stacked with them."""
     site, sparsities_of = BLOCKS[0][0], sparsities_over(OWL(), BLOCKS)
     names = [one.name for one in site.layers]
     short = allotted((Placed(OWL()), Placed(SparseGPT(0.6))), sparsities_of, names)

@@ -1,4 +1,4 @@
-"""AWQ: the scales are those of a slow reference, move no output, and cost what they are said to cost."""
+"""AWQ: scales equal a slow reference and change no output; reported losses are the true ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from crosscal.errors import UsageError
 from tests.helpers.problems import correlated_inputs_TI, reference_grid, true_loss
 
 ANY = torch.clone
-"""What absorbs scales can store all of them."""
+"""A `storable_I` that can store any scale."""
 
 
 def outliers_TI(tokens: int = 400, inputs: int = 64) -> Tensor:
-    """A few inputs are many times as large as the others, as in language models."""
+    """Inputs of which a few are many times as large as the others, as in language models."""
     input_TI = correlated_inputs_TI(tokens, inputs, seed=7)
     input_TI[:, [3, 17, 40]] *= torch.tensor([20.0, 40.0, 10.0], dtype=torch.float64)
     return input_TI
@@ -51,7 +51,7 @@ def total(answer: list[LayerSolution]) -> float:
 
 
 def reference_scale_I(problems: list[LayerProblem], input_TI: Tensor, bits: int, group: int, points: int) -> Tensor:
-    """By running the rounded layers on the tokens themselves."""
+    """Choose the best scale by running the rounded layers on the tokens themselves."""
     best_I, least = None, float("inf")
     for k in range(points):
         scale_I = input_TI.abs().mean(0) ** (k / points)
@@ -81,12 +81,12 @@ def test_the_scales_are_those_of_the_reference(bits: int, group: int) -> None:
     site = run(site_of(problems, storable_I=ANY), [AWQ(bits, group)])
     assert site.scale_I is not None
     torch.testing.assert_close(site.scale_I, reference_scale_I(problems, input_TI, bits, group, 20))
-    assert float(site.scale_I.max() / site.scale_I.min()) > 1.5  # not the exponent 0
+    assert float(site.scale_I.max() / site.scale_I.min()) > 1.5  # so the exponent chosen is not 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rounding_behind_it_costs_no_more_than_rounding_alone(bits: int) -> None:
-    """The exponent 0 is among those tried; with outliers a good deal is gained."""
+    """The exponent 0 is one of the candidates; with outlier inputs the loss falls by at least 10 %."""
     problems = problems_of(outliers_TI())
     alone = total(answers(problems, RoundToNearest(bits, 32)))
     assert total(answers(problems, AWQ(bits, 32, points=1), RoundToNearest(bits, 32))) == pytest.approx(alone)
@@ -137,7 +137,7 @@ def test_statistics_move_as_recomputation_would() -> None:
 
 
 def test_a_step_behind_it_works_on_the_moved_problem() -> None:
-    """GPTQ after AWQ is GPTQ on the matrices and inputs as they stand then."""
+    """GPTQ after AWQ equals GPTQ on the scaled matrices and inputs."""
     input_TI = outliers_TI()
     site = run(site_of(problems_of(input_TI), storable_I=ANY), [AWQ(3, 32)])
     done = run(site, [GPTQ(3, 32)])
@@ -150,7 +150,7 @@ def test_a_step_behind_it_works_on_the_moved_problem() -> None:
 
 
 def test_scales_are_those_that_can_be_stored() -> None:
-    """Also where an earlier step has scaled: what is stored is the whole scale."""
+    """Also after an earlier scaling step: the product of both scales is stored."""
 
     def powers_of_two(scale_I: Tensor) -> Tensor:
         return scale_I.log2().round().exp2()

@@ -1,4 +1,4 @@
-"""Mean correction: its loss against outputs in float64, and biases on the way to a loaded model."""
+"""Bias correction: its loss against float64 outputs, and the biases of saved and loaded models."""
 
 from __future__ import annotations
 

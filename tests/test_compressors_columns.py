@@ -1,4 +1,4 @@
-"""The column loop against the recursion written out plainly, and against the identities that it must satisfy."""
+"""The column loop against a plain implementation of its recursion, and identities that it must satisfy."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_no_pruning_leaves_gptq_and_many_bits_leave_sparsegpt() -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [SparseGPT(Sparsity.parse(0.5)), SparseGPT(Sparsity.parse("2:4")), GPTQ(3, 32), GPTQ(3, 32, True)]
+    "compressor",
+    [SparseGPT(Sparsity.parse(0.5)), SparseGPT(Sparsity.parse("2:4")), GPTQ(3, 32, False), GPTQ(3, 32, True)],
 )
 def test_the_scale_of_the_hessian_does_not_matter(compressor: Any) -> None:
     problem = layer()
@@ -142,7 +143,7 @@ def test_uncorrelated_inputs_make_gptq_round_to_nearest(
     ("method", "settings"), [(SparseGPT, {"sparsity": 0.5}), (SparseGPT, {"sparsity": "2:4"}), (GPTQ, {"bits": 3})]
 )
 def test_the_error_identities(method: type, settings: dict[str, Any], damping: float) -> None:
-    """W - V = E U, where E is what each column was off when it was fixed; then tr(D (H + λI) Dᵀ) = |E|²."""
+    """D = W - V = E U, where E_j is the scaled error of column j when it was fixed; so tr(D (H + λI) Dᵀ) = |E|²."""
     problem = layer(6, 160, seed=21)
     if method is GPTQ:
         settings = {**settings, "group_size": 32}
@@ -159,7 +160,7 @@ def test_the_error_identities(method: type, settings: dict[str, Any], damping: f
 def _check_errors_column_by_column(
     original_OI: torch.Tensor, weight_OI: torch.Tensor, error_OI: torch.Tensor, upper_II: torch.Tensor
 ) -> None:
-    """E U alone is a change of basis; that E_j is the error *when column j was fixed* is the recursion."""
+    """D = E U holds for any D; check that E_j U_jj is the error at the time when column j was fixed."""
     for j in range(original_OI.shape[1]):
         updated_O = original_OI[:, j] - error_OI[:, :j] @ upper_II[:j, j]
         torch.testing.assert_close(updated_O - weight_OI[:, j], error_OI[:, j] * upper_II[j, j], rtol=1e-9, atol=1e-9)
@@ -183,7 +184,7 @@ def test_feeding_back_errors_beats_rounding_on_correlated_inputs() -> None:
             assert GPTQ(3, group_size).compress(problem).loss < RoundToNearest(3, group_size).compress(problem).loss
 
 
-@pytest.mark.parametrize("compressor", [SparseGPT(Sparsity.parse(0.5)), GPTQ(4, 32), GPTQ(4, 32, True)])
+@pytest.mark.parametrize("compressor", [SparseGPT(Sparsity.parse(0.5)), GPTQ(4, 32, False), GPTQ(4, 32, True)])
 def test_an_indefinite_hessian_names_the_layer_and_is_never_replaced(compressor: Any) -> None:
     problem = layer()
     hessian_II = problem.hessian_II.clone()
@@ -194,7 +195,7 @@ def test_an_indefinite_hessian_names_the_layer_and_is_never_replaced(compressor:
 
 
 def test_float32_follows_float64() -> None:
-    """Masks may differ where scores tie within roundoff; the loss may not."""
+    """Masks may differ where scores are equal within roundoff; losses may not."""
     for compressor in (SparseGPT(Sparsity.parse(0.5)), SparseGPT(Sparsity.parse("2:4")), GPTQ(4, 32)):
         wide, narrow = layer(24, 288, seed=5), layer(24, 288, seed=5, dtype=torch.float32)
         wide_solution, narrow_solution = compressor.compress(wide), compressor.compress(narrow)

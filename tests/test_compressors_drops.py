@@ -1,4 +1,4 @@
-"""The compiled threshold marks what a sort would, ties included."""
+"""The compiled selection of the lowest scores equals a stable sort, also for ties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crosscal.compressors.selection import mark_lowest
 
 
 def sorted_out(score_BO: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` lowest of a plain stable sort in row-major order."""
+    """Mark the `count` lowest by a stable sort in row-major order."""
     drop = torch.zeros(score_BO.numel())
     drop[score_BO.reshape(-1).sort(stable=True).indices[:count]] = 1
     return drop.view_as(score_BO)
@@ -31,7 +31,7 @@ def test_marks_what_a_sort_would(case: str, share: float) -> None:
     torch.manual_seed(0)
     work_BR, score_B = SCORES[case](), torch.rand(16)[: len(SCORES[case]())]
     score_B[0] = 0.0
-    wide_BR = torch.cat([work_BR, torch.randn(len(work_BR), 5)], 1)  # a layer is some rows of a stack
+    wide_BR = torch.cat([work_BR, torch.randn(len(work_BR), 5)], 1)  # views, as for a layer in a stack
     work_BO, drop_BO = wide_BR[:, : work_BR.shape[1]], torch.full_like(wide_BR, 7.0)[:, : work_BR.shape[1]]
     count = round(share * work_BO.numel())
     mark_lowest(drop_BO, work_BO, score_B, count)

@@ -1,4 +1,4 @@
-"""Quantized weights are exactly what a loader computes from the integers and scales that are stored."""
+"""Quantized weights are exactly those that a loader computes from the stored integers and scales."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_weight_is_ints_times_scale(case: Compressor, stored_dtype: torch.dtype 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [32, None])
 def test_rounding_goes_to_the_nearest_level(bits: int, group_size: int | None) -> None:
-    """Against all levels of the grid, one by one; scales against the formula written out."""
+    """Compare with the nearest of all levels of the grid, and scales with their formula."""
     problem = layer(4, 96, seed=4)
     solution = RoundToNearest(bits, group_size).compress(problem)
     assert solution.grid is not None
@@ -53,12 +53,12 @@ def test_rounding_goes_to_the_nearest_level(bits: int, group_size: int | None) -
     best_OI = (grid_OIL - problem.weight_OI[:, :, None]).abs().amin(2)
     distance_OI = (solution.weight_OI - problem.weight_OI).abs()
     torch.testing.assert_close(distance_OI, best_OI, rtol=1e-12, atol=1e-15)
-    # half a step; the outermost weights are a millionth of themselves, or 128 / 10⁶ steps, further off
+    # half a step; outermost weights are off by up to 10⁻⁶ of their size, 128 / 10⁶ steps, more
     assert (distance_OI <= scale_OG.repeat_interleave(columns, dim=1) * 0.5 * (1 + 3e-4)).all()
 
 
 def test_activation_order_keeps_groups_where_they_are_on_disk() -> None:
-    """Each scale is that of `group_size` neighbouring inputs of the original weight, whatever the walk."""
+    """Each scale is that of `group_size` adjacent inputs of the original weight, in any order of rounding."""
     problem = layer(OUTPUTS, INPUTS, seed=5)
     solution = GPTQ(4, 64, activation_order=True, scale_search=False).compress(problem)
     assert solution.grid is not None
@@ -67,8 +67,8 @@ def test_activation_order_keeps_groups_where_they_are_on_disk() -> None:
     assert not torch.equal(solution.weight_OI, GPTQ(4, 64, False, False).compress(problem).weight_OI)
 
 
-def test_the_walk_does_not_depend_on_where_an_input_stands() -> None:
-    """With one scale a row and inputs walked by activity, permuting the inputs permutes the answer."""
+def test_activation_order_is_permutation_equivariant() -> None:
+    """With one scale per row and activation order, permuting the inputs permutes the solution."""
     problem = layer(OUTPUTS, INPUTS, seed=6)
     order_I = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(0))
     shuffled = LayerProblem("shuffled", problem.weight_OI[:, order_I], problem.hessian_II[order_I][:, order_I])
@@ -80,13 +80,13 @@ def test_the_walk_does_not_depend_on_where_an_input_stands() -> None:
 
 def test_rows_of_a_layer_are_solved_alone() -> None:
     problem = layer(OUTPUTS, INPUTS, seed=7)
-    for method in (GPTQ(3, 32), GPTQ(3, None), GPTQ(3, 32, True), RoundToNearest(3, 32)):
+    for method in (GPTQ(3, 32, False), GPTQ(3, None), GPTQ(3, 32, True), RoundToNearest(3, 32)):
         one = LayerProblem("row", problem.weight_OI[4:5], problem.hessian_II)
         torch.testing.assert_close(
             method.compress(one).weight_OI[0], method.compress(problem).weight_OI[4], rtol=1e-10, atol=1e-10
         )
     louder = LayerProblem("louder", problem.weight_OI * torch.arange(1, 13)[:, None], problem.hessian_II)
-    for method in (GPTQ(3, None), RoundToNearest(3, None)):  # one grid a row: a row's scale is its own
+    for method in (GPTQ(3, None), RoundToNearest(3, None)):  # one scale per row
         torch.testing.assert_close(
             method.compress(louder).weight_OI, method.compress(problem).weight_OI * torch.arange(1, 13)[:, None]
         )

@@ -1,4 +1,4 @@
-"""The kernels against their twin in plain torch; Triton's is compiled on a GPU and interpreted elsewhere."""
+"""The panel kernels against plain torch. Triton's kernel is compiled on a GPU and interpreted elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Kernel = Callable[[Panel], FixedPanel]
 
 
-HAS_TRITON = sys.platform == "linux" and platform.machine() == "x86_64"  # as the extra `dev` says
+HAS_TRITON = sys.platform == "linux" and platform.machine() == "x86_64"  # the extra `dev` installs it there
 
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not made for this machine")
@@ -55,7 +55,7 @@ def panel(columns: int, rows: int, **settings: Any) -> Panel:
 
 
 def moved(value: Any, device: str = DEVICE) -> Any:
-    """A dataclass with its tensors on the device."""
+    """Return a tensor, or a dataclass with its tensors, on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Panel | Rounding | FixedPanel):
@@ -74,7 +74,7 @@ def rounding(columns: int, rows: int, stored_dtype: torch.dtype | None) -> Round
 
 
 def extreme_rounding(columns: int, rows: int) -> Rounding:
-    """Scales from far below the least normal float16 to where eight bits of levels still fit."""
+    """Scales from 2⁻²⁴, far below the least normal float16, to 2⁸, where 8-bit levels still fit in float16."""
     scale_CR = (torch.rand(columns, rows, generator=torch.Generator().manual_seed(5)) * 32 - 24).exp2()
     return Rounding(scale_CR, torch.full((rows,), 8.0), torch.float16)
 
@@ -99,7 +99,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_its_twin(kernel: Kernel, case: str) -> None:
+def test_kernel_equals_torch_reference(kernel: Kernel, case: str) -> None:
     columns, rows, settings = CASES[case]
     asked = panel(columns, rows, **settings)
     before_CR = asked.weight_CR.clone()
@@ -117,7 +117,7 @@ def test_the_kernel_is_its_twin(kernel: Kernel, case: str) -> None:
 
 @needs_triton
 def test_the_interpreted_kernel_is_tried_whatever_was_imported_before() -> None:
-    importlib.import_module("triton")  # it has decided here not to interpret
+    importlib.import_module("triton")  # here it is set to compile, not to interpret
     asked = panel(7, 70, drop_CR=drops(7, 70))
     with interpreted_kernel() as kernel:
         torch.testing.assert_close(kernel(moved(asked, "cpu")).weight_CR, fix_panel_torch(asked).weight_CR.cpu())
@@ -126,9 +126,9 @@ def test_the_interpreted_kernel_is_tried_whatever_was_imported_before() -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rows", [3, 1024, 1025, 5000])
 def test_threads_change_no_bit(case: str, rows: int) -> None:
-    """Rows are shared out among threads; each is fixed as it is by itself."""
+    """Rows are divided among threads; each is computed independently."""
     columns, _, settings = CASES[case]
-    asked = panel(columns, rows, **widened(settings, columns, rows))
+    asked = moved(panel(columns, rows, **widened(settings, columns, rows)), "cpu")
     one = with_threads(1, asked)
     for threads in (2, 8, 16):
         found = with_threads(threads, asked)
@@ -137,7 +137,7 @@ def test_threads_change_no_bit(case: str, rows: int) -> None:
 
 
 def widened(settings: dict[str, Any], columns: int, rows: int) -> dict[str, Any]:
-    """A case's settings for another number of rows."""
+    """Return a case's settings for another number of rows."""
     made: dict[str, Any] = {}
     if "drop_CR" in settings:
         made["drop_CR"] = drops(columns, rows)

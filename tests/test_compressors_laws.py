@@ -1,4 +1,4 @@
-"""What holds for every method, setting and precision."""
+"""Properties of every method, setting and precision."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def bits_of(problem: LayerProblem) -> list[torch.Tensor]:
 @pytest.mark.parametrize("stored_dtype", [None, torch.bfloat16], ids=label)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=label)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_pure_deterministic_and_honest(case: Compressor, dtype: torch.dtype, stored_dtype: torch.dtype | None) -> None:
+def test_compress_is_pure_deterministic_and_reports_true_loss(
+    case: Compressor, dtype: torch.dtype, stored_dtype: torch.dtype | None
+) -> None:
     problem = layer(dtype=dtype, stored_dtype=stored_dtype)
     before = bits_of(problem)
     solution, again = case.compress(problem), case.compress(problem)
@@ -129,7 +131,7 @@ def _check_zeros(case: Any, problem: LayerProblem, solution: LayerSolution) -> N
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind == "prune"], ids=label)
-def test_pruning_does_not_know_signs(case: Compressor) -> None:
+def test_negated_weights_give_the_negated_solution(case: Compressor) -> None:
     problem = layer()
     negated = dataclasses.replace(problem, weight_OI=-problem.weight_OI)
     torch.testing.assert_close(case.compress(negated).weight_OI, -case.compress(problem).weight_OI)
@@ -178,11 +180,11 @@ def test_gblm_is_weight_times_both_norms() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_silent_inputs_cost_nothing(case: Compressor) -> None:
-    """Of two layers that differ in the weights of dead inputs only, the live ones are answered alike (quantization
-    with one scale a group is left out: the dead weights are on its grid too)."""
+def test_dead_inputs_do_not_affect_live_weights(case: Compressor) -> None:
+    """Layers that differ only in the weights of dead inputs get the same live weights and loss. Quantizers run with
+    groups of one input: in a larger group the dead weights change the common scale."""
     if getattr(case, "sparsity", DENSE) not in (DENSE, NOTHING):
-        return  # budgets move between live and dead inputs: see test_compressors_sparsity
+        return  # pruning divides its budget between live and dead inputs: see test_compressors_sparsity
     if getattr(case, "bits", None):
         case = dataclasses.replace(case, group_size=1)  # pyright: ignore[reportArgumentType]
     dead = [3, 40, 41, 159]
@@ -228,7 +230,7 @@ def test_problems_that_make_no_sense_name_the_layer() -> None:
     "case", [GPTQ(2, 4), RoundToNearest(2, 4), *(method(HALF) for method in (Magnitude, Wanda, SparseGPT))], ids=label
 )
 def test_an_indefinite_hessian_is_never_solved(case: Compressor) -> None:
-    """[[1, 2], [2, 1]] in every pair: rows of equal weights gain from any change of both, rows of one sign lose."""
+    """H is [[1, -2], [-2, 1]] for every pair of inputs: equal changes of both its weights have a negative loss."""
     hessian_II = torch.block_diag(*[torch.tensor([[1.0, -2.0], [-2.0, 1.0]], dtype=torch.float64)] * 4)
     weight_OI = torch.tensor([[0.3, 0.31, 0.32, 0.33, 1.0, 1.01, 1.02, 1.03]] * 2, dtype=torch.float64)
     with pytest.raises(NotPositiveDefinite) as caught:
@@ -239,7 +241,7 @@ def test_an_indefinite_hessian_is_never_solved(case: Compressor) -> None:
 def test_silence_everywhere_is_an_error_where_data_is_needed() -> None:
     problem = with_hessian(layer(4, 8), torch.zeros(8, 8, dtype=torch.float64))
     assert Magnitude(HALF).compress(problem).relative_loss == 0.0
-    for compressor in (SparseGPT(HALF), GPTQ(4, None), GPTQ(4, None, True), SparseGPTQ(HALF, 4, None)):
+    for compressor in (SparseGPT(HALF), GPTQ(4, None, False), GPTQ(4, None, True), SparseGPTQ(HALF, 4, None)):
         with pytest.raises(StatisticsError, match=r"blocks\.0\.linear: every input"):
             compressor.compress(problem)
 
@@ -278,7 +280,7 @@ def test_groups_must_divide_the_inputs(case: Compressor) -> None:
         case.compress(layer())
 
 
-def test_tiny_weights_in_half_precision_overflow_loudly() -> None:
+def test_weights_beyond_float16_range_raise() -> None:
     problem = layer(4, 8, stored_dtype=torch.float16)
     huge = LayerProblem("huge", problem.weight_OI * 1e6, problem.hessian_II, stored_dtype=torch.float16)
     with pytest.raises(NotFinite, match="huge"):
@@ -300,7 +302,7 @@ def test_a_shared_factor_is_used_where_its_damping_fits() -> None:
     ("method", "settings"), [(SparseGPT, {"sparsity": 0.5}), (GPTQ, {"bits": 8, "group_size": 32})]
 )
 def test_a_loss_in_float32_is_the_true_one(method: type, settings: dict[str, Any], tokens: int, damping: float) -> None:
-    """Also where the Hessian is singular, some inputs are dead, or damping is most of the error."""
+    """Also if the Hessian is singular, inputs are dead, or damping causes most of the error."""
     input_TI = correlated_inputs_TI(tokens, 160, seed=tokens, dead=[3, 77])
     weight_OI = torch.randn(32, 160, generator=torch.Generator().manual_seed(1))
     problem = LayerProblem("layer", weight_OI, (input_TI.mT @ input_TI / tokens).float())

@@ -1,6 +1,6 @@
-"""Tiny layers, where every mask and every grid point can be tried: the true optimum bounds each method from below.
+"""Exhaustive search over masks and grid points of tiny layers: the optimum is a lower bound for every method.
 
-Rows are independent given how many weights each keeps, so one row of 8 inputs is searched at a time.
+Rows are independent once the number of weights that each keeps is given, so layers have one row of 6 or 8 inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NO_DAMPING = 0.0  # so that method and search minimise the same function
 
 
 def best_masked_loss(problem: LayerProblem, masks: list[tuple[int, ...]]) -> float:
-    """min over masks of the exact least-squares repair: removing S costs w_S (H⁻¹_SS)⁻¹ w_Sᵀ."""
+    """Return the least loss over masks with optimal remaining weights: removing S costs w_S (H⁻¹_SS)⁻¹ w_Sᵀ."""
     inverse_II = torch.linalg.inv(problem.hessian_II)
     return min(
         float(problem.weight_OI[0, removed] @ torch.linalg.solve(block_SS, problem.weight_OI[0, removed]))
@@ -38,12 +38,12 @@ def two_of_fours() -> list[tuple[int, ...]]:
 
 
 def repaired_loss(problem: LayerProblem, weight_OI: Tensor) -> float:
-    """The loss of a method's mask with the best weights for it."""
+    """Return the loss of a solution's mask with the optimal remaining weights."""
     return best_masked_loss(problem, [tuple((weight_OI[0] == 0).nonzero().flatten().tolist())])
 
 
 def test_the_searched_cost_is_least_squares() -> None:
-    """The closed form of the search against weights found by solving for the survivors."""
+    """Compare the closed form with the least-squares solution for the remaining weights."""
     problem = layer(1, 8, seed=3)
     for removed in ((0, 1, 2, 3), (1, 4, 6, 7)):
         kept = [i for i in range(8) if i not in removed]
@@ -58,8 +58,8 @@ def test_the_searched_cost_is_least_squares() -> None:
 
 @pytest.mark.parametrize(("pattern", "masks"), [(0.5, halves()), ("2:4", two_of_fours())], ids=["4 of 8", "2:4"])
 def test_no_mask_beats_the_optimum_and_sparsegpt_comes_near(pattern: float | str, masks: list[tuple[int, ...]]) -> None:
-    """Loss over the optimum's, geometric mean of 40 seeds, as measured: SparseGPT 1.81 (2:4: 1.79), Wanda 2.81 (2.89),
-    magnitude 7.40 (6.62). The bound is an expectation on these seeds; that nothing lies below 1 is the law."""
+    """Measured loss / optimal loss, geometric means of 40 seeds: SparseGPT 1.81 (2:4: 1.79), Wanda 2.81 (2.89),
+    magnitude 7.40 (6.62). No ratio can be below 1; the bounds on the means are expectations for these seeds."""
     sparsity = Sparsity.parse(pattern)
     methods = [SparseGPT(sparsity, damping=NO_DAMPING), Wanda(sparsity), Magnitude(sparsity)]
     ratios: list[list[float]] = []
@@ -77,7 +77,7 @@ def test_no_mask_beats_the_optimum_and_sparsegpt_comes_near(pattern: float | str
 
 
 def grid_optimum(problem: LayerProblem, scale: float, *, zeros: int = 0) -> float:
-    """min over all rows of 2-bit integers times one scale, with at least so many zeros."""
+    """Return the least loss over all rows of 2-bit integers times one scale, with at least `zeros` zeros."""
     levels_LI = torch.cartesian_prod(*[torch.arange(-2.0, 2.0, dtype=torch.float64)] * problem.weight_OI.shape[1])
     levels_LI = levels_LI[(levels_LI == 0).sum(1) >= zeros]
     difference_LI = problem.weight_OI - scale * levels_LI
@@ -85,12 +85,14 @@ def grid_optimum(problem: LayerProblem, scale: float, *, zeros: int = 0) -> floa
 
 
 def test_no_rounding_beats_the_optimum_and_gptq_comes_near() -> None:
-    """On each method's own scales. Measured as above: GPTQ 1.55, in activation order 1.06, round to nearest 2.66."""
+    """On each method's own scales, measured as above: GPTQ in plain order without scale search 1.55, with activation
+    order and scale search 1.13, both undamped; RTN 2.66."""
+    plain = GPTQ(2, None, activation_order=False, scale_search=False, damping=NO_DAMPING)
     ratios: list[list[float]] = []
     for seed in SEEDS:
         problem = layer(1, 6, seed=seed)
         row: list[float] = []
-        for method in (GPTQ(2, None, damping=NO_DAMPING), GPTQ(2, None, True, NO_DAMPING), RoundToNearest(2, None)):
+        for method in (plain, GPTQ(2, None, damping=NO_DAMPING), RoundToNearest(2, None)):
             solution = method.compress(problem)
             assert solution.grid is not None
             best = grid_optimum(problem, float(solution.grid.scale_OG))
@@ -98,7 +100,7 @@ def test_no_rounding_beats_the_optimum_and_gptq_comes_near() -> None:
             row.append(solution.loss / best)
         ratios.append(row)
     gptq, ordered, nearest = torch.tensor(ratios).log().mean(0).exp().tolist()
-    assert ordered < 1.1
+    assert ordered < 1.2
     assert gptq < 1.7 < nearest
 
 
@@ -106,7 +108,7 @@ def test_no_sparse_rounding_beats_the_optimum() -> None:
     ratios: list[float] = []
     for seed in SEEDS:
         problem = layer(1, 6, seed=seed)
-        solution = SparseGPTQ(Sparsity.parse(0.5), 2, None, NO_DAMPING).compress(problem)
+        solution = SparseGPTQ(Sparsity.parse(0.5), 2, None, damping=NO_DAMPING).compress(problem)
         assert solution.grid is not None
         best = grid_optimum(problem, float(solution.grid.scale_OG), zeros=3)
         assert solution.loss >= best * (1 - 1e-9)
@@ -115,7 +117,7 @@ def test_no_sparse_rounding_beats_the_optimum() -> None:
 
 
 def test_one_removal_is_optimal_brain_surgeon_on_the_columns_still_to_come() -> None:
-    """Removing weight p costs w_p² / [(H_p:,p:)⁻¹]_pp: the columns before p are fixed and repair nothing."""
+    """Removing weight p costs w_p² / [(H_p:,p:)⁻¹]_pp: columns before p are fixed and cannot compensate."""
     for seed in range(5):
         problem = layer(1, 8, seed=seed)
         solution = SparseGPT(Sparsity.parse(1 / 8), damping=NO_DAMPING).compress(problem)

@@ -1,4 +1,4 @@
-"""QEP against the inputs themselves: least squares, no correction where there is nothing to correct, and true losses.
+"""QEP against computations on the inputs themselves: least squares, no correction for equal streams, true losses.
 
 Shapes: T tokens, O outputs, I inputs.
 """
@@ -22,7 +22,7 @@ ROUNDOFF_F64 = 1e-9
 
 
 def streams_TI(dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Dense inputs, and what compressed blocks made of them: a linear error and a random one."""
+    """Inputs x of the dense model, and y after compressed blocks: x with a linear and a random error."""
     x_TI = correlated_inputs_TI(TOKENS, INPUTS, seed=1)
     generator = torch.Generator().manual_seed(2)
     mix_II = torch.eye(INPUTS) + 0.1 * torch.randn(INPUTS, INPUTS, generator=generator)
@@ -50,7 +50,7 @@ def test_all_of_it_undamped_is_least_squares_on_the_inputs() -> None:
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 @pytest.mark.parametrize("propagation", [0.0, 0.25, 1.0])
 def test_it_is_ridge_regression_of_the_error_in_part(propagation: float, damping: float) -> None:
-    """p · argmin_Δ E‖W (x - y) - Δ y‖² + λ‖Δ‖², by stacking √λ rows under the inputs; dead inputs get nothing."""
+    """The change is p · argmin_Δ E‖W (x - y) - Δ y‖² + λ‖Δ‖² (reference: √λ I stacked under y), 0 for dead inputs."""
     x_TI, y_TI = streams_TI(dead=(3, 20))
     problem = problem_of(x_TI, y_TI)
     ridge = (damping * y_TI.square().sum(0).mean()).sqrt()
@@ -84,7 +84,7 @@ def test_where_both_streams_are_one_nothing_is_corrected() -> None:
 @pytest.mark.parametrize("step", [GPTQ(2, 8), GPTQ(4, None), SparseGPT(0.5)])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_losses_are_those_of_the_dense_outputs(step: object, corrected: bool, dtype: torch.dtype) -> None:
-    """E‖W x - V y‖² / E‖W x‖² over the tokens themselves, corrected or not."""
+    """Relative loss = E‖W x - V y‖² / E‖W x‖² over the tokens themselves, with and without correction."""
     x_TI, y_TI = streams_TI()
     problem = problem_of(x_TI, y_TI, dtype)
     site = run(site_of([problem]), [QEP(), step] if corrected else [step])
@@ -108,7 +108,7 @@ def test_later_steps_work_on_the_corrected_matrix_as_on_any_other(steps: list[ob
 @pytest.mark.parametrize(
     "steps", [[QEP()], [GPTQ(4, 8), QEP()], [QEP(), QEP(), GPTQ(4, 8)], [SparseGPT(0.5), QEP(), GPTQ(4, 8)]]
 )
-def test_it_stands_before_what_compresses(steps: list[object]) -> None:
+def test_qep_must_precede_pruning_and_rounding(steps: list[object]) -> None:
     with pytest.raises(UsageError, match="before it is pruned or rounded"):
         check_order([(type(step).__name__.lower(), step) for step in steps])
 

@@ -1,4 +1,4 @@
-"""Recipes: what holds for steps in any order, and each refinement against a plain float64 reference.
+"""Recipes: properties of sequences of steps, and each refinement against a plain float64 reference.
 
 Shapes: O outputs, I inputs, K rank, T tokens.
 """
@@ -67,7 +67,7 @@ def test_refinement_and_repair_never_raise_the_loss(start: Any, dtype: torch.dty
 @pytest.mark.parametrize("start", PRUNERS, ids=str)
 @pytest.mark.parametrize("later", [*ROUNDERS, *REFINEMENTS, EoRA(3), SparseGPT(0.8), ALPS(0.8, iterations=20)], ids=str)
 def test_what_was_pruned_stays_pruned(start: Any, later: Any) -> None:
-    """Swaps alone may draw another mask of the same size."""
+    """Except by `Swaps`, which may choose another mask with the same number per row."""
     problem = layer(20, 160)
     first = run(site_of([problem]), [start]).layers[0]
     then = run(site_of([problem]), [start, later]).layers[0]
@@ -150,7 +150,7 @@ def test_a_step_sees_what_it_declared_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_undeclared_statistics_do_not_matter(name: str) -> None:
-    """Whatever a step does not declare is NaN here."""
+    """Statistics that a step does not declare are replaced by NaN."""
     settings = {"sparsity": 0.5} if "sparsity" in COMPRESSORS[name].__dataclass_fields__ else {}
     settings |= {"bits": 4, "group_size": 32} if "bits" in COMPRESSORS[name].__dataclass_fields__ else {}
     step, problem = COMPRESSORS[name](**settings), layer(6, 64)
@@ -185,7 +185,7 @@ def test_statistics_of_scaled_inputs_are_those_of_the_scaled_inputs() -> None:
 
 
 def test_gradients_of_scaled_weights_are_those_of_the_scaled_layer() -> None:
-    """The loss as a function of W · s, reading x / s, by autograd: window by window."""
+    """Reference: autograd, per window, of the loss as a function of W · s with inputs x / s."""
     generator = torch.Generator().manual_seed(0)
     inputs_BTI, back_BTO = (torch.randn(3, 5, n, generator=generator, dtype=torch.float64) for n in (8, 4))
     weight_OI = torch.randn(4, 8, generator=generator, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_a_singular_hessian_has_no_exact_refit_without_damping() -> None:
 
 
 def test_swaps_end_where_no_single_exchange_helps() -> None:
-    """Every exchange of a kept and a removed weight, tried one by one, with the best value for the one that returns."""
+    """Try every exchange of a kept for a removed weight, with the optimal value for the restored weight."""
     problem = layer(3, 16)
     hessian_II = problem.hessian_II
     done = run(site_of([problem]), [Wanda(0.5), Swaps(500, candidates=16)]).layers[0]
@@ -256,7 +256,7 @@ def test_swaps_keep_a_pattern() -> None:
 
 
 def test_alps_is_the_plain_iteration() -> None:
-    """B, D and V written out with explicit inverses, without scaling tricks; the same support."""
+    """Reference: the iterates B, D and V with explicit inverses, without scaling tricks; the supports must be equal."""
     problem, damping = layer(6, 32), 0.01
     hessian_II = problem.hessian_II + damping * problem.hessian_II.diagonal().mean() * torch.eye(32).double()
     scale_I = hessian_II.diagonal().sqrt()
@@ -344,7 +344,7 @@ def test_descent_is_coordinate_by_coordinate() -> None:
 
 
 def test_a_repair_is_the_best_of_its_rank() -> None:
-    """Against the singular value decomposition of Δ times a root of H; what remains is the tail of its spectrum."""
+    """Reference: SVD of Δ times a root of H; the remaining loss is the sum of the other singular values squared."""
     problem = layer(12, 40)
     broken = run(site_of([problem]), [RoundToNearest(2, None)])
     difference_OI = problem.weight_OI - broken.layers[0].weight_OI
@@ -362,7 +362,7 @@ def test_a_repair_is_the_best_of_its_rank() -> None:
 
 
 def test_a_repair_has_a_mixture_of_its_own() -> None:
-    """A generic rounding, repaired in the domain's Hessian, is what both give one after the other."""
+    """RTN on the general mixture with an EoRA step on the domain's equals running both steps by hand."""
     general, domain = layer(8, 48, seed=1), layer(8, 48, seed=2)
     means = {"domain": Statistics({Statistic.GRAM: domain.hessian_II})}
     [site] = solve(site_of([general]), [(Placed(RoundToNearest(3, 16)), Placed(EoRA(2), "domain"))], means.__getitem__)

@@ -1,4 +1,4 @@
-"""Exactly as many weights go as were asked for, and which ones is never left to chance."""
+"""Exactly the requested number of weights is pruned, and the choice is deterministic."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def test_every_method_removes_the_exact_number(fraction: float, outputs: int, in
 @pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 def test_dead_inputs_go_first_and_inside_the_budget(sparsity: float | str, scattered: bool) -> None:
-    """60 % of the inputs are dead and have by far the largest weights: 50 % asked is 50 % given, all of it dead.
+    """60 % of the inputs (75 % for scattered 2:4) are dead and have the largest weights; exactly 50 % is pruned.
 
-    Where a threshold is drawn per group, a group of few dead inputs gives live ones too."""
+    If every group that shares a threshold has enough dead inputs, only these are pruned; otherwise live ones too."""
     inputs, group = 240, 10 if sparsity == 0.5 else 4
     dead = [i for i in range(inputs) if i % group < (6 if sparsity == 0.5 else 3)]
     if not scattered:
@@ -147,13 +147,13 @@ def test_ranking_a_group_by_pairs_is_sorting_it(size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["squares", "ties", "ascending", "one step"])
 def test_a_threshold_between_two_bounds_is_the_one_of_sorting(kind: str) -> None:
-    """Also where the sample misleads: the search then covers everything."""
+    """Also if the sample is unrepresentative: the search then covers all scores."""
     scores, generator = WORTH_SAMPLING + 37, torch.Generator().manual_seed(1)
     score_N = {
         "squares": torch.randn(scores, generator=generator).square(),
         "ties": torch.randint(0, 3, (scores,), generator=generator).float(),
         "ascending": torch.arange(scores).float(),
-        "one step": (torch.arange(scores) % 64 == 0).float(),  # all that the sample sees is the rare value
+        "one step": (torch.arange(scores) % 64 == 0).float(),  # the sample contains only the rare value
     }[kind]
     order_N = score_N.argsort(stable=True)
     for count in (0, 1, 2, 100, scores // 3, scores // 2, scores - 2, scores - 1, scores):

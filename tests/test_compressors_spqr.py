@@ -1,4 +1,4 @@
-"""SpQR against the published loop written plainly in float64, and what its form promises."""
+"""SpQR against a plain float64 version of the published loop, and the properties of its stored form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.problems import correlated_inputs_TI, layer
 
 
 def outlying(outputs: int = 40, inputs: int = 96, seed: int = 0, **more) -> LayerProblem:
-    """A layer with a few weights that are far from the others."""
+    """A layer with a few outlier weights."""
     problem = layer(outputs, inputs, seed=seed, **more)
     chance = torch.Generator().manual_seed(seed)
     far_OI = torch.rand(outputs, inputs, generator=chance) < 0.01
@@ -27,7 +27,7 @@ def outlying(outputs: int = 40, inputs: int = 96, seed: int = 0, **more) -> Laye
 
 
 class Slow:
-    """Row by row and weight by weight, with the whole inverse of the Hessian, as the authors' engine goes."""
+    """Reference: weight by weight, with the whole inverse of the Hessian, in the order of the authors' engine."""
 
     def __init__(self, step: SpQR, problem: LayerProblem) -> None:
         self.step, self.highest = step, 2**step.bits - 1
@@ -108,7 +108,7 @@ class Slow:
 @pytest.mark.parametrize("outputs", [40, 7, 1], ids="{} outputs".format)
 def test_it_is_the_published_loop(step: SpQR, outputs: int) -> None:
     if outputs == 1:
-        step = SpQR(step.bits, step.group_size, step.scale_bits, 1e9, step.damping)  # one row has no variance
+        step = SpQR(step.bits, step.group_size, step.scale_bits, 1e9, step.damping)  # the variance of one row is 0
         problem = outlying(2)
         problem = LayerProblem("one", problem.weight_OI[:1], problem.hessian_II)
         slow = Slow(step, problem)
@@ -124,9 +124,9 @@ def test_it_is_the_published_loop(step: SpQR, outputs: int) -> None:
     torch.testing.assert_close(base.weight_OI, expected_OI, rtol=1e-9, atol=1e-9)
 
 
-def test_outliers_pay() -> None:
-    """On a layer that has any, at one threshold 3 bits with outliers lose less than 3 bits without, and than GPTQ's at
-    more bits a weight; mean bits count all that is stored."""
+def test_outliers_reduce_spqr_loss() -> None:
+    """On a layer with outliers, 3 bits with outliers lose less than 3 bits without and than GPTQ with more bits per
+    weight; `mean_bits` counts everything that is stored."""
     problem = outlying()
     many, none = SpQR(3).compress(problem), SpQR(3, threshold=1e9).compress(problem)
     assert isinstance(many.base, GridOutliers)
@@ -177,7 +177,7 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict) -> None:
 
 
 def test_correlated_inputs_help() -> None:
-    """The error of a rounded input is taken over by later ones: less is lost than by rounding alone."""
+    """Later inputs compensate rounding errors: the loss is lower than without the correlations in the Hessian."""
     input_TI = correlated_inputs_TI(400, 96, seed=3)
     problem = outlying()
     free = LayerProblem(problem.name, problem.weight_OI, input_TI.mT @ input_TI / 400)

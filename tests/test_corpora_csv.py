@@ -1,4 +1,4 @@
-"""CSV: what Python's csv reads is read; a stray quote costs its line and no other."""
+"""CSV is parsed like by Python's csv module, but a stray quote costs only its own line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ours(path: Path, delimiter: str = ",", most_bytes: int = MOST_LINE_BYTES) ->
 
 @dataclass(frozen=True)
 class Reference:
-    """What Python's csv reads, and whether it spreads no quote over lines that are not well-formed."""
+    """Rows by Python's csv. `is_orderly`: rows that span lines are well-formed, and no quote is open at the end."""
 
     rows: list[list[str]]
     is_orderly: bool
@@ -47,7 +47,7 @@ def reference(text: str, delimiter: str = ",") -> Reference:
         if len(spanned) > 1:
             width = len(rows[0]) if rows else len(row)
             is_orderly &= len(row) == width and well_formed(spanned, delimiter)
-        elif spanned:  # a quote still open at the end of the file
+        elif spanned:  # a quote may be open at the end of the file
             is_orderly &= closed(spanned[0], delimiter)
         if row:
             rows.append(row)
@@ -74,7 +74,7 @@ def soups() -> Iterator[str]:
 
 
 def tables(delimiter: str) -> Iterator[tuple[str, list[list[str]]]]:
-    """Files that writers write, in each of their styles of quoting and line ends, and their rows."""
+    """Yield (text, rows) of files by csv's writer, in each style of quoting and line ends."""
     chance = random.Random(1)
     cells = [
         "",
@@ -94,7 +94,7 @@ def tables(delimiter: str) -> Iterator[tuple[str, list[list[str]]]]:
         rows = [[f"column {i}" for i in range(width)]]
         rows += [[chance.choice(cells) for _ in range(width)] for _ in range(chance.randint(0, 8))]
         if width == 1:
-            rows = [row for row in rows if row != [""]]  # an empty line
+            rows = [row for row in rows if row != [""]]  # it would be an empty line
         written = io.StringIO(newline="")
         style = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)[number % 3]
         csv.writer(written, delimiter=delimiter, quoting=style, lineterminator=("\n", "\r\n")[number % 2]).writerows(
@@ -117,7 +117,7 @@ def test_every_file_that_python_reads_line_by_line_is_read_alike(tmp_path: Path)
 
 
 def test_every_line_is_in_one_row_or_is_a_reject(tmp_path: Path) -> None:
-    """Of every file, however its quotes stand: nothing lies between what is taken and what is rejected."""
+    """Rows and rejects together cover all lines of any file, wherever its quotes are."""
     path, rejects = tmp_path / "a.csv", 0
     for text in soups():
         path.write_bytes(text.encode())
@@ -185,7 +185,7 @@ def test_a_quoted_row_survives_between_stray_quotes(tmp_path: Path) -> None:
 
 
 def test_a_file_of_nothing_but_stray_quotes_takes_time_in_proportion(tmp_path: Path) -> None:
-    """Each of these lines closes the quote of the last and opens another: every line begins a row without an end."""
+    """Linear time although every line closes the quote of the line before and opens another, so that no row ends."""
     calls = []
     for count in (1_000, 4_000):
         path = tmp_path / f"{count}.csv"

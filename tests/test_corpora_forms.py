@@ -1,4 +1,4 @@
-"""Conversations as people hold them: whatever the form, the same ones are the same corpus; what fits none says why."""
+"""Formats of conversations: any format gives the same corpus; what fits none is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def in_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def columns(chat: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """As older versions of `datasets` store a sequence of turns."""
+    """The turns as older versions of `datasets` store a sequence: one list per field."""
     return {"from": [turn["role"] for turn in chat], "value": [turn["content"] for turn in chat]}
 
 
@@ -87,7 +87,7 @@ def parquet(rows: Rows) -> bytes:
 
 
 FILES: dict[str, tuple[str, Callable[[Rows], bytes], Callable[[list[dict[str, Any]]], Any], str]] = {
-    # name: (file, how rows are written, what stands in the column, the column)
+    # name: (file, writer of rows, value of a conversation in its column, column)
     "jsonl": ("a.jsonl", lines, list, "messages"),
     "from and value": ("a.jsonl", lines, spelled, "conversations"),
     "json": ("a.json", lambda rows: json.dumps(rows, indent=4).encode("utf-16"), list, "messages"),
@@ -105,7 +105,7 @@ FILES: dict[str, tuple[str, Callable[[Rows], bytes], Callable[[list[dict[str, An
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The shard of these conversations, by its key."""
+    """Key of the shard with these conversations."""
     folder = tmp_path_factory.mktemp("reference")
     (folder / "a.jsonl").write_bytes(lines([{"messages": chat} for chat in CHATS]))
     return ingest(Store(folder / "home"), "chats", [str(folder / "a.jsonl")]).corpus.shards[0].key
@@ -219,7 +219,7 @@ def test_what_fits_no_form_is_rejected_with_the_reason(name: str, store: Store, 
 
 
 def test_texts_and_conversations_may_stand_in_one_file(store: Store, tmp_path: Path) -> None:
-    """As JSON lines, and as a table, where each row lacks the other's column."""
+    """In JSON lines, and in a table, where each row leaves one of the two columns empty."""
     rows: Rows = [{"text": f"Text {number} that is long enough."} for number in range(20)]
     rows += [{"messages": chat} for chat in CHATS[:20]]
     path = write_lines(tmp_path / "a.jsonl", rows)
@@ -278,7 +278,7 @@ def test_what_templates_read_of_a_turn_is_kept_and_nothing_else(store: Store, tm
 
 
 def test_a_corpus_of_texts_is_what_it_was(store: Store, tmp_path: Path) -> None:
-    """Key, file and entry as versions without conversations wrote them."""
+    """Key, file and record equal those of versions without conversations."""
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"document number {n} is long enough"} for n in range(40)])
     shard = ingest(store, "x", [path]).corpus.shards[0]
     assert shard.key == "0b0fd44dee9028283d49735497e627845bc3fd62356022c92f1cc049c3928f7f"
@@ -290,7 +290,7 @@ def test_a_corpus_of_texts_is_what_it_was(store: Store, tmp_path: Path) -> None:
 
 
 def saved(folder: Path) -> Path:
-    """Two splits, the first in two files, and a cache that is none of them."""
+    """Save two splits, the first in two files, and a cache file that belongs to neither."""
     first = datasets.Dataset.from_list([{"messages": chat} for chat in CHATS[:40]])
     second = datasets.Dataset.from_list([{"messages": chat} for chat in CHATS[40:]])
     datasets.DatasetDict({"train": first, "test": second}).save_to_disk(str(folder), num_shards={"train": 2, "test": 1})
@@ -306,7 +306,7 @@ def test_a_folder_that_datasets_saved_is_read_split_by_split(store: Store, tmp_p
     assert sorted(turns_of(store, report.corpus), key=str) == sorted(CHATS, key=str)
     alone = ingest(store, "y", [str(folder / "test")])
     assert alone.corpus.shards[0].documents["test"] == 20
-    above = ingest(store, "z", [str(tmp_path / "data")])  # found below, too
+    above = ingest(store, "z", [str(tmp_path / "data")])  # also found in a subfolder
     assert above.corpus.digest == report.corpus.digest
 
 
@@ -360,7 +360,7 @@ def test_offsets_that_lead_out_of_a_file_are_damage(store: Store, tmp_path: Path
 
 
 def cached(folder: Path, commits: dict[str, list[list[dict[str, Any]]]], refs: dict[str, str]) -> Path:
-    """The hub's cache of a data set: snapshots of links into blobs, a card beside the data."""
+    """Make a data set in the hub's cache layout: snapshots with links to blobs, a README beside the data."""
     home = folder / "datasets--someone--chats"
     (home / "blobs").mkdir(parents=True)
     for commit, rows in commits.items():
@@ -416,7 +416,7 @@ def test_a_hub_dataset_may_hold_conversations(tmp_path: Path, monkeypatch: pytes
 
 
 def test_conversations_that_are_chosen_stay_conversations(store: Store, tmp_path: Path) -> None:
-    """All of a shard chosen are that shard; what is compared of them is what their turns say."""
+    """Choosing all documents of a shard gives the same shard; comparisons use the text of the turns."""
     rows: Rows = [{"messages": chat} for chat in CHATS] + [{"text": f"Text {n} that is long enough."} for n in range(9)]
     corpus = ingest(store, "x", [write_lines(tmp_path / "a.jsonl", rows)], split="train").corpus
     texts = DocumentTexts(store, parts_of([corpus], "train"))

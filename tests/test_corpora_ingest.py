@@ -1,4 +1,4 @@
-"""Ingest: versions follow content alone, and a document never stands in two splits."""
+"""Ingest: versions depend only on content, and a document is never in two splits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_key_ignores_order_names_times_and_formats(tmp_path):
     other = ingest(other_store, "b", [str(tmp_path / "two")]).corpus
     assert other.shards == expected.shards
     assert other.digest == expected.digest
-    # in the same order too, so that windows drawn by position are the same
+    # also in the same order, so that windows drawn by position are equal
     for split in SPLITS:
         assert list(documents(other_store, other.shards[0], split)) == list(
             documents(Store(tmp_path / "first"), expected.shards[0], split)
@@ -113,7 +113,7 @@ def test_a_document_keeps_its_split_across_versions(store, tmp_path):
 def test_replace_means_exactly_these(store, tmp_path):
     ingest(store, "general", [write(tmp_path / "a.jsonl", texts(0, 40))])
     grown = ingest(store, "general", [write(tmp_path / "b.jsonl", texts(0, 60))], replace=True)
-    assert len(grown.corpus.shards) == 2  # all earlier ones are given: an addition
+    assert len(grown.corpus.shards) == 2  # contains all earlier documents: a shard is added
     shrunk = ingest(store, "general", [write(tmp_path / "c.jsonl", texts(30, 70))], replace=True)
     assert (shrunk.corpus.version, len(shrunk.corpus.shards), shrunk.added_documents) == (3, 1, 10)
     assert everything(content(store, shrunk.corpus)) == sorted(texts(30, 70))
@@ -319,7 +319,7 @@ def test_two_at_once_lose_nothing(tmp_path):
 
 
 class Overtaken:
-    """Refs where another ingest lands just before ours is appended, `times` times."""
+    """Refs with which another ingest is appended just before ours, `times` times."""
 
     def __init__(self, refs: Refs, overtake: Callable[[], object], times: int) -> None:
         self.read, self._refs, self._overtake, self._times = refs.read, refs, overtake, times

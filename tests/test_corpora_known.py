@@ -1,4 +1,4 @@
-"""Looking documents up in a corpus: the same answers as reading every shard, at few reads however many there are."""
+"""Document lookup in a corpus: equal to reading every shard, with few reads for any number of shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digest_of_text(number: int) -> bytes:
 
 
 ENDS_IN_ZERO = next(number for number in range(9000) if digest_of_text(number).endswith(b"\0"))
-"""Whose last byte numpy takes for padding."""
+"""A document whose digest ends with a byte that numpy takes for padding."""
 
 
 def write(file: Path, numbers: list[int]) -> str:
@@ -61,7 +61,7 @@ def test_an_ingest_reads_few_of_the_earlier_shards(tmp_path: Path) -> None:
     for number in range(40):
         asked.clear()
         ingest(store, "legal", [write(tmp_path / "new.jsonl", [number])])
-        is_power = number & (number - 1) == 0  # then many are merged into one, once
+        is_power = number & (number - 1) == 0  # then many shards are merged into one index, once
         most = most if is_power else max(most, asked["read"] + asked["names"])
     assert most <= 2 * (40).bit_length() + 8
 

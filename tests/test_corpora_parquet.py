@@ -1,4 +1,4 @@
-"""Parquet: what pyarrow reads is read; damage is told, never taken; every row is a document or a counted reject."""
+"""Parquet is read like by pyarrow; damaged data is rejected; every row becomes a document or a counted reject."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(path: Path, limits: DocumentLimits = LIMITS) -> tuple[list[str], list[R
 
 @pytest.mark.parametrize(
     ("kind", "is_dictionary"),
-    # pyarrow writes no dictionaries of views
+    # pyarrow cannot write dictionaries of views
     [
         (kind, is_dictionary)
         for kind in TYPES
@@ -49,7 +49,7 @@ def test_columns_of_text_are_read_as_pyarrow_reads_them(tmp_path: Path, kind: pa
 
 
 def test_a_byte_flipped_anywhere_changes_no_text(tmp_path: Path) -> None:
-    """The file has checksums of its pages. Whatever is not read is counted, unless it is the footer with the counts."""
+    """Pages have checksums. Rows that are not read are counted; the footer, which has the counts, is not flipped."""
     path = tmp_path / "a.parquet"
     pq.write_table(
         pa.table({"text": TEXTS}), path, row_group_size=10, write_page_checksum=True, compression="none",

@@ -1,4 +1,4 @@
-"""Readers: whatever bytes come, usable documents are kept and the rest is counted with its reason."""
+"""Readers: from any bytes, usable documents are kept and the rest is counted with a reason."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_bomb_is_neither_held_nor_read_to_its_end(tmp_path, suffix):
     finally:
         tracemalloc.stop()
     assert path.stat().st_size < 200_000
-    assert peak_bytes < 30_000_000  # Zstandard hands over up to 8 MiB at once
+    assert peak_bytes < 30_000_000  # Zstandard returns up to 8 MiB at once
 
 
 def test_a_line_that_never_ends_is_passed_over(tmp_path):

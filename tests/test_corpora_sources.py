@@ -1,4 +1,4 @@
-"""Sources: every record of every format is a document, a duplicate or a counted reject; no name ends an ingest."""
+"""Sources: every record becomes a document, a duplicate or a counted reject; no file name makes an ingest fail."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WRITERS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
 
 
 def rows_of_all_kinds(seed: int) -> list[dict[str, str]]:
-    """Usable ones, the same again, and such as cannot be used."""
+    """Usable rows, duplicates and unusable rows."""
     chance = random.Random(seed)
     usable = [f'document {index} says "yes, no",\nand\tends {"é" * (index % 5)}' for index in range(200)]
     kinds = [usable, usable[:20], ["", "   ", "short", "x" * 6_000]]

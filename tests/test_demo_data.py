@@ -1,4 +1,4 @@
-"""The embedded demo: its files are what its grammar writes, its questions are fair, its model knows the answers."""
+"""The bundled demo: files match their generator, questions have no shortcuts, the model knows the answers."""
 
 import sys
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).parents[1] / "data" / "demo"
-sys.path.insert(0, str(DEMO))  # the demo's scripts are no package: they run from their own folder
+sys.path.insert(0, str(DEMO))  # the demo's scripts are not a package and run from their own folder
 
 from grammar.world import facts  # noqa: E402
 from make_corpora import DOCUMENTS, DOMAINS, files, read  # noqa: E402
@@ -89,8 +89,8 @@ def test_answers_are_spread_evenly_over_positions(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whoever_does_not_know_the_facts_is_left_to_guess(name):
-    """Neither the length of a choice nor how often it is read tells the answer."""
+def test_questions_have_no_shortcuts(name):
+    """Neither the length of a choice nor its frequency in training text reveals the answer."""
     train = "\n".join(texts(name, "train"))
     clues = {"longest": len, "shortest": lambda choice: -len(choice), "most often read": train.count}
     rows = questions(name)

@@ -1,11 +1,12 @@
-"""Statistics and methods on a pretended GPU: no mix of devices, results where they belong, the CPU's own numbers.
+"""Statistics and methods on a simulated GPU: no mix of devices, results on the right device and equal to the CPU's.
 
-`tests/helpers/pretend_device.py` says what is seen, and what only a GPU shows.
+See `tests/helpers/pretend_device.py` for what it detects and what needs a real GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ ROUNDOFF_F32 = 2e-4
 STEPS = [*CASES, *(case for case in REFINEMENTS if case not in CASES)]
 FIRST = {name: next(case for case in CASES if type(case) is method) for name, method in COMPRESSORS.items()}
 STARTS = {"pruned": [Magnitude(0.3), EoRA(2)], "on a grid": [Magnitude(0.3), RoundToNearest(4, 32), EoRA(2)]}
-"""With a mask, a low-rank part and a grid: whatever a step does only where there is one."""
+"""Steps before the one under test, so that it gets a layer with a mask, a low-rank part and a grid."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +103,7 @@ def test_hessians_are_mixed_and_factored_where_they_are() -> None:
 
 
 def recipes_of(case: Any) -> list[list[Any]]:
-    """By itself, and behind others: one case of each method, and every refinement. Allocators stand in front."""
+    """The step alone and, for one case of each method and every refinement, after others; allocators come first."""
     if case.kind == ALLOCATE:
         return [[case, FIRST["wanda"]]]
     if case.kind == "correct":
@@ -114,7 +115,7 @@ def recipes_of(case: Any) -> list[list[Any]]:
 
 @pytest.mark.parametrize("case", STEPS, ids=label)
 def test_every_method_on_the_device(case: Any, seen: Seen) -> None:
-    """In float64, by itself and on what others have left; and it waits for the device once an iteration at most."""
+    """In float64, alone and after other steps, with at most about one wait for the device per iteration."""
     own = layer(8, 160, dead=[3, 44], stored_dtype=torch.bfloat16)
     there = on_device(own)
     for recipe in recipes_of(case):
@@ -129,14 +130,14 @@ def test_every_method_on_the_device(case: Any, seen: Seen) -> None:
 
 
 def most_waits(recipe: Sequence[Any]) -> int:
-    """Checks, factors and thresholds of each step, and a third more than one for each iteration."""
+    """Return the maximum of waits: 12 per step for checks, factors and thresholds, and 4/3 per iteration."""
     rounds = [getattr(step, "iterations", getattr(step, "rounds", 0)) or 0 for step in recipe]
     return sum(12 + 4 * each // 3 for each in rounds)
 
 
 @pytest.mark.parametrize("case", FIRST.values(), ids=label)
 def test_every_method_in_the_precision_that_a_gpu_solves_in(case: Any) -> None:
-    """On a CPU other loops compute float32, so that roundoff may differ."""
+    """A CPU uses other kernels for float32, so roundoff may differ."""
     own = layer(8, 160, dtype=torch.float32)
     mine, theirs = case.compress(on_device(own)), case.compress(own)
     assert devices_of(mine) == {"cuda:0"}
@@ -165,6 +166,9 @@ def test_the_kernel_that_no_gpu_has_run_is_off_unless_it_is_asked_for(monkeypatc
     assert fastest("cuda", torch.float32) is fix_panel_torch
     monkeypatch.setenv(TRITON_SWITCH, "0")
     assert fastest("cuda", torch.float32) is fix_panel_torch
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setenv(TRITON_SWITCH, "1")
+        assert fastest("cuda", torch.float32).__name__ == "fix_panel_triton"
     for wrong in ("yes", "2"):
         monkeypatch.setenv(TRITON_SWITCH, wrong)
         with pytest.raises(UsageError, match="CROSSCAL_TRITON"):

@@ -1,4 +1,4 @@
-"""The pretended device refuses what a GPU refuses, and sees what the laws of devices rest on."""
+"""The simulated device raises the errors of a GPU, and records what the device tests rely on."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_a_gpu_allows_is_allowed() -> None:
     x = there()
     single = torch.tensor(2.0)
     x += single
-    x[0] = torch.zeros(4)  # a copy
+    x[0] = torch.zeros(4)  # a copy between devices
     x[[1]] = single
     x[x > 5] = single
     here().copy_(x)
@@ -146,7 +146,7 @@ def test_waiting_for_the_device_is_counted(seen: Seen) -> None:
 
 
 def test_models_of_transformers_are_loaded_inside_as_outside(tmp_path: Path) -> None:
-    """Which computes their buffers, in memory that holds anything."""
+    """transformers computes the models' buffers, in uninitialised memory."""
     written = tiny_llama(tmp_path)
     filled = [torch.full((4,), 7e7) for _ in range(10_000)]
     del filled

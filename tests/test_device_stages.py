@@ -1,6 +1,6 @@
-"""What a run gives a GPU, on a pretended one: from the walk through a model to what is measured of it.
+"""Stages of a run on a simulated GPU: from the calibration pass to the evaluation.
 
-`tests/helpers/pretend_device.py` says what is seen, and what only a GPU shows.
+See `tests/helpers/pretend_device.py` for what it detects and what needs a real GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
-    """With moments and gradients in float64, read on a CPU."""
+    """Context with float64 moments and gradients, computed on a CPU."""
     folder = tmp_path_factory.mktemp("device")
     source, store = tiny_source(folder / "model"), Store(folder / "home")
     made = in_float64(run_context(folder / "run", store, source, *samples(store)))
@@ -73,15 +73,15 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
 
 
 def in_float64(context: RunContext) -> RunContext:
-    """There a CPU computes as a GPU does: its own loops are for float32."""
+    """In float64 a CPU runs the same code as a GPU: its own kernels are for float32 only."""
     return dataclasses.replace(context, cached=dense_cache(context.cached.store, context.source, "float64"))
 
 
 def every_method() -> list[Variant]:
-    """Pruning and rounding by themselves; what refines or repairs behind both, the last with a mixture of its own."""
+    """Each pruner and rounder alone; all refinements and repairs after both, the last on a mixture of its own."""
     alone = [name for name, case in FIRST.items() if case.kind in ("prune", "quantize")]
     refining = [name for name, case in FIRST.items() if case.kind in ("refine", "repair")]
-    others = [step_of(name) for name in refining if name != "bias"]  # which this family's linears have not
+    others = [step_of(name) for name in refining if name != "bias"]  # the linears of this family have no bias
     others.append(dataclasses.replace(others[-1], mixture=Mixture.of({"general": 1.0})))
     long = (step_of("magnitude"), *others, step_of("rtn"), *others)
     recipe = dataclasses.replace(variant("recipe", "magnitude", MIXED), recipe=long)
@@ -137,7 +137,7 @@ def test_a_walk_on_the_device(family: str, tmp_path: Path) -> None:
 
 
 def test_a_walk_in_half_precision_with_hidden_states_on_the_disk(tmp_path: Path) -> None:
-    """The checkpoint's own dtype is the default on a GPU; spilled states go to the device batch by batch."""
+    """The default dtype on a GPU is the checkpoint's; spilled hidden states are moved to the device batch by batch."""
     source = ModelSource.open(save_model("llama", tmp_path / "model", dtype=torch.bfloat16))
     slices = {"one": windows(3), "two": windows(2, seed=1)}
     kept = seen_by_walk(source, slices, device="cuda")
@@ -172,7 +172,7 @@ def test_texts_are_written_on_the_device(settings: dict[str, Any], seen: Seen) -
 
 
 def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
-    """What it says of its models is what a CPU measures of them."""
+    """The reported perplexities equal those that a CPU measures."""
     monkeypatch.chdir(tmp_path)
     place = make_place(tmp_path)
     steps = [{"method": "wanda", "sparsity": 0.5}, {"method": "gptq", "bits": 4, "group_size": None}]
@@ -198,8 +198,8 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert row.value == pytest.approx(found.value, rel=ROUNDOFF_F32)
 
 
-def test_five_questions_are_asked_of_cuda() -> None:
-    """Any other one needs a look, and an answer of the pretended device. Nothing is waited for but by reading it."""
+def test_all_uses_of_torch_cuda_are_known() -> None:
+    """All uses of `torch.cuda`: review and simulate any new one. There are no explicit synchronisations."""
     files = [file for folder in ("crosscal", "tasks", "flows") for file in (PACKAGE.parent / folder).rglob("*.py")]
     asked = set()
     for file in files:
@@ -216,7 +216,7 @@ def test_the_free_memory_is_the_devices() -> None:
 
 
 def test_what_torch_holds_unused_of_a_device_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a second model would not fit where the first one did: torch keeps what that one left."""
+    """torch keeps the memory that a first model has freed; without counting it, a second model would not fit."""
     assert usable_bytes("cuda") == free_bytes("cuda")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)

@@ -1,5 +1,5 @@
-"""Laws of measuring block by block: the numbers are those of the whole model, with the weights of one block in memory;
-a run does so by itself where a model does not fit, and refuses there what it cannot do."""
+"""Evaluation block by block: the results are those of the whole model, with the weights of one block in memory. A run
+uses it automatically for a model that does not fit, and then refuses tasks, which need the whole model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.test_models_names import matrices, write
 
 ROUNDOFF_F32 = 1e-5
 ROUNDOFF_OF_LOGITS = 1e-7
-"""Of a model in float64, whose logits are taken as float32; means over windows."""
+"""For a float64 model whose logits are converted to float32, in the sum over a window."""
 TEXTS = {"long": windows(7), "short": windows(3, seed=1, length=16)}
 BLOCKS = 4
 PARTS = (adapter.RIGHT_KI, adapter.LEFT_OK)
@@ -51,7 +51,7 @@ def by_blocks(folder: Path, dtype: torch.dtype, spill_to: Path | None = None) ->
 
 
 def pruned(source: ModelSource, folder: Path) -> None:
-    """Half of every matrix zero."""
+    """Write a variant whose matrices have their negative weights set to zero."""
     writer = VariantWriter(folder, source)
     for block in range(source.blocks):
         parameters = source.load_block(block)
@@ -65,7 +65,7 @@ def packed(source: ModelSource, folder: Path) -> None:
 
 
 def with_adapter(source: ModelSource, folder: Path, blocks: int = 2) -> None:
-    """Low-rank parts, as large as the matrices, in some blocks."""
+    """Write a variant with low-rank parts, as large as the matrices, in the first blocks."""
     writer, chance = VariantWriter(folder, source), torch.Generator().manual_seed(0)
     for block in range(source.blocks):
         factors: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ MADE: dict[str, Callable[[ModelSource, Path], None]] = {"pruned": pruned, "packe
     ],
 )  # fmt: skip
 def test_every_window_has_the_likelihood_that_the_whole_model_gives_it(family: str, made: str, tmp_path: Path) -> None:
-    """Of the dense model and of a variant that differs from it; weights stored in bfloat16, as most are."""
+    """For the dense model and for a variant that differs from it, both stored in bfloat16 like most models."""
     dense, variant = save_model(family, tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "variant"
     MADE[made](ModelSource.open(dense), variant)
     found = {folder: by_blocks(folder, torch.float32) for folder in (dense, variant)}
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_by_blocks_is_refused_with_the_reason(tmp_path: Path
 
 
 def test_the_weights_of_two_blocks_are_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Besides those outside the blocks; counted as long as anything holds them."""
+    """Apart from weights outside the blocks; weights count as long as their storage is alive."""
     tiny_llama(tmp_path / "model", blocks=BLOCKS)
     plain, loaded, alive = ModelSource.load_block, list[tuple[StorageWeakRef, int]](), list[int]()
 
@@ -171,7 +171,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def leave_too_little(place: Place, monkeypatch: pytest.MonkeyPatch) -> int:
-    """As much memory as measuring block by block takes, which is less than the whole model's; its bytes."""
+    """Limit the memory to that of evaluation block by block, less than for the whole model; return its bytes."""
     from crosscal.plan import load_plan
 
     source = ModelSource.open(place.folder / "model")

@@ -1,5 +1,5 @@
-"""Multiple choice: what sharing a question among its choices gives is what every choice read by itself has, and what
-lm-eval says."""
+"""Multiple choice: scores with one shared pass over the question equal those of one pass per choice, and
+lm-eval's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def questions(count: int, longest: int, *, seed: int = 0) -> list[EncodedQuestio
 
 
 def slow_scores(model, asked: EncodedQuestion) -> list[float]:
-    """Each choice by its own pass in float64."""
+    """Score each choice by its own forward pass in float64."""
     found = []
     for choice in asked.choices:
         tokens_T = torch.tensor((*asked.context, *choice))
@@ -61,7 +61,7 @@ def test_shared_questions_have_the_likelihoods_of_each_choice_alone(
     expected = [slow_scores(plain, one) for one in asked]
     with reading(model, torch.tensor([3, 4])) as reader:
         assert is_shared(reader, max(asked, key=lambda one: len(one.context)))
-    for copies in (2**28, 1):  # all rows at once, one at a time
+    for copies in (2**28, 1):  # all rows at once, then one at a time
         monkeypatch.setattr(choices, "CACHE_BYTES", copies)
         ((answers, _),) = read_each(model, [Choices("facts", asked)], device="cpu", batch_tokens=128)
         found = {number: scores for answer in answers for number, scores in answer.items()}

@@ -1,4 +1,4 @@
-"""Laws of the rule by which models are told apart, against scipy's Student t, resampling and simulated truth."""
+"""The rule by which models are distinguishable, against scipy's t-test and simulations with known truth."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_shown_is_shown_of_any_looser_bound_and_by_fewer_comparisons() -
 
 @pytest.mark.parametrize(("windows", "candidates"), [(4, 2), (8, 10), (24, 6)])
 def test_chance_is_seldom_taken_for_a_difference(windows: int, candidates: int) -> None:
-    """Candidates that are all alike, many times: how often the rule claims something, against what it states."""
+    """Simulate equally good candidates; the share of false claims must not exceed the stated level."""
     chance, trials = np.random.default_rng(windows), 500
     claimed = lost = 0
     for _ in range(trials):
@@ -72,7 +72,7 @@ def test_chance_is_seldom_taken_for_a_difference(windows: int, candidates: int) 
         found = [paired_difference(other[0], base[0]) for other in others]
         claimed += any(is_distinguishable(each, candidates) for each in found)
         lowest = min(others, key=lambda each: sum(each[0]))
-        best = paired_difference(others[0][0], lowest[0])  # by symmetry any of them is the truly best
+        best = paired_difference(others[0][0], lowest[0])  # by symmetry any of them may count as the truly best
         lost += is_distinguishable(best, candidates - 1)
     error = 3 * math.sqrt(LEVEL / trials)
     assert claimed / trials < LEVEL + error

@@ -1,4 +1,4 @@
-"""Questions on what comes next: the right answer once among others of its kind, the same for whoever asks."""
+"""Continuation questions: exactly one choice continues the context, and the questions are deterministic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = ContinuationSettings(questions=40, choices=4, words=5, context_words=
 
 
 def texts(count: int = 60, *, seed: int = 0, mark: str = "w") -> list[str]:
-    """Documents of 5 to 60 words, each word with its document and place, of 2 to 12 letters."""
+    """Documents of 5 to 60 words of varying length; each contains the number of its document and its position."""
     draw = random.Random(seed)
     return [
         " ".join(f"{mark}{number}.{place}{'x' * draw.randrange(9)}" for place in range(draw.randint(5, 60)))
@@ -63,13 +63,13 @@ def test_wrong_answers_are_of_other_documents_and_about_as_long() -> None:
     assert sum(differences) / len(differences) < 0.1
 
 
-def test_no_place_is_the_right_answers() -> None:
+def test_answer_positions_are_uniform() -> None:
     found = continuation_questions(texts(400), replace(SETTINGS, questions=400))
     counts = [sum(question.answer == place for question in found) for place in range(4)]
     assert len(found) == 400
     assert max(abs(count - 100) for count in counts) < 4 * (400 * 3 / 16) ** 0.5
     longest = sum(max(q.choices, key=len) == q.choices[q.answer] for q in found)
-    assert abs(longest - 100) < 4 * (400 * 3 / 16) ** 0.5  # nor does length give it away
+    assert abs(longest - 100) < 4 * (400 * 3 / 16) ** 0.5  # length does not reveal the answer
 
 
 def test_the_same_for_the_same_texts_in_any_order() -> None:

@@ -1,4 +1,4 @@
-"""Intervals over draws and windows: against plain references, and never narrower for numbers that bring nothing new."""
+"""Intervals over draws and windows: equal to plain references, and not narrowed by duplicated data."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_with_one_draw_it_is_the_t_test_of_the_windows() -> None:
     assert found.p == pytest.approx(reference.pvalue)
 
 
-def test_windows_are_no_further_draws_and_draws_no_further_windows() -> None:
-    """Every window twice, or every draw twice, is no more evidence of the other kind."""
+def test_duplicates_do_not_narrow_intervals() -> None:
+    """Duplicated windows do not narrow the interval over draws; duplicated draws do not lower the windows' error."""
     once = over_draws_and_items(DIFFERENCES_DW.tolist())
     more_windows = over_draws_and_items(np.tile(DIFFERENCES_DW, (1, 2)).tolist())
     assert more_windows.interval == pytest.approx(once.interval)
@@ -44,7 +44,7 @@ def test_windows_are_no_further_draws_and_draws_no_further_windows() -> None:
 
 
 def test_the_interval_over_draws_holds_the_truth_in_19_of_20_studies() -> None:
-    """Simulated: windows differ by far more than draws do, and share their deviations between all draws."""
+    """Simulation: windows vary far more than draws, and a window's deviation is common to all draws."""
     generator, covered, studies = np.random.default_rng(1), 0, 2000
     windows_W = generator.normal(0, 1.0, 8)
     truth = 0.1 + windows_W.mean()

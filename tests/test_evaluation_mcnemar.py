@@ -1,4 +1,4 @@
-"""McNemar's test on the same questions, against a plain reference and against SciPy."""
+"""McNemar's test on paired answers, against a plain reference and SciPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crosscal.evaluation.mcnemar import AnswerChange, change, exact_p
 
 
 def plain_p(lost: int, won: int) -> float:
-    """All outcomes of n fair coins at least as far from n / 2, one after another in float64."""
+    """Sum the probabilities of all outcomes of n fair coins at least as far from n / 2, in float64."""
     n = lost + won
     far = abs(won - n / 2)
     return min(1.0, sum(math.comb(n, k) * 0.5**n for k in range(n + 1) if abs(k - n / 2) >= far))
@@ -39,7 +39,7 @@ def test_a_change_counts_the_questions_on_which_two_differ(seed: int) -> None:
     assert change(before, before) == AnswerChange(120, 0, 0)
     assert change(before, before).p == 1
     with_more = change([*before, *[True] * 99], [*after, *[True] * 99])
-    assert with_more.p == found.p  # what both share says nothing
+    assert with_more.p == found.p  # questions that both answer alike do not change p
 
 
 def test_in_words() -> None:

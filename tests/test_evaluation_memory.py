@@ -1,4 +1,4 @@
-"""Evaluation takes the memory that the preflight says, however large the vocabulary."""
+"""The memory of an evaluation matches the preflight estimate, also for a large vocabulary."""
 
 from __future__ import annotations
 

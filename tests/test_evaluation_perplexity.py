@@ -1,4 +1,4 @@
-"""Laws of perplexity: it is what a slow token-by-token loop says, however the windows are batched."""
+"""Perplexity equals that of a slow loop over tokens, for any batching of the windows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def windows(count: int = 5, length: int = 12) -> torch.Tensor:
 
 
 def slow_nll(model, tokens_SL: torch.Tensor) -> np.ndarray:
-    """One forward pass for each predicted token, in float64."""
+    """Reference: one float64 forward pass per predicted token."""
     model = model.double()
     nll_S = []
     for tokens_L in tokens_SL:
@@ -76,7 +76,7 @@ def test_batches_do_not_matter(batch_tokens: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_in_pieces_are_those_of_the_whole(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a plain reference, with whatever a family does to its logits (Gemma 2 caps them)."""
+    """Against a plain reference, including what a family does to its logits (Gemma 2 caps them)."""
     model = load_variant(save_model(family, tmp_path / "model"))
     tokens_SL = torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Forms of questions: the same questions in any form are the same, and what is not plain is never guessed."""
+"""Formats of question files: equal questions in any format are read alike; ambiguous ones are errors, not guesses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS = SENTENCE.split()
 
 
 def some_questions(seed: int, *, choices: int | None = None, context: bool = False) -> list[Question]:
-    """Of each right answer one at least, so that numbers from 0 and from 1 can be told apart."""
+    """Each position is the right answer at least once, so numbering from 0 and from 1 are distinguishable."""
     draw = random.Random(seed)
     found = []
     for number in range(12):
@@ -134,7 +134,7 @@ def test_the_same_questions_in_a_table(
     path = tmp_path / f"asked{suffix}"
     path.write_text(text.getvalue(), encoding="utf-8")
     assert list(read_question_file(path).questions) == asked
-    moved = tmp_path / f"moved{suffix}"  # columns in another order, said in the plan
+    moved = tmp_path / f"moved{suffix}"  # columns in another order, given by `Fields`
     rows = list(csv.reader(io.StringIO(text.getvalue()), delimiter=delimiter))
     with moved.open("w", newline="", encoding="utf-8") as out:
         csv.writer(out, delimiter=delimiter).writerows(row[::-1] for row in rows[header:])
@@ -196,7 +196,7 @@ def test_any_other_form_by_what_the_plan_says(tmp_path: Path, seed: int) -> None
     )
 
 
-def test_a_list_of_texts_is_braces_and_letters_as_written(tmp_path: Path) -> None:
+def test_templates_with_braces_and_literal_choices(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "asked.jsonl", [{"q": "Which?", "x": "oak", "y": "elm", "key": "B"}])
     fields = Fields("{q} {{x}}\nA. {x}\nB. {y}\nAnswer:", ("A", "B"), "key")
     assert read_question_file(path, fields).questions == (

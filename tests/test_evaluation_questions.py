@@ -1,4 +1,4 @@
-"""Questions: lm-eval's accuracy is what scoring by hand says, and nothing damaged or missing passes silently."""
+"""Questions: accuracies equal those of a slow reference; damaged or missing data is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = [word.strip(".,") for sentence in SENTENCES for word in sentence.split()
 def rows(count: int = 30) -> list[dict]:
     return [
         {
-            "question": " ".join(WORDS[i : i + 5 + i % 4]) if i else "42",  # digits alone must stay text
+            "question": " ".join(WORDS[i : i + 5 + i % 4]) if i else "42",  # a number must stay text
             "choices": [WORDS[(i * 7 + j * 11) % len(WORDS)] + " " * j + "so" * (j % 2) for j in range(2 + i % 3)],
             "answer": i % 2,
             "id": i,
@@ -48,7 +48,7 @@ def question_file(path: Path, content: list[dict] | None = None) -> str:
 
 
 def slow_accuracies(questions: list[dict], *, begin: bool = True) -> tuple[float, float]:
-    """(acc, acc_norm): every choice scored by its own forward pass in float64, encoded as the tokenizer does."""
+    """Return (acc, acc_norm), with one float64 forward pass per choice over the tokenizer's encoding."""
     model, tokenizer = tiny_llama().double(), tiny_tokenizer(begin=begin)
     right, right_by_length = 0, 0
     for row in questions:
@@ -110,7 +110,7 @@ def test_limit_takes_the_first_questions(tmp_path: Path) -> None:
 
 
 def as_lm_eval_task(name: str, questions: list[dict]) -> NamedTask:
-    """The same questions in a task of lm-eval's."""
+    """Return the questions as an lm-eval task."""
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
 
@@ -155,7 +155,7 @@ def ask(path: str) -> None:
     QuestionSuite.load([path]).measure(tiny_llama(), tiny_tokenizer(), max_length=64)
 
 
-@pytest.mark.slow  # the index of lm-eval's own tasks
+@pytest.mark.slow  # loads the index of lm-eval's tasks
 def test_a_task_out_of_reach_is_skipped_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

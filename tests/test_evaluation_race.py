@@ -1,4 +1,4 @@
-"""Laws of leaving a race over validation windows."""
+"""Early elimination of candidates by their validation windows (racing)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_seeds_leave_together_and_what_cannot_be_paired_stays() -> None:
 
 @pytest.mark.parametrize(("counted", "is_kept"), [(True, True), (False, False)])
 def test_looking_often_at_many_misleads_no_more_often_than_the_level(counted: bool, is_kept: bool) -> None:
-    """Models as good as each other, of which each is the best, and one corpus, which is the worst case. A rule that
-    counts neither looks nor models does not keep the level."""
+    """Equally good models on one corpus, the worst case: every elimination is an error. Only a rule that corrects for
+    the number of looks and models keeps the level."""
     chance, models, trials, lost = random.Random(2), 5, 60, 0
     parts = looks(16)
     for _ in range(trials):

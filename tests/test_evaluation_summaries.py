@@ -1,4 +1,4 @@
-"""Laws of the summaries, against numpy and brute force."""
+"""Summary statistics against numpy and brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summaries: what is written is the likeliest, and scores are those of plain references."""
+"""Summaries: greedy decoding and scores equal plain references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCUMENTS = tuple((" ".join(SENTENCES[i:]), SENTENCES[i]) for i in range(4))
 
 
 def slow_greedy(prompt: list[int], new_tokens: int) -> list[int]:
-    """The whole text read again for every token."""
+    """Greedy decoding without a cache: one forward pass over the whole text per token."""
     model, found = tiny_llama(), list(prompt)
     for _ in range(new_tokens):
         with torch.no_grad():
@@ -42,7 +42,7 @@ def test_the_likeliest_token_each_time_in_any_batch(batch_tokens: int) -> None:
 
 
 def plain_rouge_1(reference: str, summary: str) -> tuple[float, float]:
-    """(precision, F measure) over words, each counted as often as it stands in both."""
+    """Return (precision, F measure) over words; a word counts as often as both texts contain it."""
     one, other = (
         ["".join(c for c in word if c.isalnum()) for word in text.lower().split()] for text in (reference, summary)
     )

@@ -1,4 +1,4 @@
-"""Texts and questions of this machine as tasks: what is asked is what is measured and what is kept apart."""
+"""Local texts and questions as tasks: measured values equal a slow reference; the identity follows the content."""
 
 from __future__ import annotations
 

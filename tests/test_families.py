@@ -1,4 +1,4 @@
-"""A sample of the table in docs/families.md: families that differ in what a walk has to understand, from outside."""
+"""A sample of the table in docs/families.md: model families that need different handling in a walk."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tests.helpers.processes import script_output
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SAMPLE = {
     "gemma4_text": "odd",  # later blocks read keys and values of earlier ones; per-layer inputs
-    "gemma3n_text": "odd",  # streams before the windows
-    "deepseek_v4": "odd",  # streams, linears in groups, experts chosen by token
-    "glm_moe_dsa": "odd",  # a block chooses positions for the next
+    "gemma3n_text": "odd",  # a dimension of streams before that of the windows
+    "deepseek_v4": "odd",  # streams, grouped linears, experts chosen by token
+    "glm_moe_dsa": "odd",  # a block selects positions for the next block
     "zamba": "ordinary",  # blocks share weights, and read the embeddings
     "jamba": "odd",  # weights used without their module
     "falcon_h1": "ordinary",  # a table that the model fills for its blocks
-    "dbrx": "odd",  # experts one below the other
-    "jetmoe": "odd",  # experts of attention
+    "dbrx": "odd",  # experts stacked as rows of one matrix
+    "jetmoe": "odd",  # attention with experts
     "qwen3_next": "coinciding",  # as many experts as inputs
-    "llava": "ordinary",  # beside a vision tower
-    "bart": "odd",  # cross-attention that no text reaches
+    "llava": "ordinary",  # with a vision tower
+    "bart": "odd",  # cross-attention that gets no input
 }
 
 

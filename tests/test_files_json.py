@@ -1,4 +1,4 @@
-"""JSON records: however a file is laid out, its records are those that json reads; damage costs the record it is in."""
+"""JSON records in any layout equal those that `json` reads; damage costs only the record that contains it."""
 
 from __future__ import annotations
 

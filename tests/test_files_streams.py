@@ -1,4 +1,4 @@
-"""Streams: a part is never taken for the whole, whatever the compression; encodings with a mark read as UTF-8 does."""
+"""Streams: a truncated file is never taken for complete, in any compression; encodings with a BOM read like UTF-8."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUESTIONS = [
 
 
 def flushed(suffix: str, rows: list[bytes]) -> bytes:
-    """One stream in which every row is complete as soon as it is written, as a log is."""
+    """Return one compressed stream that is flushed after each row, as a log is."""
     match suffix:
         case ".gz":
             packer = zlib.compressobj(wbits=31)
@@ -101,7 +101,7 @@ def test_bombs_are_handed_over_in_small_pieces(tmp_path: Path, suffix: str) -> N
 
 
 def windowed(window_log: int, content: bytes) -> bytes:
-    """A Zstandard frame of one raw block that asks for a window of 2^window_log bytes (RFC 8878, 3.1.1)."""
+    """Return a Zstandard frame of one raw block that declares a window of 2^window_log bytes (RFC 8878, 3.1.1)."""
     header = 0xFD2FB528.to_bytes(4, "little") + bytes([0, (window_log - 10) << 3])
     return header + (1 | len(content) << 3).to_bytes(3, "little") + content
 

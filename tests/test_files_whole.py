@@ -1,4 +1,4 @@
-"""Files that appear whole: who may read them."""
+"""Permissions of files that are written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fails alike is not tried again, and what a person asks for again is done, whatever the ledger says."""
+"""A failure that would repeat is not retried; what a user requests again is carried out, whatever the ledger states."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def go(place: Place, *overrides: str, again: bool = False) -> dict[str, Any]:
         (RuntimeError("CUDA error"), False),
     ],
 )
-def test_what_repeats_itself_is_told_from_what_passes(error: Exception, repeats: bool) -> None:
+def test_repeating_errors_are_distinguished_from_transient_ones(error: Exception, repeats: bool) -> None:
     assert repeats_itself(error) == repeats
     caused = ModelError("the hub did not give it")
     caused.__cause__ = error
@@ -72,7 +72,7 @@ def test_what_repeats_itself_is_told_from_what_passes(error: Exception, repeats:
 
 
 @pytest.mark.slow
-def test_what_would_fail_alike_is_given_up_at_once_until_it_is_asked_for_again(place: Place) -> None:
+def test_repeating_failure_gives_up_version_until_requested_again(place: Place) -> None:
     with pytest.raises(UsageError, match="no such variant"):
         go(place, "publish.variant=nonsense")
     assert re.search(r"legal v1 was given up: .*no such variant", go(place)["message"])
@@ -82,7 +82,7 @@ def test_what_would_fail_alike_is_given_up_at_once_until_it_is_asked_for_again(p
 
 @pytest.mark.slow
 def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollback(place: Place) -> None:
-    """By itself nothing undoes a rollback; a person who asks again has the decision made anew."""
+    """Nothing undoes a rollback automatically; if a user asks again, the decision is made again."""
     first, store = go(place)["runs"][0], Store(place.home)
     write_documents(place.folder / "more.jsonl", seed="more", count=10)
     ask(place, place.folder / "more.jsonl")
@@ -100,7 +100,7 @@ def test_asked_for_again_it_is_carried_out_and_decided_again_also_after_a_rollba
 
 @pytest.mark.slow
 def test_a_new_base_model_is_carried_out_from_the_command_line_once(place: Place) -> None:
-    """Beside the run of the same version that is there, whose directory is not touched."""
+    """The run gets a directory beside that of the earlier run of the same version, which is left as it is."""
     arguments = "run", str(place.plan), "--domain", LEGAL, "--home", str(place.home), "--json"
     out = "--out", str(place.folder / "runs")
 

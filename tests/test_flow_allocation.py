@@ -1,4 +1,4 @@
-"""A sparsity shared out among the blocks, in every path: local, sequential, found again, killed, without a spread."""
+"""A sparsity allocated over the blocks: local, sequential, reused, killed and zero-spread runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def entry(allocator: Mapping[str, Any] | None, sparsity: Any = 0.6, **more: Any)
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """Blocks whose weights have other tails, so that there is something to share out."""
+    """A model whose blocks differ in the tails of their weights, so that the allocation is not uniform."""
     place = make_place(tmp_path)
     shutil.rmtree(tmp_path / "model")
     model = tiny_llama(blocks=BLOCKS)
@@ -57,7 +57,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blocks that OWL really looked at."""
+    """One entry for each block that OWL summarised."""
     seen: list[str] = []
     summarise = OWL.summarise
 
@@ -77,7 +77,7 @@ def rows(run_dir: Path) -> dict[str, list[LayerRow]]:
 
 
 def by_block(layers: list[LayerRow]) -> list[float]:
-    """Zeros over weights."""
+    """Return the share of zeros of each block."""
     zeros, weights = Counter[int](), Counter[int]()
     for row in layers:
         zeros[row.block] += round(row.sparsity * (row.parameters or 0))
@@ -90,7 +90,7 @@ def weights_of(run_dir: Path, variant: str) -> dict[str, bytes]:
 
 
 def expected_sparsities(place: Place, target: float) -> list[float]:
-    """OWL as published, from the plain model's own forward passes over the run's windows, in float64."""
+    """Return OWL's sparsities as published, from plain forward passes over the run's windows, in float64."""
     model, mixed = load_plain(place.folder / "model"), Counter[str]()
     for sample in json.loads((place.run_dir / "identity.json").read_text())["sets"]:
         windows = windows_by_key(Store(place.home), sample["calibration"]["apart"][0]["key"])
@@ -138,7 +138,7 @@ def test_no_spread_writes_the_bytes_of_no_allocator(place: Place) -> None:
 
 
 def test_blocks_are_looked_at_once_whatever_is_solved_from_it(place: Place, looked_at: list[str]) -> None:
-    """Further sparsities, methods and run directories need no second look; another allocator or mixture does."""
+    """Other sparsities, methods and run directories reuse the summaries; other settings of the allocator do not."""
     place.write_plan(compress=[entry(OWL_ENTRY, [0.5, 0.6])])
     place.run()
     assert len(looked_at) == BLOCKS
@@ -179,7 +179,7 @@ def test_what_an_earlier_run_made_is_found_without_a_look_or_a_solve(
 
 @pytest.mark.slow
 def test_killed_between_the_phases_it_ends_the_same(place: Place) -> None:
-    """Once while blocks are looked at, once while they are solved."""
+    """Killed once while blocks are summarised, once while they are solved."""
     chance = random.Random(0)
     moments = (
         lambda: any(place.home.glob("objects/summaries/*")),
@@ -211,7 +211,10 @@ def test_killed_between_the_phases_it_ends_the_same(place: Place) -> None:
         ([{"method": "owl"}], "no later step"),
         ([{"method": "owl"}, {"method": "gptq", "bits": 4}], "no later step"),
         ([{"method": "owl"}, {"method": "sparsegpt", "sparsity": "2:4"}], r"n:m, which is the same .*got 2:4"),
-        ([{"method": "wanda", "sparsity": 0.5}, {"method": "dlp"}], "dlp looks at the dense matrices: it stands first"),
+        (
+            [{"method": "wanda", "sparsity": 0.5}, {"method": "dlp"}],
+            "dlp uses the dense matrices",
+        ),
         ([{"method": "owl"}, {"method": "dlp"}, {"method": "wanda", "sparsity": 0.5}], "must be the first step"),
         (
             [{"method": "owl"}, {"method": "refit"}, {"method": "wanda", "sparsity": 0.5}],

@@ -1,4 +1,4 @@
-"""A changed plan or model makes a domain pending, once; to see that nothing changed costs next to nothing."""
+"""A changed plan or model makes a domain pending, once; checking that nothing changed costs almost nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_text import tiny_llama
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """A domain whose newest version was carried out, its plan and model seen once."""
+    """A domain whose newest version is finished and whose plan and model are recorded."""
     place = Place(tmp_path)
     tiny_llama(tmp_path / "model")
     write(place)
@@ -63,7 +63,7 @@ def test_another_plan_is_seen_once_and_done_once(place: Place) -> None:
 
 
 def test_what_changes_nothing_makes_nothing_pending(place: Place, tmp_path: Path) -> None:
-    """Comments and order in the plan, a copy of it elsewhere, times of files, a file beside the weights."""
+    """A comment in the plan, a copy of plan and model elsewhere, file times, a file beside the weights."""
     place.plan.write_text(f"# a comment\n{place.plan.read_text()}")
     os.utime(place.folder / "model" / "config.json")
     (place.folder / "model" / "README.md").write_text("of no weight")
@@ -99,7 +99,7 @@ def test_the_weights_are_read_once_and_nothing_while_nothing_changes(
     assert opened == [place.folder / "model"]
     store, asked = counting_store(place.home)
     with monkeypatch.context() as patch:
-        patch.setattr(changes, "_written", None)  # neither the plan is parsed nor a model looked for
+        patch.setattr(changes, "_written", None)  # fails if the plan is parsed or a model looked for
         assert notice_changes(Ledger(store), place.plan) == {}
     assert len(opened) == 1
     assert asked.keys() <= {"names", "read"}

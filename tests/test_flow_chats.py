@@ -1,4 +1,4 @@
-"""A run whose domain is chats: from a file to windows, numbers and a model, and what is said of it on the way."""
+"""A run whose domain is chats: from a file to windows, numbers and a model, with the messages on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan that chooses documents and has the model continue some: carried out, found again, and anew when it grows."""
+"""A plan that selects documents and lets the model continue some: first run, reuse, and a new run as the pool grows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_plan_that_chooses(tmp_path: Path) -> None:
     assert any("legal: 20 of 60 documents chosen by dsir towards 60 of sample" in note for note in first["notes"])
     rows = [json.loads(line) for line in (place.run_dir / "results.jsonl").read_text().splitlines()]
     by_corpus = {name: [r["value"] for r in rows if r["corpus_or_task"] == name] for name in ("sample", "legal")}
-    assert by_corpus["sample"] == by_corpus["legal"] != []  # the sample's test text is the chosen corpus's
+    assert by_corpus["sample"] == by_corpus["legal"] != []  # both are measured on the sample's test text
     report = (place.run_dir / "report.html").read_text()
     assert "seeded: written by the model itself, continuing documents of legal" in report
     assert "legal: documents chosen by dsir towards sample" in report

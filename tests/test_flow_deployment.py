@@ -1,4 +1,4 @@
-"""What is deployed fits the flows and the plans; `deployment.yaml` says the same to `prefect deploy`, key by key."""
+"""Deployments match the flows and plans; `deployment.yaml` tells `prefect deploy` the same, key by key."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def without_entrypoint(runner: RunnerDeployment) -> dict[str, Any]:
 
 
 def as_prefect_reads(content: dict[str, Any]) -> dict[str, Any]:
-    """What `prefect deploy` makes of a deployment file, its errors included."""
+    """Return the deployments that `prefect deploy` makes of a file, by name; raise its errors."""
     content = copy.deepcopy(content)
     PrefectYamlModel.model_validate(content)
     assert content["pull"] == PULL
@@ -99,7 +99,7 @@ SLIPS = {
 
 @pytest.mark.parametrize("slip", SLIPS.values(), ids=SLIPS.keys())
 def test_every_slip_in_the_file_is_noticed(content: dict[str, Any], slip: tuple[tuple[Any, ...], Any]) -> None:
-    """A key that is misspelt, instead of the right one: Prefect drops it in silence."""
+    """Most slips misspell a key, which Prefect drops silently."""
     (*parents, last), value = slip
     spoiled = copy.deepcopy(content)
     place: Any = spoiled
@@ -110,7 +110,7 @@ def test_every_slip_in_the_file_is_noticed(content: dict[str, Any], slip: tuple[
     del place[right.get(last, last)]
     if value is not None:
         place[last] = value
-    with suppress(ValueError, KeyError, TypeError):  # Prefect refuses it
+    with suppress(ValueError, KeyError, TypeError):  # Prefect may raise an error instead
         assert not is_same(spoiled)
 
 
@@ -124,7 +124,7 @@ def test_every_deployment_gives_its_flow_what_it_takes() -> None:
 
 
 def test_an_event_brings_a_name_and_nothing_else() -> None:
-    """Neither a plan nor a path nor an override: whoever can send events can choose among domains, no more."""
+    """An event carries no plan, path or override: its sender can choose a domain and nothing else."""
     triggers: list[Any] = [trigger for deployment in deployments(SERVICE) for trigger in deployment.triggers]
     assert [trigger.parameters for trigger in triggers] == [{"domain": "{{ event.payload.domain }}"}]
     assert triggers[0].for_each == {"prefect.resource.id"}

@@ -1,4 +1,4 @@
-"""Small landings, carried out: they make a better model however they land, and start nothing while they wait."""
+"""Small landings improve the model however they are split into files, and start no run before a window is full."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SHORT = "When it rains we stay at home."
 DEMO = Path(__file__).parents[1] / "data" / "demo"
 DOCUMENTS, LENGTH = 150, 256
 FILES = {"together": 150, "few": 6, "single": 1}
-"""Corpus → documents in each of its files."""
+"""Corpus → documents per file."""
 
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip `fsync`: these tests do not check what survives a power cut."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def land(store: Store, folder: Path, name: str, lines: Sequence[bytes], size: int) -> None:
-    """Into the landing place, in files of so many documents, and from there into the corpus."""
+    """Write `lines` to the landing place in files of `size` documents, then ingest them."""
     (folder / name).mkdir(parents=True)
     for start in range(0, len(lines), size):
         (folder / name / f"{start:03d}.jsonl").write_bytes(b"\n".join(lines[start : start + size]) + b"\n")
@@ -51,7 +51,7 @@ def land(store: Store, folder: Path, name: str, lines: Sequence[bytes], size: in
 
 
 def test_short_documents_make_a_better_model_however_they_land(tmp_path: Path) -> None:
-    """150 files of one document, 25 of six, one of all: no document alone fills a window."""
+    """150 files of one document, 25 of six, or one of all; no single document fills a window."""
     store = Store(tmp_path / "home")
     packed = (DEMO / "corpora" / "biomedical" / "train.jsonl.zst").read_bytes()
     lines = zstandard.decompress(packed, max_output_size=1 << 28).splitlines()[:DOCUMENTS]
@@ -108,7 +108,7 @@ def go(place: Place) -> dict[str, Any]:
 
 
 def add(place: Place, name: str, *texts: str) -> None:
-    """Documents that land, by name of a file."""
+    """Write the texts to a file in the landing place, then ingest it."""
     file = place.folder / "landing" / LEGAL / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -138,7 +138,7 @@ def test_a_landing_counts_once_it_fills_a_window_and_starts_no_run_before(place:
     add(place, "short.jsonl", SHORT)
     nothing = go(place)
     assert [run["outcome"] for run in nothing["runs"]] == ["unchanged"]
-    assert "no window of training text is new since v4" in nothing["message"]
+    assert "no new training window since v4" in nothing["message"]
     assert (moments_in(place), sorted((place.folder / "runs").iterdir())) == (before, runs)
     assert ledger.pending(LEGAL) is None
     assert [row["state"] for row in overview(ledger)] == ["unchanged"]
@@ -185,7 +185,7 @@ def test_too_little_text_of_another_corpus_is_a_failure(place: Place) -> None:
 
 
 def test_a_run_of_many_landings_reads_few_sets(place: Place) -> None:
-    """Landing after landing, each a run: a solve reads what is kept apart and one sum, of both splits."""
+    """After seven more landings with a run each, a solve reads the four sets that are kept apart and one folded sum."""
     write_documents(place.folder / "more.jsonl", seed="more", count=80)
     ingest(Store(place.home), LEGAL, [str(place.folder / "more.jsonl")])
     ledger = Ledger(Store(place.home))

@@ -1,4 +1,4 @@
-"""crosscal as it is run: from a wheel, without a checkout, by the commands of the systemd units, on a real server."""
+"""crosscal installed from a wheel, without a checkout, started by the systemd units' commands, on a real server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OVER = (StateType.COMPLETED, StateType.FAILED, StateType.CRASHED)
 
 
 def unit_command(unit: str, settings: Mapping[str, str], instance: str = "") -> list[str]:
-    """What a unit starts."""
+    """Return the command that a systemd unit starts."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.read_string((FILES / "systemd" / unit).read_text())
     line = parser["Service"]["ExecStart"].replace("%i", instance)
@@ -57,14 +57,14 @@ def unit_command(unit: str, settings: Mapping[str, str], instance: str = "") -> 
 
 @dataclass(frozen=True)
 class Machine:
-    """A folder for the machine's root, and the environment that the units' file gives."""
+    """A folder that replaces the machine's root, and the variables of the units' environment file."""
 
     root: Path
     settings: dict[str, str]
     port: int
 
     def here(self, text: str) -> str:
-        """A file's text with its paths under this root."""
+        """Return `text` with its paths moved under the root and with this machine's port."""
         moved = text.replace("/var/lib/", f"{self.root}/var/lib/").replace("/etc/", f"{self.root}/etc/")
         return moved.replace("4200", str(self.port))
 
@@ -100,7 +100,7 @@ def client(machine: Machine) -> Iterator[SyncPrefectClient]:
 
 
 def test_what_lands_is_taken_in(machine: Machine, client: SyncPrefectClient) -> None:
-    """The landing place is made by deploying, so that a worker that starts first has nothing to complain of."""
+    """Deploying creates the landing place, so that no watch fails because it is missing."""
     home, log = machine.root / "var/lib/crosscal", machine.root / "worker.log"
     command = unit_command("crosscal-deploy.service", machine.settings)
     done = subprocess.run(command, cwd=home, env=machine.settings, capture_output=True, text=True, check=False)
@@ -138,7 +138,7 @@ def test_nothing_reports_to_its_makers(machine: Machine, client: SyncPrefectClie
 
 
 def image_settings() -> dict[str, str]:
-    """The environment that the image gives to every container."""
+    """Return the environment variables that the image sets in every container."""
     _, _, given = (FILES / "compose/Dockerfile").read_text().replace("\\\n", " ").rpartition("ENV ")
     return dict(pair.split("=", 1) for pair in given.split())
 
@@ -159,7 +159,7 @@ def test_compose_starts_what_the_units_start() -> None:
 
 
 def test_prefect_deploy_makes_the_same_of_the_file(client: SyncPrefectClient) -> None:
-    """`deployment.yaml` is valid as it stands, and no key of it is lost on the way."""
+    """`deployment.yaml` is valid unchanged, and `prefect deploy` drops none of its keys."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployment.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -196,7 +196,7 @@ def check_messages(
 
     emit(KEPT, "crosscal.model.legal", {"domain": "legal", "version": 3})
     emit(PUBLISHED, "crosscal.model.legal", {"domain": "legal", "version": 4})
-    for _ in range(2):  # of a watch that fails every minute, one message an hour
+    for _ in range(2):  # a watch that fails every minute sends one message an hour
         failing = client.create_flow_run(watch, state=Running())
         client.set_flow_run_state(failing.id, Failed(message="no such store"), force=True)
     emit(KEPT, "crosscal.model.medical", {"domain": "medical", "version": 5})

@@ -1,4 +1,4 @@
-"""A landed domain, carried out for real on a tiny model: killed between any two steps, started many times at once."""
+"""Real runs of a landed domain with a tiny model: killed between any two steps, started many times at once."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ pytestmark = pytest.mark.slow
 
 LEGAL = "legal"
 DEAD = re.sub(r"\d+$", "1", this_process())
-"""Had this process's number before it."""
+"""An earlier process that had the same number as this one."""
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: from here on the process writes nothing."""
+    """Simulates SIGKILL: from here on the process writes nothing."""
 
 
 @pytest.fixture(scope="module")
 def landed(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A place with a landing place and a store in which `general` has been read already."""
+    """A place with a landing place, and a store that already holds the moments of the corpora."""
     place = make_place(tmp_path_factory.mktemp("landed"))
     write_plan(place)
     (place.folder / "landing").mkdir()
@@ -65,7 +65,7 @@ def write_plan(place: Place, **publish: Any) -> None:
 
 @pytest.fixture
 def place(landed: Place, tmp_path: Path) -> Place:
-    """The same with a store of its own."""
+    """The same with its own copy of the store."""
     shutil.copytree(landed.home, tmp_path / "home")
     for name in ("model", "general", "plan.yaml", "landing"):
         (tmp_path / name).symlink_to(landed.folder / name)
@@ -83,7 +83,7 @@ def outcomes(store: Store) -> list[str]:
 
 @contextmanager
 def killed_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process that dies once it has written so many records, and is gone for whoever looks for it."""
+    """Simulate a process that dies after `writes` records; other processes find that it has ended."""
     append, left = Refs.append, [writes]
 
     def dying(self: Refs, *args: Any) -> int:
@@ -99,7 +99,7 @@ def killed_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def each_death(act: Callable[[Path], None], home: Path, copies: Path, patch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Homes in which `act` was killed after 0, 1, 2, … records; ends with the first in which it came through."""
+    """Yield homes in which `act` was killed after 0, 1, 2, … records, until it completes."""
     for writes in range(20):
         copy = copies / f"after-{writes}"
         shutil.copytree(home, copy)
@@ -220,7 +220,7 @@ def test_the_pointer_never_goes_back_to_an_older_version_by_itself(place: Place)
 
 
 def test_what_lands_during_a_run_is_the_next_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More documents come between ingest and sampling: the run keeps to the version it began with."""
+    """More documents land between ingest and sampling; the run keeps the version it began with."""
     needed = pipeline.samples_needed
 
     def lands(plan: CompressionPlan, asked: Sequence[Variant]) -> list[tuple[str, int]]:

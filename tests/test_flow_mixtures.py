@@ -1,4 +1,4 @@
-"""Mixtures that a plan leaves open: found once, the same whoever asks again, and never from test text."""
+"""Mixtures that a plan leaves to a search: found once, reused by later runs, and never chosen by test text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULED = f"{AUTO}-within0.05"
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """Of the same content for every test."""
+    """A place with the same content for every test."""
     place = make_place(tmp_path)
     write(place)
     return place
@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """One whose run is over."""
+    """A place whose run has finished."""
     place = make_place(tmp_path_factory.mktemp("made"))
     write(place)
     place.run()
@@ -43,7 +43,7 @@ def write(place: Place) -> None:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every solve, of candidates and of models, by block and by the names of the variants."""
+    """One entry, block and variant, for every solve of a candidate or a model."""
     seen: list[str] = []
     for module, name in ((candidates, "rows_of_block"), (compress, "solve_block")):
         real = getattr(module, name)
@@ -160,7 +160,7 @@ def test_every_seed_finds_its_own_and_several_corpora_find_one_mixture(place: Pl
 
 
 def test_a_choice_that_differs_from_an_earlier_one_leaves_nothing_of_it(made: Place) -> None:
-    """Perplexities on other validation windows may take another weight: its blocks are not mixed with the first's."""
+    """Other validation windows may lead to another weight; its blocks are not mixed with those of the first choice."""
     run_dir = made.folder / "stale"
     shutil.copytree(made.run_dir, run_dir)
     stale = json.loads((run_dir / "choices.json").read_text())

@@ -1,4 +1,4 @@
-"""Models that are right but unusual: an odd matrix, zeros, float64, one name for two tied tensors."""
+"""Valid but unusual models: an odd matrix, zeros, float64, one name for two tied tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(place: Place) -> dict[str, Any]:
 
 
 def test_a_group_size_that_fits_all_but_one_matrix_leaves_that_one_dense(tmp_path: Path) -> None:
-    """Inputs of 32 and, of down_proj, 48."""
+    """All matrices have 32 inputs, except down_proj with 48."""
     place = place_of(tmp_path)
     place.write_plan(compress=[GPTQ | {"group_size": 32}])
     told = check(place)
@@ -95,7 +95,7 @@ def test_tied_weights_may_stand_under_either_name(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(plain_logits(folder), logits)  # transformers takes it
+    assert torch.equal(plain_logits(folder), logits)  # transformers loads it
     assert sums(folder) == expected
     source = ModelSource.open(folder)
     write(source, tmp_path / "variant", is_packed=False)
@@ -106,7 +106,7 @@ def test_tied_weights_may_stand_under_either_name(tmp_path: Path) -> None:
 
 
 def sums(folder: Path) -> tuple[list[str], float]:
-    """What is found, and what embedding it starts from."""
+    """Return the names of the matrices found, and the sum of the embedding."""
     source = ModelSource.open(folder)
     outside = source.load_outside()
     return [matrix.name for _, matrix in matrices(source)], float(outside["model.embed_tokens.weight"].double().sum())
@@ -119,7 +119,7 @@ def plain_logits(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_what_a_checkpoint_lacks_is_told_before_anything_is_read(tmp_path: Path, lost: str) -> None:
-    """By plan check and by the run, in one sentence, whether it stands before, in or behind the blocks."""
+    """`plan check` and the run report it in the same sentence, for a tensor in or after the blocks."""
     place = place_of(tmp_path)
     edit(place, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
     place.write_plan(compress=[GPTQ | {"group_size": None}])

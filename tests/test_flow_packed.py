@@ -1,4 +1,4 @@
-"""What a run says of models that are not packed, or that cannot be loaded."""
+"""What a run reports about models that are not packed or cannot be loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def place_of(folder: Path, family: str = "llama", **settings: Any) -> Place:
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "nanochat", "gpt2"])
 def test_what_stays_dense_and_the_size_are_told(family: str, tmp_path: Path) -> None:
-    """By plan check before, by the run and its page afterwards; the shares are those of the files."""
+    """`plan check` reports it before, the run afterwards; shares and sizes match those of the files."""
     place = place_of(tmp_path, family)
     told = json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json").out)["stored"]
     record = place.run()
@@ -72,7 +72,7 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
     assert done.code == 1
     assert PACKED in done.err
-    assert "%|" not in done.err  # no bars of the libraries that load
+    assert "%|" not in done.err  # no progress bars of the libraries that load it
     after = read_rows(place.run_dir / "results.jsonl", ResultRow)
     numbers = [
         {(row.variant, row.corpus_or_task): row.value for row in rows if row.variant != PACKED}
@@ -82,7 +82,7 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
     lost = [row for row in after if row.variant == PACKED]
     assert {row.corpus_or_task for row in lost} == {"general", "legal"}
     assert all(row.value is None and "q_proj" in (row.skipped or "") for row in lost)
-    assert not (model / "model.safetensors.index.json").exists()  # it is no model
+    assert not (model / "model.safetensors.index.json").exists()  # not a complete model
     assert (place.run_dir / "models" / PRUNED / "model.safetensors.index.json").exists()
     assert (place.run_dir / "report.html").read_text().count("q_proj") > 0
     assert any(
@@ -91,12 +91,12 @@ def test_a_variant_that_cannot_be_loaded_fails_alone(tmp_path: Path) -> None:
 
 
 def test_a_stack_with_a_starved_expert_stays_dense_and_loads(tmp_path: Path) -> None:
-    """transformers takes all experts of a stack for packed, or none; the others are packed as ever."""
+    """transformers treats all experts of a stack as packed, or none; the other matrices are packed as usual."""
     place = place_of(tmp_path, "qwen3-moe", num_experts_per_tok=1)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     router = "model.layers.0.mlp.gate.weight"
-    tensors[router][3] = tensors[router][:3].mean(0)  # never the most wanted of four
+    tensors[router][3] = tensors[router][:3].mean(0)  # never the highest score of the four
     save_file(tensors, file, metadata={"format": "pt"})
     place.write_plan(compress=[RECIPES[0] | {"fallback": "keep-dense"}])
     assert place.run()["failed"] == {}
@@ -111,7 +111,7 @@ def test_a_stack_with_a_starved_expert_stays_dense_and_loads(tmp_path: Path) -> 
 
 
 def test_a_run_says_that_it_decodes(tmp_path: Path) -> None:
-    """And measures the model that it read: the numbers are those of the same values in bfloat16."""
+    """It measures the decoded model: the numbers equal those of the same values stored in bfloat16."""
     place = place_of(tmp_path)
     plain = {name: tmp_path / name for name in ("model", "meant")}
     shutil.copytree(plain["model"], plain["meant"])

@@ -65,7 +65,7 @@ def newest_run() -> FlowRun:
 
 
 def task_runs(expected: int = len(TASK_RUNS)) -> list[str]:
-    """Names of the completed task runs of the newest flow run; the server lags behind."""
+    """Return the names of the newest flow run's task runs; wait until they are complete, for the server lags behind."""
     of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest_run().id]))
     with get_client(sync_client=True) as client:
         for _ in range(50):
@@ -77,7 +77,7 @@ def task_runs(expected: int = len(TASK_RUNS)) -> list[str]:
 
 
 def arrows() -> int:
-    """From task run to task run, in the graph of the newest flow run."""
+    """Count the edges between task runs in the graph of the newest flow run."""
     of_run = FlowRunFilter(id=FlowRunFilterId(any_=[newest_run().id]))
     with get_client(sync_client=True) as client:
         return sum(len(of) for run in client.read_task_runs(flow_run_filter=of_run) for of in run.task_inputs.values())
@@ -144,7 +144,7 @@ def test_a_run_is_tagged_and_shows_progress_results_and_files(place: Place) -> N
         assert made[key].data == 100
     first, *others = [row["variant"] for row in json.loads(str(made["plan-results"].data))]
     assert first == "dense"
-    assert sorted(others) == ["sparsegpt-50-general", "sparsegpt-50-legal-a0.5"]  # the one to take comes first
+    assert sorted(others) == ["sparsegpt-50-general", "sparsegpt-50-legal-a0.5"]  # the recommended one comes first
     assert str(place.folder / "run2" / "report.html") in str(made["plan-files"].data)
     assert len(str(made["plan-trade-off"].data)) < MOST_BYTES
 
@@ -168,7 +168,8 @@ def test_an_artifact_that_cannot_be_made_is_a_warning(server: str, caplog: pytes
     assert [record.levelname for record in caplog.records if record.name == "crosscal"] == ["WARNING"] * 2
 
 
-def test_outside_a_flow_run_nothing_is_shown(tmp_path: Path) -> None:
+def test_outside_a_flow_run_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "make_artifact", lambda *_, **__: pytest.fail("an artifact was made"))
     artifacts.show_run(tmp_path / "nowhere")
     artifacts.show_decision("legal", 1, {})
     with artifacts.progress_shown("blocks") as report:

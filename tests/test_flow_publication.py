@@ -1,4 +1,4 @@
-"""The embedded demo's model through the flow: what is published of an alpha sweep, and that no test number matters."""
+"""The embedded demo's model through the flow: which model of an alpha sweep is published, whatever the test numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Done:
         return Path(self.record["run_dir"])
 
     def decide(self, pointer: str, run_dir: Path, *overrides: str) -> dict[str, Any]:
-        """Once more about the run's models, for a pointer of another name."""
+        """Decide again about the run's models, for a pointer of another name."""
         plan, known = load_plan(self.plan, overrides, DOMAIN), self.record["record"]
         found = {name: known[name] for name in ("model", "device", "dtype")}
         versions = versions_of(known["corpora"])
@@ -115,7 +115,7 @@ def test_if_none_keeps_the_guard_the_nearest_is_named_and_one_named_by_the_plan_
 def test_no_test_number_enters_a_decision(
     done: Done, earlier: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's test numbers turned upside down, and those of the published model, which the store has, as well."""
+    """The test numbers of the run are inverted, and those of the published model, which are in the store, replaced."""
     for pointer in ("clean", "poisoned"):
         point_to(done, earlier, f"{pointer}-{earlier}".lower())
     clean = done.decide(f"clean-{earlier}".lower(), done.run_dir)
@@ -152,7 +152,7 @@ def point_to(done: Done, variant: str | None, pointer: str) -> None:
 
 
 def poison(run_dir: Path) -> None:
-    """The worst variant's test numbers for the best, and windows of nothing in particular."""
+    """Invert the order of the variants' test perplexities, and replace their test windows by random numbers."""
     chance = random.Random(0)
     results, windows = run_dir / "results.jsonl", run_dir / "windows.jsonl"
     write_rows(results, [

@@ -1,4 +1,4 @@
-"""A run killed at any moment, or started twice at once, ends as an undisturbed one."""
+"""A run that is killed at any moment, or started twice at once, gives the results of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def start(place: Place, out: Path) -> BaseProcess:
-    """A run in a process of its own, forked from one that has imported everything already."""
+    """Start a run in its own process, forked from one that has imported everything already."""
     process = PROCESSES.Process(target=run_alone, args=(place, out))
     process.start()
     return process

@@ -1,5 +1,4 @@
-"""What a run finds instead of making it again: numbers without models, blocks of other run directories, one model
-opened once; each is counted."""
+"""What a run reuses: numbers without models, blocks of other run directories, and a model that is opened once."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_numbers_are_found_without_a_solve_where_no_models_are_kept(place: Place, solved: list) -> None:
-    """In the same run directory and in another one, whether the first run kept its models or not."""
+    """In the same run directory and in another one."""
     write(place, keep_models=False)
     place.run()
     assert len(solved) == VARIANTS * BLOCKS
@@ -87,7 +86,7 @@ def test_blocks_of_another_run_directory_are_taken_as_they_are(place: Place, sol
     assert weights(other) == weights(place.run_dir)
     assert layers(other) == layers(place.run_dir)
 
-    # What is damaged there, or gone, is solved.
+    # Blocks that are damaged or missing there are solved.
     names = ["sparsegpt-50-general", "rtn-w4g32"]
     damaged, gone = (place.run_dir / "models" / name / "block-00001.safetensors" for name in names)
     content = bytearray(damaged.read_bytes())
@@ -98,7 +97,7 @@ def test_blocks_of_another_run_directory_are_taken_as_they_are(place: Place, sol
     assert sorted(solved) == sorted((name, 1) for name in names)
     assert weights(third) == weights(other)
 
-    # Where the first directory is gone, a run in another one says that the models stand there.
+    # After the first directory is removed, a run in another one records that its models are there.
     solved.clear()
     shutil.rmtree(place.run_dir)
     place.run("--out", str(other))
@@ -116,12 +115,12 @@ def test_only_what_was_never_made_is_solved(place: Place, solved: list) -> None:
     write(place, keep_models=False, compress=more)
     place.run("--out", str(place.folder / "more"))
     assert sorted(solved) == [("magnitude-50", block) for block in range(BLOCKS)]
-    # Numbers of other windows ask for the models.
+    # Numbers on other windows need the models.
     solved.clear()
     write(place, keep_models=False, evaluate={"windows": 3})
     place.run("--out", str(place.folder / "windows"))
     assert len(solved) == VARIANTS * BLOCKS
-    # And so does garbage collection, which leaves nothing half known.
+    # So do numbers that garbage collection has removed, together with their records.
     solved.clear()
     assert any(place.startswith("objects/made/") for place, _ in Store(place.home).sweep(unused_days=0))
     place.run("--out", str(place.folder / "windows"))
@@ -149,9 +148,9 @@ def test_a_run_opens_its_model_once_however_many_blocks_it_has(
 
     count(ModelSource, "open")
     count(CompressionPlan, "model_validate")
-    for opened in (1, 0):  # the second run of a process knows the model
+    for opened in (1, 0):  # the second run of a process has the model already
         place.run()
-        # The plan: on the command line before anything begins, by the flow, and for the tasks.
+        # The plan is validated by the command line before anything begins, by the flow, and for the tasks.
         assert (counts["open"], counts["model_validate"] <= 3) == (opened, True)
         counts.clear()
 

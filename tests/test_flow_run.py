@@ -1,4 +1,4 @@
-"""What a run leaves behind, what it reads, and what a second one does not."""
+"""The files that a run writes, the tokens it reads, and what a second run reuses."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_leaves_every_file_of_the_contract(place: Place) -> None:
 
     written = json.loads((run / "run.json").read_text())
     assert list(written["stages"]) == STAGES
-    assert written["cache"] == {"hits": 0, "misses": 2 * 2 * 2 * 4}  # sets of two corpora, blocks, sites
+    assert written["cache"] == {"hits": 0, "misses": 2 * 2 * 2 * 4}  # sets of a corpus, corpora, blocks, sites
     assert written["calibration_tokens_read"] == record["calibration_tokens_read"] == 2 * SET_TOKENS
     assert written["peak_rss_bytes"] > 2**26
     assert {"device", "commit", "corpora", "notes"} <= written.keys()
@@ -155,7 +155,7 @@ def test_a_sweep_reads_each_corpus_once(place: Place) -> None:
     assert record["calibration_tokens_read"] == 2 * SET_TOKENS
     assert not list((place.run_dir / "models").iterdir())
 
-    # Only the numbers were kept: the models are solved once more, from the cache, and measured values are found.
+    # Only the numbers were kept: a second run finds them without a calibration pass.
     before = values(place.run_dir / "results.jsonl")
     assert place.run()["calibration_tokens_read"] == 0
     assert values(place.run_dir / "results.jsonl") == before

@@ -1,4 +1,4 @@
-"""What operators see, on a real server: what a watch did, whether the service is well, and that nothing grows."""
+"""What operators see, on a real server: what a watch did, the health of the service, and removal of old records."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[SyncPrefectClient]:
-    """A client of a server of its own, which this process talks to."""
+    """A client of a server for this module, which this process uses as well."""
     shared = environment(folder, free_port())
     with server(folder, shared), pytest.MonkeyPatch.context() as patch:
         for name in ("PREFECT_API_URL", "PREFECT_HOME"):
@@ -74,7 +74,7 @@ def look(service: ServiceConfig, **text: str) -> dict[str, Any]:
 
 
 def finish(service: ServiceConfig) -> None:
-    """As a run of the domain would."""
+    """Finish the pending version as a run of the domain would."""
     ledger = Ledger(Store(service.home))
     run = ledger.claim("legal", "somebody's")
     assert run is not None
@@ -124,11 +124,11 @@ def test_a_watch_is_called_by_what_it_did(client: SyncPrefectClient, service: Se
         ("crosscal.landing.legal", "legal", "worse.jsonl"),
     }
     text = wait_for(lambda: found if "taken" in (found := logged(client, run)) else None, SECONDS)
-    assert "legal/bad.jsonl is not taken: no column 'text' (abstract)" in text
+    assert "legal/bad.jsonl is refused: no column 'text' (abstract)" in text
     assert "5 documents of test.jsonl, all of the test split" in text
 
 
-def test_what_was_told_is_not_told_again(client: SyncPrefectClient, service: ServiceConfig) -> None:
+def test_refusals_are_reported_once(client: SyncPrefectClient, service: ServiceConfig) -> None:
     finish(service)
     assert look(service)["message"] == "nothing new"
     assert (newest(client).name, newest(client).tags) == ("watch · nothing new", [QUIET])
@@ -216,7 +216,7 @@ def test_what_quiet_watches_left_is_removed(client: SyncPrefectClient, service: 
     client.set_flow_run_state(skipped.id, Cancelled(), force=True)
     others = {run.id for run in client.read_flow_runs() if QUIET not in run.tags} - {skipped.id}
     assert others
-    wait_for(lambda: "Finished" in logged(client, quiet), SECONDS)  # later lines would have no run to go with
+    wait_for(lambda: "Finished" in logged(client, quiet), SECONDS)  # else later lines would belong to no run
     assert remove_quiet(client, 1.0) == 0
     assert remove_quiet(client, 0.0) >= 2
     left = {run.id for run in client.read_flow_runs()}
@@ -248,7 +248,7 @@ recompress(sys.argv[1], [], sys.argv[2], sys.argv[3], "legal")
 
 
 def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectClient, tmp_path: Path) -> None:
-    """The same signal, twice; the second time a person cancelled the run. Then a cancelled one that could not ask."""
+    """SIGTERM ends two runs, the second cancelled by a user. Then a cancelled run that died before it could check."""
     place = make_place(tmp_path)
     place.write_plan(
         corpora={"general": {"source": "random"}, "$domain": {}},
@@ -280,7 +280,7 @@ def test_a_cancelled_process_is_told_from_one_that_is_ended(client: SyncPrefectC
 def test_given_up_is_an_event_with_its_reason(client: SyncPrefectClient, tmp_path: Path) -> None:
     ledger = Ledger(Store(tmp_path / "home"))
     ledger.request("wrong", 1)
-    for _ in range(2):  # once given up there is nothing to tell
+    for _ in range(2):  # the second run finds the version given up and emits no event
         recompress(str(tmp_path / "nowhere.yaml"), [], str(tmp_path / "home"), None, "wrong", return_state=True)
     assert [run.state for run in ledger.runs("wrong")] == ["failed"]
 

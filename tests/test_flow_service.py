@@ -1,4 +1,4 @@
-"""What runs by itself, on a real server: deploying twice, telling differences, waking what waits, closing what died."""
+"""The service, on a real server: repeated deploys, reported differences, announced domains and closed dead runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[SyncPrefectClient]:
-    """A client of a server of its own, which this process and its children talk to."""
+    """A client of a server for this module, which this process and its children use as well."""
     shared = environment(folder, free_port(), **WITH_PASSWORD)
     with server(folder, shared), pytest.MonkeyPatch.context() as patch:
         for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME"):
@@ -73,7 +73,7 @@ def client(folder: Path) -> Iterator[SyncPrefectClient]:
         }
         with temporary_settings(settings), get_client(sync_client=True) as client:
             yield client
-            EventsWorker.drain_all()  # it would look for this server for ever, and keep the next one's events back
+            EventsWorker.drain_all()  # it would seek this server forever and block the next one's events
 
 
 def config(folder: Path, **changes: Any) -> ServiceConfig:
@@ -122,7 +122,7 @@ def test_a_server_that_refuses_is_told_from_one_that_is_down(client: SyncPrefect
 
 
 def test_schedules_make_runs(first: dict[str, Any], client: SyncPrefectClient) -> None:
-    """A server whose scheduler fails deploys everything successfully."""
+    """Deploying succeeds even if the server's scheduler fails, so check that it schedules runs."""
     runs = wait_for(lambda: list(runs_in(client, StateType.SCHEDULED, flows=("watch",))), SECONDS)
     assert runs[0].parameters["settle_seconds"] == 10.0
 
@@ -155,7 +155,7 @@ def domains_of(runs: Iterator[FlowRun]) -> list[str]:
 
 
 def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: SyncPrefectClient, folder: Path) -> None:
-    """Fresh, lost before, done, claimed by a living process, and planned: the first two are announced."""
+    """Of the domains fresh, lost, done, claimed by a living process and planned, the first two are announced."""
     landing, store = folder / "landing", Store(folder / "home")
     ledger = Ledger(store)
     for domain in ("lost", "done", "claimed", "planned"):
@@ -197,7 +197,7 @@ def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: S
 
 @pytest.fixture
 def sleepers(client: SyncPrefectClient, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two processes, each at work on a flow run of its own."""
+    """Two processes, each carrying out its own flow run."""
     started = [subprocess.Popen([sys.executable, "-c", SLEEPER], env={**os.environ}) for _ in range(2)]
     yield started
     for process in started:
@@ -206,7 +206,7 @@ def sleepers(client: SyncPrefectClient, folder: Path) -> Iterator[list[subproces
 
 
 def at_work(client: SyncPrefectClient) -> dict[int, FlowRun]:
-    """Runs by the number of the process that noted itself on them."""
+    """Return running flow runs by the number of the process that labelled them."""
     runs = [run for run in runs_in(client, StateType.RUNNING) if PROCESS in run.labels]
     return {number_of(str(run.labels[PROCESS])): run for run in runs}
 
@@ -217,7 +217,7 @@ def test_housekeeping_closes_a_killed_run_and_leaves_a_living_one(
     killed, living = sleepers
     wait_for(lambda: {killed.pid, living.pid} <= at_work(client).keys(), SECONDS)
     runs = at_work(client)
-    silent = client.create_flow_run(housekeeping, state=Running())  # on a machine that cannot be seen
+    silent = client.create_flow_run(housekeeping, state=Running())  # its process is unknown
     killed.send_signal(signal.SIGKILL)
     killed.wait()
 

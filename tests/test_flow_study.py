@@ -1,4 +1,4 @@
-"""A study gives the numbers of one run over all draws, whatever it is cut into, and never computes them twice."""
+"""However it is split into parts, a study gives the numbers of one run over all draws and computes none twice."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_what_cannot_be_asked_is_refused(place: Place, tasks: list[Any], message
 
 
 def test_a_context_stands_in_front_where_the_question_lacks_it(place: Place) -> None:
-    """Of our own form other fields are left alone unless the plan says otherwise."""
+    """In crosscal's own form, the field `context` is ignored unless the plan asks for it."""
     tasks: list[Any] = ["ours.jsonl", "whole.jsonl", "studies.json"]
     tasks += [{"file": "ours.jsonl", "name": "said", "fields": {"context": "context"}}]
     tasks += [{"file": "ours.jsonl", "name": "both", "versions": ["in_context", "closed"]}]
@@ -155,7 +155,7 @@ def test_a_context_stands_in_front_where_the_question_lacks_it(place: Place) -> 
     }
 
 
-def test_and_told_by_a_check_and_before_a_run(place: Place, tmp_path: Path) -> None:
+def test_unreadable_task_is_reported_by_plan_check_and_before_a_run(place: Place, tmp_path: Path) -> None:
     change = ("--home", str(place.home), "--set", "evaluate.tasks=[nowhere.csv]")
     checked = crosscal("plan", "check", str(place.plan), "--json", *change)
     assert "nowhere.csv: the questions cannot be read" in " ".join(json.loads(checked.out)["problems"])

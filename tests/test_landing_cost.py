@@ -1,4 +1,4 @@
-"""What a look at the landing place costs does not depend on what ever landed; an earlier ledger is taken over."""
+"""The cost of a look at the landing place does not grow with what landed; a ledger of an earlier version is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def land(landing: Path, domain: str, number: int, marker: str | None) -> Path:
 
 
 def fill(home: Path, landing: Path, files: int, domains: int) -> None:
-    """So many files that landed and were ingested, the newest version of each domain recompressed."""
+    """Record `files` files as landed and ingested, and the newest version of each domain as recompressed."""
     ledger = Ledger(Store(home))
     for number in range(files):
         domain = f"d{number % domains}"
@@ -51,7 +51,7 @@ def fill(home: Path, landing: Path, files: int, domains: int) -> None:
 
 
 def asked_by_a_watch(home: Path, landing: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], list[str]]:
-    """What a sweep and the look at what waits ask of the store, and the files of the landing place they open."""
+    """Return the store calls of a sweep and a look for waiting domains, and the landing files that they open."""
     opened: list[str] = []
 
     def noted(path: Path, open_file: Any = local_place._opened) -> Any:
@@ -104,7 +104,7 @@ def test_what_was_refused_costs_nothing_again(tmp_path: Path, monkeypatch: pytes
 
 
 def earlier_home(home: Path, landing: Path) -> dict[str, str]:
-    """A store as versions before the journal left it: a ref for each file, refusal, request and run."""
+    """Write a store as versions before the journal did, with a ref for each file, refusal, request and run."""
     refs, landed = Store(home).refs, {}
     for number in range(5):
         file = land(landing, "legal", number, "" if number % 2 else None)

@@ -1,4 +1,4 @@
-"""What is not taken is seen with its reason and what to do, and is over once the cause is."""
+"""Refused files are listed with reason and remedy; a refusal ends once its cause is removed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_sound_file_in_its_place_ends_a_refusal(store: Store, landing: Path) -
 
 
 def test_the_split_that_a_name_stands_for_is_said(store: Store, landing: Path, tmp_path: Path) -> None:
-    """The documents are there, and none is for training: more of the same would not help."""
+    """All documents are in the test split and none is for training, so more such files would not help."""
     write(landing, "test-01.jsonl", count=30)
     assert look(store, landing)["test-01.jsonl"].split == "test"
     done = crosscal("ledger", "legal", "--home", str(tmp_path / "home"))

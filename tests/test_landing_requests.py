@@ -1,4 +1,4 @@
-"""Laws of what asks for a run, and of what a person decides: nothing starts by itself what was cancelled or paused."""
+"""Laws of requests for runs and of user decisions: nothing cancelled or paused starts automatically."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_asked_for_anew_a_version_that_was_finished_is_pending_until_a_later_run
 
 @pytest.mark.parametrize("lands", [False, True])
 def test_what_changes_during_a_run_is_the_next_runs(ledger: Ledger, lands: bool) -> None:
-    """The run read the plan before it changed; also when documents land on top, which it used."""
+    """The run read the plan before the change; also if documents landed as well and the run used them."""
     run = claimed(ledger)
     ledger.request("legal", 1, anew="the plan changed")
     if lands:
@@ -96,7 +96,7 @@ def test_cancelled_by_a_person_it_waits_until_it_is_asked_for(ledger: Ledger, ca
     assert ledger.last_run("legal").state == "published"  # type: ignore[union-attr]
 
 
-def test_of_a_version_behind_the_cancelled_one_nothing_was_cancelled(ledger: Ledger) -> None:
+def test_cancelling_a_run_leaves_a_newer_version_pending(ledger: Ledger) -> None:
     claimed(ledger, "the flow run")
     ledger.request("legal", 2)
     ledger.cancel("legal", "the flow run")

@@ -1,4 +1,4 @@
-"""Documents that land in a bucket of a real S3 protocol, on a line that fails, cuts bodies and loses answers."""
+"""Documents that land in an S3 bucket over a connection that fails, truncates bodies and loses responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadLine]:
     with object_store() as (address, line):
         for name, value in at(address).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs would hide most of the faults by trying again itself
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs would hide most of the faults by its own retries
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
         S3FileSystem.clear_instance_cache()
         yield line
@@ -48,7 +48,7 @@ def test_every_file_is_taken_once_however_bad_the_line(line: BadLine, tmp_path: 
         assert sweeps < 100
         try:
             ingested += [one.state for one in take_in(store, f"s3://{BUCKET}/landing")].count("ingested")
-        except CrosscalError as error:  # the listing itself came to nothing: the next watch lists again
+        except CrosscalError as error:  # the listing failed: the next watch lists again
             assert "does not answer" in str(error)  # noqa: PT017
     assert line.seen["unavailable"] + line.seen["lost"] + line.seen["truncated"] > 0
     for name in FAULTS:

@@ -1,4 +1,4 @@
-"""What lands may be anything: nothing outside the place is read, nothing grows without bound, and the sweep goes on."""
+"""Anything may land: no file outside the landing place is read, sizes are bounded, and the sweep continues."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_file_that_becomes_a_link_after_it_was_seen_is_not_followed(landing: P
     with pytest.raises(OSError, match="leads out"):
         open_place(str(landing)).fetch(seen, tmp_path / "copy")
     with pytest.raises(OSError, match="symbolic"):
-        local_place._opened(file)  # between the look and the opening
+        local_place._opened(file)  # replaced between listing and opening
 
 
 @pytest.mark.parametrize(("legal", "name"), [("legal", "../../secret.jsonl"), ("..", "secret.jsonl")])
@@ -105,7 +105,7 @@ def test_a_file_written_while_it_is_read_waits(landing: Path, tmp_path: Path, st
     settle(file)
     (seen,) = complete_files(str(landing), 0)
     assert isinstance(seen, LandedFile)
-    for change in (TEXT + TEXT, TEXT[:-5], TEXT):  # the last: as long as before, but written anew
+    for change in (TEXT + TEXT, TEXT[:-5], TEXT):  # the last has the old length but a new time
         file.write_bytes(change)
         assert open_place(str(landing)).fetch(seen, tmp_path / "copy") is None
 
@@ -147,7 +147,7 @@ def test_nothing_usable_is_refused_until_the_content_changes(store: Store, landi
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> Iterator[str]:
-    """Object storage in memory, as fsspec has it; the place is a prefix in it."""
+    """A landing place in fsspec's in-memory object storage, given by a prefix."""
     name = f"memory://{tmp_path.name}"
     yield f"{name}/landing"
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)

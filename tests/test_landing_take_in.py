@@ -1,4 +1,4 @@
-"""Laws of the landing place: a file is taken once, by content, when it is complete, and nothing outside is touched."""
+"""Laws of the landing place: each content is ingested once, when its file is complete and as its marker promises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def land(landing: Path, name: str, *, seed: str = "one", domain: str = "legal", count: int = 5) -> Path:
-    """A file that settled long ago."""
+    """Write a file that settled long ago."""
     file = landing / domain / name
     file.parent.mkdir(exist_ok=True)
     write_documents(file, seed=seed, count=count)
@@ -87,7 +87,7 @@ def test_limits_hold(store: Store, landing: Path) -> None:
     land(landing, "a.jsonl", count=50)
     (refused,) = take_in(store, str(landing), limits=DocumentLimits(max_file_bytes=100))
     assert refused.state == "refused"
-    assert "more than the 100" in str(refused.reason)
+    assert "exceed the limit of 100" in str(refused.reason)
 
 
 def test_a_marker_nested_without_end_is_a_refusal(store: Store, landing: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lanes: results in their order, whatever the order they are done in; turns; errors; no trace of them afterwards."""
+"""Lanes (worker threads): results in the order of the jobs, ordered turns, errors, and thread settings restored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_lanes_share_the_threads_out_and_give_them_back(
     meeting = threading.Barrier(lanes)
 
     def job() -> tuple[int, bool, int]:
-        meeting.wait(timeout=30)  # passes only when all lanes are there at once
+        meeting.wait(timeout=30)  # passes only if all lanes run at once
         return torch.get_num_threads(), torch.is_grad_enabled(), threads_of_a_new_thread()
 
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_a_job_alone_has_one_thread_where_it_is_to_have_one(threads: int) -> Non
     assert side_by_side([torch.get_num_threads]) == [threads]
 
 
-def test_lanes_inside_lanes_share_the_share_out() -> None:
+def test_nested_lanes_split_their_thread_share() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
@@ -75,7 +75,7 @@ def test_several_threads_work_in_lanes_at_once_each_with_its_own_number() -> Non
     meeting = threading.Barrier(4)
 
     def outer(threads: int) -> None:
-        torch.get_num_threads()  # of a new thread, torch forgets a number that is set before it is asked for
+        torch.get_num_threads()  # in a new thread, torch ignores a number that is set before the first query
         for _ in range(10):
             torch.set_num_threads(threads)
             meeting.wait(timeout=30)
@@ -86,7 +86,7 @@ def test_several_threads_work_in_lanes_at_once_each_with_its_own_number() -> Non
     try:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(outer, (2, 4, 6, 8)))
-        # What one of them asked for itself is, by torch's own rule, what threads to come get; never what a lane has.
+        # By torch's own rule, new threads get the number that one of the callers set; never that of a lane.
         assert threads_of_a_new_thread() in (2, 4, 6, 8)
     finally:
         with ThreadPoolExecutor(1) as pool:
@@ -94,14 +94,14 @@ def test_several_threads_work_in_lanes_at_once_each_with_its_own_number() -> Non
 
 
 def test_once_a_job_has_failed_no_further_one_starts(threads: int) -> None:
-    """All lanes but one are held up while the job of the last of them fails."""
+    """All lanes but one wait while the job of the last one fails."""
     started: list[int] = []
     has_failed = threading.Event()
 
     def job(number: int) -> None:
         started.append(number)
         if number == threads - 1:
-            threading.Timer(0.2, has_failed.set).start()  # time enough for the lane to take another
+            threading.Timer(0.2, has_failed.set).start()  # enough time for the lane to start another job
             raise ValueError(f"job {number}")
         assert has_failed.wait(timeout=30)
 
@@ -181,7 +181,7 @@ def test_what_fails_behind_is_raised_at_the_next_meeting() -> None:
     assert not begun
 
 
-def test_an_error_at_hand_is_not_replaced_by_one_behind() -> None:
+def test_error_of_the_caller_wins_over_background_error() -> None:
     done: list[int] = []
 
     def fail() -> None:
@@ -195,4 +195,4 @@ def test_an_error_at_hand_is_not_replaced_by_one_behind() -> None:
 
     with pytest.raises(KeyError, match="at hand"):
         work()
-    assert done  # and what was begun was waited for
+    assert done  # the job that had begun was waited for

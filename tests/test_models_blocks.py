@@ -1,4 +1,4 @@
-"""Running blocks one by one is only right for models that do nothing else between them."""
+"""Running blocks one by one is only correct for models that compute nothing between them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class Odd(PreTrainedModel):
-    """A decoder with a habit."""
+    """A decoder that does one unusual thing, its habit."""
 
     config_class = LlamaConfig
 
@@ -70,7 +70,7 @@ class Odd(PreTrainedModel):
 
 @torch.no_grad()
 def calls_of(habit: str) -> tuple[Odd, BlockCalls, dict[int, Tensor]]:
-    """What enters the blocks of a model with a habit, for three batches."""
+    """Return a model with this habit, its block calls, and the inputs of its first block, for three batches."""
     torch.manual_seed(0)
     model = Odd(habit).eval()
     calls = BlockCalls(model, further_outputs(model, model.layers[0], windows(1)))
@@ -84,7 +84,7 @@ def calls_of(habit: str) -> tuple[Odd, BlockCalls, dict[int, Tensor]]:
 @pytest.mark.parametrize("habit", ["none", "several outputs", "reads tokens", "shares", "reuses outputs"])
 @torch.no_grad()
 def test_blocks_one_by_one_give_what_the_model_gives(habit: str) -> None:
-    """All batches through a block before the next block, and each block twice: a walk measures, then passes on."""
+    """All batches pass a block before the next one, each twice as in a walk: once for the sums, once for the output."""
     model, calls, hidden = calls_of(habit)
     between = dict.fromkeys(hidden, CarriedState())
     for block in range(3):

@@ -80,7 +80,7 @@ def test_other_threads_see_nothing_of_skeletons(tmp_path: Path) -> None:
 
 
 def test_loading_and_building_at_once_do_not_mix(tmp_path: Path) -> None:
-    """Loading switches the tying of weights off, for every class: whoever builds meanwhile must not notice."""
+    """Loading disables weight tying for every class; models built meanwhile must not be affected."""
     folder = save_model("llama-tied", tmp_path / "model")
     source, before = ModelSource.open(folder), [getattr(owner, name) for owner, name in PATCHED]
 

@@ -1,4 +1,4 @@
-"""Only a causal decoder is calibrated: decided by what the blocks do, and said before any work."""
+"""Only causal decoders are calibrated: decided by what the blocks compute, and reported before any work."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_encoder_is_refused_and_the_same_blocks_as_a_decoder_are_not(kind: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_survey_finds_what_a_walk_finds(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """And no decoder is taken for an encoder, whatever the dtype."""
+    """No decoder is taken for an encoder, in either dtype."""
     source = ModelSource.open(save_model(family, tmp_path / "model"))
     found = []
     walk(source, {"all": windows(2)}, on_block=lambda seen: found.append((seen.sites, seen.left_dense)), dtype=dtype)

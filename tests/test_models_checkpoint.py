@@ -1,4 +1,4 @@
-"""Writing a variant and getting exactly it back."""
+"""A variant that is written reads back exactly."""
 
 from __future__ import annotations
 

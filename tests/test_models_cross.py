@@ -23,11 +23,11 @@ from tests.test_models_walk import halve_small
 ROUNDOFF_F64 = 1e-11
 BOTH = frozenset(Statistic)
 Seen = dict[str, dict[str, InputMoments]]
-"""Slice -> full name of a matrix -> what its site saw."""
+"""Slice -> full name of a matrix -> the moments of its site."""
 
 
 def walked(source: ModelSource, slices: Mapping[str, Tensor], **settings: Any) -> tuple[Seen, dict[str, Any]]:
-    """What was seen, and every block's changed parameters."""
+    """Return the moments and every block's changed parameters of a sequential walk."""
     seen: Seen = {name: {} for name in slices}
     changes: dict[str, Any] = {}
 
@@ -43,12 +43,12 @@ def walked(source: ModelSource, slices: Mapping[str, Tensor], **settings: Any) -
 
 
 CHOSEN: dict[str, dict[str, Tensor]] = {}
-"""For blocks that are not wanted: what an earlier walk chose."""
+"""Block -> parameters that an earlier walk chose, for blocks that are not wanted."""
 
 
 @torch.no_grad()
 def plain_inputs(model: PreTrainedModel, tokens_SL: Tensor) -> dict[str, Tensor]:
-    """The input of every linear in one plain forward pass, all tokens one under another."""
+    """Return the input of every linear in one plain forward pass, [tokens, inputs]."""
     inputs: dict[str, Tensor] = {}
 
     def note(name: str, input_SLI: Tensor) -> None:
@@ -99,7 +99,7 @@ def test_where_nothing_is_compressed_yet_both_streams_are_one(tmp_path: Path) ->
 
 
 def test_the_other_sums_do_not_depend_on_the_pairs(tmp_path: Path) -> None:
-    """To the bit: a recipe that needs none is not changed by one that does."""
+    """Bit for bit: a recipe without pairs is not changed by one that needs them."""
     source, slices = ModelSource.open(save_model("llama", tmp_path / "model")), {"all": windows(4)}
     beside, alone = (walked(source, slices, statistics=wanted)[0]["all"] for wanted in (BOTH, EVERY))
     for name, found in alone.items():
@@ -127,7 +127,7 @@ def bits(seen: Seen) -> dict[tuple[str, str, str], bytes]:
 
 
 def test_pairs_have_the_same_bits_on_any_number_of_threads_and_on_disk(tmp_path: Path) -> None:
-    """Wide enough for sums in strips."""
+    """The model is wide enough for sums in strips."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=90,
@@ -188,7 +188,7 @@ def test_inputs_of_other_tokens_are_refused() -> None:
 @pytest.mark.parametrize("inputs", [1, 17, 2 * INPUTS_A_STRIP])
 @pytest.mark.parametrize("wanted", [tuple(Statistic), (Statistic.CROSS,)], ids=["all", "cross"])
 def test_sums_over_pairs_are_those_over_tokens(inputs: int, wanted: tuple[Statistic, ...]) -> None:
-    """Strided inputs as well; a reading of either sum brings the other."""
+    """Also for strided inputs; if only CROSS is wanted, DRIFT is summed as well."""
     accumulator = MomentsAccumulator(inputs, dtype=torch.float64, wanted=wanted)
     x_TI, y_TI = (correlated_inputs_TI(2 * 530, inputs, seed=seed)[::2] for seed in (1, 2))
     accumulator.add(y_TI[:7], x_TI[:7])

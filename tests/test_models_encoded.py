@@ -21,7 +21,7 @@ TILE = 16
 
 
 def encode_fp8(folder: Path, tile: int = TILE) -> dict[str, Tensor]:
-    """Store the matrices of the blocks in fp8, tile by tile; gives what they mean then."""
+    """Store the matrices of the blocks in fp8, tile by tile; return the decoded tensors."""
     tensors = load_file(folder / "model.safetensors")
     meant = dict(tensors)
     for key, weight in list(tensors.items()):
@@ -102,7 +102,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3", "gpt-oss-wide"])
 def test_what_is_written_is_no_longer_encoded(family: str, is_packed: bool, tmp_path: Path) -> None:
-    """Plain transformers loads it: all in the config's dtype, or packed, with a config that says so."""
+    """Plain transformers loads it: all in the config's dtype, or packed, with a config that states it."""
     folder = save_model(family, tmp_path / "model", dtype=torch.bfloat16)
     encode_mxfp4(folder) if family == "gpt-oss-wide" else encode_fp8(folder)
     source = ModelSource.open(folder)
@@ -124,5 +124,5 @@ def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{name}.*8 bits"):
+    with pytest.raises(ModelError, match=f"{name}.*8-bit"):
         ModelSource.open(folder).load_block(1)

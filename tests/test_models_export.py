@@ -25,7 +25,7 @@ from tests.helpers.tiny_models import save_model, windows
 
 
 def write_packed(source: ModelSource, folder: Path, bits: int, group_size: int | None) -> dict[str, Tensor]:
-    """A variant with every two-dimensional projection of every block on a random grid; its weights by full name."""
+    """Write a variant with every 2-D projection of every block on a random grid; return its weights by full name."""
     generator, expected = torch.Generator().manual_seed(bits), {}
     writer = VariantWriter(folder, source)
     for block in range(source.blocks):

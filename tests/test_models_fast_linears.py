@@ -1,4 +1,4 @@
-"""oneDNN's linears are the linears, to roundoff, for as long as they are asked for."""
+"""oneDNN's linears equal torch's to roundoff, and replace them only while they are enabled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walk there and back against plain autograd through the whole model, window by window."""
+"""The forward and backward walk against plain autograd through the whole model, window by window."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def collect(source: ModelSource, slices: Mapping[str, Tensor], **settings) -> Sq
 
 
 def plain(source: ModelSource, slices: Mapping[str, Tensor]) -> Squares:
-    """The same by one backward pass of the whole model for each window, in float64."""
+    """Return the same by one backward pass of the whole model for each window, in float64."""
     model = load_plain(source.path)
     found: Squares = {name: {} for name in slices}
     for name, tokens_SL in slices.items():
@@ -71,7 +71,7 @@ def assert_same(seen: Squares, expected: Squares, rtol: float) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_plain_autograd(family: str, tmp_path: Path) -> None:
-    """Of every matrix of every family, experts of a stack and tied embeddings among them."""
+    """For every matrix of every family, including stacked experts and tied embeddings."""
     source = ModelSource.open(save_model(family, tmp_path / "model"))
     expected = plain(source, SLICES)
     assert any(square_OI.any() for square_OI in expected["long"].values())

@@ -1,4 +1,4 @@
-"""A reading in lanes gives bit for bit what one lane gives, for dense models, sequential walks and starved experts."""
+"""A calibration pass in lanes gives the same bits as in one lane: dense models, sequential walks, starved experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import save_model, windows
 
 
 def bits(source: ModelSource, slices: Mapping[str, Tensor], threads: int, upstream: str) -> dict[str, bytes]:
-    """Every sum of every site, as bytes, read with so many threads of torch."""
+    """Return every sum of every site as bytes, from a walk with `threads` torch threads."""
     found: dict[str, bytes] = {}
 
     def on_block(seen: BlockMoments) -> Mapping[str, Tensor] | None:
@@ -49,7 +49,7 @@ def test_lanes_change_no_bit(tmp_path: Path, family: str, upstream: str) -> None
 
 
 def test_a_single_batch_and_sums_in_strips_have_the_same_bits_on_any_number_of_threads(tmp_path: Path) -> None:
-    """Wide enough for torch to share operations out among its threads, and for a triangle in strips."""
+    """The model is wide enough for torch to parallelise single operations, and for a triangle in strips."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,

@@ -1,4 +1,4 @@
-"""A written folder is the source with other values: the same tensors under the same names, whatever class reads it."""
+"""A written folder is the source with other values: the same tensor names, whichever class loads it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def add_extras(folder: Path, *blocks: str) -> dict[str, Tensor]:
-    """What the language model has no place for: a draft head, and a layer beyond the last."""
+    """Add tensors that the language model has no place for: a draft head, and layers beyond the last."""
     extras = {"mtp.fc.weight": torch.randn(4, 8), "mtp.layers.0.mlp.up_proj.weight": torch.randn(3, 5)}
     extras |= {f"{block}.mlp.up_proj.weight": torch.randn(48, 32) for block in blocks}
     file = folder / "model.safetensors"
@@ -57,7 +57,7 @@ def matrices(source: ModelSource) -> list[tuple[int, MatrixRef]]:
 
 
 def rounded(source: ModelSource, block: int) -> tuple[dict[MatrixRef, Ints], dict[MatrixRef, Tensor]]:
-    """Whatever of a block can be packed, at 4 bits: integers and the weights that they stand for."""
+    """Return every matrix of a block that can be packed, at 4 bits: as integers and as decoded weights."""
     parameters, name = source.load_block(block), source.block_name(block)
     ints: dict[MatrixRef, Ints] = {}
     weights: dict[MatrixRef, Tensor] = {}
@@ -75,7 +75,7 @@ def rounded(source: ModelSource, block: int) -> tuple[dict[MatrixRef, Ints], dic
 
 
 def write(source: ModelSource, folder: Path, *, is_packed: bool) -> dict[str, Tensor]:
-    """A variant with every matrix halved or quantized to 4 bits; gives its weights by their full names in the model."""
+    """Write a variant with every matrix halved or quantized to 4 bits; return its weights by full name."""
     writer, weights, seen = VariantWriter(folder, source), dict[str, Tensor](), matrices(source)
     for block in range(source.blocks):
         parameters = source.load_block(block)
@@ -138,7 +138,7 @@ def loads_completely(kind: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("family", WRAPPERS)
 def test_a_wrapper_loads_as_its_own_class(family: str, is_packed: bool, tmp_path: Path) -> None:
-    """Vision tower in place, and the language model inside is the compressed one."""
+    """The vision tower is unchanged, and the language model inside is the compressed one."""
     folder = save_wrapper(family, tmp_path / "model")
     source, tokens_SL = ModelSource.open(folder), windows(2)
     write(source, tmp_path / "variant", is_packed=is_packed)

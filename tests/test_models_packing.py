@@ -1,4 +1,4 @@
-"""A packed checkpoint is one that plain transformers loads: for every family, with what can be packed of it."""
+"""Plain transformers loads packed checkpoints of every family, with everything packed that can be."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path
 
 @pytest.mark.parametrize("family", [*FAMILIES, *tiny_packed.configs()])
 def test_plain_transformers_loads_what_is_written(family: str, tmp_path: Path) -> None:
-    """As any user loads it: nothing missing, and the logits of the weights that were meant."""
+    """Loaded as any user would: no key is missing, and the logits are those of the intended weights."""
     source = ModelSource.open(save(family, tmp_path / "model"))
     expected = write(source, tmp_path / "variant", is_packed=True)
     config = json.loads((tmp_path / "variant" / "config.json").read_text())
@@ -80,13 +80,13 @@ def test_experts_are_packed_one_by_one_in_the_hubs_names(family: str, tmp_path: 
     ignored = set(json.loads((tmp_path / "variant" / "config.json").read_text())["quantization_config"]["ignore"])
     packed = {key.removesuffix(".weight_packed") for key in after if key.endswith(".weight_packed")}
     routers = {key.removesuffix(".weight") for key in before if key.endswith("gate.weight")}
-    assert routers <= ignored  # engines that hold routers as linears would take them for packed ones
+    assert routers <= ignored  # engines that build routers as linears would take them for packed
     assert not packed & ignored
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
 def test_a_block_without_packed_linears_beside_packed_ones(family: str, tmp_path: Path) -> None:
-    """Its experts, which transformers would take to be packed if they stood one by one, are written as a stack."""
+    """Its experts are written as a stack; transformers would expect packed ones if they were stored one by one."""
     source = ModelSource.open(save(family, tmp_path / "model"))
     writer = VariantWriter(tmp_path / "variant", source)
     writer.write_block(0, {})
@@ -99,7 +99,7 @@ def test_a_block_without_packed_linears_beside_packed_ones(family: str, tmp_path
 
 
 def test_a_hub_checkpoint_with_stacked_experts_is_packed_as_well(tmp_path: Path) -> None:
-    """Some families publish experts as stacks while transformers also knows them one by one."""
+    """Some families publish stacked experts, although transformers can also read them one by one."""
     source = ModelSource.open(save("qwen3-moe", tmp_path / "model"))
     tensors = source.weights.load(lambda name: True)
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
@@ -114,8 +114,8 @@ def test_a_hub_checkpoint_with_stacked_experts_is_packed_as_well(tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", ["gpt-bigcode", "nanochat", "mamba2", "recurrent-gemma"])
-def test_packed_all_the_same_it_would_not_load(family: str, tmp_path: Path) -> None:
-    """What is left dense has to be; and loading notices, as it loads the plain way."""
+def test_packing_what_must_stay_dense_fails_to_load(family: str, tmp_path: Path) -> None:
+    """What is left dense must stay dense: packed, transformers fails to load it, and `load_variant` reports that."""
     source = ModelSource.open(save(family, tmp_path / "model"))
     source.packing._initialised = set()
     write(source, tmp_path / "variant", is_packed=True)

@@ -1,4 +1,4 @@
-"""Which norm can absorb a site's scales: found by watching, verified by running, never taken on trust."""
+"""Which norm can absorb a site's scales: found by observing the block, and verified by running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosscal.models.producers import EXPERT, NO_NORM, with_producers
 from crosscal.models.sites import InputNorm
 from tests.helpers.tiny_models import COMMON, FAMILIES, VOCABULARY, load_plain, save_model, windows
 
-FIRST_AND_UP = 2  # sites of a block that norms make: what attention and what the feed-forward part begin with
+FIRST_AND_UP = 2  # sites of a block that norms produce: the first of attention and of the feed-forward part
 PRODUCERS = {  # of blocks 0 and 1
     **dict.fromkeys(FAMILIES, (FIRST_AND_UP, FIRST_AND_UP)),
     **dict.fromkeys(("phi", "falcon-parallel"), (1, 1)),  # parallel: attention and feed-forward part read one norm
@@ -50,7 +50,7 @@ def random_scale_I(inputs: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_fold_changes_no_logit(family: str, tmp_path: Path) -> None:
-    """Every block's norms divided by random scales, in the plain model of float64; Gemma's norms are float32 inside."""
+    """Every block's norms are divided by random scales, in a plain float64 model; Gemma's norms compute in float32."""
     path = save_model(family, tmp_path / "model")
     found, source, model, tokens_SL = found_in(path), ModelSource.open(path), load_plain(path), windows(3, seed=5)
     before = model(tokens_SL, use_cache=False).logits
@@ -109,7 +109,7 @@ def test_a_norm_that_two_blocks_share_is_tied(tmp_path: Path) -> None:
 
 
 class Norm(nn.Module):
-    """x / rms(x), times a gain that is stored less `offset`, and perhaps bent."""
+    """x / rms(x), times a gain that is stored minus `offset`; `bent` adds a tanh."""
 
     def __init__(self, offset: float = 0.0, *, bent: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Matrices that a block multiplies by without a linear: found, told apart, and measured by their products."""
+"""Matrices that a block multiplies by without a linear: found, distinguished, and measured by their products."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from crosscal.models.passes import OrderedSums
 from crosscal.statistics.moments import MomentsAccumulator
 
 INPUTS = EXPERTS = 24
-"""No size tells a router from another matrix."""
+"""Equal, so that no size distinguishes a router from another matrix."""
 OUTPUTS, TOKENS = 32, 120
 
 
 class Bare(nn.Module):
-    """One parameter, used in one of the ways that models do; sometimes as large one way as the other."""
+    """One parameter, used in one of the ways that models do; it may be square."""
 
     def __init__(self, use: str, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Bare(nn.Module):
         """Expert -> its input and output."""
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        x_TI = x_TI + self.before(x_TI)  # decides what is chosen, and what is read as well: no router
+        x_TI = x_TI + self.before(x_TI)  # affects the choice, but the inputs as well: no router
         simple: dict[str, Callable[[], Tensor]] = {
             "linear": lambda: nn.functional.linear(x_TI, self.weight),
             "x @ w_OI.T": lambda: x_TI @ self.weight.T,
@@ -57,7 +57,7 @@ class Bare(nn.Module):
         weight_T, chosen_T = self.router(x_TI).softmax(-1)[:, :-1].max(-1)  # the last expert gets nothing
         if self.use in ("bmm", "weighed"):  # every token to every expert, those not chosen as zeros
             part_TE = nn.functional.one_hot(chosen_T, EXPERTS).to(x_TI)
-            if self.use == "weighed":  # by how much they were chosen, before the expert
+            if self.use == "weighed":  # inputs scaled by the routing weight
                 part_TE = torch.zeros_like(part_TE).scatter(1, chosen_T[:, None], weight_T[:, None])
             given_ETI = x_TI * part_TE.T[..., None]
             output_ETO = torch.bmm(given_ETI, self.weight)
@@ -101,7 +101,7 @@ def test_each_matrix_has_the_moments_of_its_own_input(use: str, inputs: int, out
         moments = sums[site.name].moments()
         (matrix,) = site.matrices
         if expert not in block.seen:
-            assert moments.tokens == 0  # starved, and known all the same
+            assert moments.tokens == 0  # starved, but found
             continue
         input_TI, output_TO = block.seen[expert]
         torch.testing.assert_close(moments.gram_II, input_TI.T @ input_TI)

@@ -1,4 +1,4 @@
-"""A router is what only chooses for others, whatever its size and name; no matrix of a block goes unmentioned."""
+"""A router is a matrix that only chooses for others, whatever its size and name; every matrix of a block is listed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crosscal.models.finding import GATE, ROUTER, SMALL
 from tests.helpers.tiny_models import COMMON, windows
 
 SIZES = [(32, 32, 32), (32, 32, 24), (24, 32, 32), (32, 24, 32)]
-"""(experts, inner size of an expert, inner size of what all tokens share), beside a hidden size of 32."""
+"""(experts, inner size of an expert, inner size of the shared expert); the hidden size is 32."""
 
 
 def mixtures(experts: int, inner: int, shared: int) -> dict[str, PretrainedConfig]:
@@ -46,7 +46,7 @@ def mixtures(experts: int, inner: int, shared: int) -> dict[str, PretrainedConfi
 
 @torch.no_grad()
 def routers_by_trial(block: nn.Module, run: Callable[[], object]) -> set[str]:
-    """Matrices that, changed, change which experts are asked or how they count, but not what the experts read."""
+    """Return the matrices whose change affects which experts run or their weights, but not the experts' inputs."""
     seen: list[list[Tensor]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,13 +95,13 @@ def test_routers_are_those_that_only_choose(family: str, sizes: tuple[int, int, 
 
 
 class OneByOne(nn.Module):
-    """A mixture as older code writes it: a list of experts of plain linears."""
+    """A mixture of experts as older code has it: a list of plain linears."""
 
     def __init__(self, style: str, width: int = 20) -> None:
         super().__init__()
         self.style = style
         self.before = nn.Linear(width, width)
-        self.scores = nn.Linear(width, width)  # as many experts as inputs: no size tells it from the others
+        self.scores = nn.Linear(width, width)  # as many experts as inputs: size does not identify it
         self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(width))
         self.for_all = nn.Linear(width, width)
 

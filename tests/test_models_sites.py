@@ -1,4 +1,4 @@
-"""Which matrices share an input, and what is refused."""
+"""Which matrices share an input, and which blocks are refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_replacing_experts_leaves_the_others_alone() -> None:
 
 
 class Block(nn.Module):
-    """Something that a site finder must understand in full or refuse."""
+    """A block that a site finder must either understand in full or refuse."""
 
     def __init__(self, odd: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_a_linear_that_multiplies_in_groups_is_as_many_matrices() -> None:
 
 @torch.no_grad()
 def test_an_unmarked_stack_of_experts_is_known_by_its_products() -> None:
-    """As matrices that lie the same way round; and one that never runs is named."""
+    """The matrices are found with the same orientation; a stack that never runs is named in the error."""
     model = MixtralForCausalLM._from_config(configs()["mixtral"], experts_implementation="eager").eval()
     block, tokens_SL = find_blocks(model)[1][0], windows(4)
     marked = {matrix for site in find_sites(block, lambda: model(tokens_SL)) for matrix in site.matrices}

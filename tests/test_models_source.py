@@ -1,4 +1,4 @@
-"""Opening a model, streaming its blocks, and what is said when files are wrong."""
+"""Opening a model, streaming its blocks, and the errors for wrong files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import FAMILIES, load_plain, save_model, windows
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_tensors_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
-    """Block by block and outside the blocks: each tensor once, bit for bit, experts stored one by one too."""
+    """Block by block and outside the blocks, bit for bit; also for experts that are stored one by one."""
     folder = save_model(family, tmp_path / "model", dtype=torch.bfloat16)
     source, plain = ModelSource.open(folder), load_plain(folder, torch.bfloat16).state_dict()
     seen = source.load_outside(dtype=torch.bfloat16)

@@ -81,7 +81,7 @@ def test_a_gpu_gives_the_same(family: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """Its blocks differ in their masks, so batches of other shapes must not get another block's."""
+    """Its blocks have different masks, which must not be mixed up for batches of different shapes."""
     return ModelSource.open(save_model("gemma3", tmp_path_factory.mktemp("gemma3")))
 
 
@@ -118,14 +118,14 @@ def test_hidden_states_may_live_on_disk(gemma: ModelSource, tmp_path: Path) -> N
 
 
 def halve_small(found: BlockMoments) -> dict[str, Tensor]:
-    """A stand-in for a solver: drops the weights below the median, of every matrix."""
+    """Act as a solver: zero the weights of every matrix up to its median magnitude."""
     weights_OI = {m: m.weight_OI(found.parameters) for site in found.sites for m in site.matrices}
     return replaced_parameters(found.parameters, {m: w * (w.abs() > w.abs().median()) for m, w in weights_OI.items()})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-new", "mixtral"])
 def test_sequential_is_the_plain_loop(family: str, tmp_path: Path) -> None:
-    """Block after block: measure on the model as it is so far, change the block, measure again further on."""
+    """Block after block: measure on the model as changed so far, change the block, continue with the next."""
     folder, tokens_SL = save_model(family, tmp_path / "model"), windows(4)
     seen: dict[str, InputMoments] = {}
     changes: list[tuple[str, dict[str, Tensor]]] = []
@@ -239,7 +239,7 @@ def test_a_pass_without_outputs_ends_at_the_last_site(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "phi", "falcon-new", "mixtral", "qwen2-moe"])
 def test_a_last_block_shows_what_it_shows_with_blocks_behind_it(family: str, tmp_path: Path) -> None:
-    """Its passes end at the last site, also where attention and MLP run side by side, or experts are starved."""
+    """Its passes end at the last site, also if attention and MLP are parallel or experts are starved."""
     source, slices = ModelSource.open(save_model(family, tmp_path / "model")), {"all": windows(3, length=5)}
     whole = collect(source, slices, batch_tokens=5)["all"]
     ended = collect(source, slices, batch_tokens=5, wanted=lambda block: block == 0)["all"]

@@ -1,4 +1,4 @@
-"""What a wheel holds: the package `crosscal` and nothing else at the top, with its flows, plans and demo."""
+"""A wheel contains the package `crosscal` and nothing else at the top level, with its flows, plans and demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan for whichever domain lands: its name is filled in everywhere, or the plan is refused."""
+"""A plan for any domain that lands: the domain's name is filled in everywhere, or the plan is refused."""
 
 from __future__ import annotations
 

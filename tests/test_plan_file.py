@@ -1,4 +1,4 @@
-"""Plans: every default is written back, paths belong to the plan's folder, mistakes are named with a remedy."""
+"""Plans: every default is written back, paths are relative to the plan's folder, mistakes are named with a remedy."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_names_are_unique_and_safe_as_folders() -> None:
     )
     names = [variant.name for variant in found]
     assert len(set(names)) == len(names)
-    assert len({name.lower() for name in names}) == len(names)  # some disks do not tell case apart
+    assert len({name.lower() for name in names}) == len(names)  # some file systems ignore case
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,199}", name) for name in names)
 
 

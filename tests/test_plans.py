@@ -1,4 +1,4 @@
-"""The plans that come with the project can be run as they are; those of papers need a hub, and hold their protocols."""
+"""The plans that come with the project run unchanged; those of papers need the hub and follow their protocols."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_plan_is_complete(path: Path) -> None:
 
 
 PROTOCOLS = {
-    # paper: (draws, windows, length, models of a draw, methods, mixtures of a method)
+    # paper: (draws, windows, length, models per draw, methods, mixtures per method)
     "paper-self-calibration": (5, 128, 2048, 4 * 5, {"sparsegpt", "wanda", "gptq", "awq+rtn"}, 5),
     "paper-calibration-data": (10, 128, 2048, 4 * 5, {"sparsegpt", "wanda", "gptq", "spqr"}, 5),
     "paper-beware-calibration": (20, 128, 2048, 4 * 3, {"wanda", "owl+wanda"}, 3),
@@ -64,7 +64,7 @@ def test_the_plan_of_a_paper_holds_its_protocol(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_every_model_of_a_paper_s_plan_is_compared_with_a_baseline(path: Path) -> None:
-    """All but the baselines: of every method the one on the first corpus alone."""
+    """All except the baselines: for each method, the model calibrated on the first corpus alone."""
     plan = load_plan(path)
     assert plan.study
     groups = groups_of([result(), *map(row_of, variants(plan))], [])

@@ -1,4 +1,4 @@
-"""What is the whole process's is as before once threads that needed it otherwise are done, however they interleave."""
+"""Process-wide state is restored once the threads that changed it are done, however they interleave."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def state() -> list[object]:
 
 @pytest.mark.parametrize("inside", [lambda: drawing("chart"), harness._quiet_lm_eval], ids=["drawing", "quiet"])
 def test_nothing_is_left_changed(inside: Callable[[], AbstractContextManager[None]]) -> None:
-    """The first thread to come is the first to go while the second is still inside: each restores what it found."""
+    """The first thread leaves while the second is inside: if each restored what it found, a change would remain."""
     with inside():
-        pass  # what is imported on the first use sets filters of its own
+        pass  # imports on first use set their own filters
     before = state()
 
     def enter(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of long work: how far it is, how long it will still take, and that it goes on at all."""
+"""What a user sees of long work: progress, the remaining time, and that it is still running."""
 
 from __future__ import annotations
 

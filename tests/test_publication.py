@@ -1,4 +1,4 @@
-"""The published model of a domain: a pointer that never forgets, models kept and loadable."""
+"""The published model of a domain: a pointer with its full history, models that are kept and loadable."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_pointer_goes_back_and_forth_and_forgets_nothing(store: Store) -> No
     assert published.domains() == ["legal"]
 
 
-def test_of_two_that_move_it_at_once_one_is_told(store: Store) -> None:
+def test_concurrent_pointer_move_raises_conflict(store: Store) -> None:
     published = Published(store)
     published.move("legal", None, facts("a"))
     seen = published.current("legal")
@@ -78,7 +78,7 @@ def test_from_a_remote_store_a_folder_is_put_together(tmp_path: Path, monkeypatc
 def test_writing_into_any_copy_of_a_published_model_leaves_it_whole(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run's folder, a folder put together for loading, one fetched for the user: in place, every byte of each."""
+    """Overwrite in place every byte of the run's folder, of one made for loading, and of one fetched for the user."""
     monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
     location = str(tmp_path / "home") if home == "folder" else f"memory://{tmp_path.name}-copies"
     store = Store(location)

@@ -1,4 +1,4 @@
-"""Which model is published: the policy as a table, and against the rule written out plainly over made-up windows."""
+"""Which model is published: the policy as a table, and against a plain version of the rule on made-up windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT = 24
 def windows(
     legal: float | None, general: float | None, *, noise: float = 1e-4, name: str = "", n: int = COUNT
 ) -> Windows:
-    """Of a model with these perplexities: hard and easy windows that all share, and some noise of its own."""
+    """Windows of a model with these perplexities: a difficulty that all models share, and some noise of its own."""
     found = {}
     for corpus, value in (("legal", legal), ("general", general)):
         if value is not None:
@@ -34,7 +34,7 @@ def windows(
 def decided(
     rule: PublishRule, published: tuple[float, float] | None, *candidates: tuple[float | None, float | None]
 ) -> Decision:
-    """By candidates a, b, c, …, the dense model having the perplexities BASE."""
+    """Decide among candidates a, b, c, …; the dense model has the perplexities BASE."""
     named = {name: windows(*pair) for name, pair in zip("abcdefgh", candidates, strict=False)}
     return decide(rule, named, windows(*BASE), windows(*published) if published else None)
 
@@ -70,7 +70,7 @@ def test_a_guard_on_the_domain_itself_does_not_widen_its_tolerance() -> None:
 
 
 def test_the_guard_holds_against_dense_so_that_it_does_not_ratchet() -> None:
-    """Each new model is a bit worse in general text than the one published before, and within the guard of that."""
+    """Each new model is a bit worse on general text than the published one, but within the guard against that one."""
     published: tuple[float, float] | None = None
     for step in range(1, 6):
         new = (10.0 * 0.9**step, 20.0 * 1.02**step)
@@ -114,8 +114,8 @@ def test_a_tie_moves_nothing_and_min_gain_asks_for_more() -> None:
     assert "not shown to be 1.0% or more (min_gain)" in refused.reason
 
 
-def test_one_that_is_told_better_is_not_passed_over_for_a_cheaper_tie() -> None:
-    """b cannot be told from c, the best, but cannot be told from the published model either."""
+def test_significantly_better_candidate_beats_cheaper_tie() -> None:
+    """b is distinguishable neither from c, the best, nor from the published model."""
     shared = [random.Random(1).gauss(0, 0.3) for _ in range(COUNT)]
     wave = [(-1) ** i * 0.02 for i in range(COUNT)]
 

@@ -1,5 +1,5 @@
-"""Documents taken out of a domain: what is made afterwards is what a store makes that never held them, and nothing of
-their text is left in the store."""
+"""Documents removed from a domain: later results equal those of a store that never contained them, and none of their
+text is left in the store."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SECRET = "the quick brown zebra signs its name"
 FILES = {"train-1.jsonl": 30, "train-2.jsonl": 30, "train-3.jsonl": 30, "dev.jsonl": 20, "test.jsonl": 20}
 QUESTIONS = {"continuation": "$domain", "questions": 5, "words": 3, "context_words": 5}
 WRONG = {"train-1.jsonl": "one wrong line", "dev.jsonl": "another"}
-"""Files that hold a document with the secret, and what else it says."""
+"""File -> the other words of the document with the secret that it contains."""
 
 
 def land(place: Place, name: str, *, with_secret: bool) -> Path:
-    """The landing place of a store, and all that landed in it ingested."""
+    """Fill the landing place of a store and ingest it; return the landing place."""
     landing = place.folder / f"landing-{name}" / "legal"
     landing.mkdir(parents=True)
     for file, count in FILES.items():
@@ -53,13 +53,13 @@ def go(place: Place, name: str, *, again: bool = False) -> dict[str, Any]:
 
 
 def made_of(run: dict[str, Any]) -> list[Any]:
-    """All windows of a run, by their keys and weights, whatever the version is called."""
+    """Return all windows of a run, by keys and weights, independent of the version's number."""
     return json.loads((Path(run["run_dir"]) / "identity.json").read_text())["sets"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """`clean`, a store that never held the secret, and `wrong`, one that did; a run made in each."""
+    """`clean`, a store that never contained the secret, and `wrong`, one that does; each with a finished run."""
     place = make_place(tmp_path_factory.mktemp("removing"))
     place.write_plan(
         corpora={"general": "general", "$domain": {}},
@@ -80,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def home(place: Place, tmp_path: Path) -> Path:
-    """A copy of the store that holds the secret."""
+    """A copy of the store that contains the secret."""
     shutil.copytree(place.folder / "wrong", place.folder / tmp_path.name)
     return place.folder / tmp_path.name
 
@@ -90,7 +90,7 @@ def asked(home: Path, *arguments: str) -> Outcome:
 
 
 def texts(home: Path, place: Place) -> Iterator[tuple[Path, str]]:
-    """Everything in a store as text: decompressed, and tokens decoded."""
+    """Yield every file of a store, and its content as text: decompressed, and tokens decoded."""
     tokenizer = AutoTokenizer.from_pretrained(place.folder / "model")
     for file in (file for file in home.rglob("*") if file.is_file()):
         if file.suffix == ".arrow":
@@ -131,7 +131,7 @@ def test_what_is_made_afterwards_is_what_a_store_makes_that_never_held_them(plac
 
 
 def test_only_windows_that_change_are_read_again(place: Place, home: Path) -> None:
-    """A wrong file landed, and a right one behind it, whose windows begin with what the wrong one left over."""
+    """A wrong file landed, then a right one, whose windows begin with tokens left over from the wrong one."""
     legal, other = place.folder / "landing-more" / "legal", "hammers"
     legal.mkdir(parents=True)
     (legal / "train-8.jsonl").write_text(json.dumps({"text": f"{other} " * 60}) + "\n")
@@ -165,7 +165,7 @@ def test_it_does_not_come_back_by_itself_and_comes_back_by_hand(place: Place, ho
     assert json.loads(done.out)["added_documents"] == 31
 
 
-def test_what_others_may_be_using_goes_with_the_next_collection(place: Place, home: Path, monkeypatch: Any) -> None:
+def test_data_in_use_is_removed_by_the_next_gc(place: Place, home: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("crosscal.store.local_home.LocalHome.in_use_since", lambda self: 0.0)
         assert asked(home, "remove", "legal", "--containing", SECRET, "--yes").code == 0

@@ -1,4 +1,4 @@
-"""What is shown of a run elsewhere: right numbers, bounded sizes, and a word for whatever was left out."""
+"""Tables and pages of a run for other places: right numbers, bounded sizes, and a note on what was left out."""
 
 from __future__ import annotations
 

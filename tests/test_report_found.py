@@ -1,4 +1,4 @@
-"""What the page says of mixtures that were found: everything tried, the one taken, the estimate beside measurements."""
+"""The page on mixtures that were found: all that were tried, the one taken, the estimate beside measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWN = "sparsegpt0-biomedical-auto"
 
 
 def choice(*, evaluated: bool = False, corpora: tuple[str, ...] = ("biomedical", "general")) -> dict[str, Any]:
-    """Three mixtures of two corpora, half and half taken."""
+    """Three mixtures of two corpora, of which half and half is taken."""
     tried = []
     for weight in (0.0, 0.5, 1.0):
         losses = {"biomedical": 0.04 - 0.02 * weight, "general": 0.02 + 0.02 * weight}

@@ -1,4 +1,4 @@
-"""What to take: laws over made-up runs, against the rule written out plainly."""
+"""Recommendations: laws over made-up runs, and against a plain version of the rule."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def points(*perplexities: tuple[float, float]) -> list[ResultRow]:
 
 
 def self_calibrated(seed: int) -> list[ResultRow]:
-    """A run without general calibration text: what the model wrote, a domain, random tokens; both measured."""
+    """A run calibrated on the model's own text, a domain and random tokens; measured on general text and the domain."""
     chance = random.Random(seed)
     return on_both_splits([
         result(
@@ -60,7 +60,7 @@ def pair(group: SeedGroup) -> tuple[float, float]:
 
 
 def cannot_be_told(windows: list[WindowRow], one: str, other: str, comparisons: int) -> bool:
-    """The stated rule, written out: Student's t over the paired differences, at 5 % shared among the comparisons."""
+    """The stated rule: Student's t over paired differences, at 5 % divided by the number of comparisons."""
     nll = {row.variant: row.nll for row in windows if (row.corpus, row.split) == ("law", "validation")}
     differences = [a - b for a, b in zip(nll[one], nll[other], strict=True)]
     most = float(t.ppf(1 - 0.025 / comparisons, len(differences) - 1))
@@ -88,7 +88,7 @@ def test_the_cheapest_of_those_that_cannot_be_told_from_the_best(seed: int, nois
 
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_is_taken_is_never_dominated_and_the_ruler_never_runs_to_its_edge(seed: int, kept: bool) -> None:
+def test_recommendation_is_pareto_optimal_and_trades_gains_sensibly(seed: int, kept: bool) -> None:
     for rows in (self_calibrated(seed), points((100, 60), (104, 55.0), (103, 55.1), (110, 54.9))):
         groups = groups_of(rows, [], windows_of(rows, noise=0.02) if kept else [])
         for best in best_variants(groups, "law"):
@@ -162,7 +162,7 @@ def test_without_general_text_the_lowest_of_the_domain_is_taken() -> None:
 
 
 def poisoned(rows: list[ResultRow], windows: list[WindowRow], chance: random.Random) -> tuple[list, list]:
-    """The same run with other test numbers: shuffled among the variants, or missing, and with other windows."""
+    """Return the same run with other test numbers: shuffled among the variants, or missing, and with other windows."""
     values = [row.value for row in rows if row.split == "test"]
     chance.shuffle(values)
     fresh = iter(values)
@@ -200,7 +200,7 @@ def _interleaved(files: tuple[list, list]) -> tuple[list, list, list]:
 
 
 def choice(best: Recommendation) -> tuple:
-    """All that was chosen, and why, without the numbers that are reported."""
+    """Return all that was chosen, and why, without the reported numbers."""
     names = [group and group.name for group in (best.group, best.lowest, best.cheaper, best.general_only)]
     why = sentence(best, ()).partition("chosen on validation text")[2]
     return best.level, names, best.compared, best.alike, best.windows, best.chosen_by, why

@@ -1,4 +1,4 @@
-"""The page: for every shape of run, complete, self-contained, inert and the same each time."""
+"""The report page: for every shape of run complete, self-contained, without scripts and reproducible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVIL = '<script>alert("$x_1$")</script>'
 
 
 def accuracies(rows: list[ResultRow]) -> list[ResultRow]:
-    """A task's row for each variant."""
+    """Return a task's row for each variant."""
     firsts = {row.variant: row for row in rows}.values()
     return [
         result(
@@ -50,7 +50,7 @@ def all_layers(rows: list[ResultRow]) -> list:
 
 
 def self_calibrated(count: int = 4) -> list[ResultRow]:
-    """No general calibration text: what the model wrote, a domain, random tokens; legal and general are measured."""
+    """A run calibrated on the model's own text, a domain and random tokens; legal and general are measured."""
     mixtures = [{"self": 1.0}, {"self": 0.5, "legal": 0.5}, {"legal": 1.0}, {"random": 1.0}][:count]
     variants = [("dense", {}), *((f"sparsegpt-70-m{number}", mixture) for number, mixture in enumerate(mixtures))]
     rows = [
@@ -151,7 +151,7 @@ def test_every_shape_of_run(tmp_path: Path, shape: str) -> None:
 
 
 def taken(text: str) -> list[list[str]]:
-    """The rows of "What to take", cell by cell."""
+    """Return the rows of "What to take", cell by cell."""
     _, _, rest = text.partition("<h2>What to take</h2>")
     rows = re.findall(r"<tr><td>.*?</tr>", rest.partition("<h2>")[0], re.DOTALL)
     return [

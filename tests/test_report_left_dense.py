@@ -1,4 +1,4 @@
-"""Matrices left dense: in no mean, counted beside every number, and no way to be called the best."""
+"""Matrices left dense: in no mean, counted beside every number, and no advantage in comparisons."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ PARTLY = "sparsegpt0-biomedical-a1"
 
 
 def layers_with(dense_in: dict[str, int]) -> list[LayerRow]:
-    """Ten matrices a variant, the first so many of them left dense."""
+    """Ten matrices for each variant, the first `dense_in` of them left dense."""
     return [
         (kept_dense if index < dense_in.get(name, 0) else layer)(name, index, "mlp.down_proj")
         for name in NAMES
@@ -114,7 +114,7 @@ def test_what_all_variants_have_in_common_is_said_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dense", [0, 1, 5, 10])
 def test_staying_dense_makes_no_variant_the_best(dense: int) -> None:
-    """The variant of the best numbers, with more and more matrices left dense."""
+    """The variant with the best numbers, with more and more matrices left dense."""
     flattered = [
         result(PARTLY, method=row.method, setting=row.setting, mixture=row.mixture, seed=row.seed, split=row.split,
                corpus_or_task=row.corpus_or_task, value=40.0) if row.variant == PARTLY else row

@@ -1,4 +1,4 @@
-"""Laws of numbers as text: a value and its error end at one decimal place, and say what they are."""
+"""Laws of numbers as text: a value and its error have the same decimals and are rounded correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_value_and_its_error_have_the_same_decimals(seed: int) -> None:
     value = 10 ** chance.uniform(-2, 5.9) * chance.choice((1, -1))
     error = abs(value) * 10 ** chance.uniform(-5, 0.5)
     shown, _, shown_error = with_error(value, error).partition(" ± ")
-    if "e+" not in shown_error:  # an error may carry a value over the limit
+    if "e+" not in shown_error:  # an error may lift a value over the limit of plain notation
         assert decimals(shown) == decimals(shown_error)
         assert float(shown_error) == pytest.approx(error, rel=0.051)
         assert abs(float(shown) - value) <= 0.51 * 10.0 ** -decimals(shown)
@@ -52,7 +52,7 @@ def test_a_value_alone_has_four_digits(seed: int) -> None:
     assert len(digits) == max(4, math.floor(math.log10(float(text))) + 1 if "e" not in text else 4)
 
 
-def test_none_and_all_are_never_nearly_so() -> None:
+def test_0_and_100_percent_are_shown_only_if_exact() -> None:
     assert [percent_text(share) for share in (0, 1e-7, 0.0714, 0.9999, 1)] == [
         "0 %", "< 0.001 %", "7.14 %", "> 99.9 %", "100 %",
     ]  # fmt: skip

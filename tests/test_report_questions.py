@@ -1,4 +1,4 @@
-"""Question by question: the report compares what it says it compares, by McNemar's test on the same questions."""
+"""Question by question: the report compares the models that it names, by McNemar's test on the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows: what is written is read back, whole or not at all, and never a number that is none."""
+"""Rows: files read back as written, are written completely or not at all, and contain finite numbers only."""
 
 from __future__ import annotations
 

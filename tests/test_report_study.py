@@ -1,4 +1,4 @@
-"""What a study compares, what it concludes, and that no test number chooses anything."""
+"""A study's comparisons and conclusions; no test number chooses anything."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ALPHAS = (0.0, 0.25, 0.5, 1.0)
 
 
 def of_test_text(**changes: Any) -> list[ResultRow]:
-    """A sweep without its validation windows."""
+    """Return a sweep without its validation windows."""
     return [row for row in sweep(**changes) if row.split == "test"]
 
 
 def validation_of(rows: Sequence[ResultRow], **values: float) -> list[ResultRow]:
-    """Validation rows beside test rows, by the ending of a variant's name; the others as on test text."""
+    """Return validation rows for test rows: with `values` by the ending of the variant's name, else as on test text."""
     changed = []
     for row in rows:
         ending = next((end for end in values if row.variant.removesuffix(f"-s{row.seed}").endswith(f"-{end}")), None)
@@ -105,7 +105,7 @@ def test_noise_is_not_distinguishable_and_more_comparisons_are_less_sure(tmp_pat
 
 
 def test_windows_that_disagree_leave_a_difference_in_doubt(tmp_path: Path) -> None:
-    """However alike the draws are: other test text might turn it round."""
+    """However similar the draws are, other test text might reverse the difference."""
     results = of_test_text(seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
     files = study_of(results, tmp_path)
     shared = [0.9 if number % 2 else -0.9 for number in range(16)]
@@ -139,7 +139,7 @@ def test_without_validation_text_nothing_is_chosen(tmp_path: Path) -> None:
 
 
 def test_a_mixture_that_was_found_is_compared_but_neither_baseline_nor_chosen_again(tmp_path: Path) -> None:
-    """Found to be general text alone, say, it is still not what others are compared with."""
+    """Even if it is general text alone, others are not compared with it."""
     rows = sweep(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0, 1))
     general = [row for row in rows if "-a0-" in row.variant]
     found = [dataclasses.replace(row, variant=row.variant.replace("-a0-", "-auto-"), value=1.0) for row in general]
@@ -171,7 +171,7 @@ def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
 
 
 def test_accuracies_are_compared_question_by_question(tmp_path: Path) -> None:
-    """Twelve of a hundred won and none lost is told from none; by the errors of either it would not be."""
+    """Twelve of a hundred won and none lost is distinguishable; by the standard errors of both it would not be."""
     results, asked = of_test_text(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0,)), []
     for variant, right in (("sparsegpt0-biomedical-a0", 50), ("sparsegpt0-biomedical-a1", 62)):
         like = next(row for row in results if row.variant == variant)

@@ -1,4 +1,4 @@
-"""The table in a terminal: at any usual width every name and every number is there, whole."""
+"""The table in a terminal: at any usual width every name and every number is shown in full."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shown(rows: list[ResultRow], width: int, layers: list | None = None, *, soft
 
 
 def wide_run(seed: int) -> list[ResultRow]:
-    """Names of every length, and numbers from 1 to a broken model's."""
+    """Rows with names of any length, and perplexities from 2 to those of a broken model."""
     chance = random.Random(seed)
     corpora = ("general", "biomedical", "legal", "a_longer_name-2024")[: chance.randrange(1, 5)]
     rows = []

@@ -1,4 +1,4 @@
-"""What is removed after its time, and what never is, whatever its age; and where the room goes."""
+"""What is removed after its time, what never is, whatever its age, and what takes up disk space."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_folder(runs: Path, name: str, *, age: float = OLD) -> Path:
 
 
 def publish(store: Store, domain: str, model: str, run: Path) -> str:
-    """One move of a domain's pointer, to a model of its own."""
+    """Move a domain's pointer to the model of this name; return the model's key."""
     key = digest_of(model)
     if store.find("models", key) is None:
         with store.publish("models", key, {}) as staged:
@@ -92,7 +92,7 @@ def test_a_link_in_a_run_directory_leads_nowhere(store: Store, tmp_path: Path) -
 
 def test_models_of_older_moves_go_unless_a_kept_move_names_them(store: Store, tmp_path: Path) -> None:
     a, b, c = (publish(store, "legal", name, tmp_path) for name in ("a", "b", "c"))
-    publish(store, "legal", "a", tmp_path)  # back to it
+    publish(store, "legal", "a", tmp_path)  # moved back to it
     publish(store, "medical", "b", tmp_path)
     with store.publish("models", digest_of("unpublished"), {}) as staged:
         (staged / "config.json").write_text("x")
@@ -148,7 +148,7 @@ def test_room_is_told_by_kind_corpus_run_and_what_can_go(store: Store, tmp_path:
 
 @pytest.mark.slow
 def test_nearly_all_that_a_run_keeps_is_a_corpus_s(tmp_path: Path) -> None:
-    """Of a real run: what belongs to no corpus are solved variants, measurements, and what is known of the model."""
+    """In a real run, only solved variants, measurements and facts about the model belong to no corpus."""
     place = make_place(tmp_path)
     place.run()
     found = usage(Store(place.home), tmp_path)

@@ -1,4 +1,4 @@
-"""Searches over mixtures, on problems whose answer is known: what is found, at how many solves, and what never is."""
+"""Mixture searches on problems with known answers: the weights found, and limits on solves and evaluations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEDS = range(40)
 def searched(
     solve: Callable[[simplex.Weights], Sequence[float]], exponents: Sequence[float]
 ) -> dict[simplex.Weights, Sequence[float]]:
-    """Everything that a search tries."""
+    """Run a search to its end; return every mixture that it tried, with its losses."""
     tried: dict[simplex.Weights, Sequence[float]] = {}
     while wanted := simplex.weights_to_try(tried, exponents):
         assert not set(wanted) & set(tried), "nothing is solved twice"
@@ -49,7 +49,7 @@ class Quadratics:
         return self.losses(np.linalg.solve(mixed_II, right_I))
 
     def least(self, exponents: Sequence[float]) -> float:
-        """The smallest geometric mean over weights, by another method from several starts."""
+        """Return the smallest geometric mean over weights, by Nelder-Mead from several starts."""
 
         def objective(logs: np.ndarray) -> float:
             weights = np.exp(logs - logs.max())
@@ -75,7 +75,7 @@ def test_on_a_line_the_best_eighth_is_found_in_seven_solves(seed: int) -> None:
 
 @pytest.mark.parametrize(("seed", "corpora"), [*itertools.product(range(10), (3, 5))])
 def test_over_several_corpora_no_step_is_worse_and_of_alike_ones_the_best_is_found(seed: int, corpora: int) -> None:
-    """Alike as texts are: what is best for one loses up to a few times as much on another as it has to."""
+    """Odd seeds: corpora as alike as texts; the optimum of one loses up to a few times the minimum on another."""
     apart = 0.4 if seed % 2 else 2.0
     problem = Quadratics(seed, corpora, apart=apart)
     weights = np.random.default_rng(seed).uniform(0.5, 2.0, corpora)
@@ -90,8 +90,8 @@ def test_over_several_corpora_no_step_is_worse_and_of_alike_ones_the_best_is_fou
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_of_alike_weights_those_are_taken_that_held_out_text_cannot_move(seed: int) -> None:
-    """The smallest mean, but for weights within a hundredth of it that are nearer to the exponents."""
+def test_among_near_equal_means_the_weights_nearest_to_the_exponents_are_chosen(seed: int) -> None:
+    """Among weights whose mean is within 1 % of the smallest, those nearest to the exponents are chosen."""
     chance = random.Random(seed)
     problem, share = Quadratics(seed, 2, apart=chance.choice([0.2, 1.0])), chance.uniform(0.2, 0.8)
     exponents = [1 - share, share]
@@ -115,14 +115,14 @@ def test_a_corpus_that_counts_twice_gets_a_smaller_loss() -> None:
 
 
 def test_losses_of_zero_end_a_search() -> None:
-    """Nothing removed: every mixture is as good."""
+    """If nothing was removed, all mixtures are equally good."""
     for corpora in (2, 3):
         tried = searched(lambda weights: [0.0] * len(weights), [1 / corpora] * corpora)
         assert len(tried) <= line.MOST_SOLVES
 
 
 class Curve:
-    """Losses of mixtures, and perplexities that bend upwards in them or are measured with noise."""
+    """Losses of mixtures, and perplexities that rise faster than linearly with them, optionally with noise."""
 
     def __init__(self, seed: int, *, noise: float = 0.0) -> None:
         chance = random.Random(seed)
@@ -170,10 +170,10 @@ def test_a_rule_is_kept_with_three_evaluated_and_little_is_lost(seed: int, withi
 
 
 @pytest.mark.parametrize("rise", [0.05, 0.1, 0.2])
-def test_where_losses_do_not_show_what_perplexity_does_a_weight_that_keeps_the_rule_is_found_all_the_same(
+def test_rule_is_kept_when_losses_do_not_predict_perplexity(
     rise: float,
 ) -> None:
-    """General text's loss is flat up to 0.4, its perplexity rises with the weight from the start."""
+    """The general loss is flat up to weight 0.4, but the general perplexity rises from weight 0 on."""
     evaluated: dict[float, tuple[float, float]] = {}
     losses = {weight: (0.02 + 0.02 * max(0.0, weight - 0.4), 0.05 - 0.03 * weight) for weight in line.FIRST}
     while (weight := rule.next_weight(losses, Curve.DENSE, evaluated, 0.02)) is not None:

@@ -1,4 +1,4 @@
-"""Laws of a choice: what it depends on, what it never depends on, and what is kept of it."""
+"""Document selection: what it depends on, what it must not depend on, and what is stored."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_planted_documents_are_found(store: Store, pool: Corpus, sample: Corpus,
 
 
 @pytest.mark.parametrize("settings", [DSIR, ZIP_FIT])
-def test_held_out_documents_say_nothing_of_what_is_wanted(
+def test_scores_ignore_the_samples_held_out_documents(
     store: Store, pool: Corpus, sample: Corpus, settings: SelectionSettings, tmp_path: Path
 ) -> None:
-    """With law in place of medicine in the sample's other splits the same documents have the same scores."""
+    """Replacing medicine by law in the sample's validation and test splits changes no chosen document and no score."""
     poison = {"validation": made_up("law", "poison", 40), "test": made_up("law", "more poison", 40)}
     poisoned = corpus_of(store, tmp_path, "poisoned", {"train": SAMPLE["train"], **poison})
     clean, other = (select(store, "chosen", pool, one, settings) for one in (sample, poisoned))
@@ -129,7 +129,7 @@ def test_the_same_is_not_chosen_twice(
     first = select(store, "chosen", pool, sample, DSIR)
     monkeypatch.setattr("crosscal.selection.choosing.dsir_scores", None)
     assert select(store, "chosen", pool, sample, DSIR) == first
-    unused = SelectionSettings("dsir", documents=12, targets=3)  # is a setting of another method
+    unused = SelectionSettings("dsir", documents=12, targets=3)  # only zip-fit uses `targets`
     assert select(store, "chosen", pool, sample, unused) == first
 
 
@@ -145,7 +145,7 @@ def test_a_pool_that_grows_is_chosen_from_anew(store: Store, pool: Corpus, sampl
 
 
 @pytest.mark.parametrize("settings", [DSIR, ZIP_FIT, SelectionSettings(documents=30, seed=4)])
-def test_how_documents_landed_is_all_the_same(
+def test_selection_is_independent_of_landing_order(
     store: Store, sample: Corpus, settings: SelectionSettings, tmp_path: Path
 ) -> None:
 
@@ -198,7 +198,7 @@ def test_the_command_writes_what_was_chosen(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert all(row["digest"] == hashlib.sha256(row["text"].encode()).hexdigest() for row in rows)
-    assert len({row["text"] for row in rows} & set(PLANTED)) >= 7  # some of them are the pool's own test documents
+    assert len({row["text"] for row in rows} & set(PLANTED)) >= 7  # some planted documents are in the pool's test split
     for wrong in (["--method", "dsir"], ["--documents", "3"], ["--method", "other", "--documents", "3"]):
         assert crosscal(*asked, *wrong).code == 2
     assert crosscal("select", str(tmp_path / "pool"), "--out", str(tmp_path / "chosen.txt"), *home).code == 2

@@ -1,4 +1,4 @@
-"""Near-duplicates are those of exact Jaccard similarity, found by sketches that are the same everywhere."""
+"""Near-duplicates: exact Jaccard similarity decides; sketches are equal in all processes and on all machines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from crosscal.store import Store
 from tests.helpers.made_up_text import corpus_of, edited, made_up
 
 SHARES = [0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3]
-"""Of words that are replaced: similarities from about 0.95 to 0.1."""
+"""Shares of words that are replaced; the similarities range from about 0.95 to 0.1."""
 KINDRED = len(SHARES) + 2
 
 
 def with_edits(count: int, seed: str) -> list[str]:
-    """Documents, each followed by the same in capitals and by its edits."""
+    """Return documents, each followed by a copy in capitals and by its edited copies."""
     originals = made_up("law", seed, count, words=300)
     groups = [[text, text.upper(), *(edited(text, share, f"{seed} {share}") for share in SHARES)] for text in originals]
     return list(itertools.chain(*groups))
@@ -41,7 +41,7 @@ def test_similarity_is_that_of_the_sets_of_five_words() -> None:
     texts = [*with_edits(2, "a"), "Four words, no more.", "four WORDS no more", "Four"]
     for one, other in itertools.combinations(texts, 2):
         assert jaccard(shingles(one), shingles(other)) == plain_jaccard(one, other)
-    assert shingles("?!") == {"?!"}  # nothing but signs is still a document
+    assert shingles("?!") == {"?!"}  # a text of punctuation alone is still a document
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 1.0])
@@ -63,11 +63,11 @@ def test_a_pair_at_the_threshold_is_missed_once_in_a_hundred() -> None:
         number, rows = bands(threshold)
         assert number * rows <= 128
         assert 1 - (1 - threshold**rows) ** number >= 0.99
-        assert 1 - (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) < 0.99  # no more candidates than that takes
+        assert 1 - (1 - threshold ** (rows + 1)) ** (128 // (rows + 1)) < 0.99  # more hashes per band miss too many
 
 
 def test_sketches_are_the_same_everywhere() -> None:
-    """In every process, whose hashes of strings differ, with every Python and on every machine."""
+    """In all processes (which hash strings differently), Python versions and machines."""
     text = "The river runs past the old mill and on to the sea."
     mine = sketches([text])[0].hashvalues.tolist()
     assert mine[:4] == [698335909, 374759678, 312636647, 103075733]
@@ -96,10 +96,10 @@ def plain_choice(pool: list[str], order: list[int], wanted: int, held_out: list[
 
 
 @pytest.mark.parametrize(("wanted", "at_once"), [(30, 16_384), (10_000, 16_384), (10_000, 32)])
-def test_the_first_that_are_like_none_before_are_chosen(
+def test_first_documents_without_near_duplicates_are_chosen(
     corpora: tuple[DocumentTexts, DocumentTexts], wanted: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much of the order is looked at together."""
+    """For every chunk size and number of wanted documents."""
     monkeypatch.setattr("crosscal.selection.distinct.MOST_AT_ONCE", at_once)
     pool, held_out = corpora
     order = [(number * 37) % len(pool) for number in range(len(pool))]

@@ -1,4 +1,4 @@
-"""What DSIR and ZIP-FIT say of a document is what a plain reading of the papers says."""
+"""DSIR and ZIP-FIT scores equal those of a direct implementation of the papers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[DocumentTexts, Do
 
 
 def plain_grams(text: str) -> list[str]:
-    """Character by character: letters, digits and _ make words, other signs runs of their own, spaces end both."""
+    """Unigrams and bigrams: letters, digits and _ form words, other signs form runs, whitespace ends both."""
     words, kinds = [], []
     for sign in text.lower():
         kind = "space" if sign.isspace() else "word" if re.match(r"\w", sign) else "sign"
@@ -76,7 +76,7 @@ def test_importance_weights_are_the_papers(corpora: tuple[DocumentTexts, Documen
 
 
 def test_a_document_is_drawn_as_often_as_its_weight_says() -> None:
-    """Gumbel top-k: the first of the order is document i with probability w_i / Σ w, the second from what is left."""
+    """Gumbel top-k: document i is first with probability w_i / Σ w; the second is drawn likewise from the others."""
     score_N, digests = np.log(np.array([1.0, 2.0, 5.0])), [bytes([number]) * 32 for number in range(3)]
     firsts, seconds, draws = Counter(), Counter(), 6000
     for seed in range(draws):
@@ -110,7 +110,7 @@ def test_alignments_are_those_of_gzip(corpora: tuple[DocumentTexts, DocumentText
 def test_a_text_is_compressed_once_for_all_that_come_behind_it(corpora: tuple[DocumentTexts, DocumentTexts]) -> None:
     pool, _ = corpora
     text, others = "".join(pool).encode(), [b"", b"a", *(one.encode() for one in list(pool)[:5])]
-    assert len(text) > 2**15  # beyond what gzip looks back
+    assert len(text) > 2**15  # longer than gzip's window
     for data in (b"", b"ab", text[:1000], text):
         assert compressed_bytes_with(data, others) == [len(gzip.compress(data + other, 6)) for other in others]
 
@@ -118,7 +118,7 @@ def test_a_text_is_compressed_once_for_all_that_come_behind_it(corpora: tuple[Do
 def test_noise_belongs_to_a_document_and_a_seed() -> None:
     draws = [noise(seed, bytes([digest]) * 32) for seed in range(40) for digest in range(100)]
     assert len(set(draws)) == len(draws)
-    assert np.mean(draws) == pytest.approx(0.5772, abs=0.1)  # of the Gumbel distribution, with variance π²/6
+    assert np.mean(draws) == pytest.approx(0.5772, abs=0.1)  # mean of the Gumbel distribution; its variance is π²/6
     assert np.var(draws) == pytest.approx(math.pi**2 / 6, abs=0.25)
     assert noise(3, b"d" * 32) == noise(3, b"d" * 32)
 

@@ -1,4 +1,4 @@
-"""Allocators over a mixture of experts of which some never see a token."""
+"""Allocators on a mixture-of-experts model whose experts do not all receive tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_owl(name: str, **more: str) -> Variant:
 
 @pytest.fixture
 def context(tmp_path: Path) -> RunContext:
-    """Calibrated on two windows of two tokens: not every one of four experts is chosen."""
+    """Calibrated on one window of two tokens: some of the four experts receive none."""
     source, store = ModelSource.open(save_model("mixtral", tmp_path / "model")), Store(tmp_path / "home")
     windows_SL = torch.randint(3, VOCABULARY, (4, 2), generator=torch.Generator().manual_seed(0))
     context = run_context(tmp_path / "run", store, source, sample(store, "general", windows_SL[:3]))
@@ -56,11 +56,11 @@ def test_without_a_fallback_the_solve_says_which_expert(context: RunContext) -> 
         [compress_block(context, block, [each]) for block in range(context.source.blocks)]
 
 
-def test_only_blocks_that_were_not_looked_at_are(context: RunContext) -> None:
+def test_only_unsummarised_blocks_are_summarised(context: RunContext) -> None:
     each = with_owl("owl")
     assert unsummarised(context, [each]) == [0, 1, 2]
     assert summarise_block(context, 1, [each, dataclasses.replace(each, name="again")]) == 1
     assert unsummarised(context, [each]) == [0, 2]
-    allocated(context, [each])  # makes what is missing
+    allocated(context, [each])  # computes the missing summaries
     assert unsummarised(context, [each]) == []
     assert summarise_block(context, 2, [each]) == 0

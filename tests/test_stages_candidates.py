@@ -1,5 +1,5 @@
-"""Losses on each corpus's own held-out text against float64, for whatever mixture a matrix was solved on; and which
-variants they spare an evaluation."""
+"""Losses on each corpus's held-out text, compared with float64 for several solving mixtures; and the variants that are
+not evaluated because of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CORPORA = ("general", "legal")
 
 @pytest.fixture
 def context(tmp_path: Path) -> RunContext:
-    """Two corpora of different tokens; each has two shards, which count by their weights."""
+    """Two corpora of different tokens, each with two shards of different weights."""
     source, store = tiny_source(tmp_path / "model"), Store(tmp_path / "home")
     samples = [
         sample(store, corpus, windows(6, seed, low, high), windows(4, seed + 10, low, high))

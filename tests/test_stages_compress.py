@@ -1,4 +1,4 @@
-"""Laws of making models: cached equals uncached, a killed run goes on, reported losses are true ones."""
+"""Compression: cached equals uncached, killed runs resume, and reported losses equal losses computed from the files."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Per dtype a model, and a store that holds its dense moments; tests work on copies of the store."""
+    """For each dtype a model and a store with its dense moments; tests work on copies of the store."""
     folder = tmp_path_factory.mktemp("made")
     for dtype in (torch.float32, torch.bfloat16):
         source, store = tiny_source(folder / str(dtype) / "model", dtype), Store(folder / str(dtype) / "home")
@@ -119,7 +119,7 @@ def rows_without_times(folder: Path) -> dict[str, list[dict]]:
 
 
 def test_cached_is_uncached_and_a_sweep_is_its_variants(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    """Solved in one sweep from one store, and one by one from moments read anew: the same to the last bit."""
+    """One sweep, and each variant alone with another store's moments, give bit-identical models."""
     compress_all(calibrated(tmp_path / "sweep", store, source))
     other = Store(tmp_path / "another home")
     for each in VARIANTS:
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_and_solves_only_what_is_missing(
 
 
 def true_relative_losses(context: RunContext, each: Variant, *, held_out: bool) -> dict[str, float]:
-    """tr(dW H dWᵀ) / tr(W H Wᵀ) in float64 from nothing but the files of the checkpoints and of the store."""
+    """tr(dW H dWᵀ) / tr(W H Wᵀ) in float64, computed only from checkpoint files and stored moments."""
     dense = load_file(context.source.path / "model.safetensors")
     model, found = load_variant(context.folder / "models" / each.name), {}
     for block, site in [(index, site) for index in (0, 1) for site in context.cached.sites(index) or ()]:
@@ -208,7 +208,7 @@ def test_reported_losses_are_those_of_the_files(tmp_path: Path, store: Store, so
 def test_what_losses_are_relative_to_is_computed_once_a_mixture(
     tmp_path: Path, store: Store, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second sweep measures its own changes only: tr(W H Wᵀ) is found, and is what it would have been."""
+    """The second sweep computes losses of its changes only: tr(W H Wᵀ) is read from the store, with the same value."""
     several = [VARIANTS[0], VARIANTS[1], variant("damped", "sparsegpt", MIXED, sparsity=0.5, damping=0.1)]
     compress_all(calibrated(tmp_path / "first", store, source), several)
     kept = list(store.keys("energies"))
@@ -217,7 +217,7 @@ def test_what_losses_are_relative_to_is_computed_once_a_mixture(
     monkeypatch.setattr(solve_site, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
     monkeypatch.setattr(problem, "quadratic_loss", lambda d, h: measured.append(d) or quadratic_loss(d, h))
     compress_all(calibrated(tmp_path / "second", store, source), several)
-    assert len(measured) == 2 * source.blocks * 7 * len(several)  # the changes, on both sets of windows
+    assert len(measured) == 2 * source.blocks * 7 * len(several)  # of changes, calibration and held-out
     assert list(store.keys("energies")) == kept
     assert rows_without_times(tmp_path / "first") == rows_without_times(tmp_path / "second")
 
@@ -302,7 +302,7 @@ def test_dense_and_sequential_agree_on_the_first_block_and_differ_after_it(
 def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
     tmp_path: Path, store: Store, source: ModelSource
 ) -> None:
-    """Both runs mix `general` with `legal`, and `general` is the same: what lies upstream of it is not."""
+    """Both runs mix `general` with `legal` and share `general`, but their compressed upstream blocks differ."""
     general, legal = samples(store)
     sequentially(run_context(tmp_path / "earlier", store, source, general, legal), SEQUENTIAL[0])
     other_legal = sample(store, "legal", windows(6, seed=9, low=200))
@@ -314,11 +314,11 @@ def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
     assert contents(tmp_path / "later" / "models") == contents(tmp_path / "alone" / "models")
 
 
-# --- what cannot be solved -------------------------------------------------------------------------------------------
+# --- layers that cannot be solved ------------------------------------------------------------------------------------
 
 
 def starved(tmp_path: Path, store: Store, source: ModelSource) -> RunContext:
-    """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` has no inverse."""
+    """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` is singular."""
     few = (sums(part(store, windows(1, seed))) for seed in (5, 6))
     context = run_context(tmp_path / "run", store, source, Sample("general", 0, *few))
     collect(context.cached, source, context.samples["general", 0].sets)
@@ -357,7 +357,7 @@ def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
 
 
 def test_a_loss_relative_to_nothing_is_no_loss_of_zero() -> None:
-    """Held-out tokens on which a matrix puts out nothing say nothing of what it lost."""
+    """If the output energy is zero, the relative loss is None, not 0."""
     layer = LayerProblem(name="silent", weight_OI=torch.ones(4, 4), hessian_II=torch.eye(4))
     solution = COMPRESSORS["magnitude"](Sparsity.parse(0.5)).compress(layer)
     assert _relative_loss(layer, solution, torch.zeros(4, 4), 0.0) is None
@@ -367,7 +367,7 @@ def test_a_loss_relative_to_nothing_is_no_loss_of_zero() -> None:
 # --- from corpora to sets --------------------------------------------------------------------------------------------
 
 
-def test_what_hessians_are_made_of_is_named_by_their_sums(store: Store) -> None:
+def test_mixtures_are_keyed_by_the_digests_of_their_sums(store: Store) -> None:
     by_name: Mapping[str, Sample] = {each.corpus: each for each in samples(store)}
     for is_held_out in (False, True):
         keys = {each.keys[is_held_out]: MIXED[name] for name, each in by_name.items()}
@@ -375,7 +375,7 @@ def test_what_hessians_are_made_of_is_named_by_their_sums(store: Store) -> None:
 
 
 def hessians_of(context: RunContext, mixture: Mapping[str, float], **more) -> Iterator[tuple[Tensor, Tensor]]:
-    """(calibration, held out) of every site of the second block, as solving has them."""
+    """Yield (calibration, held-out) Hessians of every site of the second block, as a solve reads them."""
     problem = context.problem(1, context.cached)
     each = variant("any", "sparsegpt", mixture, sparsity=0.5, damping=0.01, **more)
     groups = grouped(problem, [each])
@@ -386,7 +386,7 @@ def hessians_of(context: RunContext, mixture: Mapping[str, float], **more) -> It
 
 
 def in_shards(store: Store, corpus: str, tokens_SL: Tensor, *counts: int) -> Sample:
-    """The windows of a corpus as it landed in shards of so many windows; each is held out as well."""
+    """A corpus that landed in shards of `counts` windows; all windows are used for both splits."""
     parts = sums(*(part(store, part_SL) for part_SL in tokens_SL.split(counts)))
     return Sample(corpus, 0, parts, parts)
 
@@ -396,7 +396,7 @@ def in_shards(store: Store, corpus: str, tokens_SL: Tensor, *counts: int) -> Sam
 def test_how_a_corpus_landed_changes_no_hessian(
     tmp_path: Path, store: Store, source: ModelSource, mixture: dict[str, float], trace_normalised: bool
 ) -> None:
-    """One shard or several, of whatever scale: it is corpora that are mixed, and brought to one trace."""
+    """With one shard or several of different scales: mixing and trace normalisation apply to whole corpora."""
     quiet, loud = windows(4, seed=7, high=20), windows(8, seed=8, low=200)
     tokens = {"general": windows(6, seed=0), "legal": torch.cat([quiet, loud])}
     found = []
@@ -440,6 +440,6 @@ def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
     statistics = SiteStatistics(problem, problem.sites[0], needed(groups), users=len(groups))
     expected = context.cached.read(context.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
     assert torch.equal(statistics(sound)[0].hessian_II, expected)
-    with pytest.raises(StatisticsError, match=r"\(legal\): no token ever reached"):
+    with pytest.raises(StatisticsError, match=r"\(legal\): no calibration token reached"):
         statistics(starving)
     assert statistics(starving, held_out=True)[1] > 0

@@ -1,4 +1,4 @@
-"""Sums over pairs in a run: kept, found, mixed, measured with and refused; and a whole run with `qep`."""
+"""Moments over pairs of dense and compressed inputs: storage, reuse, mixing, losses, refusals; and a `qep` run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SITES = 8
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -82,17 +82,17 @@ def solved(context: RunContext, each: Variant):
 
 
 def cached_of(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> list[CachedMoments]:
-    """Fills with where each sequential variant keeps its moments."""
+    """Return a list that collects the stored moments of each sequential variant that is solved later."""
     found: list[CachedMoments] = []
     walk = compress.InMemoryMoments.of
     monkeypatch.setattr(compress.InMemoryMoments, "of", lambda cached, seen: found.append(cached) or walk(cached, seen))
     return found
 
 
-# --- kept and found --------------------------------------------------------------------------------------------------
+# --- storage and reuse -----------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_an_artifact_of_their_own_and_only_of_who_needs_them(store: Store, source: ModelSource) -> None:
+def test_cross_moments_are_separate_artifacts_stored_only_if_needed(store: Store, source: ModelSource) -> None:
     context = context_of(Path(store.location).parent / "run", store, source)
     solved(context, PLAIN)
     sets = sum(len(each.sets) for each in context.samples.values())
@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
     assert rows_without_times(tmp_path / "killed") == rows_without_times(tmp_path / "undisturbed")
 
 
-# --- mixed and measured with -----------------------------------------------------------------------------------------
+# --- mixing and losses -----------------------------------------------------------------------------------------------
 
 
 SEEN: dict[str, dict[Statistic, Tensor]] = {}
@@ -148,7 +148,7 @@ SEEN: dict[str, dict[Statistic, Tensor]] = {}
 
 @dataclass(frozen=True)
 class Spy:
-    """Notes the statistics of every site, and changes nothing."""
+    """Records the statistics of every site and changes nothing."""
 
     kind: ClassVar = "prune"
     needs: ClassVar = frozenset({Statistic.GRAM, Statistic.CROSS})
@@ -163,7 +163,7 @@ class Spy:
 def test_pairs_are_mixed_as_h_is(
     tmp_path: Path, store: Store, source: ModelSource, normalised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 and by hand from the stored sums of every set."""
+    """Compared with float64 means computed here from the stored sums of every set."""
     monkeypatch.setitem(COMPRESSORS, "spy", Spy)
     SEEN.clear()
     context = context_of(tmp_path / "run", store, source)
@@ -189,9 +189,9 @@ def test_pairs_are_mixed_as_h_is(
 
 
 def true_losses(context: RunContext, each: Variant, *, held_out: bool) -> dict[str, float]:
-    """E‖W x - V y‖² / E‖W x‖² in float64: two plain models from their checkpoints over the windows themselves.
+    """E‖W x - V y‖² / E‖W x‖² in float64, from forward passes of two plain models over the windows.
 
-    A block's inputs y are those of the model that is compressed up to it, and dense in it: what ran when it was solved.
+    A block's inputs y come from a model that is compressed before this block and dense in it, as when it was solved.
     """
     dense, model = load_plain(context.source.path), load_plain(context.source.path)
     written = load_variant(context.folder / "models" / each.name).double().state_dict()
@@ -228,7 +228,7 @@ def test_reported_losses_are_those_of_the_dense_models_outputs(
 
 
 def test_correcting_comes_closer_to_the_dense_outputs(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    """Behind the first block, where it is the plain recipe; without any correction it is the plain recipe."""
+    """After the first block, which has no upstream error. With `propagation` 0 the recipe equals the plain one."""
     context = context_of(tmp_path / "run", store, source)
     none = recipe("none", ("qep", {"propagation": 0.0, "damping": 1.0}), GPTQ)
     full = recipe("full", ("qep", {"propagation": 1.0, "damping": 0.01}), GPTQ)
@@ -244,7 +244,7 @@ def test_correcting_comes_closer_to_the_dense_outputs(tmp_path: Path, store: Sto
             assert losses["full"][name] < loss
 
 
-# --- what is needed and refused --------------------------------------------------------------------------------------
+# --- memory, disk and refusals ---------------------------------------------------------------------------------------
 
 
 def test_memory_and_disk_of_pairs_are_counted(source: ModelSource, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_memory_and_disk_of_pairs_are_counted(source: ModelSource, tmp_path: Pat
     both = EVERY | OF_TWO_STREAMS
     assert shape.summed_bytes(both) - shape.summed_bytes(EVERY) == 2 * matrix
     stored = moments_bytes([shape], 1, both) - moments_bytes([shape], 1, EVERY)
-    assert stored == pytest.approx(3 * 0.42 * matrix, abs=4000)  # `cross` has two triangles, `drift` one
+    assert stored == pytest.approx(3 * 0.42 * matrix, abs=4000)  # `cross` stores two triangles, `drift` one
     states = {"outside": 0, "hidden": 64, "tokens": 1000, "sets": 1, "itemsize": 4}
     more = reading_bytes([shape], statistics=both, **states) - reading_bytes([shape], statistics=EVERY, **states)
     assert more == 64 * 1000 * 4 + 2 * matrix

@@ -1,5 +1,5 @@
-"""Laws of measuring: each text and task once per content, whatever it and the model's folder are called; what could
-not be measured is said and not kept."""
+"""Evaluation: each text and task is measured once per content, whatever its name and the model's folder; what was
+skipped is reported and not stored."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def questions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every loading of a model."""
+    """The paths of all model loads."""
     seen: list[Path] = []
     load = stage.load_variant
     monkeypatch.setattr(stage, "load_variant", lambda path, **more: seen.append(path) or load(path, **more))
@@ -112,10 +112,10 @@ def test_what_was_skipped_is_not_kept_and_all_else_is(
     assert [found.skipped for found in measure(whole, source.path)] == [None, None]
 
 
-def test_what_is_new_alone_is_measured(
+def test_only_new_texts_and_tasks_are_measured(
     store: Store, source: ModelSource, corpus: Corpus, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A corpus under another name, another task, more windows of one text."""
+    """Cases: a corpus under another name, another task, more windows of one text."""
     done: list[tuple[str, str]] = []
     before = EvaluationSet.keep
 

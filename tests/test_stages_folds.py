@@ -1,4 +1,4 @@
-"""Models whose norms have absorbed the scales of a recipe: same outputs, true losses, whoever makes them."""
+"""Models whose norms absorb a recipe's scales: equal outputs, correct losses, equal files however they are made."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ AWQ = ("awq", {"bits": 3, "group_size": 4})
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -63,7 +63,7 @@ BIASED = recipe("biased", AWQ, ("rtn", {"bits": 3, "group_size": 4}), ("bias", {
 
 
 def context_of(folder: Path, family: str, dtype: torch.dtype = torch.float32, count: int = 40) -> RunContext:
-    """A model of a family, a few of whose norms' gains are large, and its moments. Every expert has tokens."""
+    """A model of a family, with a few large norm gains, and its moments. Every expert receives tokens."""
     weights = save_model(family, folder / "model", dtype=dtype) / "model.safetensors"
     tensors = load_file(weights)
     for tensor in (tensor for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith("weight")):
@@ -121,8 +121,8 @@ def test_scales_alone_change_no_output_of_the_loaded_checkpoint(family: str, tmp
 
 @torch.no_grad()
 def true_relative_losses(context: RunContext, each: Variant) -> dict[str, float]:
-    """‖W x - V x'‖² / ‖W x‖² of every matrix, from the loaded models alone: x is what the dense model hands to it, x'
-    what the variant's own norm makes of that norm's input in the dense model."""
+    """‖W x - V x'‖² / ‖W x‖² of every matrix, from the loaded models alone: x is its input in the dense model, x' the
+    output of the variant's norm for the dense model's input of that norm."""
     dense = load_plain(context.source.path, torch.float64)
     made = load_variant(context.folder / "models" / each.name, dtype=torch.float64)
     inputs: dict[str, Tensor] = {}
@@ -151,7 +151,7 @@ def true_relative_losses(context: RunContext, each: Variant) -> dict[str, float]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_reported_losses_are_those_of_the_files(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """LayerNorm's bias, too, is rounded as it is stored: GPT-2's losses may differ by that."""
+    """LayerNorm's bias is also rounded to the stored dtype: GPT-2 in bfloat16 has a larger tolerance."""
     context = context_of(tmp_path, family, dtype)
     make(context, EVERY)
     for each in EVERY:
@@ -180,7 +180,7 @@ def test_losses_behind_scales_are_true_in_every_form(family: str, each: Variant,
 
 
 def test_scales_help_where_a_few_inputs_are_large(tmp_path: Path) -> None:
-    """Rounding behind scales costs no more, matrix by matrix of every site that could be scaled: r = 0 is tried."""
+    """Summed over a scaled site's matrices, the loss is at most that of plain rounding: r = 0 is tried."""
     context = context_of(tmp_path, "llama")
     make(context, [ROUNDED, PLAIN])
     of = {each.name: {row.layer: row.loss for row in layer_rows(context, [each])} for each in (ROUNDED, PLAIN)}
@@ -208,8 +208,8 @@ def test_what_is_loaded_is_what_was_solved(family: str, dtype: torch.dtype, tmp_
 
 
 def test_the_stored_dtype_rounds_a_fold_once(tmp_path: Path) -> None:
-    """In bfloat16 the norm's own rounding is made up for by the weights: gain · weight, which the input meets, is off
-    by the rounding of the weight alone."""
+    """In bfloat16 the weights compensate the rounding of the norm: gain · weight, which multiplies the input, differs
+    only by the rounding of the weight."""
     for family in ("llama", "gemma2"):
         context = context_of(tmp_path / family, family, torch.bfloat16)
         make(context, [FOLDED])
@@ -229,8 +229,8 @@ def test_the_stored_dtype_rounds_a_fold_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("each", [ROUNDED, PRUNED], ids=lambda each: each.name)
 @torch.no_grad()
 def test_sequential_inputs_come_through_the_folded_blocks(each: Variant, tmp_path: Path) -> None:
-    """The moments of a later block are those of the model as it was written, before that block's own norm is divided;
-    a run that was killed goes on to the same model."""
+    """A later block's moments are those of the model as written, before that block's own norm is divided. A killed run
+    resumes to the same model."""
     context = context_of(tmp_path, "llama")
     each = dataclasses.replace(each, upstream="sequential")
     compress_sequential(context, each, batch_tokens=64, report=silent)
@@ -286,7 +286,7 @@ def test_blocks_of_other_machines_and_runs_are_the_same(tmp_path: Path) -> None:
 
 
 def test_a_site_that_stays_dense_divides_no_norm(tmp_path: Path) -> None:
-    """Few tokens: H is singular, and without damping nothing can be solved where the plan allows for that."""
+    """With few tokens H is singular: without damping, solves fail and the plan's fallback keeps these sites dense."""
     context = context_of(tmp_path, "llama", count=3)
     each = recipe("kept", AWQ, ("sparsegpt", {"sparsity": 0.5, "damping": 0.0}), fallback=KEEP_DENSE)
     make(context, [each])

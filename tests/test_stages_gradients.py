@@ -1,4 +1,4 @@
-"""Gradients as a cached statistic: computed once, resumed, added, mixed as H is, seen by who declares them."""
+"""Gradients as a cached statistic: computed once, resumed, added, mixed like H, visible to steps that declare them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from tests.helpers.tiny_text import tiny_llama
 from tests.test_stages_growth import ALL, drawn, grow
 
 MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
-SITES = 4  # of a block
+SITES = 4  # per block
 SEEN: dict[str, dict[str, Tensor]] = {}
 
 
 @dataclass(frozen=True)
 class Spy:
-    """Notes the gradients that it is shown, and changes nothing."""
+    """Records the gradients of every layer and changes nothing."""
 
     name: str
 
@@ -62,7 +62,7 @@ class Spy:
 
 @dataclass(frozen=True)
 class Prying(Spy):
-    """Asks for gradients that another step of its recipe declares."""
+    """Requests gradients that only another step of its recipe declares."""
 
     needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
 
@@ -87,7 +87,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def known(store: Store, source: ModelSource, dtype: str = "float32") -> CachedGradients:
-    """With the sites of the model's blocks, which a first reading finds."""
+    """Return a gradient cache that knows the model's sites from a first calibration pass."""
     cached = dataclasses.replace(dense_cache(store, source, dtype), wanted=frozenset(VECTORS))
     if cached.sites(0) is None:
         collect(cached, source, [keep_windows(store, windows(1, seed=77))])
@@ -99,7 +99,7 @@ def walk(cached: CachedGradients, source: ModelSource, keys: list[str], **more: 
 
 
 def every(cached: CachedGradients, source: ModelSource, key: str) -> dict[tuple[int, str], Tensor]:
-    """(block, matrix) -> Σ g²."""
+    """Return (block, matrix) -> Σ g²."""
     return {
         (block, matrix): square_OI
         for block in range(source.blocks)
@@ -124,7 +124,7 @@ def test_a_set_is_walked_once_and_an_interrupted_walk_goes_on(tmp_path: Path, so
         pass
 
     def killed(what: str, done: int, total: int | None) -> None:
-        if total is not None and done == total - 1:  # behind the last block, before the first one
+        if total is not None and done == total - 1:  # only the first block is left
             raise Killed
 
     with pytest.raises(Killed):
@@ -161,7 +161,7 @@ def test_sums_that_do_not_fit_are_refused() -> None:
     mine, other = (GradientSums({"q": torch.zeros(2, size)}, 1) for size in (3, 4))
     with pytest.raises(StatisticsError, match="different sites"):
         mine + other
-    with pytest.raises(NotFinite, match=r"here: .*|not finite"):
+    with pytest.raises(NotFinite, match=r"here: .*not finite"):
         GradientSums({"q": torch.full((2, 3), torch.nan)}, 1).means("here")
 
 
@@ -193,22 +193,22 @@ def test_files_that_are_no_gradients_name_the_artifact(store: Store) -> None:
         read_gradients(store, store.get(KIND, "1" * 64))
 
 
-# --- what steps see --------------------------------------------------------------------------------------------------
+# --- statistics that steps receive -----------------------------------------------------------------------------------
 
 
 def samples(store: Store) -> list[Sample]:
-    """`legal` came in two shards of their own weights."""
+    """`legal` has two shards of different weights."""
     return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
 
 
 def spied(name: str, method: str = "spy", **more: object) -> Variant:
-    """Two steps: one on the recipe's mixture, one on its own."""
+    """Two steps: one with the recipe's mixture, one with its own."""
     recipe = (RecipeStep(method, (("name", name),)), RecipeStep("spy", (("name", f"{name}-own"),), OWN))
     return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
 
 
 def prepared(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
-    """As a run over these variants has it before it solves."""
+    """Return the context that a run over these variants has before it solves."""
     context = run_context(folder, store, source, *samples(store))
     context = dataclasses.replace(context, cached=dataclasses.replace(context.cached, wanted=statistics_needed(asked)))
     collect(context.cached, source, [key for each in context.samples.values() for key in each.sets])
@@ -226,7 +226,7 @@ def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> 
 
 
 def expected(context: RunContext, mixture: Mapping[str, float], *, normalised: bool) -> dict[str, Tensor]:
-    """By hand from the sums of every set: per window of a corpus, then over corpora."""
+    """Means computed from the sums of every set: per window of a corpus, then mixed over corpora."""
     assert context.gradients is not None
     found: dict[str, Tensor] = {}
     for block in range(context.source.blocks):
@@ -268,7 +268,7 @@ def test_gradients_are_mixed_by_the_weights_that_h_is(
 
 
 def test_a_sequential_walk_shows_the_dense_gradients(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    """Also behind blocks that were changed."""
+    """Also after compressed blocks."""
     walked = spied("walked", upstream="sequential")
     pruned = RecipeStep("magnitude", (("sparsity", 0.9),))
     context = prepared(tmp_path / "run", store, source, walked)
@@ -331,12 +331,12 @@ def test_gradients_of_a_corpus_that_grows_are_folded(tmp_path: Path, source: Mod
             torch.testing.assert_close(mean_OI.double(), wanted_OI, rtol=0, atol=1e-5 * float(wanted_OI.max()))
 
 
-# --- what it takes ---------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt-neox", "phi"])
 def test_activations_are_reckoned_as_autograd_keeps_them(family: str, tmp_path: Path) -> None:
-    """Between what is kept and 2.5 times that."""
+    """The estimate is 1 to 2.5 times what autograd keeps."""
     model = load_plain(save_model(family, tmp_path / "model"), torch.float32).requires_grad_(False)
     block, tokens_1L = find_blocks(model)[1][0], windows(1, seed=0, high=90)
     calls = BlockCalls(model, further_outputs(model, block, tokens_1L))
@@ -362,7 +362,7 @@ def check(place: Place) -> dict[str, Any]:
     return json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json").out)
 
 
-def test_a_run_walks_back_for_who_needs_it_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_computes_gradients_once_and_only_if_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place = make_place(tmp_path)
     wanda = {"method": "wanda", "sparsity": 0.5, "domain": "legal", "alpha": 0.5}

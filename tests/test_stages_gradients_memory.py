@@ -1,4 +1,4 @@
-"""A walk back takes the memory that the preflight says, whatever the windows side by side."""
+"""The backward walk for gradients takes the memory that the preflight predicts, for one and two windows at once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def walk_back(folder: Path) -> None:
 
 
 def calibrated(folder: Path, hidden: int, inner: int) -> Path:
-    """A model of three blocks, whose sites are known."""
+    """Save a model of three blocks and store its sites; return the folder."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,

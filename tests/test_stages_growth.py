@@ -1,4 +1,4 @@
-"""Laws of a corpus that grows: nothing that landed is lost or read twice, and what is folded is the same sum."""
+"""Growing corpora: no token is lost or run twice, and a folded sum equals the sum of its sets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPLITS = ("calibration", "held_out")
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -53,7 +53,7 @@ def texts(count: int, seed: int = 0, sentences: int = 1) -> list[str]:
 
 
 def land(store: Store, folder: Path, files: Sequence[Sequence[str]], name: str = "legal") -> Corpus:
-    """Each file an ingest of its own."""
+    """Ingest each file separately."""
     folder.mkdir(exist_ok=True)
     for number, lines in enumerate(files):
         file = folder / f"{number}.jsonl"
@@ -69,7 +69,7 @@ def in_files(lines: Sequence[str], size: int) -> list[Sequence[str]]:
 def pool_of(
     store: Store, corpus: Corpus, windows: int, split: str = "train", seed: int = 0, begin: bool = False
 ) -> Pool:
-    """With `begin` every window begins with `<s>`, which is counted beside the corpus's own tokens."""
+    """With `begin` every window begins with `<s>`, which is not counted as a token of the corpus."""
     request = WindowRequest(windows, LENGTH, seed, split, begin_token=begin)
     return draw_pool(store, corpus.shards, tiny_tokenizer(), "0" * 64, request)
 
@@ -79,7 +79,7 @@ def tokens_of(store: Store, corpus: Corpus, split: str = "train") -> int:
     return sum(len(tokenizer(text)["input_ids"]) + 1 for text in found)
 
 
-# --- what enters -----------------------------------------------------------------------------------------------------
+# --- drawing windows -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -128,8 +128,8 @@ def test_the_same_documents_have_the_same_share_in_one_file_or_in_many_in_any_or
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_beyond_the_plans_windows_every_token_is_stood_for(tmp_path: Path, seed: int) -> None:
-    """Tokens drawn, left over, and beyond the limit are those of the corpus; weights say so as well."""
+def test_weights_account_for_tokens_beyond_the_window_limit(tmp_path: Path, seed: int) -> None:
+    """Tokens drawn, left over and beyond the limit add up to the corpus; so do the weighted tokens of the sets."""
     chance, windows = random.Random(seed), 12
     files = [texts(chance.choice((1, 2, 5, 40, 90)), seed=100 * seed + number) for number in range(8)]
     store = Store(tmp_path / "home")
@@ -152,7 +152,7 @@ def test_the_limit_is_the_plans_windows_and_then_a_shards_share() -> None:
 
 
 def test_a_draw_depends_on_shards_and_settings_alone(tmp_path: Path) -> None:
-    """Drawn after every landing or once at the end, found or lost and drawn again: the same sets."""
+    """Drawing after every landing, once at the end, or again after the draws were lost gives the same sets."""
     lines = in_files(texts(60), 4)
     often, once = Store(tmp_path / "often"), Store(tmp_path / "once")
     for stop in range(1, len(lines) + 1):
@@ -176,11 +176,11 @@ def test_a_pool_remembers_all_its_sets(tmp_path: Path) -> None:
     assert functools.reduce(lambda one, other: one.plus(other), parts) == pool.sums[-1]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- stored moments --------------------------------------------------------------------------------------------------
 
 
 def summed(cached: CachedMoments, source: ModelSource, keys: Sequence[tuple[str, float]]) -> list[InputMoments]:
-    """The weighted sums of some sets at every site."""
+    """Return the weighted sum of the given sets at every site."""
     return [
         functools.reduce(operator.add, (cached.read(key, block, site).weighted(weight) for key, weight in keys))
         for block in range(source.blocks)
@@ -200,7 +200,7 @@ def assert_close(one: Sequence[InputMoments], other: Sequence[InputMoments]) -> 
 def grow(
     tmp_path: Path, source: ModelSource, draw: Draw, landings: int, wanted: frozenset[Statistic] = EVERY
 ) -> tuple[Store, list[Sample], list[int]]:
-    """Landing after landing, each read and folded; samples, and tokens read for each."""
+    """Land files one by one, with a calibration pass and a fold each; return samples and tokens run for each."""
     store, samples, read = Store(tmp_path / "home"), [], []
     cached = dataclasses.replace(dense_cache(store, source), wanted=wanted)
     chance = random.Random(0)
@@ -222,7 +222,7 @@ def drawn(store: Store, sums: SplitSets) -> list[PoolPart]:
 
 
 def read_anew(folder: Path, store: Store, source: ModelSource, parts: Sequence[PoolPart]) -> list[InputMoments]:
-    """The weighted sum over all sets, each read by itself into an empty store."""
+    """Return the weighted sum over all sets, each collected separately into an empty store."""
     anew = dense_cache(Store(folder), source)
     keys = [keep_windows(anew.store, windows_by_key(store, part.key)) for part in parts]
     collect(anew, source, keys)
@@ -243,8 +243,8 @@ def test_what_is_folded_is_the_sum_of_its_sets(tmp_path: Path, source: ModelSour
     assert sum(read) == newest.tokens, "nothing is read twice"
 
 
-def test_the_moments_that_are_kept_stay_as_many(tmp_path: Path, source: ModelSource) -> None:
-    """Of each split those a solve reads and those that only the sample before needs; and that one can be solved."""
+def test_number_of_stored_moments_stays_bounded(tmp_path: Path, source: ModelSource) -> None:
+    """Per split, those that a solve and the previous sample need; the previous sample can still be solved."""
     store, samples, _ = grow(tmp_path, source, ALL, 12)
     cached, sites = dense_cache(store, source), 4 * source.blocks
     of_a_site = len({which.stored_in for which in EVERY})
@@ -255,7 +255,7 @@ def test_the_moments_that_are_kept_stay_as_many(tmp_path: Path, source: ModelSou
 
 
 def test_what_a_later_plan_misses_of_a_folded_sum_is_read_again(tmp_path: Path, source: ModelSource) -> None:
-    """Small sums are folded as a corpus grows; Σ x xᵀ of all that was folded is summed when a plan first needs it."""
+    """Vector sums are folded as a corpus grows; Σ x xᵀ over the folded sets is computed when a plan first needs it."""
     store, samples, read = grow(tmp_path, source, ALL, 6, wanted=frozenset(VECTORS))
     newest, small = samples[-1], dataclasses.replace(dense_cache(store, source), wanted=frozenset(VECTORS))
     assert sum(read) == newest.tokens, "nothing is read twice"
@@ -274,7 +274,7 @@ def test_what_a_later_plan_misses_of_a_folded_sum_is_read_again(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_what_was_folded_is_read_again_by_who_needs_it(tmp_path: Path, source: ModelSource) -> None:
-    """An older sample, another number of sets apart, or another precision: all their windows, in few passes."""
+    """An older sample, more sets kept apart, or another precision: all their windows are run again, in few sets."""
     store, samples, _ = grow(tmp_path, source, ALL, 8)
     corpus = load_corpus(store, "legal")
     wider = sample_documents(store, corpus, source, dataclasses.replace(ALL, parts_kept_apart=4))
@@ -320,7 +320,7 @@ def test_an_interrupted_fold_goes_on_and_reads_nothing_again(
 
 
 def test_what_another_process_uses_stays(tmp_path: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalHome, "in_use_since", lambda self: 0.0)  # one that began before anything was used
+    monkeypatch.setattr(LocalHome, "in_use_since", lambda self: 0.0)  # of a process older than any use
     store, samples, read = grow(tmp_path, source, ALL, 6)
     cached = dense_cache(store, source)
     for sample in samples:
@@ -355,7 +355,7 @@ def test_a_variant_from_folded_moments_is_that_from_all_sets(tmp_path: Path, sou
 
 
 def kept_apart(target: Store, store: Store, sums: SplitSets) -> SplitSets:
-    """The same sets in another store, none folded."""
+    """Copy the sets to another store, none of them folded."""
     parts = drawn(store, sums)
     keys = [keep_windows(target, windows_by_key(store, part.key)) for part in parts]
     return SplitSets(tuple(dataclasses.replace(part, key=key) for part, key in zip(parts, keys, strict=True)))

@@ -1,5 +1,5 @@
-"""A leak ends a run before the model reads anything, is told by `plan check`, and is allowed by name; clean text is
-described in the record and on the page."""
+"""A leak ends a run before any calibration pass, is reported by `plan check`, and can be allowed by name; clean text is
+described in the record and the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(file: Path, documents: list[str]) -> None:
 
 
 def plant(place: Place) -> str:
-    """One test document of the legal corpus, in capitals and with punctuation, among the general ones."""
+    """Add a legal test document, in capitals and with punctuation, to the general training text; return it."""
     leaked = texts("legal", "test", SPLITS["test"])[3]
     written = ". ".join(leaked.upper().split(" ", 9))
     write(place.folder / "general" / "train.jsonl", [*texts("general", "train", SPLITS["train"]), written])

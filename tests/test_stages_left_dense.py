@@ -1,4 +1,4 @@
-"""Every matrix of every block has a row in a run's layers, solved or not."""
+"""Every matrix of every block has a row in a run's layer results, solved or left dense."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_stays_dense_is_a_row_with_the_reason(tmp_path: Path) -> None:
         collect(context.cached, source, each.sets)
     for block in range(source.blocks):
         compress_block(context, block, variants)
-    assert left_dense(source, context.cached) == foretold  # of what was calibrated nothing is read
+    assert left_dense(source, context.cached) == foretold  # independent of stored moments
     assert foretold == [
         "mlp.gate: a router: it only chooses what others read (3 blocks)",
         "mlp.shared_expert_gate: a gate of one output (3 blocks)",
@@ -59,7 +59,7 @@ def test_what_stays_dense_is_a_row_with_the_reason(tmp_path: Path) -> None:
 
 
 def matrices(source: ModelSource) -> list[str]:
-    """Names of all matrices of all blocks, by their shapes alone."""
+    """Return the names of all matrices of all blocks, found by their shapes alone."""
     found = []
     for index, block in enumerate(find_blocks(source.weights.model)[1]):
         for name, module in block.named_modules():
@@ -93,7 +93,7 @@ def test_what_a_plan_names_stays_and_nothing_else_changes(method: dict[str, Any]
     assert rows["w"].keys() == rows["p"].keys()
     named = {layer for layer in rows["p"] if any(fnmatch(layer, pattern) for pattern in LEFT)}
     assert {layer for layer, row in rows["p"].items() if row.fallback} == named
-    assert len(named) == 2 + 7  # one of each of three blocks, and all of the second
+    assert len(named) == 2 + 7  # gate_proj of two blocks, all seven of the second
     bits = method.get("bits")
     for block in range(source.blocks):
         before = source.load_block(block)
@@ -113,7 +113,7 @@ def test_a_norm_is_not_divided_while_something_that_reads_it_stays_dense(tmp_pat
     file = save_model("llama", tmp_path / "model") / "model.safetensors"
     tensors = load_file(file)
     for name in (name for name in tensors if name.endswith("post_attention_layernorm.weight")):
-        tensors[name][:4] *= 30  # inputs that are worth a scale
+        tensors[name][:4] *= 30  # inputs large enough for AWQ to scale
     save_file(tensors, file, metadata={"format": "pt"})
     source, store = ModelSource.open(tmp_path / "model"), Store(tmp_path / "home")
     steps = (
@@ -140,7 +140,7 @@ def test_a_pattern_that_names_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused_or_left_if_it_is_named(tmp_path: Path) -> None:
-    """The remedy in the message is one; check and solve say the same."""
+    """The remedy in the message works; `left_dense` and a solve raise the same error."""
     config = BartConfig(
         vocab_size=96, d_model=32, decoder_layers=2, decoder_ffn_dim=48, decoder_attention_heads=4, is_decoder=True,
         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -1,4 +1,4 @@
-"""Low-rank parts and outliers on every way from a solve to a loaded model: what is loaded is what was solved."""
+"""Low-rank parts and outliers on every path from a solve to a loaded model: loaded weights equal solved ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.helpers.tiny_text import tiny_tokenizer
 
 MIXED = Mixture.of({"general": 0.25, "legal": 0.75})
 LEGAL = Mixture.of({"legal": 1.0})
-LINEARS = 7  # of a block of a Llama
+LINEARS = 7  # per Llama block
 
 
 def recipe(name: str, *steps: tuple[str, Mapping[str, Any]], upstream: str = "dense", own: Mixture | None = None):
@@ -72,7 +72,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, tuple[ModelSource, Store]]:
-    """Per dtype a model, and a store with its dense moments."""
+    """For each dtype a model and a store with its dense moments."""
     made = {}
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path_factory.mktemp("calibrated")
@@ -91,7 +91,7 @@ def context_of(folder: Path, source: ModelSource, store: Store) -> RunContext:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], SolvedMatrix]:
-    """What was solved, before anything is written: by variant and layer."""
+    """Solved matrices, before anything is written: (variant, layer) -> matrix."""
     seen: dict[tuple[str, str], SolvedMatrix] = {}
     solve = solving.solve_site
 
@@ -121,7 +121,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @both_dtypes
 def test_what_is_loaded_is_what_was_solved(tmp_path: Path, calibrated: dict, solved: dict, dtype: torch.dtype) -> None:
-    """Base and factors have the state's bits, zeros and integers are left, and outputs are those of V + L R."""
+    """Base and factors equal the solution bit for bit, zeros and grids are kept, and outputs are those of V + L R."""
     context = context_of(tmp_path / "run", *calibrated[dtype])
     make(context, *RECIPES)
     assert len(solved) == len(RECIPES) * context.source.blocks * LINEARS
@@ -173,7 +173,7 @@ def test_reported_losses_are_those_of_what_is_loaded(
 def test_peft_loads_base_and_adapter_and_gives_the_same_logits(
     tmp_path: Path, calibrated: dict, dtype: torch.dtype, each: Variant
 ) -> None:
-    """Without crosscal: transformers reads the base as it stands, PEFT the adapter."""
+    """Without crosscal: transformers loads the base, PEFT the adapter."""
     context = context_of(tmp_path / "run", *calibrated[dtype])
     make(context, each)
     folder, tokens = folder_of(context, each), windows(2, seed=5)
@@ -189,7 +189,7 @@ def test_peft_loads_base_and_adapter_and_gives_the_same_logits(
 @pytest.mark.filterwarnings(PEFTS_OWN)
 @pytest.mark.parametrize("family", ["gpt2", "gpt-neox", "phi3", "falcon-parallel", "opt", "bloom"])
 def test_other_families_are_named_as_peft_names_them(tmp_path: Path, family: str) -> None:
-    """Transposed linears, those with biases, of many names; ranks that differ, and blocks of which a part has none."""
+    """Transposed linears, linears with biases, various names, differing ranks, and linears without a low-rank part."""
     source = ModelSource.open(save_model(family, tmp_path / "model"))
     chance = torch.Generator().manual_seed(0)
     writer = VariantWriter(tmp_path / "variant", source)
@@ -220,11 +220,11 @@ def shape_OI(module: nn.Module) -> tuple[int, int] | None:
     return (module.nf, module.nx) if type(module).__name__ == "Conv1D" else None
 
 
-# --- the ways a block travels ----------------------------------------------------------------------------------------
+# --- how blocks are passed on ----------------------------------------------------------------------------------------
 
 
 def test_blocks_travel_through_the_store(tmp_path: Path, calibrated: dict) -> None:
-    """As Dask workers publish them and the run collects them: the same files."""
+    """Published as by Dask workers and collected as by the run, blocks give the same files."""
     source, store = calibrated[torch.float32]
     straight, sent = context_of(tmp_path / "straight", source, store), context_of(tmp_path / "sent", source, store)
     make(straight, *RECIPES)
@@ -250,7 +250,7 @@ def test_blocks_of_an_earlier_run_come_with_their_low_rank_parts(
     assert take_blocks(second, [each], silent) == source.blocks
     publish_variant(second, each)
     assert contents(tmp_path / "second" / "models") == contents(tmp_path / "first" / "models")
-    # An adapter that is no longer what it was spoils the blocks that it belongs to.
+    # A changed adapter file makes its blocks unusable.
     weights = folder_of(first, each) / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     assert take_blocks(context_of(tmp_path / "third", source, store), [each], silent) == 0
@@ -270,8 +270,8 @@ def test_an_adapter_is_published_with_its_model(
     assert "adapter/adapter_model.safetensors" in checkpoint_files(given)
     assert torch.equal(logits(load_variant(given)), logits(load_variant(folder_of(context, each))))
     assert [problem for *_, problem in store.verify()] == [None]
-    file = next(iter((tmp_path / "home").rglob("adapter_model.safetensors")), None)
-    if file is not None:  # what changes in it is found
+    if home == "folder":  # a change in it is detected
+        file = next((tmp_path / "home").rglob("adapter_model.safetensors"))
         list(store.verify(quick=True))
         file.write_bytes(file.read_bytes() + b"!")
         assert [problem for *_, problem in Store(tmp_path / "home").verify(quick=True)] != [None]
@@ -284,7 +284,7 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(windows(2, seed=5)).logits
 
 
-# --- sequential, and runs that are killed ----------------------------------------------------------------------------
+# --- sequential upstream and killed runs -----------------------------------------------------------------------------
 
 SEQUENTIAL = [
     recipe("sequential", ("sparsegpt", {"sparsity": 0.5}), EORA, upstream="sequential"),
@@ -298,7 +298,7 @@ def sequentially(context: RunContext, each: Variant) -> None:
 
 
 def test_later_blocks_see_the_low_rank_parts_before_them(tmp_path: Path, calibrated: dict) -> None:
-    """The moments of a sequential walk are those of the loaded model's own inputs."""
+    """The moments of a sequential walk equal those of the loaded model's inputs."""
     source, _ = calibrated[torch.float32]
     context, each = context_of(tmp_path / "run", source, Store(tmp_path / "home")), SEQUENTIAL[0]
     sequentially(context, each)
@@ -376,13 +376,13 @@ def test_finishing_may_be_killed_anywhere(
             make(context, each)
     make(context, each)
     assert contents(folder_of(context, each)) == expected
-    publish_variant(context, each)  # a finished model is finished again
+    publish_variant(context, each)  # finishing again changes nothing
     assert contents(folder_of(context, each)) == expected
     assert not list(folder_of(context, each).glob("adapter/block-*"))
 
 
 def test_a_plan_makes_measures_and_takes_them_again(tmp_path: Path) -> None:
-    """From the command line: the measured model is base and adapter, also where its blocks come from another run."""
+    """From the command line: base and adapter are evaluated together, also with blocks taken from another run."""
     place = make_place(tmp_path)
     steps = [{"method": "sparsegpt", "sparsity": 0.7}, {"method": "eora", "rank": [0, 16]}]
     place.write_plan(compress=[{"domain": "legal", "upstream": ["dense", "sequential"], "steps": steps}])
@@ -394,7 +394,7 @@ def test_a_plan_makes_measures_and_takes_them_again(tmp_path: Path) -> None:
     bases = [contents(place.run_dir / "models" / name) for name in (plain, repaired)]
     assert bases[0] == {name: content for name, content in bases[1].items() if not name.startswith("adapter/")}
     assert measured(place.run_dir, plain) != measured(place.run_dir, repaired)
-    # The same as one dense matrix each, measured as a model of its own.
+    # Merged into dense matrices, and evaluated as a separate model.
     model = load_variant(place.run_dir / "models" / repaired)
     for linear in (linear for linear in model.modules() if hasattr(linear, "low_rank_left_OK")):
         linear.weight.data += linear.low_rank_left_OK @ linear.low_rank_right_KI
@@ -414,7 +414,7 @@ def measured(run_dir: Path, variant: str) -> list[float]:
 def test_outliers_are_written_dense_with_the_values_of_the_form(
     tmp_path: Path, calibrated: dict, solved: dict, dtype: torch.dtype
 ) -> None:
-    """Also over pruned weights and under a low-rank part; never as packed integers of a plain grid."""
+    """Also with pruned weights and with a low-rank part; never as packed integers of a plain grid."""
     spqr = ("spqr", {"bits": 3, "group_size": 16})
     pruned = ("sparsegpt", {"sparsity": "2:4"})
     variants = [recipe("alone", spqr), recipe("pruned", pruned, spqr), recipe("low-rank", GPTQ, spqr, EORA)]
@@ -442,7 +442,7 @@ def test_plan_check_names_what_is_written_dense(tmp_path: Path) -> None:
     assert json.loads(done.out)["written_dense"]["variants"] == ["spqr-w3g16-general"]
 
 
-# --- what has none, and what cannot have any -------------------------------------------------------------------------
+# --- models without low-rank parts, and refusals ---------------------------------------------------------------------
 
 
 def test_rank_0_writes_no_adapter(tmp_path: Path, calibrated: dict) -> None:

@@ -1,4 +1,4 @@
-"""Solving takes the memory that the preflight says, whatever the sets, variants and lanes."""
+"""Solving takes the memory that the preflight predicts, for several numbers of variants and worker threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sweep(count: int) -> list:
 
 
 def calibrated(folder: Path, hidden: int, inner: int) -> Path:
-    """A model of one block and two corpora of four shards each: 16 sets, calibration and held out."""
+    """Save a model of one block and two corpora of four shards each: 16 sets, calibration and held-out."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=400, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1,
@@ -54,7 +54,7 @@ def solve(variants: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small block, and one whose matrices are larger than what an allocator keeps."""
+    """A small block, and one whose matrices are too large for the allocator to keep when freed."""
     folder = tmp_path_factory.mktemp("solving")
     return calibrated(folder / "small", 64, 128), calibrated(folder / "large", HIDDEN, INNER)
 

@@ -1,4 +1,4 @@
-"""Laws of reading a model: what is cached equals what is computed, and nothing is read twice."""
+"""Calibration passes: cached moments equal computed ones, and no set is run twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUNDOFF_F32 = 2e-6
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -89,7 +89,7 @@ def test_moments_of_two_shards_add_up_to_those_of_both(store: Store, source: Mod
         torch.testing.assert_close(added.gram_II, moments.gram_II, rtol=0, atol=ROUNDOFF_F32 * scale)
 
 
-@pytest.mark.parametrize("fatal_publish", [2, 9, 11, 17])  # a block is four sites of two artifacts, and its matrices
+@pytest.mark.parametrize("fatal_publish", [2, 9, 11, 17])  # per block: 4 sites x 2 artifacts, then its list of sites
 def test_an_interrupted_reading_goes_on_and_equals_an_undisturbed_one(
     tmp_path: Path, store: Store, source: ModelSource, fatal_publish: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

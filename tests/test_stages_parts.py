@@ -1,4 +1,4 @@
-"""Laws of reading in parts: the sum is that of an undivided reading, whoever read which part and in whatever order."""
+"""Calibration passes in parts: their sum equals that of an undivided pass, for any grouping and order of the parts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from crosscal.store import Store
 from tests.helpers.tiny_run import LENGTH, collect, dense_cache, keep_windows, tiny_source, windows
 
 ROUNDING = 1e-6
-"""Of sums in float32, relative to the largest that the same inputs could give."""
+"""Tolerance of float32 sums, relative to the largest that inputs of the same norms could give."""
 SITES = 8
 
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -100,7 +100,7 @@ def test_what_was_read_is_not_read_again_and_parts_are_removed_once_added_up(
     key = keep_windows(cached.store, windows(5, seed=0))
     work = list(loads(cached, source.blocks, [key], 2 * LENGTH))
     assert read(cached, source, work[0]) == 2 * LENGTH
-    with pytest.raises(MissingArtifact):  # a part that nobody read is never left out of the sum
+    with pytest.raises(MissingArtifact):  # a missing part is never left out of the sum
         add_parts(cached, source.blocks, [key], 2 * LENGTH)
     assert [read(cached, source, load) for load in work] == [0, 2 * LENGTH, LENGTH]
     assert len(list(cached.store.list(KIND))) == 3 * SITES * len({which.stored_in for which in EVERY})
@@ -114,7 +114,7 @@ def test_what_was_read_is_not_read_again_and_parts_are_removed_once_added_up(
 def test_a_sum_that_another_run_finished_first_is_found(
     tmp_path: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other run publishes a site and removes its parts between our look and our reading."""
+    """The other run publishes the sums and removes the parts between this run's check and its read."""
     cached = cache(tmp_path / "home", source)
     key = keep_windows(cached.store, windows(4, seed=0))
     for load in loads(cached, source.blocks, [key], LENGTH):

@@ -1,4 +1,4 @@
-"""Laws of sampling: a landed shard costs its own tokens, text that was written is not written again."""
+"""Sampling: a landed shard costs only its own tokens, and stored self-generated text is not generated again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def land(store: Store, folder: Path, name: str, count: int, *, seed: int, sentences: int = 6) -> Corpus:
-    """Ingest `count` documents that no other seed makes."""
+    """Ingest `count` documents that differ from those of every other seed."""
     chance, file = random.Random(seed), folder / f"{name}-{seed}.jsonl"
     texts = [f"{seed} {index} " + " ".join(chance.choices(SENTENCES, k=sentences)) for index in range(count)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

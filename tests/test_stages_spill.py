@@ -1,4 +1,4 @@
-"""Hidden states go to disk when they would take more than half of the memory, and never onto a disk they would fill."""
+"""Hidden states spill to disk if they need more than half of the free memory, but never to a disk they would fill."""
 
 from __future__ import annotations
 

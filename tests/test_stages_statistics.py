@@ -1,4 +1,4 @@
-"""Every statistic that a recipe's steps declare reaches them in a run, mixed as H is; no other does."""
+"""In a run, steps receive exactly the statistics that they declare, mixed like H."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, wi
 
 MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
 Seen = dict[str, dict[Statistic, Tensor]]
-"""Name of a site -> what a step was shown there."""
+"""Name of a site's first layer -> the statistics that a step received there."""
 SEEN: dict[str, Seen] = {}
 
 
 @dataclass(frozen=True)
 class Spy:
-    """Notes the statistics that it declares, and changes nothing."""
+    """Records the statistics that it declares and changes nothing."""
 
     name: str
 
@@ -52,7 +52,7 @@ class Means(Spy):
 
 @dataclass(frozen=True)
 class Prying(Means):
-    """Asks for one that it does not declare, which another step of its recipe does."""
+    """Requests a statistic that only another step of its recipe declares."""
 
     def __call__(self, site: Site) -> Site:
         assert site.statistics[Statistic.SUM].ndim == 1
@@ -79,12 +79,12 @@ def store(tmp_path: Path) -> Store:
 
 
 def samples(store: Store) -> list[Sample]:
-    """`legal` came in two shards, of which the first is quiet."""
+    """`legal` has two shards; the first contains only 17 different tokens."""
     return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
 
 
 def spied(name: str, method: str = "spy", **more: object) -> Variant:
-    """Two steps: one on the recipe's mixture, one on its own."""
+    """Two steps: one with the recipe's mixture, one with its own."""
     recipe = (
         RecipeStep(method, (("name", name),)),
         RecipeStep("spy", (("name", f"{name}-own"),), OWN),
@@ -93,7 +93,7 @@ def spied(name: str, method: str = "spy", **more: object) -> Variant:
 
 
 def expected(context: RunContext, mixture: Mapping[str, float], *, normalised: bool) -> Seen:
-    """In float64 and by hand from the sums of every set: per corpus, then over corpora."""
+    """Float64 means computed from the sums of every set: per corpus, then mixed over corpora."""
     found: Seen = {}
     for block in range(context.source.blocks):
         for site in context.cached.sites(block) or ():
@@ -141,7 +141,7 @@ def test_what_steps_declare_is_mixed_as_h_is(
 
 
 def test_a_sequential_walk_shows_the_same(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    """The spies change nothing, so that inputs through their blocks are the dense ones."""
+    """The spies change nothing, so sequential inputs equal dense ones."""
     context = solved(tmp_path / "run", store, source, spied("dense"))
     compress_sequential(context, spied("walk", upstream="sequential"), batch_tokens=64, report=silent)
     assert_close(SEEN["walk"], expected(context, MIXED.as_dict(), normalised=False))

@@ -55,7 +55,7 @@ def test_pieces_are_the_nested_prefixes_of_every_part(lengths: tuple[int, ...]) 
 
 
 def test_moments_of_prefixes_add_up_to_the_whole_bit_for_bit() -> None:
-    """Of whole numbers, whose sums are exact in whatever order."""
+    """With integer inputs, whose sums are exact in any order."""
     input_TI = torch.randint(-9, 10, (96, 12), generator=torch.Generator().manual_seed(0)).float()
     ends = (12, 24, 48, 96)
     pieces = {end: InputMoments.of(input_TI[start:end]) for start, end in zip((0, *ends), ends, strict=False)}
@@ -168,10 +168,10 @@ def test_a_curve_is_measured_once_and_the_same_from_stored_moments(tmp_path: Pat
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
     assert fresh.matrices == 2 * 7
     assert {site.tokens for site in fresh.sites} == {512}
-    assert all(1 <= site.effective_rank <= site.inputs for site in fresh.sites if site.effective_rank)
+    assert all(site.effective_rank and 1 <= site.effective_rank <= site.inputs for site in fresh.sites)
 
 
-def test_of_one_window_nothing_is_told(tmp_path: Path, source: ModelSource) -> None:
+def test_one_window_gives_no_verdict(tmp_path: Path, source: ModelSource) -> None:
     store = Store(tmp_path / "home")
     found = sufficiency(dense_cache(store, source), source, sample(store, "legal", windows(3, seed=0)), **OPTIONS)
     assert (found.verdict, found.expected_gain, len(found.points)) == (UNKNOWN, None, 1)

@@ -1,6 +1,6 @@
-"""A run sums what its plan's methods need; what is missing for a later one is read then, and nothing else.
+"""A run computes only the sums that its plan's methods need; a later plan computes only those that it still lacks.
 
-Σ x xᵀ and the small sums are artifacts of their own. What earlier versions stored, all sums in one artifact, serves.
+Σ x xᵀ and the vector sums are separate artifacts. Artifacts of earlier versions, with all sums in one, are still read.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SMALL = frozenset(VECTORS)
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power cut would leave is not asked here."""
+    """Skip fsync: these tests do not cover power failures."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -70,12 +70,12 @@ def wanting(store: Store, source: ModelSource, wanted: frozenset[Statistic]) -> 
 
 
 def held(store: Store, kind: str = "moments") -> dict[str, list[str]]:
-    """Key -> the sums of every artifact."""
+    """Return the key of every artifact -> the names of its sums."""
     return {artifact.key: artifact.provenance["sums"] for artifact in store.list(kind)}
 
 
 def counted(store: Store) -> dict[str, int]:
-    """How many artifacts hold a matrix, and how many vectors."""
+    """Return the numbers of artifacts with a matrix and with vectors."""
     sums = list(held(store).values())
     return {"gram": sum("gram" in each for each in sums), "vectors": sum("sum" in each for each in sums)}
 
@@ -119,12 +119,12 @@ def test_sums_read_in_two_steps_are_those_read_at_once(tmp_path: Path, store: St
     assert bits(wanting(store, source, EVERY), source, key) == bits(wanting(other, source, EVERY), source, key)
 
 
-# --- what earlier versions stored ------------------------------------------------------------------------------------
+# --- stores of earlier versions --------------------------------------------------------------------------------------
 
 
 def as_stored_before(store: Store, cached: CachedMoments, source: ModelSource, keys: list[str]) -> None:
-    """Put the artifacts of earlier versions in place of the present ones: matrix and two vectors together, the latter
-    without a header."""
+    """Replace the artifacts by those of earlier versions: a matrix and two vectors in one, the vectors without a
+    header."""
     for key in keys:
         for block in range(source.blocks):
             for site in cached.sites(block) or ():
@@ -157,7 +157,7 @@ def test_a_store_of_an_earlier_version_is_read_as_before(store: Store, source: M
             assert old.tokens == new.tokens
             for which in wanted - {Statistic.SQUARE_SUM}:
                 assert torch.equal(old[which], new[which])
-            if Statistic.SQUARE_SUM in wanted:  # it was not stored: H's diagonal, which rounds elsewhere
+            if Statistic.SQUARE_SUM in wanted:  # not stored: H's diagonal, which is rounded differently
                 torch.testing.assert_close(old[Statistic.SQUARE_SUM], new[Statistic.SQUARE_SUM], rtol=1e-5, atol=0)
     assert all(problem is None for _, _, problem in store.verify())
     cached = wanting(store, source, SMALL)
@@ -166,7 +166,7 @@ def test_a_store_of_an_earlier_version_is_read_as_before(store: Store, source: M
         assert not cached.is_kept(keys[0], 0, site)
 
 
-# --- in parts, and folded --------------------------------------------------------------------------------------------
+# --- in parts --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_hold_what_is_wanted_and_leave_nothing(tmp_path: Path, store: Store, source: ModelSource) -> None:
@@ -197,7 +197,7 @@ def test_parts_hold_what_is_wanted_and_leave_nothing(tmp_path: Path, store: Stor
 
 
 def solved(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:
-    """As a run over these variants does."""
+    """Collect moments and solve, as a run over these variants does."""
     parts = [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(5, seed=1))]
     context = run_context(folder, store, source, *parts)
     context = dataclasses.replace(context, cached=wanting(store, source, statistics_needed(asked)))
@@ -221,7 +221,7 @@ def shards(context: RunContext, each: Variant) -> dict[str, bytes]:
 def test_weights_do_not_depend_on_what_else_is_summed(
     tmp_path: Path, store: Store, source: ModelSource, upstream: str
 ) -> None:
-    """Wanda's, to the bit: alone without any H, and beside SparseGPT with one."""
+    """Wanda's weights are bit-identical without any H and, next to SparseGPT, with one."""
     asked = [dataclasses.replace(each, upstream=upstream) for each in (WANDA, NORMALISED)]
     alone = solved(tmp_path / "alone", store, source, *asked, MAGNITUDE)
     other = Store(tmp_path / "other")

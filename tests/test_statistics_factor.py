@@ -72,7 +72,7 @@ def test_not_positive_definite_says_where_what_and_how_to_help() -> None:
 
 
 @pytest.mark.parametrize("diagonal", [[1.0, -1.0], [-1.0, -1.0], [1.0, -1.0, 0.0]])
-def test_negative_diagonals_are_not_taken_for_silence(diagonal: list[float]) -> None:
+def test_negative_diagonals_are_not_treated_as_dead_inputs(diagonal: list[float]) -> None:
     with pytest.raises(NotPositiveDefinite):
         factor(torch.diag(torch.tensor(diagonal)), 0.01)
 

@@ -1,4 +1,4 @@
-"""A corpus's statistics, added up set by set, are the weighted means of its sets' and hold none of them."""
+"""`MeanSum`: statistics added set by set give the weighted mean over the sets and leave the sets unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.problems import correlated_inputs_TI
 
 
 def of(input_TI: torch.Tensor) -> InputMoments:
-    """Of both streams."""
+    """Moments with a second input stream, as the dense one of `cross` and `drift`."""
     accumulator = MomentsAccumulator(input_TI.shape[1], dtype=torch.float64, wanted=tuple(Statistic))
     accumulator.add(input_TI, input_TI.roll(1, dims=1))
     return accumulator.finish()

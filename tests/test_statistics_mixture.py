@@ -1,4 +1,4 @@
-"""Cross-calibration laws: weights act per token, so only the weights decide which corpus is heard."""
+"""Mixtures weight per-token means, so only the weights, not the corpus sizes, determine a corpus's influence."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ DENSE_TI = {corpus: rows_TI + 0.3 * rows_TI.roll(1, dims=1) for corpus, rows_TI 
 
 
 def means_of(rows_TI: Tensor, dense_TI: Tensor) -> dict[Statistic, Tensor]:
-    """Written plainly, one token after another."""
+    """Return the means, computed token by token."""
     tokens, dense = list(rows_TI.double()), list(dense_TI.double())
     each = {
         Statistic.GRAM: [x.outer(x) for x in tokens],
@@ -120,7 +120,7 @@ def means_of(rows_TI: Tensor, dense_TI: Tensor) -> dict[Statistic, Tensor]:
 def test_every_statistic_is_that_of_corpora_brought_to_one_trace(
     weights: dict[str, float], trace_normalised: bool, wanted: tuple[Statistic, ...]
 ) -> None:
-    """The reference scales the inputs themselves, x_k → √s_k x_k, and never a statistic."""
+    """The reference scales the inputs, x_k → √s_k x_k, and never a statistic."""
     means = {corpus: means_of(ROWS_TI[corpus], DENSE_TI[corpus]) for corpus in ROWS_TI}
     means = {corpus: {which: every[which] for which in wanted} for corpus, every in means.items()}
     traces = {corpus: float(rows_TI.double().square().sum()) / len(rows_TI) for corpus, rows_TI in ROWS_TI.items()}

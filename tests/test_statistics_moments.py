@@ -1,4 +1,4 @@
-"""Moments are sums over tokens: however the tokens arrive, the sums are the same."""
+"""Moments are sums over tokens, independent of batching and order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crosscal.statistics.moments import CACHED_ROWS
 from tests.helpers.problems import correlated_inputs_TI
 
 ROUNDOFF_F64 = 1e-12
-ROUNDOFF_F32 = 2e-6  # of the diagonal: a few units in the last place for the few hundred tokens summed here
+ROUNDOFF_F32 = 2e-6  # relative to the diagonal: a few units in the last place for the few hundred tokens summed here
 
 
 def accumulated(*batches: Tensor, dtype: torch.dtype = torch.float64) -> InputMoments:
@@ -39,7 +39,7 @@ def assert_same(a: InputMoments, b: InputMoments, tolerance: float = ROUNDOFF_F6
 
 
 def reference(input_TI: Tensor) -> InputMoments:
-    """Token by token, in float64."""
+    """Return the moments, summed token by token in float64."""
     rows_TI = input_TI.double()
     gram_II = torch.zeros(rows_TI.shape[1], rows_TI.shape[1], dtype=torch.float64)
     for row_I in rows_TI:
@@ -128,7 +128,7 @@ def blas_threads() -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("inputs", [1, 17, 2 * INPUTS_A_STRIP])
 def test_the_small_sums_are_the_same_without_a_gram_matrix(inputs: int, dtype: torch.dtype) -> None:
-    """To the bit, so that what is solved from them does not depend on what else a run needs."""
+    """Bit for bit, so that a solve does not depend on what else a run needs."""
     input_TI = correlated_inputs_TI(130, inputs, seed=4).to(dtype)
     small, every = (MomentsAccumulator(inputs, dtype=dtype, wanted=wanted) for wanted in (VECTORS, EVERY))
     for accumulator in (small, every):

@@ -1,4 +1,4 @@
-"""Laws of the store: what is visible is whole, what is damaged is found, what is in use stays."""
+"""The store: visible artifacts are complete, damage is detected, and artifacts in use are not removed."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_a_home_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def rot(file: Path) -> None:
-    """A disk that loses a bit says nothing of it: size and time stay."""
+    """Flip a bit as silent disk corruption does: size and modification time stay."""
     then = file.stat().st_mtime_ns
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -249,7 +249,7 @@ def test_records_keep_their_history(store: Store) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_only_one_writer_makes_a_version(store: Store, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not links:  # a disk that has no hard links
+    if not links:  # a disk without hard links
 
         def refuse(*_: object) -> None:
             raise OSError(1, "Operation not permitted")
@@ -296,7 +296,7 @@ def test_sweep_removes_what_was_long_unused_and_never_documents(store: Store) ->
     expected = [(f"objects/moments/{old}", "unused for 30 days")]
     assert list(store.sweep(unused_days=30, dry_run=True)) == expected
     assert folder_of(store, key=old).exists()
-    list(store.verify())  # looking at everything is not using it
+    list(store.verify())  # verifying and listing do not count as use
     list(store.list())
     assert list(store.sweep(unused_days=30)) == expected
     assert {a.key for a in store.list()} == {used, corpus}

@@ -1,4 +1,4 @@
-"""Laws of the store under killed writers, writers at the same time, and full disks: real processes, real disks."""
+"""The store with killed writers, concurrent writers and full disks: real processes, real disks."""
 
 from __future__ import annotations
 
@@ -63,11 +63,12 @@ def publish_forever(home: Path, writer: int) -> None:
 def test_a_writer_killed_at_any_moment_leaves_only_whole_artifacts(tmp_path: Path) -> None:
     store, chance = Store(tmp_path), random.Random(0)
     attempt = 0
-    while attempt < 20 or len(list(store.keys())) <= 5:  # a busy disk takes longer than the writer lives
+    while attempt < 20 or len(list(store.keys())) <= 5:  # a busy disk may outlast the writer
         attempt += 1
         writer = PROCESSES.Process(target=publish_forever, args=(tmp_path, attempt))
         writer.start()
         while not list(store.home.names("staging")):
+            assert writer.is_alive()
             time.sleep(0.001)
         time.sleep(0.06 * chance.random())
         writer.kill()
@@ -196,7 +197,7 @@ def small_files() -> Iterator[None]:
 
 @pytest.mark.parametrize("write", [write_plain, write_arrow, write_gram, write_windows, write_documents])
 def test_no_file_stays_open_after_an_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """Though the error is still held, and with it everything on the way to where it was raised."""
+    """Even while the exception, and with it every frame of its traceback, is still referenced."""
     with small_files(), pytest.raises((OSError, StoreFull)) as held:
         write(tmp_path / "a")
     assert held.value

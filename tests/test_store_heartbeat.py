@@ -1,11 +1,10 @@
-"""Laws of the signs of life: what a living process holds stays its own, wherever it runs and whatever its host's name;
-what a dead one held is free after a lease, or at once where its death can be seen.
+"""Heartbeats: what a living process holds stays its own, on any machine and under any host name; what a dead one
+held is free after a lease, or at once if its end can be detected.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -59,8 +58,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @contextmanager
 def at_work(store: Store, *, elsewhere: bool, skew_seconds: float = 0.0, work: str = WAIT) -> Iterator[int]:
-    """A process with a claim, a used artifact and one half written. Elsewhere: in a process namespace of its own on a
-    host of the same name, where its number means nothing to us, as on another machine.
+    """Run a process with a claim, an artifact in use and a half-written one. `elsewhere`: in its own process namespace
+    on a host of the same name, where its process id means nothing to us, as on another machine.
     """
     command = [sys.executable, "-c", AT_WORK.format(beat=BEAT, key=KEY, work=work), store.location, str(skew_seconds)]
     if elsewhere:
@@ -78,7 +77,7 @@ def at_work(store: Store, *, elsewhere: bool, skew_seconds: float = 0.0, work: s
 
 
 def held(store: Store) -> tuple[bool, bool, bool]:
-    """Whether the claim holds, the half-written artifact stays, and so does the one in use."""
+    """Return (the claim holds, the half-written artifact would stay, the artifact in use would stay)."""
     doomed = [place for place, _ in store.sweep(unused_days=0, dry_run=True)]
     return (
         Ledger(store).claim("legal", "two") is None and Ledger(store).holder("legal") is not None,
@@ -91,7 +90,7 @@ def held(store: Store) -> tuple[bool, bool, bool]:
 def test_what_a_living_process_elsewhere_holds_stays_and_is_free_a_lease_after_its_death(
     store: Store, skew_seconds: float
 ) -> None:
-    """However many leases it lives, and however wrong its clock is."""
+    """Also when it lives longer than a lease, and with a clock that is a day off."""
     with at_work(store, elsewhere=True, skew_seconds=skew_seconds):
         (holder,) = (process for process in heartbeats(store.home).last if process != this_process())
         assert has_ended(holder) is None
@@ -141,12 +140,20 @@ def test_a_name_is_of_one_boot_and_one_start() -> None:
     assert has_ended(f"{'0' * 32}.{rest}") is None, "a host of the same name, or this one before it was started anew"
     assert has_ended(f"{boot}.1{rest}") is None, "another container"
     assert [has_ended(name) for name in ("", "elsewhere.1-7", "x-y-z")] == [None] * 3, "earlier versions' names"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    name = re.sub(r"-\d+-", f"-{gone.pid}-", this_process())
-    while has_ended(name) is False:
-        time.sleep(0.01)
-    assert has_ended(name) is True, "ended, though nobody has reaped it"
-    gone.wait()
+    code = "from crosscal.store.processes import this_process; print(this_process(), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as gone:
+        assert gone.stdin is not None
+        assert gone.stdout is not None
+        name = gone.stdout.readline().strip()
+        assert has_ended(name) is False
+        gone.stdin.write("\n")
+        gone.stdin.flush()
+        while has_ended(name) is False:
+            time.sleep(0.01)
+        assert gone.returncode is None
+        assert has_ended(name) is True, "ended, though not reaped"
     assert has_ended(name) is True
     assert number_of(this_process()) == os.getpid()
 
@@ -157,8 +164,10 @@ def test_a_forked_child_is_a_process_of_its_own(tmp_path: Path) -> None:
     mine = heartbeat.begin(home)
     child = os.fork()
     if child == 0:
-        heartbeat.begin(home)
-        os._exit(0)
+        try:
+            heartbeat.begin(home)
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     assert len(heartbeats(home).last) == 2
     assert [process for process in heartbeats(home).last if not heartbeats(home).is_gone(process)] == [mine]
@@ -174,7 +183,7 @@ def test_processes_of_earlier_versions_are_given_a_week(store: Store) -> None:
 
 
 def test_behind_a_url_the_laws_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object store's own times decide there, too."""
+    """Leases are measured by the object store's own times."""
     monkeypatch.setattr(heartbeat, "LEASE_SECONDS", 1.0)
     store = Store(f"memory://{tmp_path.name}")
     ledger = Ledger(store)

@@ -1,4 +1,4 @@
-"""Laws of a journal: it is the plain map of everything put into it, for readers and writers at once, at log n reads."""
+"""A journal equals a plain map of everything put into it, with concurrent readers and writers, in log n reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opened(tmp_path: Path) -> tuple[Journal, Counter[str]]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_the_map_of_what_was_put_into_it(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written by two, in turns or after the other was overtaken; read from anew at any time, whatever the folders."""
+    """Two writers write in turns or retry after a conflict; a new reader checks every step, across several folders."""
     monkeypatch.setattr(journal, "PER_FOLDER", 7)
     chance, expected = random.Random(seed), dict[str, dict[str, int]]()
     writers = [opened(tmp_path)[0] for _ in range(2)]
@@ -76,7 +76,7 @@ def test_of_writers_at_once_none_is_lost(tmp_path: Path) -> None:
     assert opened(tmp_path)[0].items == {"n": {"n": 60}}
 
 
-def test_whoever_was_overtaken_is_told_and_sees_it(tmp_path: Path) -> None:
+def test_conflicting_writer_gets_an_error_and_refreshes(tmp_path: Path) -> None:
     one, other = opened(tmp_path)[0], opened(tmp_path)[0]
     assert one.items == other.items == {}
     one.put({"a": {"n": 1}})
@@ -96,7 +96,7 @@ def test_without_a_damaged_record_everything_else_is_there(tmp_path: Path, damag
         with pytest.raises(CorruptArtifact, match="Remove that file"):
             _ = opened(tmp_path)[0].items
     file.unlink()
-    missing = {"16"} if damaged == 16 else set()  # others stand in a later record, too
+    missing = {"16"} if damaged == 16 else set()  # a later record also contains the others
     assert opened(tmp_path)[0].items.keys() == {f"{n}" for n in range(1, 17)} - missing
     again = opened(tmp_path)[0]
     again.put({"more": {}})

@@ -1,4 +1,4 @@
-"""Laws of the codec of moments: every bit comes back, what cannot be solved from is not stored, damage is an error."""
+"""The codec of moments: bit-exact round trips, moments that are not finite are not stored, damage is an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = digest_of("moments")
 
 
 def activations(inputs: int, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Correlated inputs whose scales spread log-normally, as those of language models do."""
+    """Correlated inputs with log-normally distributed scales, like those of language models."""
     chance = torch.Generator().manual_seed(inputs)
     mixing_II = torch.eye(inputs) + torch.randn(inputs, inputs, generator=chance) / inputs**0.5
     scale_I = torch.randn(inputs, generator=chance).exp()
@@ -28,7 +28,7 @@ def activations(inputs: int, tokens: int, dtype: torch.dtype = torch.float32) ->
 
 
 def made(inputs: int, dtype: torch.dtype = torch.float32) -> InputMoments:
-    """Of both streams."""
+    """Moments with a second input stream, as the dense one of `cross` and `drift`."""
     accumulator, input_TI = (
         MomentsAccumulator(inputs, dtype=dtype, wanted=tuple(Statistic)),
         activations(inputs, 50, dtype),
@@ -111,7 +111,7 @@ def test_a_matrix_that_is_not_symmetric_takes_twice_as_much(tmp_path: Path) -> N
 
 
 def written_by_version_one(folder: Path, moments: InputMoments) -> None:
-    """Bytes of the numbers as they are, row by row of the triangle, and vectors without exponents; plainly written."""
+    """Write format version 1 directly: raw byte planes of the triangle, row by row, and vectors without exponents."""
     gram_II = moments.gram_II.numpy()
     triangle_N = np.concatenate([gram_II[row, row:] for row in range(len(gram_II))])
     planes_PN = triangle_N.view(np.uint8).reshape(-1, gram_II.itemsize).T

@@ -1,4 +1,4 @@
-"""Laws of a store behind fsspec: real in-memory object storage, with failures and short reads put in."""
+"""A store behind fsspec: in-memory object storage with injected failures and short reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = {"a.bin": bytes(range(256)) * 4000, "b.json": b'{"x": 1}', "empty": b""}
 
 
 class Unsteady(MemoryFileSystem):
-    """Object storage on a bad line: a third of the answers fail, another third of the reads come short."""
+    """Object storage on a bad line: calls fail with probability `failures`, reads are cut short with `short`."""
 
     protocol = "unsteady"
     cachable = False
@@ -51,7 +51,7 @@ class Unsteady(MemoryFileSystem):
     def pipe_file(self, *args: Any, **kwargs: Any) -> None:
         self._line()
         super().pipe_file(*args, **kwargs)
-        self._line()  # the answer may be lost, too
+        self._line()  # the response may be lost after the write
 
     def ls(self, *args: Any, **kwargs: Any) -> Any:
         self._line()
@@ -64,7 +64,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     fsspec.register_implementation("unsteady", Unsteady, clobber=True)
     monkeypatch.setattr(Unsteady, "failures", 0.0)
     monkeypatch.setattr(Unsteady, "short", 0.0)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     yield "unsteady://bucket/prefix"
     Unsteady.store.clear()
     Unsteady.pseudo_dirs[:] = [""]
@@ -143,7 +143,7 @@ def test_an_upload_cut_short_is_not_an_artifact(home: str) -> None:
     del Unsteady.store[objects("/manifest.json")[0]]
     assert store.find("moments", KEY) is None
     assert list(store.list()) == list(store.verify(quarantine=True)) == []
-    assert len(objects("/objects/")) == len(FILES)  # it may still be on its way
+    assert len(objects("/objects/")) == len(FILES)  # the upload may still be in progress
     put(store)
     assert read(store) == FILES
 
@@ -206,7 +206,7 @@ def test_an_address_that_cannot_be_opened_is_told() -> None:
 
 
 class Unconditional(Unsteady):
-    """Storage, or a client of it, that does not know conditional writes: it ignores what it is asked."""
+    """Storage, or its client, without conditional writes: it ignores the condition."""
 
     protocol = "unconditional"
     store: dict[str, Any] = {}  # noqa: RUF012
@@ -220,7 +220,7 @@ class Unconditional(Unsteady):
 def test_of_two_writers_one_is_first_or_both_are_refused(
     home: str, monkeypatch: pytest.MonkeyPatch, protocol: str, failures: float
 ) -> None:
-    """Never do both believe that they wrote it; where that cannot be had, each is told, and nothing is written."""
+    """Two writers never both succeed; without conditional writes each gets an error and nothing is written."""
     fsspec.register_implementation("unconditional", Unconditional, clobber=True)
     monkeypatch.setattr(Unsteady, "failures", failures)
     Unconditional.store.clear()

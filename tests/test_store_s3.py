@@ -1,4 +1,4 @@
-"""The store behind a real S3 protocol: s3fs and a local server, on a line that fails, cuts bodies and loses answers."""
+"""The store over S3: s3fs and a local server, on a line that fails, truncates bodies and loses responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server() -> Iterator[tuple[str, BadLine]]:
     with object_store() as served, pytest.MonkeyPatch.context() as patch:
         for name, value in at(served[0]).items():
             patch.setenv(name, value)
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs would hide most of the faults by trying again itself
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs would hide most faults by its own retries
         S3FileSystem.clear_instance_cache()
         yield served
         S3FileSystem.clear_instance_cache()
@@ -35,7 +35,7 @@ def server() -> Iterator[tuple[str, BadLine]]:
 @pytest.fixture
 def line(server: tuple[str, BadLine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadLine]:
     monkeypatch.setenv("CROSSCAL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     line = server[1]
     line.seen.clear()
     yield line
@@ -108,7 +108,7 @@ def test_damage_in_the_bucket_is_found_set_aside_and_made_again(home: str) -> No
 
 
 def test_of_writers_at_once_one_wins_each_version(home: str, line: BadLine) -> None:
-    """All write the same value, and some never hear that they have written it."""
+    """Writers of a version write equal values, and some responses to successful writes are lost."""
     line.lost, line.unavailable = 0.05, 0.05
     won: list[int] = []
 
@@ -175,7 +175,7 @@ def run_at(place: Place, home: str) -> dict[str, Any]:
 
 
 def test_a_nightly_verification_fetches_what_is_new_and_nothing_again(home: str, line: BadLine, tmp_path: Path) -> None:
-    """By the bucket's own checksums: every change of an object is seen, and no sound one is read twice."""
+    """By the bucket's checksums: every changed object is detected, and no unchanged one is read again."""
     for n in range(6):
         put(Store(home), digest_of(n), {"a.bin": bytes([n]) * 3000, "b.bin": bytes([n]) * 30})
 

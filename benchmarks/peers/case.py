@@ -1,4 +1,4 @@
-"""The cases of a comparison: a model folder with float32 weights and a file of windows, the same for every contender.
+"""The cases of a comparison: a model folder with float32 weights and a file of windows, the same for every tool.
 
 Shapes: S windows, L tokens.
 """
@@ -29,13 +29,13 @@ class Case:
     name: str
     model: Path
     windows: Path
-    """`calibration` and `held_out` tokens_SL; the first half of each is one corpus, the second another."""
+    """File with `calibration` and `held_out` tokens_SL; the halves of each are of two corpora."""
     group_size: int
-    """For GPTQ: divides the widths of the model."""
+    """GPTQ group size; divides the widths of the model."""
 
 
 def random_case(folder: Path, *, tiny: bool = False) -> Case:
-    """A Llama with seeded random weights and random tokens: compares implementations, says nothing of quality."""
+    """A Llama with seeded random weights and random tokens: compares implementations, not quality."""
     hidden, intermediate, blocks, windows, length = (128, 256, 2, 8, 64) if tiny else (512, 1408, 6, 64, 512)
     config = LlamaConfig(
         vocab_size=4096,
@@ -51,7 +51,7 @@ def random_case(folder: Path, *, tiny: bool = False) -> Case:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     words = WordLevel({str(token): token for token in range(config.vocab_size)}, unk_token="0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="0")
-    tokenizer.save_pretrained(folder / "model")  # the peer refuses a model without one, and never calls it
+    tokenizer.save_pretrained(folder / "model")  # llm-compressor requires one, but never calls it
     calibration_SL = torch.randint(config.vocab_size, (windows, length))
     held_out_SL = torch.randint(config.vocab_size, (windows // 4, length))
     return _case("random Llama", folder, calibration_SL, held_out_SL, 128)
@@ -71,7 +71,7 @@ def testbed_case(folder: Path, testbed: Path) -> Case:
 
 
 def texts(testbed: Path, corpus: str, split: str, documents: int = 2000) -> Iterator[str]:
-    """The first documents of a split."""
+    """Yield the first documents of a split."""
     for record in islice(json_records(testbed / "corpora" / corpus / f"{split}.jsonl.zst"), documents):
         assert isinstance(record, JsonRecord), record
         yield record.value["text"]

@@ -1,4 +1,4 @@
-"""Judges compressed models of one case alike, whoever made them: `evaluate.py JOB`.
+"""Evaluate the compressed models of one case, whichever tool made them: `evaluate.py JOB`.
 
 The relative error of a linear is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with H = Σ x xᵀ of the dense model's inputs, in float64,
 over the calibration windows and over held-out ones; the figure is the mean over linears. Perplexity: held-out windows.
@@ -20,7 +20,7 @@ from crosscal.models import load_variant
 
 
 def hessians(model: Any, tokens_SL: Tensor) -> dict[str, Tensor]:
-    """Linear -> Σ x xᵀ in float64; linears that are handed one tensor share the sum."""
+    """Linear -> Σ x xᵀ in float64; linears that read the same tensor share the sum."""
     sums: dict[str, Tensor] = {}
     seen: dict[str, tuple[Tensor, str]] = {}
 

@@ -1,4 +1,4 @@
-"""A job of a comparison: a process with a JSON argument in and a line of JSON out. Both sides import it, so torch only.
+"""A job of a comparison: a process with a JSON argument and a line of JSON as output. Both sides import it: torch only.
 
 Shapes: S windows, L tokens.
 """
@@ -34,7 +34,7 @@ class Clock:
             spent["cpu"] += time.process_time() - cpu
 
     def timed(self, name: str, function: Callable[..., Answer]) -> Callable[..., Answer]:
-        """The function, its time added to a stage."""
+        """Return the function, wrapped so that its time is added to a stage."""
 
         def run(*arguments: Any, **named: Any) -> Answer:
             with self.stage(name):
@@ -44,7 +44,7 @@ class Clock:
 
 
 def read_job() -> dict[str, Any]:
-    """The job of this process, which from now on computes with the job's number of threads."""
+    """Return the job of this process, and set torch's number of threads to the job's."""
     import torch
 
     job = json.loads(sys.argv[1])
@@ -53,14 +53,14 @@ def read_job() -> dict[str, Any]:
 
 
 def windows(job: dict[str, Any], name: str) -> Any:
-    """`calibration` or `held_out` tokens_SL of the job."""
+    """Load `calibration` or `held_out` tokens_SL of the job."""
     from safetensors.torch import load_file
 
     return load_file(job["windows"])[name]
 
 
 def peak_mib() -> float:
-    """Of this process so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

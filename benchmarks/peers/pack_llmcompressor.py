@@ -1,4 +1,4 @@
-"""llm-compressor's integers of a folder, without data; run by the Python of its own environment with a JSON job."""
+"""Quantize a model folder with llm-compressor, without data; run by its own environment's Python with a JSON job."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""crosscal's side of a comparison, through the steps that a run takes: `run_crosscal.py JOB`.
+"""crosscal's side of a comparison, with the steps of a normal run: `run_crosscal.py JOB`.
 
-The store is empty at the start. Held-out windows are read and every layer's held-out loss is measured, as in every run
-of crosscal; the peers do neither. `again` in the job solves further sparsities afterwards, on the stored moments.
+The store is empty at the start. The calibration pass includes held-out windows, and every layer's held-out loss is
+measured, as in every run of crosscal; the peers do neither. `again` in the job solves further sparsities afterwards, on
+the stored moments.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def sample(store: Store, corpus: str, tokens_SL: torch.Tensor, held_out_SL: torc
 
 
 def samples(store: Store, job: dict[str, Any]) -> list[Sample]:
-    """Each corpus has an equal part of the windows, so that all of them together are what a peer reads."""
+    """Split the windows equally among the corpora, so that together they are the windows of a peer."""
     calibration_SL, held_out_SL = windows(job, "calibration"), windows(job, "held_out")
-    by_default = max(len(calibration_SL) // 8, len(job["corpora"]))  # a plan's share
+    by_default = max(len(calibration_SL) // 8, len(job["corpora"]))  # the default share of a plan
     held_out_SL = held_out_SL[: job["held_out"] or by_default]
     parts = zip(
         job["corpora"],
@@ -64,7 +65,7 @@ def samples(store: Store, job: dict[str, Any]) -> list[Sample]:
 def ticket_of(
     model: str, corpora: Sequence[str], compress: Sequence[dict[str, Any]], drawn: Sequence[Sample], folder: Path
 ) -> RunSpec:
-    """What a run hands its steps once its windows are drawn; the corpora themselves are not read any more."""
+    """Return the spec that a run passes to its steps once windows are drawn; corpora are no longer read."""
     unread = dict.fromkeys(corpora, "unread")
     asked = {"model": model, "corpora": unread, "compress": list(compress), "execution": {"device": "cpu"}}
     return RunSpec(
@@ -79,8 +80,8 @@ def ticket_of(
 
 
 def solve_alone(context: RunContext, wanted: Sequence[Variant]) -> None:
-    """What a peer's solve is, from the store instead of memory: read, factor and solve, with losses on the calibration
-    set; the held-out ones are left out, and the answers let go. The variants share mixture and damping."""
+    """The work of a peer's solve, but from the store instead of memory: load, factor and solve, with losses on the
+    calibration set; no held-out losses, and the results are dropped. The variants share mixture and damping."""
     blocks = [partial(solve_block_alone, context, block, wanted) for block in range(context.source.blocks)]
     side_by_side(blocks)
 
@@ -120,7 +121,7 @@ def main() -> None:
             drawn = samples(Store(folder / "store"), job)
             spec = ticket_of(job["model"], job["corpora"], job["compress"], drawn, folder)
             run(spec, clock)
-        peak = peak_mib()  # of what the peer does, too
+        peak = peak_mib()  # only of the part that the peer does, too
         for compress in job["again"]:
             again = ticket_of(job["model"], job["corpora"], compress["compress"], drawn, folder)
             with clock.stage(f"{compress['label']}, solve"):

@@ -1,7 +1,7 @@
 """llm-compressor's side of a comparison; run by the Python of its own environment: `run_llmcompressor.py JOB`.
 
-A job names the model's folder, the file of windows, `method` and `group_size`, and where the result goes. The settings
-are the library's defaults; what is timed inside are its own functions, called through a stopwatch.
+A job has the model's folder, the file of windows, `method`, `group_size` and the output folder. The settings are the
+library's defaults; its internal stages are timed by wrapping its own functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A store that counts what it asks of its home."""
+"""A store that counts the calls to its home."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crosscal.store.refs import Refs
 
 
 class CountingHome:
-    """A home that counts what is asked of it."""
+    """Wrapper of a home that counts the calls of each method."""
 
     def __init__(self, home: Any) -> None:
         self._home, self.asked = home, Counter[str]()
@@ -29,7 +29,7 @@ class CountingHome:
 
 
 def counting_store(home: str | Path) -> tuple[Store, Counter[str]]:
-    """A store, and how often each move was asked of its home so far."""
+    """Return a store and a counter of the calls of each method of its home."""
     store = Store(home)
     counting = CountingHome(store.home)
     store.home = counting  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Which of torch's operations have a CUDA kernel, by the table that torch is generated from, which its wheels hold."""
+"""Lookup of CUDA kernels in `native_functions.yaml`, the table torch is generated from; torch's wheels contain it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TABLE = "packaged/ATen/native/native_functions.yaml"
 
 
 def has_cuda_kernel(operation: Any) -> bool:
-    """True also for one that is composed of others, and for what is generated from an operation without an entry."""
+    """Return whether an operation has a CUDA kernel; True as well if it is composite or generated without an entry."""
     entry = _entries().get(operation.name().removeprefix("aten::"), {})
     entry = _entries().get(entry.get("structured_delegate"), entry)
     if "dispatch" not in entry or "ufunc_inner_loop" in entry:
@@ -24,6 +24,6 @@ def has_cuda_kernel(operation: Any) -> bool:
 
 @functools.cache
 def _entries() -> dict[str, dict[str, Any]]:
-    """By the name with its overload, e.g. `mm.dtype`."""
+    """Entries of the table by name with overload, e.g. `mm.dtype`."""
     text = (Path(torchgen.__file__).parent / TABLE).read_text(encoding="utf-8")
     return {entry["func"].partition("(")[0]: entry for entry in yaml.load(text, Loader=yaml.CSafeLoader)}

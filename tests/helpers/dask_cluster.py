@@ -1,4 +1,4 @@
-"""A Dask cluster of processes of their own, as several machines would be: a scheduler, workers that can be killed."""
+"""A Dask cluster of separate processes, like several machines: a scheduler, and workers that can be killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cluster:
         return "".join(log.read_text(errors="replace") for log in sorted(self.folder.glob("*.log")))
 
     def kill_one_at(self, task: str, while_true: Callable[[], bool]) -> int | None:
-        """Kill a worker as soon as it is at a task of this name: its exit code, None when it never came to that."""
+        """Kill the first worker that runs a task of this name; return its exit code, or None if none did in time."""
         with Client(self.address, set_as_default=False) as client:
             while while_true():
                 for address, keys in _call_stack(client).items():
@@ -47,7 +47,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-    """A scheduler and workers of one thread each, which are not started again when they die."""
+    """Run a scheduler and workers of one thread each; workers that die are not restarted."""
     folder.mkdir(parents=True, exist_ok=True)
     contact = folder / "scheduler.json"
     started: list[subprocess.Popen[bytes]] = []
@@ -71,7 +71,7 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
 
 
 def _call_stack(client: Client) -> dict[str, dict[str, object]]:
-    """What every worker is at. The scheduler drops our connection when a worker drops its own meanwhile: look again."""
+    """Return the running tasks of each worker; {} if the connection broke because a worker disconnected: call again."""
     try:
         return client.call_stack()
     except CommClosedError:
@@ -79,7 +79,7 @@ def _call_stack(client: Client) -> dict[str, dict[str, object]]:
 
 
 def _address(contact: Path) -> str | None:
-    with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or half written
+    with contextlib.suppress(FileNotFoundError, ValueError):  # missing or incomplete so far
         return json.loads(contact.read_text())["address"]
     return None
 

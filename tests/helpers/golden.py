@@ -1,6 +1,6 @@
-"""The golden run: a few variants of the demo. `python -m tests.helpers.golden` writes its numbers anew.
+"""The golden run: a few variants of the demo. `python -m tests.helpers.golden` regenerates its numbers.
 
-The numbers may change only on purpose, with a line in CHANGELOG.md that says why.
+The numbers may change only on purpose, with a line in CHANGELOG.md that explains why.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLAN = {
 
 
 def numbers(folder: Path) -> dict[str, dict[str, float]]:
-    """Per variant: perplexities, and mean relative losses over all matrices."""
+    """Return for each variant its test perplexities and its mean relative losses over all matrices."""
     record = carry_out(parse_plan(PLAN), str(folder / "home"), str(folder / "run"))
     run = Path(record["run_dir"])
     found: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""Triton's kernel in a process of its own: whether it interprets is decided once, when a process first imports it."""
+"""The Triton kernel in a separate process: Triton reads `TRITON_INTERPRET` only once, at its first import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosscal.compressors.panel import FixedPanel, Panel
 
 @contextmanager
 def interpreted_kernel() -> Iterator[Callable[[Panel], FixedPanel]]:
-    """`fix_panel_triton` on a CPU, whatever this process has imported."""
+    """Yield `fix_panel_triton`, interpreted on a CPU in a fresh process."""
     fresh = multiprocessing.get_context("spawn")
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=fresh) as pool:
         patch.setenv("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""A run directory with made-up numbers, in whatever shape a report may meet."""
+"""Run directories with made-up numbers, as input of reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DENSE = {"general": 80.0, "biomedical": 50.0, "legal": 25.0, "wikitext2": 200.0}
 
 
 def result(variant: str = "dense", **changes: Any) -> ResultRow:
-    """One perplexity of the dense model, or whatever `changes` make of it."""
+    """Return a result row: a perplexity of the dense model, with `changes` to its fields."""
     fields: dict[str, Any] = {
         "variant": variant,
         "method": "dense",
@@ -41,7 +41,7 @@ def result(variant: str = "dense", **changes: Any) -> ResultRow:
 
 
 def amounts(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a setting amounts to, as a method with such settings would say."""
+    """Return the `amounts` rows that a method with these settings reports."""
     step = SimpleNamespace(kind="quantize" if "bits" in setting else "prune", **setting)
     if "sparsity" in setting:
         step.sparsity = Sparsity.parse(setting["sparsity"])
@@ -50,7 +50,7 @@ def amounts(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def layer(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:
-    """One solved matrix."""
+    """Return the row of one solved matrix, with `changes` to its fields."""
     fields: dict[str, Any] = {
         "layer": f"model.layers.{block}.{matrix}" if block is not None else matrix,
         "site": "mlp.in",
@@ -78,7 +78,7 @@ def sweep(
     domain: str = "biomedical",
     seeds: Sequence[int] = (0,),
 ) -> list[ResultRow]:
-    """A dense model and one variant for each setting, alpha and seed, measured alike on both splits."""
+    """Return rows of a dense model and of one variant per setting, alpha and seed; both splits have equal values."""
     rows = [result(corpus_or_task=corpus, value=DENSE.get(corpus, 90.0)) for corpus in corpora]
     for number, (method, setting) in enumerate(settings):
         for alpha in alphas:
@@ -102,19 +102,19 @@ def sweep(
 
 
 def on_both_splits(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Perplexities of test windows, each with the same number on validation windows behind them all."""
+    """Return the rows, followed by a validation row with the same value for each perplexity."""
     return [*rows, *(replace(row, split="validation") for row in rows if row.metric == "perplexity")]
 
 
 def kept_dense(variant: str, block: int | None, matrix: str, **changes: Any) -> LayerRow:
-    """One matrix that stays dense, by a fallback or, if `changes` say so, by design."""
+    """Return the row of a matrix left dense by a fallback, with `changes` to its fields."""
     nothing = {"loss": 0.0, "relative_loss": 0.0, "heldout_relative_loss": None, "sparsity": 0.0, "tokens": 0}
     return layer(variant, block, matrix, **{**nothing, "fallback": "keep-dense: not positive definite", **changes})
 
 
 def windows_of(results: Sequence[ResultRow], count: int = 16, noise: float = 0.001) -> list[WindowRow]:
-    """What each window of a run's perplexities had: hard and easy windows that all variants share, and some noise of
-    each variant's own around a mean of exactly log(value)."""
+    """Return the negative log-likelihoods per window for each perplexity: a difficulty that all variants share plus
+    noise per variant, with a mean of exactly log(value)."""
     rows = []
     for row in (row for row in results if row.metric == "perplexity" and row.value is not None):
         shared = random.Random(row.corpus_or_task)
@@ -133,7 +133,7 @@ def write_run(
     models: Sequence[str] = (),
     **run: Any,
 ) -> Path:
-    """Write the files that are given, and only those; returns the folder."""
+    """Write the given files and no others; return the folder."""
     write_rows(folder / "results.jsonl", results)
     if windows:
         write_rows(folder / "windows.jsonl", windows)

@@ -13,11 +13,11 @@ from crosscal.store import Store
 _CHANCE = random.Random("words")
 WORDS = ["".join(_CHANCE.choices("abcdefghijklmnop", k=_CHANCE.randint(3, 9))) for _ in range(600)]
 DOMAINS = {"law": range(400), "medicine": range(200, 600)}
-"""Numbers of the words of each: a third of both is common."""
+"""Indices into `WORDS`; 200 words, half of each domain's, are common to both."""
 
 
 def made_up(domain: str, seed: str, count: int, words: int = 130) -> list[str]:
-    """Documents of sentences of six to twelve words."""
+    """Return `count` documents of `words` words, in sentences of six to twelve."""
     chance, vocabulary = random.Random(f"{domain} {seed}"), [WORDS[number] for number in DOMAINS[domain]]
     texts = []
     for _ in range(count):
@@ -32,7 +32,7 @@ def made_up(domain: str, seed: str, count: int, words: int = 130) -> list[str]:
 
 
 def edited(text: str, share: float, seed: str) -> str:
-    """So large a share of the words replaced by others."""
+    """Return the text with this share of its words replaced by others."""
     chance, words = random.Random(seed), text.split()
     for place in chance.sample(range(len(words)), round(share * len(words))):
         words[place] = chance.choice(WORDS) + "x"
@@ -40,7 +40,7 @@ def edited(text: str, share: float, seed: str) -> str:
 
 
 def corpus_of(store: Store, folder: Path, name: str, splits: Mapping[str, Sequence[str]]) -> Corpus:
-    """A corpus with these documents in these splits, added to what it holds."""
+    """Ingest these documents per split into a corpus, in addition to what it contains."""
     place = folder / f"{name}-{len(list(folder.glob(f'{name}-*')))}"
     place.mkdir(parents=True)
     for split, texts in splits.items():

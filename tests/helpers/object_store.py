@@ -1,6 +1,6 @@
-"""A local S3-compatible server (moto's) on a bad line: answers of 5xx, bodies cut short, answers that are lost or slow.
+"""A local S3-compatible server (moto) with injected faults: 5xx responses, truncated bodies, lost and slow responses.
 
-Run as a program it serves one bucket, `store`, and prints its address.
+Run as a program, it serves one bucket, `store`, and prints its address.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ Start = Callable[..., Any]
 
 @dataclass
 class BadLine:
-    """WSGI middleware. Chances are per request; `seen` counts the requests and what was done to them."""
+    """WSGI middleware that injects faults, each with a probability per request; `seen` counts requests and faults."""
 
     app: Callable[[Environment, Start], Iterable[bytes]]
     unavailable: float = 0.0
-    """503 before the request is looked at."""
+    """503 without handling the request."""
     lost: float = 0.0
-    """The request is carried out, but 500 is what the client hears."""
+    """The request is carried out, but the client gets a 500."""
     truncated: float = 0.0
-    """Half of a body, under the header of all of it."""
+    """Only half of the body, with the header of the whole."""
     slow: float = 0.0
-    """Answered late."""
+    """Response delayed by `SLOW_SECONDS`."""
     seen: collections.Counter[str] = field(default_factory=collections.Counter)
     chance: random.Random = field(default_factory=lambda: random.Random(0))
     one_at_a_time: Any = field(default_factory=threading.Lock)
 
     def __call__(self, environment: Environment, start: Start) -> Iterable[bytes]:
-        with self.one_at_a_time:  # as S3 is: a conditional write is checked and done at once
+        with self.one_at_a_time:  # like S3: a conditional write is atomic
             self.seen["requests"] += 1
             unavailable, lost, truncated, slow = (
                 self._happens(name) for name in ("unavailable", "lost", "truncated", "slow")
@@ -62,7 +62,7 @@ class BadLine:
             for name, happens in (("lost", lost), ("truncated", truncated and is_read), ("slow", slow)):
                 self.seen[name] += bool(happens)
         if slow:
-            threading.Event().wait(SLOW_SECONDS)  # not time.sleep, which a test may have cut short
+            threading.Event().wait(SLOW_SECONDS)  # not time.sleep, which tests may patch
         if lost:
             return _answer(start, "500 Internal Server Error", BROKEN)
         start(status, headers)
@@ -76,18 +76,18 @@ class BadLine:
     def _carry_out(self, environment: Environment) -> tuple[str, list[tuple[str, str]], bytes]:
         heard: list[Any] = []
         body = b"".join(self.app(environment, lambda status, headers, *_: heard.extend((status, headers))))
-        once = {name.lower(): (name, value) for name, value in heard[1]}  # moto says some twice
+        once = {name.lower(): (name, value) for name, value in heard[1]}  # moto sends some headers twice
         return heard[0], list(once.values()), body
 
 
 class _Quiet(MotoRequestHandler):
     def log(self, type: str, message: str, *args: Any) -> None:
-        """Requests are counted, not printed."""
+        """Print nothing."""
 
 
 @contextlib.contextmanager
 def object_store(**faults: float) -> Iterator[tuple[str, BadLine]]:
-    """Serve an empty bucket on a free port of this machine: yields the server's URL and the line to it."""
+    """Serve an empty bucket on a free local port; yield the server's URL and the middleware."""
     line = BadLine(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, line, threaded=True, request_handler=_Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -105,7 +105,7 @@ def object_store(**faults: float) -> Iterator[tuple[str, BadLine]]:
 
 
 def at(url: str) -> dict[str, str]:
-    """Environment variables by which s3fs finds the server."""
+    """Return the environment variables with which s3fs uses the server."""
     return {**KEYS, "AWS_ENDPOINT_URL": url}
 
 

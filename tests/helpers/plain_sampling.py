@@ -1,4 +1,4 @@
-"""Sampling written plainly: one text, the whole of it through the model for every token."""
+"""Reference sampler: one text at a time, without a cache, one forward pass over the whole text per token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crosscal.calibration.sampling import SequenceWriter
 def uncached(
     model: PreTrainedModel, settings: SequenceWriter, number: int, seed: int, prompt: Sequence[int] | None = None
 ) -> list[int]:
-    """What the settings say the sequence of this number becomes."""
+    """Return the tokens that the settings define for the sequence of this number."""
     stream = np.random.Generator(np.random.PCG64([seed, number]))
     tokens = list(prompt or [settings.start])
     for step in range(settings.length - len(tokens)):

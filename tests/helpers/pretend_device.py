@@ -1,8 +1,8 @@
 """A CUDA device that is not there: tensors that claim to be on it, with their numbers in this machine's memory.
 
-Every operation on them is refused where a GPU would refuse it, computed on the CPU otherwise, and its result claims the
-device again. So what a GPU's tensors go through is run with real numbers where there is none. What is not seen is what
-kernels do: their roundoff, their speed, their faults.
+Each operation on them raises an error if a GPU would; otherwise it is computed on the CPU, and its result claims the
+device again. So a GPU's code path runs with real numbers on a machine without one. Not covered: the roundoff, speed and
+faults of kernels.
 
     with pretended_cuda() as seen:
         x = torch.ones(3, device="cuda")       # x.is_cuda; x.device is cuda:0
@@ -10,10 +10,10 @@ kernels do: their roundoff, their speed, their faults.
         x.numpy(), x.data_ptr()                # TypeError, RuntimeError
         float(x.sum())                         # the CPU waits for the device: counted in `seen.waits`
 
-Stricter than a GPU: a tensor of indices must be on the device (it would be copied there each time). Laxer: a CPU's
-operation with a generator of the device is not seen. A CPU build of torch does not know which CUDA device is the
-current one and has no guard for it: `cuda` is `cuda:0` here (but `torch.tensor` fails with it), what torch's binding to
-Python does under a guard is done without, and there are no gradients.
+Stricter than a GPU: an index tensor must be on the device (a GPU would copy it there each time). Laxer: a CPU operation
+with a generator of the device is not detected. A CPU build of torch has neither a current CUDA device nor a device
+guard: `cuda` means `cuda:0` here (`torch.tensor` fails with it), methods that torch's Python bindings run under a guard
+are replaced (`WITHOUT_GUARD`), and there are no gradients.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from torch import Tensor
 from tests.helpers.pretended_tensor import CUDA, DEVICE_GENERATORS, GENERATOR, PACKAGE, SEEN, Seen, aten, computed
 
 MEMORY_BYTES = (2**33, 2**34)
-"""Free, and all."""
+"""Free, total."""
 
 
 @contextmanager
 def pretended_cuda() -> Iterator[Seen]:
-    """Inside, `device="cuda"` makes such tensors, in every thread. Only crosscal is told that there is a device: other
-    libraries would go on to ask for its properties."""
+    """Context in which `device="cuda"` creates such tensors, in every thread. `torch.cuda.is_available` is True only if
+    crosscal calls it: other libraries would go on to query properties of the device."""
     SEEN.clear()
     library = torch.library.Library("aten", "IMPL")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "(?s).*Overriding a previously registered kernel"
-            )  # CUDA builds have them
+            )  # CUDA builds register these
             for operation in _factories():
                 library.impl(operation, functools.partial(_computed_alone, operation), "CUDA")
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
@@ -55,14 +55,14 @@ def pretended_cuda() -> Iterator[Seen]:
         patch.setattr(torch.cuda, "mem_get_info", _mem_get_info)
         patch.setattr(torch, "Generator", PretendedGenerator)
         patch.setattr(Tensor, "to", _with_number(Tensor.to))
-        # A module's parameters stay the same objects when it moves, as they do on a GPU.
+        # As on a GPU, parameters stay the same objects when their module moves.
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         yield SEEN
     library._destroy()
 
 
 def on_device(value: Any) -> Any:
-    """The value with its tensors, those inside dataclasses, lists, tuples and dicts as well, copied to the device."""
+    """Return the value with its tensors (also inside dataclasses, lists, tuples and dicts) copied to the device."""
     if isinstance(value, Tensor):
         return value.to(CUDA)
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def on_device(value: Any) -> Any:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Those inside dataclasses, lists, tuples and dicts as well."""
+    """Yield the tensors of a value, also those inside dataclasses, lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -88,12 +88,12 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def devices_of(value: Any) -> set[str]:
-    """Where the tensors of a value are: `cpu`, `cuda:0`."""
+    """Return the devices of a value's tensors: `cpu`, `cuda:0`."""
     return {str(tensor.device) for tensor in tensors_of(value)}
 
 
 def assert_same(found: Any, expected: Any, device: str = str(CUDA), tolerance: float = 0.0) -> None:
-    """The tensors of `found` are on the device and have the numbers of those of `expected`."""
+    """Assert that the tensors of `found` are on the device and equal those of `expected`."""
     pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
     assert pairs
     assert devices_of(found) == {device}
@@ -102,7 +102,7 @@ def assert_same(found: Any, expected: Any, device: str = str(CUDA), tolerance: f
 
 
 class PretendedGenerator(GENERATOR):
-    """Random numbers of any device; here they are all a CPU's."""
+    """Generator that claims a device; its random numbers are the CPU's."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> PretendedGenerator:
         made = super().__new__(cls)
@@ -118,7 +118,7 @@ class PretendedGenerator(GENERATOR):
 
 @functools.cache
 def _factories() -> list[Any]:
-    """The operations that make a tensor from none on a device that they are told, and the copy to it."""
+    """Return the operations that create a tensor on a given device without tensor arguments, and `copy_`."""
     found: list[Any] = [aten.copy_.default]
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = name.partition("::")
@@ -146,7 +146,7 @@ def _mem_get_info(device: Any = None) -> tuple[int, int]:
 
 
 def _with_number(to: Any) -> Any:
-    """`Tensor.to` for whom `cuda` is the first device."""
+    """Return `Tensor.to` with `cuda` read as `cuda:0`."""
 
     def numbered(value: Any) -> Any:
         return CUDA if value in ("cuda", torch.device("cuda")) else value

@@ -1,4 +1,4 @@
-"""The tensors of `pretend_device`: what is refused, what is computed, and what then claims to be where."""
+"""The tensors of `pretend_device`: checks of each operation, its computation on the CPU, the device of its result."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PACKAGE = Path(crosscal.__file__).parent
 GENERATOR: Any = torch.Generator
 aten = torch.ops.aten
 TRANSFERS = {aten.copy_.default, aten._to_copy.default}
-"""They read one device and write another."""
+"""Operations that read one device and write another."""
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten._unique2.default}
-"""After them the CPU knows something that the device computed."""
+"""Operations for which the CPU waits until the device has computed a value."""
 FILLS = {
     aten.index_put_.default,
     aten.index_put.default,
@@ -31,16 +31,16 @@ FILLS = {
     aten.masked_fill.Tensor,
     aten.fill_.Tensor,
 }
-"""Not elementwise by torch's own tags, and yet they take a single number from the CPU."""
+"""Operations not tagged as pointwise by torch that accept a zero-dimensional CPU tensor all the same."""
 
 
 class DeviceMix(RuntimeError):
-    """Tensors of two devices in one operation."""
+    """Raised for tensors of two devices in one operation."""
 
 
 @dataclass
 class Seen:
-    """What the device was asked for."""
+    """Recorded use of the device."""
 
     waits: Counter[str] = field(default_factory=Counter)
     """`file.py:line` of crosscal -> how often the CPU waited there for the device."""
@@ -53,11 +53,11 @@ class Seen:
 
 SEEN = Seen()
 DEVICE_GENERATORS: set[int] = set()
-"""By the address of the generator: torch makes new Python objects of one."""
+"""Addresses of generators; torch may wrap one generator in several Python objects."""
 
 
 class PretendedTensor(Tensor):
-    """Claims to be on the device; `held` has its numbers."""
+    """A tensor that claims to be on the device; `held` is the CPU tensor with its numbers."""
 
     held: Tensor
 
@@ -82,14 +82,14 @@ class PretendedTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_composite(func):  # in inference mode they come here whole
+        if _is_composite(func):  # inference mode does not decompose them
             return func.decompose(*args, **(kwargs or {}))
         return computed(func, args, kwargs or {})
 
 
 def held(value: Any, given: list[Tensor] | None = None) -> Any:
-    """The CPU tensors behind all pretended ones of nested lists, tuples and dicts; `given` gets every tensor met. By
-    hand: torch's own way through nested values would take most of the time of a small operation."""
+    """Replace all pretended tensors in nested lists, tuples and dicts by their CPU tensors; append every tensor to
+    `given`. Not done by `tree_map`, which would take most of the time of a small operation."""
     if isinstance(value, Tensor):
         if given is not None:
             given.append(value)
@@ -115,7 +115,7 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError(f"{func} changes a tensor's shape in place")
     if goes_to_cpu or not isinstance(answer, Tensor | tuple | list):
         return answer
-    known = {id(held(tensor)): tensor for tensor in given}  # an operation in place returns what it was given
+    known = {id(held(tensor)): tensor for tensor in given}  # in-place operations return their argument
 
     def claim(tensor: Tensor) -> Tensor:
         return known[id(tensor)] if id(tensor) in known else PretendedTensor(tensor)
@@ -145,7 +145,7 @@ def _is_composite(func: Any) -> bool:
 
 @functools.cache
 def _takes_single_numbers(func: Any) -> bool:
-    """Whether a GPU takes a CPU tensor of no dimensions beside its own."""
+    """Return whether an operation on the GPU accepts zero-dimensional CPU tensors."""
     return torch.Tag.pointwise in func.tags or func in FILLS
 
 
@@ -160,7 +160,7 @@ def _note(func: Any, args: Any, goes_to_cpu: bool) -> None:
 
 
 def _wait() -> None:
-    """Count one at the line of crosscal that is being run."""
+    """Count a wait at the current line of crosscal."""
     frame = sys._getframe(1)
     while frame.f_back and not frame.f_code.co_filename.startswith(str(PACKAGE)):
         frame = frame.f_back
@@ -168,14 +168,14 @@ def _wait() -> None:
 
 
 def _mm_into(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """CUDA's alone: a product of half precision that is summed and given in float32."""
+    """Half-precision product, accumulated and returned in float32; exists only on CUDA."""
     if left.dtype not in (torch.float16, torch.bfloat16) or right.dtype != left.dtype or out_dtype != torch.float32:
         raise RuntimeError("out_dtype must be the same as the input's, or float32 for float16 and bfloat16")
     return left.to(out_dtype) @ right.to(out_dtype)
 
 
 STAND_INS = {aten.mm.dtype: _mm_into}
-"""For operations that a CPU does not have."""
+"""Replacements of operations that have no CPU kernel."""
 
 
 def _item(tensor: Tensor) -> Any:
@@ -183,7 +183,7 @@ def _item(tensor: Tensor) -> Any:
 
 
 def _held_index(index: Any, *, waits: bool) -> Any:
-    """An index as the CPU tensor takes it. Where a mask selects, the CPU waits for how many it selects."""
+    """Return the index for the CPU tensor. With `waits`, a mask counts as a wait: the CPU needs the number selected."""
     if isinstance(index, tuple):
         return tuple(_held_index(part, waits=waits) for part in index)
     if isinstance(index, Tensor) and not isinstance(index, PretendedTensor):

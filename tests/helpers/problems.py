@@ -1,4 +1,4 @@
-"""Seeded layer problems, and the slow float64 references that solvers are compared with.
+"""Seeded layer problems, and slow float64 references for the solvers.
 
 Shapes: T tokens, I inputs, O outputs, G groups.
 """
@@ -40,14 +40,14 @@ def layer(
     stored_dtype: torch.dtype | None = None,
     name: str = "blocks.0.linear",
 ) -> LayerProblem:
-    """A problem with more tokens than inputs, so that its Hessian is well conditioned. The dense model's inputs are
-    multiples of them."""
+    """A problem with more tokens than inputs, so that its Hessian is well conditioned. `CROSS` is that of dense inputs
+    which are these inputs times one factor per input."""
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
     if stored_dtype is not None:
         weight_OI = weight_OI.to(stored_dtype)
     gram_II, abs_I, mean_I = (mean.to(dtype, copy=True) for mean in _means(inputs, seed, tuple(dead)))
     dense_I = 1 + 0.2 * torch.arange(inputs, dtype=torch.float64).sin().to(dtype)
-    # a gradient of a weight is a sum of its input times what comes back to its output: none for dead inputs
+    # a weight's gradient is the sum of input times output gradient, so it is 0 for dead inputs
     back_O = torch.randn(outputs, generator=torch.Generator().manual_seed(seed + 2000), dtype=torch.float64) ** 2
     grad_square_OI = 1e-3 * torch.outer(back_O, gram_II.diagonal().double() ** 2).to(dtype)
     further = {
@@ -61,7 +61,7 @@ def layer(
 
 @functools.cache
 def _means(inputs: int, seed: int, dead: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x xᵀ, |x| and x."""
+    """Return the means of x xᵀ, |x| and x."""
     input_TI = correlated_inputs_TI(2 * inputs + 16, inputs, seed=seed, dead=dead)
     return input_TI.mT @ input_TI / len(input_TI), input_TI.abs().mean(0), input_TI.mean(0)
 
@@ -77,7 +77,7 @@ def true_loss(problem: LayerProblem, solution: LayerSolution) -> float:
 
 
 def bounded_hessian_II(inputs: int, condition: float, *, seed: int) -> Tensor:
-    """A random symmetric matrix with eigenvalues spread evenly in logarithm between 1/condition and 1."""
+    """A random symmetric matrix with log-spaced eigenvalues between 1/condition and 1."""
     generator = torch.Generator().manual_seed(seed)
     basis_II = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)).Q
     eigenvalues_I = condition ** -torch.linspace(0, 1, inputs, dtype=torch.float64)
@@ -88,8 +88,8 @@ def bounded_hessian_II(inputs: int, condition: float, *, seed: int) -> Tensor:
 def reference_grid(
     weight_OC: Tensor, bits: int, stored_dtype: torch.dtype | None = None, square_C: Tensor | None = None
 ) -> Tensor:
-    """A millionth less than max|w| / (2^(b-1) - 1/2) of every row, rounded as stored; 1 where the row is zero. With
-    mean squares, that of 36 multiples of it whose weighted error is least, the largest among equals."""
+    """Scale of every row: 0.999999 max|w| / (2^(b-1) - 1/2), rounded as stored; 1 for a row of zeros. With mean squares
+    `square_C`, the one of 36 multiples of it with the least weighted error, the largest of equals."""
     scale_O = 0.999999 * weight_OC.abs().max(dim=1).values / (2 ** (bits - 1) - 0.5)
     if square_C is not None:
         for row, (weight_C, widest) in enumerate(zip(weight_OC, scale_O.tolist(), strict=True)):
@@ -116,8 +116,8 @@ def reference_columns(
     activation_order: bool = False,
     scale_search: bool = False,
 ) -> Tensor:
-    """SparseGPT and GPTQ as derived, not as computed: eager updates, and an explicit inverse that loses one input
-    after another by Gaussian elimination. No Cholesky, no blocks, no panels; thresholds once per 128 columns."""
+    """SparseGPT and GPTQ by their derivation: eager updates, and an explicit inverse from which Gaussian elimination
+    removes one input after another. No Cholesky, no blocks, no panels; a threshold per 128 columns."""
     weight_OI, hessian_II = problem.weight_OI.double().clone(), problem.hessian_II.double()
     outputs, inputs = weight_OI.shape
     dead_I = hessian_II.diagonal() == 0

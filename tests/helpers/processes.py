@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported everything already: to be killed, measured, or questioned."""
+"""Processes forked from one that has imported everything already, for tests that kill, measure or inspect them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import psutil
 import torch
 
 PROCESSES = multiprocessing.get_context("forkserver")
-# One list for all tests: the one process that all are forked from is started once, with the list that was set last.
+# One list for all tests: there is one fork server, started once with the list that was set last.
 PROCESSES.set_forkserver_preload(["crosscal.flows.drive", "crosscal.landing", "tests.helpers.tiny_place"])
 Input = TypeVar("Input")
 
 
 def peak_bytes(work: Callable[[Input], object], first: Input, then: Input, *, threads: int = 1) -> int:
-    """By how much memory grows while a fresh process does `work(then)`, which it has done with `first` before: that
-    takes what the libraries take once."""
+    """Return the peak growth of resident memory during `work(then)` in a fresh process, after `work(first)`, which
+    makes the libraries' one-time allocations."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(_peak_bytes, work, first, then, threads).result()
 
 
 def modules_after(work: Callable[[], object]) -> set[str]:
-    """Packages that a fresh process has imported when it has done this."""
+    """Return the top-level packages imported by a fresh process after `work()`."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(_modules_after, work).result()
 
@@ -41,7 +41,7 @@ def _modules_after(work: Callable[[], object]) -> set[str]:
 
 
 def script_output(script: Path, *arguments: str) -> str:
-    """What `python SCRIPT ARGUMENTS` prints; an error where it ends with one."""
+    """Return the output of `python SCRIPT ARGUMENTS`; raise an error if the script exits with one."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(_script_output, script, arguments).result()
 

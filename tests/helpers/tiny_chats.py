@@ -1,4 +1,4 @@
-"""Conversations of a few words, and chat templates that write what those of real models write, with tiny tokens."""
+"""Conversations of a few words, and chat templates like those of real models over the tiny vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATES = {
 
 
 def chat_tokenizer(template: str | None, *, begin: bool = True) -> PreTrainedTokenizerFast:
-    """With one of `TEMPLATES`, or another; `begin`: whether `<s>` stands in front of a text by default."""
+    """Tiny tokenizer with a template, given by its name in `TEMPLATES` or as text. `begin`: texts start with `<s>`."""
     tokenizer = tiny_tokenizer(begin=begin)
     tokenizer.bos_token = "<s>"
     tokenizer.chat_template = TEMPLATES.get(template, template) if template else None
@@ -35,7 +35,7 @@ def chat_tokenizer(template: str | None, *, begin: bool = True) -> PreTrainedTok
 
 
 def chats(count: int, seed: int = 0, *, longest: int = 12) -> list[list[dict[str, Any]]]:
-    """Conversations of one to three exchanges, every third with a system turn; each says its own number first."""
+    """Conversations of one to three exchanges, every third with a system turn; every turn starts with their number."""
     chance = random.Random(seed)
 
     def words() -> str:

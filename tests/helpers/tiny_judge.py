@@ -1,4 +1,4 @@
-"""A random model of natural language inference over the tiny vocabulary."""
+"""A random natural language inference (NLI) model over the tiny vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny seeded models of many families, saved as real checkpoints, and a plain reference of what their matrices see."""
+"""Tiny seeded models of many families, saved as real checkpoints, and a plain reference of their matrices' inputs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ FAMILIES = tuple(configs())
 
 
 def wide_configs() -> dict[str, PretrainedConfig]:
-    """Of which the experts' inputs are multiples of 32, as mxfp4 asks."""
+    """Families whose experts' input sizes are multiples of 32, as mxfp4 requires."""
     mixture = {**COMMON, **EXPERTS, "intermediate_size": 64}
     return {"gpt-oss-wide": transformers.GptOssConfig(**mixture, **SLIDING, num_local_experts=4, head_dim=8)}
 
@@ -80,7 +80,7 @@ def wide_configs() -> dict[str, PretrainedConfig]:
 def save_model(
     family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Path:
-    """A checkpoint of a family with random weights, large enough that nothing is close to linear or to zero."""
+    """Save a checkpoint of a family; its random weights are large, so that no layer is nearly linear or zero."""
     config = (configs() | wide_configs())[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -105,7 +105,7 @@ def load_plain(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedMo
 
 @torch.no_grad()
 def plain_grams(model: PreTrainedModel, tokens_SL: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """gram = XᵀX and the token count of every matrix of the full model, named as in the model; window by window."""
+    """Return XᵀX and the token count of every matrix of the full model by name; one forward pass per window."""
     grams: dict[str, Tensor] = {}
     tokens: dict[str, int] = defaultdict(int)
 
@@ -133,7 +133,7 @@ def plain_grams(model: PreTrainedModel, tokens_SL: Tensor) -> tuple[dict[str, Te
 
 
 def _add_experts(name: str, module: nn.Module, args: tuple[Any, ...], add: Any) -> None:
-    """Token by token, expert by expert, from the formulas of Mixtral, Qwen3-MoE and GPT-OSS."""
+    """Add the experts' inputs token by token, by the formulas of Mixtral, Qwen3-MoE and GPT-OSS."""
     hidden_TH, chosen_TK = args[0].reshape(-1, args[0].shape[-1]), args[1]
     for row_H, chosen_K in zip(hidden_TH, chosen_TK, strict=True):
         for expert in chosen_K.tolist():

@@ -1,4 +1,4 @@
-"""Tiny models of families whose packed form needs care: see `tests/test_models_packing.py`."""
+"""Tiny models of families with special cases in packing: see `tests/test_models_packing.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny model, two tiny corpora and a plan in one folder, and the command line called as a user calls it."""
+"""A tiny model, two tiny corpora and a plan in one folder, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Place:
         return self.plan
 
     def run(self, *extra: str) -> dict[str, Any]:
-        """`crosscal run plan.yaml --json`, which must succeed; its record."""
+        """Run `crosscal run plan.yaml --json`, assert that it succeeds, and return its record."""
         options = ("--home", str(self.home), "--json")
         out = () if "--out" in extra else ("--out", str(self.run_dir))
         done = crosscal("run", str(self.plan), *options, *out, *extra)
@@ -76,7 +76,7 @@ def write_corpus(folder: Path, *, seed: int) -> None:
 
 
 def write_documents(file: Path, *, seed: str, count: int) -> None:
-    """Documents of six sentences in random order, no two alike."""
+    """Write distinct documents of six random sentences."""
     chance = random.Random(seed)
     texts = (f"{seed} {number}: " + " ".join(chance.choices(SENTENCES, k=6)) for number in range(count))
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -90,7 +90,7 @@ class Outcome:
 
 
 def crosscal(*arguments: str) -> Outcome:
-    """The command line in this process, from its arguments to its exit code."""
+    """Run the command line in this process; return its exit code and output."""
     out, err, logger = io.StringIO(), io.StringIO(), logging.getLogger("crosscal")
     handlers, propagate = list(logger.handlers), logger.propagate
     code = 0
@@ -106,14 +106,14 @@ def crosscal(*arguments: str) -> Outcome:
 
 
 def run_alone(place: Place, out: Path) -> None:
-    """A process of its own whose exit code is that of `crosscal run`."""
+    """Target of a child process: exits with the exit code of `crosscal run`."""
     done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(out))
     print(done.err, file=sys.stderr)
     sys.exit(done.code)
 
 
 def values(results: Path) -> list[tuple[Any, ...]]:
-    """What a run measured, without how long it took."""
+    """Return the measured values of a run, without the durations."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     fields = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "seed")
     return [tuple(row[name] for name in fields) for row in rows]

@@ -1,4 +1,4 @@
-"""The stages of a run on a tiny model and made-up windows."""
+"""Inputs of a run's stages: a tiny model and made-up windows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def keep_windows(store: Store, tokens_SL: torch.Tensor) -> str:
 
 
 def sample(store: Store, corpus: str, *shards: torch.Tensor) -> Sample:
-    """One part per shard, weighing as much as all of its windows; of each the last two windows are held out."""
+    """Sample of one part per shard, weighted for all its windows; the last two windows of each shard are held out."""
     weights = [len(tokens_SL) / (len(tokens_SL) - 2) for tokens_SL in shards]
     calibration = [part(store, tokens_SL[:-2], weight) for tokens_SL, weight in zip(shards, weights, strict=True)]
     held_out = [part(store, tokens_SL[-2:], len(tokens_SL) / 2) for tokens_SL in shards]
@@ -52,7 +52,7 @@ def part(store: Store, tokens_SL: torch.Tensor, weight: float = 1.0) -> PoolPart
 
 
 def sums(*parts: PoolPart) -> SplitSets:
-    """Nothing of it folded."""
+    """Sets of the parts, none of them folded."""
     return SplitSets(parts, whole=functools.reduce(PoolPart.plus, parts) if len(parts) > 1 else None)
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer trained in memory on a few sentences, and a random Llama that fits it."""
+"""A tokenizer trained in memory on a few sentences, and a random Llama for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCES = (
 
 
 def tiny_tokenizer(*, begin: bool = True, end: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 tokens with `<s>` = 0 in front by default, `</s>` = 1 and `<pad>` = 2."""
+    """Byte-level BPE of 400 tokens; `<s>` = 0, prepended by default, `</s>` = 1, `<pad>` = 2."""
     tokenizer = Tokenizer.from_str(_trained())
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

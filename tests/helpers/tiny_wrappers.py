@@ -1,4 +1,4 @@
-"""Tiny seeded checkpoints whose language model stands beside a vision tower, saved under the wrapper's class."""
+"""Tiny seeded multimodal checkpoints: a language model and a vision tower, saved under the wrapper's class."""
 
 from __future__ import annotations
 
