@@ -130,10 +130,7 @@ def variants(plan: CompressionPlan) -> list[Variant]:
         for variant in _expand(plan, entry, f"compress.{index}"):
             found.setdefault(variant.key, variant)
     names = Counter(variant.name for variant in found.values())
-    return [
-        variant if names[variant.name] == 1 else dataclasses.replace(variant, name=f"{variant.name}-{variant.key[:6]}")
-        for variant in found.values()
-    ]
+    return [variant if names[variant.name] == 1 else _with_key(variant) for variant in found.values()]
 
 
 def samples_needed(plan: CompressionPlan, found: Sequence[Variant] | None = None) -> list[tuple[str, int]]:
@@ -196,6 +193,15 @@ def _of_recipe(
         name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""
         leave_dense = tuple(plan.leave_dense)
         yield Variant(name, recipe, mixture, upstream, seed, normalised, entry.fallback, leave_dense, search)
+
+
+def _with_key(variant: Variant) -> Variant:
+    """Return the variant with a part of its key in its name: before the draw, if named, and the same for all draws."""
+    draw = f"-s{variant.seed}"
+    if not variant.name.endswith(draw):
+        return dataclasses.replace(variant, name=f"{variant.name}-{variant.key[:6]}")
+    key = dataclasses.replace(variant, seed=0).key
+    return dataclasses.replace(variant, name=f"{variant.name.removesuffix(draw)}-{key[:6]}{draw}")
 
 
 def _options(plan: CompressionPlan, part: Mapping[str, Any], domain: str | None, where: str) -> Iterator[RecipeStep]:

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from crosscal.flows.quiet import quiet_libraries
-from crosscal.plan import CompressionPlan
-from crosscal.tasks.corpora import draw_sample, ingest_corpus
+from crosscal.plan import CompressionPlan, SelfGenerated
+from crosscal.tasks.corpora import bring_in, draw_sample
 from crosscal.tasks.model import identify
 from crosscal.tasks.run_spec import RunSpec
 from crosscal.tasks.sufficiency import measure_sufficiency
@@ -24,6 +24,10 @@ def measure_enough(plan: CompressionPlan, home: str) -> list[dict[str, Any]]:
     needed: dict[str, int] = {}
     for name, seed in asked:
         needed.setdefault(name, seed)
-    stored = {name: ingest_corpus.fn(spec, name)["stored"] for name in plan.document_corpora if name in needed}
+    origins = [plan.corpora[name] for name in needed]
+    continued = {origin.seeds for origin in origins if isinstance(origin, SelfGenerated)}
+    wanted = [name for name in plan.document_corpora if name in needed or name in continued]
+    corpora = bring_in(spec, lambda task, *given: task.fn(*given), wanted)
+    stored = {name: corpora[name]["stored"] for name in wanted}
     samples = [draw_sample.fn(spec, name, stored.get(name, name), seed) for name, seed in needed.items()]
     return measure_sufficiency.fn(dataclasses.replace(spec, samples=samples))

@@ -19,6 +19,7 @@ from crosscal.stages.heldout_text import windows_for
 from crosscal.store import digest_of
 from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.evaluation import cutting_of
+from crosscal.tasks.mixtures import open_variants, rule_texts, ruled_variants
 from crosscal.tasks.run_spec import RunSpec
 
 
@@ -43,7 +44,7 @@ class News:
 
     def check(self, spec: RunSpec, stored: Mapping[str, str]) -> None:
         """Raise `NothingNew` for unchanged inputs, `TooLittleText` when a corpus has too little held-out text."""
-        self.inputs = inputs_of(spec)
+        self.inputs = inputs_of(spec, stored)
         last = self._last()
         version = spec.versions.get(self.domain)
         if last is not None and last["inputs"] == self.inputs and not self.is_asked:
@@ -89,7 +90,17 @@ class News:
                 raise TooLittleText(f"too little {split} text to decide by", where=name, got=f"{found} window", do=do)
 
 
-def inputs_of(spec: RunSpec) -> str:
-    """Return the digest of plan, model, dtype and training windows: all that determines a run's models."""
+def inputs_of(spec: RunSpec, stored: Mapping[str, str]) -> str:
+    """Return the digest of all that determines a run's models: plan, model, dtype, training windows, and the held-out
+    text by which open mixtures are chosen."""
     windows = [(sample.corpus, sample.seed, sample.calibration.key) for sample in spec.sampled]
-    return digest_of([spec.plan, spec.model, spec.dtype, windows])
+    return digest_of([spec.plan, spec.model, spec.dtype, windows, *_chosen_by(spec, stored)])
+
+
+def _chosen_by(spec: RunSpec, stored: Mapping[str, str]) -> list[list[str]]:
+    """Return digests of the text by which mixtures are chosen: held-out windows, and for a rule validation windows."""
+    searching, ruled = open_variants(spec), ruled_variants(spec)
+    if not searching:
+        return []
+    texts = [text for variant in searching if variant.name in ruled for text in rule_texts(spec, stored, variant)]
+    return [[sample.held_out.key for sample in spec.sampled], [text.digest for text in texts]]

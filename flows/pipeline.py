@@ -229,6 +229,7 @@ def _record(
         "stages": dict(watch.seconds),
         "cache": {"hits": sum(r["hits"] for r in readings), "misses": sum(r["misses"] for r in readings)},
         "calibration_tokens": sum(sample.tokens for sample in spec.sampled),
+        "calibration_draws": [{"corpus": s.corpus, "seed": s.seed, "tokens": s.tokens} for s in spec.sampled],
         "calibration_tokens_read": sum(r["tokens_read"] for r in readings),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "corpora": corpora,

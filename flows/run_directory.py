@@ -23,20 +23,22 @@ SOLVER = 1  # a change of what the solvers compute makes new run directories
 
 def open_run_directory(spec: RunSpec, plan: CompressionPlan, out: str | None) -> Path:
     """Create or reopen the directory of exactly this run. Raises `UsageError` when `out` holds another run."""
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": spec.model,
         "dtype": spec.dtype,
         "samples": [(sample.corpus, sample.seed, *sample.keys) for sample in spec.sampled],
         "variants": [(variant.name, variant.key) for variant in spec.variants()],
         "solver": SOLVER,
     }
+    if measured_on := spec.run_context().measured_on:  # for `screen`; it is measured as blocks are solved
+        inputs["measured_on"] = measured_on
     identity = digest_of(inputs)
     runs = Path(os.environ.get("CROSSCAL_RUNS", "runs"))
     folder = Path(out) if out else runs / f"{Path(plan.model).name}-{identity[:8]}"
     marker = folder / "identity.json"
     if marker.exists() and json.loads(marker.read_text())["identity"] != identity:
         raise UsageError(
-            "this directory holds another run: model, data or variants differ",
+            "this directory holds another run: model, data, variants or `evaluate.screen` differ",
             where=str(folder),
             do="Choose another --out, or remove the directory.",
         )

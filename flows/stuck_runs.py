@@ -35,7 +35,7 @@ from prefect.states import Cancelled, Crashed
 
 from crosscal.store.processes import has_ended, number_of, this_process
 
-FLOWS = ("recompress", "watch", "housekeeping")
+FLOWS = ("recompress", "study", "watch", "housekeeping")
 PROCESS = "crosscal.process"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 AT_WORK = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)

@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
@@ -24,6 +24,9 @@ from crosscal.flows.outcome import shown
 from crosscal.flows.shown import run_name, tag_run
 from crosscal.flows.stuck_runs import note_process
 from crosscal.plan import CompressionPlan, load_plan
+
+if TYPE_CHECKING:
+    from crosscal.flows.pipeline import PreparedRun
 
 
 @flow(name="study", flow_run_name=run_name, on_running=[note_process], persist_result=False, result_serializer="json")
@@ -69,7 +72,7 @@ def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int
     with watch.stage("ingest"):
         begun = begin(plan, home)
     folder = Path(out).absolute() if out else folder_of(plan)
-    parts = parts_of(plan, folder, [begun.spec.model, begun.spec.dtype, sorted(begun.spec.versions.items())])
+    parts = parts_of(plan, folder, _inputs(begun))
     unmade = [part for part in parts if not part.is_complete]
     for part in unmade[:most]:
         log.info(
@@ -80,8 +83,18 @@ def carry_out_study(plan: CompressionPlan, home: str, out: str | None, most: int
     return write_up(folder, plan, parts, watch)
 
 
+def _inputs(begun: PreparedRun) -> list[Any]:
+    """Return the identities of all that a part's numbers depend on besides the plan: model, corpora and tasks."""
+    from crosscal.corpora import load_corpus
+    from crosscal.tasks.questions import identities_of
+
+    spec = begun.spec
+    corpora = {stored: load_corpus(spec.store, stored, version).digest for stored, version in spec.versions.items()}
+    return [spec.model, spec.dtype, corpora, identities_of(spec.parsed)]
+
+
 def check_study(plan: CompressionPlan) -> None:
-    """Raise `PlanError` for a plan without a study, with a race, or with an unknown baseline."""
+    """Raise `PlanError` for a plan without a study, with a race or a screen, or with an unknown baseline."""
     from crosscal.compressors import COMPRESSORS
     from crosscal.report.counterparts import DOMAIN
     from crosscal.report.groups import DENSE
@@ -89,9 +102,10 @@ def check_study(plan: CompressionPlan) -> None:
 
     if plan.study is None:
         raise PlanError("the plan has no study", where="study", do="Add `study: {draws: 5}`, or --set study.draws=5.")
-    if plan.evaluate.race:
-        do = "Leave out `race`: what leaves it has no numbers to be compared over draws."
-        raise PlanError("a study measures every variant on every window", where="evaluate.race", do=do)
+    for name in ("race", "screen"):
+        if getattr(plan.evaluate, name):
+            do = f"Leave out `{name}`: variants that it rules out have no numbers to be compared over draws."
+            raise PlanError("a study measures every variant on every window", where=f"evaluate.{name}", do=do)
     names = {variant.name.removesuffix(f"-s{variant.seed}") for variant in variants(plan)}
     methods = {variant.method for variant in variants(plan)} | set(COMPRESSORS)
     unknown = [name for name in plan.study.baseline if name not in {DENSE, DOMAIN, *plan.corpora, *methods, *names}]

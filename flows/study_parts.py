@@ -30,8 +30,8 @@ class StudyPart:
 def parts_of(plan: CompressionPlan, folder: Path, inputs: Sequence[Any]) -> list[StudyPart]:
     """Split a study into parts, draw by draw, of at most `models_at_once` variants.
 
-    A part is named by a digest of all that its numbers depend on: `inputs` (the model and the corpora), its variants,
-    and the plan except for its section `study` and its seed.
+    A part is named by a digest of all that its numbers depend on: `inputs` (model, corpora and tasks, by
+    their content), its variants, and the plan except for its section `study` and its seed.
     """
     asked = plan.study or Study()  # pyright: ignore[reportCallIssue]
     found = sorted(variants(plan), key=lambda variant: plan.seeds.index(variant.seed))

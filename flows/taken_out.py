@@ -115,11 +115,12 @@ class _Doomed:
 
     @functools.cached_property
     def sets(self) -> set[str]:
-        found, clean = set(), self._named("parts", by_doomed=False)
-        for artifact in self.store.list(SETS):
-            if artifact.key not in clean and self._is_text_of_them(artifact.provenance):
-                found.add(artifact.key)
-        return found
+        """Calibration sets with their text, and sets joined from others that are not all known to be clean."""
+        said = {artifact.key: artifact.provenance for artifact in self.store.list(SETS)}
+        clean = self._named("parts", by_doomed=False)
+        found = {key for key in said if key not in clean and self._is_text_of_them(said[key])}
+        kept = (said.keys() - found) | clean
+        return found | {key for key in said if not kept >= set(said[key].get("sets", ()))}
 
     @functools.cached_property
     def summed(self) -> set[str]:

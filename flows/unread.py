@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from crosscal.calibration import WindowRequest, tokenizer_digest
 from crosscal.calibration.pool import find_pool, most_windows
-from crosscal.calibration.tokens import begin_token
+from crosscal.calibration.sets import KIND as SETS
+from crosscal.calibration.windows import random_provenance
 from crosscal.corpora import Corpus, load_corpus
 from crosscal.errors import CorpusError
 from crosscal.models.source import ModelSource
 from crosscal.plan import Documents, RandomTokens, SelfGenerated
 from crosscal.stages.folding import SumStore, unread_tokens
-from crosscal.stages.preflight import is_read, stored_set
-from crosscal.stages.sample import Draw, sums_of
-from crosscal.tasks.corpora import seeds_of, stored_name
+from crosscal.stages.preflight import is_read
+from crosscal.stages.sample import Draw, sums_of, written_provenance
+from crosscal.store import digest_of
+from crosscal.tasks.corpora import seeds_of, stored_name, temperature_of
 from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import Variant
 
@@ -64,20 +68,29 @@ def _told(splits: Sequence[tuple[list[str | None], int, int]]) -> dict[str, Any]
 def _generated(
     spec: RunSpec, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens, cached: SumStore
 ) -> tuple[list[str | None], int, int]:
-    kind: dict[str, Any] = {"source": "vocabulary"}
     tokens = request.windows * request.length
-    if isinstance(origin, SelfGenerated):
-        try:
-            seeds = seeds_of(spec, origin)
-        except CorpusError:
-            return [None], tokens, tokens
-        kind = {"source": "model", "model": spec.model, "seeds": None} | (seeds.said(request.split) if seeds else {})
-    begin = begin_token(source.tokenizer(), request.begin_token)
-    is_read_in = isinstance(origin, SelfGenerated) and origin.seeds is not None  # the others tokenize no text
-    request = dataclasses.replace(request, plain_text=request.plain_text and is_read_in)
-    asked = {"begin": begin, **request.provenance(begin)}
-    key = stored_set(spec.store, {"tokenizer": tokenizer_digest(source.path), **kind, **asked})
+    try:
+        key = digest_of(_provenance(spec, source, request, origin))
+    except CorpusError:  # the documents that the model continues are not ingested yet
+        return [None], tokens, tokens
+    if spec.store.find(SETS, key) is None:
+        return [None], tokens, tokens
     return [key], 0 if is_read(cached, key, source.blocks) else tokens, tokens
+
+
+def _provenance(
+    spec: RunSpec, source: ModelSource, request: WindowRequest, origin: SelfGenerated | RandomTokens
+) -> dict[str, Any]:
+    if not isinstance(origin, SelfGenerated):
+        return random_provenance(source.tokenizer(), tokenizer_digest(source.path), request)
+    return written_provenance(
+        source,
+        request,
+        temperature=temperature_of(origin),
+        first_tokens=origin.first_tokens,
+        dtype=getattr(torch, spec.dtype),
+        seeds=seeds_of(spec, origin),
+    )
 
 
 def _drawn(
@@ -94,7 +107,8 @@ def _drawn(
     unread = tokens = 0
     if pool is not None and pool.parts:
         sums = sums_of(pool, parts_kept_apart)
-        keys, tokens = [part.key for part in sums.parts], sums.tokens
+        keys += [part.key for part in sums.parts]
+        tokens = sums.tokens
         unread = unread_tokens(cached, source.blocks, sums)
     windows, characters = (pool.windows, pool.characters) if pool else (0, 0)
     for shard in undrawn:
@@ -108,11 +122,12 @@ def _drawn(
 
 
 def reading_again(variant: Variant, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describe the extra calibration pass of a sequential variant over its mixture, through its own compressed blocks.
+    """Describe the extra calibration pass of a sequential variant over its mixtures, through its own compressed blocks.
 
     An upper bound: whether an earlier run has stored its moments is not known before the windows are drawn.
     """
-    corpora = variant.mixture.corpora if variant.mixture else ()
+    mixtures = (variant.mixture, *(step.mixture for step in variant.recipe))
+    corpora = {corpus for mixture in mixtures if mixture for corpus in mixture.corpora}
     mine = [reading for reading in readings if reading["corpus"] in corpora and reading["seed"] == variant.seed]
     tokens = sum(reading["tokens_to_read"] + reading["tokens_cached"] for reading in mine)
     sets = [key for reading in mine for key in reading["sets"] or (None, None)]

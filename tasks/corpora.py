@@ -133,14 +133,13 @@ def draw_sample(spec: RunSpec, name: str, stored: str, seed: int) -> dict[str, A
             report(f"{name}: drawing windows", 0, None)
             sample = sample_documents(spec.store, corpus, source, draw)
     elif isinstance(origin, SelfGenerated):
-        temperature = TemperatureSchedule(origin.t_init, origin.t_final, origin.steps)
         with task_report() as report:
             sample = sample_self(
                 spec.store,
                 name,
                 source,
                 draw,
-                temperature=temperature,
+                temperature=temperature_of(origin),
                 first_tokens=origin.first_tokens,
                 device=spec.device,
                 dtype=getattr(torch, spec.dtype),
@@ -150,6 +149,10 @@ def draw_sample(spec: RunSpec, name: str, stored: str, seed: int) -> dict[str, A
     else:
         sample = sample_random(spec.store, name, source, draw)
     return sample.as_json()
+
+
+def temperature_of(origin: SelfGenerated) -> TemperatureSchedule:
+    return TemperatureSchedule(origin.t_init, origin.t_final, origin.steps)
 
 
 def seeds_of(spec: RunSpec, origin: SelfGenerated) -> Seeds | None:

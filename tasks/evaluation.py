@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,26 @@ def evaluate_model(spec: RunSpec, stored: dict[str, str], name: str, report: Rep
     return measured
 
 
-def models_spared(spec: RunSpec) -> dict[str, str]:
-    """Return variant → why it needs no evaluation. The variant that the plan publishes is always evaluated."""
+def models_spared(spec: RunSpec, rows: Mapping[str, Sequence[LayerRow]] | None = None) -> dict[str, str]:
+    """Return variant → why it needs no evaluation. The variant that the plan publishes is always evaluated.
+
+    `rows`: the layer rows of every variant, if known."""
     if not spec.parsed.evaluate.screen:
         return {}
     publish = spec.parsed.publish
-    rows = {variant.name: rows_of(spec, variant) for variant in spec.variants()}
+    rows = rows or {variant.name: rows_of(spec, variant) for variant in spec.variants()}
     return screened(spec.variants(), rows, [publish.variant] if publish else ())
 
 
 def spare_model(spec: RunSpec, name: str, why: str) -> dict[str, Any]:
-    """Return what `evaluate_model` would for a variant that needs no evaluation: `spared` states why."""
+    """Return what `evaluate_model` would for a variant that needs no evaluation: `spared` states why. The store keeps
+    its layer rows, so that a later run spares it without solving it."""
+    context, variant = spec.run_context(), variant_of(spec, name)
+    if variant in spec.variants_to_make():
+        files = checkpoint_files(context.folder / "models" / name, name)
+        note_made(context, variant, files, layer_rows(context, [variant]))
     if not spec.parsed.execution.keep_models:
-        discard_model(spec.run_context(), variant_of(spec, name))
+        discard_model(context, variant)
     return {"weights": "", "size_bytes": None, "failed": None, "spared": why}
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from prefect import task
 
-from crosscal.corpora import load_corpus
 from crosscal.evaluation import VALIDATION
 from crosscal.files import write_whole
 from crosscal.lanes import side_by_side
@@ -31,6 +30,7 @@ from crosscal.stages.compress import RunContext, blocks_at_once, compress_block,
 from crosscal.stages.evaluate import EvaluationSet, checkpoint_files, evaluation_set, measure
 from crosscal.stages.heldout_text import HeldOutText, windows_for
 from crosscal.stages.made_variants import made_before, note_made
+from crosscal.tasks.corpora import corpus_of
 from crosscal.tasks.evaluation import DENSE, cutting_of
 from crosscal.tasks.options import PLAIN, RETRIED
 from crosscal.tasks.run_spec import RunSpec, task_report
@@ -82,10 +82,12 @@ def evaluate_candidate(spec: RunSpec, stored: dict[str, str], name: str, weights
     variant = _variant(spec, name)
     one, eval_set = candidate(variant, tuple(weights)), _rule_exam(spec, stored, variant)
     context = dataclasses.replace(spec.run_context(), folder=Path(spec.run_dir) / CANDIDATES)
-    made = made_before(context, one.variant)
+    made, blocks = made_before(context, one.variant), context.source.blocks
     with task_report() as report:
-        if made is not None and made.is_whole(context.source.blocks):
+        if made is not None and (eval_set.find(made.weights) or made.is_whole(blocks)):
             measure(eval_set, Path(made.folder), files=made.files, name=one.variant.name, report=report)
+            for block in unmeasured(context, [one]):
+                measure_block(context, block, [one])
             return
         folder, rows = _model_of(spec, context, one)
         files = checkpoint_files(folder, one.variant.name, report)
@@ -147,23 +149,26 @@ def _candidates(spec: RunSpec, wanted: Wanted) -> list[Candidate]:
     return [candidate(_variant(spec, name), tuple(weights)) for name, weights in wanted]
 
 
+def rule_texts(spec: RunSpec, stored: Mapping[str, str], variant: Variant) -> tuple[HeldOutText, ...]:
+    """Return the validation windows of general text and the domain, as the run measures them."""
+    source, cutting, names = spec.source(), cutting_of(spec.parsed), (GENERAL, search_of(variant).domain)
+    corpora = [corpus_of(spec, name, stored[name]) for name in names]
+    windows = [windows_for(spec.store, corpus, VALIDATION, source, cutting) for corpus in corpora]
+    return tuple(HeldOutText(name, VALIDATION, each) for name, each in zip(names, windows, strict=True))
+
+
 def _rule_exam(spec: RunSpec, stored: Mapping[str, str], variant: Variant) -> EvaluationSet:
-    """Return validation windows of general text and the domain, cut as for the run; no test text, no questions."""
-    source, cutting, plan = spec.source(), cutting_of(spec.parsed), spec.parsed
-    texts = []
-    for name in (GENERAL, search_of(variant).domain):
-        corpus = load_corpus(spec.store, stored[name], spec.versions.get(stored[name]))
-        named = dataclasses.replace(corpus, name=name)
-        texts.append(HeldOutText(name, VALIDATION, windows_for(spec.store, named, VALIDATION, source, cutting)))
+    """Return an evaluation set of the rule's validation windows; no test text, no questions."""
+    plan = spec.parsed
     empty = evaluation_set(
         spec.store,
         [],
-        source,
-        cutting,
+        spec.source(),
+        cutting_of(plan),
         tasks=[],
         limit=None,
         batch_tokens=plan.evaluate.batch_tokens,
         device=spec.device,
         dtype=getattr(torch, spec.dtype),
     )
-    return dataclasses.replace(empty, texts=tuple(texts))
+    return dataclasses.replace(empty, texts=rule_texts(spec, stored, variant))

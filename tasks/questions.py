@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
         do = "Give one of them a `name`."
         raise PlanError("two tasks of one name", where="evaluate.tasks", got=", ".join(repeated), do=do)
     return [*local, *named]
+
+
+def identities_of(plan: CompressionPlan) -> list[list[str]]:
+    """Return what the tasks of `ready_tasks` measure, as stored measurements are identified: the content of files, and
+    the version of lm-eval where it does the measuring."""
+    lm_eval = importlib.metadata.version("lm-eval")
+    return [
+        [task if isinstance(task, str) else task.digest, *([lm_eval] if isinstance(task, str | asked.TextTask) else [])]
+        for task in ready_tasks(plan)
+    ]
 
 
 def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | SummaryTask]:

@@ -13,30 +13,34 @@ from crosscal.stages.compress import discard_model
 from crosscal.stages.made_variants import made_before, unmeasured
 from crosscal.stages.race import Race, RaceExit, RaceState, replayed
 from crosscal.statistics import Mixture
-from crosscal.tasks.evaluation import evaluation_set_of, measure_made, place_of, rows_of, variant_of
+from crosscal.tasks.evaluation import evaluation_set_of, measure_made, models_spared, place_of, rows_of, variant_of
 from crosscal.tasks.options import RETRIED
 from crosscal.tasks.run_spec import RunSpec
 from crosscal.variants import Variant
 
 
 def models_to_make(spec: RunSpec, stored: dict[str, str]) -> list[str]:
-    """Return the variants whose models are needed: all, or, unless models are kept, those not measured before."""
+    """Return the variants whose models are needed: all, or, unless models are kept, those that no earlier run measured
+    or ruled out."""
     variants, context = spec.variants(), spec.run_context()
     if not spec.parsed.execution.keep_models and any(made_before(context, variant) for variant in variants):
-        evaluate = spec.parsed.evaluate
-        left = _left_before(spec, stored) if evaluate.race and not evaluate.screen else ()
-        variants = [v for v in unmeasured(context, variants, evaluation_set_of(spec, stored)) if v.name not in left]
+        out = _ruled_out_before(spec, stored)
+        variants = [v for v in unmeasured(context, variants, evaluation_set_of(spec, stored)) if v.name not in out]
     return [variant.name for variant in variants]
 
 
-def _left_before(spec: RunSpec, stored: dict[str, str]) -> Collection[str]:
-    """Return the variants that left the race of an earlier run; none if some variant was not made before."""
+def _ruled_out_before(spec: RunSpec, stored: dict[str, str]) -> Collection[str]:
+    """Return the variants that an earlier run spared or that left its race; none if some variant was not made yet."""
     made = {variant.name: made_before(spec.run_context(), variant) for variant in spec.variants()}
     known = {name: each for name, each in made.items() if each is not None}
     if len(known) < len(made):
         return ()
     rows, weights = ({n: each.rows for n, each in known.items()}, {n: each.weights for n, each in known.items()})
-    return replayed(Race(evaluation_set_of(spec, stored)), spec.variants(), rows, weights, baselines(spec)).left
+    spared = models_spared(spec, rows)
+    if not spec.parsed.evaluate.race:
+        return spared
+    racing = [variant for variant in spec.variants() if variant.name not in spared]
+    return spared | replayed(Race(evaluation_set_of(spec, stored)), racing, rows, weights, baselines(spec)).left
 
 
 @task(name="race", task_run_name="race {name}, look {look}", **RETRIED)

@@ -59,6 +59,8 @@ def write_results(spec: RunSpec, stored: dict[str, str], measured: dict[str, dic
     write_rows(run_dir / "questions.jsonl", [row for variant, one in pairs for row in _question_rows(variant, one)])
     if scores := [row for variant, one in pairs for row in _document_rows(variant, one)]:
         write_rows(run_dir / "summaries.jsonl", scores)
+    else:
+        (run_dir / "summaries.jsonl").unlink(missing_ok=True)  # of an earlier plan
     rows = [against_dense(result_row(spec, variant, one), one, dense) for variant, one in pairs]
     write_rows(run_dir / "results.jsonl", rows)
     write_rows(run_dir / "layers.jsonl", [row for judged in found.values() for row in judged.layers])

@@ -244,6 +244,17 @@ def test_keys_follow_what_changes_tokens(store: Store, landed: Landing) -> None:
     assert len({keys[name, how, "texts"] for name, how in cases}) == 1
 
 
+def test_windows_without_what_only_the_template_writes_have_a_key_of_their_own(store: Store, landed: Landing) -> None:
+    corpus, each = landed(rows_of(CHATS)), chat_tokenizer("begin-once", begin=False)
+    usual, without = (drawn(store, corpus, each, WindowRequest(4, 32, begin_token=asked)) for asked in (None, False))
+    assert (usual[1][:, 0] == 0).all()
+    assert not (without[1][:, 0] == 0).all()
+    assert usual[0].key != without[0].key
+    bare = chat_tokenizer("turns", begin=False)
+    alike = {drawn(store, corpus, bare, WindowRequest(4, 32, begin_token=asked))[0].key for asked in (None, False)}
+    assert len(alike) == 1, "equal windows have one key"
+
+
 def test_as_text_a_conversation_is_what_its_turns_say(store: Store, landed: Landing) -> None:
     corpus, bare = landed(rows_of(CHATS)), chat_tokenizer(None)
     texts = list(documents(store, corpus.shards[0], "train"))

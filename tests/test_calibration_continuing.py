@@ -19,6 +19,7 @@ from crosscal.corpora import Corpus, documents, ingest
 from crosscal.errors import CalibrationError
 from crosscal.store import Store
 from tests.helpers.plain_sampling import uncached
+from tests.helpers.tiny_chats import chat_tokenizer, chats
 from tests.helpers.tiny_text import SENTENCES, tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = "a" * 64, "b" * 64
@@ -150,6 +151,21 @@ def test_the_same_texts_are_found_again_and_other_settings_write_others(
     ]
     assert len({one.key for one in [first, *others]}) == 6
     assert len({tuple(one.tokens_SL.flatten().tolist()) for one in [first, *others]}) == 6
+
+
+def test_conversations_are_continued_as_the_template_renders_them(store: Store, model, tmp_path: Path) -> None:
+    lines = (json.dumps({"messages": chat}) + "\n" for chat in chats(60, longest=30))
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    seeds = seeds_of(ingest(store, "chats", [str(tmp_path / "chats.jsonl")], split="train").corpus)
+
+    def continued(template: str):
+        tokenizer = chat_tokenizer(template)
+        return continued_windows(store, model, MODEL, tokenizer, TOKENIZER, REQUEST, seeds, batch=4)
+
+    first, other = continued("begin-once"), continued("own-system")
+    assert first.key != other.key
+    assert not torch.equal(first.tokens_SL, other.tokens_SL)
+    assert continued("begin-once").key == first.key
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, store: Store, model, corpus: Corpus) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from crosscal.corpora import ingest
 from crosscal.models import ModelSource
@@ -26,6 +27,7 @@ from crosscal.store import Store
 from tests.helpers.tiny_models import FAMILIES, save_model, windows
 from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
 from tests.helpers.tiny_run import variant
+from tests.helpers.tiny_text import tiny_llama
 
 DEMO_MODEL = Path(__file__).parents[1] / "data" / "demo" / "model"
 DISK_FACTOR = 1.25
@@ -86,6 +88,14 @@ def test_sequential_variants_read_again(place: Place) -> None:
     assert states(check(place)) == [("cached", 0), ("at most", 12 * 32)]
 
 
+def test_sequential_variants_read_the_mixtures_of_their_steps_again(place: Place) -> None:
+    steps = [{"method": "wanda", "sparsity": 0.5}, {"method": "refit", "mixture": {"general": 1.0}}]
+    place.write_plan(compress=[{"steps": steps, "mixture": {"legal": 1.0}, "upstream": "sequential"}])
+    before = check(place)
+    assert states(before)[-1] == ("at most", 2 * 12 * 32)
+    assert place.run()["calibration_tokens_read"] == before["calibration_tokens_to_read"] == 4 * 12 * 32
+
+
 def test_tokens_that_need_no_corpus(place: Place) -> None:
     corpora = {"noise": "random", "own": "self"}
     mixture = {"noise": 0.5, "own": 0.5}
@@ -97,6 +107,24 @@ def test_tokens_that_need_no_corpus(place: Place) -> None:
     assert states(check(place)) == [("not sampled yet", 12 * 32)] * 2
     assert place.run()["calibration_tokens_read"] == 2 * 12 * 32
     assert states(check(place)) == [("cached", 0)] * 2
+
+
+def test_text_that_the_model_writes_is_found_by_all_of_its_settings(place: Place) -> None:
+    tiny_llama().to(torch.bfloat16).save_pretrained(place.folder / "model")  # on a CPU it writes in float32
+
+    def asked(**settings: object) -> None:
+        place.write_plan(
+            corpora={"own": {"source": "self", **settings}},
+            compress=[{"method": "wanda", "sparsity": 0.5, "mixture": {"own": 1.0}}],
+            evaluate={"perplexity": []},
+        )
+
+    asked()
+    place.run()
+    assert states(check(place)) == [("cached", 0)]
+    for other in ({"t_init": 0.2, "t_final": 0.2}, {"first_tokens": []}):
+        asked(**other)
+        assert states(check(place)) == [("not sampled yet", 12 * 32)]
 
 
 def test_the_disk_estimate_is_near_what_is_stored(place: Place) -> None:

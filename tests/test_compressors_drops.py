@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crosscal.compressors.selection import mark_lowest
+from crosscal.compressors.selection import lowest, mark_lowest
 
 
 def sorted_out(score_BO: torch.Tensor, count: int) -> torch.Tensor:
@@ -36,3 +36,18 @@ def test_marks_what_a_sort_would(case: str, share: float) -> None:
     count = round(share * work_BO.numel())
     mark_lowest(drop_BO, work_BO, score_B, count)
     assert torch.equal(drop_BO, sorted_out((work_BO * score_B[:, None]).square(), count))
+
+
+@pytest.mark.parametrize("count", [1, 100, 700])
+@pytest.mark.parametrize("outputs", [90, 4000])
+def test_nan_is_left_out(count: int, outputs: int) -> None:
+    """Up to as many as there are numbers."""
+    torch.manual_seed(0)
+    work_BO, score_B = torch.full((16, outputs), torch.nan), torch.rand(16)
+    work_BO.view(-1)[torch.randperm(work_BO.numel())[:700]] = torch.randn(700)
+    score_B[0] = 0.0
+    score_BO, drop_BO = (work_BO * score_B[:, None]).square(), torch.zeros_like(work_BO)
+    mark_lowest(drop_BO, work_BO, score_B, count)
+    assert torch.equal(drop_BO, sorted_out(score_BO, count))
+    assert torch.equal(drop_BO, lowest(score_BO, count).float())
+    assert not work_BO[drop_BO > 0].isnan().any()

@@ -108,6 +108,14 @@ def test_kernel_equals_torch_reference(kernel: Kernel, case: str) -> None:
     assert torch.equal(found.weight_CR == 0, expected.weight_CR == 0)
     torch.testing.assert_close(found.weight_CR, expected.weight_CR, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.error_CR, expected.error_CR, rtol=1e-5, atol=1e-5)
+    if expected.drop_CR is None:
+        assert found.drop_CR is None
+    else:
+        assert asked.drop_CR is not None
+        assert found.drop_CR is not None
+        assert torch.equal(found.drop_CR, expected.drop_CR)
+        assert (found.drop_CR >= asked.drop_CR).all()
+        assert not found.weight_CR[found.drop_CR > 0].any()
     if expected.ints_CR is None:
         assert found.ints_CR is None
     else:

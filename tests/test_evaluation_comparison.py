@@ -22,7 +22,7 @@ def made(seed: int, windows: int, mean: float = 0.0, sd: float = 0.05) -> list[f
 @pytest.mark.parametrize("seed", range(5))
 def test_for_one_comparison_it_is_the_paired_t_test(windows: int, seed: int) -> None:
     one, other = made(seed, windows, 3.01), made(seed + 100, windows, 3.0)
-    found = log_difference([one], [other])
+    found = log_difference({0: one}, {0: other})
     assert found is not None
     expected = stats.ttest_rel(one, other)
     assert found.mean == pytest.approx(np.mean(one) - np.mean(other))
@@ -39,20 +39,21 @@ def test_one_window_and_windows_that_are_not_the_same_show_nothing() -> None:
     assert margin(alone) == math.inf
     assert not is_distinguishable(alone)
     assert excess(alone, 1e9) == math.inf
-    assert log_difference([[1.0]], [[0.5]]) is None
-    assert log_difference([[1.0, 2.0]], [[1.0, 2.0, 3.0]]) is None
-    assert log_difference([], [[1.0, 2.0]]) is None
+    assert log_difference({0: [1.0]}, {0: [0.5]}) is None
+    assert log_difference({0: [1.0, 2.0]}, {0: [1.0, 2.0, 3.0]}) is None
+    assert log_difference({}, {0: [1.0, 2.0]}) is None
+    assert log_difference({0: [1.0, 2.0]}, {1: [1.0, 3.0]}) is None
 
 
 def test_a_model_is_not_told_from_itself_and_keeps_every_bound() -> None:
-    same = log_difference([made(0, 8)], [made(0, 8)])
+    same = log_difference({0: made(0, 8)}, {0: made(0, 8)})
     assert same is not None
     assert not is_distinguishable(same)
     assert excess(same, 0.0) <= 0.0
 
 
 def test_what_is_shown_is_shown_of_any_looser_bound_and_by_fewer_comparisons() -> None:
-    found = log_difference([made(1, 16, 3.04)], [made(2, 16, 3.0)])
+    found = log_difference({0: made(1, 16, 3.04)}, {0: made(2, 16, 3.0)})
     assert found is not None
     shown = [excess(found, most / 100) for most in range(20)]
     assert shown == sorted(shown, reverse=True)
@@ -89,10 +90,23 @@ def test_seeds_add_their_deviation_and_take_away_degrees_of_freedom() -> None:
     assert found.dof == pytest.approx((a + b) ** 2 / (a**2 / 49 + b**2 / 2))
     assert 2 < found.dof < 49
     assert margin(found) > margin(windows)
-    one, other = ([made(seed, 12, mean) for seed in range(3)] for mean in (3.0, 3.2))
+    one, other = ({seed: made(seed, 12, mean) for seed in range(3)} for mean in (3.0, 3.2))
     both = log_difference(one, other)
     assert both
-    assert both.mean == pytest.approx(np.mean(one) - np.mean(other))
+    assert both.mean == pytest.approx(np.mean(list(one.values())) - np.mean(list(other.values())))
+
+
+def test_seeds_are_compared_with_the_same_seed_alone() -> None:
+    """A seed that is hard for both models says nothing about their difference; seeds 0 and 2 are missing in one each.
+    A model without seeds is compared with every seed of the other, whose deviation adds to the error."""
+    hard = dict(enumerate((0.3, -0.2, 0.1)))
+    one, other = ({seed: made(seed, 8, 3.0 + hard[seed] + more) for seed in hard} for more in (0.02, 0.0))
+    found = log_difference({0: one[0], 1: one[1]}, {1: other[1], 2: other[2]})
+    assert found == log_difference({1: one[1]}, {1: other[1]})
+    assert found
+    assert found.mean == pytest.approx(0.02)
+    without = made(9, 8, 3.0)
+    assert log_difference({None: without}, one) == log_difference(dict.fromkeys(one, without), one)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +133,7 @@ def test_a_choice_against_the_rule_written_out(seed: int) -> None:
     own = [chance.uniform(3.9, 4.0) for _ in range(count)]
     nll = [[level + shared + chance.gauss(0, 0.02) for shared in hard] for level in own]
     law = [math.exp(sum(each) / windows) for each in nll]
-    found = choose(list(zip(general, law, strict=True)), lambda i, j: log_difference([nll[i]], [nll[j]]))
+    found = choose(list(zip(general, law, strict=True)), lambda i, j: log_difference({0: nll[i]}, {0: nll[j]}))
     front = {i for i in range(count) if not any(general[j] < general[i] and law[j] < law[i] for j in range(count))}
     lowest = min(range(count), key=lambda i: law[i])
     alike = {

@@ -55,6 +55,32 @@ def test_the_interval_over_draws_holds_the_truth_in_19_of_20_studies() -> None:
     assert covered / studies == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / studies))
 
 
+@pytest.mark.parametrize("draws", [2, 3, 5])
+@pytest.mark.parametrize("window_noise", [0.1, 8.0])
+def test_the_interval_over_draws_and_windows_holds_the_truth_in_19_of_20_studies(
+    draws: int, window_noise: float
+) -> None:
+    """Simulation: a study draws calibration text and 64 test windows, which its draws share. The interval may hold the
+    truth more often where one source has hardly any degrees of freedom, never less often."""
+    generator, studies = np.random.default_rng(2), 1000
+    covered = 0
+    for _ in range(studies):
+        values_DW = generator.normal(0, 1.0, (draws, 1)) + generator.normal(0, window_noise, 64)
+        low, high = over_both(over_draws_and_items(values_DW.tolist())) or (0, 0)
+        covered += low <= 0 <= high
+    error = 3 * math.sqrt(0.95 * 0.05 / studies)
+    assert 0.95 - error <= covered / studies <= 0.99
+
+
+def test_with_one_source_known_the_interval_over_both_is_over_that_one() -> None:
+    one_draw = over_draws_and_items(DIFFERENCES_DW[:1].tolist())
+    one_window = over_draws_and_items(DIFFERENCES_DW[:, :1].tolist())
+    assert over_both(one_draw) == pytest.approx(one_draw.interval)
+    assert over_both(one_window) == pytest.approx(one_window.interval)
+    assert over_both(over_draws([0.5], None, QUESTIONS)) is None
+    assert over_both(over_draws_and_items([[0.5, 0.5], [0.5, 0.5]])) == (0.5, 0.5)
+
+
 def test_accuracies_are_over_draws_or_over_questions() -> None:
     several, one = over_draws([0.5, 0.6, 0.55], 0.05, QUESTIONS), over_draws([0.5], 0.05, QUESTIONS)
     assert several.over == DRAWS
@@ -62,7 +88,9 @@ def test_accuracies_are_over_draws_or_over_questions() -> None:
     assert one.over == QUESTIONS
     assert one.interval == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), rel=1e-4)
     low, high = over_both(several) or (0, 0)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.hypot(0.05 / math.sqrt(3), 0.05), rel=1e-4)
+    draws, questions = 0.05**2 / 3, 0.05**2
+    width = stats.t.ppf(0.975, (draws + questions) ** 2 / (draws**2 / 2))  # only the draws' variance is an estimate
+    assert (high - low) / 2 == pytest.approx(width * math.sqrt(draws + questions))
     assert over_draws([0.5], None, QUESTIONS).interval is None
 
 

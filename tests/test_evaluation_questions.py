@@ -15,7 +15,7 @@ import torch
 import zstandard
 
 from crosscal.errors import EvaluationError
-from crosscal.evaluation import Measurement, QuestionSuite
+from crosscal.evaluation import TEST, Measurement, QuestionSuite
 from crosscal.evaluation.harness import NamedTask, _check_known, _metrics, measure_named
 from crosscal.evaluation.question_files import Question, read_questions, task_names
 from tests.helpers.processes import modules_after
@@ -109,7 +109,7 @@ def test_limit_takes_the_first_questions(tmp_path: Path) -> None:
     assert found[0].value == pytest.approx(slow_accuracies(rows()[:7])[0])
 
 
-def as_lm_eval_task(name: str, questions: list[dict]) -> NamedTask:
+def as_lm_eval_task(name: str, questions: list[dict], split: str = "test") -> NamedTask:
     """Return the questions as an lm-eval task."""
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
@@ -117,9 +117,9 @@ def as_lm_eval_task(name: str, questions: list[dict]) -> NamedTask:
     config = {
         "task": name,
         "custom_dataset": lambda **_: DatasetDict(
-            {"test": Dataset.from_list([{**row, "question": str(row["question"])} for row in questions])}
+            {split: Dataset.from_list([{**row, "question": str(row["question"])} for row in questions])}
         ),
-        "test_split": "test",
+        f"{split}_split": split,
         "output_type": "multiple_choice",
         # Bare field names: lm-eval would evaluate a rendered template that consists of digits.
         "doc_to_text": "question",
@@ -130,6 +130,14 @@ def as_lm_eval_task(name: str, questions: list[dict]) -> NamedTask:
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
     }
     return NamedTask(name, {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}, "group_map": {}})
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_task_of_lm_eval_is_reported_whatever_it_calls_its_split(split: str) -> None:
+    """hellaswag, piqa, winogrande and others have answers for `validation` alone; nothing is chosen by them."""
+    asked = as_lm_eval_task("facts", rows(8), split)
+    found = measure_named(asked, tiny_llama(), tiny_tokenizer(), limit=None, max_length=128)
+    assert [(one.metric, one.split) for one in found] == [("acc", TEST), ("acc_norm", TEST)]
 
 
 def test_lm_eval_is_quiet_and_left_as_it_was(capfd: pytest.CaptureFixture, caplog) -> None:

@@ -21,8 +21,9 @@ def test_looks_are_all_windows_once_and_few_at_first(windows: int) -> None:
         assert max(b - a for a, b in zip(found[0], found[0][1:], strict=False)) == 4, "spread over the whole text"
 
 
-def noisy(chance: random.Random, mean: float, hard: list[float]) -> list[list[float]]:
-    return [[mean + each + chance.gauss(0, 0.02) for each in hard]]
+def noisy(chance: random.Random, hard: list[float], *means: float) -> dict[int | None, list[float]]:
+    """Return seed -> values of all windows, with the seed's mean."""
+    return {seed: [mean + each + chance.gauss(0, 0.02) for each in hard] for seed, mean in enumerate(means)}
 
 
 def test_whoever_is_worse_on_every_corpus_leaves_and_the_front_stays() -> None:
@@ -31,7 +32,7 @@ def test_whoever_is_worse_on_every_corpus_leaves_and_the_front_stays() -> None:
     front = {"g": (1.0, 1.5), "m": (1.1, 1.2), "d": (1.5, 1.0)}
     worse = {"bad": (1.2, 1.6), "worst": (2.0, 2.0)}
     models = {
-        name: {corpus: noisy(chance, mean, hard) for corpus, mean in zip(("general", "legal"), means, strict=True)}
+        name: {corpus: noisy(chance, hard, mean) for corpus, mean in zip(("general", "legal"), means, strict=True)}
         for name, means in (front | worse).items()
     }
     found = beaten(models, comparisons=12)
@@ -46,12 +47,12 @@ def test_whoever_is_worse_on_every_corpus_leaves_and_the_front_stays() -> None:
 def test_seeds_leave_together_and_what_cannot_be_paired_stays() -> None:
     chance = random.Random(1)
     hard = [chance.gauss(3, 1) for _ in range(8)]
-    good = {"general": [*noisy(chance, 1.0, hard), *noisy(chance, 1.01, hard)]}
-    bad = {"general": [*noisy(chance, 1.5, hard), *noisy(chance, 1.52, hard)]}
+    good = {"general": noisy(chance, hard, 1.0, 1.01)}
+    bad = {"general": noisy(chance, hard, 1.5, 1.52)}
     assert set(beaten({"good": good, "bad": bad}, 3)) == {"bad"}
-    one_luckily = {"general": [bad["general"][0], good["general"][0]]}
+    one_luckily = {"general": {0: bad["general"][0], 1: good["general"][0]}}
     assert beaten({"good": good, "lucky": one_luckily}, 3) == {}, "seeds differ by more than windows do"
-    shorter = {"general": [each[:4] for each in bad["general"]]}
+    shorter = {"general": {seed: each[:4] for seed, each in bad["general"].items()}}
     assert beaten({"good": good, "bad": shorter}, 3) == {}
     assert beaten({"good": good, "bad": {**bad, "legal": bad["general"]}}, 3) == {}
 
@@ -67,7 +68,7 @@ def test_looking_often_at_many_misleads_no_more_often_than_the_level(counted: bo
         order, remaining = [], dict(nll)
         for part in parts:
             order += part
-            seen = {name: {"general": [[own[i] for i in order]]} for name, own in remaining.items()}
+            seen = {name: {"general": {0: [own[i] for i in order]}} for name, own in remaining.items()}
             for name in beaten(seen, (models - 1) * len(parts) if counted else 1):
                 del remaining[name]
         lost += models - len(remaining)

@@ -50,6 +50,23 @@ def test_a_plan_that_chooses(tmp_path: Path) -> None:
     assert grown["calibration_tokens_read"] > 0
 
 
+def test_enough_measures_the_text_that_a_run_calibrates_on(tmp_path: Path) -> None:
+    """Chosen documents, and text that continues documents which no mixture contains."""
+    place = make_place(tmp_path)
+    chosen = {"path": "legal", "select": {"documents": 6}}
+    written = {"source": "self", "seeds": "general", "prefix_tokens": 8}
+    place.write_plan(
+        corpora={"general": "general", "legal": chosen, "written": written},
+        compress=[{"method": "wanda", "sparsity": 0.5, "mixture": {"legal": 0.5, "written": 0.5}}],
+        calibration={"windows": 64, "length": 32, "held_out_windows": 4, "sufficiency": True},
+        evaluate={"windows": 4},
+    )
+    done = crosscal("enough", str(place.plan), "--home", str(place.home), "--json")
+    assert done.code == 0, done.err
+    asked = [(curve["corpus"], curve["points"]) for curve in json.loads(done.out)]
+    assert asked == [(curve["corpus"], curve["points"]) for curve in place.run()["sufficiency"]]
+
+
 @pytest.mark.parametrize(
     ("corpora", "message"),
     [

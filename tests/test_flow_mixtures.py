@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 import pytest
 
 from crosscal.errors import CrosscalError
+from crosscal.evaluation import VALIDATION
+from crosscal.flows.news import inputs_of
+from crosscal.flows.pipeline import begin
+from crosscal.plan import load_plan
 from crosscal.report.rows import ResultRow, read_rows
 from crosscal.stages import candidates, compress
-from tests.helpers.tiny_place import Place, crosscal, make_place, values
+from crosscal.tasks.corpora import draw_sample
+from crosscal.tasks.evaluation import evaluation_set_of
+from crosscal.tasks.mixtures import open_variants, rule_texts
+from crosscal.variants import samples_needed
+from tests.helpers.tiny_chats import chat_tokenizer, chats
+from tests.helpers.tiny_place import Place, crosscal, make_place, values, write_documents
 
 PRUNED = {"method": "sparsegpt", "sparsity": 0.5, "domain": "legal"}
 AUTO = "sparsegpt-50-legal-auto"
@@ -136,6 +146,54 @@ def test_nothing_is_chosen_by_test_text(made: Place, place: Place) -> None:
     place.run()
     assert choices(place.run_dir) == choices(made.run_dir)
     assert values(place.run_dir / "results.jsonl") != values(made.run_dir / "results.jsonl")
+
+
+def test_a_rule_looks_at_the_windows_that_the_run_measures(place: Place) -> None:
+    (place.folder / "chats").mkdir()
+    for seed, split in enumerate(("train", "validation", "test")):
+        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats(40, seed, longest=20)]
+        (place.folder / "chats" / f"{split}.jsonl").write_text("".join(lines))
+    chat_tokenizer("begin-once").save_pretrained(place.folder / "model")
+    corpora = {"general": "general", "legal": {"path": "chats", "chat": "text"}}
+    place.write_plan(corpora=corpora, compress=[{**PRUNED, "alpha": RULE}], evaluate={"windows": 4})
+    begun = begin(load_plan(place.plan), str(place.home))
+    [variant] = open_variants(begun.spec)
+    measured = {
+        text.corpus: text.digest
+        for text in evaluation_set_of(begun.spec, begun.stored).texts
+        if text.split == VALIDATION
+    }
+    assert {text.corpus: text.digest for text in rule_texts(begun.spec, begun.stored, variant)} == measured
+
+
+@pytest.mark.parametrize("alpha", [0.5, "auto", RULE])
+def test_held_out_text_that_lands_is_news_for_a_search_alone(place: Place, alpha: Any) -> None:
+    place.write_plan(compress=[{**PRUNED, "alpha": alpha}], evaluate={"windows": 4, "validation_windows": 64})
+    before = inputs(place)
+    assert inputs(place) == before
+    write_documents(place.folder / "legal" / "validation-1.jsonl", seed="more", count=5)
+    assert (inputs(place) == before) == (alpha == 0.5)
+
+
+def inputs(place: Place) -> str:
+    begun = begin(load_plan(place.plan), str(place.home))
+    spec, plan = begun.spec, begun.spec.parsed
+    needed = samples_needed(plan, spec.variants())
+    samples = [draw_sample.fn(spec, name, begun.stored[name], seed) for name, seed in needed]
+    return inputs_of(dataclasses.replace(spec, samples=samples), begun.stored)
+
+
+def test_a_rule_chooses_the_same_if_its_models_were_made_before(place: Place) -> None:
+    tight = [{**PRUNED, "alpha": {"auto": {"general_within": 0.001}}}]
+    place.write_plan(compress=tight, evaluate={"windows": 4})
+    [found] = place.run("--home", str(place.folder / "fresh"))["choices"]
+    weights = [one["weights"] for one in found["tried"] if one["perplexity"]]
+    assert any(weight not in (0.0, 0.25, 0.5, 0.75, 1.0) for weight in found["weights"].values())
+    place.write_plan(compress=[{"method": "sparsegpt", "sparsity": 0.5, "mixture": weights}], evaluate={"windows": 4})
+    place.run("--out", str(place.folder / "given"))
+    place.write_plan(compress=tight, evaluate={"windows": 4})
+    [again] = place.run("--out", str(place.folder / "again"))["choices"]
+    assert again == found
 
 
 def test_every_seed_finds_its_own_and_several_corpora_find_one_mixture(place: Place) -> None:

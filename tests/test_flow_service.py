@@ -42,11 +42,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
 SLEEPER = """
+import sys
 import time
 from prefect import flow
 from crosscal.flows.stuck_runs import note_process
 
-@flow(name="housekeeping", on_running=[note_process])
+@flow(name=sys.argv[1], on_running=[note_process])
 def sleep() -> None:
     time.sleep(600)
 
@@ -197,8 +198,9 @@ def test_the_watch_announces_exactly_what_waits(first: dict[str, Any], client: S
 
 @pytest.fixture
 def sleepers(client: SyncPrefectClient, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two processes, each carrying out its own flow run."""
-    started = [subprocess.Popen([sys.executable, "-c", SLEEPER], env={**os.environ}) for _ in range(2)]
+    """Two processes, each carrying out a run of its own flow."""
+    flows = ("study", "housekeeping")
+    started = [subprocess.Popen([sys.executable, "-c", SLEEPER, flow], env={**os.environ}) for flow in flows]
     yield started
     for process in started:
         process.kill()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from crosscal.flows.study_files import together
 from crosscal.tasks import evaluation
-from tests.helpers.tiny_place import Place, crosscal, make_place, values
+from tests.helpers.tiny_place import Place, crosscal, make_place, values, write_documents
 from tests.helpers.tiny_text import SENTENCES
 
 COMPRESS = [
@@ -99,6 +100,52 @@ def test_other_text_makes_other_parts(place: Place) -> None:
     assert study(place, "--parts", "0")["parts"] == {"complete": 0, "of": 4}
 
 
+def test_parts_are_known_by_the_content_of_corpora_and_tasks(place: Place) -> None:
+    """In another store, other text has the same name and version, and the same text is the same."""
+
+    def complete(*extra: str) -> int:
+        return study(place, "--parts", "0", *extra)["parts"]["complete"]
+
+    asked, task = place.folder / "asked.jsonl", {"question": "Is it so?", "choices": ["yes", "no"], "answer": 0}
+    asked.write_text(json.dumps(task) + "\n")
+    place.write_plan(compress=COMPRESS[1:], evaluate={**WINDOWS, "tasks": ["asked.jsonl"]}, study={"draws": 1})
+    assert study(place)["parts"] == {"complete": 1, "of": 1}
+    asked.write_text(json.dumps({**task, "answer": 1}) + "\n")
+    assert complete() == 0
+    asked.write_text(json.dumps(task) + "\n")
+    assert complete() == complete("--home", str(place.folder / "second")) == 1
+    write_documents(place.folder / "general" / "test.jsonl", seed="other", count=20)
+    assert complete("--home", str(place.folder / "third")) == 0
+
+
+def test_a_study_describes_every_corpus_and_counts_every_draw_once(place: Place) -> None:
+    calibration = {"windows": 8, "length": 32, "held_out_windows": 4, "sufficiency": True}
+    sweep = [{"method": "sparsegpt", "sparsity": 0.5, "domain": "legal", "alpha": [0, 0.5, 1]}]
+    asked = {"compress": sweep, "evaluate": WINDOWS}
+    place.write_plan(**asked, calibration=calibration, study={"draws": 2, "models_at_once": 1})
+    found = study(place)
+    place.write_plan(**asked, calibration={**calibration, "seed": [0, 1]})
+    one = place.run()
+    assert found["parts"] == {"complete": 6, "of": 6}
+    for name in ("calibration_tokens", "calibration_quality", "starved_experts"):
+        assert found[name] == one[name], name
+    assert [curve["corpus"] for curve in found["sufficiency"]] == ["general", "legal"]
+    samples = [(folder / "samples.json").read_text() for folder in (place.folder / "study", place.run_dir)]
+    assert samples[0] == samples[1]
+
+
+def test_descriptions_are_those_of_the_first_part_that_has_the_corpus() -> None:
+    def record(corpus: str, number: int) -> dict[str, Any]:
+        by_corpus = {name: {corpus: number} for name in ("calibration_quality", "starved_experts")}
+        costs = {"stages": {}, "cache": {}, "calibration_tokens_read": 1, "peak_rss_bytes": 1}
+        draws = [{"corpus": corpus, "seed": 0, "tokens": 8}]
+        return {**by_corpus, **costs, "failed": {}, "notes": [], "calibration_draws": draws}
+
+    found = together([record("general", 1), record("legal", 2), record("general", 3)])
+    assert found["starved_experts"] == found["calibration_quality"] == {"general": 1, "legal": 2}
+    assert (found["calibration_tokens"], found["calibration_tokens_read"]) == (16, 3)
+
+
 def test_plan_check_says_how_a_study_is_cut_and_counts_the_disk_of_one_part(place: Place) -> None:
     def check(*extra: str) -> dict[str, Any]:
         return json.loads(crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json", *extra).out)
@@ -118,6 +165,8 @@ def test_plan_check_says_how_a_study_is_cut_and_counts_the_disk_of_one_part(plac
         (["execution={device: cpu, keep_models: true}"], "a study keeps numbers"),
         (["calibration.seed=[1, 2, 3]"], "calibration.seed lists 3"),
         (["study.draws=0"], "study.draws"),
+        (["calibration.seed=[0, 0, 1]", "study.draws=3"], "calibration.seed: 0 more than once"),
+        (["evaluate.screen=true"], "a study measures every variant on every window"),
     ],
 )
 def test_mistakes_are_one_message(place: Place, changes: list[str], said: str) -> None:

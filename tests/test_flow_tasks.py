@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,13 @@ def test_summaries_have_their_scores_and_the_ratio_of_risks(place: Place, record
     assert {row.variant for row in rows if row.metric == "risk_ratio"} == compressed != set()
     page = (place.run_dir / "report.html").read_text(encoding="utf-8")
     assert all(word in page for word in ("papers risk ratio", "papers overlap rougeL", "papers faithfulness"))
+
+
+def test_no_scores_stay_of_tasks_that_a_plan_no_longer_has(place: Place, record: dict[str, Any]) -> None:
+    again = shutil.copytree(place.run_dir, place.folder / "again")
+    place.run("--out", str(again), "--set", "evaluate.tasks=[]")
+    assert not (again / "summaries.jsonl").exists()
+    assert not read_rows(again / "questions.jsonl", QuestionRow)
 
 
 def test_a_check_says_the_same_before(place: Place) -> None:

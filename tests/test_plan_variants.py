@@ -56,6 +56,17 @@ def test_a_model_asked_for_twice_is_made_once() -> None:
     assert len(same) == 1
 
 
+def test_draws_of_one_recipe_share_a_name_before_the_draw() -> None:
+    """Two recipes whose names are equal get a part of their key, which no draw changes."""
+    wanda = {"method": "wanda", "sparsity": 0.5}
+    found = expand(wanda, {**wanda, "fallback": "keep-dense"}, calibration={"seed": [0, 1, 2]})
+    stems = {(variant.fallback, variant.name.removesuffix(f"-s{variant.seed}")) for variant in found}
+    assert len(found) == len({variant.name for variant in found}) == 6
+    assert len(stems) == len({stem for _, stem in stems}) == 2
+    one_draw = expand(wanda, {**wanda, "fallback": "keep-dense"}, calibration={"seed": [5]})
+    assert [variant.name for variant in one_draw] == [f"wanda-50-general-{variant.key[:6]}" for variant in one_draw]
+
+
 def test_names_are_unique_and_safe_as_folders() -> None:
     found = expand(
         {

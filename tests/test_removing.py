@@ -14,12 +14,18 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from crosscal.corpora import load_corpus
+from crosscal.calibration import WindowRequest, draw_pool
+from crosscal.calibration.sets import windows_by_key
+from crosscal.corpora import ingest, load_corpus
+from crosscal.corpora.removing import search, take_out
 from crosscal.flows.recompress import recompress
 from crosscal.flows.taken_out import discard_taken_out
 from crosscal.landing import Ledger, take_in
+from crosscal.stages.folding import unfolded
+from crosscal.stages.sample import Sample, sums_of
 from crosscal.store import Store
 from tests.helpers.tiny_place import Outcome, Place, crosscal, make_place, write_documents
+from tests.helpers.tiny_text import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +134,25 @@ def test_what_is_made_afterwards_is_what_a_store_makes_that_never_held_them(plac
     assert kinds_with_secret(home, place) == set()
     assert list(discard_taken_out(store)) == [], "what is made anew is clean, and stays"
     assert all(problem is None for *_, problem in store.verify())
+
+
+def test_sets_joined_from_theirs_are_removed_too(tmp_path: Path) -> None:
+    store, tokenizer, joined = Store(tmp_path / "home"), tiny_tokenizer(), {}
+    for name in ("legal", "other"):
+        for number in range(3):
+            file = tmp_path / f"{name}-{number}.jsonl"
+            write_documents(file, seed=file.stem, count=20)
+            if (name, number) == ("legal", 0):
+                file.write_text(file.read_text() + json.dumps({"text": SECRET * 20}) + "\n")
+            corpus = ingest(store, name, [str(file)], split="train").corpus
+        sums = sums_of(draw_pool(store, corpus.shards, tokenizer, "t", WindowRequest(1000, 32)), 1)
+        joined[name] = unfolded(store, Sample(name, 0, sums, sums)).calibration.apart[0].key
+    found = {each.digest for each in search(store, load_corpus(store, "legal"), containing=SECRET)}
+    take_out(store, "legal", found)
+    assert list(discard_taken_out(Store(store.location)))
+    kept = {artifact.key for artifact in store.list("calibration")}
+    assert not any(SECRET in text for key in kept for text in tokenizer.batch_decode(windows_by_key(store, key)))
+    assert joined["other"] in kept
 
 
 def test_only_windows_that_change_are_read_again(place: Place, home: Path) -> None:

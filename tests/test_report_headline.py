@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import t
 
 from crosscal.evaluation import VALIDATION
-from crosscal.evaluation.comparison import is_distinguishable, log_difference
+from crosscal.evaluation.comparison import Draws, is_distinguishable, log_difference
 from crosscal.report import ResultRow, WindowRow
 from crosscal.report.groups import SeedGroup, groups_of
 from crosscal.report.headline import RULE, SLACK, Recommendation, best_variants, domains_of, sentence, sentences
@@ -131,8 +131,8 @@ def test_seeds_are_paired_and_their_deviation_adds_to_the_error() -> None:
     rows = sweep(seeds=(0, 1, 2), settings=(("sparsegpt", {"sparsity": 0.5}),))
     one, _, other = [group for group in groups_of(rows, [], windows_of(rows)) if not group.is_dense]
 
-    def seeds_of(group: SeedGroup) -> list:
-        return list(group.window_nll["biomedical", VALIDATION].values())
+    def seeds_of(group: SeedGroup) -> Draws:
+        return group.window_nll["biomedical", VALIDATION]
 
     found = log_difference(seeds_of(one), seeds_of(other))
     assert found is not None
@@ -145,6 +145,17 @@ def test_seeds_are_paired_and_their_deviation_adds_to_the_error() -> None:
     assert same == log_difference(seeds_of(other), seeds_of(other))
     assert same
     assert not is_distinguishable(same)
+
+
+def test_a_search_that_found_general_text_is_not_the_general_only_baseline() -> None:
+    """A searched mixture may be another with the next draw."""
+    given = points((100, 60), (104, 50))
+    searched = [replace(row, variant="v0-auto", found_by="auto") for row in given if row.variant == "v0"]
+    (best,) = best_variants(groups_of([*searched, *given], []), "law")
+    assert best.general_only
+    assert (best.group.name, best.general_only.name) == ("v1", "v0")
+    (best,) = best_variants(groups_of([*searched, *(row for row in given if row.variant != "v0")], []), "law")
+    assert best.general_only is None
 
 
 def test_text_without_a_test_is_no_domain_and_every_measured_variant_is_compared() -> None:

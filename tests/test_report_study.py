@@ -7,13 +7,14 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 
 from crosscal.report import write_report
 from crosscal.report.counterparts import counterpart
-from crosscal.report.rows import QuestionRow, ResultRow, StudyRow, write_rows
+from crosscal.report.rows import DocumentRow, QuestionRow, ResultRow, StudyRow, write_rows
 from crosscal.report.run_files import RunFiles, read_run
 from crosscal.report.study import ALIKE, BETTER, WORSE, study_rows
 from crosscal.report.study_table import DifferenceTable, sentences
@@ -142,13 +143,24 @@ def test_a_mixture_that_was_found_is_compared_but_neither_baseline_nor_chosen_ag
     """Even if it is general text alone, others are not compared with it."""
     rows = sweep(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0, 1))
     general = [row for row in rows if "-a0-" in row.variant]
-    found = [dataclasses.replace(row, variant=row.variant.replace("-a0-", "-auto-"), value=1.0) for row in general]
+    found = [
+        dataclasses.replace(row, variant=row.variant.replace("-a0-", "-auto-"), value=1.0, found_by="auto")
+        for row in general
+    ]
     rows = [*rows[:4], *found, *rows[4:]]
     compared = study_rows(study_of(rows, tmp_path), ["general"])
     baselines = {row.baseline for row in compared if row.rule}
     assert baselines == {"sparsegpt0-biomedical-a0"}
     assert "sparsegpt0-biomedical-auto" in {row.variant for row in compared if row.rule}
     assert "sparsegpt0-biomedical-auto" not in {row.variant for row in compared if row.chosen}
+
+
+def test_a_domain_may_be_called_auto(tmp_path: Path) -> None:
+    """Its variants are named like those of a search, and are not."""
+    corpora, settings = ("general", "auto"), [("sparsegpt", {"sparsity": 0.5})]
+    rows = study_rows(study_of(sweep(corpora=corpora, domain="auto", settings=settings), tmp_path), ["domain"])
+    assert {row.baseline for row in rows if row.rule} == {"sparsegpt0-auto-a1"}
+    assert len({row.variant for row in rows if row.chosen}) == 1
 
 
 def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
@@ -186,6 +198,24 @@ def test_accuracies_are_compared_question_by_question(tmp_path: Path) -> None:
     assert paired[name].value == unpaired[name].value == pytest.approx(0.12)
     assert (paired[name].over, paired[name].items, unpaired[name].items) == ("questions", 100, None)
     assert (paired[name].verdict, unpaired[name].verdict) == (BETTER, ALIKE)
+
+
+def test_summaries_are_compared_document_by_document(tmp_path: Path) -> None:
+    """Documents differ from one another far more than the summaries of two models."""
+    results, scored = of_test_text(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0,)), []
+    for variant, more in (("sparsegpt0-biomedical-a0", 0.0), ("sparsegpt0-biomedical-a1", 0.02)):
+        like = next(row for row in results if row.variant == variant)
+        scores = [number / 50 + more * (1 + number % 2) for number in range(40)]
+        found: dict[str, Any] = {"value": fmean(scores), "stderr": stdev(scores) / math.sqrt(40)}
+        results.append(dataclasses.replace(like, corpus_or_task="papers", metric="rougeL", **found))
+        scored.append(DocumentRow(variant, "papers", "test", "rougeL", scores))
+    write_rows(tmp_path / "summaries.jsonl", scored)
+    row = differences(study_rows(study_of(results, tmp_path), ["general"]), "general")[
+        "sparsegpt0-biomedical-a1", "papers"
+    ]
+    assert row.value == pytest.approx(0.03)
+    assert row.stderr == pytest.approx(stdev([0.02, 0.04] * 20) / math.sqrt(40))
+    assert (row.over, row.items, row.verdict) == ("documents", 40, BETTER)
 
 
 def test_what_leaves_more_of_the_model_dense_is_no_baseline(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from crosscal.report.groups import choosing_columns, columns_of, groups_of
-from crosscal.report.numbers import number_text
-from crosscal.report.table import mixture_text, summary_table
+from crosscal.report.numbers import Number, number_text
+from crosscal.report.table import LOWER_IS_BETTER, mixture_text, summary_table
 from crosscal.report.terminal import TerminalTable
 from tests.helpers.made_up_run import layer, result, sweep
 
@@ -27,6 +27,12 @@ def test_seeds_are_one_group_with_mean_and_deviation() -> None:
     dense_number = dense.perplexity("general")
     assert dense_number is not None
     assert (dense_number.error, dense_number.seeds) == (2.0, 1)
+
+
+def test_a_task_measured_by_its_name_and_by_its_tag_is_one_number() -> None:
+    task = {"corpus_or_task": "arc_easy", "metric": "acc", "stderr": 0.02}
+    (group,) = groups_of([result(**task, value=0.5), result(**task, value=0.5)], [])
+    assert group.numbers["arc_easy", "test", "acc"] == Number(0.5, 0.02, 1)
 
 
 def test_variants_that_differ_in_name_alone_stay_apart() -> None:
@@ -93,6 +99,14 @@ def test_accuracies_are_percent_and_the_highest_is_best() -> None:
     rows = [result("low", value=0.25, stderr=0.043, **shared), result("high", value=0.5, stderr=None, **shared)]
     table = summary_table(groups_of(rows, []), columns_of(rows))
     assert [(row[-1].text, row[-1].best) for row in table.rows] == [("25.0 ± 4.3 %", False), ("50.0 %", True)]
+
+
+def test_the_lowest_is_best_where_lm_eval_says_so() -> None:
+    from lm_eval.api import metrics, registry
+
+    assert metrics, "importing it registers lm-eval's metrics"
+    for metric, is_higher in registry.HIGHER_IS_BETTER_REGISTRY.items():
+        assert (metric in LOWER_IS_BETTER) == (is_higher is False), metric
 
 
 def test_losses_are_means_over_matrices() -> None:

@@ -4,20 +4,24 @@ not evaluated because of them."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from crosscal.report.rows import NOT_EVALUATED, ResultRow, read_rows
+from crosscal.stages import compress
 from crosscal.stages.candidates import Candidate, losses_of, measure_block, unmeasured
 from crosscal.stages.compress import RunContext
 from crosscal.stages.screen import screened
 from crosscal.stages.solve import rows_of_block, solve_block
 from crosscal.store import Store
 from crosscal.variants import Variant
-from tests.helpers.tiny_place import make_place
+from tests.helpers.made_up_run import layer
+from tests.helpers.tiny_place import crosscal, make_place, values
 from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, variant, windows
 
 CORPORA = ("general", "legal")
@@ -110,6 +114,23 @@ def test_only_variants_of_one_level_that_solved_the_same_matrices_are_compared(c
     assert screened(asked, unknown) == {}
 
 
+def test_variants_that_differ_in_seed_alone_are_skipped_together_or_not_at_all() -> None:
+    of_two_draws = itertools.product(("good", "bad"), (0, 1))
+    each = [(variant(f"{name}-s{seed}", "wanda", {"general": 1.0}, sparsity=0.5), seed) for name, seed in of_two_draws]
+    asked = [dataclasses.replace(one, seed=seed) for one, seed in each]
+
+    def skipped(*losses: float, spared: Sequence[str] = ()) -> set[str]:
+        rows = {
+            one.name: [layer(one.name, 0, "q", corpus_losses={"general": loss})]
+            for one, loss in zip(asked, losses, strict=True)
+        }
+        return set(screened(asked, rows, spared))
+
+    assert skipped(1.0, 1.0, 2.0, 2.0) == {"bad-s0", "bad-s1"}
+    assert skipped(1.0, 1.0, 2.0, 1.0) == set()
+    assert skipped(1.0, 1.0, 2.0, 2.0, spared=["bad-s1"]) == set()
+
+
 @pytest.mark.parametrize("keep_models", [True, False])
 def test_a_run_lists_what_it_did_not_evaluate_and_says_why(tmp_path: Path, keep_models: bool) -> None:
     place = make_place(tmp_path)
@@ -140,3 +161,33 @@ def test_a_run_lists_what_it_did_not_evaluate_and_says_why(tmp_path: Path, keep_
         assert "magnitude-70: not evaluated: sparsegpt-70-legal-a0.5 loses" in page
     layers = [json.loads(line) for line in (place.run_dir / "layers.jsonl").read_text().splitlines()]
     assert {row["variant"] for row in layers} == {"sparsegpt-70-legal-a0.5", "magnitude-70", "rtn-w4g32"}
+
+
+SCREENED = [{"method": ["sparsegpt", "magnitude"], "sparsity": 0.7, "domain": "legal", "alpha": 0.5}]
+
+
+def test_a_variant_that_was_not_evaluated_is_not_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = make_place(tmp_path)
+    evaluate, execution = {"windows": 4, "screen": True}, {"device": "cpu", "keep_models": False}
+    place.write_plan(compress=SCREENED, evaluate=evaluate, execution=execution)
+    place.run()
+    results = place.run_dir / "results.jsonl"
+    first = values(results)
+    monkeypatch.setattr(compress, "solve_block", lambda *_: pytest.fail("solved again"))
+    place.run()
+    assert values(results) == first
+    assert NOT_EVALUATED in results.read_text()
+
+
+def test_a_run_with_a_screen_takes_nothing_from_one_without(tmp_path: Path) -> None:
+    """Blocks that were solved without losses on every corpus cannot be compared."""
+    place, screened_dir = make_place(tmp_path), tmp_path / "screened"
+    place.write_plan(compress=SCREENED)
+    place.run()
+    place.write_plan(compress=SCREENED, evaluate={"windows": 4, "screen": True})
+    done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
+    assert done.code == 2
+    assert "`evaluate.screen` differ" in done.err
+    place.run("--out", str(screened_dir))
+    rows = read_rows(screened_dir / "results.jsonl", ResultRow)
+    assert {row.variant for row in rows if row.value is None} == {"magnitude-70"}

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from crosscal.corpora import Corpus, ingest, load_corpus
+from crosscal.evaluation import Measurement
 from crosscal.evaluation.harness import NamedTask
 from crosscal.evaluation.questions import LocalTask
+from crosscal.evaluation.race import looks
 from crosscal.models import ModelSource
 from crosscal.stages import evaluate as stage
-from crosscal.stages.evaluate import EvaluationSet, evaluation_set, measure
+from crosscal.stages.evaluate import EvaluationSet, checkpoint_files, evaluation_set, measure, weights_digest
 from crosscal.stages.heldout_text import HeldOutText, WindowCutting, heldout_texts
+from crosscal.stages.race import Race
 from crosscal.store import Store
 from tests.helpers.tiny_text import SENTENCES, tiny_llama
 
@@ -61,11 +64,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def eval_set(
-    store: Store, source: ModelSource, corpus: Corpus, *tasks: str, limit: int | None = None, windows: int = 4
+    store: Store,
+    source: ModelSource,
+    corpus: Corpus,
+    *tasks: str,
+    limit: int | None = None,
+    windows: int = 4,
+    validation: int = 2,
 ) -> EvaluationSet:
     return evaluation_set(
-        store, [corpus], source, WindowCutting(32, {"test": windows, "validation": 2}), tasks=tasks, limit=limit,
-        batch_tokens=64, device="cpu", dtype=torch.float32,
+        store, [corpus], source, WindowCutting(32, {"test": windows, "validation": validation}), tasks=tasks,
+        limit=limit, batch_tokens=64, device="cpu", dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -110,6 +119,33 @@ def test_what_was_skipped_is_not_kept_and_all_else_is(
     assert len(loads) == 1
     assert len(list(store.list("evaluations"))) == 2
     assert [found.skipped for found in measure(whole, source.path)] == [None, None]
+
+
+def test_a_stored_task_of_lm_eval_is_found_and_reported_as_test(
+    store: Store, source: ModelSource, corpus: Corpus
+) -> None:
+    """Earlier versions stored lm-eval's own name of the split, `validation` for many tasks."""
+    whole, task = eval_set(store, source, corpus), NamedTask("hellaswag", {})
+    asked = replace(whole, suite=replace(whole.suite, named=(task,)))
+    asked.keep("weights", task, [Measurement("hellaswag", "validation", "acc", 0.5, 0.1, 9, 1.0)])
+    found = asked.stored("weights", task) or []
+    assert [(one.corpus_or_task, one.split, one.value) for one in found] == [("hellaswag", "test", 0.5)]
+
+
+def test_windows_measured_look_by_look_are_in_the_order_of_the_text(
+    store: Store, source: ModelSource, corpus: Corpus
+) -> None:
+    asked, weights = eval_set(store, source, corpus, validation=16), weights_digest(checkpoint_files(source.path))
+    race = Race(asked)
+    missing = race.missing(weights, 2)
+    assert missing is not None
+    measure(missing, source.path)
+    seen = [race.seen(weights, look) for look in range(3)]
+    [nll] = [found.window_nll for found in measure(asked, source.path) if found.split == "validation"]
+    assert nll is not None
+    for look, found in enumerate(seen):
+        numbers = sorted(number for part in looks(16)[: look + 1] for number in part)
+        assert found == {"legal": pytest.approx([nll[number] for number in numbers], rel=1e-5)}
 
 
 def test_only_new_texts_and_tasks_are_measured(

@@ -47,8 +47,8 @@ def test_pieces_are_the_nested_prefixes_of_every_part(lengths: tuple[int, ...]) 
     assert list(pieces) == sorted(pieces)
     assert max(pieces) == sum(lengths)
     seen: list[list[int]] = []
-    for size, piece_SL in pieces.items():
-        seen += piece_SL.tolist()
+    for size, piece in pieces.items():
+        seen += torch.cat(piece).tolist()
         assert len(seen) == size
         of_parts = [[row for row in seen if row in part.tolist()] for part in parts]
         assert all(rows == part.tolist()[: len(rows)] for rows, part in zip(of_parts, parts, strict=True))
@@ -169,6 +169,32 @@ def test_a_curve_is_measured_once_and_the_same_from_stored_moments(tmp_path: Pat
     assert fresh.matrices == 2 * 7
     assert {site.tokens for site in fresh.sites} == {512}
     assert all(site.effective_rank and 1 <= site.effective_rank <= site.inputs for site in fresh.sites)
+
+
+def test_sets_of_other_weights_count_alike_whether_their_moments_are_stored(
+    tmp_path: Path, source: ModelSource
+) -> None:
+    curves = []
+    for home in ("fresh", "read"):
+        store = Store(tmp_path / home)
+        cached = dataclasses.replace(dense_cache(store, source), wanted=NEEDED)
+        text = sample(store, "legal", windows(10, seed=1), windows(4, seed=2, high=40))
+        assert [part.weight for part in text.calibration.parts] == [1.25, 2]
+        if home == "read":
+            collect(cached, source, text.sets)
+        curves.append(sufficiency(cached, source, text, **OPTIONS))
+    for one, other in zip(*(found.points for found in curves), strict=True):
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-4)
+
+
+def test_tokens_of_a_curve_are_those_of_its_windows(tmp_path: Path, source: ModelSource) -> None:
+    """Where older sets are folded, only the newest are measured."""
+    store = Store(tmp_path / "home")
+    text = sample(store, "legal", windows(10, seed=0), windows(10, seed=1))
+    older, newest = text.calibration.apart
+    text = dataclasses.replace(text, calibration=dataclasses.replace(text.calibration, apart=(newest,), folded=older))
+    found = sufficiency(dense_cache(store, source), source, text, **OPTIONS)
+    assert [(point.windows, point.tokens) for point in found.points] == [(n, 32 * n) for n in (1, 2, 4, 8)]
 
 
 def test_one_window_gives_no_verdict(tmp_path: Path, source: ModelSource) -> None:

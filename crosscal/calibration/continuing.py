@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from crosscal.calibration.chats import template_settings
 from crosscal.calibration.cutting import cut
 from crosscal.calibration.generation import BATCH, GENERATIONS, MIN_MEAN_TOKENS, seed_of
 from crosscal.calibration.sampling import GeneratedText, SequenceWriter, TemperatureSchedule
@@ -46,11 +47,15 @@ class Seeds:
     chat: str = TEMPLATE
     """How conversations are read."""
 
-    def said(self, split: str) -> dict[str, Any]:
+    def said(self, split: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the entries of a provenance that describe the seeds."""
-        shards = [shard.key for shard in self.shards if shard.documents.get(split)]
-        said = {"seeds": digest_of(shards), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
-        return said | ({} if self.chat == TEMPLATE else {"chat": self.chat})
+        shards = [shard for shard in self.shards if shard.documents.get(split)]
+        keys = [shard.key for shard in shards]
+        said = {"seeds": digest_of(keys), "prefix_tokens": self.prefix_tokens, "drop": self.drop}
+        if self.chat != TEMPLATE:
+            return said | {"chat": self.chat}
+        has_chats = any(shard.conversations.get(split) for shard in shards)
+        return said | ({"chat": template_settings(tokenizer)} if has_chats else {})
 
 
 def continued_windows(
@@ -87,18 +92,9 @@ def continued_windows(
             got=f"prefixes of {seeds.prefix_tokens} tokens for texts of {request.length}",
             do="Lower `prefix_tokens`.",
         )
-    begin, batch = begin_token(tokenizer, request.begin_token), batch or min(BATCH, request.windows)
-    provenance = {
-        "source": "model",
-        "rule": 2,
-        "model": model_digest,
-        "tokenizer": tokenizer_digest,
-        **seeds.said(request.split),
-        "temperature": dataclasses.asdict(temperature),
-        "batch": batch,
-        **request.provenance(begin),
-    }
-    end = end_token(tokenizer)
+    batch = batch or min(BATCH, request.windows)
+    provenance = continued_provenance(model_digest, tokenizer, tokenizer_digest, request, seeds, temperature, batch)
+    begin, end = begin_token(tokenizer, request.begin_token), end_token(tokenizer)
     start = end if begin is None else begin
     writer = SequenceWriter(model, start, end, request.length, temperature, None, device, at_once)
 
@@ -109,6 +105,28 @@ def continued_windows(
         return torch.from_numpy(np.stack(windows)).long()
 
     return CalibrationSet(stored_windows(store, provenance, made), provenance, notes)
+
+
+def continued_provenance(
+    model_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    request: WindowRequest,
+    seeds: Seeds,
+    temperature: TemperatureSchedule,
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """Return the provenance of the windows that `continued_windows` builds."""
+    return {
+        "source": "model",
+        "rule": 2,
+        "model": model_digest,
+        "tokenizer": tokenizer_digest,
+        **seeds.said(request.split, tokenizer),
+        "temperature": dataclasses.asdict(temperature),
+        "batch": batch or min(BATCH, request.windows),
+        **request.provenance(begin_token(tokenizer, request.begin_token)),
+    }
 
 
 def kept(texts: Sequence[GeneratedText], drop: float) -> list[GeneratedText]:

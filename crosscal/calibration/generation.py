@@ -63,14 +63,28 @@ def generate_windows(
     Raises `CalibrationError` if no token may come first or the model generates hardly anything.
     """
     request, notes = request.within(max_length)
-    end = end_token(tokenizer)
-    start: Any = tokenizer.bos_token_id
-    if start is None:
-        start = end
+    if tokenizer.bos_token_id is None:
         notes += ("The tokenizer has no begin-of-text token: texts begin with end-of-text instead.",)
-    begin = begin_token(tokenizer, request.begin_token)
+    begin, start, end = begin_token(tokenizer, request.begin_token), start_token(tokenizer), end_token(tokenizer)
     first_ids = None if first_tokens is None else first_token_ids(tokenizer, first_tokens)
-    settings = {
+    settings = generation_settings(model_digest, tokenizer, tokenizer_digest, request, temperature, first_ids)
+    provenance = generated_provenance(settings, tokenizer, request)
+    writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device, at_once)
+    texts = _Texts(store, writer, settings, batch or min(BATCH, request.windows))
+    tokens_SL = stored_windows(store, provenance, lambda: texts.windows(request, begin, progress))
+    return CalibrationSet(tokens_SL, provenance, notes)
+
+
+def generation_settings(
+    model_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    request: WindowRequest,
+    temperature: TemperatureSchedule,
+    first_ids: Sequence[int] | None,
+) -> dict[str, Any]:
+    """Return everything that determines the texts of `generate_windows`, however many are needed."""
+    return {
         "source": "model",
         "rule": 2,
         "model": model_digest,
@@ -80,13 +94,22 @@ def generate_windows(
         "split": request.split,  # held-out texts are generated separately
         "temperature": dataclasses.asdict(temperature),
         "first_ids": None if first_ids is None else digest_of(first_ids),
-        "start": start,
+        "start": start_token(tokenizer),
     }
-    provenance = {**settings, **dataclasses.replace(request, plain_text=False).provenance(begin)}
-    writer = SequenceWriter(model, start, end, request.length, temperature, first_ids, device, at_once)
-    texts = _Texts(store, writer, settings, batch or min(BATCH, request.windows))
-    tokens_SL = stored_windows(store, provenance, lambda: texts.windows(request, begin, progress))
-    return CalibrationSet(tokens_SL, provenance, notes)
+
+
+def generated_provenance(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, request: WindowRequest
+) -> dict[str, Any]:
+    """Return the provenance of the windows that `generate_windows` cuts from the texts of these settings."""
+    begin = begin_token(tokenizer, request.begin_token)
+    return {**settings, **dataclasses.replace(request, plain_text=False).provenance(begin)}
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that every text is generated from: beginning-of-text, or end-of-text if there is none."""
+    start: Any = tokenizer.bos_token_id
+    return end_token(tokenizer) if start is None else start
 
 
 def first_token_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:

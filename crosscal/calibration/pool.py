@@ -163,7 +163,7 @@ def _chain(
     shards = [shard for shard in shards if shard.documents.get(request.split)]
     begin = begin_token(tokenizer, request.begin_token)
     settings = digest_of([RULE, tokenizer_digest, request.provenance(begin)])
-    chats = {"chat": _chat_settings(tokenizer, request)}
+    chats = _chat_entries(tokenizer, request)
     own = (digest_of([shard.key, chats]) if _has_chats(shard, request) else shard.key for shard in shards)
     keys = itertools.accumulate(own, lambda before, key: digest_of([before, key]), initial=settings)
     return shards, list(keys)
@@ -173,8 +173,18 @@ def _has_chats(shard: Shard, request: WindowRequest) -> bool:
     return bool(shard.conversations.get(request.split))
 
 
-def _chat_settings(tokenizer: PreTrainedTokenizerBase, request: WindowRequest) -> str:
-    return PLAIN if request.chat == PLAIN else template_settings(tokenizer)
+def _chat_entries(tokenizer: PreTrainedTokenizerBase, request: WindowRequest) -> dict[str, Any]:
+    """Return the entries of a provenance that describe how conversations are read.
+
+    Their begin token follows from that of texts, except where `begin_token: false` leaves out one that only the
+    template writes. It is given only then, so that all other windows keep their keys.
+    """
+    if request.chat == PLAIN:
+        return {"chat": PLAIN}
+    is_left_out = (
+        request.begin_token is False and begin_token(tokenizer) is None and chat_begin_token(tokenizer) is not None
+    )
+    return {"chat": template_settings(tokenizer)} | ({"chat_begin": None} if is_left_out else {})
 
 
 def _after(
@@ -220,7 +230,7 @@ def _after(
         "tokenizer": tokenizer_digest,
         **dataclasses.replace(request, windows=most).provenance(begin),
         **({"rest": digest_of(before.rest)} if before.rest else {}),
-        **({"chat": _chat_settings(tokenizer, request)} if has_chats else {}),
+        **(_chat_entries(tokenizer, request) if has_chats else {}),
         **({"chat_rest": digest_of(before.chat_rest)} if before.chat_rest else {}),
     }
     tokens = (window.tokens_L for window in windows)

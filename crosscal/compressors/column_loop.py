@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from crosscal.compressors.column_rule import ColumnRule, Segment, block_drops, patterns, segments_of
+from crosscal.compressors.column_rule import ColumnRule, Segment, block_counts, block_drops, patterns, segments_of
 from crosscal.compressors.grid import fit_scale_R, search_scale_R
 from crosscal.compressors.kernels import fix_panel, panel_columns
 from crosscal.compressors.panel import FixedPanel, Panel, Rounding
@@ -39,9 +39,9 @@ from crosscal.statistics.factor import InverseFactor, factor
 def solve_columns(site: Site, rules: Sequence[ColumnRule]) -> list[Site]:
     """Return the site after each rule. The rules share one `stack_key`; layers of one stored dtype are stacked.
 
-    Pruning is exact: `sparsity.removed` weights of every layer, spread over the blocks by cumulative rounding. Weights
-    of dead inputs and weights that an earlier step removed score 0, so they are pruned first within their block's
-    budget; among equal scores the earlier column, then the earlier row, is pruned first. Raises what `factor` raises,
+    Pruning is exact: `sparsity.removed` weights of every layer, those that earlier steps removed included (all of
+    them stay removed, should they be more), spread over the blocks by `block_counts`. Weights of dead inputs score 0,
+    so they are pruned first; among equal scores the earlier column, then the earlier row. Raises what `factor` raises,
     `UsageError` for settings that do not fit a layer, `StatisticsError` for rules of different stack keys.
     """
     by_dtype: dict[torch.dtype | None, list[int]] = {}
@@ -120,6 +120,8 @@ class _Loop:
         self.panel_columns = panel_columns(original_IR.device.type, original_IR.dtype)
         self.change_IR = original_IR.new_empty(inputs, rows)
         self.weights = [torch.empty_like(s.layer.target_OI) for s in segments]
+        self.counts = [block_counts(segment, order_I) for segment in segments]
+        self.keep = [torch.empty_like(weight_OI, dtype=torch.bool) for weight_OI in self.weights if self.pruning]
         if self.rule.bits is not None:
             self._prepare_grid(original_IR)
 
@@ -138,12 +140,12 @@ class _Loop:
                 self._fit_group(group, part_CR.repeat(1, self.times))
 
     def _fit_group(self, group: int, weight_CR: Tensor) -> None:
-        if not self.rule.scale_search:
-            self.scale_GR[group] = fit_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype)
-            return
         own = slice(group * self.columns, (group + 1) * self.columns)
         if self.already_pruned_IR is not None:
             weight_CR = weight_CR * (1 - self.already_pruned_IR[self._places(own)])
+        if not self.rule.scale_search:
+            self.scale_GR[group] = fit_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype)
+            return
         self.scale_GR[group] = search_scale_R(weight_CR.mT, self.bits_R, self.stored_dtype, self.square_I[own])
 
     def _places(self, own: slice) -> Tensor | slice:
@@ -188,10 +190,12 @@ class _Loop:
             self._keep(first, last, fixed)
 
     def _drops(self, start: int, stop: int, work_BR: Tensor) -> Tensor:
+        counts = [counts_N[start // self.rule.block_columns] for counts_N in self.counts]
         if self.already_pruned_IR is None:
-            return block_drops(self.segments, work_BR, start, self.pivot_I[start:stop])
+            return block_drops(self.segments, counts, work_BR, self.pivot_I[start:stop])
         gone_BR = self.already_pruned_IR[start:stop]
-        drop_BR = block_drops(self.segments, work_BR * (1 - gone_BR), start, self.pivot_I[start:stop])
+        left_BR = work_BR.masked_fill(gone_BR > 0, torch.nan)
+        drop_BR = block_drops(self.segments, counts, left_BR, self.pivot_I[start:stop])
         return torch.maximum(drop_BR, gone_BR)
 
     def _edges(self, start: int, stop: int) -> list[int]:
@@ -218,6 +222,8 @@ class _Loop:
         columns = self.order_I[first:last] if self.rule.activation_order else slice(first, last)
         for index, segment in enumerate(self.segments):
             self.weights[index][:, columns] = fixed.weight_CR[:, segment.rows].mT
+            if fixed.drop_CR is not None:
+                self.keep[index][:, columns] = fixed.drop_CR[:, segment.rows].mT == 0
             if fixed.ints_CR is not None:
                 self.ints[index][:, columns] = fixed.ints_CR[:, segment.rows].mT
         change_CR = self.change_IR[first:last]
@@ -234,7 +240,7 @@ class _Loop:
         else:
             scale_OG = self.scale_GR[:, segment.rows].mT.contiguous()
             base = Grid(self.ints[index], scale_OG, rule.bits, rule.group_size, layer.stored_dtype)
-        keep_OI = self.weights[index] != 0 if rule.sparsity else layer.keep_OI
+        keep_OI = self.keep[index] if rule.sparsity else layer.keep_OI
         return layer.changed(base, keep_OI=keep_OI, damping=self.shared.damping)
 
 

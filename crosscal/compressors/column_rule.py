@@ -1,6 +1,6 @@
 """Rules of the column loop: how a column is fixed (pruned, rounded to a grid, or both), and in which rows of the stack.
 
-Shapes: B columns of a block, R stacked rows, O outputs of one layer.
+Shapes: I inputs, N blocks, B columns of a block, R stacked rows, O outputs of one layer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,17 +108,36 @@ def patterns(segments: Sequence[Segment]) -> list[NMPattern]:
     return found
 
 
-def block_drops(segments: Sequence[Segment], work_BR: Tensor, start: int, score_B: Tensor) -> Tensor:
-    """Return 1 where a fractional sparsity prunes a block's weights: each layer's lowest w² / U_jj² (2301.00774,
-    eq. 5), selected once for the block that begins at `start`."""
-    stop = start + len(work_BR)
+def block_counts(segment: Segment, order_I: Tensor) -> list[int]:
+    """Return how many weights each block loses beside those that an earlier step removed.
+
+    Every block loses the same share, the earlier losses included, by cumulative rounding. Where a block has lost more
+    already, it loses nothing, and the share of the others is smaller.
+    """
+    sparsity, columns = segment.rule.sparsity, segment.rule.block_columns
+    outputs, inputs = segment.layer.target_OI.shape
+    gone_I, fraction = torch.zeros(inputs), sparsity.fraction if sparsity else 0.0
+    if segment.layer.keep_OI is not None:
+        gone_I = (~segment.layer.keep_OI).sum(0)[order_I]
+    gone_N = np.array([int(part_B.sum()) for part_B in gone_I.split(columns)])
+    size_N = np.array([outputs * len(part_B) for part_B in order_I.split(columns)])
+    share, full_N = fraction, np.zeros(len(size_N), bool)
+    while (over_N := ~full_N & (gone_N > share * size_N)).any():
+        full_N |= over_N
+        share = (fraction * size_N.sum() - gone_N[full_N].sum()) / max(size_N[~full_N].sum(), 1)
+    lost = gone_N[full_N].sum()
+    edge_N = np.rint(lost + share * np.where(full_N, 0, size_N).cumsum())
+    return [int(count) for count in np.diff(edge_N, prepend=lost) - np.where(full_N, 0, gone_N)]
+
+
+def block_drops(segments: Sequence[Segment], counts: Sequence[int], work_BR: Tensor, score_B: Tensor) -> Tensor:
+    """Return 1 where a fractional sparsity prunes a block's weights: each layer's `count` lowest w² / U_jj²
+    (2301.00774, eq. 5), selected once for the block. NaN is never selected."""
     drop_BR = torch.zeros_like(work_BR)
     draws = []
-    for segment in segments:
+    for segment, count in zip(segments, counts, strict=True):
         sparsity = segment.rule.sparsity
         if sparsity and not sparsity.group:
-            outputs = len(segment.layer.target_OI)
-            count = sparsity.removed(stop * outputs) - sparsity.removed(start * outputs)
             own_BO = work_BR[:, segment.rows]
             if work_BR.is_cpu and work_BR.dtype == torch.float32:
                 draws.append(partial(mark_lowest, drop_BR[:, segment.rows], own_BO, score_B, count))

@@ -46,7 +46,8 @@ class Descent:
         grid = layer.base
         columns = hessian_II.shape[0] // grid.scale_OG.shape[1]
         scale_IO = grid.scale_OG.mT.repeat_interleave(columns, 0)
-        weight_IO, ints_IO = grid.weight_OI.mT.contiguous(), grid.ints_OI.mT.to(scale_IO)
+        weight_IO = grid.weight_OI.mT.clone(memory_format=torch.contiguous_format)
+        ints_IO = grid.ints_OI.mT.to(scale_IO)
         pull_IO = hessian_II @ (layer.base_target_OI.mT - weight_IO)
         keep_IO = None if layer.keep_OI is None else layer.keep_OI.mT.to(scale_IO)
         for _ in range(self.sweeps):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from crosscal.compiled import compiled, run_loops
-from crosscal.compressors.panel import FixedPanel, Panel, row_ranges
+from crosscal.compressors.panel import FixedPanel, Panel, drops_to_complete, row_ranges
 
 CACHE_LINE = 16  # float32 numbers
 TILE = 128
@@ -44,7 +44,8 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
     fixed_CR = np.empty((columns, rows + CACHE_LINE), np.float32)[:, :rows]
     error_CR = np.empty((columns, rows), np.float32)
     ints_CR = np.empty(weight_CR.shape if rounding else (1, 1), np.int8)
-    prunes = panel.drop_CR is not None
+    drop = drops_to_complete(panel)
+    prunes = drop is not None
     upper_CC, root_C, pivot_C = [part.contiguous().numpy() for part in (panel.upper_CC, panel.root_C, panel.pivot_C)]
     loops = []
     for first, last, kept, group in _parts(panel, torch.get_num_threads()):
@@ -55,7 +56,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
             upper_CC,
             root_C,
             pivot_C,
-            panel.drop_CR.numpy()[:, own] if panel.drop_CR is not None else NOTHING,
+            drop.numpy()[:, own] if drop is not None else NOTHING,
             rounding.scale_CR.numpy()[:, own] if rounding else NOTHING,
             rounding.bits_R.numpy()[own] if rounding else NOTHING[0],
             fixed_CR[:, own],
@@ -70,7 +71,7 @@ def fix_panel_numba(panel: Panel) -> FixedPanel:
         loops.append(loop)
     run_loops(loops, torch.get_num_threads())
     ints = torch.from_numpy(ints_CR) if rounding else None
-    return FixedPanel(torch.from_numpy(fixed_CR), torch.from_numpy(error_CR), ints)
+    return FixedPanel(torch.from_numpy(fixed_CR), torch.from_numpy(error_CR), ints, drop)
 
 
 def _parts(panel: Panel, threads: int) -> Iterator[tuple[int, int, int, int]]:
@@ -128,6 +129,8 @@ def _walk(
                 error_CR[j, first:last] = error_T[:tile]
                 _feed_forward(work_CT, upper_CC, error_T, j, stop, tile)
             _feed_four_forward(work_CT, upper_CC, error_FT, start, tile)
+        if prunes and group:
+            drop_CR[:, first:last] = drop_CT[:, :tile]
 
 
 @compiled
@@ -158,12 +161,13 @@ def _prune(work_T, drop_T, value_T, tile):
 
 @compiled
 def _draw(work_CT, pivot_C, drop_CT, j, kept, group, tile):
-    """Select the mask of the group that starts at column j: a score's rank is the number of scores before it."""
+    """Select the mask of the group that starts at column j: a score's rank is the number of scores before it. What an
+    earlier step removed scores -1 and stays removed."""
     score_MT, rank_T = np.empty((group, TILE), np.float32), np.empty(TILE, np.float32)
     for member in range(group):
         for t in range(tile):
             score = work_CT[j + member, t] * pivot_C[j + member]
-            score_MT[member, t] = score * score
+            score_MT[member, t] = -ONE if drop_CT[j + member, t] > ZERO else score * score
     for member in range(group):
         own_T, drop_T = score_MT[member], drop_CT[j + member]
         rank_T[:] = ZERO
@@ -176,7 +180,7 @@ def _draw(work_CT, pivot_C, drop_CT, j, kept, group, tile):
                 for t in range(tile):
                     rank_T[t] += ONE if other_T[t] < own_T[t] else ZERO
         for t in range(tile):
-            drop_T[t] = ONE if rank_T[t] < group - kept else ZERO
+            drop_T[t] = ONE if own_T[t] < ZERO or rank_T[t] < group - kept else ZERO
 
 
 @compiled

@@ -67,6 +67,13 @@ class FixedPanel:
     """e_j, which the columns after the panel compensate."""
     ints_CR: Tensor | None
     """The grid's integers, int8."""
+    drop_CR: Tensor | None
+    """1 where a weight was pruned, n:m included; None if nothing is pruned."""
+
+
+def drops_to_complete(panel: Panel) -> Tensor | None:
+    """Return the panel's mask, copied if a kernel is to enter n:m masks."""
+    return panel.drop_CR.clone() if panel.patterns and panel.drop_CR is not None else panel.drop_CR
 
 
 def row_ranges(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
@@ -84,7 +91,7 @@ def row_ranges(panel: Panel) -> Iterator[tuple[int, int, int, int]]:
 def fix_panel_torch(panel: Panel) -> FixedPanel:
     """Fix a panel one column at a time, in plain torch."""
     weight_CR = panel.weight_CR.clone()
-    drop_CR = panel.drop_CR.clone() if panel.patterns and panel.drop_CR is not None else panel.drop_CR
+    drop_CR = drops_to_complete(panel)
     error_CR = torch.zeros_like(weight_CR)
     ints_CR = None if panel.rounding is None else torch.empty_like(weight_CR)
     for j, (column_R, error_R) in enumerate(zip(weight_CR.unbind(), error_CR.unbind(), strict=True)):
@@ -99,7 +106,7 @@ def fix_panel_torch(panel: Panel) -> FixedPanel:
         weight_CR[j + 1 :].addr_(panel.upper_CC[j, j + 1 :], error_R, alpha=-1)
     if panel.rounding is None:
         weight_CR = _kept(weight_CR, drop_CR)  # once at the end: a fixed column never changes again
-    return FixedPanel(weight_CR, error_CR, None if ints_CR is None else ints_CR.to(torch.int8))
+    return FixedPanel(weight_CR, error_CR, None if ints_CR is None else ints_CR.to(torch.int8), drop_CR)
 
 
 def _kept(weight: Tensor, drop: Tensor | None) -> Tensor:
@@ -114,8 +121,11 @@ def _round(rounding: Rounding, j: int, wanted_R: Tensor, ints_R: Tensor) -> Tens
 
 
 def _draw(panel: Panel, j: int, weight_CR: Tensor, drop_CR: Tensor) -> None:
+    """Select the masks of the groups that start at column j. What an earlier step removed scores -1: it goes first."""
     for pattern in panel.patterns:
         if j % pattern.group == 0:
             columns = slice(j, j + pattern.group)
+            gone_MR = drop_CR[columns, pattern.rows] > 0
             score_MR = (weight_CR[columns, pattern.rows] * panel.pivot_C[columns, None]).square_()
-            drop_CR[columns, pattern.rows] = lowest_of_group(score_MR, pattern.group - pattern.kept).to(drop_CR.dtype)
+            chosen_MR = lowest_of_group(score_MR.masked_fill_(gone_MR, -1.0), pattern.group - pattern.kept)
+            drop_CR[columns, pattern.rows] = (chosen_MR | gone_MR).to(drop_CR.dtype)

@@ -12,8 +12,6 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +21,7 @@ from torch import Tensor
 from crosscal.compressors.recipe import alone
 from crosscal.compressors.state import Dense, Layer, Site, Statistic
 from crosscal.errors import UsageError
+from crosscal.statistics.factor import check_damping
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class QEP:
     def __post_init__(self) -> None:
         if not 0 <= self.propagation <= 1:
             raise UsageError("propagation is between 0 and 1", got=str(self.propagation))
-        if not 0 <= self.damping < math.inf:
-            raise UsageError("damping must be a number of at least 0", got=str(self.damping))
+        check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:
         statistics = site.statistics
@@ -57,4 +55,4 @@ class QEP:
         half_OI = torch.linalg.solve_triangular(root_II.mT, layer.target_OI @ error_II, upper=False, left=False)
         change_OI = torch.linalg.solve_triangular(root_II, half_OI, upper=True, left=False) * self.propagation
         base = Dense(layer.base.weight_OI + change_OI)
-        return dataclasses.replace(layer, target_OI=layer.target_OI + change_OI, base=base)
+        return layer.changed(base, target_OI=layer.target_OI + change_OI, damping=self.damping or layer.damping)

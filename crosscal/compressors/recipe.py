@@ -10,7 +10,8 @@ A method is a step, a frozen dataclass of its settings that is called with a sta
 
 A step may support stacking: with a `stack_key` and a static `many(site, steps) -> [Site]`, steps of one class and key
 that start from one state are solved together, with the same results as one by one. A step that leaves a low-rank part
-sets `has_low_rank`; one that corrects biases sets `changes_bias`.
+sets `has_low_rank`; one that corrects biases sets `changes_bias`; one that returns removed weights sets
+`changes_mask` and has a `group`, the inputs among which it exchanges them (None: all).
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ def takes_two_streams(steps: Iterable[Any]) -> bool:
 
 def check_inputs(step: Any, inputs: int, name: str) -> None:
     """Raise `UsageError` if a step's groups do not divide a layer's number of inputs."""
+    if _changes_mask(step) and inputs % (step.group or 1):
+        got = f"group {step.group}, {inputs} inputs"
+        raise UsageError("`group` must divide the layer's inputs", where=name, got=got, do="null means no groups.")
     if (sparsity := getattr(step, "sparsity", None)) is not None:
         sparsity.check(inputs, name)
     if hasattr(step, "group_size"):
@@ -82,21 +86,49 @@ def group_misfit(recipe: Sequence[Placed], inputs: int) -> str:
 
 def check_order(recipe: Sequence[tuple[str, Any]]) -> None:
     """Check the order of a recipe, given as (method name, step). Raises `UsageError` for input scales after rounding (a
-    group of inputs shares a scale), for a correction that does not precede all pruning and rounding, and for a changed
-    bias with two streams."""
+    group of inputs shares a scale), for pruning after rounding (which loses the integers), for exchanges that break an
+    n:m pattern, for a correction that does not precede all pruning and rounding, and for a changed bias that is not
+    last or has two streams."""
     kinds, got = [step.kind for _, step in recipe], " + ".join(method for method, _ in recipe)
     for place in (place for place, kind in enumerate(kinds) if kind == "correct"):
         before, behind = set(kinds[:place]), set(kinds[place + 1 :])
         if not behind & {"prune", "quantize"} or before - {"allocate", "transform"}:
             what = f"{recipe[place][0]} corrects a matrix before it is pruned or rounded"
             raise UsageError(what, got=got, do="Put it in front: [{method: qep}, {method: gptq, bits: 4}].")
-    if "quantize" in kinds and "transform" in kinds[kinds.index("quantize") :]:
+    behind_rounding = recipe[kinds.index("quantize") + 1 :] if "quantize" in kinds else []
+    if any(step.kind == "transform" for _, step in behind_rounding):
         what = "a quantized matrix cannot be scaled any more"
         raise UsageError(what, got=got, do="Scale first, then round.")
+    if any(step.kind == "prune" or _changes_mask(step) for _, step in behind_rounding):
+        what = "a quantized matrix cannot be pruned any more: its integers would be lost"
+        raise UsageError(
+            what, got=got, do="Prune first, then round: [{method: alps, sparsity: 0.5}, {method: gptq, bits: 4}]."
+        )
     steps = [step for _, step in recipe]
+    _check_patterns(recipe)
     if takes_two_streams(steps) and any(getattr(step, "changes_bias", False) for step in steps):
         what = "`bias` cannot be combined with methods that need `cross`: the dense inputs' mean is not collected"
         raise UsageError(what, got=got, do="Leave out `bias`, or the methods that need `cross`.")
+    if any(getattr(step, "changes_bias", False) for step in steps[:-1]):
+        what = "a bias compensates the error of the final matrix, so no step may follow it"
+        raise UsageError(what, got=got, do="Put `bias` last.")
+
+
+def _check_patterns(recipe: Sequence[tuple[str, Any]]) -> None:
+    """Raise `UsageError` for a step that exchanges weights between the groups of an n:m pattern of an earlier step."""
+    patterns = []
+    for method, step in recipe:
+        for pattern in patterns if _changes_mask(step) else ():
+            if step.group is None or pattern.group % step.group:
+                what = f"{method} would exchange weights between the groups of the pattern {pattern}"
+                do = f"Add the setting: {{method: {method}, group: {pattern.group}}}."
+                raise UsageError(what, got="no group" if step.group is None else f"group {step.group}", do=do)
+        if getattr(sparsity := getattr(step, "sparsity", None), "group", None):
+            patterns.append(sparsity)
+
+
+def _changes_mask(step: Any) -> bool:
+    return getattr(step, "changes_mask", False)
 
 
 def run(site: Site, steps: Sequence[Any]) -> Site:

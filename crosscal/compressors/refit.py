@@ -21,6 +21,7 @@ from crosscal.compressors.recipe import alone
 from crosscal.compressors.sparsity import kept
 from crosscal.compressors.state import Dense, Layer, Site, Statistic
 from crosscal.errors import NotPositiveDefinite, UsageError
+from crosscal.statistics.factor import check_damping
 
 ROWS_BYTES = 2**28
 """Size limit of the matrices that the exact solution factors at once."""
@@ -41,6 +42,7 @@ class Refit:
     def __post_init__(self) -> None:
         if self.iterations is not None and self.iterations < 0:
             raise UsageError("iterations are 0 or more", got=str(self.iterations), do="null is the exact solution.")
+        check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:
         hessian_II = damped_II(site.statistics.hessian_II, self.damping)
@@ -55,7 +57,7 @@ class Refit:
             weight_OI = conjugate_gradients_OI(
                 layer.base_target_OI, layer.base.weight_OI, kept(layer), hessian_II, self.iterations
             )
-        return layer.changed(Dense(weight_OI))
+        return layer.changed(Dense(weight_OI), damping=self.damping or layer.damping)
 
 
 def damped_II(hessian_II: Tensor, damping: float) -> Tensor:

@@ -100,6 +100,7 @@ def _kth_lowest(score_N: np.ndarray, k: int) -> np.ndarray:
 
 def mark_lowest(drop_BO: Tensor, work_BO: Tensor, score_B: Tensor, count: int) -> None:
     """Set 1 at the `count` lowest (w s)² of a block, 0 elsewhere: compiled equivalent of `lowest`, float32 on a CPU.
+    NaN comes after all numbers, as it does there: so weights are left out of the choice.
 
     Floats of one sign are ordered like their bit patterns, so a histogram over the leading bits gives the threshold's
     bin, and only the few per cent of scores in that bin are sorted. Scores are recomputed each time, which costs less

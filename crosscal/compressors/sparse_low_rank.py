@@ -8,7 +8,9 @@ by an alternating direction method (ADMM) with three blocks: B free, D sparse, L
 
 Makni et al. 2025 (arXiv 2603.01376), the layer-wise part; their gradient refinement of whole transformer blocks is not
 implemented. Here L is updated by one step of subspace iteration instead of an eigendecomposition, inputs are scaled to
-H_jj = 1, and conjugate gradients on the support, alternated with an exact L, finish. The penalty is the authors'.
+H_jj = 1, and conjugate gradients on the support, alternated with an exact L, finish. The penalty is the authors', but
+they count weights that leave the support and weights that join it, here only the latter: the thresholds of `GROWTH` are
+twice theirs, which gave .6 to 1.9 % higher losses in the same time (random layers).
 
 Shapes: O outputs, I inputs, K rank.
 """
@@ -30,7 +32,7 @@ from crosscal.compressors.selection import count_true
 from crosscal.compressors.sparsity import Sparsity, pruned
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
-from crosscal.statistics.factor import Eigensystem
+from crosscal.statistics.factor import Eigensystem, check_damping
 
 PENALTY = 0.1
 GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))
@@ -61,6 +63,7 @@ class SparseLowRank:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         if self.rank < 1 or self.iterations < 1:
             raise UsageError("rank and iterations are at least 1", got=str(self), do="`alps` has no low-rank part.")
+        check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:
         eigen = site.statistics.eigensystem(self.damping)

@@ -33,7 +33,7 @@ class SparseGPTQ:
 
     kind: ClassVar = "quantize"
     needs: ClassVar = frozenset({Statistic.GRAM})
-    version: ClassVar = 2
+    version: ClassVar = 3
     compress = alone
     stack_key = property(rule_key)
     __call__ = solve_by_rule

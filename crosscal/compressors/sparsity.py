@@ -75,10 +75,11 @@ class Sparsity:
 def pruned(layer: Layer, keep_OI: Tensor, weight_OI: Tensor | None = None, *, damping: float | None = None) -> Layer:
     """Return the layer with the weights outside `keep_OI` set to 0. `weight_OI`: new values, by default unchanged.
 
-    A weight that an earlier step removed scores 0 and stays removed.
+    A weight that an earlier step removed scores 0 and stays removed. Without `damping` the recorded one stays.
     """
     keep_OI = keep_OI if layer.keep_OI is None else keep_OI & layer.keep_OI
     weight_OI = layer.base.weight_OI if weight_OI is None else weight_OI
+    damping = layer.damping if damping is None else damping
     return layer.changed(Dense(torch.where(keep_OI, weight_OI, 0.0)), keep_OI=keep_OI, damping=damping)
 
 

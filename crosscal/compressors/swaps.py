@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from crosscal.compressors.recipe import alone
+from crosscal.compressors.recipe import alone, check_inputs
 from crosscal.compressors.sparsity import pruned
-from crosscal.compressors.state import Layer, Site, Statistic
+from crosscal.compressors.state import Dense, Layer, Site, Statistic
 from crosscal.errors import UsageError
 
 LEAST_GAIN = 1e-6
@@ -36,23 +36,27 @@ class Swaps:
     candidates: int = 32
     """Number of removals, and of returns, per row that are paired."""
     group: int | None = None
-    """Exchange only inside groups of this many inputs: for n:m masks."""
+    """Exchange only inside groups of this many inputs: m of an n:m mask."""
 
     kind: ClassVar = "refine"
     needs: ClassVar = frozenset({Statistic.GRAM})
     version: ClassVar = 1
+    changes_mask: ClassVar = True
     compress = alone
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.candidates < 1:
             raise UsageError("rounds are 0 or more, candidates at least 1", got=str(self))
+        if self.group is not None and self.group < 1:
+            raise UsageError("group is at least 1", got=str(self.group), do="null means no groups.")
 
     def __call__(self, site: Site) -> Site:
         return site.each(lambda layer: self._swap(layer, site.statistics.hessian_II))
 
     def _swap(self, layer: Layer, hessian_II: Tensor) -> Layer:
-        if layer.keep_OI is None:
-            return layer
+        if layer.keep_OI is None or not isinstance(layer.base, Dense):
+            return layer  # nothing was pruned, or the weights are on a grid
+        check_inputs(self, layer.target_OI.shape[1], layer.name)
         keep_OI, weight_OI = layer.keep_OI.clone(), layer.base.weight_OI.clone()
         pull_OI = (layer.base_target_OI - weight_OI) @ hessian_II
         for _ in range(self.rounds):
@@ -67,7 +71,7 @@ class Swaps:
             weight_OI[rows, out_R], weight_OI[rows, in_R] = 0.0, back_R
             keep_OI[rows, out_R], keep_OI[rows, in_R] = False, True
         # The new mask need not be a subset of the layer's mask.
-        return pruned(layer.changed(layer.base, keep_OI=None), keep_OI, weight_OI, damping=layer.damping)
+        return pruned(layer.changed(layer.base, keep_OI=None), keep_OI, weight_OI)
 
     def _best(
         self, weight_OI: Tensor, keep_OI: Tensor, pull_OI: Tensor, hessian_II: Tensor

@@ -16,7 +16,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from crosscal.compressors.panel import FixedPanel, Panel, row_ranges
+from crosscal.compressors.panel import FixedPanel, Panel, drops_to_complete, row_ranges
 
 ROWS = 64  # of a program: with 32 columns, 16 numbers per thread and matrix
 WARPS = 4
@@ -30,7 +30,8 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
     weight_CR = panel.weight_CR.clone()
     error_CR = torch.empty_like(weight_CR)
     ints_CR = torch.empty_like(weight_CR, dtype=torch.int8 if rounding else torch.float32)
-    drop_CR = weight_CR if panel.drop_CR is None else panel.drop_CR
+    drop = drops_to_complete(panel)
+    drop_CR = weight_CR if drop is None else drop
     scale_CR, bits_R = (rounding.scale_CR, rounding.bits_R) if rounding else (weight_CR, weight_CR)
     columns = len(weight_CR)
     for first, last, kept, group in row_ranges(panel):
@@ -56,13 +57,13 @@ def fix_panel_triton(panel: Panel) -> FixedPanel:
             kept,
             COLUMNS=triton.next_power_of_2(columns),
             GROUP=group,
-            PRUNE=panel.drop_CR is not None,
+            PRUNE=drop is not None,
             ROUND=rounding is not None,
             STORED_AS=STORED[rounding.stored_dtype] if rounding else 0,
             ROWS=ROWS,
             num_warps=WARPS,  # pyright: ignore[reportCallIssue]  (of the launch, not of the function)
         )
-    return FixedPanel(weight_CR, error_CR, ints_CR if rounding else None)
+    return FixedPanel(weight_CR, error_CR, ints_CR if rounding else None, drop)
 
 
 @triton.jit
@@ -136,14 +137,17 @@ def _walk(
         error_PB = tl.where(own_P1, error_B[None, :], error_PB)
     tl.store(weight_ptr + place_PB, weight_PB, mask=here_PB)
     tl.store(error_ptr + place_PB, error_PB, mask=here_PB)
+    if PRUNE and GROUP > 0:
+        tl.store(drop_ptr + drop_place_PB, drop_PB, mask=here_PB)
     if ROUND:
         tl.store(ints_ptr + place_PB, ints_PB.to(tl.int8), mask=here_PB)
 
 
 @triton.jit
 def _drawn(root_score_PB, drop_PB, column_P, j, kept, GROUP: tl.constexpr):
-    """Return the mask with the group from column j selected: a score's rank is the number of scores before it."""
-    score_PB = root_score_PB * root_score_PB
+    """Return the mask with the group from column j selected: a score's rank is the number of scores before it. What an
+    earlier step removed scores -1 and stays removed."""
+    score_PB = tl.where(drop_PB > 0, -1.0, root_score_PB * root_score_PB)
     rank_PB = tl.zeros_like(score_PB)
     for member in range(GROUP):
         other_P1 = (column_P == j + member)[:, None]
@@ -152,7 +156,7 @@ def _drawn(root_score_PB, drop_PB, column_P, j, kept, GROUP: tl.constexpr):
         before_PB = (other_B < score_PB) | (earlier_P1 & (other_B == score_PB))
         rank_PB += tl.where(before_PB & (other_P1 == 0), 1.0, 0.0)
     in_group_P1 = ((column_P >= j) & (column_P < j + GROUP))[:, None]
-    return tl.where(in_group_P1, tl.where(rank_PB < GROUP - kept, 1.0, 0.0), drop_PB)
+    return tl.where(in_group_P1 & (rank_PB < GROUP - kept), 1.0, drop_PB)
 
 
 @triton.jit

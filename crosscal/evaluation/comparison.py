@@ -26,29 +26,33 @@ gets a new chance of a false difference each time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from crosscal.evaluation.summaries import PairedDifference, joined, paired_difference
+from crosscal.evaluation.summaries import PairedDifference, joined, paired_difference, same_draws
 
 LEVEL = 0.05
 """Maximum probability that a choice rests on a difference that does not exist."""
+Draws = Mapping[int | None, Sequence[float]]
+"""Seed -> log perplexity of each window; the seed is None for a model that is the same for every draw."""
 
 
-def log_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> PairedDifference | None:
+def log_difference(first: Draws, second: Draws) -> PairedDifference | None:
     """Return the mean difference of log perplexity, first - second, over the same windows, with its standard error.
 
-    Both arguments hold one sequence of per-window log perplexities per seed. With several seeds a window counts with
-    its mean over seeds; if both have equally many, seeds are paired, and the variance of their differences is added.
-    None if there are no per-window values, their numbers differ, or there are fewer than two windows.
+    Only seeds that both have are compared. With several, a window counts with its mean over seeds, and the variance of
+    the seeds' differences is added. None if no seed is common to both, the numbers of windows differ, or there are
+    fewer than two.
     """
-    lengths = {len(nll) for nll in (*first, *second)}
-    if not first or not second or len(lengths) > 1 or lengths <= {0, 1}:
+    pairs = list(same_draws(first, second))
+    lengths = {len(nll) for pair in pairs for nll in pair}
+    if len(lengths) != 1 or lengths <= {0, 1}:
         return None
-    over_windows = paired_difference(*([fmean(nll) for nll in zip(*seeds, strict=True)] for seeds in (first, second)))
-    if len(first) == len(second) > 1:
-        return joined(over_windows, paired_difference(list(map(fmean, first)), list(map(fmean, second))))
-    return over_windows
+    seeds = list(zip(*pairs, strict=True))
+    over_windows = paired_difference(*([fmean(nll) for nll in zip(*each, strict=True)] for each in seeds))
+    if len(pairs) == 1:
+        return over_windows
+    return joined(over_windows, paired_difference(*([fmean(nll) for nll in each] for each in seeds)))
 
 
 def margin(difference: PairedDifference, comparisons: int = 1) -> float:

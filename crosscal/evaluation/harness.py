@@ -16,7 +16,7 @@ from typing import Any
 from crosscal.errors import EvaluationError
 from crosscal.evaluation.in_memory import leaves_of
 from crosscal.evaluation.logits import rows_at_once
-from crosscal.evaluation.measurement import Measurement
+from crosscal.evaluation.measurement import TEST, Measurement
 from crosscal.evaluation.question_files import FORMS
 from crosscal.evaluation.tasks import TextTask
 from crosscal.progress import Progress
@@ -41,11 +41,6 @@ class NamedTask:
     def identity(self, limit: int | None) -> list[Any]:
         """Return what the results depend on besides model and encoding."""
         return [self.name, limit] if self.texts is None else [self.texts.digest]
-
-    @property
-    def split(self) -> str:
-        config = next(iter(self.leaves["tasks"].values())).config
-        return config.test_split or config.validation_split or "train"
 
 
 def named_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:
@@ -135,7 +130,7 @@ def _measure_task(lm: Any, task: NamedTask, limit: int | None) -> list[Measureme
     return [
         Measurement(
             name,
-            task.split,
+            TEST,  # whatever lm-eval calls its split: nothing is chosen by it
             metric,
             value,
             stderr,

@@ -8,7 +8,7 @@ d[k, w] the difference of draw k and window w, there are two sources of uncertai
 * other test text: the W means over draws, d[·, w], have the standard error sd / √W. All draws share these windows, so
   more draws do not reduce it, and D · W is not a sample size.
 
-With one draw only the second is available. Questions of a task are treated like windows of a corpus.
+With one draw only the second is available. Questions and documents of a task are treated like windows of a corpus.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crosscal.evaluation.summaries import spread
+from crosscal.evaluation.summaries import added_errors, spread
 
 CONFIDENCE = 0.95
-DRAWS, WINDOWS, QUESTIONS = "draws", "windows", "questions"
+DRAWS, WINDOWS, QUESTIONS, DOCUMENTS = "draws", "windows", "questions", "documents"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class MeanEstimate:
     stderr: float | None
     """Standard error of the mean over test windows or questions, for any number of draws."""
     over: str
-    """What `interval` and `p` generalise over: `draws` if there are several, else `windows` or `questions`."""
+    """What `interval` and `p` generalise over: `draws` if there are several, else `windows`, `questions` or
+    `documents`."""
     interval: tuple[float, float] | None
     """95 % confidence interval; None if it cannot be estimated."""
     p: float | None
@@ -85,7 +86,7 @@ def _over_draws(values: Sequence[float], stderr: float | None, items: int | None
     return MeanEstimate(found.mean, found.sd, stderr, DRAWS, interval, p, found.n, items)
 
 
-def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[float, float] | None, float | None]:
+def _t(mean: float, stderr: float | None, freedom: float | None) -> tuple[tuple[float, float] | None, float | None]:
     """Interval and p-value of Student's t; of the normal distribution if `freedom` is None."""
     from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
@@ -99,7 +100,13 @@ def _t(mean: float, stderr: float | None, freedom: int | None) -> tuple[tuple[fl
 
 
 def over_both(found: MeanEstimate) -> tuple[float, float] | None:
-    """Return the 95 % interval of a variant's own value over draws *and* test text, taken as independent."""
-    parts = [found.stderr, None if found.sd is None else found.sd / math.sqrt(found.draws)]
-    known = [part for part in parts if part is not None]
-    return _t(found.mean, math.hypot(*known), None)[0] if known else None
+    """Return the 95 % interval of a variant's own value over draws *and* test text, taken as independent.
+
+    It is that of Student's t (see `added_errors`); an error over items whose number is not known counts as exact.
+    """
+    errors = []
+    if found.stderr is not None:
+        errors.append((found.stderr, found.items - 1 if found.items else math.inf))
+    if found.sd is not None:
+        errors.append((found.sd / math.sqrt(found.draws), found.draws - 1))
+    return _t(found.mean, *added_errors(errors))[0] if errors else None

@@ -12,16 +12,14 @@ Pareto front, leaves only if one of k comparisons is wrong: with a probability b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from crosscal.evaluation.comparison import change_text, log_difference, margin
+from crosscal.evaluation.comparison import Draws, change_text, log_difference, margin
 from crosscal.evaluation.summaries import PairedDifference
 
 FEWEST = 4
 """Minimum windows of a corpus at the first look: with fewer, Student's t has heavy tails."""
-Seeds = Sequence[Sequence[float]]
-"""Per seed, the log perplexity of each window."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def looks(windows: int) -> list[list[int]]:
     return parts
 
 
-def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict[str, Eliminated]:
+def beaten(windows: Mapping[str, Mapping[str, Draws]], comparisons: int) -> dict[str, Eliminated]:
     """Return model -> the one that beats it clearly. `windows`: model -> corpus -> values on the same windows."""
     found: dict[str, Eliminated] = {}
     for name, own in windows.items():
@@ -62,7 +60,7 @@ def beaten(windows: Mapping[str, Mapping[str, Seeds]], comparisons: int) -> dict
     return found
 
 
-def _differences(own: Mapping[str, Seeds], other: Mapping[str, Seeds]) -> dict[str, PairedDifference]:
+def _differences(own: Mapping[str, Draws], other: Mapping[str, Draws]) -> dict[str, PairedDifference]:
     """Empty if some corpus cannot be compared; then the model is not beaten."""
     found = {corpus: log_difference(own[corpus], other[corpus]) for corpus in own if corpus in other}
     known = {corpus: one for corpus, one in found.items() if one is not None}

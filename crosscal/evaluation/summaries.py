@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,32 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
     return PairedDifference(differences.mean, stderr, differences.n, differences.n - 1)
 
 
+def same_draws(first: Mapping[int | None, Value], second: Mapping[int | None, Value]) -> Iterator[tuple[Value, Value]]:
+    """Yield the pairs of the same draw. The key None is of a model that is the same for every draw; it is paired with
+    each of the other's."""
+    draws = dict.fromkeys([*first, *second])
+    for draw in [draw for draw in draws if draw is not None] or draws:
+        one, other = first.get(draw, first.get(None)), second.get(draw, second.get(None))
+        if one is not None and other is not None:
+            yield one, other
+
+
 def joined(over_items: PairedDifference, over_repeats: PairedDifference) -> PairedDifference:
-    """Return the mean over items with the error over repeats added: variances add, and by Welch and Satterthwaite
-    dof = (a + b)^2 / (a^2 / dof_a + b^2 / dof_b) for the variances a and b of the two means."""
-    a, b = ((each.stderr or 0.0) ** 2 for each in (over_items, over_repeats))
-    if a + b == 0.0:
+    """Return the mean over items with the error over repeats added."""
+    errors = [(each.stderr, each.dof) for each in (over_items, over_repeats) if each.stderr]
+    if not errors:
         return over_items
-    dof = (a + b) ** 2 / ((a**2 / over_items.dof) + (b**2 / over_repeats.dof))
-    return PairedDifference(over_items.mean, math.sqrt(a + b), over_items.n, dof)
+    stderr, dof = added_errors(errors)
+    return PairedDifference(over_items.mean, stderr, over_items.n, dof)
+
+
+def added_errors(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return (standard error, degrees of freedom) of independent errors together, given the same of each: variances
+    add, and by Welch and Satterthwaite dof = (a + b)^2 / (a^2 / dof_a + b^2 / dof_b) for the variances a and b. Known
+    exactly: dof is infinite."""
+    variance = math.fsum(stderr**2 for stderr, _ in errors)
+    uncertainty = math.fsum(stderr**4 / dof for stderr, dof in errors)
+    return math.sqrt(variance), variance**2 / uncertainty if uncertainty else math.inf
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

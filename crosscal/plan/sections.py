@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from crosscal.plan.search import Alpha, Weights, as_mixtures, corpora_named
 from crosscal.plan.settings import OF_A_MIXTURE, as_axis, checked_axes
 from crosscal.plan.sources import Name, RandomTokens, Select, SelfGenerated
-from crosscal.plan.study import Study, keeping_numbers
+from crosscal.plan.study import Seeds, Study, keeping_numbers
 from crosscal.plan.tasks import Task, continued_corpora
 
 BEST = "best"
@@ -69,7 +69,7 @@ class Calibration(_Section):
     windows: int = Field(128, ge=1)
     length: int = Field(2048, ge=8)
     """Tokens per window."""
-    seed: int | list[int] = 0
+    seed: Seeds = 0
     """Seed of the draw of windows; a list repeats the whole sweep for each seed."""
     held_out_windows: int = Field(16, ge=1)
     """Windows from the validation split, for the held-out layer loss."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _different(seed: int | list[int]) -> int | list[int]:
+    if isinstance(seed, list) and len(set(seed)) < len(seed):
+        repeated = ", ".join(str(one) for one in dict.fromkeys(seed) if seed.count(one) > 1)
+        raise ValueError(f"{repeated} more than once; every seed is one draw")
+    return seed
+
+
+Seeds = Annotated[int | list[int], AfterValidator(_different)]
 
 
 class Study(BaseModel):

@@ -170,7 +170,7 @@ def _changes(candidate: Windows, dense: Windows, published: Windows | None) -> d
 
 
 def _difference(one: Windows, other: Windows, corpus: str) -> PairedDifference | None:
-    return log_difference([one[corpus]], [other[corpus]]) if corpus in one and corpus in other else None
+    return log_difference({None: one[corpus]}, {None: other[corpus]}) if corpus in one and corpus in other else None
 
 
 def _against(one: Windows, other: Windows, corpus: str) -> str:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crosscal.evaluation import PERPLEXITY
-from crosscal.evaluation.inference import QUESTIONS, WINDOWS, MeanEstimate, over_draws, over_draws_and_items
+from crosscal.evaluation.inference import (
+    DOCUMENTS,
+    QUESTIONS,
+    WINDOWS,
+    MeanEstimate,
+    over_draws,
+    over_draws_and_items,
+)
+from crosscal.evaluation.summaries import same_draws
 from crosscal.report.groups import DENSE, Column, SeedGroup
 from crosscal.report.left_dense import SLACK
 from crosscal.report.rows import ResultRow
@@ -15,8 +23,6 @@ from crosscal.report.run_files import RunFiles
 
 DOMAIN = "domain"
 """Baseline rule: a variant's own domain alone."""
-AUTO = "auto"
-"""Part of the name of a variant whose mixture is searched."""
 
 
 def counterpart(group: SeedGroup, rule: str, groups: Sequence[SeedGroup]) -> SeedGroup | None:
@@ -41,13 +47,8 @@ def _is_counterpart(group: SeedGroup, rule: str, other: SeedGroup) -> bool:
     if other.method == rule:
         return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
     domains = list(group.domains) if rule == DOMAIN else [rule]
-    same_recipe = (other.method, other.setting) == (group.method, group.setting) and not is_searched_mixture(other)
+    same_recipe = (other.method, other.setting) == (group.method, group.setting) and other.found_by is None
     return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}
-
-
-def is_searched_mixture(group: SeedGroup) -> bool:
-    """Return whether the mixture was searched; it differs between draws and may be one corpus alone."""
-    return AUTO in group.name.split("-")
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ class Measured:
     """The rows of a run, by variant and column."""
 
     rows: Mapping[tuple[str, Column], ResultRow]
-    items: Mapping[tuple[str, Column], Sequence[float]]
-    """The value of each window or question: log perplexity; 1 for a correct answer."""
+    items: Mapping[tuple[str, Column], tuple[str, Sequence[float]]]
+    """What the items are, and the value of each: a window's log perplexity; 1 for a correct answer; a document's score.
+    """
 
     @classmethod
     def of(cls, files: RunFiles) -> Measured:
         rows = {(row.variant, (row.corpus_or_task, row.split, row.metric)): row for row in files.results}
-        windows = {(row.variant, (row.corpus, row.split, PERPLEXITY)): row.nll for row in files.windows}
-        questions = {(row.variant, (row.task, row.split, row.metric)): row.correct for row in files.questions}
-        return cls(rows, {**windows, **questions})
+        windows = {(row.variant, (row.corpus, row.split, PERPLEXITY)): (WINDOWS, row.nll) for row in files.windows}
+        asked = [(QUESTIONS, row, row.correct) for row in files.questions]
+        asked += [(DOCUMENTS, row, row.score) for row in files.summaries]
+        tasks = {(row.variant, (row.task, row.split, row.metric)): (of, values) for of, row, values in asked}
+        return cls(rows, {**windows, **tasks})
 
     def draws(self, group: SeedGroup, column: Column) -> dict[int | None, ModelMeasurement]:
         """Return draw → measurement; the key is None for a model that needs no calibration text."""
@@ -76,10 +80,11 @@ class Measured:
 
     def _measurement(self, row: ResultRow) -> ModelMeasurement:
         assert row.value is not None, "rows without a number are left out before"
-        items = self.items.get((row.variant, (row.corpus_or_task, row.split, row.metric)), ())
+        unknown = (WINDOWS if row.metric == PERPLEXITY else QUESTIONS, ())
+        of = self.items.get((row.variant, (row.corpus_or_task, row.split, row.metric)), unknown)
         if row.metric != PERPLEXITY:
-            return ModelMeasurement(row.value, row.stderr, QUESTIONS, items)
-        return ModelMeasurement(math.log(row.value), row.stderr and row.stderr / row.value, WINDOWS, items)
+            return ModelMeasurement(row.value, row.stderr, *of)
+        return ModelMeasurement(math.log(row.value), row.stderr and row.stderr / row.value, *of)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class ModelMeasurement:
     value: float
     stderr: float | None
     over: str
-    """What the error is over: windows or questions."""
+    """What the error is over: windows, questions or documents."""
     items: Sequence[float]
     """The value of each of these; empty if they were not kept."""
 
@@ -101,18 +106,7 @@ def by_itself(group: SeedGroup, column: Column, measured: Measured) -> MeanEstim
 
 def difference(first: SeedGroup, second: SeedGroup, column: Column, measured: Measured) -> MeanEstimate | None:
     """Return first − second, draw by draw and window by window; None if no draw has both."""
-    return _sure(list(_pairs(measured.draws(first, column), measured.draws(second, column))))
-
-
-def _pairs(
-    first: Mapping[int | None, ModelMeasurement], second: Mapping[int | None, ModelMeasurement]
-) -> Iterator[tuple[ModelMeasurement, ModelMeasurement]]:
-    """Pairs of the same draw; a model that is the same for every draw is paired with each of the other's."""
-    draws = dict.fromkeys([*first, *second])
-    for draw in [draw for draw in draws if draw is not None] or draws:
-        one, other = first.get(draw, first.get(None)), second.get(draw, second.get(None))
-        if one is not None and other is not None:
-            yield one, other
+    return _sure(list(same_draws(measured.draws(first, column), measured.draws(second, column))))
 
 
 def _sure(found: Sequence[tuple[ModelMeasurement, ...]]) -> MeanEstimate | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, TEST, VALIDATION
+from crosscal.evaluation.comparison import Draws
 from crosscal.evaluation.summaries import spread
 from crosscal.report.left_dense import DenseShare, left_dense_of
 from crosscal.report.numbers import Number
@@ -52,8 +53,10 @@ class SeedGroup:
     """Over the solved matrices of all seeds, on the calibration mixture."""
     heldout_relative_loss: Loss | None
     left_dense: DenseShare
-    window_nll: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
-    """(corpus, split) -> variant -> negative log-likelihood of each window; empty if none was kept."""
+    window_nll: Mapping[tuple[str, str], Draws]
+    """(corpus, split) -> seed -> negative log-likelihood of each window; empty if none was kept."""
+    found_by: str | None
+    """How the mixture was searched; it may differ between draws, and `mixture` is that of the first. None if given."""
 
     @property
     def is_dense(self) -> bool:
@@ -154,13 +157,14 @@ def _group(
     variants = tuple(dict.fromkeys(row.variant for row in rows))
     layers = [layer for variant in variants for layer in layers_of.get(variant, [])]
     solved = [layer for layer in layers if not layer.stays_dense]
-    window_nll: dict[tuple[str, str], dict[str, Sequence[float]]] = defaultdict(dict)
-    for window in (window for variant in variants for window in windows_of.get(variant, [])):
-        window_nll[window.corpus, window.split][window.variant] = window.nll
-    measured: dict[Column, list[ResultRow]] = defaultdict(list)
-    for row in rows:
+    window_nll: dict[tuple[str, str], dict[int | None, Sequence[float]]] = defaultdict(dict)
+    for variant, seed in {row.variant: row.seed if row.mixture else None for row in rows}.items():
+        for window in windows_of.get(variant, []):
+            window_nll[window.corpus, window.split][seed] = window.nll
+    measured: dict[Column, dict[str, ResultRow]] = defaultdict(dict)
+    for row in rows:  # a task that a plan also names by its tag has two equal rows
         if row.value is not None:
-            measured[row.corpus_or_task, row.split, row.metric].append(row)
+            measured[row.corpus_or_task, row.split, row.metric][row.variant] = row
     return SeedGroup(
         name=variants[0] if len(variants) == 1 else _stem(first),
         variants=variants,
@@ -170,11 +174,12 @@ def _group(
         amounts=first.amounts,
         upstream=first.upstream,
         mixture=first.mixture,
-        numbers={column: _number(found) for column, found in measured.items()},
+        numbers={column: _number(list(found.values())) for column, found in measured.items()},
         relative_loss=_mean([layer.relative_loss for layer in solved]),
         heldout_relative_loss=_mean([layer.heldout_relative_loss for layer in solved]),
         left_dense=left_dense_of(layers),
         window_nll=window_nll,
+        found_by=first.found_by,
     )
 
 

@@ -45,7 +45,7 @@ class Recommendation:
     cheaper: SeedGroup | None
     """The next on the Pareto front: worse on the domain and better on general text."""
     general_only: SeedGroup | None
-    """The same method at the same level, calibrated on the general corpus alone."""
+    """The same method at the same level, calibrated on the general corpus alone by the plan and not by a search."""
 
     @property
     def general(self) -> Number | None:
@@ -95,13 +95,13 @@ def best_variants(groups: Sequence[SeedGroup], domain: str) -> list[Recommendati
 
 def _best(groups: Sequence[SeedGroup], domain: str, level: str) -> Recommendation:
     def difference(one: int, other: int) -> PairedDifference | None:
-        nll = (list(groups[i].window_nll.get((domain, VALIDATION), {}).values()) for i in (one, other))
-        return log_difference(*nll)
+        return log_difference(*(groups[i].window_nll.get((domain, VALIDATION), {}) for i in (one, other)))
 
     found = choose([(_general(group), _value(group, domain)) for group in groups], difference, SLACK)
     chosen = groups[found.chosen]
     cheaper = [groups[index] for index in found.front if _general(groups[index]) < _general(chosen)]
-    peers = [group for group in groups if group.mixture == {GENERAL: 1.0} and group.flavour == chosen.flavour]
+    given = [group for group in groups if group.found_by is None and group.mixture == {GENERAL: 1.0}]
+    peers = [group for group in given if group.flavour == chosen.flavour]
     return Recommendation(
         domain,
         level,

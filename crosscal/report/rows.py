@@ -139,14 +139,14 @@ class StudyRow:
     sd: float | None
     """Standard deviation over draws; None for one."""
     stderr: float | None
-    """Standard error over test windows or questions, which all draws share."""
+    """Standard error over test windows, questions or documents, which all draws share."""
     interval: list[float] | None
-    """95 % interval: of a difference over `over`; of a variant's own value over draws and windows or questions
-    together."""
+    """95 % interval: of a difference over `over`; of a variant's own value over draws and windows, questions or
+    documents together."""
     over: str
     draws: int
     items: int | None
-    """Number of test windows or questions, if both were compared one by one."""
+    """Number of test windows, questions or documents, if both were compared one by one."""
     p: float | None = None
     p_holm: float | None = None
     """Adjusted for all comparisons of the same rule on the same corpus or task."""

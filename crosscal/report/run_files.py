@@ -9,7 +9,7 @@ from typing import Any
 
 from crosscal.errors import UsageError
 from crosscal.report.groups import SeedGroup, groups_of
-from crosscal.report.rows import LayerRow, QuestionRow, ResultRow, Row, StudyRow, WindowRow, read_rows
+from crosscal.report.rows import DocumentRow, LayerRow, QuestionRow, ResultRow, Row, StudyRow, WindowRow, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class RunFiles:
     models: frozenset[str]
     """The variants whose models were kept."""
     questions: list[QuestionRow] = field(default_factory=list)
+    summaries: list[DocumentRow] = field(default_factory=list)
     study: list[StudyRow] = field(default_factory=list)
     """The conclusions of a study; empty for any other run."""
 
@@ -60,6 +61,7 @@ def read_run(folder: Path) -> RunFiles:
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
         models=frozenset(path.parent.name for path in folder.glob("models/*/config.json")),
         questions=rows_there(folder / "questions.jsonl", QuestionRow),
+        summaries=rows_there(folder / "summaries.jsonl", DocumentRow),
         study=rows_there(folder / "study.jsonl", StudyRow),
     )
 

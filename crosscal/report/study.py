@@ -13,7 +13,7 @@ from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, VALIDATION
 from crosscal.evaluation.inference import MeanEstimate, holm, over_both
-from crosscal.report.counterparts import Measured, by_itself, counterpart, difference, is_searched_mixture
+from crosscal.report.counterparts import Measured, by_itself, counterpart, difference
 from crosscal.report.groups import GENERAL, Column, SeedGroup, columns_of
 from crosscal.report.rows import StudyRow
 from crosscal.report.run_files import RunFiles
@@ -63,7 +63,7 @@ def chosen_mixtures(groups: Sequence[SeedGroup]) -> set[str]:
 def _domains_weighed(group: SeedGroup, groups: Sequence[SeedGroup]) -> Collection[str]:
     """The domains that a group is a candidate for: its own, or every domain for general text alone; none for a searched
     mixture, which was chosen before."""
-    if is_searched_mixture(group):
+    if group.found_by is not None:
         return ()
     if group.mixture == {GENERAL: 1.0}:
         return {domain for other in groups for domain in other.domains if other.perplexity(domain, VALIDATION)}

@@ -9,8 +9,10 @@ from crosscal.report.groups import GENERAL, Column, Loss, SeedGroup
 from crosscal.report.left_dense import compared
 from crosscal.report.numbers import number_text
 
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "risk_ratio")
-
+LOWER_IS_BETTER = (
+    *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"),  # lm-eval's
+    "risk_ratio",
+)
 TEXT_COLUMNS = 4
 LEFT_DENSE = "left dense (of parameters)"
 

@@ -76,13 +76,12 @@ def _replayed(context: RunContext, variant: Variant, eval_set: EvaluationSet, de
     while (weight := next_weight(losses, pair_of_dense, evaluated, within)) is not None:
         one = candidate(variant, _weights(search, weight))
         made = made_before(context, one.variant)
-        measured = eval_set.find(made.weights) if made else None
-        if measured is None:
+        measured, own = eval_set.find(made.weights) if made else None, losses_of(context, one)
+        if measured is None or own is None:
             return _State(losses, evaluated, weight)
-        found, own = perplexities_of(measured), losses_of(context, one)
+        found = perplexities_of(measured)
         evaluated[weight] = (found[GENERAL], found[search.domain])
-        if own is not None:
-            losses[weight] = (own[GENERAL], own[search.domain])
+        losses[weight] = (own[GENERAL], own[search.domain])
     return _State(losses, evaluated, None)
 
 

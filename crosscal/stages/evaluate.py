@@ -122,12 +122,12 @@ class EvaluationSet:
 
     def _named(self, found: Measurement, subject: Subject) -> Measurement:
         """Use this plan's names and record whether the text began with beginning-of-text; questions are always encoded
-        with the tokenizer's default."""
+        with the tokenizer's default. Of lm-eval's tasks, earlier versions stored lm-eval's own name of the split."""
         if isinstance(subject, HeldOutText):
             begins = self._begins[self.begin]
             return dataclasses.replace(found, corpus_or_task=subject.corpus, split=subject.split, begin_token=begins)
         name = found.corpus_or_task if isinstance(subject, NamedTask) and subject.texts is None else subject.name
-        split = subject.split if isinstance(subject, LocalTask) else found.split
+        split = subject.split if isinstance(subject, LocalTask) else TEST
         return dataclasses.replace(found, corpus_or_task=name, split=split, begin_token=self._begins[None])
 
     @functools.cached_property

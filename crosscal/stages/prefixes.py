@@ -57,33 +57,36 @@ def read_prefixes(
 ) -> int:
     """Run the model up to the last of some blocks and call `on_site` for their sites; return the tokens run. If the
     store has the moments of the whole sample at these blocks, only half of the calibration windows are run."""
-    pieces = pieces_of([windows_by_key(cached.store, part.key) for part in sample.calibration.apart])
-    is_read = sample.calibration.folded is None and all(
-        cached.has(key, block) for key in sample.sets for block in blocks
+    calibration, held_out = sample.calibration, sample.held_out
+    pieces = pieces_of([windows_by_key(cached.store, part.key) for part in calibration.apart])
+    is_read = (
+        calibration.folded is None
+        and held_out.folded is None
+        and all(cached.has(key, block) for key in sample.sets for block in blocks)
     )
-    wanted = {str(windows): tokens_SL for windows, tokens_SL in pieces.items()}
+    runs = {str(windows): _by_weight(calibration.apart, piece) for windows, piece in pieces.items()}
     if is_read and len(pieces) > 1:
-        del wanted[str(max(pieces))]
+        del runs[str(max(pieces))]
     if not is_read:
-        wanted[HELD_OUT] = torch.cat([windows_by_key(cached.store, part.key) for part in sample.held_out.apart])
+        of_parts = [windows_by_key(cached.store, part.key) for part in held_out.apart]
+        runs[HELD_OUT] = _by_weight(held_out.apart, of_parts)
+    wanted = {_name(run, weight): tokens_SL for run, each in runs.items() for weight, tokens_SL in each.items()}
 
     def whole(parts: Sequence[PoolPart], block: int, site: Site) -> InputMoments:
         moments = (cached.read(part.key, block, site).only(NEEDED).weighted(part.weight) for part in parts)
         return functools.reduce(operator.add, moments)
 
+    def summed(seen: BlockMoments, run: str, site: Site) -> InputMoments:
+        found = {weight: seen.moments[_name(run, weight)][site.name] for weight in runs[run]}
+        return functools.reduce(operator.add, (sums.only(NEEDED).weighted(weight) for weight, sums in found.items()))
+
     def on_block(seen: BlockMoments) -> None:
         for site in seen.sites:
-            of_pieces = {
-                int(name): found[site.name].only(NEEDED) for name, found in seen.moments.items() if name != HELD_OUT
-            }
-            nested = dict(nested_sums(of_pieces))
+            nested = dict(nested_sums({int(run): summed(seen, run, site) for run in runs if run != HELD_OUT}))
             if is_read and len(pieces) > 1:
-                nested[max(pieces)] = whole(sample.calibration.parts, seen.block, site)
-            if is_read:
-                held_out = whole(sample.held_out.parts, seen.block, site)
-            else:
-                held_out = seen.moments[HELD_OUT][site.name].only(NEEDED)
-            on_site(seen.block, Prefixes(site, nested, held_out), seen.parameters)
+                nested[max(pieces)] = whole(calibration.parts, seen.block, site)
+            of_rest = whole(held_out.parts, seen.block, site) if is_read else summed(seen, HELD_OUT, site)
+            on_site(seen.block, Prefixes(site, nested, of_rest), seen.parameters)
 
     dtype = getattr(torch, cached.dtype)
     done = walk(
@@ -101,17 +104,29 @@ def read_prefixes(
     return done.tokens
 
 
-def pieces_of(parts: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return number of windows of a prefix → those that the prefix before it lacks, [S, L]; prefixes that would be no
-    longer than the one before are left out."""
+def pieces_of(parts: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+    """Return number of windows of a prefix → those of each part that the prefix before it lacks, [S, L]; prefixes that
+    would be no longer than the one before are left out."""
     before, pieces = [0] * len(parts), {}
     for fraction in FRACTIONS:
         ends = [round(fraction * len(tokens_SL)) for tokens_SL in parts]
         if sum(ends) > sum(before):
-            between = [tokens_SL[a:b] for tokens_SL, a, b in zip(parts, before, ends, strict=True)]
-            pieces[sum(ends)] = torch.cat(between)
+            pieces[sum(ends)] = [tokens_SL[a:b] for tokens_SL, a, b in zip(parts, before, ends, strict=True)]
             before = ends
     return pieces
+
+
+def _by_weight(parts: Sequence[PoolPart], windows: Sequence[Tensor]) -> dict[float, Tensor]:
+    """Return weight → the windows of all parts of this weight, joined."""
+    found: dict[float, list[Tensor]] = {}
+    for part, tokens_SL in zip(parts, windows, strict=True):
+        if len(tokens_SL):
+            found.setdefault(part.weight, []).append(tokens_SL)
+    return {weight: torch.cat(each) for weight, each in found.items()}
+
+
+def _name(run: str, weight: float) -> str:
+    return f"{run}, weight {weight}"
 
 
 def nested_sums(pieces: Mapping[int, InputMoments]) -> Iterator[tuple[int, InputMoments]]:

@@ -9,10 +9,9 @@ Shapes: I inputs of a site, O outputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,6 @@ from crosscal.stages.folding import SumStore
 from crosscal.stages.moments import CachedMoments
 from crosscal.stages.spill import SHARE as HIDDEN_SHARE
 from crosscal.statistics import EVERY, OF_TWO_STREAMS, VECTORS, Mixture, Statistic, streams_of
-from crosscal.store import Store
 from crosscal.variants import Variant
 
 SUM_BYTES = 4
@@ -261,12 +259,6 @@ def evaluating_bytes(shapes: Sequence[BlockShape], sizes: EvaluationSizes, *, ha
     rows = rows_at_once(sizes.vocabulary, sizes.itemsize)
     logits = (rows if has_questions else min(sizes.tokens, rows)) * row_bytes(sizes.vocabulary, sizes.itemsize)
     return (sizes.parameters + sizes.tokens * (2 * sizes.hidden + 3 * widest)) * sizes.itemsize + logits
-
-
-def stored_set(store: Store, wanted: Mapping[str, Any]) -> str | None:
-    """Return the key of a calibration set whose provenance contains all of `wanted`; None if there is none."""
-    stored = store.list("calibration")
-    return next((a.key for a in stored if all(a.provenance.get(name) == value for name, value in wanted.items())), None)
 
 
 def is_read(cached: SumStore, calibration: str | None, blocks: int) -> bool:

@@ -25,7 +25,7 @@ from crosscal.stages.screen import level_of
 from crosscal.variants import Variant
 
 Seen = dict[str, list[float]]
-"""Corpus -> log perplexity of each window measured, look by look."""
+"""Corpus -> log perplexity of each window measured, in the order of the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +55,16 @@ class Race:
         return dataclasses.replace(self.eval_set, texts=tuple(every), suite=QuestionSuite.load([]))
 
     def seen(self, weights: str, look: int) -> Seen | None:
-        """Return a model's results on the windows up to a look; None if some were not measured."""
+        """Return a model's results on the windows up to a look, in the text's order; None if some were not measured."""
         found: Seen = {}
         for text, parts in self.parts.items():
-            whole = _nll(self.eval_set, weights, text)
+            whole, of_text = _nll(self.eval_set, weights, text), dict[int, float]()
             for part, numbers in parts[: look + 1]:
                 nll = [whole[number] for number in numbers] if whole else _nll(self.apart, weights, part)
                 if numbers and nll is None:
                     return None
-                found.setdefault(text.corpus, []).extend(nll or ())
+                of_text |= zip(numbers, nll or (), strict=True)
+            found[text.corpus] = [of_text[number] for number in sorted(of_text)]
         return found
 
     def missing(self, weights: str, look: int | None) -> EvaluationSet | None:
@@ -116,10 +117,11 @@ def replayed(
     kept: Collection[str] = (),
 ) -> RaceState:
     """Replay the race as far as measurements are known. The variants in `kept` are compared but never leave."""
-    levels: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    levels: dict[object, dict[str, dict[int | None, str]]] = defaultdict(lambda: defaultdict(dict))
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
-        levels[level_of(variant, solved)][variant.name.removesuffix(f"-s{variant.seed}")].append(variant.name)
+        model, draw = variant.name.removesuffix(f"-s{variant.seed}"), variant.seed if variant.mixture else None
+        levels[level_of(variant, solved)][model][draw] = variant.name
     found = RaceState()
 
     def seen(name: str, look: int) -> Seen | None:
@@ -132,28 +134,29 @@ def replayed(
 
 def _run(
     looks_at: Sequence[int],
-    seeds_of: Mapping[str, Sequence[str]],
+    seeds_of: Mapping[str, Mapping[int | None, str]],
     seen: Callable[[str, int], Seen | None],
     kept: Collection[str],
     found: RaceState,
 ) -> None:
-    """Run one level, look by look, adding to `found`. `seeds_of`: model -> its variants, which differ in seed alone."""
+    """Run one level, look by look, adding to `found`. `seeds_of`: model -> seed (None: needs no data) -> variant."""
     remaining, comparisons = dict(seeds_of), (len(seeds_of) - 1) * len(looks_at)
     for look in looks_at:
         if len(remaining) < 2:
             return
-        known = {name: seen(name, look) for names in remaining.values() for name in names}
+        known = {name: seen(name, look) for names in remaining.values() for name in names.values()}
         if any(each is None for each in known.values()):
             found.wanting.update({name: look for name, each in known.items() if each is None})
             return
         of_all = {name: each for name, each in known.items() if each is not None}
+        corpora = list(next(iter(of_all.values())))
         windows = {
-            model: {corpus: [of_all[name][corpus] for name in names] for corpus in of_all[names[0]]}
+            model: {corpus: {seed: of_all[name][corpus] for seed, name in names.items()} for corpus in corpora}
             for model, names in remaining.items()
         }
         for model, by in beaten(windows, comparisons).items():
-            if not any(name in kept for name in seeds_of[model]):
-                for name in remaining.pop(model):
+            if not any(name in kept for name in seeds_of[model].values()):
+                for name in remaining.pop(model).values():
                     got = len(next(iter(of_all[name].values())))
                     why = f"{NOT_EVALUATED}left the race after {got} validation windows a corpus, {by.text}"
                     found.left[name] = RaceExit(why, of_all[name])

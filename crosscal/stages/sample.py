@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +31,8 @@ from crosscal.calibration import (
     tokenizer_digest,
 )
 from crosscal.calibration.chats import check_template
+from crosscal.calibration.continuing import continued_provenance
+from crosscal.calibration.generation import first_token_ids, generated_provenance, generation_settings
 from crosscal.calibration.sampling import sequence_bytes
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.corpora import Corpus
@@ -225,13 +227,13 @@ def sample_self(
     calibration, of validation documents for held-out text. It is loaded only if something is still to be generated.
     """
     tokenizer, digest = source.tokenizer(), tokenizer_digest(source.path)
-    words = STOP_WORDS if first_tokens is None else first_tokens or None
+    words = _first_words(first_tokens)
     common = {"temperature": temperature, "device": device, "max_length": source.max_positions}
     common["at_once"] = _sequences_at_once(source, draw, seeds, device, dtype)
     common |= {"progress": lambda done, total: report(f"{name}: writing", done, total)}
     loaded = functools.cache(lambda: load_variant(source.path, device=device, dtype=dtype))
     model = cast(PreTrainedModel, lambda **inputs: loaded()(**inputs))
-    writing = source.digest if dtype == source.dtype else f"{source.digest}, {dtype}"
+    writing = _writing(source, dtype)
 
     def written(request: WindowRequest) -> CalibrationSet:
         given = (store, model, writing, tokenizer, digest, request)
@@ -242,6 +244,34 @@ def sample_self(
     calibration = written(draw.calibration(draw.windows))
     held_out = written(draw.held_out(draw.held_out_windows))
     return Sample(name, draw.seed, _one(calibration), _one(held_out), calibration.notes)
+
+
+def written_provenance(
+    source: ModelSource,
+    request: WindowRequest,
+    *,
+    temperature: TemperatureSchedule,
+    first_tokens: list[str] | None,
+    dtype: torch.dtype,
+    seeds: Seeds | None,
+) -> dict[str, Any]:
+    """Return the provenance of the windows that `sample_self` generates for a request."""
+    tokenizer = source.tokenizer()
+    given = (_writing(source, dtype), tokenizer, tokenizer_digest(source.path), request)
+    if seeds is not None:
+        return continued_provenance(*given, seeds, temperature)
+    words = _first_words(first_tokens)
+    settings = generation_settings(*given, temperature, None if words is None else first_token_ids(tokenizer, words))
+    return generated_provenance(settings, tokenizer, request)
+
+
+def _first_words(first_tokens: list[str] | None) -> Sequence[str] | None:
+    return STOP_WORDS if first_tokens is None else first_tokens or None
+
+
+def _writing(source: ModelSource, dtype: torch.dtype) -> str:
+    """Identify the model that generates text: in another dtype it generates other text."""
+    return source.digest if dtype == source.dtype else f"{source.digest}, {dtype}"
 
 
 def _sequences_at_once(source: ModelSource, draw: Draw, seeds: Seeds | None, device: str, dtype: torch.dtype) -> int:

@@ -1,7 +1,8 @@
 """`evaluate: screen`: skip the evaluation of variants that another one of their level clearly beats in layer losses.
 
 Variants of one level of compression and one seed that solved the same matrices are compared on held-out text of every
-corpus that the run calibrates on. A variant with sequential inputs has no such losses and is always evaluated.
+corpus that the run calibrates on. Variants that differ in seed alone are skipped only together, if each of them is
+beaten. A variant with sequential inputs has no such losses and is always evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from crosscal.variants import Variant
 def screened(
     variants: Sequence[Variant], rows_of: Mapping[str, Sequence[LayerRow]], spared: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return variant -> why it is not evaluated. The variants in `spared` are evaluated whatever their losses."""
+    """Return variant -> why it is not evaluated. The variants in `spared` are evaluated whatever their losses, and so
+    are those that differ from them in seed alone."""
     alike: dict[object, dict[str, dict[str, float]]] = defaultdict(dict)
     for variant in variants:
         solved = [row for row in rows_of[variant.name] if not row.stays_dense]
@@ -27,9 +29,14 @@ def screened(
     found = {}
     for losses in alike.values():
         for name, better in ruled_out(losses).items():
-            if name not in spared:
-                found[name] = _reason(losses[name], losses[better], better)
-    return found
+            found[name] = _reason(losses[name], losses[better], better)
+    kept = {without_seed(v) for v in variants if v.name not in found or v.name in spared}
+    return {v.name: found[v.name] for v in variants if without_seed(v) not in kept}
+
+
+def without_seed(variant: Variant) -> str:
+    """Return a name that variants share if they differ in seed alone."""
+    return variant.name.removesuffix(f"-s{variant.seed}")
 
 
 def level_of(variant: Variant, solved: Sequence[LayerRow]) -> object:

@@ -30,7 +30,9 @@ from crosscal.stages.sample import Sample
 from crosscal.statistics.spectrum import spectrum
 from crosscal.store import digest_of
 
-FORMAT = 1  # of stored curves; bump when something else is measured
+FORMAT = 2  # of stored curves; bump when something else is measured
+PLAIN_FORMAT = 1
+"""Of curves over sets of equal weight, none of them folded: they are the same in both formats."""
 KIND = "sufficiency"
 FILE = "sufficiency.json"
 METHOD, SPARSITY = "sparsegpt", 0.6
@@ -100,8 +102,11 @@ def sufficiency(
 ) -> Curve:
     """Return the curve of one sample; measured once, then read from the store."""
     blocks = sampled_blocks(source.blocks)
-    parts = [[part.key for part in sums.parts] for sums in (sample.calibration, sample.held_out)]
-    key = digest_of([FORMAT, cached.model, cached.dtype, parts, METHOD, SPARSITY, blocks])
+    splits = (sample.calibration, sample.held_out)
+    parts = [[part.key for part in sums.parts] for sums in splits]
+    is_plain = all(sums.folded is None and len({part.weight for part in sums.apart}) == 1 for sums in splits)
+    format_ = PLAIN_FORMAT if is_plain else FORMAT
+    key = digest_of([format_, cached.model, cached.dtype, parts, METHOD, SPARSITY, blocks])
     artifact = cached.store.find(KIND, key)
     if artifact is None:
         curve = _measured(cached, source, sample, blocks, device=device, batch_tokens=batch_tokens, report=report)
@@ -136,7 +141,7 @@ def _measured(
 
     options = {"device": device, "batch_tokens": batch_tokens}
     tokens = read_prefixes(cached, source, sample, blocks, on_site, **options, report=report)
-    points = points_of(losses, sample.calibration.tokens)
+    points = points_of(losses, sum(part.tokens for part in sample.calibration.apart))
     return Curve(sample.corpus, sample.seed, tuple(points), len(losses), tuple(sites), tokens)
 
 

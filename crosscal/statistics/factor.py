@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from crosscal.errors import EmptyStatistics, NotFinite, NotPositiveDefinite
+from crosscal.errors import EmptyStatistics, NotFinite, NotPositiveDefinite, UsageError
 from crosscal.statistics.finite import all_finite
 
 
@@ -50,6 +51,12 @@ class Eigensystem:
     """λ as a fraction of the Hessian's mean diagonal."""
     dead_I: Tensor
     """Inputs that were always zero: H_jj = 0."""
+
+
+def check_damping(damping: float) -> None:
+    """Raise `UsageError` for a damping that is negative, infinite or NaN."""
+    if not 0 <= damping < math.inf:
+        raise UsageError("damping must be a number of at least 0", got=str(damping))
 
 
 def eigensystem(hessian_II: Tensor, damping: float = 0.01, *, name: str = "hessian") -> Eigensystem:
