@@ -20,6 +20,9 @@ Found = TypeVar("Found")
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
 SERVICE = ("--host", "127.0.0.1", "--no-dashboard")
+SETTINGS = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
+"""Dask's profiler calls `sys._current_frames` a hundred times a second, which can deadlock a worker on Python 3.11
+(CPython issue 106883, dask/distributed issue 8616)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
     started: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *arguments: str) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **SETTINGS, **(environment or {})}
         with (folder / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-m", "dask", *arguments, *SERVICE, "--scheduler-file", str(contact)]
             started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env))
