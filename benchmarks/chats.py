@@ -1,38 +1,37 @@
-"""Do chats calibrate an instruction-tuned model better than plain text? SparseGPT at 50 %, perplexity on either.
+"""Do chats calibrate an instruction-tuned model better than plain text? A study of SparseGPT at 50 %.
 
-    python benchmarks/chats.py TESTBED MODEL [--home STORE] [--windows 64] [--seeds 1]
+    python benchmarks/chats.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--windows 8 4] [--draws 3]
+                               [--most N] [--home STORE] [--dry]
 
-TESTBED contains `corpora/{general,biomedical}` and questions `eval/*/{wordnet_terms,pubmedqa_*}.jsonl.zst`, MODEL is a
-folder with a chat template. A conversation is several questions of one file, asked by the user and answered correctly
-by the assistant; conversations are built when the benchmark runs and are not kept. The same conversations are used
-twice: `chats` as the template renders them, `turns` as plain text, which separates the effect of the template from that
-of the content. One model is calibrated on general text alone, one on each other corpus alone, one on general text and
-each, half and half; every model is measured on the test windows of all corpora, also as a ratio to the dense model.
-Spread is the standard deviation over draws, or for a single draw the standard error over windows.
+TESTBED contains `corpora/general` and questions `eval/*/{wordnet_terms,pubmedqa_*}.jsonl.zst`; the model comes as in
+`real_models.py`. A conversation is several questions of one file, asked by the user and answered correctly by the
+assistant; conversations are built when the benchmark runs and stay in its store. The same conversations are used twice:
+`chats` as the model's template renders them, `turns` as plain text, which separates the effect of the template from
+that of the content. One model is calibrated on general text alone, one on each of the two alone, one on general text
+and each, half and half; all are measured on the test windows of the three.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import load_average, record, write
+from real_models import MODELS, prepare
+from records import write
+from study import rows_of
 
 from crosscal.files import JsonRecord, json_records
-from crosscal.flows.pipeline import carry_out
-from crosscal.plan import parse_plan
-from crosscal.report.rows import ResultRow, read_rows
+from crosscal.flows.study import carry_out_study
+from crosscal.plan import CompressionPlan, parse_plan
+from crosscal.report.rows import StudyRow, read_rows
 
 QUESTIONS = ("wordnet_terms", "pubmedqa_dev", "pubmedqa_test")
 EXCHANGES = 4
 """Questions per conversation."""
-SETS = ("biomedical", "chats", "turns")
+BASELINES = ["general", "turns", "sparsegpt-50-turns-a0.5"]
 
 
 def conversations(testbed: Path) -> list[dict[str, Any]]:
@@ -50,64 +49,56 @@ def exchange(row: dict[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["choices"][row["answer"]]}]
 
 
-def plan_of(testbed: Path, chats: Path, options: argparse.Namespace) -> dict[str, Any]:
-    text = {name: str(testbed / "corpora" / name) for name in ("general", "biomedical")}
-    windows = {"windows": options.windows, "length": options.length, "held_out_windows": max(1, options.windows // 8)}
-    return {
-        "model": str(options.model.resolve()),
-        "corpora": {**text, "chats": {"path": str(chats)}, "turns": {"path": str(chats), "chat": "text"}},
-        "calibration": {**windows, "seed": list(range(options.seeds))},
-        "compress": [{"method": "sparsegpt", "sparsity": 0.5, "domain": list(SETS), "alpha": [0, 0.5, 1]}],
-        "evaluate": {"windows": options.test_windows},
-        "execution": {"device": "cpu", "keep_models": False},
-    }
+def written(testbed: Path, home: Path) -> Path:
+    """Write the conversations, the same bytes each time, and return their file."""
+    home.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(testbed))
+    (home / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
+    return home / "chats.jsonl"
 
 
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Return perplexity and its ratio to the dense model's, per mixture and test corpus."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    errors: dict[tuple[str, str], float | None] = {}
-    for row in read_rows(run_dir / "results.jsonl", ResultRow):
-        if row.split == "test" and row.metric == "perplexity" and row.value is not None:
-            case = " + ".join(f"{weight:g} {name}" for name, weight in sorted(row.mixture.items())) or row.method
-            values[case, row.corpus_or_task].append(row.value)
-            errors[case, row.corpus_or_task] = row.stderr
-    found = []
-    for (case, corpus), draws in values.items():
-        mean, dense = statistics.mean(draws), values["dense", corpus][0]
-        spread = statistics.stdev(draws) if len(draws) > 1 else errors[case, corpus]
-        found.append(record(case, f"{corpus} perplexity", mean, "", spread))
-        found.append(record(case, f"{corpus} over dense", mean / dense, "", None if spread is None else spread / dense))
-    return found
+def plan_of(testbed: Path, chats: Path, model: Path, options: argparse.Namespace) -> CompressionPlan:
+    alone: list[dict[str, float]] = [{"general": 1.0}, {"turns": 1.0}, {"chats": 1.0}]
+    halves = [{"general": 0.5, name: 0.5} for name in ("turns", "chats")]
+    length, windows = (128, 8) if options.dry else (512, 64)
+    return parse_plan(
+        {
+            "model": str(model),
+            "corpora": {
+                "general": str(testbed / "corpora" / "general"),
+                "chats": {"path": str(chats)},
+                "turns": {"path": str(chats), "chat": "text"},
+            },
+            "calibration": {"windows": windows, "length": length, "held_out_windows": windows // 8},
+            "compress": [{"method": "sparsegpt", "sparsity": 0.5, "mixture": [*alone, *halves]}],
+            "evaluate": {"windows": options.windows[0], "validation_windows": options.windows[1]},
+            "execution": {"device": "cpu"},
+            "study": {"draws": options.draws, "baseline": BASELINES, "models_at_once": 5},
+        }
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("testbed", type=Path)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--home", default=".crosscal-chats")
-    parser.add_argument("--windows", type=int, default=64, help="for calibration, a corpus")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--test-windows", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dry", action="store_true", help="to try the script: nothing is written")
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--model", choices=list(MODELS), default=next(iter(MODELS)))
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--windows", nargs=2, type=int, default=[8, 4], help="of 512 tokens: test, validation")
+    parser.add_argument("--most", type=int, help="draws to carry out in this call; 0: none")
+    parser.add_argument("--home", default=".crosscal-study")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dry", action="store_true", help="few windows; nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    before = load_average()
-    with tempfile.TemporaryDirectory() as folder:
-        chats = Path(folder, "chats.jsonl")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(options.testbed.resolve()))
-        chats.write_text("".join(lines), encoding="utf-8")
-        plan = parse_plan(plan_of(options.testbed.resolve(), chats, options))
-        done = carry_out(plan, options.home, f"{options.home}/run")
-    rows = rows_of(Path(done["run_dir"]))
+    testbed, model = options.testbed.resolve(), prepare(options.model, options.cache.resolve())
+    plan = plan_of(testbed, written(testbed, Path(options.home).resolve()), model, options)
+    done = carry_out_study(plan, options.home, f"{options.home}/studies/{model.name}-chats", options.most)
+    rows = list(rows_of(model.name, read_rows(Path(done["run_dir"]) / "study.jsonl", StudyRow)))
     for row in rows:
-        print(f"{row['case']:32} {row['figure']:24} {row['value']:9.3f}")
-    for note in done["notes"]:
-        print(note)
+        print(f"{row['case']:56} {row['figure']:40} {row['value']:9.3f}")
     if not options.dry:
-        write("chats", [*rows, record("circumstances", "load average before", before, "processes")])
+        write("chats", rows)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,21 @@ def _sure(row: dict[str, Any] | None) -> str:
     return f"{row['value']:+.1f} ± {row['spread']:.1f}" + "*" * (row["verdict"] != "not distinguishable")
 
 
+def chats() -> str:
+    """One row per calibration text: perplexities over draws, and changes against general text and plain turns."""
+    rows = read("chats")
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["figure"]] = row
+    figures = [f"{corpus} perplexity" for corpus in ("general", "chats", "turns")]
+    changes = [f"{figure} against {rule}" for rule in ("general", "turns") for figure in figures]
+    cells = (
+        [case, *(_sure(values.get(figure)) for figure in [*figures, *changes])] for case, values in by_case.items()
+    )
+    heads = [figure.replace(" perplexity", "").replace(" against", ", % against") for figure in [*figures, *changes]]
+    return markdown(("model, variant", *heads), cells) + circumstances(rows)
+
+
 def choosing() -> str:
     """Planted documents that were found, the models calibrated on the choice, and near-duplicates."""
     rows = read("choosing")
@@ -320,6 +335,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "real-models": real_models,
     "study": study,
+    "chats": chats,
     "choosing": choosing,
     "alpha": alpha,
 }
