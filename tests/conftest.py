@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from crosscal.store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -23,3 +27,17 @@ def landing(tmp_path: Path) -> Path:
     """A landing folder with one domain, `legal`."""
     (tmp_path / "landing" / "legal").mkdir(parents=True)
     return tmp_path / "landing"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    from crosscal.store import Store
+
+    return Store(tmp_path / "home")
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip fsync, for tests that do not cover power failures."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
