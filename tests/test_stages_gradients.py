@@ -33,11 +33,11 @@ from crosscal.statistics import VECTORS, Gradient, GradientSums, Mixture
 from crosscal.store import Store
 from crosscal.store.gradients import read_gradients, write_gradients
 from crosscal.variants import RecipeStep, Variant
+from tests.helpers.growing_corpus import ALL, drawn, grow
 from tests.helpers.tiny_models import load_plain, save_model
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_run import collect, dense_cache, keep_windows, run_context, sample, variant, windows
 from tests.helpers.tiny_text import tiny_llama
-from tests.test_stages_growth import ALL, drawn, grow
 
 MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
 SITES = 4  # per block
