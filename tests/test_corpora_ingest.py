@@ -1,4 +1,4 @@
-"""Ingest: versions depend only on content, and a document is never in two splits."""
+"""Ingest: versions depend only on content, documents are never lost, and concurrent ingests leave a complete corpus."""
 
 from __future__ import annotations
 
@@ -7,43 +7,16 @@ import os
 import random
 import threading
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from crosscal.corpora import Corpus, DocumentLimits, documents, ingest, load_corpus
-from crosscal.corpora.corpus import digests
-from crosscal.corpora.splits import assign
-from crosscal.errors import CorpusError, StoreConflict, UsageError
+from crosscal.corpora import documents, ingest, load_corpus
+from crosscal.errors import CorpusError, StoreConflict
 from crosscal.store import Store
 from crosscal.store.refs import Refs
-
-SPLITS = ("train", "validation", "test")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
-def texts(start: int, stop: int) -> list[str]:
-    return [f"document number {index} is long enough" for index in range(start, stop)]
-
-
-def write(path: Path, rows: list[str]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def content(store: Store, corpus: Corpus) -> dict[str, list[str]]:
-    return {split: sorted(t for shard in corpus.shards for t in documents(store, shard, split)) for split in SPLITS}
-
-
-def everything(found: dict[str, list[str]]) -> list[str]:
-    return sorted(chain.from_iterable(found.values()))
+from tests.helpers.numbered_documents import SPLITS, content, everything, texts, write
 
 
 def test_what_goes_in_comes_out_once(store, tmp_path):
@@ -99,17 +72,6 @@ def test_new_documents_become_a_shard_and_a_version(store, tmp_path):
     )
 
 
-def test_a_document_keeps_its_split_across_versions(store, tmp_path):
-    seen: dict[bytes, str] = {}
-    for start, stop, replace in [(0, 30, False), (10, 60, False), (0, 60, True), (25, 90, True), (40, 80, True)]:
-        path = write(tmp_path / "a.jsonl", texts(start, stop))
-        corpus = ingest(store, "general", [path], replace=replace).corpus
-        for shard in corpus.shards:
-            for digest, split in digests(store, shard).items():
-                assert seen.setdefault(digest, split) == split
-    assert {*seen.values()} == {*SPLITS}
-
-
 def test_replace_means_exactly_these(store, tmp_path):
     ingest(store, "general", [write(tmp_path / "a.jsonl", texts(0, 40))])
     grown = ingest(store, "general", [write(tmp_path / "b.jsonl", texts(0, 60))], replace=True)
@@ -119,75 +81,6 @@ def test_replace_means_exactly_these(store, tmp_path):
     assert everything(content(store, shrunk.corpus)) == sorted(texts(30, 70))
     again = ingest(store, "general", [str(tmp_path / "c.jsonl")], replace=True)
     assert (again.changed, again.corpus) == (False, shrunk.corpus)
-
-
-def test_named_splits_are_kept(store, tmp_path):
-    write(tmp_path / "data" / "train-00000-of-00002.jsonl", texts(0, 30))
-    write(tmp_path / "data" / "train-00001-of-00002.jsonl", texts(30, 50))
-    write(tmp_path / "data" / "dev" / "anything.jsonl", texts(50, 60))
-    write(tmp_path / "data" / "TEST.jsonl", texts(60, 70))
-    found = content(store, ingest(store, "general", [str(tmp_path / "data")]).corpus)
-    assert found == {"train": sorted(texts(0, 50)), "validation": texts(50, 60), "test": texts(60, 70)}
-
-
-@pytest.mark.parametrize("name", ["testimony.jsonl", "training.jsonl", "devices/a.jsonl", "test_results.jsonl"])
-def test_a_name_that_only_begins_like_a_split_is_no_split(store, tmp_path, name):
-    write(tmp_path / "data" / name, texts(0, 20))
-    assert ingest(store, "general", [str(tmp_path / "data")]).corpus.shards[0].documents == {
-        "train": 18, "validation": 1, "test": 1,
-    }  # fmt: skip
-
-
-def test_evaluation_wins_over_training(store, tmp_path):
-    write(tmp_path / "data" / "a.jsonl", texts(0, 30))
-    write(tmp_path / "data" / "train.jsonl", texts(0, 20))
-    write(tmp_path / "data" / "valid.jsonl", texts(5, 15))
-    write(tmp_path / "data" / "test.jsonl", texts(10, 12))
-    report = ingest(store, "general", [str(tmp_path / "data")])
-    found = content(store, report.corpus)
-    assert found["test"] == texts(10, 12)
-    assert found["validation"] == sorted({*texts(5, 15)} - {*texts(10, 12)})
-    assert found["train"] == sorted({*texts(0, 30)} - {*texts(5, 15)})
-    assert report.duplicates == 20 + 10 + 2
-
-
-def test_missing_splits_are_carved_out_of_train(store, tmp_path):
-    write(tmp_path / "data" / "train.jsonl", texts(0, 40))
-    write(tmp_path / "data" / "test.jsonl", texts(40, 50))
-    found = content(store, ingest(store, "general", [str(tmp_path / "data")]).corpus)
-    assert found["test"] == texts(40, 50)
-    assert len(found["validation"]) == 2
-    assert {*found["validation"]} <= {*texts(0, 40)}
-
-
-def test_a_forced_split_takes_all(store, tmp_path):
-    path = write(tmp_path / "test.jsonl", texts(0, 10))
-    assert ingest(store, "general", [path], split="validation").corpus.shards[0].documents == {"validation": 10}
-    with pytest.raises(UsageError, match="not a split"):
-        ingest(store, "general", [path], split="dev")
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 10, 29, 31, 1000])
-def test_the_carved_share(count):
-    splits = [*assign({index.to_bytes(32): None for index in range(count)}).values()]
-    held_out = max(1, round(count / 20)) if count >= 3 else 0
-    assert splits.count("test") == splits.count("validation") == held_out
-    assert splits.count("train") == count - 2 * held_out
-
-
-def test_rejects_are_counted_kept_and_carry_no_path(store, tmp_path):
-    write(tmp_path / "data" / "good.jsonl", texts(0, 5))
-    (tmp_path / "data" / "bad.jsonl").write_bytes(b'{"text": "cut\n{"text": "\xff"}\n' + b'{"text": "' + b"x" * 500)
-    (tmp_path / "data" / "picture.png").write_bytes(b"\x89PNG")
-    report = ingest(store, "general", [str(tmp_path / "data")])
-    assert report.rejected == {"invalid JSON": 2, "invalid UTF-8": 1, "unsupported file type": 1}
-    rejects = store.read_bytes(store.get("rejects", report.rejects_key), "rejects.jsonl").decode()
-    rows = [json.loads(row) for row in rejects.splitlines()]
-    assert [(row["source"], row["line"]) for row in rows] == [
-        ("bad.jsonl", 1), ("bad.jsonl", 2), ("bad.jsonl", 3), ("picture.png", 0),
-    ]  # fmt: skip
-    assert all(len(row["excerpt"]) <= 200 for row in rows)
-    assert str(tmp_path) not in rejects
 
 
 def test_sources_are_stored_without_their_place(store, tmp_path):
@@ -210,89 +103,10 @@ def test_relative_globs_and_folders_work(store, tmp_path, monkeypatch):
     assert ingest(store, "three", ["b"]).added_documents == 4
 
 
-def test_kept_rejects_are_bounded_counts_are_not(store, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"broken\n" * 50 + json.dumps({"text": texts(0, 1)[0]}).encode())
-    report = ingest(store, "general", [str(tmp_path / "a.jsonl")], limits=DocumentLimits(max_rejects_kept=10))
-    assert report.rejected == {"invalid JSON": 50}
-    assert store.read_bytes(store.get("rejects", report.rejects_key), "rejects.jsonl").count(b"\n") == 10
-
-
-@pytest.mark.parametrize("raw", [b"", b"\n\n", b"nonsense\n" * 7])
-def test_nothing_usable_is_an_error_that_shows_the_counts(store, tmp_path, raw):
-    (tmp_path / "a.jsonl").write_bytes(raw)
-    with pytest.raises(CorpusError, match=r"no usable document.*(7 invalid JSON|empty files)"):
-        ingest(store, "general", [str(tmp_path / "a.jsonl")])
-    with pytest.raises(CorpusError, match="no such corpus"):
-        load_corpus(store, "general")
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_missing_column_is_one_error_naming_those_there(store, tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    if suffix == ".jsonl":
-        path.write_text('{"body": "b", "title": "t"}\n' * 3, encoding="utf-8")
-    elif suffix == ".csv":
-        path.write_text("body,title\nb,t\n", encoding="utf-8")
-    else:
-        pa.parquet.write_table(pa.table({"body": ["b"], "title": ["t"]}), path)
-    with pytest.raises(CorpusError, match=r"no column 'text' \(got body, title\)"):
-        ingest(store, "general", [str(path)])
-
-
 def test_another_column_can_be_the_text(store, tmp_path):
     (tmp_path / "a.csv").write_text(f"title,body\nx,{texts(0, 1)[0]}\n", encoding="utf-8")
     corpus = ingest(store, "general", [str(tmp_path / "a.csv")], text="body").corpus
     assert content(store, corpus)["train"] == texts(0, 1)
-
-
-@pytest.mark.parametrize("source", ["no/such/file.jsonl", "/no/such/folder", "nothing-*.jsonl", "picture.png", "empty"])
-def test_a_source_that_is_nothing_is_an_error_naming_it(store, tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "picture.png").write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError, match=source.replace("*", r"\*")):
-        ingest(store, "general", [source])
-
-
-def test_a_word_that_is_nothing_is_an_error_naming_it(store, tmp_path, monkeypatch):
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CorpusError, match="no-such-folder: neither a path here nor a dataset"):
-        ingest(store, "general", ["no-such-folder"])
-
-
-def test_a_folder_called_like_a_split_names_it(store, tmp_path):
-    write(tmp_path / "valid" / "a.jsonl", texts(0, 5))
-    write(tmp_path / "valid" / "test" / "b.jsonl", texts(5, 10))
-    shard = ingest(store, "general", [str(tmp_path / "valid")]).corpus.shards[0]
-    assert shard.documents == {"validation": 5, "test": 5}
-
-
-@pytest.mark.parametrize("name", ["", "General", "../x", "a/b", ".hidden", "x" * 65, "a b"])
-def test_corpus_names_are_checked_first(store, name):
-    with pytest.raises(UsageError, match="corpus name"):
-        ingest(store, name, ["no/such/file.jsonl"])
-
-
-def test_hub_splits_are_kept(store, tmp_path, monkeypatch):
-    import datasets
-
-    from crosscal.corpora.hub import read_hub
-    from crosscal.corpora.records import Document
-    from crosscal.corpora.sources import HubDataset
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write(tmp_path / "hub" / "train.jsonl", texts(0, 5))
-    write(tmp_path / "hub" / "test.jsonl", texts(5, 7))
-    rows = list(read_hub(HubDataset(str(tmp_path / "hub"), None), "text", None, DocumentLimits()))
-    assert all(isinstance(candidate, Document) for _, candidate in rows)
-    assert [split for split, _ in rows] == ["train"] * 5 + ["test"] * 2
-    assert [candidate.text for _, candidate in rows] == texts(0, 7)
-    (split, reject), *_ = read_hub(HubDataset(str(tmp_path / "hub"), None), "body", None, DocumentLimits())
-    assert (split, reject.reason, reject.columns) == (None, "no column 'body'", ("text",))
 
 
 def test_two_at_once_lose_nothing(tmp_path):
