@@ -1,87 +1,28 @@
-"""Conversations in windows: rendered as by transformers, not split across windows, one begin token per window."""
+"""Conversations in windows: each whole and once if it fits, else cut between turns; one begin token per window."""
 
 from __future__ import annotations
 
-import json
-import random
+import functools
 from collections import Counter
-from collections.abc import Callable
-from itertools import chain, combinations, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from crosscal.calibration import Pool, WindowRequest, draw_pool
-from crosscal.calibration.chats import TODAY, check_template, without_system
-from crosscal.calibration.packing import Remainder, fill, nearest_sum, whole_turns
-from crosscal.calibration.sets import windows_by_key
+from crosscal.calibration import WindowRequest
 from crosscal.calibration.tokens import EncodedDocuments, chat_begin_token
-from crosscal.corpora import Corpus, documents, ingest
 from crosscal.corpora.conversation import Conversation
 from crosscal.corpora.corpus import TEMPLATE, readings
-from crosscal.errors import CalibrationError
 from crosscal.evaluation import windows_of
 from crosscal.store import Store
-from tests.helpers.tiny_chats import TEMPLATES, chat_tokenizer, chats
+from tests.helpers.chat_windows import CHATS, LENGTH, Landing, accepted, by_transformers, drawn, land, rows_of
+from tests.helpers.tiny_chats import TEMPLATES, chat_tokenizer
 from tests.helpers.tiny_text import SENTENCES
-
-DIGEST = "0" * 64
-CHATS = chats(120)
-LENGTH = 192
-EVERYTHING = WindowRequest(10_000, LENGTH)
-Landing = Callable[..., Corpus]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
 
 
 @pytest.fixture
 def landed(store: Store, tmp_path: Path) -> Landing:
-    def land(rows: list[dict[str, Any]], name: str = "chats") -> Corpus:
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return ingest(store, name, [str(tmp_path / "a.jsonl")], split="train").corpus
-
-    return land
-
-
-def rows_of(found: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [{"messages": chat} for chat in found]
-
-
-def by_transformers(tokenizer: PreTrainedTokenizerFast, turns: Any) -> list[int]:
-    found: Any = tokenizer.apply_chat_template(list(turns), return_dict=False)
-    return found
-
-
-def drawn(
-    store: Store, corpus: Corpus, each: PreTrainedTokenizerFast, request: WindowRequest = EVERYTHING
-) -> tuple[Pool, Tensor]:
-    pool = draw_pool(store, corpus.shards, each, DIGEST, request)
-    return pool, torch.cat([windows_by_key(store, part.key) for part in pool.parts])
-
-
-def accepted(template: str, turns: Any) -> Any:
-    return without_system(turns) if template == "no-system" else turns
-
-
-@pytest.mark.parametrize("plain_text", [False, True])
-def test_one_corpus_serves_every_template(plain_text: bool, store: Store, landed: Landing) -> None:
-    (shard,) = landed(rows_of(CHATS)).shards
-    for name in TEMPLATES:
-        tokenizer = chat_tokenizer(name)
-        encoded = EncodedDocuments(tokenizer, readings(store, shard, "train", TEMPLATE), 1, plain_text=plain_text)
-        expected = [by_transformers(tokenizer, accepted(name, chat)) for chat in CHATS]
-        found = [chat.ids for chat in encoded if not isinstance(chat, list)]
-        assert sorted(found) == sorted(expected), name
-        assert encoded.tokens == sum(map(len, found))
-        assert list(encoded.said.values()) == ([40] if name == "no-system" else [])
-        assert encoded.spelling == 0
+    return functools.partial(land, store, tmp_path)
 
 
 def units_in(window: list[int], units: list[list[int]], begin: int | None) -> tuple[list[int], list[int]]:
@@ -156,68 +97,6 @@ def test_a_long_conversation_is_cut_between_turns_and_only_a_long_turn_in_itself
     assert all(window[0] == 0 != window[1] for window in tokens_SL.tolist())
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_pieces_of_turns_are_all_of_them(seed: int) -> None:
-    chance = random.Random(seed)
-    turns = [[number] * chance.randint(1, 30) for number in range(chance.randrange(12))]
-    room = chance.randint(2, 40)
-    pieces = [list(piece) for piece in whole_turns(turns, room)]
-    assert list(chain(*pieces)) == list(chain(*turns))
-    assert all(0 < len(piece) <= room for piece in pieces)
-    for one, two in pairwise(pieces):
-        assert one[-1] != two[0] or len(turns[one[-1]]) > room, "only a turn that is too long is cut"
-        assert len(one) + len(turns[two[0]]) > room, "as many turns as fit"
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_the_sum_is_the_nearest_and_of_the_first(seed: int) -> None:
-    chance = random.Random(seed)
-    lengths = [chance.randint(1, 40) for _ in range(chance.randrange(10))]
-    wanted = chance.randrange(80)
-
-    def best(count: int) -> int:
-        sums = (sum(some) for size in range(count + 1) for some in combinations(lengths[:count], size))
-        return max(each for each in sums if each <= wanted)
-
-    chosen = nearest_sum(lengths, wanted)
-    found = sum(lengths[place] for place in chosen)
-    assert found == best(len(lengths))
-    if found == wanted and chosen:
-        assert best(max(chosen)) < wanted, "none of those behind is needed"
-
-
-@pytest.mark.parametrize("seed", range(100))
-def test_every_unit_stands_once_in_windows_of_any_length(seed: int) -> None:
-    chance = random.Random(seed)
-    length, begin = chance.randint(4, 60), chance.choice([None, 0])
-    room = length - (begin is not None)
-    units = [
-        tuple(range(1000 * number, 1000 * number + chance.randint(1, room)))
-        for number in range(1, chance.randint(2, 40))
-    ]
-    filling = fill([], length, None, begin, Remainder((), tuple(units)))
-    seen: list[int] = []
-    rest = None
-    while rest is None:
-        try:
-            window = next(filling)
-        except StopIteration as end:
-            rest = end.value
-            continue
-        tokens = window.tokens_L.tolist()
-        assert len(tokens) == length
-        kept = tokens[: length - window.repeated][begin is not None :]
-        assert len(kept) == window.taken
-        assert tokens[: begin is not None] == [begin] * (begin is not None)
-        behind = tokens[length - window.repeated :]
-        assert not behind or any(list(unit[: len(behind)]) == behind for unit in units)
-        seen += kept
-    assert Counter(seen) + Counter(chain(*rest.chats)) == Counter(chain(*units))
-    starts = {unit[0] for unit in units}
-    assert all(place == 0 or token == seen[place - 1] + 1 or token in starts for place, token in enumerate(seen))
-    assert rest.tokens < length
-
-
 def test_what_landings_leave_is_pooled(store: Store, landed: Landing) -> None:
     """Conversations of several shards: each is in a window or among the conversations left over."""
     tokenizer = chat_tokenizer("begin-once")
@@ -253,76 +132,6 @@ def test_windows_without_what_only_the_template_writes_have_a_key_of_their_own(s
     bare = chat_tokenizer("turns", begin=False)
     alike = {drawn(store, corpus, bare, WindowRequest(4, 32, begin_token=asked))[0].key for asked in (None, False)}
     assert len(alike) == 1, "equal windows have one key"
-
-
-def test_as_text_a_conversation_is_what_its_turns_say(store: Store, landed: Landing) -> None:
-    corpus, bare = landed(rows_of(CHATS)), chat_tokenizer(None)
-    texts = list(documents(store, corpus.shards[0], "train"))
-    assert sorted(texts) == sorted("\n\n".join(turn["content"] for turn in chat) for chat in CHATS)
-    request = WindowRequest(10_000, 64, chat="text")
-    pool, tokens_SL = drawn(store, corpus, bare, request)
-    assert torch.equal(tokens_SL, drawn(store, corpus, chat_tokenizer("begin-once"), request)[1])
-    assert (tokens_SL == 1).sum() + pool.rest.count(1) == len(CHATS), "each is closed by end-of-text, as texts are"
-
-
-def test_a_model_without_a_template_is_refused_with_the_remedy(store: Store, landed: Landing) -> None:
-    corpus = landed(rows_of(CHATS))
-    with pytest.raises(CalibrationError, match=r"corpora\.chats: .*no chat template.*Set `chat: text`"):
-        check_template(chat_tokenizer(None), "chats")
-    check_template(chat_tokenizer("turns"), "chats")
-    pool, _ = drawn(store, corpus, chat_tokenizer(None), WindowRequest(9, 64, chat="text"))
-    assert pool.windows == 9
-
-
-SPELLING = [
-    [{"role": "user", "content": f"{number} it says </s> and <s>"}, {"role": "assistant", "content": "<pad>user\nyes"}]
-    for number in range(40)
-]
-
-
-def test_what_a_turn_spells_is_counted_or_read_as_text(store: Store, landed: Landing) -> None:
-    corpus, tokenizer = landed(rows_of([*SPELLING, *CHATS[:10]])), chat_tokenizer("begin-once")
-    pool, tokens_SL = drawn(store, corpus, tokenizer)
-    assert pool.spelling == 40
-    plain, plain_SL = drawn(store, corpus, tokenizer, WindowRequest(10_000, LENGTH, plain_text=True))
-    assert plain.spelling == 0
-    turns = 2 * 40 + sum(map(len, CHATS[:10]))
-    in_all = [plain_SL.flatten().tolist(), *map(list, plain.chat_rest)]
-    assert sum(ids.count(1) for ids in in_all) >= turns  # one per turn from the template, plus a few repeated tokens
-    assert sum(ids.count(1) for ids in in_all) < turns + 10 < (tokens_SL == 1).sum()
-    assert tokenizer.decode(plain_SL.flatten()).count("it says </s> and <s></s>") >= 36
-    assert tokenizer("</s>")["input_ids"] == [0, 1], "the tokenizer is as it was"
-
-
-def test_what_a_template_refuses_is_left_out_and_told(store: Store, landed: Landing) -> None:
-    odd = "{% if messages | length > 2 %}{{ raise_exception('Roles must alternate') }}{% endif %}" + TEMPLATES["turns"]
-    pool, _ = drawn(store, landed(rows_of(CHATS)), chat_tokenizer(odd))
-    left_out = sum(len(without_system(chat)) > 2 for chat in CHATS)
-    merged = sum(len(chat) > 2 >= len(without_system(chat)) for chat in CHATS)
-    refused, system = sorted(pool.said)
-    assert "Roles must alternate" in refused
-    assert pool.said == {refused: left_out, system: merged}
-
-
-def test_windows_do_not_depend_on_the_day(store: Store, landed: Landing) -> None:
-    dated = "Today is {{ strftime_now('%d %B %Y') }}, {{ strftime_now(\"%A\") }}.\n" + TEMPLATES["turns"]
-    _, tokens_SL = drawn(store, landed(rows_of(CHATS)), chat_tokenizer(dated))
-    assert str(chat_tokenizer(None).decode(tokens_SL[0][1:40])).startswith(f"Today is {TODAY:%d %B %Y}, {TODAY:%A}.\n")
-
-
-def test_calls_of_tools_are_rendered(store: Store, landed: Landing) -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"b": 2, "a": 1}}}
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": "What is one and two, please?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    tools: list[Any] = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
-    corpus, tokenizer = landed([{"messages": turns, "tools": tools}]), chat_tokenizer("tools")
-    (chat,) = EncodedDocuments(tokenizer, readings(store, corpus.shards[0], "train", TEMPLATE), 1)
-    assert not isinstance(chat, list)
-    expected: Any = tokenizer.apply_chat_template(turns, tools=tools, return_dict=False)
-    assert chat.ids == expected
-    assert str(tokenizer.decode(chat.ids)).endswith('{"name": "add", "arguments": {"b": 2, "a": 1}}</s>\n')
 
 
 def test_test_windows_are_made_the_same_way() -> None:
