@@ -1,4 +1,4 @@
-"""Chat templates: conversations are rendered as by transformers; what a template refuses, or turns spell, is counted."""
+"""Chat templates: conversations are rendered as by transformers; what templates refuse or turns spell is counted."""
 
 from __future__ import annotations
 
