@@ -1,18 +1,16 @@
-"""Recipes: properties of sequences of steps, and each refinement against a plain float64 reference.
+"""Recipes: what later steps keep and change of what earlier ones did, and which orders are refused.
 
-Shapes: O outputs, I inputs, K rank, T tokens.
+Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 from crosscal.compressors import (
     ALPS,
@@ -34,27 +32,19 @@ from crosscal.compressors import (
     SparseLowRank,
     SpQR,
     Statistic,
-    Statistics,
     Swaps,
     Wanda,
     run,
     solve,
 )
-from crosscal.compressors.problem import solved
-from crosscal.compressors.recipe import check_inputs, check_order, site_of
-from crosscal.compressors.sparsity import pruned
-from crosscal.errors import NotPositiveDefinite, StatisticsError, UsageError
-from crosscal.statistics import Gradient
-from tests.helpers.problems import layer, true_loss
+from crosscal.compressors.recipe import check_order, site_of
+from crosscal.errors import UsageError
+from tests.helpers.problems import layer, loss_after
 
 PRUNERS = [Magnitude(0.6), Wanda(0.6), SparseGPT(0.6), SparseGPT("2:4"), ALPS(0.6, iterations=30)]
 ROUNDERS = [RoundToNearest(3, 32), GPTQ(3, 32), GPTQ(2, None), SparseGPTQ(0.4, 3, 32)]
 PRUNED_AGAIN = [SparseGPT(0.8), SparseGPT("2:4"), SparseGPTQ("2:4", 4, 32), ALPS(0.8, iterations=20)]
 REFINEMENTS = [Refit(), Refit(1), Refit(None), Swaps(20), Swaps(20, group=4), Scales(), Descent()]
-
-
-def loss_after(problem: Any, steps: Sequence[Any]) -> float:
-    return true_loss(problem, solved(problem, run(site_of([problem]), steps).layers[0]))
 
 
 @pytest.mark.parametrize("start", [*PRUNERS, *ROUNDERS], ids=str)
@@ -177,143 +167,6 @@ def test_a_common_beginning_is_solved_once() -> None:
     assert sorted(calls) == sorted(["a", "b", "c", "d", "e", "b"])
 
 
-def test_a_step_sees_what_it_declared_and_nothing_else() -> None:
-    @dataclass(frozen=True)
-    class Liar:
-        kind: ClassVar = "refine"
-        needs: ClassVar = frozenset({Statistic.SQUARE_SUM})
-        version: ClassVar = 1
-
-        def __call__(self, site: Site) -> Site:
-            assert site.statistics.square_I.shape == (8,)
-            return site if site.statistics.hessian_II.any() else site.each(lambda layer: layer)
-
-    @dataclass(frozen=True)
-    class Curious(Liar):
-        def __call__(self, site: Site) -> Site:
-            return site.each(lambda each: pruned(each, site.statistics.grad_square_OI(each.name) > 0))
-
-    for step in (Liar(), Curious()):
-        with pytest.raises(StatisticsError, match="does not declare"):
-            run(site_of([layer(4, 8)]), [step])
-
-
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_undeclared_statistics_do_not_matter(name: str) -> None:
-    """Statistics that a step does not declare are replaced by NaN."""
-    settings = {"sparsity": 0.5} if "sparsity" in COMPRESSORS[name].__dataclass_fields__ else {}
-    settings |= {"bits": 4, "group_size": 32} if "bits" in COMPRESSORS[name].__dataclass_fields__ else {}
-    step, problem = COMPRESSORS[name](**settings), layer(6, 64)
-    site = site_of([problem])
-    start = run(site, [SparseGPT(0.5)] if step.kind == "refine" else [])
-    true = {Statistic.GRAM: problem.hessian_II, Statistic.SQUARE_SUM: problem.hessian_II.diagonal(), **problem.further}
-    means = {key: mean if key in step.needs else torch.full_like(mean, torch.nan) for key, mean in true.items()}
-    gradients = [{problem.name: every.pop(Gradient.SQUARE)} for every in (true, means)]
-    clean, poisoned = (
-        Site(site.name, start.layers, Statistics(every, grad_squares=squares), storable_I=torch.clone)
-        for every, squares in zip((true, means), gradients, strict=True)
-    )
-    a, b = run(poisoned, [step]).layers[0].weight_OI, run(clean, [step]).layers[0].weight_OI
-    assert torch.equal(a, b)
-    assert b.isfinite().all()
-
-
-def test_statistics_of_scaled_inputs_are_those_of_the_scaled_inputs() -> None:
-    generator = torch.Generator().manual_seed(0)
-    input_TI, dense_TI = torch.randn(2, 50, 8, generator=generator, dtype=torch.float64)
-    scale_I = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
-
-    def of(x_TI: Tensor, d_TI: Tensor) -> Statistics:
-        gram_II, drift_II = (each_TI.mT @ each_TI / len(x_TI) for each_TI in (x_TI, d_TI - x_TI))
-        means = {Statistic.GRAM: gram_II, Statistic.SQUARE_SUM: gram_II.diagonal(), Statistic.DRIFT: drift_II}
-        means |= {Statistic.ABS_SUM: x_TI.abs().mean(0), Statistic.SUM: x_TI.mean(0)}
-        return Statistics(means | {Statistic.CROSS: d_TI.mT @ x_TI / len(x_TI)})
-
-    moved, again = of(input_TI, dense_TI).scaled(scale_I), of(input_TI / scale_I, dense_TI / scale_I)
-    for statistic in Statistic:
-        torch.testing.assert_close(moved[statistic], again[statistic])
-
-
-def test_gradients_of_scaled_weights_are_those_of_the_scaled_layer() -> None:
-    """Reference: autograd, per window, of the loss as a function of W · s with inputs x / s."""
-    generator = torch.Generator().manual_seed(0)
-    inputs_BTI, back_BTO = (torch.randn(3, 5, n, generator=generator, dtype=torch.float64) for n in (8, 4))
-    weight_OI = torch.randn(4, 8, generator=generator, dtype=torch.float64)
-    scale_I = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
-
-    def squared(scale_I: Tensor) -> Tensor:
-        total = torch.zeros(4, 8, dtype=torch.float64)
-        for input_TI, back_TO in zip(inputs_BTI, back_BTO, strict=True):
-            scaled_OI = (weight_OI * scale_I).requires_grad_()
-            loss = (torch.tanh(input_TI / scale_I @ scaled_OI.mT) * back_TO).sum()
-            total += torch.autograd.grad(loss, scaled_OI)[0] ** 2
-        return total / 3
-
-    statistics = Statistics({}, grad_squares={"layer": squared(torch.ones(8))})
-    torch.testing.assert_close(statistics.scaled(scale_I).grad_square_OI("layer"), squared(scale_I))
-
-
-def test_the_exact_refit_is_the_least_squares_solution_of_every_row() -> None:
-    problem = layer(9, 48)
-    start = run(site_of([problem]), [SparseGPT(0.6)])
-    exact = run(start, [Refit(None)]).layers[0]
-    root_II = torch.linalg.cholesky(problem.hessian_II).mT
-    for row in range(9):
-        keep_I = exact.keep_OI[row]  # pyright: ignore[reportOptionalSubscript]
-        best = torch.linalg.lstsq(root_II[:, keep_I], root_II @ problem.weight_OI[row]).solution
-        torch.testing.assert_close(exact.weight_OI[row, keep_I], best, rtol=1e-8, atol=1e-8)
-
-
-def test_conjugate_gradients_come_to_the_exact_solution_and_never_turn_back() -> None:
-    problem = layer(9, 48)
-    losses = [loss_after(problem, [Wanda(0.6), Refit(iterations)]) for iterations in (0, 1, 2, 3, 5, 10, 60)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(loss_after(problem, [Wanda(0.6), Refit(None)]), rel=1e-9)
-    assert losses[0] == pytest.approx(loss_after(problem, [Wanda(0.6)]), rel=1e-12)
-
-
-def test_a_singular_hessian_has_no_exact_refit_without_damping() -> None:
-    input_TI = torch.randn(4, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    problem = layer(3, 24)
-    problem = type(problem)("thin", problem.weight_OI, input_TI.mT @ input_TI)
-    with pytest.raises(NotPositiveDefinite, match=r"thin: .*damping"):
-        run(site_of([problem]), [Magnitude(0.2), Refit(None)])
-    assert loss_after(problem, [Magnitude(0.2), Refit(None, damping=1e-3)]) < loss_after(problem, [Magnitude(0.2)])
-
-
-def test_swaps_end_where_no_single_exchange_helps() -> None:
-    """Try every exchange of a kept for a removed weight, with the optimal value for the restored weight."""
-    problem = layer(3, 16)
-    hessian_II = problem.hessian_II
-    done = run(site_of([problem]), [Wanda(0.5), Swaps(500, candidates=16)]).layers[0]
-    assert done.keep_OI is not None
-    for row in range(3):
-        weight_I, keep_I = done.weight_OI[row], done.keep_OI[row]
-        error_I = problem.weight_OI[row] - weight_I
-        loss = error_I @ hessian_II @ error_I
-        for gone, back in itertools.product(keep_I.nonzero()[:, 0].tolist(), (~keep_I).nonzero()[:, 0].tolist()):
-            trial_I = error_I.clone()
-            trial_I[gone] = problem.weight_OI[row, gone]
-            trial_I[back] -= (trial_I @ hessian_II)[back] / hessian_II[back, back]
-            assert trial_I @ hessian_II @ trial_I >= loss * (1 - 1e-5)
-
-
-def test_swaps_keep_a_pattern() -> None:
-    done = run(site_of([layer(8, 64)]), [Wanda("2:4"), Swaps(50, group=4)]).layers[0]
-    assert done.keep_OI is not None
-    assert (done.keep_OI.view(8, 16, 4).sum(2) == 2).all()
-    assert loss_after(layer(8, 64), [Wanda("2:4"), Swaps(50, group=4)]) < loss_after(layer(8, 64), [Wanda("2:4")])
-
-
-def test_groups_of_swaps_must_divide_the_inputs() -> None:
-    site = run(site_of([layer(4, 64)]), [Wanda(0.5)])
-    for group in (5, 3, 128):
-        with pytest.raises(UsageError, match=rf"blocks\.0\.linear: `group` must divide .*group {group}, 64 inputs"):
-            check_inputs(Swaps(group=group), 64, "blocks.0.linear")
-        with pytest.raises(UsageError, match="must divide"):
-            run(site, [Swaps(group=group)])
-
-
 def named(steps: Sequence[Any]) -> list[tuple[str, Any]]:
     return [(next(name for name, method in COMPRESSORS.items() if type(step) is method), step) for step in steps]
 
@@ -385,149 +238,3 @@ def test_a_later_step_leaves_the_state_before_it_as_it_was(outputs: int) -> None
 )
 def test_the_damping_is_that_of_the_last_step_that_damped(steps: Sequence[Any], damping: float | None) -> None:
     assert run(site_of([layer(4, 64)]), steps).layers[0].damping == damping
-
-
-def test_alps_is_the_plain_iteration() -> None:
-    """Reference: the iterates B, D and V with explicit inverses, without scaling tricks; the supports must be equal."""
-    problem, damping = layer(6, 32), 0.01
-    hessian_II = problem.hessian_II + damping * problem.hessian_II.diagonal().mean() * torch.eye(32).double()
-    scale_I = hessian_II.diagonal().sqrt()
-    h_II, w_OI = hessian_II / scale_I / scale_I[:, None], problem.weight_OI * scale_I
-    kept = 6 * 32 - round(0.7 * 6 * 32)
-
-    def largest(x_OI: Tensor) -> Tensor:
-        keep = torch.zeros(x_OI.numel(), dtype=torch.bool)
-        keep[x_OI.abs().flatten().argsort(descending=True)[:kept]] = True
-        return keep.view_as(x_OI)
-
-    def descend(rho: float) -> Tensor | None:
-        d_OI, v_OI, before_OI, grown = w_OI * largest(w_OI), torch.zeros_like(w_OI), largest(w_OI), False
-        keep_OI = before_OI
-        for iteration in range(1, 301):
-            b_OI = (w_OI @ h_II - v_OI + rho * d_OI) @ torch.linalg.inv(h_II + rho * torch.eye(32).double())
-            keep_OI = largest(b_OI + v_OI / rho)
-            d_OI = (b_OI + v_OI / rho) * keep_OI
-            v_OI = v_OI + rho * (b_OI - d_OI)
-            if iteration % 3 == 0:
-                change = int((keep_OI & ~before_OI).sum()) / kept
-                before_OI = keep_OI
-                if change <= 3e-4 and iteration >= 30:
-                    break
-                if change == 0 and not grown:
-                    return None
-                factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1 if change > 0 else 1.0
-                grown, rho = grown or factor > 1, rho * factor
-        return keep_OI
-
-    expected_OI = next(found for found in (descend(0.1 / 5**n) for n in range(4)) if found is not None)
-    assert torch.equal(run(site_of([problem]), [ALPS(0.7)]).layers[0].keep_OI, expected_OI)  # pyright: ignore
-
-
-@pytest.mark.parametrize("sparsity", [0.5, 0.7, "2:4"])
-def test_better_solvers_lose_less(sparsity: float | str) -> None:
-    problem = layer(48, 160)
-    sparsegpt = loss_after(problem, [SparseGPT(sparsity)])
-    refitted = loss_after(problem, [SparseGPT(sparsity), Refit()])
-    assert loss_after(problem, [ALPS(sparsity)]) < refitted < sparsegpt
-    assert loss_after(problem, [SparseLowRank(sparsity, 8)]) < loss_after(
-        problem, [SparseGPT(sparsity), Refit(), EoRA(8)]
-    )
-
-
-def test_alps_counts_in_rows_where_asked() -> None:
-    done = run(site_of([layer(8, 40)]), [ALPS(0.6, per="row", iterations=30)]).layers[0]
-    assert done.keep_OI is not None
-    assert (done.keep_OI.sum(1) == 16).all()
-
-
-@pytest.mark.parametrize("stored_dtype", [None, torch.bfloat16])
-def test_scales_are_the_least_squares_scales_of_every_row(stored_dtype: torch.dtype | None) -> None:
-    problem = layer(6, 96, stored_dtype=stored_dtype)
-    start = run(site_of([problem]), [GPTQ(3, 32)])
-    grid, base = run(start, [Scales()]).layers[0].base, start.layers[0].base
-    assert isinstance(grid, Grid)
-    assert isinstance(base, Grid)
-    assert torch.equal(grid.ints_OI, base.ints_OI)
-    root_II = torch.linalg.cholesky(problem.hessian_II).mT
-    for row in range(6):
-        columns = [
-            root_II[:, g * 32 : (g + 1) * 32] @ grid.ints_OI[row, g * 32 : (g + 1) * 32].double() for g in range(3)
-        ]
-        best_G = torch.linalg.lstsq(torch.stack(columns, 1), root_II @ problem.weight_OI[row]).solution
-        if stored_dtype is None:
-            torch.testing.assert_close(grid.scale_OG[row], best_G, rtol=1e-5, atol=0)
-        else:
-            assert torch.equal(grid.scale_OG[row], grid.scale_OG[row].to(stored_dtype).double())
-
-
-def test_descent_is_coordinate_by_coordinate() -> None:
-    problem = layer(4, 96)
-    start = run(site_of([problem]), [RoundToNearest(3, 32)])
-    grid = start.layers[0].base
-    assert isinstance(grid, Grid)
-    weight_OI, hessian_II = grid.weight_OI.clone(), problem.hessian_II
-    for _, j in itertools.product(range(2), range(96)):
-        for row in range(4):
-            pull = (problem.weight_OI[row] - weight_OI[row]) @ hessian_II[j]
-            scale = grid.scale_OG[row, j // 32]
-            wanted = weight_OI[row, j] + pull / hessian_II[j, j]
-            weight_OI[row, j] = (wanted / scale).round().clamp(-4, 3) * scale
-    torch.testing.assert_close(run(start, [Descent(2)]).layers[0].weight_OI, weight_OI, rtol=1e-9, atol=1e-9)
-
-
-def test_a_repair_is_the_best_of_its_rank() -> None:
-    """Reference: SVD of Δ times a root of H; the remaining loss is the sum of the other singular values squared."""
-    problem = layer(12, 40)
-    broken = run(site_of([problem]), [RoundToNearest(2, None)])
-    difference_OI = problem.weight_OI - broken.layers[0].weight_OI
-    root_II = torch.linalg.cholesky(problem.hessian_II)
-    left, values, right = torch.linalg.svd(difference_OI @ root_II, full_matrices=False)
-    for rank in (1, 3, 12, 50):
-        repaired = run(broken, [EoRA(rank)]).layers[0]
-        k = min(rank, 12)
-        best_OI = torch.linalg.solve_triangular(root_II.mT, (left[:, :k] * values[:k] @ right[:k]).mT, upper=True).mT
-        assert repaired.low_rank is not None
-        torch.testing.assert_close(repaired.low_rank.weight_OI, best_OI, rtol=1e-6, atol=1e-8)
-        assert true_loss(problem, solved(problem, repaired)) == pytest.approx(
-            float(values[k:].square().sum()), abs=1e-9
-        )
-
-
-def test_a_repair_has_a_mixture_of_its_own() -> None:
-    """RTN on the general mixture with an EoRA step on the domain's equals running both steps by hand."""
-    general, domain = layer(8, 48, seed=1), layer(8, 48, seed=2)
-    means = {"domain": Statistics({Statistic.GRAM: domain.hessian_II})}
-    [site] = solve(site_of([general]), [(Placed(RoundToNearest(3, 16)), Placed(EoRA(2), "domain"))], means.__getitem__)
-    rounded = run(site_of([general]), [RoundToNearest(3, 16)])
-    by_hand = run(Site("x", rounded.layers, means["domain"]), [EoRA(2)])
-    assert torch.equal(site.layers[0].weight_OI, by_hand.layers[0].weight_OI)
-
-
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        (Refit, {"iterations": -1}),
-        (Swaps, {"candidates": 0}),
-        (Swaps, {"rounds": -1}),
-        (Swaps, {"group": 0}),
-        (Swaps, {"group": -4}),
-        (ALPS, {"sparsity": 0.5, "per": "layer"}),
-        (ALPS, {"sparsity": 0.5, "iterations": 0}),
-        (Descent, {"sweeps": -1}),
-        (EoRA, {"rank": -1}),
-        (SparseLowRank, {"sparsity": 0.5, "rank": 0}),
-        *(
-            (method, {**settings, "damping": damping})
-            for method, settings in (
-                (ALPS, {"sparsity": 0.5}),
-                (SparseLowRank, {"sparsity": 0.5}),
-                (Refit, {}),
-                (QEP, {}),
-            )
-            for damping in (-0.1, float("nan"), float("inf"))
-        ),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(method: type, settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        method(**settings)

@@ -24,8 +24,8 @@ from crosscal.statistics import EVERY, InputMoments, MeanSum, Mixture, MomentsAc
 from crosscal.statistics.factor import eigensystem
 from tests.helpers.pretend_device import assert_same, devices_of, on_device, pretended_cuda
 from tests.helpers.pretended_tensor import DeviceMix, Seen
-from tests.helpers.problems import correlated_inputs_TI, layer
-from tests.test_compressors_laws import CASES, label
+from tests.helpers.problems import correlated_inputs_TI, label, layer
+from tests.test_compressors_laws import CASES
 from tests.test_compressors_recipes import REFINEMENTS
 from tests.test_compressors_stacked import SETTINGS, layers
 

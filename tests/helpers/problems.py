@@ -8,14 +8,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosscal.compressors import LayerProblem, LayerSolution, Statistic
+from crosscal.compressors import LayerProblem, LayerSolution, Sparsity, Statistic, run
+from crosscal.compressors.problem import solved
+from crosscal.compressors.recipe import site_of
 from crosscal.statistics import Gradient
 
 BLOCK = 128  # columns that share a pruning threshold
+HALF, TWO_OF_FOUR, DENSE, NOTHING = (Sparsity.parse(value) for value in (0.5, "2:4", 0.0, 1.0))
+
+
+def label(value: object) -> str:
+    return str(value).replace("torch.", "").replace("Sparsity", "")
 
 
 def correlated_inputs_TI(tokens: int, inputs: int, *, seed: int, dead: Sequence[int] = ()) -> Tensor:
@@ -74,6 +82,10 @@ def true_loss(problem: LayerProblem, solution: LayerSolution) -> float:
     """tr(D H Dᵀ) in float64."""
     difference_OI = problem.weight_OI.double() - solution.weight_OI.double()
     return float(torch.einsum("oi,ij,oj->", difference_OI, problem.hessian_II.double(), difference_OI))
+
+
+def loss_after(problem: Any, steps: Sequence[Any]) -> float:
+    return true_loss(problem, solved(problem, run(site_of([problem]), steps).layers[0]))
 
 
 def bounded_hessian_II(inputs: int, condition: float, *, seed: int) -> Tensor:
