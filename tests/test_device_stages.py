@@ -39,10 +39,10 @@ from tests.helpers.tiny_models import save_model, windows
 from tests.helpers.tiny_place import make_place
 from tests.helpers.tiny_run import collect, dense_cache, run_context, tiny_source, variant
 from tests.helpers.tiny_text import tiny_llama
+from tests.helpers.tiny_variants import MIXED, samples
 from tests.test_calibration_generation import writer
 from tests.test_device_laws import FIRST, ROUNDOFF_F32
 from tests.test_models_walk import collect as seen_by_walk
-from tests.test_stages_compress import MIXED, samples
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: see the tests marked `gpu`")
 

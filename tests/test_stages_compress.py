@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from crosscal.compressors import COMPRESSORS, LayerProblem, Sparsity, problem, quadratic_loss
-from crosscal.errors import NotPositiveDefinite, StatisticsError
+from crosscal.compressors import problem, quadratic_loss
 from crosscal.models import ModelSource
 from crosscal.models.loading import load_variant
 from crosscal.progress import silent
 from crosscal.stages import compress, solve_site
-from crosscal.stages.block_problem import BlockProblem, SiteStatistics, grouped, needed
+from crosscal.stages.block_problem import BlockProblem
 from crosscal.stages.compress import RunContext, compress_block, compress_sequential, layer_rows, publish_variant
-from crosscal.stages.sample import Sample, over_sums
 from crosscal.stages.solve import solve_block
-from crosscal.stages.solve_site import _relative_loss
-from crosscal.statistics import InputMoments, Mixture
+from crosscal.statistics import InputMoments
 from crosscal.store import Store
 from crosscal.variants import Variant
-from tests.helpers.tiny_run import (
-    collect,
-    part,
-    run_context,
-    sample,
-    sums,
-    tiny_source,
-    variant,
-    windows,
-)
+from tests.helpers.tiny_run import run_context, sample, tiny_source, variant, windows
+from tests.helpers.tiny_variants import MIXED, VARIANTS, calibrated, compress_all, samples
+from tests.helpers.written_models import contents, rows_without_times
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
 ROUNDOFF_F32 = 1e-4
-MIXED = {"general": 0.25, "legal": 0.75}
-VARIANTS = [
-    variant("sparse", "sparsegpt", MIXED, sparsity=0.5, damping=0.01),
-    variant("two-of-four", "sparsegpt", MIXED, sparsity="2:4", damping=0.01),
-    variant("general", "wanda", {"general": 1.0}, sparsity=0.5),
-    variant("quantized", "gptq", MIXED, bits=4, group_size=32, damping=0.01),
-    variant("ordered", "gptq", {"legal": 1.0}, bits=3, group_size=32, activation_order=True, damping=0.05),
-    variant("rounded", "rtn", None, bits=4, group_size=32),
-    variant("magnitude", "magnitude", None, sparsity=0.5),
-    variant("normalised", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, trace_normalised=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync: these tests do not cover power failures."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -86,36 +55,6 @@ def source(made: Path, dtype: torch.dtype) -> ModelSource:
 
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True)
-
-
-def samples(store: Store) -> tuple[Sample, Sample]:
-    general = sample(store, "general", windows(10, seed=1))
-    return general, sample(store, "legal", windows(6, seed=2, high=100), windows(4, seed=3, high=50))
-
-
-def calibrated(folder: Path, store: Store, source: ModelSource) -> RunContext:
-    context = run_context(folder, store, source, *samples(store))
-    for each in context.samples.values():
-        collect(context.cached, source, each.sets)
-    return context
-
-
-def compress_all(context: RunContext, variants: list[Variant] = VARIANTS) -> None:
-    for block in range(context.source.blocks):
-        compress_block(context, block, variants)
-    for each in variants:
-        publish_variant(context, each)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def rows_without_times(folder: Path) -> dict[str, list[dict]]:
-    return {
-        str(file.relative_to(folder)): [{**json.loads(line), "seconds": None} for line in file.read_text().splitlines()]
-        for file in sorted((folder / "layers").rglob("*.jsonl"))
-    }
 
 
 def test_cached_is_uncached_and_a_sweep_is_its_variants(tmp_path: Path, store: Store, source: ModelSource) -> None:
@@ -236,9 +175,6 @@ def test_packed_models_hold_exactly_the_solved_weights(tmp_path: Path, store: St
             assert torch.equal(model.get_parameter(f"model.layers.{block}.{name}"), tensor)
 
 
-# --- sequential ------------------------------------------------------------------------------------------------------
-
-
 SEQUENTIAL = [
     variant("sequential", "sparsegpt", MIXED, sparsity=0.5, damping=0.01, upstream="sequential"),
     variant("packed", "gptq", MIXED, bits=4, group_size=32, damping=0.01, upstream="sequential"),
@@ -312,134 +248,3 @@ def test_sequential_moments_of_other_data_under_the_same_names_are_not_taken(
     parts = samples(fresh)[0], sample(fresh, "legal", windows(6, seed=9, low=200))
     sequentially(run_context(tmp_path / "alone", fresh, source, *parts), SEQUENTIAL[0])
     assert contents(tmp_path / "later" / "models") == contents(tmp_path / "alone" / "models")
-
-
-# --- layers that cannot be solved ------------------------------------------------------------------------------------
-
-
-def starved(tmp_path: Path, store: Store, source: ModelSource) -> RunContext:
-    """One window of 32 tokens for 64 inputs: without damping the Hessian of `down_proj` is singular."""
-    few = (sums(part(store, windows(1, seed))) for seed in (5, 6))
-    context = run_context(tmp_path / "run", store, source, Sample("general", 0, *few))
-    collect(context.cached, source, context.samples["general", 0].sets)
-    return context
-
-
-def test_what_cannot_be_solved_is_an_error_that_names_the_layer(
-    tmp_path: Path, store: Store, source: ModelSource
-) -> None:
-    each = variant("undamped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.0)
-    with pytest.raises(NotPositiveDefinite, match=r"model\.layers\.0\.mlp\.down_proj: .*Raise damping"):
-        compress_block(starved(tmp_path, store, source), 0, [each])
-
-
-def test_a_fallback_that_the_plan_names_is_listed_and_nothing_else_changes(
-    tmp_path: Path, store: Store, source: ModelSource
-) -> None:
-    context = starved(tmp_path, store, source)
-    each = variant("undamped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.0, fallback="keep-dense")
-    sound = variant("damped", "sparsegpt", {"general": 1.0}, sparsity=0.5, damping=0.01)
-    compress_all(context, [each, sound])
-    rows = {row.layer: row for row in layer_rows(context, [each])}
-    kept = {name for name, row in rows.items() if row.fallback}
-    assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} <= kept
-    assert all(row.fallback is None for row in layer_rows(context, [sound]))
-    dense = load_file(source.path / "model.safetensors")
-    model = load_variant(context.folder / "models" / "undamped")
-    for name, row in rows.items():
-        weight = model.get_parameter(f"{name}.weight")
-        assert (row.parameters, row.stays_dense) == (weight.numel(), name in kept)
-        assert torch.equal(weight, dense[f"{name}.weight"]) == (name in kept)
-        if row.fallback:
-            assert row.fallback.startswith("keep-dense: ")
-            assert "not positive definite" in row.fallback
-            assert (row.relative_loss, row.tokens) == (0.0, 0)
-
-
-def test_a_loss_relative_to_nothing_is_no_loss_of_zero() -> None:
-    """If the output energy is zero, the relative loss is None, not 0."""
-    layer = LayerProblem(name="silent", weight_OI=torch.ones(4, 4), hessian_II=torch.eye(4))
-    solution = COMPRESSORS["magnitude"](Sparsity.parse(0.5)).compress(layer)
-    assert _relative_loss(layer, solution, torch.zeros(4, 4), 0.0) is None
-    assert _relative_loss(layer, solution, torch.eye(4), 16.0) == 0.5
-
-
-# --- from corpora to sets --------------------------------------------------------------------------------------------
-
-
-def test_mixtures_are_keyed_by_the_digests_of_their_sums(store: Store) -> None:
-    by_name: Mapping[str, Sample] = {each.corpus: each for each in samples(store)}
-    for is_held_out in (False, True):
-        keys = {each.keys[is_held_out]: MIXED[name] for name, each in by_name.items()}
-        assert over_sums(Mixture.of(MIXED), by_name, held_out=is_held_out).as_dict() == keys
-
-
-def hessians_of(context: RunContext, mixture: Mapping[str, float], **more) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (calibration, held-out) Hessians of every site of the second block, as a solve reads them."""
-    problem = context.problem(1, context.cached)
-    each = variant("any", "sparsegpt", mixture, sparsity=0.5, damping=0.01, **more)
-    groups = grouped(problem, [each])
-    (group,) = groups
-    for site in problem.sites:
-        statistics = SiteStatistics(problem, site, needed(groups), users=len(groups))
-        yield statistics(group)[0].hessian_II, statistics(group, held_out=True)[0].hessian_II
-
-
-def in_shards(store: Store, corpus: str, tokens_SL: Tensor, *counts: int) -> Sample:
-    """A corpus that landed in shards of `counts` windows; all windows are used for both splits."""
-    parts = sums(*(part(store, part_SL) for part_SL in tokens_SL.split(counts)))
-    return Sample(corpus, 0, parts, parts)
-
-
-@pytest.mark.parametrize("mixture", [{"legal": 1.0}, MIXED, {"general": 0.9, "legal": 0.1}])
-@pytest.mark.parametrize("trace_normalised", [False, True])
-def test_how_a_corpus_landed_changes_no_hessian(
-    tmp_path: Path, store: Store, source: ModelSource, mixture: dict[str, float], trace_normalised: bool
-) -> None:
-    """With one shard or several of different scales: mixing and trace normalisation apply to whole corpora."""
-    quiet, loud = windows(4, seed=7, high=20), windows(8, seed=8, low=200)
-    tokens = {"general": windows(6, seed=0), "legal": torch.cat([quiet, loud])}
-    found = []
-    for counts in ((12,), (4, 8), (1, 3, 5, 3)):
-        landed = [
-            in_shards(store, "general", tokens["general"], 6),
-            in_shards(store, "legal", tokens["legal"], *counts),
-        ]
-        context = run_context(tmp_path / str(counts), store, source, *landed)
-        collect(context.cached, source, [key for each in landed for key in each.sets])
-        found.append(list(hessians_of(context, mixture, trace_normalised=trace_normalised)))
-    for whole, *others in zip(*found, strict=True):
-        for other, (expected_II, held_out_II) in itertools.product(others, [whole]):
-            bound = 1e-5 * float(expected_II.abs().max())
-            torch.testing.assert_close(other[0], expected_II, rtol=0, atol=bound)
-            torch.testing.assert_close(other[1], held_out_II, rtol=0, atol=bound)
-
-
-def test_one_corpus_alone_is_not_changed_by_normalising(tmp_path: Path, store: Store, source: ModelSource) -> None:
-    context = calibrated(tmp_path / "run", store, source)  # `legal` has two shards
-    plain, normalised = (list(hessians_of(context, {"legal": 1.0}, trace_normalised=on)) for on in (False, True))
-    for one, other in zip(plain, normalised, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_a_corpus_without_tokens_is_an_error_of_the_groups_that_mix_it(
-    tmp_path: Path, store: Store, source: ModelSource
-) -> None:
-    context = calibrated(tmp_path / "run", store, source)
-    starved = {each.key for each in context.samples["legal", 0].calibration.parts}
-
-    class Starving(type(context.cached)):
-        def read(self, calibration, block, site) -> InputMoments:
-            found = super().read(calibration, block, site)
-            return InputMoments.zero(found.inputs) if calibration in starved else found
-
-    cached = Starving(**{f.name: getattr(context.cached, f.name) for f in dataclasses.fields(context.cached)})
-    problem = context.problem(0, cached)
-    groups = grouped(problem, [VARIANTS[2], VARIANTS[4]])
-    sound, starving = groups
-    statistics = SiteStatistics(problem, problem.sites[0], needed(groups), users=len(groups))
-    expected = context.cached.read(context.samples["general", 0].calibration.key, 0, problem.sites[0]).hessian_II()
-    assert torch.equal(statistics(sound)[0].hessian_II, expected)
-    with pytest.raises(StatisticsError, match=r"\(legal\): no calibration token reached"):
-        statistics(starving)
-    assert statistics(starving, held_out=True)[1] > 0

@@ -34,8 +34,8 @@ from crosscal.variants import RecipeStep, Variant, variants
 from tests.helpers.tiny_models import load_plain
 from tests.helpers.tiny_place import Place, crosscal, make_place
 from tests.helpers.tiny_run import run_context, sample, tiny_source, windows
+from tests.helpers.written_models import contents, rows_without_times
 from tests.test_models_cross import plain_inputs
-from tests.test_stages_compress import contents, rows_without_times
 
 MIXED = Mixture.of({"general": 0.25, "legal": 0.75})
 ROUNDOFF_F32 = 2e-4
