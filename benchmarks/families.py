@@ -3,8 +3,8 @@
     python benchmarks/families.py [--types llama gemma3 ...] [--sizes ordinary coinciding odd] [--table | --check]
 
 Writes results/families.json, one row per type and size, and from it the table of docs/families.md; rows not asked for
-are kept. `--table` only writes the table, `--check` tests whether it matches the results. The whole takes about an
-hour on one core. `family_checks.py` has the checks of one model.
+are kept. `--table` only writes the table, `--check` tests whether it matches the results. The whole takes about
+eight minutes on two cores. `family_checks.py` has the checks of one model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from family_checks import Findings, as_json, examine  # noqa: E402
 from records import RESULTS, commit  # noqa: E402
-from table import markdown  # noqa: E402
+from table_cells import markdown  # noqa: E402
 from tiny_families import SIZES, save, types  # noqa: E402
 
 RESULT, DOC = RESULTS / "families.json", ROOT / "docs" / "families.md"
