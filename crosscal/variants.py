@@ -187,7 +187,8 @@ def _of_recipe(
             do="Find the mixture with `upstream: dense`, and give its weights to a sequential entry.",
         )
     mixture = seen.start if isinstance(seen, Search) else seen
-    normalised = entry.trace_normalised and not data_free
+    mixed = [one for one in (mixture, *(step.mixture for step in recipe)) if one and len(one.corpora) > 1]
+    normalised = entry.trace_normalised and not data_free and bool(mixed)  # one corpus alone has nothing to scale
     for upstream, seed in itertools.product(upstreams, seeds):
         name = _name(recipe, seen, upstream, normalised)
         name += f"-s{seed}" if len(plan.seeds) > 1 and not data_free else ""

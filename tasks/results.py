@@ -140,6 +140,7 @@ def result_row(spec: RunSpec, variant: Variant | None, found: Measurement) -> Re
         upstream=variant.upstream if variant else DENSE,
         mixture=variant.mixture.as_dict() if variant and variant.mixture and not variant.search else {},
         found_by=variant.found_by if variant else None,
+        trace_normalised=bool(variant and variant.trace_normalised),
         seed=variant.seed if variant else spec.parsed.seeds[0],
         model=Path(spec.parsed.model).name,
         device=spec.device,

@@ -95,6 +95,13 @@ def test_names_are_unique_and_safe_as_folders() -> None:
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,199}", name) for name in names)
 
 
+def test_one_corpus_alone_has_no_traces_to_normalise() -> None:
+    entry = {"method": "wanda", "sparsity": 0.5, "domain": "legal", "alpha": [0, 0.5, 1]}
+    plain, normalised = (expand({**entry, "trace_normalised": on}) for on in (False, True))
+    assert [one.key == other.key for one, other in zip(plain, normalised, strict=True)] == [True, False, True]
+    assert [variant.trace_normalised for variant in normalised] == [False, True, False]
+
+
 def test_seeds_repeat_what_depends_on_data() -> None:
     found = expand({"method": "wanda", "sparsity": 0.5}, {"method": "rtn", "bits": 4}, calibration={"seed": [0, 3]})
     assert [(variant.name, variant.seed) for variant in found] == [

@@ -182,6 +182,22 @@ def test_baselines_are_the_same_but_for_one_thing(tmp_path: Path) -> None:
     assert baseline("dense", "general") is None
 
 
+def test_methods_are_compared_on_equally_normalised_mixtures(tmp_path: Path) -> None:
+    rows = of_test_text(settings=[(method, {"sparsity": 0.5}) for method in ("sparsegpt", "wanda")])
+    normalised = [
+        dataclasses.replace(row, variant=row.variant.replace("-a0.5", "-a0.5-tracenorm"), trace_normalised=True)
+        for row in rows
+        if "-a0.5" in row.variant
+    ]
+    groups = study_of([*normalised, *rows], tmp_path).groups
+    by_name = {group.name: group for group in groups}
+    for ending in ("-a0.5", "-a0.5-tracenorm"):
+        found = counterpart(by_name[f"sparsegpt0-biomedical{ending}"], "wanda", groups)
+        assert found is by_name[f"wanda1-biomedical{ending}"]
+    alone = counterpart(by_name["sparsegpt0-biomedical-a0.5-tracenorm"], "general", groups)
+    assert alone is by_name["sparsegpt0-biomedical-a0"], "one corpus alone has no traces to normalise"
+
+
 def test_accuracies_are_compared_question_by_question(tmp_path: Path) -> None:
     """Twelve of a hundred won and none lost is distinguishable; by the standard errors of both it would not be."""
     results, asked = of_test_text(settings=[("sparsegpt", {"sparsity": 0.5})], seeds=(0,)), []

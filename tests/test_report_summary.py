@@ -54,6 +54,8 @@ def test_a_flavour_says_what_tells_groups_apart() -> None:
         result(f"s{i}", method="sparsegpt", upstream=upstream) for i, upstream in enumerate(("dense", "sequential"))
     ]
     assert [group.flavour for group in groups_of(rows, [])] == ["sparsegpt, dense", "sparsegpt, sequential"]
+    rows = [result(f"n{on}", method="sparsegpt", trace_normalised=on) for on in (False, True)]
+    assert [group.flavour for group in groups_of(rows, [])] == ["sparsegpt", "sparsegpt, trace-normalised"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,17 @@ def test_mixes_second_moments_per_token(alpha: float) -> None:
     assert_close(Mixture.alpha("domain", alpha).hessian_II(MOMENTS), expected_II)
 
 
+@pytest.mark.parametrize("percent", range(101))
+def test_alpha_is_the_mixture_of_the_weights_a_user_would_write(percent: int) -> None:
+    written = Mixture.of({"general": float(f"{(100 - percent) / 100:.2f}"), "domain": percent / 100})
+    assert Mixture.alpha("domain", percent / 100) == written
+
+
+def test_weights_of_any_alpha_sum_to_one() -> None:
+    for alpha in (1 / 3, 2 / 3, 0.1234567890123456, 1e-15):
+        assert sum(Mixture.alpha("domain", alpha).as_dict().values()) == 1.0
+
+
 def test_duplicating_a_domain_changes_nothing() -> None:
     mixture = Mixture.alpha("domain", 0.3)
     twice = {**MOMENTS, "domain": MOMENTS["domain"] + MOMENTS["domain"]}

@@ -6,7 +6,6 @@ Shapes: I inputs, N blocks, B columns of a block, R stacked rows, O outputs of o
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from crosscal.compressors.selection import lowest, mark_lowest
 from crosscal.compressors.sparsity import Sparsity
 from crosscal.compressors.state import Layer
 from crosscal.errors import UsageError
+from crosscal.statistics.factor import check_damping
 
 LEAST_PANEL_COLUMNS = 32
 """Maximum columns of a panel, on some kernels a multiple. m of n:m divides it, so that a group lies in one panel."""
@@ -52,8 +52,7 @@ class ColumnRule:
 
     def check_settings(self) -> None:
         """Check all that does not depend on a layer. Raises `UsageError`."""
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise UsageError("damping must be a number of at least 0", got=str(self.damping))
+        check_damping(self.damping)
         if self.bits is not None:
             grid.check_settings(self.bits, self.group_size)
         group = self.sparsity.group if self.sparsity else None

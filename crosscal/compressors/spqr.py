@@ -33,7 +33,7 @@ from crosscal.compressors.amount import Amount
 from crosscal.compressors.recipe import alone
 from crosscal.compressors.state import Layer, Site, Statistic
 from crosscal.errors import UsageError
-from crosscal.statistics.factor import InverseFactor
+from crosscal.statistics.factor import InverseFactor, check_damping
 
 BLOCK_OUTPUTS = 16
 """Outputs whose scales share one second-level grid, per group of inputs."""
@@ -102,8 +102,7 @@ class SpQR:
             raise UsageError("scale_bits must be 2 to 8", got=str(self.scale_bits))
         if not self.threshold > 0:
             raise UsageError("threshold must be above 0", got=str(self.threshold))
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise UsageError("damping must be a number of at least 0", got=str(self.damping))
+        check_damping(self.damping)
 
     @property
     def amounts(self) -> tuple[Amount, ...]:

@@ -45,7 +45,8 @@ def _is_counterpart(group: SeedGroup, rule: str, other: SeedGroup) -> bool:
     if other.upstream != group.upstream:
         return False
     if other.method == rule:
-        return other.level == group.level and (not other.mixture or other.mixture == group.mixture)
+        same_text = (other.mixture, other.trace_normalised) == (group.mixture, group.trace_normalised)
+        return other.level == group.level and (not other.mixture or same_text)
     domains = list(group.domains) if rule == DOMAIN else [rule]
     same_recipe = (other.method, other.setting) == (group.method, group.setting) and other.found_by is None
     return same_recipe and len(domains) == 1 and other.mixture == {domains[0]: 1.0}

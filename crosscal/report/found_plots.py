@@ -103,6 +103,7 @@ def _measured(
     for group in groups:
         x, y = group.perplexity(across, split), group.perplexity(up, split)
         alike = (group.method, group.setting, group.upstream) == (own.method, own.setting, own.upstream)
+        alike &= len(group.mixture) == 1 or group.trace_normalised == own.trace_normalised
         if x and y and alike and set(group.mixture) <= {across, up}:
             yield x.value, y.value
     for one in choice["tried"]:

@@ -57,6 +57,7 @@ class SeedGroup:
     """(corpus, split) -> seed -> negative log-likelihood of each window; empty if none was kept."""
     found_by: str | None
     """How the mixture was searched; it may differ between draws, and `mixture` is that of the first. None if given."""
+    trace_normalised: bool
 
     @property
     def is_dense(self) -> bool:
@@ -92,7 +93,7 @@ def groups_of(
     by_key: dict[str, list[ResultRow]] = defaultdict(list)
     for row in results:
         mixture = row.found_by or row.mixture  # a searched mixture differs between draws
-        same = [_stem(row), row.model, row.method, row.setting, row.upstream, mixture]
+        same = [_stem(row), row.model, row.method, row.setting, row.upstream, mixture, row.trace_normalised]
         by_key[json.dumps(same, sort_keys=True)].append(row)
     layers_of: dict[str, list[LayerRow]] = defaultdict(list)
     for layer in layers:
@@ -180,6 +181,7 @@ def _group(
         left_dense=left_dense_of(layers),
         window_nll=window_nll,
         found_by=first.found_by,
+        trace_normalised=first.trace_normalised,
     )
 
 
@@ -194,6 +196,8 @@ def _flavour(row: ResultRow, firsts: Sequence[ResultRow]) -> str:
     words = [row.method, *(f"{key} {row.setting[key]}" for key in differing)]
     if any(other.upstream != row.upstream for other in peers):
         words.append(row.upstream)
+    if row.trace_normalised:
+        words.append("trace-normalised")
     return ", ".join(words)
 
 

@@ -54,6 +54,8 @@ class ResultRow:
     """The reverse: questions that only this model answers correctly."""
     p: float | None = None
     """P-value of McNemar's exact test over those questions (null hypothesis: no difference)."""
+    trace_normalised: bool = False
+    """Whether the Hessians of all corpora were scaled to one trace before they were mixed."""
     windows: int | None = None
     """For a perplexity: how many windows the variant was measured on; fewer than the dense model's if it left a race,
     and then it has no value. None in rows of tasks and of earlier versions."""

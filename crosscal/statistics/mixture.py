@@ -46,8 +46,13 @@ class Mixture:
 
     @classmethod
     def alpha(cls, domain: str, alpha: float, general: str = "general") -> Mixture:
-        """Make (1 - alpha) general + alpha domain. Raises `UsageError` for an alpha outside 0 to 1."""
-        return cls.of({general: 1.0 - alpha, domain: alpha} if domain != general else {general: 1.0})
+        """Make (1 - alpha) general + alpha domain. Raises `UsageError` for an alpha outside 0 to 1.
+
+        1 - alpha is the decimal that a user would write, where one exists: alpha 0.9 is {general: 0.1, domain: 0.9}.
+        """
+        rest, written = 1.0 - alpha, round(1.0 - alpha, 12)
+        weights = {general: written if written + alpha == 1.0 else rest, domain: alpha}
+        return cls.of(weights if domain != general else {general: 1.0})
 
     @property
     def corpora(self) -> tuple[str, ...]:

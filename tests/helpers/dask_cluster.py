@@ -38,7 +38,7 @@ class Cluster:
         """Kill the first worker that runs a task of this name; return its exit code, or None if none did in time."""
         with Client(self.address, set_as_default=False) as client:
             while while_true():
-                for address, keys in _call_stack(client).items():
+                for address, keys in _processing(client).items():
                     if any(task in key for key in keys):
                         pid = client.run(os.getpid, workers=[address])[address]
                         worker = next(worker for worker in self.workers if worker.pid == pid)
@@ -73,10 +73,13 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
             process.wait()
 
 
-def _call_stack(client: Client) -> dict[str, dict[str, object]]:
-    """Return the running tasks of each worker; {} if the connection broke because a worker disconnected: call again."""
+def _processing(client: Client) -> dict[str, tuple[str, ...]]:
+    """Return the tasks given to each worker; {} if the connection broke because a worker disconnected: call again.
+
+    The scheduler answers. The workers' call stacks would be exact, and take `sys._current_frames` (see `SETTINGS`).
+    """
     try:
-        return client.call_stack()
+        return client.processing()
     except CommClosedError:
         return {}
 
