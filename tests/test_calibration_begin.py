@@ -50,11 +50,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def landed(store: Store, folder: Path, texts: list[str]) -> Shard:
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return ingest(store, "general", [str(folder / "a.jsonl")], split="train").corpus.shards[0]

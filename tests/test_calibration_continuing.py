@@ -33,11 +33,6 @@ def model():
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
-@pytest.fixture
 def corpus(store: Store, tmp_path: Path) -> Corpus:
     return land(store, tmp_path, "legal", 30)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,6 @@ from tests.helpers.tiny_text import tiny_llama, tiny_tokenizer
 
 MODEL, TOKENIZER = "a" * 64, "b" * 64
 REQUEST = WindowRequest(6, 32)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ TOKENIZER = "0" * 64
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
-@pytest.fixture
 def shard(store: Store, tmp_path: Path) -> Shard:
     rows = [f"Document {index} runs past the mill. {'Rain and sun. ' * (index % 9)}" for index in range(300)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")

@@ -7,8 +7,6 @@ import os
 import time
 from pathlib import Path
 
-import pytest
-
 from crosscal.corpora import load_corpus
 from crosscal.errors import TooLittleText
 from crosscal.flows.news import News
@@ -18,11 +16,6 @@ from crosscal.store import Store
 from tests.helpers.tiny_place import crosscal, write_documents
 
 LONG_AGO = time.time() - 1000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
 
 
 def write(landing: Path, name: str, column: str = "text", count: int = 5) -> Path:

@@ -25,11 +25,6 @@ LONG_AGO = time.time() - 1000
 TEXT = json.dumps({"text": "A document that is long enough to be taken, and the only one."}).encode() + b"\n"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def settle(*files: Path) -> None:
     for file in files:
         os.utime(file, (LONG_AGO, LONG_AGO), follow_symlinks=False)

@@ -18,11 +18,6 @@ from tests.helpers.tiny_place import write_documents
 LONG_AGO = time.time() - 1000
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def land(landing: Path, name: str, *, seed: str = "one", domain: str = "legal", count: int = 5) -> Path:
     """Write a file that settled long ago."""
     file = landing / domain / name

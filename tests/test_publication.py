@@ -15,11 +15,6 @@ from crosscal.store import Store
 from tests.helpers.tiny_text import tiny_llama
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def facts(model: str) -> dict[str, object]:
     return {"model": model, "corpus_version": 1}
 

@@ -20,11 +20,6 @@ from tests.helpers.tiny_place import crosscal, make_place, write_documents
 OLD = time.time() - 100 * 86400
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def run_folder(runs: Path, name: str, *, age: float = OLD) -> Path:
     folder = runs / name
     (folder / "models" / "x").mkdir(parents=True)

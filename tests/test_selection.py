@@ -28,11 +28,6 @@ ZIP_FIT = SelectionSettings("zip-fit", documents=12, targets=8)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
-@pytest.fixture
 def pool(store: Store, tmp_path: Path) -> Corpus:
     held_out = {split: made_up("law", f"pool {split}", 3) for split in ("validation", "test")}
     return corpus_of(store, tmp_path, "pool", {"train": POOL, **held_out})

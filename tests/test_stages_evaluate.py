@@ -27,11 +27,6 @@ from tests.helpers.tiny_text import SENTENCES, tiny_llama
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> ModelSource:
     tiny_llama(tmp_path / "model")
     return ModelSource.open(tmp_path / "model")

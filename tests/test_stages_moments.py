@@ -28,11 +28,6 @@ def source(tmp_path: Path) -> ModelSource:
     return tiny_source(tmp_path / "model")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def everything(cached: CachedMoments, source: ModelSource, key: str) -> dict[str, InputMoments]:
     return {
         f"{block}.{site.name}": cached.read(key, block, site)

@@ -31,11 +31,6 @@ def source(tmp_path: Path) -> ModelSource:
     return ModelSource.open(tmp_path / "model")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def land(store: Store, folder: Path, name: str, count: int, *, seed: int, sentences: int = 6) -> Corpus:
     """Ingest `count` documents that differ from those of every other seed."""
     chance, file = random.Random(seed), folder / f"{name}-{seed}.jsonl"

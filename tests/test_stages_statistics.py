@@ -73,11 +73,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return tiny_source(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def samples(store: Store) -> list[Sample]:
     """`legal` has two shards; the first contains only 17 different tokens."""
     return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]

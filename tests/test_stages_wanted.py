@@ -60,11 +60,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return tiny_source(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "home")
-
-
 def wanting(store: Store, source: ModelSource, wanted: frozenset[Statistic]) -> CachedMoments:
     return dataclasses.replace(dense_cache(store, source), wanted=wanted)
 
