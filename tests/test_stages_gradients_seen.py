@@ -20,22 +20,19 @@ from crosscal.stages.block_problem import gradients_needed, statistics_needed
 from crosscal.stages.compress import RunContext, compress_block, compress_sequential
 from crosscal.stages.folding import sets_to_read
 from crosscal.stages.gradients import KIND, CachedGradients, Gradients
-from crosscal.stages.sample import Sample
 from crosscal.statistics import Gradient, Mixture
 from crosscal.store import Store
 from crosscal.variants import RecipeStep, Variant
+from tests.helpers.spies import MIXED, OWN, samples, spied
 from tests.helpers.tiny_gradients import walk
 from tests.helpers.tiny_run import (
     collect,
     run_context,
-    sample,
     tiny_source,
     variant,
-    windows,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
-MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
 SEEN: dict[str, dict[str, Tensor]] = {}
 
 
@@ -72,17 +69,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return tiny_source(tmp_path_factory.mktemp("model"))
-
-
-def samples(store: Store) -> list[Sample]:
-    """`legal` has two shards of different weights."""
-    return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
-
-
-def spied(name: str, method: str = "spy", **more: object) -> Variant:
-    """Two steps: one with the recipe's mixture, one with its own."""
-    recipe = (RecipeStep(method, (("name", name),)), RecipeStep("spy", (("name", f"{name}-own"),), OWN))
-    return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
 
 
 def prepared(folder: Path, store: Store, source: ModelSource, *asked: Variant) -> RunContext:

@@ -17,13 +17,12 @@ from crosscal.errors import StatisticsError
 from crosscal.models import ModelSource
 from crosscal.progress import silent
 from crosscal.stages.compress import RunContext, compress_block, compress_sequential
-from crosscal.stages.sample import Sample
-from crosscal.statistics import EVERY, Mixture
+from crosscal.statistics import EVERY
 from crosscal.store import Store
-from crosscal.variants import RecipeStep, Variant
-from tests.helpers.tiny_run import collect, run_context, sample, tiny_source, windows
+from crosscal.variants import Variant
+from tests.helpers.spies import MIXED, OWN, samples, spied
+from tests.helpers.tiny_run import collect, run_context, tiny_source
 
-MIXED, OWN = Mixture.of({"general": 0.75, "legal": 0.25}), Mixture.of({"legal": 1.0})
 Seen = dict[str, dict[Statistic, Tensor]]
 """Name of a site's first layer -> the statistics that a step received there."""
 SEEN: dict[str, Seen] = {}
@@ -71,20 +70,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return tiny_source(tmp_path_factory.mktemp("model"))
-
-
-def samples(store: Store) -> list[Sample]:
-    """`legal` has two shards; the first contains only 17 different tokens."""
-    return [sample(store, "general", windows(6, seed=0)), sample(store, "legal", windows(4, 1, 3, 20), windows(7, 2))]
-
-
-def spied(name: str, method: str = "spy", **more: object) -> Variant:
-    """Two steps: one with the recipe's mixture, one with its own."""
-    recipe = (
-        RecipeStep(method, (("name", name),)),
-        RecipeStep("spy", (("name", f"{name}-own"),), OWN),
-    )
-    return Variant(name, recipe, MIXED, str(more.get("upstream", "dense")), 0, bool(more.get("normalised", False)))
 
 
 def expected(context: RunContext, mixture: Mapping[str, float], *, normalised: bool) -> Seen:
