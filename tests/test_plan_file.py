@@ -102,6 +102,30 @@ def test_overrides_reach_every_field(tmp_path: Path) -> None:
     assert plan.corpora["noise"].source == "random"
 
 
+@pytest.mark.parametrize(
+    ("written_as", "override", "meant"),
+    [
+        ("legal.jsonl", "corpora.legal.text=body", {"path": "legal.jsonl", "text": "body"}),
+        ("legal.jsonl", "corpora.legal.chat=text", {"path": "legal.jsonl", "chat": "text"}),
+        ("legal.jsonl", "corpora.legal.select.documents=5", {"path": "legal.jsonl", "select": {"documents": 5}}),
+        (["a.txt", "b.txt"], "corpora.legal.split=train", {"path": ["a.txt", "b.txt"], "split": "train"}),
+        (["a.txt", "b.txt"], "corpora.legal.1=c.txt", ["a.txt", "c.txt"]),
+        ("self", "corpora.legal.t_init=2.0", {"source": "self", "t_init": 2.0}),
+        (None, "corpora.legal.text=body", {"text": "body"}),
+        (
+            {"path": "a.txt", "select": None},
+            "corpora.legal.select.documents=5",
+            {"path": "a.txt", "select": {"documents": 5}},
+        ),
+    ],
+)
+def test_overrides_reach_below_a_corpus_in_short_form(
+    tmp_path: Path, written_as: object, override: str, meant: object
+) -> None:
+    plan = load_plan(written(tmp_path, {**LEAST, "corpora": {"legal": written_as}}), (override,))
+    assert plan == load_plan(written(tmp_path, {**LEAST, "corpora": {"legal": meant}}))
+
+
 @pytest.mark.parametrize("override", ["windows", "compress.7.alpha=1", "compress.x.alpha=1", "model.name=1", "a=[1"])
 def test_an_override_that_names_no_field_is_refused(tmp_path: Path, override: str) -> None:
     file = written(tmp_path, {**LEAST, "compress": [{"method": "wanda", "sparsity": 0.5}]})
@@ -117,7 +141,10 @@ def test_an_override_that_names_no_field_is_refused(tmp_path: Path, override: st
         ({"calibration": {"windows": 0}}, "calibration.windows"),
         ({"compress": [{"sparsity": 0.5}]}, "compress.0.method: this field is needed"),
         ({"compress": [{"method": "wanda", "sparsity": 0.5, "domain": "law"}]}, "no corpus 'law'"),
-        ({"compress": [{"method": "wanda", "sparsity": 0.5, "alpha": 1.5}]}, "less than or equal to 1"),
+        (
+            {"compress": [{"method": "wanda", "sparsity": 0.5, "domain": "general", "alpha": 1.5}]},
+            "less than or equal to 1",
+        ),
         ({"evaluate": {"perplexity": ["law"]}}, "no corpus of documents"),
         ({"corpora": {"General!": "x"}}, "General!"),
         ({"corpora": {}}, "corpora"),
@@ -126,6 +153,54 @@ def test_an_override_that_names_no_field_is_refused(tmp_path: Path, override: st
 def test_mistakes_are_named(change: dict, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         parse_plan({**LEAST, **change})
+
+
+def one_corpus(source: object, name: str = "legal") -> dict:
+    return {"corpora": {name: source}}
+
+
+def one_method(**settings: object) -> dict:
+    return {"compress": [{"method": "wanda", "sparsity": 0.5, "domain": "general", **settings}]}
+
+
+def one_mixture(weights: object) -> dict:
+    return {"compress": [{"method": "wanda", "sparsity": 0.5, "mixture": weights}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (one_corpus({"source": "self", "drop": 3}), "corpora.legal.drop: "),
+        (one_corpus({"source": "random", "path": "x"}), "corpora.legal.path: unknown field"),
+        (one_corpus({"select": {"documents": 0}}), "corpora.legal.select.documents: "),
+        (one_corpus({"txt": "body"}, "documents"), "corpora.documents.txt: unknown field; did you mean `text`"),
+        (one_corpus({"txt": "body"}, "rule"), "corpora.rule.txt: unknown field; did you mean `text`"),
+        (one_corpus({"source": "self", "step": 3}, "self"), "corpora.self.step: unknown field; did you mean `steps`"),
+        (one_corpus(["a.txt", 3]), "corpora.legal.path.1: "),
+        (one_corpus("a.txt", "General!"), "corpora.General!: "),
+        (one_method(alpha="auto2"), "compress.0.alpha.0: "),
+        (one_method(alpha={"auto": {"general_within": 3}}), "compress.0.alpha.0.auto.general_within: "),
+        (
+            one_method(alpha={"auto": {"general_within": 0.1, "foo": 2}}),
+            "compress.0.alpha.0.auto.foo: unknown field; known fields: general_within",
+        ),
+        (one_method(alpha={"aut": 1}), "compress.0.alpha.0.aut: unknown field; did you mean `auto`"),
+        (one_mixture("auto2"), "compress.0.mixture.0: "),
+        (one_mixture({"number": "x"}), "compress.0.mixture.0.number: "),
+        (one_mixture({"auto": {"general": 1, "exponents": 0}}), "compress.0.mixture.0.auto.exponents: "),
+        (
+            one_mixture({"auto": {"general": 1, "legal": 1}, "foo": 2}),
+            "compress.0.mixture.0.foo: unknown field; known fields: auto",
+        ),
+        ({"calibration": {"seed": [0, "x"]}}, "calibration.seed.1: "),
+        ({"evaluate": {"allow_leaks": [3]}}, "evaluate.allow_leaks.0: "),
+        ({"evaluate": {"tasks": [{"file": "a.csv", "fields": {"choices": 3}}]}}, "evaluate.tasks.0.fields.choices: "),
+    ],
+)
+def test_mistakes_are_named_by_the_fields_that_a_plan_has(change: dict, says: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_plan({**LEAST, **change})
+    assert f" {says}" in str(caught.value), "the location stands in full behind `plan:` or another mistake"
 
 
 @pytest.mark.parametrize("deep", ["[" * 10_000, "{a: " * 10_000])

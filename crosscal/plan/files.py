@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from crosscal.errors import PlanError
 from crosscal.files import format_of
 from crosscal.plan.domain import with_domain
-from crosscal.plan.search import KINDS
+from crosscal.plan.search import MixtureRule, RuledAlpha, WeighedMixture
 from crosscal.plan.sections import (
     Calibration,
     Compress,
@@ -82,11 +82,14 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise PlanError("--set needs key=value", got=override, do="For example --set calibration.windows=64.")
-    *parents, last = key.split(".")
+    *parents, last = parts = key.split(".")
     node: Any = data
     try:
-        for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        for number, part in enumerate(parents):
+            below = _below(node, part)
+            if number == 1 and parts[0] == "corpora":
+                below = node[part] = _in_full(below, parts[2])
+            node = below
         node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
     except (IndexError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise PlanError(
@@ -94,7 +97,40 @@ def _apply(data: dict[str, Any], override: str) -> None:
         ) from error
 
 
+def _below(node: Any, part: str) -> Any:
+    """Return the entry of a list, or the field of a mapping; one that is missing or null becomes an empty section."""
+    if isinstance(node, list):
+        return node[int(part)]
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _in_full(corpus: Any, field: str) -> Any:
+    """Return a corpus in short form (`legal: folder`) as a mapping that has room for `field`; another one unchanged.
+
+    A number as `field` is the place in a list of sources.
+    """
+    if isinstance(corpus, str):
+        return {"source" if corpus in ("self", "random") else "path": corpus}
+    return {"path": corpus} if isinstance(corpus, list) and not field.isdecimal() else corpus
+
+
 TASKS = ("evaluate", "tasks")
+ANY = None
+TAGGED: tuple[tuple[str | None, ...], ...] = (
+    ("corpora", ANY),
+    ("corpora", ANY, "documents", "path"),
+    ("calibration", "seed"),
+    ("compress", ANY, "alpha", ANY),
+    ("compress", ANY, "mixture", ANY),
+    ("evaluate", "allow_leaks"),
+    (*TASKS, ANY),
+    (*TASKS, ANY, "file", "fields", "choices"),
+)
+"""Places of unions: in the location of an error, pydantic adds the kind of the value behind each of them."""
+KEY = "[key]"
+"""Pydantic's last part of the location of an error in the key of a mapping."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -140,21 +176,33 @@ def _fields(location: Sequence[Any]) -> list[str]:
         kinds = {"self": SelfGenerated, "random": RandomTokens}
         section = kinds.get(str(location[2]) if len(location) > 2 else "", Documents)
         section = Select if "select" in location[3:-1] else section
+    if location[0] == "compress" and len(location) > 5:  # behind a kind of `alpha` or `mixture`
+        searched = WeighedMixture if location[2] == "mixture" else RuledAlpha
+        section = MixtureRule if len(location) > 6 else searched
     return list(section.model_fields) if section else []
 
 
-def _without_tag(location: Sequence[Any]) -> list[Any]:
-    """Drop pydantic's union tags from an error location: a plan does not contain them."""
-    if tuple(location[:2]) == TASKS:
-        return [*location[:3], *location[4:]]
-    return [part for part in location if part not in ("documents", *KINDS)]
+def _without_tags(location: Sequence[Any]) -> list[Any]:
+    """Drop what pydantic adds to an error location and no plan contains: the kinds of unions, and "[key]".
+
+    Kinds are dropped by their places, since corpora and fields may have the same names.
+    """
+    named = location[:-1] if location and location[-1] == KEY else location
+    return [part for number, part in enumerate(named) if not _is_tagged(named[:number])]
+
+
+def _is_tagged(location: Sequence[Any]) -> bool:
+    return any(
+        len(place) == len(location) and all(part in (ANY, found) for part, found in zip(place, location, strict=True))
+        for place in TAGGED
+    )
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
-        field = ".".join(map(str, _without_tag(location))) or "plan"
+        field = ".".join(map(str, _without_tags(location))) or "plan"
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(location[-1]), _fields(location), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(_fields(location))}"
