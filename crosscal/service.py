@@ -27,9 +27,15 @@ from pydantic import (
 from crosscal.errors import UsageError
 
 
-def _five_fields(cron: str) -> str:
+def _can_be_scheduled(cron: str) -> str:
     if not re.fullmatch(r"\S+( \S+){4}", cron.strip()):
         raise ValueError('a cron has five fields: "minute hour day month weekday"')
+    from prefect.client.schemas.schedules import CronSchedule  # imported where it is needed: it takes seconds
+
+    try:
+        CronSchedule(cron=cron.strip())
+    except ValueError as error:
+        raise ValueError('not a cron that Prefect can schedule, such as "0 3 * * 0" or "*/5 * * * mon-fri"') from error
     return cron.strip()
 
 
@@ -45,7 +51,7 @@ def _a_variable(name: str) -> str:
     return name
 
 
-Cron = Annotated[str, AfterValidator(_five_fields)]
+Cron = Annotated[str, AfterValidator(_can_be_scheduled)]
 DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 PlanName = Annotated[str, AfterValidator(_in_the_checkout)]

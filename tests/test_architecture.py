@@ -70,7 +70,8 @@ ROOMS = {
     ),
     "report": ({"errors", "files", "evaluation"}, {"matplotlib", "jinja2", "rich", "numpy"}),
     "plan": ({"errors", "files", "compressors", "resources"}, {"pydantic", "pydantic_core", "yaml"}),
-    "service": ({"errors"}, {"pydantic", "yaml"}),
+    # prefect: which crons it can schedule
+    "service": ({"errors"}, {"pydantic", "yaml", "prefect"}),
     "mixtures": ({"errors", "plan", "search", "statistics"}, set()),
     "search": (set(), {"numpy", "scipy"}),
     "variants": ({"errors", "plan", "mixtures", *PURE, "store"}, set()),

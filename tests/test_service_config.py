@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ WRONG = {
     "no landing place": ({"landing": None}, "landing"),
     "no GPU": ({"gpus": 0}, "gpus"),
     "six fields": ({"watch": {"cron": "* * * * * *"}}, "five fields"),
+    "no such minute": ({"watch": {"cron": "99 99 * * *"}}, "watch.cron: not a cron that Prefect can schedule"),
+    "no such day": ({"sweep": {"cron": "0 3 32 * *"}}, "(got '0 3 32 * *')"),
+    "a time that Prefect leaves out": ({"housekeeping": {"cron": "H 4 * * *"}}, "housekeeping.cron: not a cron"),
     "cron and seconds": ({"watch": {"cron": "* * * * *", "every_seconds": 20}}, "either cron or every_seconds"),
     "a plan from outside": ({"plan": "../plan.yaml"}, "as in the checkout"),
     "an absolute plan": ({"sweep": {"plan": "/plan.yaml"}}, "as in the checkout"),
@@ -47,10 +51,15 @@ WRONG = {
 @pytest.mark.parametrize("fields", WRONG.values(), ids=WRONG.keys())
 def test_every_slip_is_said(fields: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     content, says = fields
-    with pytest.raises(UsageError, match=says.replace(".", r"\.").replace("*", r"\*")) as caught:
+    with pytest.raises(UsageError, match=re.escape(says)) as caught:
         load_service(write(tmp_path, **content))
     assert "service.yaml" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cron", ["*/5 * * * *", "0 3 * * mon-fri", "0 0 L * *", "15,45 8-18 * jan 1#2"])
+def test_what_prefect_can_schedule_is_a_cron(cron: str, tmp_path: Path) -> None:
+    assert load_service(write(tmp_path, watch={"cron": f" {cron} "})).watch.cron == cron
 
 
 @pytest.mark.parametrize("content", ["[]", "landing: [", "- a"])
