@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, load_plan, parse_plan
+from crosscal.plan.mistakes import task_names
 from crosscal.resources import ROOT
+from crosscal.tasks.questions import ready_tasks
 
 LEAST = {"model": "owner/name", "corpora": {"general": None}}
 
@@ -201,6 +204,59 @@ def test_mistakes_are_named_by_the_fields_that_a_plan_has(change: dict, says: st
     with pytest.raises(PlanError) as caught:
         parse_plan({**LEAST, **change})
     assert f" {says}" in str(caught.value), "the location stands in full behind `plan:` or another mistake"
+
+
+@pytest.mark.parametrize("source", [[], {"path": []}, {"path": [], "split": "train"}])
+def test_a_corpus_of_no_sources_is_refused(tmp_path: Path, source: object) -> None:
+    with pytest.raises(PlanError, match=r"plan\.yaml: corpora\.legal\.path: an empty list of sources"):
+        load_plan(written(tmp_path, {**LEAST, **one_corpus(source)}))
+
+
+ASKED = [
+    "arc_easy",
+    "exam.jsonl",
+    "a/bar.csv",
+    "b/bar.csv.gz",
+    "facts (2).jsonl",
+    {"file": "own.jsonl", "name": "named"},
+    {"file": "own.jsonl", "versions": ["closed", "in_context"]},
+    {"continuation": "legal"},
+    {"perplexity": "text.txt"},
+    {"summaries": "briefs.jsonl"},
+]
+CORPORA = {"general": None, "legal": None, "noise": "random"}
+
+
+@pytest.mark.parametrize("typo", ["nope", "Legal", "legal (train)", "exam.jsonl", "bar", "own", "closed", ""])
+def test_a_leak_allowed_for_what_the_plan_does_not_have_is_a_typo(tmp_path: Path, typo: str) -> None:
+    evaluate = {"tasks": ASKED, "allow_leaks": ["legal", typo]}
+    with pytest.raises(PlanError) as caught:
+        load_plan(written(tmp_path, {**LEAST, "corpora": CORPORA, "evaluate": evaluate}))
+    known = "general, legal, noise, arc_easy, exam, a_bar, b_bar, facts (2), named, own-closed, own-in_context"
+    said = f"evaluate.allow_leaks: {typo!r} is no corpus and no task of this plan; those are: {known}, "
+    assert str(caught.value) == f"{tmp_path / 'plan.yaml'}: {said}legal-continuation, text, briefs"
+
+
+def test_a_leak_is_allowed_by_the_name_of_a_corpus_a_task_or_one_set(tmp_path: Path) -> None:
+    names = ["general", "legal (test)", "general (validation)", "noise", "arc_easy", "exam", "a_bar", "b_bar", "named"]
+    names += ["facts", "facts (2)", "own-closed", "own-in_context", "legal-continuation", "text", "briefs"]
+    for allowed in (names, [], True, False):
+        content = {**LEAST, "corpora": CORPORA, "evaluate": {"tasks": ASKED, "allow_leaks": allowed}}
+        assert load_plan(written(tmp_path, content)).evaluate.allow_leaks == allowed
+
+
+def test_names_of_tasks_are_those_of_a_run(tmp_path: Path) -> None:
+    row = {"context": "It rained.", "question": "Was it wet?", "choices": ["yes", "no"], "answer": 0}
+    for file in ("exam.jsonl", "a/bar.jsonl", "b/bar.jsonl", "facts (2).json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(row) + "\n")
+    (tmp_path / "text.txt").write_text("It rained.")
+    versions = ["closed", "in_context"]
+    tasks = ["arc_easy", "exam.jsonl", "a/bar.jsonl", "b/bar.jsonl", {"file": "facts (2).json", "name": "named"}]
+    tasks += [{"file": "facts (2).json", "versions": versions, "fields": {"context": "context"}}]
+    tasks += [{"perplexity": "text.txt"}]
+    plan = load_plan(written(tmp_path, {**LEAST, "evaluate": {"tasks": tasks}}))
+    assert set(task_names(plan)) == {task if isinstance(task, str) else task.name for task in ready_tasks(plan)}
 
 
 @pytest.mark.parametrize("deep", ["[" * 10_000, "{a: " * 10_000])

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from crosscal.errors import PlanError
 from crosscal.files import format_of
 from crosscal.plan.domain import with_domain
+from crosscal.plan.mistakes import mistakes
 from crosscal.plan.search import MixtureRule, RuledAlpha, WeighedMixture
 from crosscal.plan.sections import (
     Calibration,
@@ -37,7 +38,10 @@ def load_plan(path: Path, overrides: tuple[str, ...] = (), domain: str | None = 
     """Read a plan, apply `key.path=value` overrides, fill in the domain. Raises `PlanError` naming field and remedy."""
     path = plan_file(path)
     data = with_domain(read_plan(path, overrides), domain, str(path))
-    return parse_plan(data, str(path), path.absolute().parent)
+    plan = parse_plan(data, str(path), path.absolute().parent)
+    if found := list(mistakes(plan)):
+        raise PlanError("; ".join(found), where=str(path))
+    return plan
 
 
 def read_plan(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
