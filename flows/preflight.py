@@ -18,8 +18,9 @@ from crosscal.calibration.chats import check_template
 from crosscal.compressors.amount import is_written_dense
 from crosscal.corpora import load_corpus
 from crosscal.corpora.corpus import TEMPLATE
-from crosscal.corpora.usable import holds_conversations, look_at
+from crosscal.corpora.usable import holds_conversations
 from crosscal.errors import CorpusError, CrosscalError
+from crosscal.flows.sources_check import unusable_sources
 from crosscal.flows.study import check_study
 from crosscal.flows.study_parts import parts_of
 from crosscal.flows.text_check import check_text
@@ -67,7 +68,7 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
     if questions := looked_at(plan):
         findings["questions"] = questions
     spec = RunSpec(plan.model_dump(mode="json"), home)
-    problems = [str(error) for error in (*_unusable_sources(plan), *undecidable(plan, spec.store))]
+    problems = [str(error) for error in (*unusable_sources(plan, spec.store), *undecidable(plan, spec.store))]
     if plan.study is not None:
         findings["study"], spec = _study(plan, spec)
     try:
@@ -115,22 +116,6 @@ def _study(plan: CompressionPlan, spec: RunSpec) -> tuple[dict[str, Any], RunSpe
     return found, dataclasses.replace(spec, only=list(largest.variants) if largest else [])
 
 
-def _unusable_sources(plan: CompressionPlan) -> Iterator[CorpusError]:
-    """Yield an error for each source that is missing or whose first records are no documents, e.g. lack the text."""
-    for documents in plan.document_corpora.values():
-        paths = [documents.path] if isinstance(documents.path, str) else documents.path or []
-        asked = [(path, documents.text) for path in paths]
-        if documents.select and documents.select.towards and documents.select.towards not in plan.corpora:
-            asked.append((documents.select.towards, "text"))
-        for path, text in asked:
-            try:
-                problem = look_at(path, text, revision=documents.revision)
-            except CorpusError as error:
-                problem = error
-            if problem:
-                yield problem
-
-
 def _unrendered(spec: RunSpec, source: ModelSource) -> Iterator[CrosscalError]:
     """Yield an error for each corpus known to contain conversations, if the model has no chat template."""
     for name, documents in spec.parsed.document_corpora.items():
@@ -148,7 +133,7 @@ def _has_conversations(spec: RunSpec, name: str, documents: Documents) -> bool:
             return load_corpus(spec.store, stored_name(name, documents)).conversations > 0
         paths = [documents.path] if isinstance(documents.path, str) else documents.path
         return any(holds_conversations(path, documents.text, documents.revision) for path in paths)
-    except CorpusError:  # not ingested yet, or reported by `_unusable_sources`
+    except CorpusError:  # not ingested yet, or reported by `unusable_sources`
         return False
 
 
