@@ -237,7 +237,7 @@ def _check_recipe(recipe: Sequence[RecipeStep], where: str) -> None:
             f"{first} refines the result of an earlier step",
             where=where,
             got="it comes first",
-            do="Put it behind one in `steps`: [{method: sparsegpt, sparsity: 0.5}, {method: refit}].",
+            do=f"Put it behind one in `steps`: [{{method: sparsegpt, sparsity: 0.5}}, {{method: {first}, …}}].",
         )
 
 

@@ -57,6 +57,8 @@ def removal_of_documents(
 ) -> Removal:
     """Prepare the removal of documents: of a landed `file`, with these digest prefixes, and containing a text. Raises
     `UsageError` when none match, and while a run of the domain is in progress."""
+    if "" in (file, containing) or not (file or documents or containing):
+        raise UsageError("an empty filter means no document", where=domain, do="Give a file, a digest or a text.")
     _check_idle(ledger, domain)
     entries = _entries(ledger, domain, file) if file else []
     if short := [each for each in documents if len(each) < LEAST_DIGITS]:
@@ -75,11 +77,11 @@ def removal_of_documents(
     shown = {
         "domain": domain,
         "version": corpus.version,
-        "documents": [
+        "removed_documents": len(found),
+        "documents" if len(found) <= MOST_SHOWN else f"first_{MOST_SHOWN}_documents": [
             {"document": each.digest[:16], "file": each.source, "split": each.split, "begins": each.begins}
             for each in found[:MOST_SHOWN]
         ],
-        "removed_documents": len(found),
         "stays": "run directories, and models made with them, the published one until the next run is decided",
         "also_in": _others(store, domain, {each.digest for each in found}),
     }

@@ -36,6 +36,8 @@ def open_run_directory(spec: RunSpec, plan: CompressionPlan, out: str | None) ->
     runs = Path(os.environ.get("CROSSCAL_RUNS", "runs"))
     folder = Path(out) if out else runs / f"{Path(plan.model).name}-{identity[:8]}"
     marker = folder / "identity.json"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("the run directory is a file", where=str(folder), do="Choose another --out.")
     if marker.exists() and json.loads(marker.read_text())["identity"] != identity:
         raise UsageError(
             "this directory holds another run: model, data, variants or `evaluate.screen` differ",

@@ -107,6 +107,22 @@ def test_from_landing_to_published_and_back(place: Place) -> None:
         assert crosscal(*command, "--home", str(place.home)).code == 0
 
 
+def test_a_run_that_finds_too_little_text_says_so(place: Place) -> None:
+    few = place.folder / "landing" / "legal" / "test.jsonl"
+    few.parent.mkdir(parents=True)
+    write_documents(few, seed="few", count=1)
+    said(place, "ingest", "--landing", str(place.folder / "landing"), "--settle", "0")
+    done = crosscal("run", str(place.plan), "--domain", "legal", "--home", str(place.home))
+    assert done.code == 0, done.err
+    assert "nothing new: the train split does not fill one window" in done.out
+
+
+@pytest.mark.parametrize("command", [("gc", "--unused-days", "-3"), ("du", "--unused-days", "-1")])
+def test_a_negative_age_is_refused(place: Place, command: tuple[str, ...]) -> None:
+    done = crosscal("store", *command, "--home", str(place.home))
+    assert (done.code, "--unused-days" in done.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,7 @@ from crosscal.compressors import COMPRESSORS
 from crosscal.compressors.recipe import any_step
 from crosscal.errors import PlanError
 from crosscal.plan import dump_plan, parse_plan
+from crosscal.statistics import Mixture
 from crosscal.variants import BEGIN, samples_needed, variants
 
 CORPORA = {"general": None, "legal": None, "biomedical": None}
@@ -93,6 +94,46 @@ def test_names_are_unique_and_safe_as_folders() -> None:
     assert len(set(names)) == len(names)
     assert len({name.lower() for name in names}) == len(names)  # some file systems ignore case
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,199}", name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        ({"alpha": [0.3, 0.7]}, "compress.0.alpha"),
+        ({"alpha": 0.5}, "compress.0.alpha"),
+        ({"alpha": "auto"}, "compress.0.alpha"),
+        ({"alpha": 0.7, "mixture": {"general": 1}}, "compress.0.alpha"),
+        ({"domain": "legal", "mixture": {"general": 1}}, "compress.0.domain"),
+    ],
+)
+def test_weights_without_effect_are_refused(entry: dict, place: str) -> None:
+    step = {"method": "sparsegpt", "sparsity": 0.5}
+    with pytest.raises(PlanError, match=place):
+        expand({**step, **entry})
+    with pytest.raises(PlanError, match=place.replace("0.", "0.steps.0.")):
+        expand({"steps": [{**step, **entry}, {"method": "refit"}]})
+
+
+def test_alpha_0_needs_no_domain_and_a_step_weighs_the_domain_of_its_recipe() -> None:
+    step = {"method": "sparsegpt", "sparsity": 0.5, "alpha": 0}
+    assert [variant.name for variant in expand(step)] == ["sparsegpt-50-general"]
+    [of_a_step] = expand({"domain": "legal", "steps": [{**step, "alpha": 0.25}, {"method": "refit"}]})
+    assert of_a_step.steps[0].mixture == Mixture.alpha("legal", 0.25)
+
+
+@pytest.mark.parametrize("name", ["method", "sparsity", "domain", "alpha", "mixture", "upstream", "steps"])
+def test_an_empty_axis_is_refused_by_name(name: str) -> None:
+    """It would remove the entry from the sweep."""
+    entry = {"method": "sparsegpt", "sparsity": 0.5, name: []}
+    if name == "steps":
+        entry = {"steps": []}
+    with pytest.raises(PlanError, match=f"compress.0.{name}: an empty list"):
+        expand(entry)
+
+
+def test_a_sweep_needs_a_seed() -> None:
+    with pytest.raises(PlanError, match=r"calibration\.seed: no seed"):
+        expand({"method": "rtn", "bits": 4}, calibration={"seed": []})
 
 
 def test_one_corpus_alone_has_no_traces_to_normalise() -> None:

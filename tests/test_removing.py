@@ -210,6 +210,9 @@ def test_data_in_use_is_removed_by_the_next_gc(place: Place, home: Path, monkeyp
         (("remove", "legal", "--document", "0" * 16), "no such document"),
         (("remove", "legal", "--containing", "nowhere said"), "no such document"),
         (("remove", "legal", "--containing", "x", "--file", "y"), "give one of"),
+        (("remove", "legal", "--file", "", "--yes"), "an empty filter means no document"),
+        (("remove", "legal", "--document", "", "--yes"), "too short to mean one document"),
+        (("remove", "legal", "--containing", "", "--yes"), "an empty filter means no document"),
         (("remove", "legal"), "nothing was removed"),
         (("pause", "nobody"), "There are: legal."),
     ],
@@ -218,3 +221,5 @@ def test_mistakes_are_one_message(place: Place, arguments: tuple[str, ...], mess
     done = asked(place.folder / "wrong", *arguments)
     assert done.code == 2
     assert message in done.err.splitlines()[-1]
+    if "--yes" in arguments:  # a filter from an unset shell variable must not remove the whole domain
+        assert [row["domain"] for row in json.loads(asked(place.folder / "wrong", "list", "--json").out)] == ["legal"]

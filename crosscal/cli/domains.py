@@ -65,7 +65,8 @@ def remove(
     """
     from crosscal.flows.removing import removal_of_documents, removal_of_domain
 
-    asked = [each for each in (file, document, containing) if each]
+    filters = {"--file": file, "--document": document or None, "--containing": containing}
+    asked = [name for name, given in filters.items() if given is not None]
     if len(asked) > 1:
         raise UsageError("give one of --file, --document and --containing")
     ledger = _ledger(home, domain)

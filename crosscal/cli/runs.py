@@ -15,11 +15,13 @@ from crosscal.cli.printing import print_rows, print_value
 from crosscal.errors import CrosscalError, UsageError
 from crosscal.resources import DEMO_PLAN
 
+OUT = "Run directory, by default <model>-<digest> in $CROSSCAL_RUNS (runs); with --domain, a folder of run directories."
+
 
 def run(
     plan: Annotated[Path | None, typer.Argument(help="The plan; left out, the embedded demo.")] = None,
     overrides: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<model>-<digest>.")] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT)] = None,
     domain: Domain = None,
     again: Annotated[bool, typer.Option("--again", help="Even if nothing is pending for the domain.")] = False,
     home: Home = HOME,
@@ -171,7 +173,8 @@ def _show_run(record: dict[str, Any]) -> None:
     from crosscal.flows.drive import summary
 
     console = Console(soft_wrap=True)
-    for one in [run["record"] for run in record["runs"]] if "runs" in record else [record]:
+    records = [record] if "runs" not in record else [run["record"] for run in record["runs"] if "record" in run]
+    for one in records:  # a run that found nothing new has no record
         for line in summary(one):
             console.print(line, markup=False, highlight=False)
     if "message" in record:

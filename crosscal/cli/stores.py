@@ -61,7 +61,9 @@ def verify(
 
 @app.command("gc")
 def collect_garbage(
-    unused_days: Annotated[float | None, typer.Option(help="Also remove artifacts unused for so many days.")] = None,
+    unused_days: Annotated[
+        float | None, typer.Option(min=0, help="Also remove artifacts unused for so many days.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
     home: Home = HOME,
     as_json: Json = False,
@@ -78,7 +80,9 @@ def collect_garbage(
 @app.command("du")
 def disk_usage(
     runs: Annotated[Path, typer.Option(envvar="CROSSCAL_RUNS", help="The folder of the run directories.")] = RUNS,
-    unused_days: Annotated[float | None, typer.Option(help="Count what `gc` with so many days would free.")] = None,
+    unused_days: Annotated[
+        float | None, typer.Option(min=0, help="Count what `gc` with so many days would free.")
+    ] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:

@@ -60,7 +60,8 @@ class ALPS:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         if self.per not in ("matrix", "row") or self.iterations < 1 or self.refit < 0:
-            raise UsageError("`per` is matrix or row, iterations at least 1, refit at least 0", got=str(self))
+            got = f"per {self.per}, iterations {self.iterations}, refit {self.refit}"
+            raise UsageError("`per` is matrix or row, iterations at least 1, refit at least 0", got=got)
         check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:

@@ -62,7 +62,8 @@ class SparseLowRank:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         if self.rank < 1 or self.iterations < 1:
-            raise UsageError("rank and iterations are at least 1", got=str(self), do="`alps` has no low-rank part.")
+            got = f"rank {self.rank}, iterations {self.iterations}"
+            raise UsageError("rank and iterations are at least 1", got=got, do="`alps` has no low-rank part.")
         check_damping(self.damping)
 
     def __call__(self, site: Site) -> Site:

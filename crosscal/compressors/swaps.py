@@ -46,7 +46,8 @@ class Swaps:
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.candidates < 1:
-            raise UsageError("rounds are 0 or more, candidates at least 1", got=str(self))
+            got = f"rounds {self.rounds}, candidates {self.candidates}"
+            raise UsageError("rounds are 0 or more, candidates at least 1", got=got)
         if self.group is not None and self.group < 1:
             raise UsageError("group is at least 1", got=str(self.group), do="null means no groups.")
 

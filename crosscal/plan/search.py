@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from crosscal.plan.settings import as_axis
+from crosscal.plan.settings import EMPTY, as_axis
 from crosscal.plan.sources import Name
 
 AUTO = "auto"
@@ -70,14 +70,17 @@ KINDS = ("number", "rule", "weights", "exponents")
 
 
 def as_mixtures(value: Any) -> Any:
-    """Return a single mixture as a list of one, anything else unchanged."""
+    """Return a single mixture as a list of one, anything else unchanged. Raises `ValueError` for an empty list."""
+    if value == []:
+        raise ValueError(EMPTY)
     return [value] if isinstance(value, dict | str) else value
 
 
 def corpora_named(entry: Mapping[str, Any]) -> Iterator[str]:
     """Yield the corpora that an entry of `compress` and its steps name."""
     for part in (entry, *(entry.get("steps") or [])):
-        yield from as_axis(part.get("domain") or [])
-        for weights in as_mixtures(part.get("mixture") or []):
+        domain, mixture = part.get("domain"), part.get("mixture")
+        yield from () if domain is None else as_axis(domain)
+        for weights in () if mixture is None else as_mixtures(mixture):
             named = weights.get(AUTO) if isinstance(weights, dict) else {}
             yield from named if isinstance(named, dict) else weights

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from crosscal.plan.search import Alpha, Weights, as_mixtures, corpora_named
-from crosscal.plan.settings import OF_A_MIXTURE, as_axis, checked_axes
+from crosscal.plan.settings import EMPTY, OF_A_MIXTURE, as_axis, checked_axes
 from crosscal.plan.sources import Name, RandomTokens, Select, SelfGenerated
 from crosscal.plan.study import Seeds, Study, keeping_numbers
 from crosscal.plan.tasks import Task, continued_corpora
@@ -121,6 +122,10 @@ class Compress(_Section):
         if (data.get("method") is None) == (data.get("steps") is None):
             what = "this field is needed, or `steps`" if data.get("method") is None else "not beside `steps`"
             raise PydanticCustomError("method", "{setting}: {why}", {"setting": "method", "why": what})
+        for name in ("method", "steps"):
+            if data.get(name) == []:
+                raise PydanticCustomError("setting", "{setting}: {why}", {"setting": name, "why": EMPTY})
+        _check_weights(data, data.get("domain"))
         own = {name: value for name, value in data.items() if name in cls.model_fields}
         settings = {name: value for name, value in data.items() if name not in cls.model_fields}
         if data.get("steps") is None:
@@ -128,10 +133,24 @@ class Compress(_Section):
         if settings:
             why = "a setting of a method stands in its step"
             raise PydanticCustomError("setting", "{setting}: {why}", {"setting": next(iter(settings)), "why": why})
-        return own | {"steps": [_checked_step(number, step) for number, step in enumerate(as_axis(data["steps"]))]}
+        steps = enumerate(as_axis(data["steps"]))
+        return own | {"steps": [_checked_step(number, step, data.get("domain")) for number, step in steps]}
 
 
-def _checked_step(number: int, step: Any) -> dict[str, Any]:
+def _check_weights(part: Mapping[str, Any], domain: Any) -> None:
+    """Raise `PydanticCustomError` where `alpha` or `domain` would have no effect: beside a mixture, or alpha alone."""
+    alpha, setting = part.get("alpha"), None
+    is_given = alpha not in (None, [], [0.5])  # [0.5] stands in every entry of a plan that crosscal wrote
+    if part.get("mixture") is not None:
+        setting = "domain" if part.get("domain") is not None else "alpha" if is_given else None
+        why = "not beside `mixture`, which has the weights of all corpora"
+    elif is_given and domain is None and any(as_axis(alpha)):
+        setting, why = "alpha", "the weight of a domain; add `domain`, the corpus that it weighs"
+    if setting:
+        raise PydanticCustomError("setting", "{setting}: {why}", {"setting": setting, "why": why})
+
+
+def _checked_step(number: int, step: Any, domain: Any) -> dict[str, Any]:
     where = f"steps.{number}"
     if not isinstance(step, dict) or "method" not in step:
         why = "a step is a mapping with a `method`"
@@ -139,6 +158,7 @@ def _checked_step(number: int, step: Any) -> dict[str, Any]:
     own = {name: value for name, value in step.items() if name in ("method", *OF_A_MIXTURE)}
     own["method"] = as_axis(step["method"])
     try:
+        _check_weights(step, step.get("domain") or domain)
         return own | checked_axes(own["method"], {name: v for name, v in step.items() if name not in own})
     except PydanticCustomError as error:
         context = error.context or {}

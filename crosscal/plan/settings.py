@@ -19,6 +19,7 @@ from crosscal.compressors import COMPRESSORS, Sparsity
 
 OF_A_MIXTURE = ("domain", "alpha", "mixture")
 """Fields of a recipe's step, besides its settings, that give it a mixture of its own."""
+EMPTY = "an empty list leaves nothing to sweep; give a value or leave the field out"
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -33,6 +34,8 @@ def checked_axes(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, 
         return {name: as_axis(value) for name, value in given.items()}
     axes: dict[str, list[Any]] = {}
     for name, value in given.items():
+        if value == []:
+            raise PydanticCustomError("setting", "{setting}: {why}", {"setting": name, "why": EMPTY})
         owners = [method for method in known if name in _fields(method)]
         if not owners:
             raise PydanticCustomError(
@@ -91,7 +94,10 @@ def example_of(method: str, name: str) -> str:
 
 
 def as_axis(value: Any) -> list[Any]:
-    """Return a list unchanged, any other value as a list of one."""
+    """Return a list unchanged, any other value as a list of one. Raises `ValueError` for an empty list, which would
+    remove the entry from the sweep."""
+    if value == []:
+        raise ValueError(EMPTY)
     return value if isinstance(value, list) else [value]
 
 

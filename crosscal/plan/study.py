@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _different(seed: int | list[int]) -> int | list[int]:
+    if seed == []:
+        raise ValueError("no seed, so no draw; give a number or leave the field out")
     if isinstance(seed, list) and len(set(seed)) < len(seed):
         repeated = ", ".join(str(one) for one in dict.fromkeys(seed) if seed.count(one) > 1)
         raise ValueError(f"{repeated} more than once; every seed is one draw")

@@ -116,8 +116,10 @@ def _choose(
     order = ordered(score_N, is_long_N, _noises(candidates, settings), settings)
     walk = _walk(candidates, order, DocumentTexts(store, parts_of(evaluated, "validation", "test")), settings, report)
     if not walk.chosen:
-        got = f"{len(candidates)} training documents, {int((~is_long_N).sum())} too short, {walk.held_out} held out"
-        raise CorpusError("no document is left to choose", where=pool.name, got=got, do="Add documents to the pool.")
+        short = int((~is_long_N).sum())
+        got = f"{len(candidates)} training documents, {short} too short, {walk.held_out} held out"
+        do = "Add documents to the pool" + f", or lower `least_words` ({settings.least_words})." * bool(short)
+        raise CorpusError("no document is left to choose", where=pool.name, got=got, do=do)
     counts = {
         "pool": len(candidates),
         "sample": len(wanted_like) if wanted_like is not None else 0,
