@@ -65,8 +65,6 @@ Weights = Annotated[
     | Annotated[WeighedMixture, Tag("exponents")],
     Discriminator(_kind_of_mixture),
 ]
-KINDS = ("number", "rule", "weights", "exponents")
-"""Union tags that pydantic adds to error locations and that no plan contains. (`auto` is plan syntax.)"""
 
 
 def as_mixtures(value: Any) -> Any:
