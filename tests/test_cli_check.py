@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from crosscal.stages.preflight import (
 from crosscal.statistics import VECTORS
 from crosscal.store import Store
 from tests.helpers.tiny_models import FAMILIES, save_model, windows
-from tests.helpers.tiny_place import Place, crosscal, make_place, write_documents
+from tests.helpers.tiny_place import Place, check, make_place, write_documents
 from tests.helpers.tiny_run import variant
 from tests.helpers.tiny_text import tiny_llama
 
@@ -37,12 +36,6 @@ DISK_FACTOR = 1.25
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return make_place(tmp_path)
-
-
-def check(place: Place, *extra: str, code: int = 0) -> dict:
-    done = crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json", *extra)
-    assert done.code == code, done.err
-    return json.loads(done.out)
 
 
 def states(found: dict) -> list[tuple[str, int]]:
@@ -240,87 +233,3 @@ def test_publishing_without_validation_text_is_refused(place: Place) -> None:
     assert legal.startswith("publish: legal: publishing is decided on validation text, and this corpus has none")
     assert "2 documents, none of them for validation" in legal
     assert "every document is test text" in general
-
-
-def ends_like_the_run(place: Place, problem: str, said_by_the_run: str) -> None:
-    """Assert that `plan check` reports the problem before and after a run, and that the run ends with exit code 1."""
-    assert check(place, code=1)["problems"] == [problem]
-    done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
-    assert done.code == 1
-    assert said_by_the_run in done.err
-    assert problem in check(place, code=1)["problems"]
-
-
-def test_a_corpus_that_the_store_should_have_and_does_not_is_a_problem(place: Place) -> None:
-    place.write_plan(corpora={"general": "general", "legal": {}})
-    missing = "legal: no such corpus in the store. `crosscal ingest PATH --corpus legal`."
-    ends_like_the_run(place, missing, missing)
-    ingest(Store(place.home), "legal", [str(place.folder / "legal")])
-    assert check(place)["problems"] == []
-    place.run()
-
-
-ON_LEGAL = "corpora.legal: a variant is calibrated on this corpus, and it has no"
-UNDIVIDED = "which puts every document there). Leave `split` out: documents are then divided."
-BOTH = "training and no validation text"
-RENAME = "Add files of other names, or rename them: their documents are then divided."
-
-
-@pytest.mark.parametrize(
-    ("legal", "problem", "said_by_the_run"),
-    [
-        ({"path": "legal", "split": "test"}, f"{BOTH} (got split: test, {UNDIVIDED}", "train split does not fill"),
-        (
-            {"path": "legal", "split": "validation"},
-            f"training text (got split: validation, {UNDIVIDED}",
-            "train split does not fill",
-        ),
-        (
-            {"path": "legal", "split": "train"},
-            f"validation text (got split: train, {UNDIVIDED}",
-            "validation split does not fill",
-        ),
-        (
-            ["legal/test.jsonl", "legal/validation.jsonl"],
-            f"training text (got only files or folders named test and validation). {RENAME}",
-            "train split does not fill",
-        ),
-    ],
-)
-def test_a_corpus_known_to_lack_what_calibration_draws_from_is_a_problem(
-    place: Place, legal: object, problem: str, said_by_the_run: str
-) -> None:
-    asked = {"windows": 4, "allow_leaks": True}
-    place.write_plan(corpora={"general": "general", "legal": legal}, evaluate=asked)
-    ends_like_the_run(place, f"{ON_LEGAL} {problem}", said_by_the_run)
-    only_measured = [{"method": "sparsegpt", "sparsity": 0.5, "mixture": {"general": 1.0}}]
-    place.write_plan(corpora={"general": "general", "legal": legal}, evaluate=asked, compress=only_measured)
-    assert check(place)["problems"] == []
-
-
-def test_a_corpus_in_the_store_without_training_text_is_a_problem(place: Place) -> None:
-    place.write_plan(corpora={"general": "general", "legal": {}}, evaluate={"windows": 4, "allow_leaks": True})
-    ingest(Store(place.home), "legal", [str(place.folder / "legal" / "validation.jsonl")])
-    got = "(got 0 train documents, 20 validation documents, 0 test documents). Ingest more: three or more are divided."
-    ends_like_the_run(place, f"{ON_LEGAL} training text {got}", "train split does not fill")
-
-
-def test_documents_that_the_model_continues_are_calibration_text(place: Place) -> None:
-    corpora = {
-        "general": "general",
-        "legal": {"path": "legal", "split": "test"},
-        "own": {"source": "self", "seeds": "legal", "prefix_tokens": 8},
-    }
-    own = [{"method": "sparsegpt", "sparsity": 0.5, "mixture": {"own": 1.0}}]
-    place.write_plan(corpora=corpora, compress=own)
-    ends_like_the_run(place, f"{ON_LEGAL} {BOTH} (got split: test, {UNDIVIDED}", "no train document")
-
-
-def test_documents_chosen_towards_a_sample_are_held_out_from_the_sample(place: Place) -> None:
-    chosen = {"method": "dsir", "towards": "general", "documents": 40, "least_words": 1}
-    legal = {"path": "legal", "split": "train", "select": chosen}
-    place.write_plan(corpora={"general": "general", "legal": legal})
-    assert check(place)["problems"] == []
-    place.run()
-    place.write_plan(corpora={"general": "general", "legal": {**legal, "split": "test"}})
-    assert any(problem.startswith(f"{ON_LEGAL} training text") for problem in check(place, code=1)["problems"])

@@ -117,3 +117,10 @@ def values(results: Path) -> list[tuple[Any, ...]]:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     fields = ("variant", "corpus_or_task", "split", "metric", "value", "stderr", "tokens", "seed")
     return [tuple(row[name] for name in fields) for row in rows]
+
+
+def check(place: Place, *extra: str, code: int = 0) -> dict:
+    """Return what `crosscal plan check` finds."""
+    done = crosscal("plan", "check", str(place.plan), "--home", str(place.home), "--json", *extra)
+    assert done.code == code, done.err
+    return json.loads(done.out)
