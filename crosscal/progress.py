@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 
 Report = Callable[[str, int, int | None], None]
 """Callback (what, done, total or None), called as work proceeds; cheap to call often."""
@@ -81,7 +82,8 @@ def logged(log: Callable[[str], None]) -> Iterator[Report]:
                 said_at = now
                 log(f"{words} (still at work, {_duration(now - started)} since the start)")
 
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    # Prefect's log handler finds its server in the context. Without one, a Dask worker would start a server of its own.
+    teller = threading.Thread(target=copy_context().run, args=(tell,), name="progress", daemon=True)
     teller.start()
     try:
         yield pace.report

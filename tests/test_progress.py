@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from contextvars import ContextVar
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -62,6 +64,23 @@ def test_what_is_new_is_logged_now_and_then_and_silence_is_broken(monkeypatch: p
     said = len(lines)
     time.sleep(0.1)
     assert len(lines) == said, "nothing is said after the end"
+
+
+def test_lines_are_logged_in_the_context_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's log handler reads its server's address there: a Dask worker must not start a server of its own."""
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.02)
+    address, found, is_logged = ContextVar("address", default="none"), [], Event()
+
+    def log(words: str) -> None:
+        found.append(address.get())
+        is_logged.set()
+
+    token = address.set("the run's server")
+    with logged(log) as report:
+        report("reading", 0, None)
+        assert is_logged.wait(20)
+    address.reset(token)
+    assert set(found) == {"the run's server"}
 
 
 def test_an_evaluation_tells_every_window_and_every_question(tmp_path: Path) -> None:
