@@ -25,12 +25,12 @@ from crosscal.plan import load_plan
 from crosscal.store import Store
 from crosscal.tasks.model import take_block
 from crosscal.tasks.run_spec import RunSpec
-from tests.helpers.dask_cluster import ROOT, dask_cluster
+from tests.helpers.dask_cluster import dask_cluster
 from tests.helpers.object_store import BUCKET, at, object_store
 from tests.helpers.tiny_place import crosscal, make_place, values
 
 SWEEP = [
-    {"method": "sparsegpt", "sparsity": [0.2, 0.5, 0.8, "2:4"], "domain": "legal", "alpha": [0, 0.5]},
+    {"method": "sparsegpt", "sparsity": [0.5, "2:4"], "domain": "legal", "alpha": [0, 0.5]},
     {"method": "gptq", "bits": 4, "group_size": 32},
     {"steps": [{"method": "owl"}, {"method": "sparsegpt", "sparsity": 0.7}], "domain": "legal", "alpha": 0.5},
 ]
@@ -54,6 +54,7 @@ def test_a_killed_worker_costs_its_block_and_machines_share_nothing_but_the_stor
             with started(place.plan, home, tmp_path / "remote") as run:
                 killed = cluster.kill_one_at("solve_block", while_true=lambda: run.poll() is None)
                 out, err = run.communicate()
+                assert cluster.children() == []  # e.g. a Prefect server for each worker
         assert run.returncode == 0, err + cluster.logs()
         assert killed == -signal.SIGKILL
         record = json.loads(out)
@@ -80,10 +81,10 @@ def test_a_killed_worker_costs_its_block_and_machines_share_nothing_but_the_stor
 @contextlib.contextmanager
 def started(plan: Path, home: str, out: Path) -> Iterator[subprocess.Popen[str]]:
     """`crosscal run` without a Prefect server, in its own process."""
+    root, pipe = Path(__file__).parents[1], subprocess.PIPE
     command = [sys.executable, "-m", "crosscal", "run", str(plan), "--home", home, "--json", "--out", str(out)]
     environment = {**os.environ, "PREFECT_HOME": str(out.parent / "prefect"), "CROSSCAL_CACHE": str(out.parent / "own")}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             yield process
         finally:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing.process
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+import torch
 from distributed import Client
 from distributed.comm import CommClosedError
 
+from tests.helpers.processes import PROCESSES
+
 Found = TypeVar("Found")
-ROOT = Path(__file__).parents[2]
 SECONDS = 120
 SERVICE = ("--host", "127.0.0.1", "--no-dashboard")
 SETTINGS = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
@@ -28,11 +31,16 @@ SETTINGS = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
 @dataclass(frozen=True)
 class Cluster:
     address: str
-    workers: list[subprocess.Popen[bytes]]
+    workers: list[multiprocessing.process.BaseProcess]
     folder: Path
 
     def logs(self) -> str:
         return "".join(log.read_text(errors="replace") for log in sorted(self.folder.glob("*.log")))
+
+    def children(self) -> list[str]:
+        """Return the commands of the processes that living workers have started."""
+        alive = [psutil.Process(worker.pid) for worker in self.workers if worker.is_alive()]
+        return [" ".join(child.cmdline()) for worker in alive for child in worker.children(recursive=True)]
 
     def kill_one_at(self, task: str, while_true: Callable[[], bool]) -> int | None:
         """Kill the first worker that runs a task of this name; return its exit code, or None if none did in time."""
@@ -43,7 +51,8 @@ class Cluster:
                         pid = client.run(os.getpid, workers=[address])[address]
                         worker = next(worker for worker in self.workers if worker.pid == pid)
                         worker.kill()
-                        return worker.wait()
+                        worker.join()
+                        return worker.exitcode
                 time.sleep(0.1)
         return None
 
@@ -53,13 +62,12 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
     """Run a scheduler and workers of one thread each; workers that die are not restarted."""
     folder.mkdir(parents=True, exist_ok=True)
     contact = folder / "scheduler.json"
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[multiprocessing.process.BaseProcess] = []
 
     def start(name: str, *arguments: str) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **SETTINGS, **(environment or {})}
-        with (folder / f"{name}.log").open("wb") as log:
-            command = [sys.executable, "-m", "dask", *arguments, *SERVICE, "--scheduler-file", str(contact)]
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env))
+        command = (*arguments, *SERVICE, "--scheduler-file", str(contact))
+        started.append(PROCESSES.Process(target=_serve, args=(folder / f"{name}.log", environment or {}, command)))
+        started[-1].start()
 
     try:
         start("scheduler", "scheduler", "--port", "0")
@@ -70,7 +78,21 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.join()
+
+
+def _serve(log: Path, environment: Mapping[str, str], command: tuple[str, ...]) -> None:
+    """Target of a process: the command `dask …`, its output in a file."""
+    os.environ.update(SETTINGS, **environment)
+    os.chdir(log.parent)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    from dask.__main__ import main  # reads the settings
+
+    sys.argv = ["dask", *command]
+    main()
 
 
 def _processing(client: Client) -> dict[str, tuple[str, ...]]:
