@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from crosscal.calibration import WindowRequest
 from crosscal.calibration.chats import check_template
 from crosscal.compressors.amount import is_written_dense
 from crosscal.corpora import load_corpus
@@ -77,7 +78,8 @@ def check_plan(plan: CompressionPlan, home: str) -> dict[str, Any]:
         spec = dataclasses.replace(spec, model=known["model"], device=known["device"], dtype=known["dtype"])
         shapes = block_shapes(source, spec.cached)
         kept: dict[str, Any] = {"left_dense": left_dense(source, spec.cached, plan.leave_dense)}
-        kept |= {"not_calibrated": source.uncalibrated, "notes": decoded(source)}
+        limited = WindowRequest(plan.calibration.windows, plan.calibration.length).within(source.max_positions)[1]
+        kept |= {"not_calibrated": source.uncalibrated, "notes": [*decoded(source), *limited]}
         problems += [str(error) for error in (*refusals(plan, source, shapes), *_unrendered(spec, source))]
     except CrosscalError as error:
         return {**findings, "problems": [*problems, str(error)]}

@@ -72,6 +72,18 @@ def test_a_landed_document_is_counted_by_the_same_rule_as_the_run(place: Place) 
     assert states(check(place)) == [("cached", 0)] * 2
 
 
+def test_windows_that_the_model_shortens_are_told_before_and_after_the_run(place: Place) -> None:
+    place.write_plan(calibration={"windows": 2, "length": 2048, "held_out_windows": 1}, evaluate={"windows": 2})
+    note = "indows have 128 tokens instead of 2048: the model takes no more."
+    before = check(place)
+    assert before["model"]["notes"] == [f"W{note}"]
+    record = place.run()
+    assert record["calibration_tokens_read"] == before["calibration_tokens_to_read"] == 2 * 3 * 128
+    assert [said for said in record["notes"] if note in said] == [
+        f"Evaluation w{note}", f"general: W{note}", f"legal: W{note}"
+    ]  # fmt: skip
+
+
 def test_sequential_variants_read_again(place: Place) -> None:
     place.write_plan(compress=[{"method": "wanda", "sparsity": 0.5, "upstream": "sequential"}])
     before = check(place)

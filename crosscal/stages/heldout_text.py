@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,17 +50,26 @@ class WindowCutting:
     """Whether windows begin with beginning-of-text; None: the tokenizer's default."""
     plain_text: bool = False
 
+    def within(self, max_length: int | None) -> tuple[WindowCutting, tuple[str, ...]]:
+        """Return the cutting with `length` limited to the model's `max_length`, and a note if that changed it."""
+        if max_length is None or self.length <= max_length:
+            return self, ()
+        note = f"Evaluation windows have {max_length} tokens instead of {self.length}: the model takes no more."
+        return replace(self, length=max_length), (note,)
+
 
 def heldout_texts(
     store: Store, corpora: Sequence[Corpus], source: ModelSource, cutting: WindowCutting, report: Report = silent
 ) -> tuple[tuple[HeldOutText, ...], tuple[str, ...]]:
-    """Return the test text of every corpus, then the validation text of those that have a window of it; and a note for
-    each of the others. Raises `TooLittleText` naming a corpus without a window of test text."""
+    """Return the test text of every corpus, then the validation text of those that have a window of it; and notes, on
+    each of the others and on a length that the model limits. Raises `TooLittleText` naming a corpus without a window
+    of test text."""
 
     def text(corpus: Corpus, split: str) -> HeldOutText:
         return HeldOutText(corpus.name, split, windows_for(store, corpus, split, source, cutting, report))
 
-    of_test, of_validation, notes = [text(corpus, TEST) for corpus in corpora], [], []
+    of_test, of_validation = [text(corpus, TEST) for corpus in corpora], []
+    notes = [*cutting.within(source.max_positions)[1]]
     for corpus in corpora:
         try:
             of_validation.append(text(corpus, VALIDATION))
@@ -76,8 +85,8 @@ def windows_for(
 
     Raises `TooLittleText` naming the corpus.
     """
-    length = min(cutting.length, source.max_positions or cutting.length)
-    wanted, tokenizer = cutting.windows[split], source.tokenizer()
+    cutting, _ = cutting.within(source.max_positions)
+    length, wanted, tokenizer = cutting.length, cutting.windows[split], source.tokenizer()
     is_rendered = corpus.conversations and corpus.chat == TEMPLATE
     if is_rendered:
         check_template(tokenizer, corpus.name)
