@@ -27,6 +27,12 @@ def model():
     return tiny_llama()
 
 
+@pytest.fixture(scope="module")
+def exact_model():
+    """Computes in float64: with and without a cache, probabilities differ too little to change a token."""
+    return tiny_llama().double()
+
+
 def generate(store, model, request=REQUEST, **settings):
     settings = {"batch": 3, **settings}
     return generate_windows(store, model, MODEL, tiny_tokenizer(), TOKENIZER, request, **settings)
@@ -57,10 +63,10 @@ def common_end(model) -> int:
         {"temperature": TemperatureSchedule(2.0, 0.0, steps=5)},
     ],
 )
-def test_cached_sampling_equals_uncached(model, settings):
-    sampler = writer(model, end=common_end(model), **settings)
+def test_cached_sampling_equals_uncached(exact_model, settings):
+    sampler = writer(exact_model, end=common_end(exact_model), **settings)
     rows = sampler.write(range(16), seed=7)
-    assert rows == [uncached(model, sampler, number, seed=7) for number in range(16)]
+    assert rows == [uncached(exact_model, sampler, number, seed=7) for number in range(16)]
     assert len({len(row) for row in rows}) > 1
     assert sampler.write(range(16), seed=8) != rows
 

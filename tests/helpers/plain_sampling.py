@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from crosscal.calibration.sampling import SequenceWriter
 
+ROUNDING = 1e-7
+"""Above the error of a float32 softmax of float64 logits."""
+
 
 @torch.inference_mode()
 def uncached(
@@ -27,7 +30,9 @@ def uncached(
             token = int(logits_V.argmax())
         else:
             odds_V = np.exp((logits_V - logits_V.max()) / temperature)
-            token = next(index for index, share in enumerate(odds_V.cumsum() / odds_V.sum()) if share > drawn)
+            share_V = odds_V.cumsum() / odds_V.sum()
+            assert np.abs(share_V - drawn).min() > ROUNDING, "rounding decides this token: take another seed"
+            token = next(index for index, share in enumerate(share_V) if share > drawn)
         tokens.append(token)
         if token == settings.end:
             break
