@@ -13,11 +13,10 @@ from crosscal.errors import CrosscalError, EvaluationError, PlanError
 from crosscal.evaluation import tasks as asked
 from crosscal.evaluation.continuation import ContinuationSettings
 from crosscal.evaluation.faithfulness import Judge
-from crosscal.evaluation.question_files import Fields, is_question_file, read_question_file, task_names
+from crosscal.evaluation.question_files import Fields, is_question_file, read_question_file
 from crosscal.evaluation.summarise import SummaryTask
 from crosscal.evaluation.tasks import CLOSED, IN_CONTEXT, LocalTask, read_fields, read_texts, version_name
-from crosscal.files import stem_of
-from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, SummariesTask, Task, TextTask
+from crosscal.plan import CompressionPlan, ContinuationTask, FileTask, SummariesTask, Task, TextTask, names_of
 from crosscal.stages.continuation import continuation
 from crosscal.store import digest_file, digest_of
 from crosscal.tasks.run_spec import RunSpec
@@ -31,14 +30,18 @@ def tasks_of(spec: RunSpec, stored: Mapping[str, str]) -> list[asked.Task]:
 
     Raises `EvaluationError` for an unreadable file, naming file and line, `PlanError` for two tasks of one name.
     """
-    continued = [task for task in spec.parsed.evaluate.tasks if isinstance(task, ContinuationTask)]
-    made = [each for task in continued for each in _continued(spec, task, stored[task.continuation])]
+    made = [
+        each
+        for task, name in _named(spec.parsed)
+        if isinstance(task, ContinuationTask)
+        for each in _continued(spec, task, name, stored[task.continuation])
+    ]
     return [*ready_tasks(spec.parsed), *made]
 
 
 def ready_tasks(plan: CompressionPlan) -> list[asked.Task]:
     """Return the tasks that need no corpus: files on this machine, and lm-eval's own. Raises as `tasks_of`."""
-    continued = [_name(task) for task in plan.evaluate.tasks if isinstance(task, ContinuationTask)]
+    continued = [name for task, name in _named(plan) if isinstance(task, ContinuationTask)]
     named = [task for task in plan.evaluate.tasks if isinstance(task, str) and not is_question_file(task)]
     local = list(local_tasks(plan))
     names = [*continued, *named, *(task.name for task in local)]
@@ -61,16 +64,14 @@ def identities_of(plan: CompressionPlan) -> list[list[str]]:
 
 def local_tasks(plan: CompressionPlan) -> Iterator[LocalTask | asked.TextTask | SummaryTask]:
     """Yield the tasks of files on this machine."""
-    unnamed = [task for task in map(_as_file, plan.evaluate.tasks) if task and task.name is None]
-    names = task_names([task.file for task in unnamed])
-    for task in plan.evaluate.tasks:
+    for task, name in _named(plan):
         if isinstance(task, TextTask):
             texts = read_texts(task.perplexity, task.text)[: task.limit or plan.evaluate.limit]
-            yield asked.TextTask(task.name or stem_of(task.perplexity), texts)
+            yield asked.TextTask(name, texts)
         elif isinstance(task, SummariesTask):
-            yield _summaries(task, task.limit or plan.evaluate.limit)
+            yield _summaries(task, name, task.limit or plan.evaluate.limit)
         elif file := _as_file(task):
-            yield from _of_file(file, file.name or names[file.file], file.limit or plan.evaluate.limit)
+            yield from _of_file(file, name, file.limit or plan.evaluate.limit)
 
 
 def task_files(plan: CompressionPlan) -> list[str]:
@@ -123,7 +124,7 @@ def _of_file(task: FileTask, name: str, limit: int | None) -> Iterator[LocalTask
         yield LocalTask(called, tuple(asked_so), told=told)
 
 
-def _summaries(task: SummariesTask, limit: int | None) -> SummaryTask:
+def _summaries(task: SummariesTask, name: str, limit: int | None) -> SummaryTask:
     pairs = tuple(read_fields(task.summaries, task.document, task.reference))[:limit]
     if not pairs or not all(text.strip() for pair in pairs for text in pair):
         where = task.summaries
@@ -132,16 +133,15 @@ def _summaries(task: SummariesTask, limit: int | None) -> SummaryTask:
     if task.judge is not None:
         Judge.open(task.judge)
         judge_digest = digest_of({file.name: digest_file(file) for file in sorted(Path(task.judge).glob("*.*"))})
-    name = task.name or stem_of(task.summaries)
     documents = tuple((document, reference) for document, reference in pairs)
     return SummaryTask(name, documents, task.prompt, task.new_tokens, task.judge, judge_digest)
 
 
-def _name(task: ContinuationTask) -> str:
-    return task.name or f"{task.continuation}-continuation"
+def _named(plan: CompressionPlan) -> Iterator[tuple[Task, str]]:
+    return zip(plan.evaluate.tasks, names_of(plan.evaluate.tasks), strict=True)
 
 
-def _continued(spec: RunSpec, task: ContinuationTask, stored: str) -> Iterator[LocalTask]:
+def _continued(spec: RunSpec, task: ContinuationTask, name: str, stored: str) -> Iterator[LocalTask]:
     corpus = load_corpus(spec.store, stored, spec.versions.get(stored))
     named = dataclasses.replace(corpus, name=task.continuation)
     settings = ContinuationSettings(task.questions, task.choices, task.words, task.context_words, task.seed)
@@ -149,4 +149,4 @@ def _continued(spec: RunSpec, task: ContinuationTask, stored: str) -> Iterator[L
         made = continuation(spec.store, named, split, settings)
         few = f"; {task.questions} were asked for" if len(made) < task.questions else ""
         told = f"{len(made)} questions from {split} documents{few}"
-        yield LocalTask(_name(task), tuple(made), split, told)
+        yield LocalTask(name, tuple(made), split, told)

@@ -17,7 +17,7 @@ from crosscal.errors import EvaluationError
 from crosscal.evaluation.answers import TEXT, TOLD, AnswerRow, read_answers
 from crosscal.evaluation.question_forms import Fields, FormMismatch, RecordForm, form_of, parts_of
 from crosscal.evaluation.question_rows import FORM, FORMATS, FORMS, CsvTable, Row, read_rows
-from crosscal.files import excerpt, format_of, stem_of
+from crosscal.files import distinct_stems, excerpt, format_of
 
 __all__ = [
     "FORMS",
@@ -113,12 +113,8 @@ def read_question_file(path: str | Path, fields: Fields = NOTHING_SAID) -> Quest
 
 
 def task_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a name for each file: its stem, with the parent folder in front if two files share a stem."""
-    stems = [stem_of(path) for path in paths]
-    names = [
-        stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
-        for path, stem in zip(paths, stems, strict=True)
-    ]
+    """Return a distinct name for each file (see `distinct_stems`). Raises `EvaluationError` if two have the same."""
+    names = distinct_stems(paths)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise EvaluationError(

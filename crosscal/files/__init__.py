@@ -7,7 +7,7 @@ appear complete or not at all.
 from crosscal.files.broken import Broken, excerpt
 from crosscal.files.json_records import JsonRecord, json_records
 from crosscal.files.lines import Line, lines
-from crosscal.files.names import COMPRESSIONS, FORMATS, JSON_FORMATS, format_of, stem_of
+from crosscal.files.names import COMPRESSIONS, FORMATS, JSON_FORMATS, distinct_stems, format_of, stem_of
 from crosscal.files.whole import sync, whole_file, write_whole
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Broken",
     "JsonRecord",
     "Line",
+    "distinct_stems",
     "excerpt",
     "format_of",
     "json_records",

@@ -20,7 +20,7 @@ from crosscal.plan.sections import (
 )
 from crosscal.plan.sources import Select
 from crosscal.plan.study import Study
-from crosscal.plan.tasks import ContinuationTask, FileTask, SummariesTask, Task, TextTask
+from crosscal.plan.tasks import ContinuationTask, FileTask, SummariesTask, Task, TextTask, names_of
 
 __all__ = [
     "BEST",
@@ -43,6 +43,7 @@ __all__ = [
     "TextTask",
     "dump_plan",
     "load_plan",
+    "names_of",
     "parse_plan",
     "read_plan",
 ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
-from crosscal.files import format_of, stem_of
 from crosscal.plan.sections import CompressionPlan
-from crosscal.plan.tasks import ContinuationTask, FileTask, Task, TextTask
+from crosscal.plan.tasks import FileTask, names_of
 
 MEASURED = ("validation", "test")
 
@@ -30,29 +28,6 @@ def mistakes(plan: CompressionPlan) -> Iterator[str]:
 
 def task_names(plan: CompressionPlan) -> Iterator[str]:
     """Yield the names of all tasks, the same as those of `crosscal.tasks.questions`, without reading any file."""
-    stems = [stem_of(path) for path in map(_unnamed_file, plan.evaluate.tasks) if path is not None]
-    for task in plan.evaluate.tasks:
-        name = _name(task, stems)
+    for task, name in zip(plan.evaluate.tasks, names_of(plan.evaluate.tasks), strict=True):
         versions = task.versions if isinstance(task, FileTask) else None
         yield from [f"{name}-{version}" for version in versions] if versions else [name]
-
-
-def _name(task: Task, stems: Sequence[str]) -> str:
-    """`stems`: of all files of questions without a name; if two share one, the parent folder stands in front."""
-    if (path := _unnamed_file(task)) is not None:
-        stem = stem_of(path)
-        return stem if stems.count(stem) == 1 else f"{Path(path).resolve().parent.name}_{stem}"
-    if isinstance(task, str):
-        return task
-    if isinstance(task, ContinuationTask):
-        return task.name or f"{task.continuation}-continuation"
-    if isinstance(task, FileTask):
-        return task.name or stem_of(task.file)
-    return task.name or stem_of(task.perplexity if isinstance(task, TextTask) else task.summaries)
-
-
-def _unnamed_file(task: Task) -> str | None:
-    """Return the path of a file of questions whose task is named after it."""
-    if isinstance(task, FileTask):
-        return task.file if task.name is None else None
-    return task if isinstance(task, str) and format_of(task) else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from crosscal.files import format_of
+from crosscal.files import distinct_stems, format_of, stem_of
 from crosscal.plan.sources import Name
 
 TaskName = Annotated[str, Field(pattern=r"^[\w][\w.-]{0,63}$")]
@@ -134,3 +134,30 @@ def with_paths(task: Task, absolute: Callable[[str], str]) -> Task:
 def continued_corpora(tasks: Sequence[Task]) -> list[str]:
     """Return the corpora that continuation tasks are made of."""
     return list(dict.fromkeys(task.continuation for task in tasks if isinstance(task, ContinuationTask)))
+
+
+def names_of(tasks: Sequence[Task]) -> list[str]:
+    """Return the name of each entry: its `name`, lm-eval's own, or by default that of its file or corpus.
+
+    Files of questions that share a stem have their parent folder in front. Names can still be repeated.
+    """
+    unnamed = [path for task in tasks if (path := _unnamed_questions(task)) is not None]
+    stems = dict(zip(unnamed, distinct_stems(unnamed), strict=True))
+    return [stems[path] if (path := _unnamed_questions(task)) is not None else _name(task) for task in tasks]
+
+
+def _unnamed_questions(task: Task) -> str | None:
+    """Return the path of a file of questions whose task is named after it."""
+    if isinstance(task, FileTask):
+        return task.file if task.name is None else None
+    return task if isinstance(task, str) and format_of(task) else None
+
+
+def _name(task: Task) -> str:
+    if isinstance(task, str):
+        return task
+    if isinstance(task, ContinuationTask):
+        return task.name or f"{task.continuation}-continuation"
+    if isinstance(task, TextTask):
+        return task.name or stem_of(task.perplexity)
+    return task.name or stem_of(task.file if isinstance(task, FileTask) else task.summaries)
