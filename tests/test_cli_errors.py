@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -190,3 +191,20 @@ def test_a_bug_keeps_its_traceback(place: Place, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("crosscal.flows.pipeline.samples_needed", lambda plan, asked: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         crosscal(*run(place))
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC])
+def test_a_condition_of_the_machine_is_no_bug(place: Place, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(code, os.strerror(code), "/some/place")
+
+    monkeypatch.setattr("crosscal.flows.pipeline.samples_needed", refused)
+    fails(1, rf"^crosscal: /some/place: {os.strerror(code).lower()}\. \w+", arguments=run(place))
+
+
+def test_an_empty_name_for_the_store(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    before = sorted(place.folder.iterdir())
+    for command in (("store", "list"), ("ingest", "general", "--corpus", "general")):
+        fails(2, "--home.*an empty name", arguments=(*command, "--home", ""))
+    assert sorted(place.folder.iterdir()) == before

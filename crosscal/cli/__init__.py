@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -25,6 +26,15 @@ from crosscal.cli import (
 from crosscal.errors import CrosscalError
 
 INTERRUPTED = 130
+_ANOTHER = "Name another folder, or give the user of this process the right to use this one."
+REMEDIES = {
+    errno.EACCES: _ANOTHER,
+    errno.EPERM: _ANOTHER,
+    errno.EROFS: _ANOTHER,
+    errno.ENOSPC: "Free disk space, then run again: what is stored is kept.",
+    errno.EDQUOT: "Free disk space, then run again: what is stored is kept.",
+    errno.EMFILE: "Allow this process more open files (`ulimit -n`).",
+}
 
 app = typer.Typer(
     help="Calibrate once, compress every way: domain-aware pruning and quantization of language models.",
@@ -62,12 +72,20 @@ def main() -> None:
         app()
     except CrosscalError as error:
         _fail(error, error.exit_code)
-    except OSError as error:  # a full disk, a read-only folder: a condition of the machine, not a bug
-        _fail(error, 1)
+    except OSError as error:
+        _fail(_of_machine(error), 1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("crosscal: interrupted; the same command goes on where it stopped", file=sys.stderr)
         raise
+
+
+def _of_machine(error: OSError) -> Exception:
+    """Return an error with a remedy: a full disk or a read-only folder is a condition of the machine, not a bug."""
+    if error.filename is None or error.strerror is None:
+        return error
+    do = REMEDIES.get(error.errno or 0, "")
+    return CrosscalError(error.strerror.lower(), where=str(error.filename), do=do)
 
 
 def _fail(error: Exception, exit_code: int) -> NoReturn:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosscal.errors import CorruptArtifact, MissingArtifact, StoreError
+from crosscal.errors import CorruptArtifact, MissingArtifact, StoreError, UsageError
 from crosscal.store.home import MANIFEST, Home, disk_errors
 from crosscal.store.keys import digest_file, digest_of
 from crosscal.store.local_home import LocalHome
@@ -214,6 +214,9 @@ class Store:
 
 
 def _open_home(location: str) -> Home:
+    if not location:
+        do = "Leave it out for .crosscal in the current folder, or name a folder or URL."
+        raise UsageError("an empty name for the store", where="--home or CROSSCAL_HOME", do=do)
     scheme, separator, path = location.partition("://")
     if separator and scheme not in ("file", "local"):
         return RemoteHome(location)
