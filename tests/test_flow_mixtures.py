@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ PRUNED = {"method": "sparsegpt", "sparsity": 0.5, "domain": "legal"}
 AUTO = "sparsegpt-50-legal-auto"
 RULE = {"auto": {"general_within": 0.05}}
 RULED = f"{AUTO}-within0.05"
+GENERAL_ONLY = "sparsegpt-50-general"
 
 
 @pytest.fixture
@@ -97,6 +100,15 @@ def test_a_rule_takes_a_model_that_was_measured_to_keep_it(made: Place) -> None:
     own = {row.corpus_or_task: row.value for row in rows if (row.variant, row.split) == (RULED, "validation")}
     assert own == pytest.approx(measured[best])
     assert not (made.run_dir / "candidates").exists()
+
+
+def test_a_rule_says_how_finely_its_windows_tell(made: Place) -> None:
+    lines = map(json.loads, (made.run_dir / "windows.jsonl").read_text().splitlines())
+    nll = {one["variant"]: one["nll"] for one in lines if (one["corpus"], one["split"]) == ("general", "validation")}
+    log = [taken - without for taken, without in zip(nll[RULED], nll[GENERAL_ONLY], strict=True)]
+    ratio, stderr = math.exp(statistics.fmean(log)), statistics.stdev(log) / math.sqrt(len(log))
+    said = f"keep the rule: {100 * (ratio - 1):+.1f} ± {100 * ratio * stderr:.1f} % of general-only's general"
+    assert said in choices(made.run_dir)[RULED]["reason"]
 
 
 def test_the_model_is_the_one_that_a_plan_with_these_weights_asks_for(made: Place, place: Place) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from crosscal.evaluation import PERPLEXITY, VALIDATION, Measurement
+from crosscal.evaluation import PERPLEXITY, VALIDATION, Measurement, paired_difference
 from crosscal.mixtures import GENERAL, Search
 from crosscal.search.rule import MOST_EVALUATED, chosen_weight, next_weight
 from crosscal.search.simplex import Weights
@@ -26,17 +26,24 @@ Perplexities = Mapping[str, float]
 
 @dataclass(frozen=True)
 class _State:
-    """Known losses and perplexities by the weight of the domain, as pairs (general, domain); the weight to try next."""
+    """What is known by the weight of the domain, and the weight to try next."""
 
     losses: dict[float, tuple[float, ...]]
+    """(general, domain)."""
     evaluated: dict[float, tuple[float, ...]]
+    """Perplexities (general, domain)."""
+    windows: dict[float, tuple[float, ...]]
+    """Mean negative log-likelihood of each general window."""
     wanted: float | None
 
 
 def perplexities_of(measured: list[Measurement]) -> dict[str, float]:
     """Return corpus -> perplexity on validation windows."""
-    found = [one for one in measured if (one.metric, one.split) == (PERPLEXITY, VALIDATION)]
-    return {one.corpus_or_task: one.value for one in found if one.value is not None}
+    return {name: one.value for name, one in _on_validation(measured).items() if one.value is not None}
+
+
+def _on_validation(measured: list[Measurement]) -> dict[str, Measurement]:
+    return {one.corpus_or_task: one for one in measured if (one.metric, one.split) == (PERPLEXITY, VALIDATION)}
 
 
 def model_wanted(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> Weights | None:
@@ -56,14 +63,21 @@ def ruled_choice(context: RunContext, variant: Variant, eval_set: EvaluationSet,
         _weights(search, weight): dict(zip((GENERAL, search.domain), pair, strict=True))
         for weight, pair in state.evaluated.items()
     }
-    change = 100 * (state.evaluated[taken][0] / state.evaluated[0.0][0] - 1)
-    tail = f"{change:+.1f} % of general-only's general perplexity on validation windows"
+    tail = f"{_general_change(state, taken)} of general-only's general perplexity on validation windows"
     count = len(state.evaluated) - 1
     reason = (
         f"the lowest {search.domain} perplexity of general-only and {count} more "
         f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {tail}"
     )
     return choice_of(variant, _weights(search, taken), tried, perplexity, reason)
+
+
+def _general_change(state: _State, taken: float) -> str:
+    """Return the change of general perplexity from general-only to the chosen weight, in percent, ± its standard error
+    over the same windows: a bound below about twice that is not resolved by so few windows."""
+    ratio = state.evaluated[taken][0] / state.evaluated[0.0][0]
+    stderr = paired_difference(state.windows[taken], state.windows[0.0]).stderr if taken else None
+    return f"{100 * (ratio - 1):+.1f}" + ("" if stderr is None else f" ± {100 * ratio * stderr:.1f}") + " %"
 
 
 def _replayed(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> _State:
@@ -73,16 +87,20 @@ def _replayed(context: RunContext, variant: Variant, eval_set: EvaluationSet, de
     tried, _ = replayed(context, variant)
     losses = {weights[_at(search)]: _in_order(search, each) for weights, each in tried.items()}
     evaluated: dict[float, tuple[float, ...]] = {}
+    windows: dict[float, tuple[float, ...]] = {}
     while (weight := next_weight(losses, pair_of_dense, evaluated, within)) is not None:
         one = candidate(variant, _weights(search, weight))
         made = made_before(context, one.variant)
         measured, own = eval_set.find(made.weights) if made else None, losses_of(context, one)
         if measured is None or own is None:
-            return _State(losses, evaluated, weight)
+            return _State(losses, evaluated, windows, weight)
         found = perplexities_of(measured)
         evaluated[weight] = (found[GENERAL], found[search.domain])
+        nll = _on_validation(measured)[GENERAL].window_nll
+        assert nll is not None, "a perplexity has the likelihoods of its windows"
+        windows[weight] = nll
         losses[weight] = (own[GENERAL], own[search.domain])
-    return _State(losses, evaluated, None)
+    return _State(losses, evaluated, windows, None)
 
 
 def _at(search: Search) -> int:
