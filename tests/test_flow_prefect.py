@@ -47,7 +47,7 @@ SOLVES = ["solve block 0", "solve block 1"]
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """A temporary server with its own database: about ten seconds."""
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=120):
         yield PREFECT_API_URL.value()
 
 

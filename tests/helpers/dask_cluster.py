@@ -66,7 +66,9 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
 
     def start(name: str, *arguments: str) -> None:
         command = (*arguments, *SERVICE, "--scheduler-file", str(contact))
-        started.append(PROCESSES.Process(target=_serve, args=(folder / f"{name}.log", environment or {}, command)))
+        # The fork server may have been started earlier, in another environment.
+        env = {**os.environ, **SETTINGS, **(environment or {})}
+        started.append(PROCESSES.Process(target=_serve, args=(folder / f"{name}.log", env, command)))
         started[-1].start()
 
     try:
@@ -83,7 +85,8 @@ def dask_cluster(folder: Path, workers: int, environment: Mapping[str, str] | No
 
 def _serve(log: Path, environment: Mapping[str, str], command: tuple[str, ...]) -> None:
     """Target of a process: the command `dask …`, its output in a file."""
-    os.environ.update(SETTINGS, **environment)
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(log.parent)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
