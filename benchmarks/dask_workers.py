@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from crosscal.flows.cluster import temporary_server
 from crosscal.flows.recompress import recompress
 from crosscal.plan import dump_plan, parse_plan
-from crosscal.stages.solved_blocks import KIND
+from crosscal.stages import made_variants, solved_blocks
 from crosscal.store import Store
 from tests.helpers.dask_cluster import Cluster, dask_cluster
 
@@ -61,16 +61,17 @@ class Sweep:
     def on(self, cluster: Cluster, name: str) -> dict[str, Any]:
         """Run with every block solved again; raise `AssertionError` unless its shards equal the local run's."""
         store = Store(self.home)
-        for kind, key in list(store.keys(KIND)):
-            store.discard(kind, key)
+        for known in (solved_blocks.KIND, made_variants.KIND):
+            for kind, key in list(store.keys(known)):
+                store.discard(kind, key)
         file = self._plan({"runner": "dask", "address": cluster.address})
         with temporary_server():
             run = recompress(file, None, self.home, str(self.folder / name))
         local = self.folder / "local" / "models"
-        shards = [shard.relative_to(local) for shard in local.rglob("*.safetensors")]
+        shards = [shard.relative_to(local) for shard in local.glob(f"*/{made_variants.BLOCKS}")]
+        assert len(shards) == len(list(store.keys(solved_blocks.KIND))) > 0, "not every block was solved by a worker"
         for shard in shards:
             assert (local / shard).read_bytes() == (self.folder / name / "models" / shard).read_bytes(), shard
-        assert shards
         assert run["calibration_tokens_read"] == 0
         return run
 
