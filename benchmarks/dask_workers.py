@@ -43,7 +43,7 @@ def plan(testbed: Path, execution: dict[str, Any]) -> dict[str, Any]:
             {"method": "sparsegpt", "sparsity": [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, "2:4"], **domain},
             {"method": "gptq", "bits": [2, 3, 4], "group_size": 32, **domain},
         ],
-        "evaluate": {"windows": 2},
+        "evaluate": {"windows": 2, "validation_windows": 2},
         "execution": {"device": "cpu", **execution},
     }
 
