@@ -10,7 +10,7 @@ TESTBED contains `corpora/{general,biomedical,legal}` and `eval/*/continuation_t
 
 * mixing: SparseGPT at 50 % on general text, the domain, and mixtures of both, one of them found by `auto` (`--alphas`);
 * questions: the same without `auto`, with questions: which of four texts is the true continuation of a corpus text;
-* levels: SparseGPT at 60 % and 2:4, with fewer mixtures;
+* levels: the same mixtures with SparseGPT at 60 % and 2:4;
 * methods: magnitude and Wanda at 50 %, 60 % and 2:4;
 * texts: SparseGPT at 50 % on text that the model wrote without a prompt (self) or from beginnings of the domain's
   documents (self-seeded, arXiv 2410.17711), half and half with the domain or general text, and on random tokens;
@@ -56,7 +56,7 @@ def compress(part: str, domain: str, alphas: list[float | str]) -> list[dict[str
     return {
         "mixing": [{**sparsegpt, "domain": domain, "alpha": alphas}],
         "questions": [{**sparsegpt, "domain": domain, "alpha": [0, 0.25, 0.5, 1]}],
-        "levels": [{**sparsegpt, **few, "sparsity": LEVELS[1:]}],
+        "levels": [{**sparsegpt, "sparsity": LEVELS[1:], "domain": domain, "alpha": alphas}],
         "methods": [{"method": "magnitude", "sparsity": LEVELS}, {"method": "wanda", "sparsity": LEVELS, **few}],
         "texts": [{**sparsegpt, "mixture": texts(domain)}],
         "alps": [{"method": "alps", "sparsity": 0.5, **few}],
