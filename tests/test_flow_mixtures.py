@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_a_rule_says_how_finely_its_windows_tell(made: Place) -> None:
     ratio, stderr = math.exp(statistics.fmean(log)), statistics.stdev(log) / math.sqrt(len(log))
     said = f"keep the rule: {100 * (ratio - 1):+.1f} ± {100 * ratio * stderr:.1f} % of general-only's general"
     assert said in choices(made.run_dir)[RULED]["reason"]
+
+
+def test_a_rule_says_how_many_windows_would_show_its_bound(place: Place) -> None:
+    rule = {"auto": {"general_within": 0.0001}}
+    place.write_plan(compress=[{**PRUNED, "alpha": rule}], evaluate={"windows": 2, "validation_windows": 2})
+    [choice] = place.run()["choices"]
+    said = re.search(r"; 2 windows show a change near the bound to ± .* %.*, about (\d+) would", choice["reason"])
+    assert said is not None, choice["reason"]
+    assert int(said[1]) > 2
 
 
 def test_the_model_is_the_one_that_a_plan_with_these_weights_asks_for(made: Place, place: Place) -> None:

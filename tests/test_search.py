@@ -197,6 +197,13 @@ def test_where_every_candidate_breaks_the_rule_general_only_is_taken() -> None:
     assert rule.chosen_weight(evaluated, 0.02) == 0.0
 
 
+@pytest.mark.parametrize("sd", [0.001, 0.05, 0.3])
+def test_the_windows_that_a_rule_asks_for_suffice_and_one_less_would_not(sd: float) -> None:
+    needed = rule.windows_needed(16, sd / math.sqrt(16), 0.02)
+    assert sd / math.sqrt(needed) <= rule.RESOLVED * 0.02
+    assert needed == 1 or sd / math.sqrt(needed - 1) > rule.RESOLVED * 0.02
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_only_what_another_beats_clearly_on_every_corpus_is_ruled_out(seed: int) -> None:
     chance = random.Random(seed)

@@ -28,6 +28,8 @@ NEAR = 0.02
 """Weights that differ by less from an evaluated one are not evaluated."""
 LEAST_GAIN = 0.001
 """Predicted gain of log perplexity on the domain below which a weight is not evaluated."""
+RESOLVED = 0.25
+"""Standard error of a change of general perplexity, as a share of the bound, at which its windows suffice."""
 
 Pair = Sequence[float]
 """(general, domain)."""
@@ -58,6 +60,14 @@ def chosen_weight(evaluated: Mapping[float, Pair], within: float) -> float:
     most = evaluated[0.0][0] * (1.0 + within)
     kept = [weight for weight in sorted(evaluated) if weight == 0.0 or evaluated[weight][0] <= most]
     return min(kept, key=lambda weight: evaluated[weight][1])
+
+
+def windows_needed(windows: int, stderr: float, within: float) -> int:
+    """Return how many windows bring a relative change's standard error, measured on `windows`, to `RESOLVED` · within.
+
+    The error falls with the root of their number: windows · (stderr / (`RESOLVED` · within))².
+    """
+    return math.ceil(windows * (stderr / (RESOLVED * within)) ** 2)
 
 
 def losses_at(losses: Mapping[float, Pair], weights: Sequence[float] | np.ndarray) -> np.ndarray:

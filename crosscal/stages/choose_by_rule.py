@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from crosscal.evaluation import PERPLEXITY, VALIDATION, Measurement, paired_difference
 from crosscal.mixtures import GENERAL, Search
-from crosscal.search.rule import MOST_EVALUATED, chosen_weight, next_weight
+from crosscal.search.rule import MOST_EVALUATED, chosen_weight, next_weight, windows_needed
 from crosscal.search.simplex import Weights
 from crosscal.stages.candidates import losses_of
 from crosscal.stages.choose_mixture import MixtureChoice, candidate, choice_of, replayed, search_of
@@ -63,21 +63,37 @@ def ruled_choice(context: RunContext, variant: Variant, eval_set: EvaluationSet,
         _weights(search, weight): dict(zip((GENERAL, search.domain), pair, strict=True))
         for weight, pair in state.evaluated.items()
     }
-    tail = f"{_general_change(state, taken)} of general-only's general perplexity on validation windows"
+    change, stderr = _general_change(state, taken)
     count = len(state.evaluated) - 1
     reason = (
         f"the lowest {search.domain} perplexity of general-only and {count} more "
-        f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {tail}"
+        f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {100 * change:+.1f} ± {100 * stderr:.1f} % "
+        "of general-only's general perplexity on validation windows"
     )
+    reason += _unresolved(state, search.general_within)
     return choice_of(variant, _weights(search, taken), tried, perplexity, reason)
 
 
-def _general_change(state: _State, taken: float) -> str:
-    """Return the change of general perplexity from general-only to the chosen weight, in percent, ± its standard error
-    over the same windows: a bound below about twice that is not resolved by so few windows."""
-    ratio = state.evaluated[taken][0] / state.evaluated[0.0][0]
-    stderr = paired_difference(state.windows[taken], state.windows[0.0]).stderr if taken else None
-    return f"{100 * (ratio - 1):+.1f}" + ("" if stderr is None else f" ± {100 * ratio * stderr:.1f}") + " %"
+def _general_change(state: _State, weight: float) -> tuple[float, float]:
+    """Return the relative change of general perplexity from general-only, and its standard error over the windows."""
+    ratio = state.evaluated[weight][0] / state.evaluated[0.0][0]
+    stderr = paired_difference(state.windows[weight], state.windows[0.0]).stderr
+    assert stderr is not None, "a plan has at least two validation windows"
+    return ratio - 1, ratio * stderr
+
+
+def _unresolved(state: _State, within: float) -> str:
+    """Return how many windows would suffice; "" if these do for the evaluated weight that is nearest to the bound."""
+    changes = [_general_change(state, weight) for weight in state.evaluated if weight]
+    _, stderr = min(changes, key=lambda change: abs(change[0] - within), default=(0.0, 0.0))
+    windows = len(state.windows[0.0])
+    needed = windows_needed(windows, stderr, within)
+    if needed <= windows:
+        return ""
+    return (
+        f"; {windows} windows show a change near the bound to ± {100 * stderr:.1f} % (standard error), "
+        f"about {needed} would show it to a quarter of the bound"
+    )
 
 
 def _replayed(context: RunContext, variant: Variant, eval_set: EvaluationSet, dense: Perplexities) -> _State:
