@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import load_average, record, write
+from records import load_average, log_progress, record, write
 
 from crosscal.flows.pipeline import carry_out
 from crosscal.plan import parse_plan
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     options.testbed = options.testbed.resolve()
+    log_progress()
     torch.set_num_threads(1)
     warm_up()
     name = options.model.resolve().name if options.model else "llama-mix-8m"

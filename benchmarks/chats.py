@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from real_models import MODELS, prepare
-from records import write
+from records import log_progress, write
 from study import rows_of
 
 from crosscal.files import JsonRecord, json_records
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dry", action="store_true", help="few windows; nothing is written")
     options = parser.parse_args()
+    log_progress()
     torch.set_num_threads(options.threads)
     testbed, model = options.testbed.resolve(), prepare(options.model, options.cache.resolve())
     plan = plan_of(testbed, written(testbed, Path(options.home).resolve()), model, options)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import load_average, record, write
+from records import load_average, log_progress, record, write
 from solvers import numbers_of, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="to try the script: nothing is written")
     options = parser.parse_args()
+    log_progress()
     torch.set_num_threads(options.threads)
     model, started, base = prepare(options.model, options.cache.resolve()), time.monotonic(), None
     warm_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 import statistics
@@ -13,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def log_progress() -> None:
+    """Show the log lines that tell how far a long run is, with the time left."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("crosscal").setLevel(logging.INFO)
 
 
 def record(case: str, figure: str, value: float, unit: str, spread: float | None = None) -> dict[str, Any]:

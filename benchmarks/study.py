@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from real_models import MODELS, prepare
-from records import record, write
+from records import log_progress, record, write
 
 from crosscal.flows.study import carry_out_study
 from crosscal.plan import CompressionPlan, parse_plan
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dry", action="store_true", help="a small model and few windows; nothing is written")
     options = parser.parse_args()
+    log_progress()
     torch.set_num_threads(options.threads)
     small = options.testbed.resolve() / "models" / DRY_MODEL
     model, started = small if options.dry else prepare(options.model, options.cache.resolve()), time.monotonic()
