@@ -171,12 +171,13 @@ def test_a_task_out_of_reach_is_skipped_with_its_reason(tmp_path: Path, monkeypa
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
-    suite = QuestionSuite.load([question_file(tmp_path / "facts.jsonl"), "arc_easy"])
+    suite = QuestionSuite.load([question_file(tmp_path / "facts.jsonl"), "arc_easy", "wikitext"])
     found = suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
-    assert [(m.corpus_or_task, m.value is None) for m in found] == [
-        ("facts", False),
-        ("facts", False),
-        ("arc_easy", True),
+    assert [(m.corpus_or_task, m.metric, m.value is None) for m in found] == [
+        ("facts", "acc", False),
+        ("facts", "acc_norm", False),
+        ("arc_easy", "acc", True),
+        ("wikitext", "word_perplexity", True),
     ]
     assert found[-1].skipped == "ConnectionError: Couldn't reach the Hub"
 
@@ -290,7 +291,7 @@ def test_a_group_is_told_by_its_mean_or_by_its_tasks() -> None:
         for task in leaves.values():
             group.add(task)
         parts = {"tasks": leaves, "groups": {"facts": group}, "group_map": {"facts": [*leaves]}}
-        suite = QuestionSuite((), (NamedTask("facts", parts),), {})
+        suite = QuestionSuite((), (NamedTask("facts", parts),), ())
         found = suite.measure(tiny_llama(), tiny_tokenizer(), max_length=128)
         assert list(dict.fromkeys(m.corpus_or_task for m in found)) == names
         assert all((m.question_correct is None) == (m.corpus_or_task == "facts") for m in found)

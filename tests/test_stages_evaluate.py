@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from crosscal.corpora import Corpus, ingest, load_corpus
-from crosscal.evaluation import Measurement
+from crosscal.evaluation import TEST, Measurement
 from crosscal.evaluation.harness import NamedTask
 from crosscal.evaluation.questions import LocalTask
 from crosscal.evaluation.race import looks
@@ -108,7 +108,8 @@ def test_what_was_skipped_is_not_kept_and_all_else_is(
     store: Store, source: ModelSource, corpus: Corpus, loads: list[Path]
 ) -> None:
     whole = eval_set(store, source, corpus)
-    unreachable = replace(whole, suite=replace(whole.suite, skipped={"far-away": "no network today"}))
+    far_away = Measurement("far-away", TEST, "acc", None, None, 0, 0.0, "no network today")
+    unreachable = replace(whole, suite=replace(whole.suite, skipped=(far_away,)))
     for _ in range(2):
         assert [found.skipped for found in measure(unreachable, source.path)] == [None, None, "no network today"]
     assert len(loads) == 1

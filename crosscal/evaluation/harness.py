@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +43,11 @@ class NamedTask:
         return [self.name, limit] if self.texts is None else [self.texts.digest]
 
 
-def named_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:
-    """Return the available tasks, and why others are unavailable. Raises `EvaluationError` for unknown names."""
+def named_tasks(names: Sequence[str]) -> tuple[list[NamedTask], list[Measurement]]:
+    """Return the available tasks, and for each other one a row with the reason. Raises `EvaluationError` for unknown
+    names."""
     if not names:
-        return [], {}  # lm-eval takes three seconds to import, and the index of its tasks ten
+        return [], []  # lm-eval takes three seconds to import, and the index of its tasks ten
     with _quiet_lm_eval():
         return _builtin_tasks(names)
 
@@ -85,23 +86,30 @@ def _encoding(task: NamedTask) -> dict[str, bool]:
     return {} if task.texts is None else {"add_bos_token": False}
 
 
-def _builtin_tasks(names: Sequence[str]) -> tuple[list[NamedTask], dict[str, str]]:
+def _builtin_tasks(names: Sequence[str]) -> tuple[list[NamedTask], list[Measurement]]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    loaded, skipped = [], {}
+    loaded, skipped = [], []
     for name in names:
         _check_known(name, manager.task_index)
         try:
             task = NamedTask(name, dict(manager.load([name])))
         except UNREACHABLE as error:
-            skipped[name] = f"{type(error).__name__}: {error}"
+            skipped.append(_skipped(name, manager.task_index[name].cfg, f"{type(error).__name__}: {error}"))
             continue
         if any(getattr(leaf, "UNSAFE_CODE", False) for leaf in task.leaves["tasks"].values()):
-            skipped[name] = "it runs code written by the model, which crosscal does not"
+            why = "it runs code written by the model, which crosscal does not"
+            skipped.append(_skipped(name, manager.task_index[name].cfg, why))
             continue
         loaded.append(task)
     return loaded, skipped
+
+
+def _skipped(name: str, config: Mapping[str, Any] | None, why: str) -> Measurement:
+    """The row of a task that is not measured, with its first metric, or `acc` for a group, which has none."""
+    metrics = (config or {}).get("metric_list") or [{"metric": "acc"}]
+    return Measurement(name, TEST, str(metrics[0]["metric"]), None, None, 0, 0.0, why)
 
 
 def _check_known(name: str, known: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from crosscal.evaluation.batches import read_each
 from crosscal.evaluation.harness import NamedTask, measure_named, named_tasks, text_task
-from crosscal.evaluation.measurement import TEST, Measurement
+from crosscal.evaluation.measurement import Measurement
 from crosscal.evaluation.question_files import is_question_file, read_questions, task_names
 from crosscal.evaluation.summarise import SummaryTask, measure_summaries
 from crosscal.evaluation.tasks import LocalTask, Task, TextTask
@@ -20,8 +20,8 @@ class QuestionSuite:
 
     local: tuple[LocalTask, ...]
     named: tuple[NamedTask, ...]
-    skipped: dict[str, str]
-    """lm-eval tasks that are not available here, with the reason."""
+    skipped: tuple[Measurement, ...]
+    """A row for each lm-eval task that is not available here, with the reason."""
     limit: int | None = None
     """Maximum number of questions of each lm-eval task."""
     summaries: tuple[SummaryTask, ...] = ()
@@ -45,11 +45,7 @@ class QuestionSuite:
         texts = [text_task(task) for task in tasks if isinstance(task, TextTask)]
         named, skipped = named_tasks([task for task in tasks if isinstance(task, str) and not is_question_file(task)])
         summaries = tuple(task for task in tasks if isinstance(task, SummaryTask))
-        return cls(tuple(local), (*texts, *named), skipped, limit, summaries)
-
-    @property
-    def unreachable(self) -> list[Measurement]:
-        return [Measurement(name, TEST, "acc", None, None, 0, 0.0, why) for name, why in self.skipped.items()]
+        return cls(tuple(local), (*texts, *named), tuple(skipped), limit, summaries)
 
     def measure(
         self, model: Any, tokenizer: Any, *, max_length: int, batch_tokens: int = 4096, device: str = "cpu"
@@ -65,4 +61,4 @@ class QuestionSuite:
             found += measure_named(task, model, tokenizer, limit=self.limit, max_length=max_length)
         for task in self.summaries:
             found += measure_summaries(task, model, tokenizer, max_length=max_length, batch_tokens=batch_tokens)
-        return found + self.unreachable
+        return [*found, *self.skipped]

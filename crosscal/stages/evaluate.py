@@ -77,7 +77,7 @@ class EvaluationSet:
 
     def in_all(self, measured: Iterable[list[Measurement]]) -> list[Measurement]:
         """Flatten, and add a row for each unreachable task."""
-        return [one for each in measured for one in each] + self.suite.unreachable
+        return [*(one for each in measured for one in each), *self.suite.skipped]
 
     def stored(self, weights: str, subject: Subject) -> list[Measurement] | None:
         artifact = self.store.find(KIND, self.key(weights, subject))
