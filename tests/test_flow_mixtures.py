@@ -121,6 +121,15 @@ def test_a_rule_says_how_many_windows_would_show_its_bound(place: Place) -> None
     assert int(said[1]) > 2
 
 
+def test_a_rule_on_a_single_window_says_that_it_shows_little(place: Place) -> None:
+    for corpus in ("general", "legal"):
+        write_documents(place.folder / corpus / "validation.jsonl", seed=corpus, count=1)
+    rule = {"auto": {"general_within": 0.5}}
+    place.write_plan(compress=[{**PRUNED, "alpha": rule}], evaluate={"windows": 2, "length": 64})
+    [choice] = place.run()["choices"]
+    assert choice["reason"].endswith("; a single window does not show how sure that is")
+
+
 def test_the_model_is_the_one_that_a_plan_with_these_weights_asks_for(made: Place, place: Place) -> None:
     weights = choices(made.run_dir)[AUTO]["weights"]
     place.write_plan(compress=[{"method": "sparsegpt", "sparsity": 0.5, "mixture": weights}])

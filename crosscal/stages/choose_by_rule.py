@@ -63,35 +63,48 @@ def ruled_choice(context: RunContext, variant: Variant, eval_set: EvaluationSet,
         _weights(search, weight): dict(zip((GENERAL, search.domain), pair, strict=True))
         for weight, pair in state.evaluated.items()
     }
-    change, stderr = _general_change(state, taken)
     count = len(state.evaluated) - 1
     reason = (
         f"the lowest {search.domain} perplexity of general-only and {count} more "
-        f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {100 * change:+.1f} ± {100 * stderr:.1f} % "
-        "of general-only's general perplexity on validation windows"
+        f"({MOST_EVALUATED} at most) that were evaluated and keep the rule: {_general_change(state, taken)} "
+        f"of general-only's general perplexity on validation windows{_unresolved(state, search.general_within)}"
     )
-    reason += _unresolved(state, search.general_within)
     return choice_of(variant, _weights(search, taken), tried, perplexity, reason)
 
 
-def _general_change(state: _State, weight: float) -> tuple[float, float]:
-    """Return the relative change of general perplexity from general-only, and its standard error over the windows."""
+@dataclass(frozen=True)
+class _Change:
+    """Relative change of general perplexity from general-only to a weight, over the same validation windows."""
+
+    value: float
+    stderr: float | None
+    """None for a single window."""
+
+    def __str__(self) -> str:
+        """E.g. "+1.8 ± 0.7 %"."""
+        return f"{100 * self.value:+.1f}" + ("" if self.stderr is None else f" ± {100 * self.stderr:.1f}") + " %"
+
+
+def _general_change(state: _State, weight: float) -> _Change:
     ratio = state.evaluated[weight][0] / state.evaluated[0.0][0]
     stderr = paired_difference(state.windows[weight], state.windows[0.0]).stderr
-    assert stderr is not None, "a plan has at least two validation windows"
-    return ratio - 1, ratio * stderr
+    return _Change(ratio - 1, None if stderr is None else ratio * stderr)
 
 
 def _unresolved(state: _State, within: float) -> str:
     """Return how many windows would suffice; "" if these do for the evaluated weight that is nearest to the bound."""
     changes = [_general_change(state, weight) for weight in state.evaluated if weight]
-    _, stderr = min(changes, key=lambda change: abs(change[0] - within), default=(0.0, 0.0))
+    nearest = min(changes, key=lambda change: abs(change.value - within), default=None)
+    if nearest is None:
+        return ""
+    if nearest.stderr is None:
+        return "; a single window does not show how sure that is"
     windows = len(state.windows[0.0])
-    needed = windows_needed(windows, stderr, within)
+    needed = windows_needed(windows, nearest.stderr, within)
     if needed <= windows:
         return ""
     return (
-        f"; {windows} windows show a change near the bound to ± {100 * stderr:.1f} % (standard error), "
+        f"; {windows} windows show a change near the bound to ± {100 * nearest.stderr:.1f} % (standard error), "
         f"about {needed} would show it to a quarter of the bound"
     )
 
