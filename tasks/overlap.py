@@ -7,7 +7,7 @@ from typing import Any
 from crosscal.corpora import load_corpus
 from crosscal.errors import CorpusError, CrosscalError
 from crosscal.evaluation.tasks import LocalTask
-from crosscal.plan import CompressionPlan
+from crosscal.plan import CompressionPlan, SelfGenerated
 from crosscal.progress import Report, silent
 from crosscal.stages.leaks import ComparedTexts, as_json, compared, leak
 from crosscal.tasks.corpora import stored_name
@@ -26,6 +26,14 @@ def _questions(plan: CompressionPlan, *, keep: bool) -> list[LocalTask]:
         return []
 
 
+def _calibrated(plan: CompressionPlan) -> set[str]:
+    """Return the corpora whose training text is calibrated on, those included whose documents' beginnings the model
+    continues."""
+    drawn = {name for name, _ in samples_needed(plan)}
+    sources = [plan.corpora[name] for name in drawn]
+    return drawn | {each.seeds for each in sources if isinstance(each, SelfGenerated) and each.seeds is not None}
+
+
 def overlap_of(spec: RunSpec, *, keep: bool = True, report: Report = silent) -> tuple[dict[str, Any], Exception | None]:
     """Return how much of the evaluation sets calibration text contains, and the error that stops a run because of it.
 
@@ -39,8 +47,7 @@ def overlap_of(spec: RunSpec, *, keep: bool = True, report: Report = silent) -> 
         except CorpusError:
             if keep:  # a run has ingested them all
                 raise
-    calibrated = {name for name, _ in samples_needed(plan)}
-    texts = ComparedTexts.of(spec.store, corpora, calibrated, _questions(plan, keep=keep))
+    texts = ComparedTexts.of(spec.store, corpora, _calibrated(plan), _questions(plan, keep=keep))
     found = compared(texts, keep=keep, report=report)
     allowed = plan.evaluate.allow_leaks
     return as_json(found, allowed), leak(found, allowed)

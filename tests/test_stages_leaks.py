@@ -72,6 +72,18 @@ def test_a_leak_ends_a_run_unless_the_plan_allows_it(place: Place) -> None:
     assert check(place)[1]["problems"] == []
 
 
+def test_the_beginnings_that_the_model_continues_are_calibration_text(place: Place) -> None:
+    plant(place)
+    seeded = {"source": "self", "seeds": "general", "prefix_tokens": 8}
+    place.write_plan(
+        corpora={"general": "general", "legal": "legal", "seeded": seeded},
+        compress=[{"method": "sparsegpt", "sparsity": 0.5, "mixture": {"seeded": 1.0}}],
+    )
+    done = crosscal("run", str(place.plan), "--home", str(place.home), "--out", str(place.run_dir))
+    assert done.code == 1
+    assert "legal (test): 1 of 8 texts" in done.err
+
+
 def test_near_copies_are_no_leak_where_training_documents_are_near_copies_as_often() -> None:
     def sets(leaked: int, of_training: int) -> list[SetOverlap]:
         training = SetOverlap("forms (train)", documents=200, leaked=of_training)
