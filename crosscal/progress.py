@@ -18,6 +18,9 @@ Report = Callable[[str, int, int | None], None]
 Progress = Callable[[int, int], None]
 """Callback (done, total) of work that consists of one task."""
 
+Added = Callable[[int], None]
+"""Callback (number) of what was done since the last call."""
+
 LOG_EVERY_SECONDS = 10.0
 REMIND_EVERY_SECONDS = 60.0
 
@@ -31,6 +34,20 @@ def reporting() -> Iterator[Report]:
     """Yield a `Report` that draws bars if standard error is a terminal and otherwise logs every ten seconds."""
     with _bars() if sys.stderr.isatty() else logged(logging.getLogger("crosscal").info) as report:
         yield report
+
+
+def adding(progress: Progress | None, done: int, total: int, *, share: float = 1.0) -> Added | None:
+    """Return a callback that reports `done` and `share` times what it was called with so far, at most `total`."""
+    if progress is None:
+        return None
+    made = 0
+
+    def add(number: int) -> None:
+        nonlocal made
+        made += number
+        progress(min(total, done + int(share * made)), total)
+
+    return add
 
 
 def each(*reports: Report) -> Report:

@@ -170,6 +170,14 @@ def test_conversations_are_continued_as_the_template_renders_them(store: Store, 
     assert continued("begin-once").key == first.key
 
 
+def test_progress_counts_tokens_while_texts_are_written(store: Store, model, corpus: Corpus) -> None:
+    done: list[int] = []
+    written(store, model, seeds_of(corpus), batch=4, progress=lambda tokens, _: done.append(tokens))
+    batches = len(texts_of(store)) // 4
+    assert len(done) > 4 * batches
+    assert done[-1] == REQUEST.windows * REQUEST.length
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, store: Store, model, corpus: Corpus) -> None:
     class Interrupted(Exception):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,6 +149,16 @@ def test_first_token_ids_take_any_case_and_leading_space():
     assert found == {" the", "a", "A", " a", " every"} | ({"the", "The", " The"} & found)
     with pytest.raises(CalibrationError, match="first_tokens=None"):
         first_token_ids(tokenizer, ["extraordinarily"])
+
+
+def test_progress_counts_every_token_while_texts_are_written(tmp_path, model):
+    reports = []
+    generate(Store(tmp_path), model, WindowRequest(12, 16), batch=4, progress=lambda *report: reports.append(report))
+    done = [each for each, _ in reports]
+    assert {total for _, total in reports} == {12 * 16}
+    assert done == sorted(done)
+    assert done[-1] == 12 * 16
+    assert max(after - before for before, after in pairwise([0, *done])) <= 4, "one token of each text at most"
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, model):

@@ -28,7 +28,7 @@ from crosscal.calibration.tokens import EncodedDocuments, begin_token, end_token
 from crosscal.corpora import Shard
 from crosscal.corpora.corpus import TEMPLATE, readings
 from crosscal.errors import CalibrationError
-from crosscal.progress import Progress
+from crosscal.progress import Added, Progress, adding
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:
@@ -151,10 +151,11 @@ class _Texts:
         progress: Progress | None,
     ) -> list[np.ndarray]:
         texts: list[GeneratedText] = []
-        needed = request.windows * request.length
+        needed, tokens = request.windows * request.length, 0
         for number in itertools.count():
             numbers = range(number * batch, (number + 1) * batch)
-            texts += self._batch(numbers, list(itertools.islice(prefixes, batch)))
+            sampled = adding(progress, tokens, needed, share=1 - seeds.drop)
+            texts += self._batch(numbers, list(itertools.islice(prefixes, batch)), sampled)
             good = kept(texts, seeds.drop)
             tokens = sum(len(text.tokens) for text in good)
             if progress:
@@ -174,13 +175,14 @@ class _Texts:
             )
         return windows
 
-    def _batch(self, numbers: range, prefixes: list[list[int]]) -> list[GeneratedText]:
+    def _batch(self, numbers: range, prefixes: list[list[int]], sampled: Added | None) -> list[GeneratedText]:
         """Return the texts of these numbers, from the store if they were generated before."""
         settings = {**self.settings, "numbers": [numbers.start, numbers.stop], "prefixes": digest_of(prefixes)}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
             return [GeneratedText(**text) for text in json.loads(self.store.read_bytes(artifact, "texts.json"))]
-        texts = self.writer.continued(torch.tensor(prefixes), numbers, seed_of(self.settings), judged=True)
+        seed = seed_of(self.settings)
+        texts = self.writer.continued(torch.tensor(prefixes), numbers, seed, judged=True, sampled=sampled)
         with self.store.publish(GENERATIONS, key, settings) as folder:
             (folder / "texts.json").write_text(json.dumps([dataclasses.asdict(text) for text in texts]))
         return texts

@@ -23,7 +23,7 @@ from crosscal.calibration.sets import CalibrationSet, WindowRequest, stored_wind
 from crosscal.calibration.stop_words import STOP_WORDS
 from crosscal.calibration.tokens import begin_token, end_token, ordinary_tokens
 from crosscal.errors import CalibrationError
-from crosscal.progress import Progress
+from crosscal.progress import Added, Progress, adding
 from crosscal.store import Store, digest_of
 
 if TYPE_CHECKING:
@@ -151,20 +151,20 @@ class _Texts:
                     got=f"{tokens / sequences:.1f} tokens a text",
                     do="Use real documents, or another temperature.",
                 )
-            rows = self._batch(range(sequences, sequences + self.batch))
+            rows = self._batch(range(sequences, sequences + self.batch), adding(progress, tokens, needed))
             tokens += sum(map(len, rows))
             sequences += len(rows)
             if progress:
                 progress(min(tokens, needed), needed)
             yield from rows
 
-    def _batch(self, numbers: range) -> list[list[int]]:
+    def _batch(self, numbers: range, sampled: Added | None) -> list[list[int]]:
         """Return the sequences of these numbers, from the store if they were generated before."""
         settings = {**self.settings, "numbers": [numbers.start, numbers.stop]}
         key = digest_of(settings)
         if artifact := self.store.find(GENERATIONS, key):
             return json.loads(self.store.read_bytes(artifact, "sequences.json"))
-        rows = self.writer.write(numbers, seed_of(self.settings))
+        rows = self.writer.write(numbers, seed_of(self.settings), sampled=sampled)
         with self.store.publish(GENERATIONS, key, settings) as folder:
             (folder / "sequences.json").write_text(json.dumps(rows))
         return rows

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from crosscal.errors import CalibrationError, UsageError
+from crosscal.progress import Added
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,27 +65,35 @@ class SequenceWriter:
     at_once: int | None = None
     """Maximum number of sequences generated together; None: all that are requested."""
 
-    def write(self, numbers: range, seed: int) -> list[list[int]]:
+    def write(self, numbers: range, seed: int, *, sampled: Added | None = None) -> list[list[int]]:
         """Return a sequence for every number, each from the start token to end-of-text or `length` tokens."""
         start_B1 = torch.full((len(numbers), 1), self.start)
-        return [written.tokens for written in self.continued(start_B1, numbers, seed)]
+        return [written.tokens for written in self.continued(start_B1, numbers, seed, sampled=sampled)]
 
     def continued(
-        self, prompt_BP: torch.Tensor, numbers: range, seed: int, *, judged: bool = False
+        self,
+        prompt_BP: torch.Tensor,
+        numbers: range,
+        seed: int,
+        *,
+        judged: bool = False,
+        sampled: Added | None = None,
     ) -> list[GeneratedText]:
         """Continue each row of the prompt (on the CPU) to end-of-text or `length` tokens, prompt included.
 
         A continuation depends on its prompt, the seed and its number, not on other rows: its i-th token is where the
         i-th number of its own random stream falls in the cumulative distribution. `judged`: also compute
-        `GeneratedText.nll`.
+        `GeneratedText.nll`. `sampled` is called with the number of tokens after every step.
         """
         streams = [np.random.Generator(np.random.PCG64([seed, number])) for number in numbers]
         uniform_BN = torch.tensor(np.stack([stream.random(self.length) for stream in streams]))
         parts = zip(*(every.split(self.at_once or len(numbers)) for every in (prompt_BP, uniform_BN)), strict=True)
-        return [written for prompt, uniform in parts for written in self._together(prompt, uniform, judged)]
+        return [written for prompt, uniform in parts for written in self._together(prompt, uniform, judged, sampled)]
 
     @torch.inference_mode()
-    def _together(self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool) -> list[GeneratedText]:
+    def _together(
+        self, prompt_BP: torch.Tensor, uniform_BN: torch.Tensor, judged: bool, sampled: Added | None
+    ) -> list[GeneratedText]:
         """Sample all rows together. They begin at position 0 and do not attend to each other, so no padding or mask is
         needed; finished rows are removed from the cache."""
         rows: list[list[int]] = prompt_BP.tolist()
@@ -103,10 +112,12 @@ class SequenceWriter:
             token_B = self._sample(output.logits[:, -1].float(), step, uniform_BN[writing, step])
             if judged:
                 nll[writing] += _surprise(output, tokens_BT, token_B)
-            sampled = token_B.tolist()  # waits for the device
-            for row, token in zip(writing, sampled, strict=True):
+            tokens = token_B.tolist()  # waits for the device
+            for row, token in zip(writing, tokens, strict=True):
                 rows[row].append(token)
-            staying = [place for place, token in enumerate(sampled) if token != self.end]
+            if sampled:
+                sampled(len(tokens))
+            staying = [place for place, token in enumerate(tokens) if token != self.end]
             if not staying:
                 break
             if len(staying) < len(writing):
