@@ -1,9 +1,9 @@
 """Which calibration text, which mixture, and how sure, on a real pretrained model, by `crosscal study`.
 
     python benchmarks/study.py TESTBED CACHE [--model SmolLM2-135M-Instruct] [--domains biomedical legal]
-                               [--parts mixing questions levels methods texts alps] [--draws 3]
-                               [--alphas 0 0.25 0.5 1 auto] [--calibration-windows 64] [--windows 16 8]
-                               [--questions 64] [--most N] [--home STORE] [--dry]
+                               [--parts mixing questions levels methods texts alps alps-levels]
+                               [--draws 3] [--alphas 0 0.25 0.5 1 auto] [--calibration-windows 64]
+                               [--windows 16 8] [--questions 64] [--most N] [--home STORE] [--dry]
 
 TESTBED contains `corpora/{general,biomedical,legal}` and `eval/*/continuation_test.jsonl.zst`; the model comes as in
 `real_models.py`. A part is one plan for one domain, its variants on `draws` draws of 64 windows of 512 tokens a corpus:
@@ -14,7 +14,7 @@ TESTBED contains `corpora/{general,biomedical,legal}` and `eval/*/continuation_t
 * methods: magnitude and Wanda at 50 %, 60 % and 2:4;
 * texts: SparseGPT at 50 % on text that the model wrote without a prompt (self) or from beginnings of the domain's
   documents (self-seeded, arXiv 2410.17711), half and half with the domain or general text, and on random tokens;
-* alps: ALPS at 50 %, which takes minutes per model to solve.
+* alps, alps-levels: ALPS at 50 %, and at 60 % and 2:4, which takes minutes per model to solve.
 
 A model is measured on 16 test and 8 validation windows of 512 tokens a corpus (`--windows`): 24,600 tokens, 80 s of
 two CPU cores with 135 million parameters, and as long again for 64 questions a corpus (two biomedical ones also occur
@@ -47,7 +47,7 @@ from crosscal.warm_up import warm_up
 DOMAINS = ("biomedical", "legal")
 ALPHAS = [0.0, 0.25, 0.5, 1.0, "auto"]
 LEVELS = [0.5, 0.6, "2:4"]
-PARTS = ("mixing", "questions", "levels", "methods", "texts", "alps")
+PARTS = ("mixing", "questions", "levels", "methods", "texts", "alps", "alps-levels")
 DRY_MODEL = "llama-mix-8m"
 
 
@@ -60,6 +60,7 @@ def compress(part: str, domain: str, alphas: list[float | str]) -> list[dict[str
         "methods": [{"method": "magnitude", "sparsity": LEVELS}, {"method": "wanda", "sparsity": LEVELS, **few}],
         "texts": [{**sparsegpt, "mixture": texts(domain)}],
         "alps": [{"method": "alps", "sparsity": 0.5, **few}],
+        "alps-levels": [{"method": "alps", "sparsity": LEVELS[1:], **few}],
     }[part]
 
 
