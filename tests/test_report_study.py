@@ -105,6 +105,26 @@ def test_noise_is_not_distinguishable_and_more_comparisons_are_less_sure(tmp_pat
         assert row.p <= row.p_holm
 
 
+def test_a_search_that_finds_a_listed_mixture_adds_no_comparison(tmp_path: Path) -> None:
+    results = of_test_text(seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])
+    searched = [
+        dataclasses.replace(row, variant=row.variant.replace("-a0.5-", "-auto-"), found_by="the best")
+        for row in results
+        if "-a0.5-" in row.variant
+    ]
+    without = differences(study_rows(study_of(results, tmp_path / "without"), ["general"]), "general")
+    found = differences(study_rows(study_of([*results, *searched], tmp_path / "found"), ["general"]), "general")
+    assert {row.comparisons for row in found.values()} == {2}
+    for key, row in without.items():
+        assert found[key].p_holm == pytest.approx(row.p_holm)
+    elsewhere = [
+        dataclasses.replace(row, mixture={"general": 0.375, "biomedical": 0.625}) if row.seed == 2 else row
+        for row in searched
+    ]
+    other = study_rows(study_of([*results, *elsewhere], tmp_path / "elsewhere"), ["general"])
+    assert {row.comparisons for row in differences(other, "general").values()} == {3}
+
+
 def test_windows_that_disagree_leave_a_difference_in_doubt(tmp_path: Path) -> None:
     """However similar the draws are, other test text might reverse the difference."""
     results = of_test_text(seeds=(0, 1, 2), settings=[("sparsegpt", {"sparsity": 0.5})])

@@ -6,9 +6,10 @@ Comparisons are on test text. Validation text decides only which mixture of a re
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from crosscal.evaluation import PERPLEXITY, VALIDATION
@@ -25,9 +26,9 @@ STANDARD_ERRORS = 2.0
 """Standard errors over windows that a difference must exceed as well."""
 RULE = (
     "A difference counts if its p-value, by Student's t over draws and adjusted by Holm for all comparisons with the "
-    f"same baseline on the same text, is below {LEVEL:g}, and if it exceeds {STANDARD_ERRORS:g} standard errors over "
-    f"the test windows (or questions); otherwise it is {ALIKE}. With one draw the p-value is over windows alone, and "
-    "says nothing about other draws."
+    "same baseline on the same text (variants with the same mixture in every draw count as one), is below "
+    f"{LEVEL:g}, and if it exceeds {STANDARD_ERRORS:g} standard errors over the test windows (or questions); "
+    f"otherwise it is {ALIKE}. With one draw the p-value is over windows alone, and says nothing about other draws."
 )
 CHOICE = (
     "Chosen of each recipe, level and domain: the mixture of general text and that domain of the smallest geometric "
@@ -42,9 +43,10 @@ def study_rows(files: RunFiles, baselines: Sequence[str]) -> list[StudyRow]:
     chose = [(corpus, VALIDATION, metric) for corpus, _, metric in tested if metric == PERPLEXITY]
     chosen = chosen_mixtures(groups)
     rows = list(_by_themselves(groups, [*tested, *chose], measured, chosen))
+    models = _models(files, groups)
     for rule in baselines:
         for column in tested:
-            rows += _adjusted(list(_compared(groups, rule, column, measured, chosen)))
+            rows += _adjusted(list(_compared(groups, rule, column, measured, chosen)), models)
     return rows
 
 
@@ -123,15 +125,29 @@ def _row(group: SeedGroup, column: Column, found: MeanEstimate, chosen: Collecti
     )
 
 
-def _adjusted(rows: Sequence[StudyRow]) -> list[StudyRow]:
-    """Adjust the p-values of the comparisons of one rule in one column together."""
-    tested = [row for row in rows if row.p is not None]
-    adjusted = dict(zip(map(id, tested), holm([row.p or 0.0 for row in tested]), strict=True))
-    return [
-        dataclasses.replace(
-            row, p_holm=adjusted.get(id(row)), comparisons=len(tested), verdict=_verdict(row, adjusted.get(id(row)))
+def _models(files: RunFiles, groups: Sequence[SeedGroup]) -> dict[str, str]:
+    """Return for each group the first one of the same models: a search may find in every draw what the plan lists."""
+    models = {
+        row.variant: json.dumps(
+            [row.model, row.method, row.setting, row.upstream, row.mixture, row.trace_normalised, row.seed],
+            sort_keys=True,
         )
-        for row in rows
+        for row in files.results
+    }
+    first: dict[frozenset[str], str] = {}
+    return {
+        group.name: first.setdefault(frozenset(models[one] for one in group.variants), group.name) for group in groups
+    }
+
+
+def _adjusted(rows: Sequence[StudyRow], models: Mapping[str, str]) -> list[StudyRow]:
+    """Adjust the p-values of the comparisons of one rule in one column together, those of the same models as one."""
+    tested = {(models[row.variant], row.baseline): row.p for row in rows if row.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    found = [adjusted.get((models[row.variant], row.baseline)) for row in rows]
+    return [
+        dataclasses.replace(row, p_holm=p_holm, comparisons=len(tested), verdict=_verdict(row, p_holm))
+        for row, p_holm in zip(rows, found, strict=True)
     ]
 
 
