@@ -74,6 +74,7 @@ def at_work(store: Store, *, elsewhere: bool, skew_seconds: float = 0.0, work: s
             yield process.pid
         finally:
             process.kill()
+            process.wait()  # before its input is closed: if it read the end of it first, it would end in order
 
 
 def held(store: Store) -> tuple[bool, bool, bool]:
